@@ -1,0 +1,25 @@
+"""The two ways a user's input can be wrong: one row of it, or the job as a whole.
+
+Both carry a message of one line that names the value and the remedy; callers at the edge print it without a
+stack trace. Anything else that is raised is a bug of ours.
+"""
+
+
+class UserError(Exception):
+    """The job, its files or the machine do not fit; the message says what to change."""
+
+
+class RowError(Exception):
+    """One row cannot be used. It is rejected whole (or stops the job, `on_bad_row: error`).
+
+    reason: a stable word for statistics, listed in docs/rows.md, for example "image_missing".
+    message: one line for a person: the value that was found and the remedy.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
