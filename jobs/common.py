@@ -1,0 +1,140 @@
+"""What every job does at its edges: connect to Ray, check that the cluster is large enough, one line for an error."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+import ray.data  # sets the level of its own loggers when imported
+import typer
+from rich.console import Console
+
+from mmray.config import Job
+from mmray.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+EXIT_USER_ERROR = 2
+
+console = Console(stderr=False)
+log = logging.getLogger("mmray")
+
+WORKER_ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+"""Environment of every process of a job."""
+
+QUIET_LOGGERS = ("ray.data", "ray.train", "ray._private.authentication", "transformers")
+"""Libraries whose notes are left out of a job's output; Ray keeps all of them in its session folder."""
+
+
+def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
+    """Join the cluster at `address` (or RAY_ADDRESS, which `ray job submit` sets), or start Ray on this machine.
+
+    cpus: logical CPUs a Ray started here shall have at least, so that small machines can run every pool of the job.
+    verbose: show what workers and libraries print, too.
+    """
+    os.environ.update({key: os.environ.get(key, value) for key, value in WORKER_ENVIRONMENT.items()})
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        for name in QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return
+    environment: dict[str, Any] = {"env_vars": dict(WORKER_ENVIRONMENT)}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job has its working folder on the path
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment["env_vars"]["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    options: dict[str, Any] = {
+        "runtime_env": environment,
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+    }
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, **options)
+    else:
+        ray.init(num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **options)
+
+
+def prepare_cpus(job: Job) -> int:
+    """CPUs that preparing wants when all its actors run."""
+    return job.resources.encode_actors + job.resources.pack_actors
+
+
+def uses_gpus(job: Job) -> bool:
+    """Whether training takes GPUs: as the job says, else where the cluster has any. Ray must be connected."""
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    if job.resources.use_gpu and not has_gpus:
+        raise UserError("resources.use_gpu is true but the cluster has no GPU; add GPU nodes or set it to false")
+    return has_gpus if job.resources.use_gpu is None else job.resources.use_gpu
+
+
+def train_needs(job: Job, gpus: bool) -> dict[str, float]:
+    """CPUs and GPUs that all workers and actors of a training run take together."""
+    resources = job.resources
+    cpus = resources.workers * resources.cpus_per_worker + resources.render_actors
+    if not gpus:
+        return {"CPU": cpus + resources.mask_actors}
+    shares = resources.mask_actors * resources.gpu_share
+    return {"CPU": cpus, "GPU": resources.workers * (1 - resources.gpu_share) + shares}
+
+
+def check_cluster(needs: dict[str, float], what: str) -> None:
+    """Raise UserError when the cluster can never run all of a job's pools at once: it would wait forever.
+
+    A cluster that scales is only told about: it may still grow.
+    """
+    have = ray.cluster_resources()
+    short = {name: amount for name, amount in needs.items() if have.get(name, 0) + 1e-6 < amount}
+    if not short:
+        return
+    lacks = ", ".join(f"{amount:g} {name} (it has {have.get(name, 0):g})" for name, amount in short.items())
+    if autoscales():
+        log.warning("%s needs %s; waiting for the cluster to grow", what, lacks)
+        return
+    raise UserError(
+        f"{what} needs {lacks}. Lower the pools under `resources`, or add nodes; on one machine a Ray of your own can "
+        "have more logical CPUs than cores: ray start --head --num-cpus=N"
+    )
+
+
+def autoscales() -> bool:
+    """Whether an autoscaler manages the cluster."""
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized
+
+    return bool(_internal_kv_initialized() and _internal_kv_get(b"__autoscaling_status"))
+
+
+def run_main(main: Callable[..., None]) -> NoReturn:
+    """Run a job's command line: a mistake of the user is one red line and exit code 2, without a stack trace."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_USER_ERROR)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command continues")
+        sys.exit(130)
+    except Exception as error:
+        usage = getattr(error, "show", None)  # click's own messages about the command line
+        if usage is None:
+            raise
+        usage()
+        sys.exit(EXIT_USER_ERROR)
+    sys.exit(0)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

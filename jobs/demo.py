@@ -1,0 +1,131 @@
+"""`make demo`: everything mmray does, on this machine, in a few minutes and without a network.
+
+Draws about a hundred pages (several shapes, EXIF orientations, some bad rows on purpose), prepares them, trains a small
+Qwen2-VL from random weights on two workers, kills the run in the middle, starts the same command again, and reports.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ray
+from rich.table import Table
+
+from jobs.common import connect, console, run_main
+from jobs.prepare import prepare_splits
+from mmray.config import Job, load_job
+from mmray.errors import UserError
+from mmray.prepared import PreparedDataset
+from mmray.synthetic.models import small_config
+from mmray.synthetic.pages import SyntheticPages, write_pages
+from mmray.synthetic.processors import write_processor
+from mmray.training.metrics import METRICS_FILE, read_metrics
+
+OUTPUT = Path("demo_out")
+JOB = Path("jobs/demo.yaml")
+KILL_AFTER_STEP = 15
+STARTUP_SECONDS = 600
+
+
+def write_inputs() -> SyntheticPages:
+    """Pages, rows, processor and model configuration, all made here."""
+    pages = write_pages(OUTPUT / "data")
+    processor = write_processor(OUTPUT / "processor", "qwen2_vl")
+    small_config("qwen2_vl", processor).save_pretrained(OUTPUT / "model")
+    return pages
+
+
+def train_and_kill(metrics: Path) -> int:
+    """Run `jobs/train.py` and kill it, as a lost machine would, after some steps; returns the last step it logged."""
+    process = subprocess.Popen(train_command(), start_new_session=True)
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while last_step(metrics) < KILL_AFTER_STEP:
+        if process.poll() is not None:
+            raise UserError(f"training ended before step {KILL_AFTER_STEP}; its messages are above")
+        if time.monotonic() > deadline:
+            process.kill()
+            raise UserError(f"training did not reach step {KILL_AFTER_STEP} in {STARTUP_SECONDS} s")
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return last_step(metrics)
+
+
+def train_command() -> list[str]:
+    return [sys.executable, "jobs/train.py", str(JOB)]
+
+
+def last_step(metrics: Path) -> int:
+    return max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
+
+
+def checkpoint_step(run: Path) -> int:
+    """The step of the newest complete checkpoint."""
+    steps = [json.loads(file.read_text())["step"] for file in run.glob("checkpoint_*/cursor.json")]
+    return max(steps, default=0)
+
+
+def summary(job: Job, killed_at: int, resumed_from: int) -> Table:
+    """What went in and what came out."""
+    facts = PreparedDataset(job.prepared_path("train")).statistics
+    lines = read_metrics(Path(job.output.run) / METRICS_FILE)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    table = Table(title="mmray demo", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("rows", f"{facts['rows_read']} read = {facts['rows_packed']} packed + {facts['rows_rejected']} rejected")
+    table.add_row("rejected", ", ".join(f"{count} {reason}" for reason, count in facts["rejected_by_reason"].items()))
+    table.add_row("bins", f"{facts['bins']} (at least {facts['bins_at_least']} needed)")
+    table.add_row("fill", f"{facts['token_fill']:.1%} of tokens, {facts['visual_fill']:.1%} of visual tokens")
+    table.add_row(
+        "tokens", f"{facts['tokens']:,}, of them {facts['visual_tokens']:,} visual, {facts['trained_tokens']:,} trained"
+    )
+    table.add_row("killed", f"after step {killed_at}, resumed from the checkpoint at step {resumed_from}")
+    table.add_row("loss", f"{losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps")
+    table.add_row("eval loss", " -> ".join(f"{loss:.3f}" for loss in evaluations))
+    for name, path in (
+        ("prepared", job.prepared_path("train")),
+        ("rejected rows", job.prepared_path("train") + "/rejected.parquet"),
+        ("run", job.output.run),
+        ("look at a bin", f"mmray inspect {job.prepared_path('train')} --bin 0 --processor {job.model.processor}"),
+        ("curves", f"tensorboard --logdir {job.output.run}"),
+    ):
+        table.add_row(name, path)
+    return table
+
+
+def main() -> None:
+    """Draw pages, prepare them, train, kill, resume, report."""
+    os.chdir(ROOT)
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    console.rule("1. Draw pages")
+    pages = write_inputs()
+    console.print(f"{pages.num_pages} pages and their rows in {pages.folder}")
+    job = load_job(JOB)
+    connect(None, cpus=4)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    console.rule("2. Prepare: exact lengths from headers, tiles, packed bins")
+    prepare_splits(job)
+    run = Path(job.output.run)
+    console.rule(f"3. Train on {job.resources.workers} workers, to be killed after step {KILL_AFTER_STEP}")
+    killed_at = train_and_kill(run / METRICS_FILE)
+    resumed_from = checkpoint_step(run)
+    console.rule(f"4. The same command again: resume from the checkpoint at step {resumed_from}")
+    done = subprocess.run(train_command(), check=False)
+    if done.returncode:
+        raise UserError("the resumed training failed; its messages are above")
+    console.print(summary(job, killed_at, resumed_from))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    run_main(main)

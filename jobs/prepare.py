@@ -1,0 +1,51 @@
+"""Prepare a job's rows: `python jobs/prepare.py JOB.yaml`, or the same words behind `ray job submit`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import typer
+
+from jobs.common import check_cluster, connect, console, prepare_cpus, run_main
+from mmray.config import Job, load_job
+from mmray.prepared import PreparedDataset
+from mmray.progress import ProgressBar
+from mmray.report import prepared_table
+
+
+def prepare_splits(job: Job, *, replace: bool = False) -> dict[str, PreparedDataset]:
+    """Prepare `train` and, where the job has one, `eval`, with a progress bar and a table each."""
+    from pipelines.prepare import prepare
+
+    check_cluster({"CPU": 2}, "preparing")
+    done = {}
+    for split in ("train", "eval"):
+        if not getattr(job.data, split):
+            continue
+        with ProgressBar(f"preparing {split}", "rows") as bar:
+            prepared, made = prepare(job, split, replace_other=replace, on_progress=bar.update)
+        if made:
+            console.print(prepared_table(prepared))
+        else:
+            console.print(f"{prepared.path} is up to date (fingerprint {prepared.fingerprint}); nothing to do")
+        done[split] = prepared
+    return done
+
+
+def main(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
+    replace: Annotated[bool, typer.Option(help="Delete a prepared dataset of other input at the output.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+) -> None:
+    """Turn rows into a prepared dataset: exact lengths, packed bins, rejected rows with their reasons."""
+    job = load_job(job_file, overrides)
+    connect(address, cpus=prepare_cpus(job), verbose=verbose)
+    prepare_splits(job, replace=replace)
+
+
+if __name__ == "__main__":
+    run_main(main)

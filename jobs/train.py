@@ -1,0 +1,145 @@
+"""Train on a prepared dataset: `python jobs/train.py JOB.yaml`, or the same words behind `ray job submit`.
+
+The same command continues a run that was stopped, from its last checkpoint, with any number of workers.
+"""
+
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ray
+import typer
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs.common import check_cluster, connect, console, run_main, train_needs, uses_gpus
+from jobs.train_loop import RunPlan, run_plan, train_worker
+from mmray.config import Job, load_job
+from mmray.errors import UserError
+from mmray.families import family_of, load_processor
+from mmray.prepared import PreparedDataset
+from mmray.prepared.fingerprint import check_settings
+from mmray.progress import ProgressBar
+from mmray.report import run_table
+from mmray.training.metrics import METRICS_FILE
+from mmray.training.model import load_config
+from pipelines.dataset import user_error
+
+POLL_SECONDS = 0.5
+TAIL_BYTES = 4096
+
+
+def open_prepared(job: Job) -> dict[str, PreparedDataset]:
+    """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
+    processor = load_processor(job.model.processor_source, trust_remote_code=job.model.trust_remote_code)
+    family = family_of(processor, tiled=job.images.is_tiled)
+    found = {}
+    for split in ("train", "eval"):
+        if not getattr(job.data, split):
+            continue
+        prepared = PreparedDataset(job.prepared_path(split))
+        check_settings(
+            prepared.path, prepared.manifest["record"], processor=processor,
+            tiling=family.resolve_tiling(job.images), packing=job.packing, masking=job.masking,
+        )  # fmt: skip
+        if not len(prepared):
+            raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
+        found[split] = prepared
+    return found
+
+
+def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
+    """Run training to its end, resuming where a checkpoint is. Ray must be connected."""
+    gpus = uses_gpus(job)
+    if not gpus:
+        console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
+    check_cluster(train_needs(job, gpus), "training")
+    plan = run_plan(job, prepared, gpus)
+    run = Path(job.output.run).absolute()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=job.resources.workers,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": job.resources.cpus_per_worker}
+            | ({"GPU": 1 - job.resources.gpu_share} if gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=str(run.parent),
+            failure_config=FailureConfig(max_failures=job.training.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+            checkpoint_config=CheckpointConfig(num_to_keep=job.training.keep_checkpoints),
+        ),
+    )
+    with _Watch(run, plan.total_steps):
+        try:
+            trainer.fit()
+        except Exception as error:
+            cause = user_error(error)
+            if cause is None:
+                raise
+            raise UserError(str(cause)) from error
+    return plan
+
+
+class _Watch:
+    """Shows the run's metrics as they are written: the driver reads what rank 0 appends."""
+
+    def __init__(self, run: Path, total_steps: int) -> None:
+        self._path, self._total = run / METRICS_FILE, total_steps
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        with ProgressBar("training", "steps") as bar:
+            finished = False
+            while not finished:
+                finished = self._stop.wait(POLL_SECONDS)
+                if self._path.exists():
+                    self._update(bar)
+
+    def _update(self, bar: ProgressBar) -> None:
+        with self._path.open("rb") as file:
+            file.seek(max(0, self._path.stat().st_size - TAIL_BYTES))
+            lines = [json.loads(line) for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
+        lines = [line for line in lines if line.get("loss") is not None]
+        if lines:
+            last = lines[-1]
+            note = f"loss {last['loss']:.4f}  {last['tokens'] / max(last['step_seconds'], 1e-9):,.0f} tokens/s"
+            bar.update(last["step"], self._total, note)
+
+
+def main(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
+    verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+) -> None:
+    """Train on the job's prepared dataset; continues from the last checkpoint where there is one."""
+    job = load_job(job_file, overrides)
+    if "://" in job.output.run:
+        raise UserError(f"output.run {job.output.run!r}: give a folder that all nodes share, such as an NFS path")
+    load_config(job.model)  # a wrong model is found here, before any worker starts
+    prepared = open_prepared(job)
+    connect(address, cpus=int(train_needs(job, gpus=False)["CPU"] + 0.5), verbose=verbose)
+    train(job, prepared)
+    console.print(run_table(Path(job.output.run)))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,196 @@
+"""What every Ray Train worker runs: restore, take batches in schedule order, step, evaluate, checkpoint.
+
+A worker knows its place from the checkpoint alone: the cursor in it says how many global batches the weights have
+seen, and the data stream is built from there. The split is made inside this function (rank 0 makes it, the others
+receive their part), because what Ray Train evaluates outside does not see the checkpoint being restored.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+
+from mmray.batch import MicroBatch
+from mmray.config import Job
+from mmray.cursor import Cursor
+from mmray.loader import BatchMaker, BatchPlan
+from mmray.prepared import PreparedDataset
+from mmray.schedule import Schedule
+from mmray.training.checkpoint import save_state
+from mmray.training.engine import StepMetrics, TrainingEngine
+from mmray.training.metrics import MetricsLog
+from pipelines.ingest import receive, segments, split
+
+CURSOR_FILE = "cursor.json"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the driver decided for a run; equal on all workers. train, eval: bins of the prepared datasets."""
+
+    job: Job
+    train: tuple[int, str]
+    """(number of bins, fingerprint) of the training set."""
+    eval: tuple[int, str] | None
+    gpus: bool
+
+    @property
+    def schedule(self) -> Schedule:
+        bins, fingerprint = self.train
+        training = self.job.training
+        return Schedule(
+            num_bins=bins, global_batch_bins=training.global_batch_bins, seed=training.seed, fingerprint=fingerprint
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, epochs turned into steps."""
+        training = self.job.training
+        if training.steps is not None:
+            return training.steps
+        return max(1, round((training.epochs or 1) * self.schedule.steps_per_epoch))
+
+    def batches(self, split_name: str, schedule: Schedule, world_size: int) -> BatchPlan:
+        job = self.job
+        return BatchPlan(
+            prepared=job.prepared_path(split_name),
+            processor=job.model.processor_source,
+            trust_remote_code=job.model.trust_remote_code,
+            masking=job.masking,
+            schedule=schedule,
+            world_size=world_size,
+            micro_batch_bins=job.training.micro_batch_bins,
+        )
+
+
+def run_plan(job: Job, prepared: dict[str, PreparedDataset], gpus: bool) -> RunPlan:
+    """The plan of a run over prepared datasets."""
+    shapes = {name: (len(each), each.fingerprint) for name, each in prepared.items()}
+    return RunPlan(job, shapes["train"], shapes.get("eval"), gpus)
+
+
+def train_worker(config: dict[str, RunPlan]) -> None:
+    """The train function of one rank."""
+    Worker(config["plan"]).run()
+
+
+class Worker:
+    """One rank of a run."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        context = ray.train.get_context()
+        self.plan, self.training = plan, plan.job.training
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.batches = plan.batches("train", plan.schedule, self.world_size)
+        self.maker = BatchMaker(self.batches)
+        self.run_folder = Path(plan.job.output.run)
+        self.saved_step = -1
+
+    def run(self) -> None:
+        """Train from the last checkpoint, or from the start, to the end."""
+        checkpoint = ray.train.get_checkpoint()
+        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
+            self.cursor = self._restored_cursor(folder)
+            self.engine = TrainingEngine(
+                self.plan.job.model,
+                self.training,
+                total_steps=self.plan.total_steps,
+                grad_accumulation=self.batches.micro_batches,
+                resume_from=Path(folder) if folder else None,
+                shared_folder=self.run_folder,
+            )
+        metrics = MetricsLog(self.run_folder) if self.rank == 0 else None
+        with closing(metrics) if metrics else nullcontext():
+            if metrics:
+                metrics.truncate_after(self.cursor.step)
+            self._train(metrics)
+
+    def _restored_cursor(self, folder: str | None) -> Cursor:
+        if folder is None:
+            return Cursor.at(self.plan.schedule)
+        cursor = Cursor.read(Path(folder) / CURSOR_FILE)
+        cursor.check(self.plan.schedule)
+        self.saved_step = cursor.step
+        return cursor
+
+    def _train(self, metrics: MetricsLog | None) -> None:
+        for waited, batches in self._steps(self.plan.total_steps):
+            started = time.monotonic()
+            outcome = self.engine.step(batches)
+            seconds = time.monotonic() - started
+            self.cursor = self.cursor.advance()
+            if metrics:
+                self._write(metrics, outcome, seconds, waited)
+            step = self.cursor.step
+            if _due(step, self.training.eval_every_steps) and self.plan.eval:
+                loss, tokens = self._evaluate()
+                if metrics:
+                    metrics.write(step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens)
+            if _due(step, self.training.checkpoint_every_steps) or step == self.plan.total_steps:
+                self._save(outcome)
+
+    def _steps(self, stop: int) -> Iterator[tuple[float, list[MicroBatch]]]:
+        """The seconds waited for each step's micro-batches, and these."""
+        for first, last in segments(self.batches, self.cursor.step, stop):
+            shard = self._shard(first, last)
+            stream = receive(shard, self.batches, self.maker.family, self.rank, first, last)
+            started = time.monotonic()
+            for batches in stream:
+                yield time.monotonic() - started, batches
+                started = time.monotonic()
+
+    def _shard(self, start: int, stop: int) -> Any:
+        """This rank's iterator over steps [start, stop); rank 0 builds the graph. A collective call."""
+        reference = None
+        if self.rank == 0:
+            shards = split(self.batches, start, stop, self.plan.job.resources, self.plan.gpus)
+            reference = ray.put(shards)
+        (reference,) = broadcast_from_rank_zero((reference,))
+        return ray.get(reference)[self.rank]
+
+    def _evaluate(self) -> tuple[float, int]:
+        """Mean loss over the eval set; its few bins are rendered in this process."""
+        assert self.plan.eval is not None
+        bins, fingerprint = self.plan.eval
+        per_step = self.world_size * self.training.micro_batch_bins
+        schedule = Schedule(bins, global_batch_bins=per_step, seed=0, fingerprint=fingerprint, shuffle=False)
+        maker = BatchMaker(self.plan.batches("eval", schedule, self.world_size))
+        return self.engine.evaluate(maker.steps(self.rank, 0, schedule.steps_per_epoch))
+
+    def _save(self, outcome: StepMetrics) -> None:
+        with tempfile.TemporaryDirectory(prefix="mmray-checkpoint-") as folder:
+            save_state(self.engine, Path(folder))
+            if self.rank == 0:
+                self.cursor.write(Path(folder) / CURSOR_FILE)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": self.cursor.step, "loss": outcome.loss}, checkpoint=checkpoint)
+        self.saved_step = self.cursor.step
+
+    def _write(self, metrics: MetricsLog, outcome: StepMetrics, seconds: float, waited: float) -> None:
+        bins = self.plan.schedule.bins(self.cursor.step - 1)
+        metrics.write(
+            self.cursor.step,
+            epoch=self._epoch(),
+            loss=outcome.loss,
+            tokens=outcome.tokens,
+            trained_tokens=outcome.trained_tokens,
+            bins=sum(number is not None for number in bins),
+            lr=outcome.learning_rate,
+            grad_norm=outcome.grad_norm,
+            step_seconds=seconds,
+            data_wait_seconds=waited,
+        )
+
+    def _epoch(self) -> float:
+        return round(self.cursor.step / self.plan.schedule.steps_per_epoch, 6)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,228 @@
+"""The job file: one YAML that `jobs/prepare.py` and `jobs/train.py` both read.
+
+Each part's settings live beside the code they steer; here they are put together, read and checked once. A wrong file
+gives one line per mistake: where it is, what was found, and for an unknown key the nearest one that exists.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from mmray.errors import UserError
+from mmray.images import TilingPolicy
+from mmray.masks.settings import MaskingSettings
+from mmray.packing_settings import PackingSettings
+from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.settings import Settings
+from mmray.training.settings import ModelSettings, TrainingSettings
+
+
+class ResourceSettings(Settings):
+    """What of the cluster a job takes. Actors are Ray actors; CPUs and GPUs are Ray's logical ones."""
+
+    encode_actors: Annotated[int, Field(gt=0)] = 2
+    """Prepare: actors that read headers and tokenise, one CPU each. The pool grows up to this as CPUs come."""
+
+    pack_actors: Annotated[int, Field(gt=0)] = 1
+    """Prepare: actors that pack windows and write bins, one CPU each."""
+
+    render_actors: Annotated[int, Field(gt=0)] = 1
+    """Training: actors that decode and tile images, one CPU each."""
+
+    mask_actors: Annotated[int, Field(gt=0)] = 1
+    """Training: actors that compute labels and positions; on a GPU share each, or one CPU where there is no GPU."""
+
+    gpu_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Part of a GPU that one mask actor takes. Training workers reserve the rest of their GPU, so both fit."""
+
+    workers: Annotated[int, Field(gt=0)] = 1
+    """Training workers, one rank each. Any number continues a run begun with any other."""
+
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs a training worker takes."""
+
+    use_gpu: bool | None = None
+    """Train on GPUs, one per worker. null: where the cluster has any."""
+
+
+class OutputSettings(Settings):
+    """Where results go."""
+
+    prepared: str
+    """Folder or URI of the prepared dataset; `train` and `eval` are made inside. All nodes must reach it."""
+
+    run: str
+    """Folder of the training run: metrics.jsonl, TensorBoard files, checkpoints. All nodes must reach it."""
+
+
+class Job(Settings):
+    """One job: what to train, on which rows, cut and packed how, with what, to where."""
+
+    name: str
+    """A short name for logs and run folders."""
+    model: ModelSettings
+    """The model and its processor."""
+    data: DataSettings
+    """Rows to train and evaluate on."""
+    images: TilingPolicy = TilingPolicy()
+    """How pages are cut into tiles; nothing set: whole pages, sized by the model's processor."""
+    packing: PackingSettings
+    """How samples become bins."""
+    masking: MaskingSettings = MaskingSettings()
+    """Which tokens of chat rows are trained."""
+    training: TrainingSettings
+    """Steps, optimizer, DeepSpeed, evaluation and checkpoints."""
+    resources: ResourceSettings = ResourceSettings()
+    """Actors, workers and GPUs."""
+    output: OutputSettings
+    """Where results go."""
+
+    @model_validator(mode="after")
+    def _evaluation_has_rows(self) -> "Job":
+        if self.training.eval_every_steps and not self.data.eval:
+            raise ValueError("training.eval_every_steps is set but data.eval has no rows")
+        return self
+
+    def prepared_path(self, split: str) -> str:
+        """The prepared dataset of `train` or `eval`."""
+        return f"{self.output.prepared.rstrip('/')}/{split}"
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file. overrides: `key.path=value` each, the value read as YAML.
+
+    Relative paths are taken from the current folder and made absolute: workers run in folders of their own.
+    Raises UserError with one line for each mistake.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"job file {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"job file {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"job file {path}: the top of the file must be keys such as model: and data:")
+    for override in overrides:
+        _override(content, override)
+    try:
+        return _with_absolute_paths(Job.model_validate(content))
+    except ValidationError as error:
+        lines = [_explain(dict(mistake)) for mistake in error.errors()]
+        raise UserError(
+            "\n".join([f"job file {path}: {len(lines)} mistake(s)", *(f"  {line}" for line in lines)])
+        ) from error
+
+
+def _with_absolute_paths(job: Job) -> Job:
+    def datasets(sets: Sequence[DatasetSettings]) -> tuple[DatasetSettings, ...]:
+        return tuple(
+            each.model_copy(
+                update={
+                    "files": tuple(_absolute(file) for file in each.files),
+                    "image_root": None if each.image_root is None else _absolute(each.image_root),
+                }
+            )
+            for each in sets
+        )
+
+    model = {
+        name: _absolute(value)
+        for name in ("path", "config", "processor")
+        if isinstance(value := getattr(job.model, name), str) and Path(value).exists()  # else a hub's name
+    }
+    output = {name: _absolute(getattr(job.output, name)) for name in ("prepared", "run")}
+    data = {"train": datasets(job.data.train), "eval": datasets(job.data.eval)}
+    training = {"deepspeed": _absolute(job.training.deepspeed)} if isinstance(job.training.deepspeed, str) else {}
+    return job.model_copy(
+        update={
+            "model": job.model.model_copy(update=model),
+            "data": job.data.model_copy(update=data),
+            "training": job.training.model_copy(update=training),
+            "output": job.output.model_copy(update=output),
+        }
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path.cwd() / path)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override!r}: write key.path=value, for example training.steps=100")
+    *parents, last = key.split(".")
+    node: Any = content
+    for parent in parents:
+        node = _child(node, parent, override)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not YAML: {error}") from error
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, key, override)]
+    child = node.setdefault(key, {})
+    if child is None:
+        child = node[key] = {}
+    if not isinstance(child, (dict, list)):
+        raise UserError(f"--set {override!r}: {key} is {child!r}, it has no keys inside")
+    return child
+
+
+def _list_index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise UserError(f"--set {override!r}: {key!r} is no place of a list with {len(node)} entries, counted from 0")
+    return int(key)
+
+
+def _explain(mistake: dict[str, Any]) -> str:
+    """One line for one pydantic error: path, what is wrong, what was found, the nearest known key."""
+    location = [part for part in mistake["loc"] if not str(part).startswith(("function-", "constrained"))]
+    path = ".".join(str(part) for part in location)
+    if mistake["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}" if known else ""
+        return f"{path}: unknown key; {hint}".rstrip("; ")
+    if mistake["type"] == "missing":
+        return f"{path}: required and not given"
+    message = mistake["msg"].removeprefix("Value error, ")
+    found = mistake["input"]
+    shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {found!r:.80})"
+    return f"{path or 'job'}: {message}{shown}"
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """The keys of the settings at a path of the job."""
+    model: Any = Job
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields = getattr(model, "model_fields", {})
+        if part in fields:
+            model = _settings_class(fields[part].annotation)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _settings_class(annotation: Any) -> Any:
+    """The Settings class inside an annotation such as `tuple[X, ...] | None`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, Settings) else None
+    for inner in typing.get_args(annotation):
+        found = _settings_class(inner)
+        if found is not None:
+            return found
+    return None

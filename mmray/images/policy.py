@@ -1,0 +1,215 @@
+"""How a page is cut into tiles: settings, checked once, so that planning is arithmetic that cannot fail.
+
+A policy with nothing set cuts nothing: the page is one tile of its own size, and the model family's
+processor sizes it. Cutting is asked for by one of `preset`, `grid`, `buckets`; every other setting says
+how, and is refused where nothing is cut, since a setting without effect is a mistake someone will look for
+later.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self, cast
+
+from pydantic import Field, PositiveInt, model_validator
+
+from mmray.settings import Settings
+
+Size = tuple[PositiveInt, PositiveInt]
+"""(width, height) in pixels."""
+
+Grid = tuple[PositiveInt, PositiveInt]
+"""(columns, rows)."""
+
+Channel = Annotated[int, Field(ge=0, le=255)]
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+PRESET_TILE_SIZE = (512, 512)
+"""Tile size of a preset where the policy names none, (width, height) in pixels."""
+
+
+class ShapeBucket(Settings):
+    """The grid for pages of some range of shapes."""
+
+    max_ratio: Ratio | None = None
+    """Pages whose height divided by width is strictly under this, and under no earlier bucket's. null, in
+    the last bucket only: every remaining page."""
+
+    grid: Grid
+    """Tiles as (columns, rows)."""
+
+
+class OverviewBucket(Settings):
+    """The overview's size for pages of some range of shapes."""
+
+    max_ratio: Ratio | None = None
+    """Pages whose height divided by width is strictly under this, and under no earlier bucket's. null, in
+    the last bucket only: every remaining page."""
+
+    size: Size
+    """The overview tile, (width, height) in pixels."""
+
+
+PRESETS = {
+    "ocr_pages": (
+        ShapeBucket(max_ratio=0.9, grid=(3, 2)),
+        ShapeBucket(max_ratio=1.7, grid=(2, 3)),
+        ShapeBucket(max_ratio=None, grid=(2, 4)),
+    ),
+}
+"""Ready-made buckets. ocr_pages: landscape sheets, portrait sheets, and what is longer (receipts,
+columns)."""
+
+
+class TilingPolicy(Settings):
+    """How pages become tiles. Sizes are (width, height) in pixels of the upright page."""
+
+    preset: Literal["ocr_pages"] | None = None
+    """A ready-made grid. ocr_pages: 3 columns x 2 rows for pages with height / width under 0.9, 2 x 3 under
+    1.7, 2 x 4 above; tiles of 512 x 512 unless tile_size or native_resolution says otherwise. Excludes grid
+    and buckets."""
+
+    grid: Grid | None = None
+    """One grid for every page, (columns, rows). Excludes preset and buckets."""
+
+    buckets: tuple[ShapeBucket, ...] | None = None
+    """Grids by the page's shape, by ascending max_ratio; the last one has max_ratio null. Excludes preset
+    and grid."""
+
+    tile_size: Size | None = None
+    """The size of every tile, (width, height) in pixels. A crop is scaled to fit, keeping its aspect ratio,
+    and padded at the right or the bottom. Excludes native_resolution."""
+
+    native_resolution: bool = False
+    """Tiles keep the page's own pixels and are only padded, at the right and the bottom, to multiples of
+    patch_multiple. Excludes tile_size."""
+
+    overlap: Annotated[float, Field(ge=0, le=0.49)] = 0.0
+    """Fraction of a cell's width and height added to its tile on each side, ending at the page's edge."""
+
+    min_area: Annotated[int, Field(ge=0)] = 0
+    """Pages of fewer square pixels (width times height) become one tile, without overview and label."""
+
+    overview: Size | tuple[OverviewBucket, ...] | None = None
+    """The whole page once more as a first tile: its (width, height) in pixels, or sizes by the page's
+    shape, by ascending max_ratio, the last one with max_ratio null. null: none."""
+
+    no_upscale: bool = False
+    """A crop smaller than its tile keeps its scale and is padded instead of enlarged."""
+
+    pad_color: tuple[Channel, Channel, Channel] = (255, 255, 255)
+    """Colour of the padding, (red, green, blue) of 0 to 255."""
+
+    reading_order: Literal["ltr", "rtl"] = "ltr"
+    """Order of the tiles in a row, left to right or right to left. Rows go from top to bottom."""
+
+    labels: bool = False
+    """Write a label before each tile of a page of several: <global_img> before the overview, <row1_col1>
+    and so on before the others, columns counted from the left in either reading order. A page of one tile
+    has no label."""
+
+    patch_multiple: PositiveInt = 1
+    """Pixels that tile widths and heights are a multiple of. Set by the model family."""
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether pages are cut at all."""
+        return bool(self.preset or self.grid or self.buckets)
+
+    @property
+    def shape_buckets(self) -> tuple[ShapeBucket, ...]:
+        """The grids by shape, whichever of preset, grid, buckets they come from. Empty: pages are not cut."""
+        if self.preset:
+            return PRESETS[self.preset]
+        if self.grid:
+            return (ShapeBucket(grid=self.grid),)
+        return self.buckets or ()
+
+    @property
+    def overview_buckets(self) -> tuple[OverviewBucket, ...]:
+        """The overview's sizes by shape. Empty: no overview."""
+        if not self.overview:
+            return ()
+        buckets = tuple(bucket for bucket in self.overview if isinstance(bucket, OverviewBucket))
+        return buckets or (OverviewBucket(size=cast(Size, self.overview)),)
+
+    def aligned(self, multiple: int) -> Self:
+        """The policy for a model family whose merged patches cover `multiple` x `multiple` pixels.
+
+        The sizes of tiles and overview become the nearest multiple (upwards from the middle, at least one),
+        and patch_multiple is set, which native tiles are padded to. Raises ValueError for multiple < 1.
+        """
+        if multiple < 1:
+            raise ValueError(f"tile sizes are multiples of at least 1 pixel, not {multiple}")
+
+        def nearest(size: Size) -> Size:
+            width, height = (max(1, (2 * pixels + multiple) // (2 * multiple)) * multiple for pixels in size)
+            return width, height
+
+        overview = [OverviewBucket(max_ratio=b.max_ratio, size=nearest(b.size)) for b in self.overview_buckets]
+        return self._with(
+            patch_multiple=multiple,
+            tile_size=self.tile_size and nearest(self.tile_size),
+            overview=overview[0].size if len(overview) == 1 else overview or None,
+        )
+
+    def with_fixed_tiles(self, size: Size) -> Self:
+        """The policy for a model family that takes tiles of one size only: tiles and overview get it.
+
+        A policy that cuts nothing is returned as it is: the family's processor sizes the page. Raises
+        ValueError for native_resolution, which cannot give tiles of one size.
+        """
+        if not self.is_tiled:
+            return self
+        if self.native_resolution:
+            raise ValueError(
+                f"native_resolution: this model takes tiles of {size[0]} x {size[1]} pixels only; "
+                "remove native_resolution"
+            )
+        return self._with(tile_size=size, overview=self.overview and size)
+
+    def _with(self, **changes: object) -> Self:
+        return self.model_validate({**self.model_dump(), **changes})
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Self:
+        grids = [name for name in ("preset", "grid", "buckets") if getattr(self, name) is not None]
+        if len(grids) > 1:
+            raise ValueError(f"{' and '.join(grids)} exclude each other; keep one of them")
+        if not grids:
+            self._check_nothing_is_set()
+            return self
+        if self.buckets is not None:
+            _check_buckets("buckets", self.buckets)
+        if self.overview is not None:
+            _check_buckets("overview", self.overview_buckets)
+        if self.preset and not self.tile_size and not self.native_resolution:
+            object.__setattr__(self, "tile_size", PRESET_TILE_SIZE)
+        self._check_tile_sizes(grids[0])
+        return self
+
+    def _check_nothing_is_set(self) -> None:
+        fields = type(self).model_fields
+        names = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        without_effect = [name for name in names if name != "patch_multiple"]
+        if without_effect:
+            listed = ", ".join(without_effect)
+            raise ValueError(f"{listed}: without effect, as pages are not cut; remove, or set preset, grid or buckets")
+
+    def _check_tile_sizes(self, grid: str) -> None:
+        if self.tile_size and self.native_resolution:
+            raise ValueError("tile_size and native_resolution exclude each other; keep one of them")
+        if not self.tile_size and not self.native_resolution:
+            raise ValueError(f"tile_size: {grid} needs it; set it, or native_resolution: true")
+        if self.no_upscale and self.native_resolution and not self.overview:
+            raise ValueError("no_upscale: without effect, as native_resolution scales nothing; remove it")
+
+
+def _check_buckets(field: str, buckets: Sequence[ShapeBucket | OverviewBucket]) -> None:
+    """The buckets of a field cover every shape once: ascending, and only the last one open."""
+    limits = [bucket.max_ratio for bucket in buckets]
+    if not limits or limits[-1] is not None:
+        raise ValueError(f"{field}: the last bucket takes every remaining page; end with max_ratio: null")
+    closed = [limit for limit in limits[:-1] if limit is not None]
+    if len(closed) < len(limits) - 1:
+        raise ValueError(f"{field}: a max_ratio of null takes every remaining page; only the last may have it")
+    if closed != sorted(set(closed)):
+        raise ValueError(f"{field}: max_ratio must ascend from bucket to bucket, not {closed}; sort them")

@@ -1,0 +1,111 @@
+"""Where an image comes from: a path, a URI, bytes, or an open file, and the errors of opening it.
+
+Rows come from people, so what a row may open is a closed list: local paths, and URIs of `ALLOWED_SCHEMES`.
+A row cannot make a cluster call a web server (`http`), read a file by another name (`file://`) or chain
+file systems (`memory://a::file:///b`).
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import fsspec
+
+from mmray.errors import RowError, UserError
+
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+"""A local path, a URI, the encoded image itself, or a binary file, which is read from its beginning."""
+
+ALLOWED_SCHEMES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "hf", "memory"}
+"""URI schemes a row may name. Add to it where your storage has another one that fsspec knows."""
+
+PASSING_ERRORS = (ConnectionError, TimeoutError, MemoryError)
+"""Errors while reading an image that say nothing about it: they pass through instead of rejecting a row."""
+
+REMOTE_BLOCK_BYTES = 1 << 20
+"""Bytes fetched at a time from remote storage: a page is most often one request, and a header never five."""
+
+
+def open_image(source: ImageSource) -> BinaryIO:
+    """Open an image for reading its bytes. A file object is given back as it is, its owner closes it.
+
+    Raises RowError: `image_missing`, `image_unreadable` (no permission, a folder, an I/O error),
+    `image_scheme` (a URI of a scheme outside ALLOWED_SCHEMES). Raises UserError where a URI's file system
+    cannot be set up on this machine. PASSING_ERRORS pass through.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if isinstance(source, str | os.PathLike):
+        is_uri = isinstance(source, str) and "://" in source
+        try:
+            return _open_uri(str(source)) if is_uri else open(source, "rb")
+        except PASSING_ERRORS:
+            raise
+        except (OSError, ValueError) as error:
+            raise _row_error(source, error) from error
+    if not hasattr(source, "read"):
+        raise TypeError(f"an image is a path, a URI, bytes or a binary file, not {type(source).__name__}")
+    return source
+
+
+@contextmanager
+def image_file(source: ImageSource) -> Iterator[BinaryIO]:
+    """`open_image`, closed at the end unless the caller of mmray opened it."""
+    file = open_image(source)
+    try:
+        yield file
+    finally:
+        if file is not source:
+            file.close()
+
+
+def describe_source(source: ImageSource) -> str:
+    """The image's name in error messages: one line of at most 200 characters."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"image of {memoryview(source).nbytes} bytes"
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+    else:
+        name = str(getattr(source, "name", "image file"))
+    text = repr(name)[1:-1]
+    return text if len(text) <= 200 else f"{text[:90]}…{text[-109:]}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, to stand in a one-line message that names the image."""
+    text = str((isinstance(error, OSError) and error.strerror) or error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def _open_uri(uri: str) -> BinaryIO:
+    scheme, _, rest = uri.partition("://")
+    scheme = scheme.lower()
+    if scheme not in ALLOWED_SCHEMES or "::" in uri:
+        allowed = ", ".join(sorted(ALLOWED_SCHEMES))
+        raise RowError(
+            "image_scheme",
+            f"{describe_source(uri)}: images are local paths or of {allowed}; copy it to one of these",
+        )
+    try:
+        file_system, path = fsspec.core.url_to_fs(f"{scheme}://{rest}")
+    except PASSING_ERRORS:
+        raise
+    except (ImportError, OSError, ValueError) as error:
+        message = f"{describe_source(uri)}: {one_line(error)}; set up {scheme}:// on every node"
+        raise UserError(message) from error
+    return file_system.open(path, "rb", block_size=REMOTE_BLOCK_BYTES)
+
+
+def _row_error(source: ImageSource, error: OSError | ValueError) -> RowError:
+    name = describe_source(source)
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return RowError("image_missing", f"{name}: no such file; check the path and `image_root`")
+        case PermissionError():
+            return RowError("image_unreadable", f"{name}: no permission to read it; grant it to this user")
+        case IsADirectoryError():
+            return RowError("image_unreadable", f"{name}: is a folder; name an image file")
+        case _:
+            return RowError("image_unreadable", f"{name}: {one_line(error)}; check that it can be read")

@@ -1,0 +1,189 @@
+"""From a page's size to its tiles: `plan_tiles` is arithmetic, `cut_tiles` does what the plan says.
+
+Preparing plans from the header's size, training cuts from the pixels, days later and elsewhere. The plan is
+a pure function of size and policy, so both see the same tiles. Cells are the page divided by whole numbers,
+edges rounded down: every pixel is in some tile, and a page narrower than its number of columns has tiles
+that repeat pixels rather than empty ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+from PIL import Image
+
+from mmray.errors import RowError
+from mmray.images.policy import OverviewBucket, ShapeBucket, TilingPolicy
+
+Box = tuple[int, int, int, int]
+UNTILED_SHAPE = "page"
+OVERVIEW_LABEL = "<global_img>"
+
+_AnyBucket = TypeVar("_AnyBucket", ShapeBucket, OverviewBucket)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TilePlan:
+    """The tiles of one page, in reading order, the overview first. The tuples have one entry a tile."""
+
+    size: tuple[int, int]
+    """(width, height) of the upright page in pixels."""
+    shape: str
+    """The visual shape, a key to group pages by. Of cut pages: equal where grid and tile_sizes are equal,
+    for example "2x3@512x512" or, with an overview, "2x3@512x512+448x448". "page" for every page that is not
+    cut."""
+    grid: tuple[int, int]
+    """(columns, rows), without the overview."""
+    boxes: tuple[Box, ...]
+    """What each tile shows: (left, top, right, bottom) in pixels of the upright page, right and bottom
+    excluded."""
+    tile_sizes: tuple[tuple[int, int], ...]
+    """(width, height) of each tile in pixels."""
+    labels: tuple[str | None, ...]
+    """Text before each tile, None for none."""
+    upscale: tuple[bool, ...]
+    """Whether a box smaller than its tile is enlarged to fit it, or keeps its scale."""
+    pad_color: tuple[int, int, int]
+    """(red, green, blue) of what the box does not fill."""
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the page is cut or scaled by the policy, or left to the model family's processor."""
+        return self.shape != UNTILED_SHAPE
+
+
+def plan_tiles(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
+    """The tiles of a page of `size`, (width, height) in pixels, upright. ValueError for one under 1 x 1."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise ValueError(f"a page has at least 1 x 1 pixels, not {width} x {height}")
+    if not policy.is_tiled:
+        return _untiled_plan((width, height), policy)
+    is_small = width * height < policy.min_area
+    ratio = height / width
+    grid = (1, 1) if is_small else _bucket_of(policy.shape_buckets, ratio).grid
+    cells = _cells(grid, policy.reading_order)
+    boxes = [_cell_box(size, grid, cell, policy.overlap) for cell in cells]
+    tile_sizes = [policy.tile_size or _padded_size(box, policy.patch_multiple) for box in boxes]
+    labels = [f"<row{row + 1}_col{column + 1}>" for column, row in cells]
+    upscale = [not policy.no_upscale and not policy.native_resolution] * len(cells)
+    shape = f"{grid[0]}x{grid[1]}@{_sizes_key(tile_sizes)}"
+    if policy.overview and not is_small:
+        overview_size = _bucket_of(policy.overview_buckets, ratio).size
+        boxes.insert(0, (0, 0, width, height))
+        tile_sizes.insert(0, overview_size)
+        labels.insert(0, OVERVIEW_LABEL)
+        upscale.insert(0, not policy.no_upscale)
+        shape += f"+{overview_size[0]}x{overview_size[1]}"
+    has_labels = policy.labels and len(boxes) > 1
+    return TilePlan(
+        size=(width, height),
+        shape=shape,
+        grid=grid,
+        boxes=tuple(boxes),
+        tile_sizes=tuple(tile_sizes),
+        labels=tuple(labels) if has_labels else (None,) * len(boxes),
+        upscale=tuple(upscale),
+        pad_color=policy.pad_color,
+    )
+
+
+def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
+    """The RGB tiles of a page, in the plan's order and sizes. A page that is not cut is returned itself.
+
+    A box is scaled to fit its tile (bicubic, aspect ratio kept) and stands at the tile's top left; the rest
+    is pad_color. Top left and not centred: text begins there, and a page's coordinates in a tile are one
+    multiplication. Raises RowError `image_changed` where the page is of another size than the plan's;
+    ValueError for a mode other than RGB.
+    """
+    if image.size != plan.size:
+        planned, found = ("{} x {}".format(*size) for size in (plan.size, image.size))
+        message = f"planned for {planned} pixels, the image now has {found}; prepare the dataset again"
+        raise RowError("image_changed", message)
+    if not plan.is_tiled:
+        return [image]
+    if image.mode != "RGB":
+        raise ValueError(f"tiles are cut from the RGB pages of load_image, not from mode {image.mode!r}")
+    return [
+        _cut_tile(image, box, tile_size, upscale, plan.pad_color)
+        for box, tile_size, upscale in zip(plan.boxes, plan.tile_sizes, plan.upscale, strict=True)
+    ]
+
+
+def _untiled_plan(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
+    return TilePlan(
+        size=size,
+        shape=UNTILED_SHAPE,
+        grid=(1, 1),
+        boxes=((0, 0, *size),),
+        tile_sizes=(size,),
+        labels=(None,),
+        upscale=(False,),
+        pad_color=policy.pad_color,
+    )
+
+
+def _bucket_of(buckets: Sequence[_AnyBucket], ratio: float) -> _AnyBucket:
+    return next(bucket for bucket in buckets if bucket.max_ratio is None or ratio < bucket.max_ratio)
+
+
+def _cells(grid: tuple[int, int], reading_order: str) -> list[tuple[int, int]]:
+    """(column, row) of each cell, counted from 0 at the top left, in reading order."""
+    columns = range(grid[0]) if reading_order == "ltr" else range(grid[0] - 1, -1, -1)
+    return [(column, row) for row in range(grid[1]) for column in columns]
+
+
+def _cell_box(size: tuple[int, int], grid: tuple[int, int], cell: tuple[int, int], overlap: float) -> Box:
+    left, right = _span(size[0], grid[0], cell[0], overlap)
+    top, bottom = _span(size[1], grid[1], cell[1], overlap)
+    return left, top, right, bottom
+
+
+def _span(length: int, parts: int, index: int, overlap: float) -> tuple[int, int]:
+    """Start and end of one of `parts` cells along `length` pixels, widened by the overlap: never empty."""
+    start = index * length // parts
+    end = max((index + 1) * length // parts, start + 1)
+    margin = round(overlap * length / parts)
+    return max(start - margin, 0), min(end + margin, length)
+
+
+def _padded_size(box: Box, multiple: int) -> tuple[int, int]:
+    """The size of a box, rounded up to multiples."""
+    left, top, right, bottom = box
+    return -(-(right - left) // multiple) * multiple, -(-(bottom - top) // multiple) * multiple
+
+
+def _sizes_key(tile_sizes: Sequence[tuple[int, int]]) -> str:
+    """One size where all are equal, else the runs of equal sizes: "512x512" or "400x512*2,384x512"."""
+    runs = [(size, len(list(run))) for size, run in groupby(tile_sizes)]
+    if len(runs) == 1:
+        ((width, height), _) = runs[0]
+        return f"{width}x{height}"
+    counted = [(f"{width}x{height}", count) for (width, height), count in runs]
+    return ",".join(f"{size}*{count}" if count > 1 else size for size, count in counted)
+
+
+def _cut_tile(
+    image: Image.Image, box: Box, tile_size: tuple[int, int], upscale: bool, pad_color: tuple[int, int, int]
+) -> Image.Image:
+    box_size = (box[2] - box[0], box[3] - box[1])
+    scale = min(tile_size[0] / box_size[0], tile_size[1] / box_size[1])
+    if not upscale:
+        scale = min(scale, 1.0)
+    inner_size = (_scaled(box_size[0], scale, tile_size[0]), _scaled(box_size[1], scale, tile_size[1]))
+    if inner_size != box_size:
+        inner = image.resize(inner_size, Image.Resampling.BICUBIC, box=box)
+    elif box_size == image.size:
+        inner = image
+    else:
+        inner = image.crop(box)
+    if inner_size == tile_size:
+        return inner
+    tile = Image.new("RGB", tile_size, pad_color)
+    tile.paste(inner, (0, 0))
+    return tile
+
+
+def _scaled(length: int, scale: float, limit: int) -> int:
+    return min(max(round(length * scale), 1), limit)

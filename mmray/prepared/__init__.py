@@ -1,0 +1,5 @@
+"""The prepared dataset: its files, how they are written, how they are read."""
+
+from mmray.prepared.dataset import Bin, PreparedDataset, PreparedWriter
+
+__all__ = ["Bin", "PreparedDataset", "PreparedWriter"]

@@ -1,0 +1,91 @@
+"""What a prepared dataset depends on, as one record and its hash.
+
+Two prepares with the same record give byte-equal bins; a record that differs names, key by key, why they would not.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mmray.errors import UserError
+from mmray.images import TilingPolicy
+from mmray.masks.settings import MaskingSettings
+from mmray.packing_settings import PackingSettings
+from mmray.prepared.schema import FORMAT_VERSION
+from mmray.rows.files import SourceFile
+from mmray.rows.settings import DatasetSettings
+
+
+def processor_record(processor: Any) -> dict[str, str]:
+    """Hashes of the parts of a processor that decide tokens and sizes."""
+    image_settings = {
+        key: value for key, value in processor.image_processor.to_dict().items() if not key.startswith("_")
+    }
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    calls = ("truncation", "padding")  # left there by whoever called the tokenizer last; mmray uses neither
+    return {
+        "class": type(processor).__name__,
+        "tokenizer": _hash({key: value for key, value in tokenizer.items() if key not in calls}),
+        "special_tokens": _hash(processor.tokenizer.special_tokens_map),
+        "chat_template": _hash(processor.chat_template),
+        "image_processor": _hash(image_settings),
+        "image_seq_len": str(getattr(processor, "image_seq_len", "")),
+    }
+
+
+def prepare_record(
+    *, files: Sequence[SourceFile], datasets: Sequence[DatasetSettings], max_image_pixels: int, processor: Any,
+    tiling: TilingPolicy, packing: PackingSettings, masking: MaskingSettings,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that changes the result of a prepare, as plain JSON."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
+        "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
+        "max_image_pixels": max_image_pixels,
+        "processor": processor_record(processor),
+        "tiling": tiling.model_dump(mode="json"),
+        "packing": packing.model_dump(mode="json"),
+        "masking": masking.model_dump(mode="json"),
+    }
+
+
+def check_settings(
+    path: str, record: dict[str, Any], *, processor: Any, tiling: TilingPolicy, packing: PackingSettings,
+    masking: MaskingSettings,
+) -> None:  # fmt: skip
+    """Raise UserError when a prepared dataset was made with another processor or other settings than a job has now.
+
+    The row files are not looked at: they may be gone once they are prepared.
+    """
+    now = {
+        "processor": processor_record(processor),
+        "tiling": tiling.model_dump(mode="json"),
+        "packing": packing.model_dump(mode="json"),
+        "masking": masking.model_dump(mode="json"),
+    }
+    lines = differences({key: record[key] for key in now}, json.loads(json.dumps(now)))
+    if lines:
+        shown = "\n  ".join(lines[:8])
+        raise UserError(f"{path} was prepared with other settings than the job has now:\n  {shown}\nPrepare it again")
+
+
+def fingerprint(record: dict[str, Any]) -> str:
+    """The hash of a record, 16 hex digits."""
+    return _hash(record)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines `path: old -> new` for every leaf in which two records differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, (a, b) in enumerate(zip(old, new)) for line in differences(a, b, f"{path}[{i}]")]
+    return [] if old == new else [f"{path}: {old!r:.120} -> {new!r:.120}"]
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,63 @@
+"""The columns of a prepared dataset's files. Token counts and ids are int32; sizes are pixels of the upright image."""
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+"""Raised when a change makes older prepared datasets unreadable or unequal."""
+
+IMAGES = pa.list_(
+    pa.struct(
+        [
+            ("uri", pa.string()),  # where the image lies; null when `data` holds it
+            ("data", pa.large_binary()),  # large: the images of a window may be more than 2 GiB
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("sample", pa.int32()),  # number of its sample in the bin
+            ("first_token", pa.int32()),  # in the bin: the tokens that stand for the image
+            ("num_tokens", pa.int32()),
+        ]
+    )
+)
+
+BINS = pa.schema(
+    [
+        ("bucket", pa.string()),  # image shape its samples share, `mixed` or `text`
+        ("num_tokens", pa.int32()),
+        ("visual_tokens", pa.int32()),
+        ("trained_tokens", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),  # the samples one after another
+        ("sample_lengths", pa.list_(pa.int32())),
+        ("sample_ids", pa.list_(pa.string())),
+        ("sample_sources", pa.list_(pa.string())),  # file:line (JSONL) or file:row (Parquet)
+        ("sample_rules", pa.list_(pa.int8())),  # masks.labels.LossRule
+        ("given", pa.list_(pa.bool_())),  # for LossRule.GIVEN: trained or not, per token; else empty
+        ("images", IMAGES),
+    ]
+)
+
+REJECTED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("source", pa.string()),
+        ("row", pa.string()),  # the row as JSON, its first 500 characters
+    ]
+)
+
+SAMPLES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("rule", pa.int8()),
+        ("bucket", pa.string()),
+        ("visual_tokens", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("given", pa.list_(pa.bool_())),
+        ("images", IMAGES),
+        ("reason", pa.string()),  # not null: a rejected row
+        ("message", pa.string()),
+        ("row", pa.string()),
+    ]
+)
+"""What an encoder hands to the packer: the samples and rejected rows of a chunk, in the order of its rows."""

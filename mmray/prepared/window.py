@@ -1,0 +1,210 @@
+"""One window of rows, from encoded samples to the Parquet bytes of its bins.
+
+Pure: the same samples give the same bytes, so a window can be made again anywhere. Samples that share an image shape
+are packed together first; the bins of a shape that stay emptier than `bucket_fill` are taken apart, and the samples of
+all shapes' leftovers are packed together. Bins keep the order in which they were made; the schedule shuffles.
+"""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule, segment_ids
+from mmray.packing import lower_bound, pack_2d
+from mmray.packing_settings import PackingSettings
+from mmray.prepared.schema import BINS, REJECTED, SAMPLES
+from mmray.rows.encode import RejectedRow, Sample
+
+BINS_PER_ROW_GROUP = 8
+"""Bins read together: a bin read alone costs the others of its row group, a group its share of the file's footer."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A packed window. statistics: counts that add up over windows."""
+
+    bins: bytes
+    rejected: bytes
+    statistics: dict[str, Any]
+
+
+def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
+    """Encoded rows as an Arrow table (`schema.SAMPLES`), for the way to the packer."""
+
+    def record(row: Sample | RejectedRow) -> dict[str, Any]:
+        if isinstance(row, RejectedRow):
+            return {
+                "id": row.id, "source": row.source, "reason": row.reason, "message": row.message, "row": row.row,
+                "images": [],
+            }  # fmt: skip
+        return {
+            "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
+            "visual_tokens": row.visual_tokens, "input_ids": row.input_ids, "given": row.given,
+            "images": [
+                {
+                    "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
+                    "first_token": int(start), "num_tokens": int(count),
+                }
+                for image, (width, height), (start, count) in zip(row.images, row.sizes, row.blocks)
+            ],
+        }  # fmt: skip
+
+    return pa.Table.from_pylist([record(row) for row in rows], schema=SAMPLES)
+
+
+def pack_window(samples: pa.Table, packing: PackingSettings, labels: LabelMaker) -> Window:
+    """Pack a window's samples (`schema.SAMPLES`, in row order) into bins. Deterministic to the byte."""
+    columns = _Columns.of(samples)
+    trained = columns.trained_tokens(labels)
+    usable = [index for index in range(samples.num_rows) if columns.reasons[index] is None and trained[index]]
+    bins = _pack_by_bucket(columns, usable, packing)
+    table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
+    rejected = pa.Table.from_pylist(
+        [columns.rejected(index) for index in sorted(set(range(samples.num_rows)) - set(usable))], schema=REJECTED
+    )
+    used = np.asarray(usable, dtype=np.int64)
+    statistics = {
+        "rows_read": samples.num_rows,
+        "rows_packed": len(usable),
+        "rows_rejected": rejected.num_rows,
+        "rejected_by_reason": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
+        "bins": len(bins),
+        "bins_at_least": lower_bound(
+            columns.lengths[used], columns.visual[used],
+            token_capacity=packing.token_capacity, visual_capacity=packing.visual_capacity,
+        ),
+        "tokens": int(columns.lengths[used].sum()),
+        "visual_tokens": int(columns.visual[used].sum()),
+        "trained_tokens": int(trained[used].sum()),
+        "images": sum(len(columns.images[index]) for index in usable),
+    }  # fmt: skip
+    return Window(_parquet(table, BINS_PER_ROW_GROUP), _parquet(rejected, 1024), statistics)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a window's samples, ready to be cut."""
+
+    table: pa.Table
+    ids: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    visual: np.ndarray
+    buckets: list[str | None]
+    rules: np.ndarray
+    reasons: list[str | None]
+    images: list[list[dict[str, Any]]]
+    given: list[list[bool] | None]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "_Columns":
+        ids = table["input_ids"].combine_chunks()
+        lengths = ids.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        return cls(
+            table=table,
+            ids=ids.flatten().to_numpy(),
+            offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
+            lengths=lengths,
+            visual=table["visual_tokens"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False),
+            buckets=table["bucket"].to_pylist(),
+            rules=table["rule"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False),
+            reasons=table["reason"].to_pylist(),
+            images=table["images"].to_pylist(),
+            given=table["given"].to_pylist(),
+        )
+
+    def tokens(self, index: int) -> np.ndarray:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def trained_tokens(self, labels: LabelMaker) -> np.ndarray:
+        """Trained tokens of every row, int64 [rows]; 0 for rejected rows."""
+        lengths = torch.from_numpy(self.lengths)
+        blocks = [
+            (int(self.offsets[index]) + image["first_token"], image["num_tokens"])
+            for index, images in enumerate(self.images)
+            for image in images
+        ]
+        given = np.zeros(len(self.ids), dtype=bool)
+        for index in np.flatnonzero((self.rules == LossRule.GIVEN) & (self.lengths > 0)):
+            given[self.offsets[index] : self.offsets[index + 1]] = self.given[index]
+        made = labels.labels(
+            torch.from_numpy(self.ids.astype(np.int64)),
+            segment_ids(lengths),
+            torch.repeat_interleave(torch.from_numpy(self.rules.astype(np.int64)), lengths),
+            torch.from_numpy(given),
+            torch.tensor(blocks, dtype=torch.int64).reshape(-1, 2),
+        )
+        before = np.concatenate([[0], (made != IGNORE_INDEX).numpy().cumsum()])
+        return before[self.offsets[1:]] - before[self.offsets[:-1]]
+
+    def bin(self, members: Sequence[int], trained: np.ndarray) -> dict[str, Any]:
+        """The record of one bin (`schema.BINS`)."""
+        starts = np.concatenate([[0], self.lengths[list(members)].cumsum()])
+        buckets = {self.buckets[index] for index in members}
+        images = [
+            image | {"sample": number, "first_token": image["first_token"] + int(starts[number])}
+            for number, index in enumerate(members)
+            for image in self.images[index]
+        ]
+        any_given = bool((self.rules[list(members)] == LossRule.GIVEN).any())
+        given = [
+            self.given[index] if self.rules[index] == LossRule.GIVEN else [False] * int(self.lengths[index])
+            for index in members
+        ]
+        return {
+            "bucket": buckets.pop() if len(buckets) == 1 else "mixed",
+            "num_tokens": int(starts[-1]),
+            "visual_tokens": int(self.visual[list(members)].sum()),
+            "trained_tokens": int(trained[list(members)].sum()),
+            "input_ids": np.concatenate([self.tokens(index) for index in members]),
+            "sample_lengths": self.lengths[list(members)],
+            "sample_ids": [self.table["id"][index].as_py() for index in members],
+            "sample_sources": [self.table["source"][index].as_py() for index in members],
+            "sample_rules": self.rules[list(members)],
+            "given": np.concatenate([np.asarray(flags, dtype=bool) for flags in given]) if any_given else [],
+            "images": images,
+        }
+
+    def rejected(self, index: int) -> dict[str, Any]:
+        record = {name: self.table[name][index].as_py() for name in ("id", "reason", "message", "source", "row")}
+        if record["reason"] is None:
+            record["reason"] = "nothing_trained"
+            record["message"] = "no token of the row is trained; see masking.roles_to_train and the row's roles"
+        return record
+
+
+def _pack_by_bucket(columns: _Columns, usable: Sequence[int], packing: PackingSettings) -> list[list[int]]:
+    """Bins as lists of row numbers: full bins of each bucket in the order of their names, then the rest mixed."""
+    capacity = {"token_capacity": packing.token_capacity, "visual_capacity": packing.visual_capacity}
+
+    def pack(indices: Sequence[int]) -> list[list[int]]:
+        chosen = np.asarray(indices, dtype=np.int64)
+        packed = pack_2d(columns.lengths[chosen], columns.visual[chosen], **capacity)
+        return [[int(chosen[number]) for number in members] for members in packed]
+
+    def fill(members: Sequence[int]) -> float:
+        tokens, visual = columns.lengths[list(members)].sum(), columns.visual[list(members)].sum()
+        return float(max(tokens / packing.token_capacity, visual / packing.visual_capacity))
+
+    kept: list[list[int]] = []
+    rest: list[int] = []
+    for bucket in sorted({str(columns.buckets[index]) for index in usable}):
+        for members in pack([index for index in usable if columns.buckets[index] == bucket]):
+            if fill(members) >= packing.bucket_fill:
+                kept.append(members)
+            else:
+                rest += members
+    return kept + (pack(sorted(rest)) if rest else [])
+
+
+def _parquet(table: pa.Table, row_group_size: int) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Rows: what a user wrote, from files to samples with exact token ids."""

@@ -1,0 +1,246 @@
+"""From a row as a user wrote it to text with one placeholder unit per image, and the list of its images.
+
+Both kinds of rows with text end in the same form: a `Document` whose text is ready for the tokenizer except that
+images are still single units. What a user typed is never structure: the family's special tokens inside the text of a
+row are refused, placeholders in the parts of a message too.
+"""
+
+import posixpath
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from mmray.errors import RowError, UserError
+from mmray.families import Family
+from mmray.rows.settings import DatasetSettings
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One image of a row: where it lies, or its bytes."""
+
+    uri: str = ""
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A row before tokenising. add_special_tokens: as the processor would for this text."""
+
+    id: str
+    text: str
+    images: tuple[ImageRef, ...]
+    add_special_tokens: bool
+
+
+class DocumentReader:
+    """Reads the `pretrain` and `chat` rows of one data set for one family."""
+
+    def __init__(self, dataset: DatasetSettings, family: Family) -> None:
+        """Raises UserError for chat rows and a processor without a chat template."""
+        if dataset.kind == "chat" and not family.processor.chat_template:
+            raise UserError(
+                f"{type(family.processor).__name__} has no chat template, which chat rows need; put a "
+                "chat_template.jinja into the processor's folder"
+            )
+        self.dataset = dataset
+        self.family = family
+        accepted = {dataset.placeholder, family.placeholder_unit, family.placeholder}
+        self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
+        self._special = re.compile("|".join(map(re.escape, family.structure_tokens)))
+
+    def read(self, value: dict[str, Any], source: str) -> Document:
+        """The row as a document. Raises RowError with the field, the value and the remedy."""
+        images = self.images(value, source)
+        if self.dataset.kind == "chat":
+            text, count = self._chat_text(value)
+            bos = self.family.tokenizer.bos_token
+            add_special_tokens = not (bos and text.startswith(bos))
+        else:
+            text, count = self._units(self._string(value, "text"), "text")
+            add_special_tokens = True
+        check_image_count(count, len(images))
+        return Document(self.row_id(value, source), text, images, add_special_tokens)
+
+    # ---------------------------------------------------------------- fields
+
+    def row_id(self, value: dict[str, Any], source: str) -> str:
+        """The row's id; its source position when it has none."""
+        found = value.get(self.dataset.column("id"))
+        if found is None:
+            return source
+        if not isinstance(found, (str, int)) or isinstance(found, bool):
+            raise RowError("wrong_type", f"id must be a string, not {type(found).__name__} {found!r:.60}")
+        return str(found)
+
+    def images(self, value: dict[str, Any], source: str) -> tuple[ImageRef, ...]:
+        """The row's images: paths are joined to the image root, bytes are kept."""
+        column = self.dataset.column("images")
+        found = value.get(column)
+        if found is None:
+            return ()
+        if not isinstance(found, list):
+            raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
+        return tuple(self._image(entry, source) for entry in found)
+
+    def _image(self, entry: object, source: str) -> ImageRef:
+        if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
+            entry = entry.get("bytes") or entry.get("path")
+        if isinstance(entry, bytes):
+            return ImageRef(data=entry)
+        if not isinstance(entry, str) or not entry:
+            raise RowError("wrong_type", f"an image must be a path, a URI or bytes, not {entry!r:.60}")
+        return ImageRef(uri=entry if "://" in entry else self._inside_root(entry, source))
+
+    def _inside_root(self, path: str, source: str) -> str:
+        """The place of an image path, which must not lead out of the image root."""
+        root = self.dataset.image_root or _folder(source.rsplit(":", 1)[0])
+        scheme, mark, folder = root.rpartition("://")
+        folder = posixpath.normpath(folder) if folder else ""
+        joined = posixpath.normpath(posixpath.join(folder, path))
+        if posixpath.isabs(path):
+            top = (folder if mark else posixpath.abspath(folder)).rstrip("/")
+            inside = joined.startswith(f"{top}/")
+        else:
+            inside = not f"{posixpath.normpath(path)}/".startswith("../")
+        if not inside:
+            raise RowError(
+                "image_outside_root",
+                f"image {path!r:.200} lies outside image_root {root!r}; move it inside, or set image_root to a folder "
+                "that holds all images",
+            )
+        return f"{scheme}{mark}{joined}"
+
+    def _string(self, value: dict[str, Any], field: str) -> str:
+        column = self.dataset.column(field)
+        found = value.get(column)
+        if found is None:
+            raise missing_column(repr(column), value)
+        if not isinstance(found, str):
+            raise RowError("wrong_type", f"{column} must be a string, not {type(found).__name__} {found!r:.60}")
+        if not found.strip():
+            raise RowError("empty_text", f"{column} is empty: {found!r:.60}; write its text or drop the row")
+        return found
+
+    # ---------------------------------------------------------------- text
+
+    def _units(self, text: str, where: str) -> tuple[str, int]:
+        """The text with every placeholder as the family's unit, and their number."""
+        pieces = self._placeholders.split(text)
+        for piece in pieces:
+            self._refuse_special(piece, where)
+        return self.family.placeholder_unit.join(pieces), len(pieces) - 1
+
+    def _refuse_special(self, text: str, where: str) -> None:
+        found = self._special.search(text)
+        if found:
+            raise RowError(
+                "special_token_in_text",
+                f"{where} holds the token {found.group()!r}, which the model reads as structure; write it differently",
+            )
+
+    def _chat_text(self, value: dict[str, Any]) -> tuple[str, int]:
+        messages, count = [], 0
+        for number, message in enumerate(self._messages(value)):
+            where = f"message {number}"
+            if not isinstance(message, dict):
+                raise RowError("wrong_type", f"{where} must be an object, not {type(message).__name__} {message!r:.60}")
+            role = message.get("role") or message.get("from")
+            if not isinstance(role, str) or role not in _ROLES:
+                raise RowError("unknown_role", f"{where} has role {role!r:.60}; known are {', '.join(_ROLES)}")
+            content = message.get("content")
+            content = self._content(message.get("value") if content is None else content, where)
+            count += sum(part["type"] == "image" for part in content if isinstance(part, dict))
+            messages.append({"role": _ROLES[role], "content": content})
+        try:
+            text = self.family.processor.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowError(
+                "template",
+                f"the chat template refuses the messages: {error}; check the roles, their order and contents",
+            ) from error
+        rendered = text.count(self.family.placeholder_unit)
+        if rendered != count:
+            raise RowError(
+                "template",
+                f"the chat template wrote {rendered} images where the messages have {count} image parts; "
+                "put the images into user messages",
+            )
+        return text, count
+
+    def _messages(self, value: dict[str, Any]) -> list[object]:
+        column = self.dataset.column("messages")
+        found = value.get(column)
+        if found is None:
+            column = self.dataset.column("conversations")
+            found = value.get(column)
+        if found is None:
+            raise missing_column(f"{self.dataset.column('messages')!r} and no {column!r}", value)
+        if not isinstance(found, list) or not found:
+            raise RowError("wrong_type", f"{column} must be a list with a message in it, not {found!r:.60}")
+        return found
+
+    def _content(self, content: object, where: str) -> str | list[dict[str, str]]:
+        """A message's content: a string stays one unless it holds placeholders; parts are checked one by one."""
+        if isinstance(content, str):
+            pieces = self._placeholders.split(content)
+            parts: list[dict[str, str]] = []
+            for index, piece in enumerate(pieces):
+                self._refuse_special(piece, where)
+                parts += [{"type": "image"}] if index else []
+                parts += [{"type": "text", "text": piece}] if piece else []
+            return parts if len(pieces) > 1 else content
+        if not isinstance(content, list):
+            raise RowError("wrong_type", f"{where}: content must be a string or a list of parts, not {content!r:.60}")
+        parts = [_part(part, where) for part in content]
+        # Templates write parts one after another: a token could be typed half in one and half in the next.
+        text = "".join(part.get("text", "\0") for part in parts)
+        if found := self._placeholders.search(text):
+            raise RowError(
+                "special_token_in_text",
+                f"{where}: a text part holds the image placeholder {found.group()!r}; make it a part of type 'image'",
+            )
+        self._refuse_special(text, where)
+        return parts
+
+
+def missing_column(column: str, value: Iterable[str]) -> RowError:
+    """The error of a row without a column, with the fields that it has."""
+    fields = ", ".join(map(repr, value)) or "none"
+    return RowError("missing_column", f"the row has no {column}; its fields are {fields:.200}; see data: columns")
+
+
+def check_image_count(placeholders: int, images: int) -> None:
+    """Raise RowError unless the row has one image for each placeholder."""
+    if placeholders != images:
+        raise RowError(
+            "placeholder_count",
+            f"{placeholders} image placeholders but {images} images; every image needs exactly one placeholder",
+        )
+
+
+def _part(part: object, where: str) -> dict[str, str]:
+    """A part of a message in the form of chat templates: text, or an image without anything else."""
+    if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+        return {"type": "image"}
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise RowError("wrong_type", f"{where}: a part must be of type 'text' or 'image', not {part!r:.80}")
+
+
+def _folder(uri: str) -> str:
+    """The folder of a file, by path or URI."""
+    scheme, mark, path = uri.rpartition("://")
+    return f"{scheme}{mark}{posixpath.dirname(path)}"

@@ -1,0 +1,78 @@
+"""The `data` part of the job file: where rows come from and what they look like."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mmray.settings import Settings
+
+RowKind = Literal["pretrain", "chat", "tokenized"]
+FIELDS: dict[RowKind, tuple[str, ...]] = {
+    "pretrain": ("id", "text", "images"),
+    "chat": ("id", "messages", "conversations", "images"),
+    "tokenized": ("id", "input_ids", "labels", "images"),
+}
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+class DatasetSettings(Settings):
+    """One set of rows. Several sets may be listed; their rows follow one another in the order written."""
+
+    files: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    """Row files: paths, globs or URIs, one or a list. Order is the sorted order of each glob."""
+
+    kind: RowKind
+    """`pretrain` (`text`), `chat` (`messages` or ShareGPT `conversations`) or `tokenized` (`input_ids`, `labels`)."""
+
+    format: Literal["auto", "jsonl", "parquet"] = "auto"
+    """File format; `auto` goes by the ending: `.parquet`, anything else is JSON lines."""
+
+    image_root: str | None = None
+    """Folder or URI that image paths are relative to, and must stay inside. Default: the folder of the row file."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names in the file where they differ from mmray's: `{text: markdown, images: page_images}`."""
+
+    placeholder: str = "<image>"
+    """Text that stands for an image in `text` and in message strings. The model's own text for it works too."""
+
+    add_eos: bool = True
+    """Append the tokenizer's end-of-document token to `pretrain` rows."""
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> "DatasetSettings":
+        for name in self.columns:
+            if name not in FIELDS[self.kind]:
+                raise ValueError(
+                    f"columns: {name!r} is not a field of {self.kind} rows; they have {', '.join(FIELDS[self.kind])}"
+                )
+        if not self.placeholder:
+            raise ValueError("placeholder must not be empty")
+        return self
+
+    def column(self, field: str) -> str:
+        """The name in the file of one of mmray's fields."""
+        return self.columns.get(field, field)
+
+
+class DataSettings(Settings):
+    """Rows to train and evaluate on."""
+
+    train: Annotated[tuple[DatasetSettings, ...], Field(min_length=1)]
+    """Sets of rows to train on."""
+
+    eval: tuple[DatasetSettings, ...] = ()
+    """Sets of rows to evaluate on; packed like the training rows, never shuffled."""
+
+    on_bad_row: Literal["reject", "error"] = "reject"
+    """`reject`: a row that cannot be used goes to rejected.parquet with its reason. `error`: the first one stops."""
+
+    max_image_pixels: Annotated[int, Field(gt=0)] = 250_000_000
+    """Images with more pixels (width × height, from the header) are refused."""
+
+    verify_rows: Annotated[int, Field(ge=0)] = 16
+    """Rows of each prepare, drawn by a fixed seed, whose tokens are compared with the real processor's (run on blank
+    pages of the same sizes, so that nothing is decoded). A difference stops the job."""

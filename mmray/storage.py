@@ -1,0 +1,96 @@
+"""Files of any file system, local or a URI, with writes that appear whole or not at all.
+
+fsspec does the work (`s3://`, `gs://`, `memory://`, … as far as their packages are installed). A local file is written
+beside its place and renamed over it; object stores put an object whole by themselves.
+"""
+
+import io
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from mmray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder by local path or URI. Names inside it are relative, with forward slashes."""
+
+    uri: str
+
+    @cached_property
+    def _located(self) -> tuple[Any, str]:
+        try:
+            return fsspec.core.url_to_fs(self.uri)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.uri}: this kind of address cannot be opened here: {error}") from error
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self._located[0], LocalFileSystem)
+
+    def path(self, name: str = "") -> str:
+        """The full path of a name, as the file system writes it."""
+        root = self._located[1]
+        return posixpath.join(root, name) if name else root
+
+    def create(self) -> None:
+        """Make the folder and its parents; nothing to do on object stores."""
+        self._located[0].makedirs(self.path(), exist_ok=True)
+
+    def exists(self, name: str = "") -> bool:
+        return bool(self._located[0].exists(self.path(name)))
+
+    def names(self) -> list[str]:
+        """Names of the files right inside, sorted; empty when the folder does not exist."""
+        system, root = self._located
+        if not system.exists(root):
+            return []
+        system.invalidate_cache(root)
+        return sorted(posixpath.basename(str(path)) for path in system.ls(root, detail=False))
+
+    def open(self, name: str) -> IO[bytes]:
+        return self._located[0].open(self.path(name), "rb")
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file whole or not at all; an older file of the name is replaced."""
+        with self.writing(name) as file:
+            file.write(data)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to write to, which takes its name when the block ends well and leaves nothing when it does not."""
+        if not self.is_local:
+            # Closing a remote file commits what it holds, after an error too; so nothing is sent before the end.
+            buffer = io.BytesIO()
+            yield buffer
+            self._located[0].pipe_file(self.path(name), buffer.getvalue())
+            return
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with beside.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def remove(self, name: str = "") -> None:
+        """Delete a file, or with no name the whole folder."""
+        self._located[0].rm(self.path(name), recursive=True)

@@ -1,0 +1,240 @@
+"""Checkpoints that resume exactly, and with another number of ranks.
+
+A checkpoint is one folder, the union of what its ranks wrote; no two ranks write the same file, so every rank
+may write into a local folder of its own that is merged later:
+
+    training_state.json          step, ranks, ZeRO stage, dtype        rank 0
+    rng/rank-00000.pt            states of the random generators       each rank
+    deepspeed/                   weights and optimizer state           each rank its shard
+
+With the same number of ranks DeepSpeed reads its shards back and the losses that follow are the same. Its
+shards are cut for one number of ranks; for another they are first converted, by rank 0, to DeepSpeed's
+universal form (one file per parameter and state), from which every rank cuts its own. Stage 0 in fp32 has no
+shards and needs no conversion.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mmray.errors import UserError
+
+if TYPE_CHECKING:
+    from mmray.training.engine import TrainingEngine
+
+STATE_FILE = "training_state.json"
+SHARDS = "deepspeed"
+# Converting reads and writes the whole checkpoint twice; the usual ten minutes of a barrier are too few.
+CONVERSION_TIMEOUT = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a checkpoint says about itself."""
+
+    step: int
+    """Optimizer steps done."""
+    world_size: int
+    """Ranks that wrote it."""
+    zero_stage: int
+    """ZeRO stage that ran."""
+    dtype: str
+    """ "bf16" or "fp32"."""
+
+
+@dataclass(frozen=True)
+class ResumeSource:
+    """A checkpoint made ready for the present number of ranks."""
+
+    folder: Path
+    """The checkpoint."""
+    state: SavedState
+    shards_parent: Path
+    """Folder that holds `deepspeed/` in the form to load: the checkpoint or its conversion."""
+    universal: bool
+    """Whether the shards were converted."""
+
+
+def save_state(engine: "TrainingEngine", folder: Path) -> None:
+    """Write this rank's part of a checkpoint into `folder`, which all ranks may share or not; collective.
+
+    Complete only when every rank has returned and the folders are merged: commit it after that.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.deepspeed.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+    (folder / "rng").mkdir(exist_ok=True)
+    torch.save(_rng_state(), _rng_file(folder, engine.rank))
+    if engine.rank == 0:
+        state = SavedState(engine.step_count, engine.world_size, engine.zero_stage, engine.model_settings.dtype)
+        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+
+
+def read_state(folder: Path) -> SavedState:
+    """What the checkpoint in `folder` says about itself. Raises UserError where it is none."""
+    try:
+        return SavedState(**json.loads((folder / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} holds no readable checkpoint: {error}") from error
+
+
+@contextmanager
+def prepared(
+    resume_from: Path | None, engine: "TrainingEngine", shared_folder: Path | None
+) -> Iterator[ResumeSource | None]:
+    """The checkpoint in the form that the engine's ranks can load, converted where needed; None without one.
+
+    DeepSpeed must know the form before its engine is built, so this comes first; the conversion lives until
+    the block ends on every rank. Collective.
+    """
+    if resume_from is None:
+        yield None
+        return
+    state = read_state(resume_from)
+    if not (resume_from / SHARDS).is_dir():
+        raise UserError(f"{resume_from} is an incomplete checkpoint: it holds no {SHARDS} folder")
+    saved, wanted = (state.zero_stage, state.dtype), (engine.zero_stage, engine.model_settings.dtype)
+    if saved != wanted:
+        raise UserError(
+            f"{resume_from} was written with ZeRO stage {saved[0]} and {saved[1]}, this run has stage "
+            f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or start a new run"
+        )
+    if state.world_size == engine.world_size or state.zero_stage == 0:
+        yield ResumeSource(resume_from, state, resume_from, universal=False)
+        return
+    if shared_folder is None:
+        raise UserError(
+            f"{resume_from} was written by {state.world_size} workers; to resume with {engine.world_size}, "
+            f"give a folder that all workers share"
+        )
+    with _converted(resume_from, state, shared_folder, engine.rank) as shards_parent:
+        yield ResumeSource(resume_from, state, shards_parent, universal=True)
+
+
+def load_state(engine: "TrainingEngine", source: ResumeSource) -> None:
+    """Put weights, optimizer state, step and RNG back; collective. The engine must be new.
+
+    RNG states belong to a rank: with another number of ranks they are seeded anew from seed, step and rank.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmray-load-") as plain:
+        # DeepSpeed takes the path for a glob pattern: hand it one without special characters.
+        (Path(plain) / SHARDS).symlink_to((source.shards_parent / SHARDS).resolve())
+        engine.deepspeed.load_checkpoint(plain, tag=SHARDS, load_lr_scheduler_states=False)
+    _restore_own_settings(engine)
+    engine.step_count = source.state.step
+    rng_file = _rng_file(source.folder, engine.rank)
+    if source.state.world_size == engine.world_size:
+        _set_rng_state(torch.load(rng_file, weights_only=True))
+    else:
+        seed_rng(engine.training_settings.seed, engine.rank, source.state.step)
+
+
+def _restore_own_settings(engine: "TrainingEngine") -> None:
+    """Undo what DeepSpeed takes from a checkpoint but the present settings decide, and one slip of its own.
+
+    Optimizer groups come back with the hyperparameters they were saved with (from a universal checkpoint of
+    stage 3 all with those of the first group) and so does the clipping norm. That loader also gives all
+    groups one step counter, which each of them would then advance: without the copies the second step after
+    such a load was off by 5e-6 in the loss and 2e-3 in the gradient norm.
+    """
+    settings = engine.training_settings
+    optimizer = engine.deepspeed.optimizer
+    for group, weight_decay in zip(optimizer.param_groups, engine.group_weight_decay, strict=True):
+        group.update(weight_decay=weight_decay, betas=tuple(settings.betas), eps=settings.eps)
+    if engine.zero_stage > 0:
+        optimizer.clip_grad = settings.max_grad_norm or 0.0
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+@contextmanager
+def _converted(folder: Path, state: SavedState, shared_folder: Path, rank: int) -> Iterator[Path]:
+    """Rank 0 converts into a temporary folder under `shared_folder` while the others wait. Collective."""
+    group = dist.new_group(backend="gloo", timeout=CONVERSION_TIMEOUT)
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        shared_folder.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix="mmray-resume-", dir=shared_folder))
+        outcome = [made, _convert(folder, made, state.world_size)]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    work, error = outcome
+    visible: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(visible, work.is_dir(), group=group)
+    try:
+        if error is not None:
+            raise UserError(error)
+        if not all(visible):
+            raise UserError(
+                f"workers {[i for i, seen in enumerate(visible) if not seen]} do not see {shared_folder}; "
+                f"to resume with another number of workers, give a folder that all of them share"
+            )
+        yield work
+        dist.barrier(group=group)
+        dist.destroy_process_group(group)
+    finally:
+        if rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _convert(folder: Path, work: Path, num_shards: int) -> str | None:
+    """Convert the shards in `folder` to `work/deepspeed`; the error's text where that failed.
+
+    In a process of its own, because the converter forks workers, which this one, with its threads and perhaps
+    CUDA, must not; and with relative paths, because the converter takes its paths for regular expressions.
+    """
+    (work / "source").symlink_to((folder / SHARDS).resolve())
+    workers = str(max(1, min(4, os.cpu_count() or 1, num_shards)))
+    command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", "source", "--output_folder", SHARDS]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    tail = " | ".join(done.stdout.strip().splitlines()[-5:])
+    return f"converting {folder} for another number of workers failed (exit {done.returncode}): {tail}"
+
+
+def seed_rng(seed: int, rank: int, step: int = 0) -> None:
+    """Seed python, numpy and torch of this rank; ranks and steps get unrelated streams."""
+    word = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    random.seed(word)
+    np.random.seed(word)  # noqa: NPY002  the global generator is what other libraries draw from
+    torch.manual_seed(word)
+
+
+def _rng_file(folder: Path, rank: int) -> Path:
+    return folder / "rng" / f"rank-{rank:05d}.pt"
+
+
+def _rng_state() -> dict[str, Any]:
+    """Of tensors, numbers and tuples only, so that it loads without unpickling code."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

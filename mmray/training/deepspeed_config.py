@@ -1,0 +1,87 @@
+"""The DeepSpeed configuration of a run, and DeepSpeed itself, imported so that it compiles nothing.
+
+DeepSpeed is an optional dependency and slow to import, so it is reached only through `import_deepspeed`.
+Three of its defaults are replaced: its CPU backend compiles a shared-memory all-reduce at start-up wherever a
+C++ compiler is found, on every rank at once; its FusedAdam needs nvcc on every node, where torch's AdamW needs
+nothing; its bf16 mode accumulates gradients in bf16.
+"""
+
+import warnings
+from types import ModuleType
+from typing import Any
+
+from mmray.errors import UserError
+from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
+
+
+def import_deepspeed() -> ModuleType:
+    """The deepspeed module. Raises UserError where it is not installed."""
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(f"training needs deepspeed: pip install 'mmray[cluster]' ({error})") from error
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch 2.13 renamed the collectives that DeepSpeed calls, and says so at every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+def effective_zero_stage(model: ModelSettings, training: TrainingSettings) -> int:
+    """The stage that runs: 0 becomes 1 with bf16, where DeepSpeed has no fp32 accumulation for stage 0."""
+    return max(1, training.zero_stage) if model.dtype == "bf16" else training.zero_stage
+
+
+def deepspeed_config(
+    model: ModelSettings,
+    training: TrainingSettings,
+    *,
+    world_size: int,
+    grad_accumulation: int,
+    load_universal: bool,
+) -> dict[str, Any]:
+    """mmray's configuration with the user's laid over it.
+
+    Gradient scaling is not left to DeepSpeed: the batch sizes here only tell it when a step is complete.
+    load_universal: the checkpoint to resume was converted for another number of workers.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_bins,
+        "gradient_accumulation_steps": grad_accumulation,
+        "train_batch_size": training.micro_batch_bins * grad_accumulation * world_size,
+        "gradient_clipping": training.max_grad_norm or 0.0,
+        "zero_optimization": {"stage": effective_zero_stage(model, training)},
+        "checkpoint": {"load_universal": load_universal},
+        "steps_per_print": None,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "torch_adam": True,
+                "lr": training.learning_rate,
+                "betas": list(training.betas),
+                "eps": training.eps,
+                "weight_decay": training.weight_decay,
+            },
+        },
+    }
+    if model.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    config = _merge(config, load_deepspeed_overrides(training.deepspeed))
+    if _offloads_optimizer(config):
+        # DeepSpeed's own Adam for the host, which it compiles on first use; offloading is slow without it.
+        del config["optimizer"]["params"]["torch_adam"]
+    return config
+
+
+def _offloads_optimizer(config: dict[str, Any]) -> bool:
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,236 @@
+"""One optimizer step at a time: a global batch in, one loss, the same for any split of the batch.
+
+The loss is a mean over the trained tokens of the global batch. Their number is all-reduced before the first
+backward pass, and every micro-batch's sum is scaled by it, so gradients are exact whatever the number of
+ranks and accumulation steps; averaging micro-batch means, as trainers commonly do, weighs a token by how few
+neighbours its bin has. DeepSpeed divides gradients by the number of ranks, which the scale undoes; its
+division by accumulation steps is switched off.
+
+Nothing here keeps state that a checkpoint would have to carry beyond DeepSpeed's own, the step and the RNG:
+the learning rate is a function of the step, set before each one.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmray.errors import UserError
+from mmray.training import checkpoint
+from mmray.training.deepspeed_config import deepspeed_config, effective_zero_stage, import_deepspeed
+from mmray.training.loss import count_trained_tokens, packed_loss_sum
+from mmray.training.model import DTYPES, build_model
+from mmray.training.optim import learning_rate, parameter_groups
+from mmray.training.settings import ModelSettings, TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+
+class MicroBatch(Protocol):
+    """What one rank runs forward and backward at once."""
+
+    labels: Tensor
+    """int64 [1, L], aligned with input_ids; IGNORE_INDEX where not trained."""
+
+    def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The model's keyword arguments on `device`, pixel values as `dtype`; no labels, no use_cache.
+
+        Under ZeRO-3 every micro-batch must run the same modules: one without images carries a dummy image.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step; every rank has the same values."""
+
+    loss: float
+    """Mean cross-entropy of the trained tokens of the global batch, in nats; 0 where it has none."""
+    trained_tokens: int
+    """Trained tokens of the global batch."""
+    tokens: int
+    """Tokens of the global batch, with padding."""
+    grad_norm: float
+    """Norm of the gradient of all parameters, before clipping."""
+    learning_rate: float
+    """Learning rate of this step."""
+
+
+class TrainingEngine:
+    """A model, its optimizer and its place in training, over all ranks of the default process group.
+
+    Every method is collective: all ranks call it, with the same number of micro-batches.
+    """
+
+    def __init__(
+        self,
+        model_settings: ModelSettings,
+        training_settings: TrainingSettings,
+        *,
+        total_steps: int,
+        grad_accumulation: int,
+        resume_from: Path | None = None,
+        shared_folder: Path | None = None,
+    ) -> None:
+        """Build the model and DeepSpeed around it; torch.distributed must be initialised.
+
+        total_steps: optimizer steps of the whole training, for the learning rate. grad_accumulation:
+        micro-batches per rank and step. resume_from: a folder that `save_state` of all ranks wrote into,
+        complete on every rank; the number of ranks may have changed. shared_folder: where all ranks see the
+        same files; used while resuming with another number of ranks, for about the size of the checkpoint,
+        and emptied afterwards.
+
+        Raises UserError when settings, checkpoint and number of ranks do not fit together.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError("TrainingEngine needs an initialised torch.distributed process group")
+        deepspeed = import_deepspeed()
+        self.model_settings = model_settings
+        self.training_settings = training_settings
+        self.total_steps = total_steps
+        self.grad_accumulation = grad_accumulation
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.zero_stage = effective_zero_stage(model_settings, training_settings)
+        self.dtype = DTYPES[model_settings.dtype]
+        self.step_count = 0
+        if self.zero_stage != training_settings.zero_stage and self.rank == 0:
+            logger.info("zero_stage 0 with bf16 runs as stage 1, where gradients accumulate in fp32")
+
+        _agree_on_device()
+        deepspeed.init_distributed()
+        with checkpoint.prepared(resume_from, self, shared_folder) as source:
+            self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
+            self.device: torch.device = self.deepspeed.device
+            self.deepspeed.train()
+            checkpoint.seed_rng(training_settings.seed, self.rank)
+            if source is not None:
+                checkpoint.load_state(self, source)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself (under ZeRO-3 with sharded weights)."""
+        return self.deepspeed.module
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
+        """One optimizer step on this rank's part of a global batch: `grad_accumulation` micro-batches.
+
+        Raises UserError when the loss or the gradient is not finite; before the weights change, except for a
+        gradient under ZeRO.
+        """
+        if len(micro_batches) != self.grad_accumulation:
+            raise ValueError(f"a step takes {self.grad_accumulation} micro-batches, got {len(micro_batches)}")
+        rate = learning_rate(self.step_count, self.total_steps, self.training_settings)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+        trained, tokens = self._global_counts(micro_batches)
+        scale = self.world_size / max(1, trained)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro_batch in micro_batches[:-1]:
+            loss_sum += self._forward_backward(micro_batch, scale)
+            self.deepspeed.step()
+        loss_sum += self._forward_backward(micro_batches[-1], scale)
+        dist.all_reduce(loss_sum)
+        loss = loss_sum.item() / max(1, trained)
+        self._require_finite(loss, "loss")
+        grad_norm = self._apply_gradients()
+        self.step_count += 1
+        return StepMetrics(loss, trained, tokens, grad_norm, rate)
+
+    def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> tuple[float, int]:
+        """Mean cross-entropy over the trained tokens of all batches of all ranks, and their number.
+
+        Every rank must give the same number of micro-batches in all: under ZeRO-3 each forward is collective.
+        The loss is NaN where no token is trained.
+        """
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    for micro_batch in batch:
+                        labels = micro_batch.labels.to(self.device)
+                        totals[0] += self._loss_sum(micro_batch, labels)
+                        totals[1] += count_trained_tokens(labels)
+        finally:
+            self.deepspeed.train()
+        dist.all_reduce(totals)
+        loss_sum, trained = totals.tolist()
+        return (loss_sum / trained if trained else float("nan")), int(trained)
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
+        self.deepspeed.destroy()
+
+    def _initialize(self, deepspeed: Any, *, load_universal: bool) -> Any:
+        config = deepspeed_config(
+            self.model_settings,
+            self.training_settings,
+            world_size=self.world_size,
+            grad_accumulation=self.grad_accumulation,
+            load_universal=load_universal,
+        )
+        model = build_model(
+            self.model_settings,
+            device=torch.device(deepspeed.get_accelerator().current_device_name()),
+            zero3_config=config if self.zero_stage == 3 else None,
+        )
+        groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
+        self.group_weight_decay = [group["weight_decay"] for group in groups]
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        return engine
+
+    def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
+        """Trained tokens and tokens of the global batch."""
+        trained = torch.stack([count_trained_tokens(batch.labels).to(self.device) for batch in micro_batches]).sum()
+        tokens = sum(batch.labels.numel() for batch in micro_batches)
+        counts = torch.stack([trained, trained.new_tensor(tokens)])
+        dist.all_reduce(counts)
+        num_trained, num_tokens = counts.tolist()
+        return num_trained, num_tokens
+
+    def _loss_sum(self, micro_batch: MicroBatch, labels: Tensor) -> Tensor:
+        inputs = micro_batch.model_inputs(self.device, self.dtype)
+        return packed_loss_sum(self.deepspeed, inputs, labels)
+
+    def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> Tensor:
+        """The micro-batch's loss sum, detached; its gradients are accumulated."""
+        loss_sum = self._loss_sum(micro_batch, micro_batch.labels.to(self.device))
+        self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
+        return loss_sum.detach()
+
+    def _apply_gradients(self) -> float:
+        """Let DeepSpeed clip and update; the norm before clipping."""
+        if self.zero_stage == 0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._require_finite(grad_norm, "gradient norm")
+            self.deepspeed.step()
+            return grad_norm
+        self.deepspeed.step()
+        grad_norm = float(self.deepspeed.get_global_grad_norm())
+        # DeepSpeed reports a norm that is not finite as -1.
+        self._require_finite(grad_norm if grad_norm >= 0 else float("nan"), "gradient norm")
+        return grad_norm
+
+    def _require_finite(self, value: float, name: str) -> None:
+        """Every rank holds the same value, so every rank raises or none."""
+        if not torch.isfinite(torch.tensor(value)):
+            raise UserError(
+                f"the {name} of step {self.step_count + 1} is {value}; lower training.learning_rate or "
+                f"max_grad_norm, or look at the bins of this step, and resume from the last checkpoint"
+            )
+
+
+def _agree_on_device() -> None:
+    """DeepSpeed takes the index of its device from LOCAL_RANK; make it the device that the caller has set."""
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")

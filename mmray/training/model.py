@@ -1,0 +1,152 @@
+"""Build the model that is trained: real transformers classes, from files or with random weights.
+
+Random weights are a pure function of the seed: the same on every rank, for every ZeRO stage and number of
+workers. transformers draws them while it builds the modules, and under ZeRO-3 afterwards, module by module;
+both ways give the same numbers only when the first draws nothing while building, which is how it is done
+here.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations import deepspeed as transformers_deepspeed
+
+from mmray.errors import UserError
+from mmray.training.settings import ModelSettings
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(
+    settings: ModelSettings, *, device: torch.device | None = None, zero3_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The model in training mode, cache off, gradient checkpointing as set; leaves the RNG of the caller alone.
+
+    device: where random weights are drawn (the CPU where None); another device draws other numbers.
+    zero3_config: the DeepSpeed configuration of a ZeRO-3 run. Weights are then sharded while they are made or
+    loaded, so no rank ever holds the whole model; every rank must make this call.
+
+    Raises UserError when the files or the model class cannot be found.
+    """
+    device = device or torch.device("cpu")
+    try:
+        with _seeded(settings.seed, device), _zero3(zero3_config):
+            if settings.path is not None:
+                model = _load(settings.path, settings)
+            else:
+                model = _random(settings, device, sharded=zero3_config is not None)
+    except (OSError, ImportError) as error:
+        source = settings.path if settings.path is not None else "model.config"
+        raise UserError(f"cannot build the model from {source}: {error}") from error
+    _switch_off_cache(model.config)
+    if settings.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # Deprecated in the last versions of transformers 5, but the name that all of them know.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def load_config(settings: ModelSettings) -> PretrainedConfig:
+    """The model's configuration, from its path or as given. Raises UserError where there is none to read."""
+    if isinstance(settings.config, dict):
+        values = dict(settings.config)
+        model_type = values.pop("model_type")
+        try:
+            return AutoConfig.for_model(model_type, **values)
+        except ValueError as error:
+            raise UserError(f"model.config: transformers knows no model_type {model_type!r}") from error
+    source = Path(settings.path or settings.config or "")
+    folder = source.parent if source.is_file() else source
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read a model configuration from {source}: {error}") from error
+
+
+def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
+    model_class = _model_class(load_config(settings))
+    return model_class.from_pretrained(path, **_build_options(model_class, settings))
+
+
+def _random(settings: ModelSettings, device: torch.device, *, sharded: bool) -> PreTrainedModel:
+    config = load_config(settings)
+    model_class = _model_class(config)
+    build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
+    options = _build_options(model_class, settings)
+    if sharded:
+        return build(config, **options)
+    with no_init_weights(), device:
+        model = build(config, **options)
+    model.initialize_weights()
+    model.tie_weights()
+    return model
+
+
+def _build_options(model_class: Any, settings: ModelSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "attn_implementation": settings.attention}
+    if model_class is AutoModelForImageTextToText:
+        options["trust_remote_code"] = settings.trust_remote_code
+    return options
+
+
+def _model_class(config: PretrainedConfig) -> Any:
+    """The auto class where it knows the configuration, else the class that the configuration names."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    if type(config) in AutoModelForImageTextToText._model_mapping or "AutoModelForImageTextToText" in auto_map:
+        return AutoModelForImageTextToText
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise UserError(
+        f"transformers has no image-text-to-text model for model_type {config.model_type!r}"
+        f" (architectures: {config.architectures})"
+    )
+
+
+def _switch_off_cache(config: PretrainedConfig) -> None:
+    """Also on the text config: with a cache transformers does not detect packed sequences."""
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _zero3(config: dict[str, Any] | None) -> Iterator[None]:
+    """transformers builds and loads for ZeRO-3 while it finds such an object.
+
+    Its own, HfDeepSpeedConfig, wants the accelerate package for nothing but reading the stage.
+    """
+    if config is None:
+        yield
+        return
+    holder = _Zero3Config(config)  # transformers keeps a weak reference
+    transformers_deepspeed.set_hf_deepspeed_config(holder)
+    try:
+        yield
+    finally:
+        transformers_deepspeed.unset_hf_deepspeed_config()
+
+
+class _Zero3Config:
+    """What transformers asks of a DeepSpeed configuration."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True

@@ -1,0 +1,246 @@
+"""What a person may set about the model and its training, checked once, here.
+
+Inside the engine these values are certain: contradictions (two ways to give the length of training, a
+DeepSpeed key that mmray computes itself) are errors when the job file is read, with the name of the setting
+to use instead.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mmray.errors import UserError
+from mmray.settings import Settings
+
+# DeepSpeed keys whose value mmray decides, each with the setting that decides it.
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.global_batch_bins",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_bins",
+    "gradient_accumulation_steps": "training.global_batch_bins and training.micro_batch_bins",
+    "managed_gradient_accumulation": "training.global_batch_bins and training.micro_batch_bins",
+    "gradient_clipping": "training.max_grad_norm",
+    "optimizer": "training.learning_rate, weight_decay, betas and eps",
+    "scheduler": "training.schedule, warmup_steps and min_learning_rate_ratio",
+    "fp16": "model.dtype",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "elasticity": "the number of workers in resources",
+    "tensor_parallel": "the number of workers in resources (mmray trains data-parallel only)",
+    "sequence_parallel_size": "the number of workers in resources (mmray trains data-parallel only)",
+    "zero_optimization.stage": "training.zero_stage",
+    "checkpoint.load_universal": "nothing: it follows from the checkpoint that is resumed",
+}
+
+
+class ModelSettings(Settings):
+    """Which model is trained, and how its forward pass runs."""
+
+    path: str | None = None
+    """Folder or hub name of a pretrained model; its weights are loaded. Exactly one of path and config."""
+
+    config: str | dict[str, Any] | None = None
+    """Model configuration for random weights: a folder, a config.json, or the configuration itself with its
+    `model_type`. Exactly one of path and config.
+    """
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations. With bf16, master weights, optimizer state and accumulated gradients
+    are fp32.
+    """
+
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory for about a third more compute."""
+
+    seed: int = 0
+    """Seed of random weights (all of them with config; those absent from the files with path)."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you trust."""
+
+    processor: str | None = None
+    """Folder or hub name of the processor; `path` where not given."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.config is None):
+            given = "both" if self.path is not None else "neither"
+            raise ValueError(f"give exactly one of path (trained weights) and config (random weights); {given} given")
+        if isinstance(self.config, dict) and "model_type" not in self.config:
+            raise ValueError('an inline config needs its "model_type", for example "qwen2_vl"')
+        return self
+
+    @property
+    def processor_source(self) -> str:
+        """Where the processor is loaded from. Raises UserError when neither processor nor path says so."""
+        source = self.processor or self.path
+        if source is None:
+            raise UserError("model.config gives no processor; set model.processor to its folder or hub name")
+        return source
+
+
+class TrainingSettings(Settings):
+    """Length, batch, optimizer, ZeRO stage, and how often to evaluate and to save."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps to train in all (a resumed run counts the earlier ones). Exactly one of steps and
+    epochs.
+    """
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training data, also a fraction of one. Exactly one of steps and epochs."""
+
+    global_batch_bins: int = Field(default=8, ge=1)
+    """Bins of one optimizer step, over all workers and accumulation steps."""
+
+    micro_batch_bins: int = Field(default=1, ge=1)
+    """Bins of one forward and backward pass on one worker."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Learning rate at its highest, after the warm-up."""
+
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    """How the learning rate falls from its highest value to the end of training."""
+
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps over which the learning rate rises linearly from zero. At most one of warmup_steps and
+    warmup_ratio; no warm-up where neither is given.
+    """
+
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """The same as a fraction of all steps, rounded up."""
+
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where cosine and linear end, as a fraction of learning_rate."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW, on matrices only: biases and norm scales are never decayed."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's running means of the gradient and of its square, each in [0, 1)."""
+
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's term against division by zero."""
+
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm; null switches clipping off."""
+
+    deepspeed: dict[str, Any] | str | None = None
+    """DeepSpeed configuration laid over mmray's own: inline, or the path of a JSON file. Values "auto" are
+    ignored; keys that mmray decides are errors.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What the workers share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights. With bf16,
+    0 runs as 1: DeepSpeed accumulates in fp32 only from stage 1 on.
+    """
+
+    seed: int = 0
+    """Seed of everything random in training: data order and, per worker, dropout."""
+
+    eval_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between evaluations; null never evaluates."""
+
+    checkpoint_every_steps: int | None = Field(default=500, ge=1)
+    """Steps between checkpoints; null saves only at the end."""
+
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Latest checkpoints that are kept."""
+
+    max_failures: int = Field(default=3, ge=0)
+    """Times that training starts again from the last checkpoint after a worker was lost."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), got {betas}")
+        return betas
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _no_owned_keys(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        if isinstance(value, dict):
+            check_deepspeed_overrides(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            given = "both" if self.steps is not None else "neither"
+            raise ValueError(f"give exactly one of steps and epochs; {given} given")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give at most one of warmup_steps and warmup_ratio; both given")
+        if self.warmup_steps is not None and self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is longer than training (steps: {self.steps})")
+        if self.schedule == "constant" and self.min_learning_rate_ratio > 0:
+            raise ValueError("min_learning_rate_ratio has no meaning with schedule: constant; remove one of them")
+        if self.global_batch_bins % self.micro_batch_bins:
+            raise ValueError(
+                f"global_batch_bins ({self.global_batch_bins}) must be a multiple of "
+                f"micro_batch_bins ({self.micro_batch_bins})"
+            )
+        return self
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per worker and optimizer step, for any number of workers.
+
+        Where the global batch does not divide evenly the result is rounded up, and the slots left over are to
+        be filled with empty bins, which weigh nothing in the loss.
+        """
+        return math.ceil(self.global_batch_bins / (world_size * self.micro_batch_bins))
+
+
+def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The user's part of the DeepSpeed configuration, checked, without its "auto" values.
+
+    Raises UserError when the file cannot be read or a key is one that mmray decides.
+    """
+    if value is None:
+        return {}
+    overrides: Any = value
+    if isinstance(value, str):
+        try:
+            overrides = json.loads(Path(value).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"training.deepspeed: cannot read {value} as JSON: {error}") from error
+        if not isinstance(overrides, dict):
+            raise UserError(f"training.deepspeed: {value} must hold a JSON object, found {type(overrides).__name__}")
+    try:
+        check_deepspeed_overrides(overrides)
+    except ValueError as error:
+        raise UserError(f"training.deepspeed: {error}") from error
+    return _without_auto(overrides)
+
+
+def check_deepspeed_overrides(overrides: dict[str, Any]) -> None:
+    """Raise ValueError, naming the setting to use, where a key is one that mmray decides (unless all
+    "auto").
+    """
+    stated = _without_auto(overrides)
+    for key, remedy in OWNED_DEEPSPEED_KEYS.items():
+        node: Any = stated
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None and node != {}:
+            raise ValueError(f"the DeepSpeed key {key!r} is decided by {remedy}; remove it from the DeepSpeed config")
+
+
+def _without_auto(node: dict[str, Any]) -> dict[str, Any]:
+    """A copy without "auto" values, and without the groups that held nothing else."""
+    kept: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            inner = _without_auto(value)
+            if inner or not value:
+                kept[key] = inner
+        elif value != "auto":
+            kept[key] = value
+    return kept
