@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import ray
 import ray.data  # sets the level of its own loggers when imported
 import typer
+from ray._private.state import state
 from rich.console import Console
 
 from mmray.config import Job
@@ -48,20 +49,34 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    environment: dict[str, Any] = {"env_vars": dict(WORKER_ENVIRONMENT)}
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job has its working folder on the path
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment["env_vars"]["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     options: dict[str, Any] = {
-        "runtime_env": environment,
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
+    if not _in_submitted_job():  # that has its environment from jobs/runtime_env.yaml, and the checkout on its path
+        paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+        options["runtime_env"] = {"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}}
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, **options)
     else:
         ray.init(num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **options)
+
+
+def check_outputs(job: Job) -> None:
+    """Raise UserError when results would go into Ray's copy of a submitted checkout, which vanishes with the job."""
+    here = Path.cwd()
+    for name in ("prepared", "run"):
+        path = getattr(job.output, name)
+        if _in_submitted_job() and Path(path).is_relative_to(here):
+            raise UserError(
+                f"output.{name} {str(Path(path).relative_to(here))!r} is relative: under `ray job submit` that is a "
+                "temporary copy of the checkout. Give an absolute path that all nodes share"
+            )
+
+
+def _in_submitted_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def prepare_cpus(job: Job) -> int:
@@ -97,20 +112,14 @@ def check_cluster(needs: dict[str, float], what: str) -> None:
     if not short:
         return
     lacks = ", ".join(f"{amount:g} {name} (it has {have.get(name, 0):g})" for name, amount in short.items())
-    if autoscales():
+    growth = state.get_max_resources_from_cluster_config() or {}  # empty where nothing scales the cluster
+    if all(growth.get(name, 0) + 1e-6 >= needs[name] for name in short):
         log.warning("%s needs %s; waiting for the cluster to grow", what, lacks)
         return
     raise UserError(
         f"{what} needs {lacks}. Lower the pools under `resources`, or add nodes; on one machine a Ray of your own can "
         "have more logical CPUs than cores: ray start --head --num-cpus=N"
     )
-
-
-def autoscales() -> bool:
-    """Whether an autoscaler manages the cluster."""
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized
-
-    return bool(_internal_kv_initialized() and _internal_kv_get(b"__autoscaling_status"))
 
 
 def run_main(main: Callable[..., None]) -> NoReturn:

@@ -13,13 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ray
 from rich.table import Table
 
-from jobs.common import connect, console, run_main
+from jobs.common import ROOT, connect, console, run_main
 from jobs.prepare import prepare_splits
 from mmray.config import Job, load_job
 from mmray.errors import UserError
@@ -82,7 +81,8 @@ def summary(job: Job, killed_at: int, resumed_from: int) -> Table:
     table = Table(title="mmray demo", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("rows", f"{facts['rows_read']} read = {facts['rows_packed']} packed + {facts['rows_rejected']} rejected")
+    read, packed, rejected = (facts[f"rows_{what}"] for what in ("read", "packed", "rejected"))
+    table.add_row("rows", f"{read} read = {packed} packed + {rejected} rejected")
     table.add_row("rejected", ", ".join(f"{count} {reason}" for reason, count in facts["rejected_by_reason"].items()))
     table.add_row("bins", f"{facts['bins']} (at least {facts['bins_at_least']} needed)")
     table.add_row("fill", f"{facts['token_fill']:.1%} of tokens, {facts['visual_fill']:.1%} of visual tokens")

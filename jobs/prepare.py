@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 
-from jobs.common import check_cluster, connect, console, prepare_cpus, run_main
+from jobs.common import check_cluster, check_outputs, connect, console, prepare_cpus, run_main
 from mmray.config import Job, load_job
 from mmray.prepared import PreparedDataset
 from mmray.progress import ProgressBar
@@ -43,6 +43,7 @@ def main(
 ) -> None:
     """Turn rows into a prepared dataset: exact lengths, packed bins, rejected rows with their reasons."""
     job = load_job(job_file, overrides)
+    check_outputs(job)
     connect(address, cpus=prepare_cpus(job), verbose=verbose)
     prepare_splits(job, replace=replace)
 

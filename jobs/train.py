@@ -16,7 +16,7 @@ import typer
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.common import check_cluster, connect, console, run_main, train_needs, uses_gpus
+from jobs.common import check_cluster, check_outputs, connect, console, run_main, train_needs, uses_gpus
 from jobs.train_loop import RunPlan, run_plan, train_worker
 from mmray.config import Job, load_job
 from mmray.errors import UserError
@@ -131,6 +131,7 @@ def main(
 ) -> None:
     """Train on the job's prepared dataset; continues from the last checkpoint where there is one."""
     job = load_job(job_file, overrides)
+    check_outputs(job)
     if "://" in job.output.run:
         raise UserError(f"output.run {job.output.run!r}: give a folder that all nodes share, such as an NFS path")
     load_config(job.model)  # a wrong model is found here, before any worker starts

@@ -22,10 +22,14 @@ from mmray.config import ResourceSettings
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.loader import BatchMaker, BatchPlan
-from pipelines.dataset import one_row_blocks, raised_by_user
+from pipelines.dataset import one_row_blocks
 
 SEGMENT_MICRO_BATCHES = 4096
 """Micro-batches, over all ranks, of one Ray Data execution: building its source takes 1 ms each."""
+
+
+ERROR = "error"
+"""Column of a block that holds, instead of a micro-batch, what is wrong with one of its rows."""
 
 
 class Render:
@@ -37,7 +41,10 @@ class Render:
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         place = Place(int(batch["step"][0]), int(batch["rank"][0]), int(batch["micro"][0]))
-        return to_table(self.maker.render(place))
+        try:
+            return to_table(self.maker.render(place))
+        except UserError as error:  # travels as data: Ray's wrappers around exceptions of actors lose what they wrap
+            return pa.table({ERROR: [str(error)]})
 
 
 class Mask:
@@ -48,6 +55,8 @@ class Mask:
         self.maker = BatchMaker(plan, "cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if ERROR in batch.column_names:
+            return batch
         rendered = from_table(Rendered, batch)
         return to_table(mask(rendered, self.maker.family, self.maker.labels, self.maker.device))
 
@@ -92,15 +101,14 @@ def receive(
 
     Raises UserError for a row that cannot be rendered, RuntimeError for a batch that is not the expected one.
     """
-    with raised_by_user():
-        tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-        for step in range(start, stop):
-            batches = []
-            for micro in range(plan.micro_batches):
-                batch = MicroBatch(from_table(Masked, _next(tables, step)), family)
-                _check(batch, plan, Place(step, rank, micro))
-                batches.append(batch)
-            yield batches
+    tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    for step in range(start, stop):
+        batches = []
+        for micro in range(plan.micro_batches):
+            batch = MicroBatch(from_table(Masked, _next(tables, step)), family)
+            _check(batch, plan, Place(step, rank, micro))
+            batches.append(batch)
+        yield batches
 
 
 def _next(tables: Iterator[pa.Table], step: int) -> pa.Table:
@@ -108,6 +116,8 @@ def _next(tables: Iterator[pa.Table], step: int) -> pa.Table:
     if table is None or table.num_rows != 1:
         found = "no more batches" if table is None else f"a block of {table.num_rows} batches"
         raise RuntimeError(f"step {step}: the data stream gave {found}")
+    if ERROR in table.column_names:
+        raise UserError(table[ERROR][0].as_py())
     return table
 
 
@@ -115,12 +125,3 @@ def _check(batch: MicroBatch, plan: BatchPlan, expected: Place) -> None:
     bins = [number for number in plan.bins(expected) if number is not None]
     if batch.place != expected or batch.bins != bins:
         raise RuntimeError(f"expected {expected} with bins {bins}, received {batch.place} with bins {batch.bins}")
-
-
-def check_fits(plan: BatchPlan) -> None:
-    """Raise UserError when the dataset at the plan's path is not the one its schedule was made for."""
-    prepared = BatchMaker(plan).prepared
-    if prepared.fingerprint != plan.schedule.fingerprint:
-        raise UserError(
-            f"{plan.prepared} has fingerprint {prepared.fingerprint}, the schedule {plan.schedule.fingerprint}"
-        )

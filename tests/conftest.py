@@ -1,0 +1,143 @@
+"""One Ray for the whole session: a head as `ray start` makes it, with token authentication and a dashboard."""
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+# Before anything imports Ray, which reads them once.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A running head. environment: what a client process needs to reach and to be trusted by it."""
+
+    pid: int
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    """A local head with 4 logical CPUs, ended with the session; the driver is connected to it."""
+    import ray
+
+    from jobs.common import connect
+
+    port, dashboard_port = free_port(), free_port()
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4", "--num-gpus=0"),
+        *("--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"),
+        *(f"--dashboard-port={dashboard_port}", "--object-store-memory=1000000000", "--disable-usage-stats"),
+        *("--dashboard-agent-listen-port=0", "--ray-client-server-port", str(free_port())),
+    ]
+    log = tmp_path_factory.mktemp("ray") / "head.log"
+    with log.open("wb") as output:
+        head = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True
+        )
+    address = f"127.0.0.1:{port}"
+    try:
+        _wait_for(port, head, log)
+        _wait_for(dashboard_port, head, log)
+        connect(address, cpus=4)
+        yield RayHead(head.pid, address, f"http://127.0.0.1:{dashboard_port}", environment | {"RAY_ADDRESS": address})
+    finally:
+        ray.shutdown()
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(processes, timeout=5)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _wait_for(port: int, head: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if head.poll() is not None:
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"the Ray head did not open port {port}:\n{log.read_text()}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Synthetic rows, a processor and a model configuration, as jobs name them."""
+
+    folder: Path
+    rows: dict[str, int]
+    rejects: dict[str, int]
+
+    def job(self, folder: Path, **changes: object) -> dict[str, object]:
+        """The content of a small job file that writes into `folder`; changes: `section__key=value`."""
+        data = self.folder / "data"
+        job: dict[str, dict[str, object]] = {
+            "model": {
+                "config": str(self.folder / "model"), "processor": str(self.folder / "processor"), "dtype": "fp32",
+            },
+            "data": {
+                "train": [
+                    {"files": str(data / "pages.jsonl"), "kind": "pretrain"},
+                    {"files": str(data / "chat.jsonl"), "kind": "chat"},
+                ],
+            },
+            "images": {"grid": [1, 2], "tile_size": [112, 112], "labels": True},
+            "packing": {"token_capacity": 512, "visual_capacity": 256, "window_rows": 64},
+            "training": {
+                "steps": 12, "global_batch_bins": 4, "learning_rate": 2e-3, "schedule": "constant", "zero_stage": 2,
+                "checkpoint_every_steps": 5,
+            },
+            "resources": {"workers": 2, "encode_actors": 2},
+            "output": {"prepared": str(folder / "prepared"), "run": str(folder / "run")},
+        }  # fmt: skip
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            if name:
+                job[section][name] = value
+            else:
+                job[section] = value  # type: ignore[assignment]
+        return {"name": "test", **job}
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Forty pages with their rows, some bad on purpose, and a small Qwen2-VL."""
+    from mmray.synthetic.models import small_config
+    from mmray.synthetic.pages import write_pages
+    from mmray.synthetic.processors import write_processor
+
+    folder = tmp_path_factory.mktemp("inputs")
+    pages = write_pages(folder / "data", num_pages=40)
+    processor = write_processor(folder / "processor", "qwen2_vl")
+    small_config("qwen2_vl", processor).save_pretrained(folder / "model")
+    rejects = {
+        reason: pages.pages.expected_rejects.get(reason, 0) + pages.chat.expected_rejects.get(reason, 0)
+        for reason in pages.pages.expected_rejects | pages.chat.expected_rejects
+    }
+    return Inputs(folder, {"pages": pages.pages.num_rows, "chat": pages.chat.num_rows}, rejects)

@@ -1,0 +1,44 @@
+"""The files that put mmray on a cluster hold together with Ray's own checks and with each other."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+from mmray.config import load_job
+from tests.conftest import ROOT
+
+
+def cluster() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+def test_cluster_yaml_passes_rays_validation() -> None:
+    config = fillout_defaults(cluster())
+    validate_config(config)
+    assert config["available_node_types"]["cpu_workers"]["min_workers"] == 0
+
+
+def test_cluster_yaml_is_closed_to_strangers() -> None:
+    config = cluster()
+    starts = config["head_start_ray_commands"][-1:] + config["worker_start_ray_commands"][-1:]
+    assert all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_job_files_are_valid(path: Path) -> None:
+    if path.name == "runtime_env.yaml":
+        from ray.runtime_env import RuntimeEnv
+
+        assert RuntimeEnv(**yaml.safe_load(path.read_text()))["excludes"]
+    else:
+        assert load_job(path).name == path.stem
+
+
+def test_the_wheel_holds_the_library_alone() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'include = \["mmray", "mmray\.\*"\]', text)

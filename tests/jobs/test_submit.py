@@ -1,0 +1,53 @@
+"""`ray job submit`, as a user types it, against a head with token authentication."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmray.training.metrics import read_metrics
+from tests.conftest import ROOT, Inputs, RayHead
+
+SUBMIT_SECONDS = 400
+
+
+def submit(head: RayHead, *words: str, environment: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard]
+    command += ["--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml", "--", *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment or head.environment, capture_output=True, text=True, timeout=SUBMIT_SECONDS
+    )
+
+
+@pytest.fixture(scope="module")
+def job_file(ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("submit")
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(inputs.job(folder, training__steps=2)))))
+    return path
+
+
+def test_prepare_and_train_through_ray_job_submit(ray_head: RayHead, job_file: Path) -> None:
+    done = submit(ray_head, "python", "jobs/prepare.py", str(job_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "71 read = 60 packed + 11 rejected" in done.stdout
+    done = submit(ray_head, "python", "jobs/train.py", str(job_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(read_metrics(job_file.parent / "run" / "metrics.jsonl")) == 2
+
+
+def test_a_mistake_in_the_job_file_is_one_line_and_an_exit_code(ray_head: RayHead, job_file: Path) -> None:
+    done = submit(ray_head, "python", "jobs/prepare.py", str(job_file), "--set", "packing.token_capcity=7")
+    assert done.returncode != 0
+    assert "packing.token_capcity: unknown key; did you mean 'token_capacity'?" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_the_head_refuses_a_client_without_its_token(ray_head: RayHead, job_file: Path) -> None:
+    stranger = {**ray_head.environment, "RAY_AUTH_TOKEN": "0" * 64}
+    done = submit(ray_head, "python", "-c", "print('let in')", environment=stranger)
+    assert done.returncode != 0
+    assert "let in" not in done.stdout

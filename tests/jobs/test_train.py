@@ -1,0 +1,117 @@
+"""Training under Ray Train: whole, stopped and resumed, with another number of workers, and with a worker killed."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs.train import open_prepared, train
+from mmray.config import Job
+from mmray.errors import UserError
+from mmray.training.metrics import read_metrics
+from pipelines.prepare import prepare
+from tests.conftest import Inputs, RayHead
+
+KILL_IN_STEP = 7
+
+
+@pytest.fixture(scope="module")
+def folder(ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the prepared datasets that all runs here train on."""
+    folder = tmp_path_factory.mktemp("train")
+    prepare(Job.model_validate(job_content(inputs, folder, "any")), "train")
+    return folder
+
+
+def job_content(inputs: Inputs, folder: Path, run: str, **changes: object) -> dict[str, object]:
+    return inputs.job(folder, **{"output__run": str(folder / run), **changes})  # type: ignore[arg-type]
+
+
+def run_job(inputs: Inputs, folder: Path, run: str, **changes: object) -> list[dict[str, Any]]:
+    """Train a job to its end; the lines of its metrics."""
+    job = Job.model_validate(job_content(inputs, folder, run, **changes))
+    train(job, open_prepared(job))
+    return read_metrics(folder / run / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Inputs, folder: Path) -> list[dict[str, Any]]:
+    """Twelve steps in one go on two workers."""
+    return run_job(inputs, folder, "whole")
+
+
+def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in ("epoch", "tokens", "trained_tokens", "bins", "lr"):
+            assert ours[key] == theirs[key], (ours["step"], key)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * tolerance), ours["step"]
+
+
+def test_a_run_writes_its_metrics_and_keeps_the_last_checkpoints(whole: list[dict[str, Any]], folder: Path) -> None:
+    assert [line["step"] for line in whole] == list(range(1, 13))
+    assert set(whole[0]) == {
+        *("step", "epoch", "loss", "tokens", "trained_tokens", "bins"),
+        *("lr", "grad_norm", "step_seconds", "data_wait_seconds"),
+    }
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    cursors = [json.loads(path.read_text())["step"] for path in (folder / "whole").glob("checkpoint_*/cursor.json")]
+    assert sorted(cursors) == [10, 12]
+
+
+def test_stopped_and_resumed_equals_one_go_with_as_many_workers(
+    whole: list[dict[str, Any]], inputs: Inputs, folder: Path
+) -> None:
+    assert len(run_job(inputs, folder, "resumed", training__steps=5)) == 5
+    assert_same_steps(run_job(inputs, folder, "resumed"), whole, tolerance=1e-6)
+
+
+def test_resumed_with_another_number_of_workers(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
+    """Two workers to step 5, three from there: the global batch of 4 bins does not divide evenly."""
+    resources = {"workers": 3, "cpus_per_worker": 0.5, "encode_actors": 2}
+    run_job(inputs, folder, "elastic", training__steps=5)
+    assert_same_steps(run_job(inputs, folder, "elastic", resources=resources), whole, tolerance=1e-3)
+
+
+def test_a_killed_worker_is_replaced_and_nothing_changes(
+    whole: list[dict[str, Any]], ray_head: RayHead, inputs: Inputs, folder: Path
+) -> None:
+    metrics = folder / "killed" / "metrics.jsonl"
+    killed: list[int] = []
+
+    def kill_one_worker() -> None:
+        while not (metrics.exists() and len(read_metrics(metrics)) >= KILL_IN_STEP - 1):
+            time.sleep(0.05)
+        processes = psutil.Process(ray_head.pid).children(recursive=True)
+        workers = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
+        workers[-1].kill()
+        killed.append(workers[-1].pid)
+
+    killer = threading.Thread(target=kill_one_worker, daemon=True)
+    killer.start()
+    lines = run_job(inputs, folder, "killed", training__max_failures=2)
+    killer.join(1)
+    assert len(killed) == 1
+    assert_same_steps(lines, whole, tolerance=1e-6)
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
+    assert run_job(inputs, folder, "whole") == whole
+
+
+def test_settings_that_differ_from_the_prepared_ones_are_refused(inputs: Inputs, folder: Path) -> None:
+    other = Job.model_validate(job_content(inputs, folder, "other", packing__visual_capacity=300))
+    with pytest.raises(UserError, match=r"packing\.visual_capacity: 256 -> 300"):
+        open_prepared(other)
+
+
+def test_a_cluster_that_is_too_small_is_told_before_anything_starts(inputs: Inputs, folder: Path) -> None:
+    resources = {"workers": 9, "cpus_per_worker": 1}
+    job = Job.model_validate(job_content(inputs, folder, "large", resources=resources))
+    with pytest.raises(UserError, match=r"training needs 11 CPU \(it has 4\)"):
+        train(job, open_prepared(job))
