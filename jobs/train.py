@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ray
 import typer
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.common import check_cluster, check_outputs, connect, console, run_main, train_needs, uses_gpus
@@ -27,7 +27,6 @@ from mmray.progress import ProgressBar
 from mmray.report import run_table
 from mmray.training.metrics import METRICS_FILE
 from mmray.training.model import load_config
-from pipelines.dataset import user_error
 
 POLL_SECONDS = 0.5
 TAIL_BYTES = 4096
@@ -81,11 +80,11 @@ def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
     with _Watch(run, plan.total_steps):
         try:
             trainer.fit()
-        except Exception as error:
-            cause = user_error(error)
-            if cause is None:
+        except WorkerGroupError as error:
+            mistakes = [each for each in error.worker_failures.values() if isinstance(each, UserError)]
+            if not mistakes:
                 raise
-            raise UserError(str(cause)) from error
+            raise UserError(str(mistakes[0])) from error
     return plan
 
 

@@ -22,14 +22,10 @@ from mmray.config import ResourceSettings
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.loader import BatchMaker, BatchPlan
-from pipelines.dataset import one_row_blocks
+from pipelines.dataset import ERROR, one_row_blocks
 
 SEGMENT_MICRO_BATCHES = 4096
 """Micro-batches, over all ranks, of one Ray Data execution: building its source takes 1 ms each."""
-
-
-ERROR = "error"
-"""Column of a block that holds, instead of a micro-batch, what is wrong with one of its rows."""
 
 
 class Render:
@@ -43,7 +39,7 @@ class Render:
         place = Place(int(batch["step"][0]), int(batch["rank"][0]), int(batch["micro"][0]))
         try:
             return to_table(self.maker.render(place))
-        except UserError as error:  # travels as data: Ray's wrappers around exceptions of actors lose what they wrap
+        except UserError as error:
             return pa.table({ERROR: [str(error)]})
 
 

@@ -31,7 +31,7 @@ from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, plan_chunks, source_files
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
-from pipelines.dataset import one_row_blocks, raised_by_user
+from pipelines.dataset import ERROR, one_row_blocks
 
 log = logging.getLogger("mmray")
 
@@ -76,15 +76,19 @@ class EncodeChunk:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (chunk,) = batch["chunk"]
-        rows = [row for piece in chunk.pieces for row in read_piece(piece)]
-        table = samples_table(self.encoder.encode(rows, chunk.verify))
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        error, sink = None, pa.BufferOutputStream()
+        try:
+            rows = [row for piece in chunk.pieces for row in read_piece(piece)]
+            table = samples_table(self.encoder.encode(rows, chunk.verify))
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+        except UserError as mistake:
+            error = str(mistake)
         return {
             "window": [chunk.window],
             "chunk": [chunk.index],
             "samples": binary_cell(sink.getvalue()),
+            ERROR: pa.array([error], pa.string()),
         }
 
 
@@ -98,13 +102,16 @@ class PackWindow:
         self.writer = PreparedWriter(context.path)
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
+        errors = [error for error in batch[ERROR].to_pylist() if error]
+        if errors:
+            return {"rows": [0], ERROR: [errors[0]]}
         windows, chunks = batch["window"].to_pylist(), batch["chunk"].to_pylist()
         if len(set(windows)) != 1 or chunks != list(range(len(chunks))):
             raise RuntimeError(f"chunks out of order: windows {windows}, chunks {chunks}")
         samples = pa.concat_tables(pa.ipc.open_stream(value.as_buffer()).read_all() for value in batch["samples"])
         window = pack_window(samples, self.packing, self.labels)
         self.writer.write_window(windows[0], window)
-        return {"rows": [window.statistics["rows_read"]], "bins": [window.statistics["bins"]]}
+        return {"rows": [window.statistics["rows_read"]], ERROR: [""]}
 
 
 def prepare(
@@ -166,9 +173,10 @@ def _run(job: Job, split: str, chunks: list[Chunk]) -> Iterator[int]:
         fn_constructor_args=(job, split),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.pack_actors), num_cpus=1,
     )  # fmt: skip
-    with raised_by_user():
-        for row in dataset.iter_rows():
-            yield int(row["rows"])
+    for row in dataset.iter_rows():
+        if row[ERROR]:
+            raise UserError(row[ERROR])
+        yield int(row["rows"])
 
 
 def _with_verification(chunks: list[Chunk], count: int) -> list[Chunk]:

@@ -104,6 +104,13 @@ def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inpu
     assert run_job(inputs, folder, "whole") == whole
 
 
+def test_a_mistake_that_workers_find_reaches_the_user(
+    whole: list[dict[str, Any]], inputs: Inputs, folder: Path
+) -> None:
+    with pytest.raises(UserError, match=r"its seed is 0, this job's is 5; put seed back"):
+        run_job(inputs, folder, "whole", training__seed=5, training__max_failures=0)
+
+
 def test_settings_that_differ_from_the_prepared_ones_are_refused(inputs: Inputs, folder: Path) -> None:
     other = Job.model_validate(job_content(inputs, folder, "other", packing__visual_capacity=300))
     with pytest.raises(UserError, match=r"packing\.visual_capacity: 256 -> 300"):
