@@ -7,7 +7,7 @@ gives one line per mistake: where it is, what was found, and for an unknown key 
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,11 +101,11 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     Raises UserError with one line for each mistake.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"job file {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"job file {path} is not YAML: {error}") from error
+        raise UserError(f"job file {path} is not YAML: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"job file {path}: the top of the file must be keys such as model: and data:")
     for override in overrides:
@@ -113,10 +113,29 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     try:
         return _with_absolute_paths(Job.model_validate(content))
     except ValidationError as error:
-        lines = [_explain(dict(mistake)) for mistake in error.errors()]
-        raise UserError(
-            "\n".join([f"job file {path}: {len(lines)} mistake(s)", *(f"  {line}" for line in lines)])
-        ) from error
+        lines = list(_explain(error))
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise UserError("\n".join([f"job file {path}: {count}", *(f"  {line}" for line in lines)])) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without code, where a key written twice is an error: one of the two values would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if any(key.value == earlier.value for earlier in keys[:index]):
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is written twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_problem(error: Exception) -> str:
+    """One line: where and what."""
+    mark = getattr(error, "problem_mark", None)
+    text = " ".join(str(getattr(error, "problem", None) or error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else text
 
 
 def _with_absolute_paths(job: Job) -> Job:
@@ -162,9 +181,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     for parent in parents:
         node = _child(node, parent, override)
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not YAML: {error}") from error
+        raise UserError(f"--set {override!r}: the value is not YAML: {_yaml_problem(error)}") from error
     if isinstance(node, list):
         node[_list_index(node, last, override)] = value
     else:
@@ -172,11 +191,10 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_list_index(node, key, override)]
-    child = node.setdefault(key, {})
+    place: Any = _list_index(node, key, override) if isinstance(node, list) else key
+    child = node[place] if isinstance(node, list) else node.setdefault(key, {})
     if child is None:
-        child = node[key] = {}
+        child = node[place] = {}
     if not isinstance(child, (dict, list)):
         raise UserError(f"--set {override!r}: {key} is {child!r}, it has no keys inside")
     return child
@@ -188,21 +206,61 @@ def _list_index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _explain(mistake: dict[str, Any]) -> str:
-    """One line for one pydantic error: path, what is wrong, what was found, the nearest known key."""
-    location = [part for part in mistake["loc"] if not str(part).startswith(("function-", "constrained"))]
-    path = ".".join(str(part) for part in location)
+def _explain(error: ValidationError) -> Iterator[str]:
+    """A line for each mistake: path, what is wrong, what was found, the nearest known key."""
+    mistakes = error.errors()
+    for mistake in mistakes:
+        location, kind = mistake["loc"], _kind_index(mistake["loc"])
+        if any(mistake["type"] == "too_short" and _is_inside(other["loc"], location) for other in mistakes):
+            continue  # only short because a wrong entry was left out
+        if kind is not None and not _is_likely(location, kind, [other["loc"] for other in mistakes]):
+            continue
+        path = ".".join(str(part) for index, part in enumerate(location) if index != kind)
+        yield f"{path or 'job'}: {_message(dict(mistake))}"
+
+
+def _message(mistake: dict[str, Any]) -> str:
     if mistake["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}" if known else ""
-        return f"{path}: unknown key; {hint}".rstrip("; ")
+        known = _known_keys(mistake["loc"][:-1])
+        near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1, cutoff=0.5)
+        return "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
     if mistake["type"] == "missing":
-        return f"{path}: required and not given"
+        return "required and not given"
     message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "model_type":
+        message = "must be keys with values"
+    if mistake["type"] == "tuple_type":
+        message = "must be a list"
     found = mistake["input"]
-    shown = "" if isinstance(found, (dict, BaseModel)) else f" (found {found!r:.80})"
-    return f"{path or 'job'}: {message}{shown}"
+    return message if isinstance(found, (dict, BaseModel)) else f"{message} (found {found!r:.80})"
+
+
+def _is_inside(location: Sequence[Any], outer: Sequence[Any]) -> bool:
+    return len(location) > len(outer) and location[: len(outer)] == outer
+
+
+def _is_likely(location: Sequence[Any], kind: int, others: Sequence[Sequence[Any]]) -> bool:
+    """Of a value that may be of several kinds, pydantic tells the mistakes for each; what was meant is the kind that
+    fits deepest."""
+    rivals = [other for other in others if _is_inside(other, location[:kind])]
+    own = max(len(other) for other in rivals if other[kind] == location[kind])
+    return own == max(map(len, rivals))
+
+
+def _kind_index(location: Sequence[Any]) -> int | None:
+    """The place where a location says of which kind a value was taken, which is no key of the job file."""
+    model: Any = Job
+    for index, part in enumerate(location[:-1]):
+        if isinstance(part, int):
+            continue
+        fields = getattr(model, "model_fields", {})
+        if part not in fields:
+            return None
+        kinds = [kind for kind in typing.get_args(fields[part].annotation) if kind is not types.NoneType]
+        if isinstance(fields[part].annotation, types.UnionType) and len(kinds) > 1:
+            return index + 1
+        model = _settings_class(fields[part].annotation)
+    return None
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:

@@ -24,8 +24,9 @@ class ProgressBar:
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
             self._live = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(self.unit),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TextColumn(self.unit), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=Console(stderr=True),
             )  # fmt: skip
             self._live.start()

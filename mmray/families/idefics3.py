@@ -79,6 +79,8 @@ class Idefics3(Family):
         else:
             rows = math.ceil(height / side)
             columns = math.ceil(int(rows * side * ratio) / side)
+        if not rows or not columns:  # a page a pixel wide, whose width in the processor's arithmetic comes out below 1
+            raise ValueError(f"{type(self.processor).__name__} makes nothing of a page of {tile_size}")
         return (rows, columns) if max(rows, columns) > 1 else (0, 0)
 
     def _measure_span(self, tile_size: Size) -> Span:

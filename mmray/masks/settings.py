@@ -63,7 +63,11 @@ def label_maker(settings: MaskingSettings, family: Family) -> LabelMaker:
 
 
 def _end_text(end: str | None, family: Family) -> str:
-    return family.tokenizer.eos_token if end == "eos_token" else end or ""
+    if end != "eos_token":
+        return end or ""
+    if family.tokenizer.eos_token is None:
+        raise UserError("masking.boundaries: the end is eos_token, but the tokenizer has none; write the closing text")
+    return str(family.tokenizer.eos_token)
 
 
 def _boundary(marker: RoleMarkers, family: Family) -> RoleBoundary:

@@ -204,8 +204,9 @@ class PreparedWriter:
         return str(_read_json(self._folder, name).get("fingerprint"))
 
     def _clear(self) -> None:
-        """The manifest goes first and the plan last, so that a stop in between never leaves a part that counts."""
+        """Delete what mmray wrote; a stop in between leaves no manifest and no window that counts as finished."""
         names = [name for name in self._folder.names() if name == REJECTED_FILE or name.startswith(_OWN_PREFIXES)]
+        names.sort(key=lambda name: not name.startswith("window-"))
         for name in (MANIFEST, *names, PLAN):
             if self._folder.exists(name):
                 self._folder.remove(name)
@@ -230,11 +231,12 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
 
 
 def _other_result(path: str, found: dict[str, Any], record: dict[str, Any]) -> str:
-    lines = differences(found["record"], json.loads(_json(record)))
+    lines = differences(found.get("record"), json.loads(_json(record)))
     shown = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
     return (
-        f"{path} was prepared from other input (fingerprint {found['fingerprint']}, this job has "
-        f"{fingerprint(record)}):\n  {shown}\nChoose another output.prepared, or run jobs/prepare.py with --replace to delete the old one"
+        f"{path} was prepared from other input (fingerprint {found.get('fingerprint')}, this job has "
+        f"{fingerprint(record)}):\n  {shown}\nChoose another output.prepared, or run jobs/prepare.py with --replace "
+        "to delete the old one"
     )
 
 

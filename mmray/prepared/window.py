@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from mmray.errors import RowError
 from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule, segment_ids
 from mmray.packing import lower_bound, pack_2d
 from mmray.packing_settings import PackingSettings
@@ -24,6 +25,10 @@ from mmray.rows.encode import RejectedRow, Sample
 
 BINS_PER_ROW_GROUP = 8
 """Bins read together: a bin read alone costs the others of its row group, a group its share of the file's footer."""
+
+_NOTHING_TRAINED = RowError(
+    "nothing_trained", "no token of the row is trained; see masking.roles_to_train and the row's roles"
+)
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,7 @@ class _Columns:
     def rejected(self, index: int) -> dict[str, Any]:
         record = {name: self.table[name][index].as_py() for name in ("id", "reason", "message", "source", "row")}
         if record["reason"] is None:
-            record["reason"] = "nothing_trained"
-            record["message"] = "no token of the row is trained; see masking.roles_to_train and the row's roles"
+            record |= {"reason": _NOTHING_TRAINED.reason, "message": _NOTHING_TRAINED.message}
         return record
 
 

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
+from mmray.images.source import one_line
 from mmray.rows.settings import DatasetSettings
 
 _ROLES = {
@@ -169,7 +170,7 @@ class DocumentReader:
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(
                 "template",
-                f"the chat template refuses the messages: {error}; check the roles, their order and contents",
+                f"the chat template refuses the messages: {one_line(error)}; check the roles, their order and contents",
             ) from error
         rendered = text.count(self.family.placeholder_unit)
         if rendered != count:

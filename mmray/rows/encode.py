@@ -17,6 +17,7 @@ from PIL import Image
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images import TilePlan, TilingPolicy, image_size, plan_tiles
+from mmray.images.source import one_line
 from mmray.masks.labels import IGNORE_INDEX, LossRule
 from mmray.packing_settings import PackingSettings
 from mmray.rows.document import Document, DocumentReader, ImageRef, check_image_count, missing_column
@@ -154,7 +155,10 @@ class Encoder:
         try:
             spans = [self.family.span(size) for size in plan.tile_sizes]
         except ValueError as error:
-            raise RowError("image_shape", f"the processor cannot take an image of {plan.size}: {error}") from error
+            raise RowError(
+                "image_shape",
+                f"the processor takes no image of {plan.size}: {one_line(error)}; crop it or cut it in tiles",
+            ) from error
         return [(span.token_ids, span.visual_tokens) for span in spans]
 
     # ---------------------------------------------------------------- tokens
@@ -206,13 +210,17 @@ class Encoder:
         return dataset.kind == "pretrain" and dataset.add_eos
 
     def _label_tokens(self, plan: TilePlan, before: np.ndarray) -> int:
-        """Tokens of an image's first label, where the text before the placeholder ends with just them."""
+        """Tokens of an image's first label, which end the text before its placeholder. Where a token holds the last
+        letter before the label too, it counts."""
         label = plan.labels[0]
         if not label:
             return 0
         prefix = self.family.placeholder_unit.split(self.family.placeholder)[0]
         tokens = self._backend.encode(f"{label}\n{prefix}", add_special_tokens=False).ids
-        return len(tokens) if before[-len(tokens) :].tolist() == tokens else 0
+        if before[-len(tokens) :].tolist() == tokens:
+            return len(tokens)
+        tails = ((count, self._backend.decode(before[-count:], skip_special_tokens=False)) for count in range(1, 99))
+        return next((count for count, tail in tails if label in tail), 0)
 
     def _check_capacity(self, sample: Sample) -> Sample:
         tokens, room = len(sample.input_ids), self.packing.token_capacity
@@ -331,7 +339,7 @@ def _integers(value: dict[str, Any], column: str) -> np.ndarray:
     try:
         return np.asarray(found, dtype=np.int32)
     except OverflowError as error:
-        raise RowError("wrong_type", f"{column} holds a number that is no token id: {error}") from error
+        raise RowError("wrong_type", f"{column} holds a number that is no token id: {one_line(error)}") from error
 
 
 def _shown(value: dict[str, Any]) -> str:

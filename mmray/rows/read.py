@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import RowError, UserError
+from mmray.images.source import one_line
 from mmray.rows.files import Piece
 
 
@@ -95,5 +96,5 @@ def _value(row: pa.Table) -> dict[str, Any] | RowError:
     except UnicodeDecodeError as error:
         return RowError("not_utf8", f"a text of the row is not UTF-8 ({error.reason}); write the file as UTF-8")
     except ValueError as error:
-        return RowError("wrong_type", f"a cell of the row cannot be read: {error}; write it as another type")
+        return RowError("wrong_type", f"a cell of the row cannot be read: {one_line(error)}; write it as another type")
     return value

@@ -183,8 +183,9 @@ def _converted(folder: Path, state: SavedState, shared_folder: Path, rank: int) 
                 f"to resume with another number of workers, give a folder that all of them share"
             )
         yield work
+        # The group is left to the process's end: a rank that closed its connections here could cut off another
+        # that is still in the barrier.
         dist.barrier(group=group)
-        dist.destroy_process_group(group)
     finally:
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)

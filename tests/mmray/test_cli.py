@@ -1,0 +1,133 @@
+"""The `mmray` command: what it prints, and that a mistake is one line on stderr and exit code 2."""
+
+import json
+
+import pytest
+
+from mmray import cli
+from mmray.config import Job
+from mmray.training.metrics import MetricsLog
+from tests.mmray.preparing import PACKING, Preparation, write_rows
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs the command; returns exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["mmray", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def prepared(tmp_path, processors):
+    """A prepared dataset in a folder whose name looks like markup."""
+    rows = [{"id": "good", "text": "hello there"}, {"id": "bad", "text": ""}, {"id": "worse"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    preparation = Preparation(processors["qwen2_vl"], {"files": (path,), "kind": "pretrain"}, packing=PACKING)
+    return preparation.write(tmp_path / "out [red]x[/red] [/]")
+
+
+def cells(output):
+    """label -> value of a printed table of two columns."""
+    lines = [[word.strip() for word in line.strip("│┃ ").split("│")] for line in output.splitlines() if "│" in line]
+    return {line[0]: line[1] for line in lines}
+
+
+def check_error(result, *words):
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+def test_schema_is_that_of_the_job_file(run):
+    code, out, _ = run("schema")
+    assert code == 0
+    assert json.loads(out) == Job.model_json_schema()
+
+
+def test_report_of_a_prepared_dataset(run, prepared):
+    code, out, _ = run("report", prepared.path)
+    assert code == 0
+    assert prepared.path in out.replace("\n", "")
+    table = cells(out)
+    assert table["rows"] == "3 read = 1 packed + 2 rejected"
+    assert (table["empty_text"], table["missing_column"]) == ("1", "1")
+    assert table["bins"] == "1 (at least 1 needed)"
+    assert table["tokens"] == str(prepared.statistics["tokens"])
+    assert table["fill"] == f"{prepared.statistics['token_fill']:.1%} of tokens, 0.0% of visual tokens"
+    assert table["fingerprint"] == prepared.fingerprint
+
+
+def write_metrics(folder, *losses):
+    log = MetricsLog(folder)
+    for step, loss in enumerate(losses, start=1):
+        log.write(step, epoch=0, loss=loss, tokens=1000, step_seconds=0.5, data_wait_seconds=0.1)
+        log.write(step, eval_loss=loss * 2)
+    log.close()
+    return folder
+
+
+def test_report_of_a_run(run, tmp_path):
+    code, out, _ = run("report", write_metrics(tmp_path / "run [/]", 4.0, 3.0, 2.5))
+    assert code == 0
+    assert "run [/]" in out
+    table = cells(out)
+    assert (table["steps"], table["loss"], table["eval loss"]) == ("3", "4.0000 -> 2.5000", "8.0000 -> 5.0000")
+    assert (table["tokens"], table["tokens per second"]) == ("3,000", "2,000")
+    assert table["waiting for data"] == "0.3 s beside 1.5 s of steps"
+
+
+def test_report_of_a_run_that_diverged(run, tmp_path):
+    code, out, _ = run("report", write_metrics(tmp_path, 4.0, float("nan")))
+    assert code == 0
+    assert cells(out)["loss"] == "4.0000 -> not finite"
+
+
+def test_report_of_a_run_before_its_first_step(run, tmp_path):
+    check_error(run("report", write_metrics(tmp_path)), "no step is finished yet")
+
+
+def test_report_of_neither(run, tmp_path):
+    check_error(run("report", tmp_path), str(tmp_path), "no prepared dataset", "jobs/prepare.py")
+    check_error(run("report", tmp_path / "nowhere"), "nowhere")
+    check_error(run("report", "nosuchscheme://x"), "nosuchscheme://x")
+
+
+def test_inspect_shows_a_bin(run, prepared, processor_folders):
+    code, out, _ = run("inspect", prepared.path)
+    assert code == 0
+    assert out.startswith("bin 0 of 1   bucket text")
+    assert "hello there" not in out
+    code, out, _ = run("inspect", prepared.path, "--bin", 0, "--processor", processor_folders["qwen2_vl"])
+    assert code == 0
+    assert "hello there<|im_end|>" in out
+
+
+def test_inspect_of_what_is_not_there(run, prepared, tmp_path, processor_folders):
+    check_error(run("inspect", tmp_path / "nowhere"), "no prepared dataset")
+    check_error(run("inspect", prepared.path, "--bin", 1), "there is no bin 1")
+    check_error(run("inspect", prepared.path, "--processor", tmp_path), "no processor could be loaded")
+    check_error(run("inspect", prepared.path, "--processor", processor_folders["smolvlm"]), "is not the processor")
+
+
+@pytest.mark.parametrize("arguments", [["nocommand"], ["report"], ["inspect", "x", "--bin", "first"]])
+def test_a_wrong_command_line_is_explained(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "Usage:" in err
+
+
+def test_help_names_the_commands(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(name in out for name in ("schema", "report", "inspect"))

@@ -1,0 +1,64 @@
+"""Progress as lines of a log, now and then, and as a live bar in a terminal."""
+
+import contextlib
+import sys
+
+import pytest
+
+from mmray import progress
+from mmray.progress import LOG_SECONDS, ProgressBar
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, as a list of one number to change."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_gets_a_line_at_the_start_now_and_then_and_at_the_end(clock, capsys):
+    with ProgressBar("preparing train", "rows") as bar:
+        for second in range(int(2.5 * LOG_SECONDS) + 1):
+            clock[0] = 100.0 + second
+            bar.update(second * 1000, 25_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "preparing train: 0/25,000 rows (0%) in 0 s",
+        "preparing train: 10,000/25,000 rows (40%) in 10 s",
+        "preparing train: 20,000/25,000 rows (80%) in 20 s",
+        "preparing train: 25,000/25,000 rows (100%) in 25 s",
+    ]
+
+
+def test_a_log_has_no_line_twice_and_notes_at_its_end(clock, capsys):
+    with ProgressBar("training", "steps") as bar:
+        bar.update(3, 10, "loss 2.5")
+        clock[0] += 2 * LOG_SECONDS
+        bar.update(3, 10, "loss 2.5")
+        bar.update(10, 10, "[done]")
+        bar.update(10, 10, "[done]")
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 3/10 steps (30%) in 0 s  loss 2.5",
+        "training: 10/10 steps (100%) in 20 s  [done]",
+    ]
+
+
+def test_nothing_to_do_is_done(capsys):
+    with ProgressBar("preparing", "rows") as bar:
+        bar.update(0, 0)
+    assert "0/0 rows (100%)" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_a_bar_that_is_closed_after_an_error_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with contextlib.suppress(KeyboardInterrupt), ProgressBar("[x] training", "steps") as bar:
+        bar.update(3, 10, "loss [/] 2.5")
+        raise KeyboardInterrupt
+    output = capsys.readouterr().err
+    assert "[x] training" in output
+    assert "3/10" in output
+    assert "loss [/] 2.5" in output
+    assert "\x1b[?25h" in output  # the cursor is shown again

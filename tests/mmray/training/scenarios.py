@@ -1,0 +1,149 @@
+"""What the ranks do in the tests of the engine: each function runs on every rank of one process group."""
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmray.errors import UserError
+from mmray.training.checkpoint import save_state
+from mmray.training.engine import TrainingEngine
+from tests.mmray.training import tiny
+
+Case = tuple[int, str]  # ZeRO stage, dtype
+
+EXACT: list[Case] = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (3, "bf16")]
+SAVED_AT, LAST_STEP = 3, 6
+
+# Every parameter is gathered and released, also in a model as small as this one.
+NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def build(case: Case, grad_accumulation: int, *, model: dict[str, Any] | None = None, **options) -> TrainingEngine:
+    """An engine for 6 steps. options: of TrainingEngine (resume_from, shared_folder) and of TrainingSettings."""
+    resume = {name: options.pop(name) for name in ("resume_from", "shared_folder") if name in options}
+    stage, dtype = case
+    return TrainingEngine(
+        tiny.model_settings(**({"dtype": dtype} | (model or {}))),
+        tiny.training_settings(zero_stage=stage, **options),
+        total_steps=LAST_STEP,
+        grad_accumulation=grad_accumulation,
+        **resume,
+    )
+
+
+def train(engine: TrainingEngine, last_step: int) -> list[dict[str, float]]:
+    """Metrics of each step, and what this rank's random generators gave after it."""
+    history = []
+    while engine.step_count < last_step:
+        bins = tiny.global_batch(engine.step_count)
+        mine = tiny.micro_batches(bins, engine.rank, engine.world_size, engine.grad_accumulation)
+        metrics = dataclasses.asdict(engine.step(mine))
+        numpy_draw = np.random.rand()  # noqa: NPY002  the global generator is what is restored
+        draws = {"python": random.random(), "numpy": numpy_draw, "torch": torch.rand(1).item()}
+        history.append(metrics | draws)
+    return history
+
+
+def two_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
+    """Six steps in one go for every case, saved in the middle; and weights from files, sharded by ZeRO-3."""
+    results: dict[Any, Any] = {}
+    for case in EXACT:
+        engine = build(case, 2)
+        history = train(engine, SAVED_AT)
+        save_state(engine, folder / checkpoint_name(case) / f"of-rank-{rank}")
+        results[case] = history + train(engine, LAST_STEP)
+        engine.close()
+    pretrained = {"path": str(folder / "model"), "config": None, "gradient_checkpointing": True}
+    engine = build((3, "fp32"), 2, model=pretrained, deepspeed=NO_PERSISTENCE)
+    results["gathered"] = train(engine, SAVED_AT)
+    results["text alone"] = text_alone(engine)
+    engine.close()
+    results["not finite"] = not_finite()
+    return results
+
+
+def text_alone(engine: TrainingEngine) -> tuple[float, float]:
+    """Losses of a step and of an evaluation in which rank 1 has no image but its dummy."""
+    generator = torch.Generator().manual_seed(5)
+    if engine.rank == 0:
+        samples = (tiny.make_sample(generator, before=2, grid=(8, 8), after=20, trained=19),)
+    else:
+        text = tiny.make_sample(generator, before=0, grid=None, after=30, trained=20)
+        samples = (text, tiny.dummy_image(generator))
+    batch = [tiny.TinyBin(samples)] * 2
+    evaluated, trained_tokens = engine.evaluate([batch, batch])
+    assert trained_tokens == 4 * (19 + 20)
+    return engine.step(batch).loss, evaluated
+
+
+def not_finite() -> str:
+    """The message of a step whose pixels are not numbers on one rank."""
+    engine = build((2, "fp32"), 2)
+    bins = tiny.global_batch(0)
+    if engine.rank == 1:
+        bins[3].samples[0].pixel_values[0] = float("nan")
+    try:
+        engine.step(tiny.micro_batches(bins, engine.rank, engine.world_size, 2))
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return "no error"
+
+
+def two_ranks_resumed(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
+    """Steps 4 to 6 of every case, from its checkpoint."""
+    results: dict[Any, Any] = {}
+    for case in EXACT:
+        engine = build(case, 2, resume_from=folder / checkpoint_name(case))
+        results[case] = train(engine, LAST_STEP)
+        engine.close()
+    return results
+
+
+def one_rank(rank: int, world_size: int, folder: Path, shared: Path) -> dict[Any, Any]:
+    """The first steps in 1, 2 and 4 micro-batches; then step 4 from the checkpoint of two ranks, and a save."""
+    results: dict[Any, Any] = {}
+    for stage in (0, 1, 2, 3):
+        for grad_accumulation in (1, 2, 4):
+            engine = build((stage, "fp32"), grad_accumulation)
+            results[stage, grad_accumulation] = train(engine, 2)
+            engine.close()
+    for case in EXACT:
+        engine = build(case, 4, resume_from=folder / checkpoint_name(case), shared_folder=shared)
+        results[case] = train(engine, SAVED_AT + 1)
+        save_state(engine, folder / "of-one" / checkpoint_name(case))
+        engine.close()
+    source = folder / checkpoint_name((2, "fp32"))
+    results["no shared folder"] = refusal((2, "fp32"), resume_from=source)
+    results["other dtype"] = refusal((2, "bf16"), resume_from=source)
+    results["no checkpoint"] = refusal((2, "fp32"), resume_from=folder / "nothing")
+    return results
+
+
+def refusal(case: Case, **options) -> str:
+    """The message with which an engine is not built."""
+    try:
+        build(case, 4, **options)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def three_ranks(rank: int, world_size: int, folder: Path, shared: Path) -> dict[Any, Any]:
+    """Steps 5 and 6 from what one rank saved; four bins fill six slots, two stay empty."""
+    results: dict[Any, Any] = {}
+    for case in EXACT:
+        source = folder / "of-one" / checkpoint_name(case)
+        engine = build(case, 2, resume_from=source, shared_folder=shared)
+        results[case] = train(engine, LAST_STEP)
+        engine.close()
+    return results
+
+
+def checkpoint_name(case: Case) -> str:
+    return f"stage-{case[0]}-{case[1]}"

@@ -1,0 +1,117 @@
+"""The engine on real process groups: one loss for any split of a batch, and exact resumption.
+
+All process groups start once for the module: a start costs seconds, a scenario a fraction of one.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmray.training.model import build_model
+from tests.mmray.training import scenarios, tiny
+from tests.mmray.training.ranks import RankGroup
+from tests.mmray.training.scenarios import EXACT, LAST_STEP, SAVED_AT, checkpoint_name
+
+Results = dict[str, list[dict[Any, Any]]]  # by process group, then by rank
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder, shared = tmp_path_factory.mktemp("checkpoints"), tmp_path_factory.mktemp("shared [1+1]")
+    build_model(tiny.model_settings()).save_pretrained(folder / "model")
+    done: Results = {"two": RankGroup(2, scenarios.two_ranks, folder).results()}
+    for case in EXACT:
+        merge(folder / checkpoint_name(case))
+    resumed = RankGroup(2, scenarios.two_ranks_resumed, folder)
+    done["one"] = RankGroup(1, scenarios.one_rank, folder, shared).results()
+    done["two resumed"] = resumed.results()
+    done["three"] = RankGroup(3, scenarios.three_ranks, folder, shared).results()
+    assert not list(shared.iterdir()), "conversions are temporary"
+    return done
+
+
+def merge(folder: Path) -> None:
+    """Join the folders that ranks wrote, as Ray Train does; no file may come from two of them."""
+    for part in sorted(folder.glob("of-rank-*")):
+        for file in part.rglob("*"):
+            target = folder / file.relative_to(part)
+            assert not target.is_file(), f"two ranks wrote {target.name}"
+            if file.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(file, target)
+        shutil.rmtree(part)
+
+
+def column(history: list[dict[str, float]], name: str) -> list[float]:
+    return [step[name] for step in history]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("grad_accumulation", [1, 2, 4])
+def test_a_split_of_the_global_batch_changes_nothing(results: Results, stage: int, grad_accumulation: int) -> None:
+    whole = results["one"][0][0, 1]
+    split = results["one"][0][stage, grad_accumulation]
+    over_two = results["two"][0][stage, "fp32"][:2]
+    for name in ("loss", "grad_norm"):
+        assert column(split, name) == pytest.approx(column(whole, name), rel=1e-5)
+        assert column(over_two, name) == pytest.approx(column(whole, name), rel=1e-5)
+    assert column(split, "trained_tokens") == column(over_two, "trained_tokens") == [82, 82]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=checkpoint_name)
+def test_ranks_report_the_same(results: Results, case: scenarios.Case) -> None:
+    for name in ("loss", "grad_norm", "learning_rate", "trained_tokens", "tokens"):
+        assert column(results["two"][0][case], name) == column(results["two"][1][case], name)
+
+
+def test_stages_agree(results: Results) -> None:
+    runs = results["two"][0]
+    for name in ("loss", "grad_norm"):
+        for stage in (1, 2, 3):
+            assert column(runs[stage, "fp32"], name) == pytest.approx(column(runs[0, "fp32"], name), rel=1e-5)
+        assert column(runs[3, "bf16"], name) == pytest.approx(column(runs[0, "bf16"], name), rel=2e-3)
+    gathered = column(runs["gathered"], "loss")
+    assert gathered == pytest.approx(column(runs[0, "fp32"], "loss")[:SAVED_AT], rel=1e-5)
+
+
+def test_a_rank_with_text_alone_does_not_hang(results: Results) -> None:
+    stepped, evaluated = results["two"][0]["text alone"]
+    assert stepped == pytest.approx(evaluated, rel=1e-5)
+    assert results["two"][1]["text alone"] == (stepped, evaluated)
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(results: Results) -> None:
+    for rank in (0, 1):
+        assert results["two"][rank]["not finite"].startswith("the loss of step 1 is nan; lower training.learning_rate")
+
+
+@pytest.mark.parametrize("case", EXACT, ids=checkpoint_name)
+def test_resume_continues_exactly(results: Results, case: scenarios.Case) -> None:
+    for rank in (0, 1):
+        whole = results["two"][rank][case][SAVED_AT:]
+        resumed = results["two resumed"][rank][case]
+        assert column(resumed, "loss") == pytest.approx(column(whole, "loss"), rel=1e-6)
+        for name in ("learning_rate", "python", "numpy", "torch"):
+            assert column(resumed, name) == column(whole, name)
+    assert results["two resumed"][0][case][0]["torch"] != results["two resumed"][1][case][0]["torch"]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=checkpoint_name)
+def test_resume_with_other_world_sizes(results: Results, case: scenarios.Case) -> None:
+    """Two ranks saved after step 3, one does step 4 and saves, three do steps 5 and 6."""
+    whole = results["two"][0][case][SAVED_AT:LAST_STEP]
+    chained = results["one"][0][case] + results["three"][0][case]
+    loss_tolerance, norm_tolerance = (1e-6, 1e-5) if case[1] == "fp32" else (1e-3, 3e-3)
+    assert column(chained, "loss") == pytest.approx(column(whole, "loss"), rel=loss_tolerance)
+    assert column(chained, "grad_norm") == pytest.approx(column(whole, "grad_norm"), rel=norm_tolerance)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(results: Results) -> None:
+    one = results["one"][0]
+    assert one["no shared folder"].endswith(
+        "was written by 2 workers; to resume with 1, give a folder that all workers share"
+    )
+    assert "was written with ZeRO stage 2 and fp32, this run has stage 2 and bf16" in one["other dtype"]
+    assert "holds no readable checkpoint" in one["no checkpoint"]

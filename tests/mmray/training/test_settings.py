@@ -1,0 +1,104 @@
+"""Contradictions in the settings, the learning rate, and the DeepSpeed configuration made of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from mmray.errors import UserError
+from mmray.training.deepspeed_config import deepspeed_config
+from mmray.training.optim import learning_rate
+from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "neither given"),
+        ({"steps": 3, "epochs": 1}, "both given"),
+        ({"steps": 3, "warmup_steps": 1, "warmup_ratio": 0.1}, "at most one of warmup_steps and warmup_ratio"),
+        ({"steps": 3, "warmup_steps": 4}, "longer than training"),
+        ({"steps": 3, "schedule": "constant", "min_learning_rate_ratio": 0.1}, "no meaning with schedule: constant"),
+        ({"steps": 3, "global_batch_bins": 6, "micro_batch_bins": 4}, "must be a multiple"),
+        ({"steps": 3, "betas": (0.9, 1.0)}, "betas must lie in"),
+        ({"steps": 3, "deepspeed": {"train_batch_size": 4}}, "decided by training.global_batch_bins"),
+        ({"steps": 3, "deepspeed": {"zero_optimization": {"stage": 3}}}, "decided by training.zero_stage"),
+        ({"steps": 3, "deepspeed": {"fp16": {"enabled": True}}}, "decided by model.dtype"),
+    ],
+)
+def test_contradictions_are_errors(settings: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainingSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "neither given"),
+        ({"path": "a", "config": "b"}, "both given"),
+        ({"config": {"hidden_size": 64}}, 'needs its "model_type"'),
+    ],
+)
+def test_a_model_has_one_source(settings: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ModelSettings(**settings)
+
+
+def test_the_processor_comes_from_the_model_unless_given() -> None:
+    assert ModelSettings(path="a").processor_source == "a"
+    assert ModelSettings(config="a", processor="b").processor_source == "b"
+    with pytest.raises(UserError, match=r"set model\.processor"):
+        _ = ModelSettings(config="a").processor_source
+
+
+def test_accumulation_covers_the_global_batch() -> None:
+    settings = TrainingSettings(steps=1, global_batch_bins=8, micro_batch_bins=2)
+    assert [settings.accumulation_steps(workers) for workers in (1, 2, 3, 4, 64)] == [4, 2, 2, 1, 1]
+
+
+def test_learning_rate_of_each_schedule() -> None:
+    def rates(total_steps: int, **settings) -> list[float]:
+        training = TrainingSettings(steps=total_steps, learning_rate=2.0, **settings)
+        return [learning_rate(step, total_steps, training) for step in range(total_steps + 2)]
+
+    assert rates(4, schedule="constant") == [2.0] * 6
+    assert rates(6, schedule="linear", warmup_steps=2) == pytest.approx([1, 2, 2, 1.5, 1, 0.5, 0, 0])
+    assert rates(4, schedule="linear", min_learning_rate_ratio=0.5) == pytest.approx([2, 1.75, 1.5, 1.25, 1, 1])
+    cosine = rates(6, warmup_ratio=0.2, min_learning_rate_ratio=0.1)  # 1.2 steps, rounded up to 2
+    assert cosine == pytest.approx([1, 2, 2, 1.8 * 0.8535534 + 0.2, 1.1, 1.8 * 0.1464466 + 0.2, 0.2, 0.2])
+
+
+def test_deepspeed_overrides_are_laid_over_ours(tmp_path: Path) -> None:
+    from_trainer = {
+        "train_batch_size": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": "auto", "overlap_comm": True, "reduce_bucket_size": "auto"},
+        "steps_per_print": 100,
+    }
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(from_trainer))
+    training = TrainingSettings(steps=1, zero_stage=0, deepspeed=str(file), max_grad_norm=None)
+    config = deepspeed_config(
+        ModelSettings(config="a"), training, world_size=2, grad_accumulation=3, load_universal=False
+    )
+    assert config["zero_optimization"] == {"stage": 1, "overlap_comm": True}  # bf16 needs stage 1 at least
+    assert config["bf16"] == {"enabled": True}
+    assert (config["train_batch_size"], config["steps_per_print"], config["gradient_clipping"]) == (6, 100, 0.0)
+
+    file.write_text('{"optimizer": {"type": "Lamb"}}')
+    with pytest.raises(UserError, match=r"'optimizer' is decided by training\.learning_rate"):
+        load_deepspeed_overrides(str(file))
+    with pytest.raises(UserError, match="cannot read"):
+        load_deepspeed_overrides(str(tmp_path / "missing.json"))
+
+
+def test_offloading_takes_deepspeeds_own_optimizer() -> None:
+    def optimizer(**training) -> dict:
+        settings = TrainingSettings(steps=1, **training)
+        model = ModelSettings(config="a")
+        config = deepspeed_config(model, settings, world_size=1, grad_accumulation=1, load_universal=False)
+        return config["optimizer"]["params"]
+
+    assert optimizer()["torch_adam"] is True
+    assert "torch_adam" not in optimizer(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
