@@ -177,6 +177,11 @@ class MicroBatch:
         return Place(step, rank, micro)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of its samples, without the added one."""
+        return len(self.masked.input_ids) - int(self.masked.padding[0])
+
+    @property
     def bins(self) -> list[int]:
         """The numbers of its bins, without empty ones."""
         return [int(number) for number in self.masked.bins]

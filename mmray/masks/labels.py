@@ -74,7 +74,10 @@ class LabelMaker:
 
 
 def segment_ids(lengths: Tensor, padding: int = 0) -> Tensor:
-    """0, 0, 1, 1, 1, … for samples of these lengths, int [samples]; the last `padding` tokens belong to none. int64 [L]."""
+    """0, 0, 1, 1, 1, … for samples of these lengths, int [samples]; int64 [L].
+
+    padding: tokens at the end that belong to none.
+    """
     numbers = torch.arange(len(lengths), device=lengths.device)
     segments = torch.repeat_interleave(numbers, lengths.to(torch.int64))
     segments[len(segments) - padding :] = PADDING_SEGMENT

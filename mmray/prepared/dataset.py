@@ -26,6 +26,8 @@ from mmray.storage import Folder
 
 MANIFEST, PLAN, REJECTED_FILE = "manifest.json", "plan.json", "rejected.parquet"
 _OWN_PREFIXES = ("bins-", "window-", "rejected-")
+_HALF_WRITTEN = (".bins-", ".window-", ".rejected")
+"""What a process that was killed while writing leaves (`Folder.writing`)."""
 
 
 def bins_name(window: int) -> str:
@@ -155,7 +157,10 @@ class PreparedWriter:
         if not self._folder.exists(PLAN):
             self._clear()  # files of a window count only under the plan they were made for
         self._folder.write(PLAN, _json({"fingerprint": fingerprint(record), "record": record}))
-        names = set(self._folder.names())
+        names = self._folder.names()
+        for name in names:
+            if name.startswith(_HALF_WRITTEN):
+                self._folder.remove(name)
         stems = (name.removeprefix("window-").removesuffix(".json") for name in names if name.startswith("window-"))
         return {int(stem) for stem in stems}
 

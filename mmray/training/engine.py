@@ -39,6 +39,11 @@ class MicroBatch(Protocol):
     labels: Tensor
     """int64 [1, L], aligned with input_ids; IGNORE_INDEX where not trained."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its samples, without padding."""
+        ...
+
     def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The model's keyword arguments on `device`, pixel values as `dtype`; no labels, no use_cache.
 
@@ -56,7 +61,7 @@ class StepMetrics:
     trained_tokens: int
     """Trained tokens of the global batch."""
     tokens: int
-    """Tokens of the global batch, with padding."""
+    """Tokens of the samples of the global batch: what is added to keep ranks in step does not count."""
     grad_norm: float
     """Norm of the gradient of all parameters, before clipping."""
     learning_rate: float
@@ -189,7 +194,7 @@ class TrainingEngine:
     def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
         """Trained tokens and tokens of the global batch."""
         trained = torch.stack([count_trained_tokens(batch.labels).to(self.device) for batch in micro_batches]).sum()
-        tokens = sum(batch.labels.numel() for batch in micro_batches)
+        tokens = sum(batch.num_tokens for batch in micro_batches)
         counts = torch.stack([trained, trained.new_tensor(tokens)])
         dist.all_reduce(counts)
         num_trained, num_tokens = counts.tolist()

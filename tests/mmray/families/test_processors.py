@@ -1,5 +1,6 @@
 """Loading processors: without torchvision, always with a PIL image processor, and what is said when there is none."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 
 from mmray.errors import UserError
 from mmray.families import FAMILIES, family_of, load_processor
@@ -49,6 +51,16 @@ def test_shared_processors(shared_processor, request):
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is here")
 def test_without_torchvision_there_is_no_video_part(processor):
     assert getattr(processor, "video_processor", None) is None
+
+
+def test_with_torchvision_the_image_processor_is_the_pil_one_all_the_same(processor_folders, processors, monkeypatch):
+    """The two resample differently; a run must not depend on what is installed."""
+    theirs = copy.copy(processors["qwen2_vl"])
+    theirs.image_processor = None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: json.__spec__)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: theirs)
+    assert load_processor(processor_folders["qwen2_vl"]) is theirs
+    assert theirs.image_processor.backend == "pil"
 
 
 def test_chat_templates_work_without_a_video_processor(processor):

@@ -312,6 +312,14 @@ def test_a_stop_while_clearing_never_leaves_parts_that_count(preparation, tmp_pa
             assert contents(job.write(folder).path) == expected[job]
 
 
+def test_files_that_a_killed_process_left_half_written_are_removed(begun, preparation, prepared):
+    folder, _ = begun
+    for name in (".bins-00001.parquet.0a1b2c3d", ".window-00001.json.0a1b2c3d", ".rejected.parquet.0a1b2c3d"):
+        (folder / name).write_bytes(b"half")
+    assert PreparedWriter(str(folder)).begin(preparation.record) == {0}
+    assert contents(preparation.write(folder).path) == contents(prepared.path)
+
+
 def test_windows_of_a_lost_plan_do_not_count(begun, preparation, prepared):
     """Without the plan no one knows what they were made from."""
     folder, _ = begun

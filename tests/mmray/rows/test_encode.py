@@ -140,13 +140,13 @@ def test_sets_of_one_job_are_read_each_in_its_way(processors, pictures):
 
 
 def test_a_tokenizer_file_that_cuts_texts_does_not_cut_rows(prepare, processors):
+    good = prepare("pretrain")
     processor = copy.deepcopy(processors["qwen2_vl"])
     processor.tokenizer.backend_tokenizer.enable_truncation(16)
-    processor.tokenizer.backend_tokenizer.enable_padding(length=20)
-    dataset = {"files": ("x",), "kind": "pretrain"}
-    cutting = Preparation(processor, dataset, packing=ROOMY)
-    row = page_row()
-    assert cutting.sample(row).input_ids.tolist() == prepare("pretrain").sample(row).input_ids.tolist()
+    processor.tokenizer.backend_tokenizer.enable_padding(length=500)
+    encoder = Encoder(good.data, good.data.train, family_of(processor), good.policy, ROOMY)
+    (sample,) = encoder.encode([RawRow("r:1", 0, page_row())])
+    assert sample.input_ids.tolist() == good.sample(page_row()).input_ids.tolist()
 
 
 def test_rows_that_need_an_end_token_need_a_tokenizer_that_has_one(processors):

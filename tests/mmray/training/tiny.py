@@ -79,6 +79,10 @@ class TinyBin:
     samples: tuple[Sample, ...]
 
     @property
+    def num_tokens(self) -> int:
+        return self.labels.numel()
+
+    @property
     def labels(self) -> Tensor:
         return torch.cat([sample.labels for sample in self.samples])[None]
 
