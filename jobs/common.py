@@ -60,7 +60,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
     if address:
         ray.init(address=address, **options)
     else:
-        ray.init(num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **options)
+        ray.init("local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **options)
 
 
 def check_outputs(job: Job) -> None:
