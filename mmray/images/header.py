@@ -84,7 +84,9 @@ def opened_image(source: ImageSource, max_pixels: int) -> Iterator[tuple[ImageFi
         num_pixels = header.width * header.height
         if num_pixels > max_pixels:
             size = f"{header.width} x {header.height} = {num_pixels} pixels, more than {max_pixels}"
-            message = f"{describe_source(source)}: {size}; scale it down or raise max_pixels"
+            message = (
+                f"{describe_source(source)}: {size}; scale it down or raise the limit (data.max_image_pixels in a job)"
+            )
             raise RowError("image_too_large", message)
         yield image, header
 
