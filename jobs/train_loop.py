@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
+import torch
 from ray.train.collective import broadcast_from_rank_zero
 
 from mmray.batch import MicroBatch
@@ -91,10 +94,11 @@ class Worker:
         self.batches = plan.batches("train", plan.schedule, self.world_size)
         self.maker = BatchMaker(self.batches)
         self.run_folder = Path(plan.job.output.run)
-        self.saved_step = -1
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the end."""
+        if self.plan.gpus:
+            torch.cuda.set_device(ray.train.torch.get_device())
         checkpoint = ray.train.get_checkpoint()
         with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
             self.cursor = self._restored_cursor(folder)
@@ -117,7 +121,6 @@ class Worker:
             return Cursor.at(self.plan.schedule)
         cursor = Cursor.read(Path(folder) / CURSOR_FILE)
         cursor.check(self.plan.schedule)
-        self.saved_step = cursor.step
         return cursor
 
     def _train(self, metrics: MetricsLog | None) -> None:
@@ -129,8 +132,9 @@ class Worker:
             if metrics:
                 self._write(metrics, outcome, seconds, waited)
             step = self.cursor.step
-            if _due(step, self.training.eval_every_steps) and self.plan.eval:
-                loss, tokens = self._evaluate()
+            if _due(step, self.training.eval_every_steps) and (maker := self._evaluation):
+                steps = maker.plan.schedule.steps_per_epoch
+                loss, tokens = self.engine.evaluate(maker.steps(self.rank, 0, steps))
                 if metrics:
                     metrics.write(step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens)
             if _due(step, self.training.checkpoint_every_steps) or step == self.plan.total_steps:
@@ -155,14 +159,15 @@ class Worker:
         (reference,) = broadcast_from_rank_zero((reference,))
         return ray.get(reference)[self.rank]
 
-    def _evaluate(self) -> tuple[float, int]:
-        """Mean loss over the eval set; its few bins are rendered in this process."""
-        assert self.plan.eval is not None
+    @cached_property
+    def _evaluation(self) -> BatchMaker | None:
+        """Makes the batches of the eval set, whose few bins are rendered in this process."""
+        if self.plan.eval is None:
+            return None
         bins, fingerprint = self.plan.eval
         per_step = self.world_size * self.training.micro_batch_bins
         schedule = Schedule(bins, global_batch_bins=per_step, seed=0, fingerprint=fingerprint, shuffle=False)
-        maker = BatchMaker(self.plan.batches("eval", schedule, self.world_size))
-        return self.engine.evaluate(maker.steps(self.rank, 0, schedule.steps_per_epoch))
+        return BatchMaker(self.plan.batches("eval", schedule, self.world_size))
 
     def _save(self, outcome: StepMetrics) -> None:
         with tempfile.TemporaryDirectory(prefix="mmray-checkpoint-") as folder:
@@ -171,7 +176,6 @@ class Worker:
                 self.cursor.write(Path(folder) / CURSOR_FILE)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"step": self.cursor.step, "loss": outcome.loss}, checkpoint=checkpoint)
-        self.saved_step = self.cursor.step
 
     def _write(self, metrics: MetricsLog, outcome: StepMetrics, seconds: float, waited: float) -> None:
         bins = self.plan.schedule.bins(self.cursor.step - 1)
