@@ -11,14 +11,13 @@ from typing import Any, NoReturn
 import ray
 import ray.data  # sets the level of its own loggers when imported
 import typer
-from ray._private.state import state
 from rich.console import Console
 
 from mmray.config import Job
 from mmray.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 console = Console(stderr=False)
 log = logging.getLogger("mmray")
@@ -26,7 +25,6 @@ log = logging.getLogger("mmray")
 WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
-    "RAY_TRAIN_V2_ENABLED": "1",
 }
 """Environment of every process of a job."""
 
@@ -40,6 +38,12 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
     cpus: logical CPUs a Ray started here shall have at least, so that small machines can run every pool of the job.
     verbose: show what workers and libraries print, too.
     """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("http"):
+        raise UserError(
+            f"{address} is the address for `ray job submit`; to join the cluster from one of its nodes use "
+            "--address auto, to run here unset RAY_ADDRESS"
+        )
     os.environ.update({key: os.environ.get(key, value) for key, value in WORKER_ENVIRONMENT.items()})
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
@@ -56,7 +60,6 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
     if not _in_submitted_job():  # that has its environment from jobs/runtime_env.yaml, and the checkout on its path
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
         options["runtime_env"] = {"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}}
-    address = address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, **options)
     else:
@@ -87,7 +90,7 @@ def prepare_cpus(job: Job) -> int:
 def uses_gpus(job: Job) -> bool:
     """Whether training takes GPUs: as the job says, else where the cluster has any. Ray must be connected."""
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    if job.resources.use_gpu and not has_gpus:
+    if job.resources.use_gpu and not has_gpus and not job.resources.autoscaling:
         raise UserError("resources.use_gpu is true but the cluster has no GPU; add GPU nodes or set it to false")
     return has_gpus if job.resources.use_gpu is None else job.resources.use_gpu
 
@@ -102,23 +105,23 @@ def train_needs(job: Job, gpus: bool) -> dict[str, float]:
     return {"CPU": cpus, "GPU": resources.workers * (1 - resources.gpu_share) + shares}
 
 
-def check_cluster(needs: dict[str, float], what: str) -> None:
-    """Raise UserError when the cluster can never run all of a job's pools at once: it would wait forever.
+def check_cluster(job: Job, needs: dict[str, float], what: str) -> None:
+    """Raise UserError when the cluster cannot run all of a job's pools at once: it would wait forever.
 
-    A cluster that scales is only told about: it may still grow.
+    With `resources.autoscaling` only a line tells of it: nodes will come.
     """
     have = ray.cluster_resources()
     short = {name: amount for name, amount in needs.items() if have.get(name, 0) + 1e-6 < amount}
     if not short:
         return
     lacks = ", ".join(f"{amount:g} {name} (it has {have.get(name, 0):g})" for name, amount in short.items())
-    growth = state.get_max_resources_from_cluster_config() or {}  # empty where nothing scales the cluster
-    if all(growth.get(name, 0) + 1e-6 >= needs[name] for name in short):
+    if job.resources.autoscaling:
         log.warning("%s needs %s; waiting for the cluster to grow", what, lacks)
         return
     raise UserError(
-        f"{what} needs {lacks}. Lower the pools under `resources`, or add nodes; on one machine a Ray of your own can "
-        "have more logical CPUs than cores: ray start --head --num-cpus=N"
+        f"{what} needs {lacks}. Lower the pools under `resources`, add nodes, or set resources.autoscaling where the "
+        "cluster grows by itself; on one machine a Ray can have more logical CPUs than cores: "
+        "ray start --head --num-cpus=N"
     )
 
 
@@ -127,22 +130,19 @@ def run_main(main: Callable[..., None]) -> NoReturn:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_USER_ERROR)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command continues")
-        sys.exit(130)
     except Exception as error:
         usage = getattr(error, "show", None)  # click's own messages about the command line
         if usage is None:
             raise
         usage()
         sys.exit(EXIT_USER_ERROR)
-    sys.exit(0)
+    if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
+        Console(stderr=True).print("interrupted; the same command continues")
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _escaped(text: str) -> str:

@@ -19,13 +19,13 @@ def prepare_splits(job: Job, *, replace: bool = False) -> dict[str, PreparedData
     """Prepare `train` and, where the job has one, `eval`, with a progress bar and a table each."""
     from pipelines.prepare import prepare
 
-    check_cluster({"CPU": 2}, "preparing")
+    check_cluster(job, {"CPU": 2}, "preparing")
     done = {}
     for split in ("train", "eval"):
         if not getattr(job.data, split):
             continue
-        with ProgressBar(f"preparing {split}", "rows") as bar:
-            prepared, made = prepare(job, split, replace_other=replace, on_progress=bar.update)
+        with ProgressBar(f"{job.name}: preparing {split}", "rows") as bar:
+            prepared, made = prepare(job, split, replace=replace, on_progress=bar.update)
         if made:
             console.print(prepared_table(prepared))
         else:
@@ -37,7 +37,7 @@ def prepare_splits(job: Job, *, replace: bool = False) -> dict[str, PreparedData
 def main(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
-    replace: Annotated[bool, typer.Option(help="Delete a prepared dataset of other input at the output.")] = False,
+    replace: Annotated[bool, typer.Option(help="Delete what is prepared at the output and start anew.")] = False,
     verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
 ) -> None:

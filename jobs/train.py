@@ -15,12 +15,13 @@ import ray
 import typer
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from transformers import PretrainedConfig
 
 from jobs.common import check_cluster, check_outputs, connect, console, run_main, train_needs, uses_gpus
 from jobs.train_loop import RunPlan, run_plan, train_worker
 from mmray.config import Job, load_job
 from mmray.errors import UserError
-from mmray.families import family_of, load_processor
+from mmray.families import Family, family_of, load_processor
 from mmray.prepared import PreparedDataset
 from mmray.prepared.fingerprint import check_settings
 from mmray.progress import ProgressBar
@@ -30,12 +31,15 @@ from mmray.training.model import load_config
 
 POLL_SECONDS = 0.5
 TAIL_BYTES = 4096
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+"""Environment of workers that train on CPUs, also on machines that have GPUs."""
 
 
 def open_prepared(job: Job) -> dict[str, PreparedDataset]:
     """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
     processor = load_processor(job.model.processor_source, trust_remote_code=job.model.trust_remote_code)
     family = family_of(processor, tiled=job.images.is_tiled)
+    _check_model(load_config(job.model), family)
     found = {}
     for split in ("train", "eval"):
         if not getattr(job.data, split):
@@ -43,7 +47,7 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
         prepared = PreparedDataset(job.prepared_path(split))
         check_settings(
             prepared.path, prepared.manifest["record"], processor=processor,
-            tiling=family.resolve_tiling(job.images), packing=job.packing, masking=job.masking,
+            tiling=family.resolved_tiling(job.images), packing=job.packing, masking=job.masking,
         )  # fmt: skip
         if not len(prepared):
             raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
@@ -51,12 +55,27 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
     return found
 
 
+def _check_model(config: PretrainedConfig, family: Family) -> None:
+    """Raise UserError when the processor is not one of the model's: wrong tokens would train without a word."""
+    name = type(family.processor).__name__
+    if config.model_type not in family.model_types:
+        raise UserError(
+            f"the model is a {config.model_type}, but {name} is a processor of {', '.join(family.model_types)}; "
+            "set model.processor to the model's own"
+        )
+    if config.image_token_id != family.image_token_id:
+        raise UserError(
+            f"the model's image token is {config.image_token_id}, that of {name} is {family.image_token_id}; "
+            "set model.processor to the model's own"
+        )
+
+
 def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
     """Run training to its end, resuming where a checkpoint is. Ray must be connected."""
     gpus = uses_gpus(job)
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
-    check_cluster(train_needs(job, gpus), "training")
+    check_cluster(job, train_needs(job, gpus), "training")
     plan = run_plan(job, prepared, gpus)
     run = Path(job.output.run).absolute()
     trainer = TorchTrainer(
@@ -70,6 +89,7 @@ def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
             | ({"GPU": 1 - job.resources.gpu_share} if gpus else {}),
         ),
         run_config=RunConfig(
+            worker_runtime_env={} if gpus else {"env_vars": NO_GPU},
             name=run.name,
             storage_path=str(run.parent),
             failure_config=FailureConfig(max_failures=job.training.max_failures),
@@ -77,7 +97,7 @@ def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
             checkpoint_config=CheckpointConfig(num_to_keep=job.training.keep_checkpoints),
         ),
     )
-    with _Watch(run, plan.total_steps):
+    with _Watch(job.name, run, plan.total_steps):
         try:
             trainer.fit()
         except WorkerGroupError as error:
@@ -91,8 +111,8 @@ def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
 class _Watch:
     """Shows the run's metrics as they are written: the driver reads what rank 0 appends."""
 
-    def __init__(self, run: Path, total_steps: int) -> None:
-        self._path, self._total = run / METRICS_FILE, total_steps
+    def __init__(self, name: str, run: Path, total_steps: int) -> None:
+        self._name, self._path, self._total = name, run / METRICS_FILE, total_steps
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -104,7 +124,7 @@ class _Watch:
         self._thread.join()
 
     def _show(self) -> None:
-        with ProgressBar("training", "steps") as bar:
+        with ProgressBar(f"{self._name}: training", "steps") as bar:
             finished = False
             while not finished:
                 finished = self._stop.wait(POLL_SECONDS)
@@ -133,7 +153,6 @@ def main(
     check_outputs(job)
     if "://" in job.output.run:
         raise UserError(f"output.run {job.output.run!r}: give a folder that all nodes share, such as an NFS path")
-    load_config(job.model)  # a wrong model is found here, before any worker starts
     prepared = open_prepared(job)
     connect(address, cpus=int(train_needs(job, gpus=False)["CPU"] + 0.5), verbose=verbose)
     train(job, prepared)

@@ -143,9 +143,9 @@ class Worker:
     def _steps(self, stop: int) -> Iterator[tuple[float, list[MicroBatch]]]:
         """The seconds waited for each step's micro-batches, and these."""
         for first, last in segments(self.batches, self.cursor.step, stop):
+            started = time.monotonic()
             shard = self._shard(first, last)
             stream = receive(shard, self.batches, self.maker.family, self.rank, first, last)
-            started = time.monotonic()
             for batches in stream:
                 yield time.monotonic() - started, batches
                 started = time.monotonic()

@@ -120,8 +120,8 @@ def _frames(each: Bin, family: Family, policy: TilingPolicy) -> list[np.ndarray]
             name = describe_source(source)
             what = str(error) if name in error.message else f"{name}: {error}"
             raise UserError(
-                f"row {row!r} ({line}): {what}. Its header was read when preparing; put the image back, or take "
-                "the row out and prepare again"
+                f"row {row!r} ({line}): {what}. Its header was read when preparing; put it back, or another "
+                "picture of that size in its place"
             ) from error
         frames += [frame for tile in tiles for frame in family.frames(tile)]
     return frames
@@ -133,7 +133,7 @@ def _check_features(input_ids: np.ndarray, sizes: np.ndarray, family: Family, bi
     if features != tokens:
         raise UserError(
             f"bins {[each.index for each in bins]}: {tokens} image tokens but {features} image features. The prepared "
-            "dataset was made with another processor or version; prepare it again"
+            "dataset was made with another processor or version; prepare it anew with --replace"
         )
 
 

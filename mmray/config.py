@@ -20,7 +20,7 @@ from mmray.masks.settings import MaskingSettings
 from mmray.packing_settings import PackingSettings
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.settings import Settings
-from mmray.training.settings import ModelSettings, TrainingSettings
+from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
 
 
 class ResourceSettings(Settings):
@@ -38,8 +38,9 @@ class ResourceSettings(Settings):
     mask_actors: Annotated[int, Field(gt=0)] = 1
     """Training: actors that compute labels and positions; on a GPU share each, or one CPU where there is no GPU."""
 
-    gpu_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Part of a GPU that one mask actor takes. Training workers reserve the rest of their GPU, so both fit."""
+    gpu_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Part of a GPU that one mask actor takes. Training workers reserve the rest of their GPU, so both fit. Under one
+    half, so that two workers never share a GPU."""
 
     workers: Annotated[int, Field(gt=0)] = 1
     """Training workers, one rank each. Any number continues a run begun with any other."""
@@ -49,6 +50,9 @@ class ResourceSettings(Settings):
 
     use_gpu: bool | None = None
     """Train on GPUs, one per worker. null: where the cluster has any."""
+
+    autoscaling: bool = False
+    """The cluster grows when work waits: a job larger than the cluster is now waits for nodes. false: it is refused."""
 
 
 class OutputSettings(Settings):
@@ -65,7 +69,7 @@ class Job(Settings):
     """One job: what to train, on which rows, cut and packed how, with what, to where."""
 
     name: str
-    """A short name for logs and run folders."""
+    """A short name, shown with the progress of its jobs."""
     model: ModelSettings
     """The model and its processor."""
     data: DataSettings
@@ -157,7 +161,8 @@ def _with_absolute_paths(job: Job) -> Job:
     }
     output = {name: _absolute(getattr(job.output, name)) for name in ("prepared", "run")}
     data = {"train": datasets(job.data.train), "eval": datasets(job.data.eval)}
-    training = {"deepspeed": _absolute(job.training.deepspeed)} if isinstance(job.training.deepspeed, str) else {}
+    # A DeepSpeed file is read here, where it is: its content travels with the job.
+    training = {"deepspeed": load_deepspeed_overrides(job.training.deepspeed) or None}
     return job.model_copy(
         update={
             "model": job.model.model_copy(update=model),

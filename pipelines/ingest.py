@@ -24,7 +24,7 @@ from mmray.families import Family
 from mmray.loader import BatchMaker, BatchPlan
 from pipelines.dataset import ERROR, one_row_blocks
 
-SEGMENT_MICRO_BATCHES = 4096
+SEGMENT_MICRO_BATCHES = 8192
 """Micro-batches, over all ranks, of one Ray Data execution: building its source takes 1 ms each."""
 
 
@@ -44,11 +44,11 @@ class Render:
 
 
 class Mask:
-    """Actor: labels and positions of one micro-batch, on its GPU where it has one."""
+    """Actor: labels and positions of one micro-batch, on `device`."""
 
-    def __init__(self, plan: BatchPlan) -> None:
+    def __init__(self, plan: BatchPlan, device: str) -> None:
         torch.set_num_threads(1)
-        self.maker = BatchMaker(plan, "cuda" if torch.cuda.is_available() else "cpu")
+        self.maker = BatchMaker(plan, device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if ERROR in batch.column_names:
@@ -84,7 +84,8 @@ def split(plan: BatchPlan, start: int, stop: int, resources: ResourceSettings, g
     )  # fmt: skip
     share = {"num_gpus": resources.gpu_share} if gpus else {"num_cpus": 1}
     dataset = dataset.map_batches(
-        Mask, batch_size=None, batch_format="pyarrow", fn_constructor_args=(plan,), **share,
+        Mask, batch_size=None, batch_format="pyarrow", **share,
+        fn_constructor_args=(plan, "cuda" if gpus else "cpu"),
         compute=ray.data.ActorPoolStrategy(size=min(resources.mask_actors, len(rows))),
     )  # fmt: skip
     return list(dataset.streaming_split(plan.world_size, equal=True))

@@ -51,10 +51,7 @@ class PrepareContext:
 
     @cached_property
     def policy(self) -> Any:
-        try:
-            return self.family.resolve_tiling(self.job.images)
-        except ValueError as error:
-            raise UserError(f"images: {error}") from error
+        return self.family.resolved_tiling(self.job.images)
 
     def record(self, files: Any) -> dict[str, Any]:
         """Everything that changes the result."""
@@ -115,12 +112,12 @@ class PackWindow:
 
 
 def prepare(
-    job: Job, split: str, *, replace_other: bool = False,
+    job: Job, split: str, *, replace: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
     """Prepare one split (`train` or `eval`) of a job; returns the dataset, and whether there was anything to do.
 
-    replace_other: delete a prepared dataset of other input instead of refusing. on_progress(rows done, rows) is called
+    replace: delete what is prepared there and start anew. on_progress(rows done, rows) is called
     as windows are committed. Raises UserError for what a person can mend.
     """
     started = time.monotonic()
@@ -128,8 +125,8 @@ def prepare(
     files = source_files(context.datasets)
     record = context.record(files)
     writer = PreparedWriter(context.path)
-    if replace_other:
-        writer.clear_other(record)
+    if replace:
+        writer.clear()
     if writer.is_finished(record):
         return PreparedDataset(context.path), False
     chunks = _with_verification(

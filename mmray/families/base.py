@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmray.errors import UserError
 from mmray.images import TilingPolicy
 
 Size = tuple[int, int]
@@ -111,6 +112,13 @@ class Family(ABC):
         return tuple(sorted(found))
 
     # ---------------------------------------------------------------- sizes
+
+    def resolved_tiling(self, policy: TilingPolicy) -> TilingPolicy:
+        """`resolve_tiling` for a job's settings: a policy the family cannot take is a UserError."""
+        try:
+            return self.resolve_tiling(policy)
+        except ValueError as error:
+            raise UserError(f"images: {error}") from error
 
     def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:
         """The policy with tile sizes this family's processor keeps as they are."""

@@ -155,7 +155,7 @@ class PreparedWriter:
         """Note what is being prepared; returns the windows that an earlier run finished."""
         self._folder.create()
         if not self._folder.exists(PLAN):
-            self._clear()  # files of a window count only under the plan they were made for
+            self.clear()  # files of a window count only under the plan they were made for
         self._folder.write(PLAN, _json({"fingerprint": fingerprint(record), "record": record}))
         names = self._folder.names()
         for name in names:
@@ -198,18 +198,14 @@ class PreparedWriter:
             self._folder.remove(name)
         return PreparedDataset(self.path)
 
-    def clear_other(self, record: dict[str, Any]) -> None:
-        """Delete the result of other input, finished or not, and nothing else in the folder."""
-        if any(
-            self._folder.exists(name) and self._fingerprint_in(name) != fingerprint(record) for name in (MANIFEST, PLAN)
-        ):
-            self._clear()
-
     def _fingerprint_in(self, name: str) -> str:
         return str(_read_json(self._folder, name).get("fingerprint"))
 
-    def _clear(self) -> None:
-        """Delete what mmray wrote; a stop in between leaves no manifest and no window that counts as finished."""
+    def clear(self) -> None:
+        """Delete what mmray wrote, finished or not, and nothing else in the folder.
+
+        A stop in between leaves no manifest and no window that counts as finished.
+        """
         names = [name for name in self._folder.names() if name == REJECTED_FILE or name.startswith(_OWN_PREFIXES)]
         names.sort(key=lambda name: not name.startswith("window-"))
         for name in (MANIFEST, *names, PLAN):

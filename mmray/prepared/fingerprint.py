@@ -68,7 +68,10 @@ def check_settings(
     lines = differences({key: record[key] for key in now}, json.loads(json.dumps(now)))
     if lines:
         shown = "\n  ".join(lines[:8])
-        raise UserError(f"{path} was prepared with other settings than the job has now:\n  {shown}\nPrepare it again")
+        raise UserError(
+            f"{path} was prepared with other settings than the job has now:\n  {shown}\n"
+            "Prepare it anew: jobs/prepare.py --replace"
+        )
 
 
 def fingerprint(record: dict[str, Any]) -> str:

@@ -78,8 +78,7 @@ class Encoder:
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
         self.chat_rule = LossRule.ALL if train_on_inputs else LossRule.ROLES
-        if family.tokenizer.eos_token_id is None and any(self._adds_eos(dataset) for dataset in datasets):
-            raise UserError("the tokenizer has no end-of-document token (eos_token); set add_eos: false")
+        self._ends = [self._end_of_document(dataset) if self._adds_eos(dataset) else None for dataset in datasets]
         self._readers = [DocumentReader(dataset, family) for dataset in datasets]
         self._plan = functools.lru_cache(maxsize=65_536)(lambda size: plan_tiles(size, policy))
         backend = family.tokenizer.backend_tokenizer
@@ -191,7 +190,7 @@ class Encoder:
             blocks.append((start, length - start))
         pieces.append(ids[read:])
         if self._adds_eos(dataset):
-            pieces.append(np.asarray([self.family.tokenizer.eos_token_id], dtype=np.int32))
+            pieces.append(np.asarray([self._ends[item.row.dataset]], dtype=np.int32))
         sample = Sample(
             id=item.document.id,
             source=item.row.source,
@@ -204,6 +203,15 @@ class Encoder:
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
         )
         return self._check_capacity(sample)
+
+    def _end_of_document(self, dataset: DatasetSettings) -> int:
+        token = dataset.end_of_document or self.family.tokenizer.eos_token
+        if token is None:
+            raise UserError("the tokenizer has no end-of-document token (eos_token); set add_eos: false")
+        try:
+            return self.family.token_id(token)
+        except ValueError as error:
+            raise UserError(f"end_of_document: {error}") from error
 
     @staticmethod
     def _adds_eos(dataset: DatasetSettings) -> bool:

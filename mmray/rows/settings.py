@@ -40,7 +40,11 @@ class DatasetSettings(Settings):
     """Text that stands for an image in `text` and in message strings. The model's own text for it works too."""
 
     add_eos: bool = True
-    """Append the tokenizer's end-of-document token to `pretrain` rows."""
+    """Append the end-of-document token to `pretrain` rows."""
+
+    end_of_document: str | None = None
+    """That token; default: the tokenizer's eos_token. Of Qwen's chat models that is the end of a turn, `<|im_end|>`;
+    they were pre-trained with `<|endoftext|>`."""
 
     @model_validator(mode="after")
     def _known_columns(self) -> "DatasetSettings":

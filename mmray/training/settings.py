@@ -6,7 +6,6 @@ to use instead.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -188,14 +187,6 @@ class TrainingSettings(Settings):
                 f"micro_batch_bins ({self.micro_batch_bins})"
             )
         return self
-
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per worker and optimizer step, for any number of workers.
-
-        Where the global batch does not divide evenly the result is rounded up, and the slots left over are to
-        be filled with empty bins, which weigh nothing in the loss.
-        """
-        return math.ceil(self.global_batch_bins / (world_size * self.micro_batch_bins))
 
 
 def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from tests.conftest import ROOT, Inputs, RayHead
 SUBMIT_SECONDS = 400
 
 
-def submit(head: RayHead, *words: str, environment: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+def submit(
+    head: RayHead, *words: str, options: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard]
-    command += ["--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml", "--", *words]
+    command += ["--working-dir", ".", *options, "--", *words]
     return subprocess.run(
         command, cwd=ROOT, env=environment or head.environment, capture_output=True, text=True, timeout=SUBMIT_SECONDS
     )
@@ -31,7 +33,8 @@ def job_file(ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPat
 
 
 def test_prepare_and_train_through_ray_job_submit(ray_head: RayHead, job_file: Path) -> None:
-    done = submit(ray_head, "python", "jobs/prepare.py", str(job_file))
+    runtime_env = ("--runtime-env", "jobs/runtime_env.yaml")
+    done = submit(ray_head, "python", "jobs/prepare.py", str(job_file), options=runtime_env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "71 read = 60 packed + 11 rejected" in done.stdout
     done = submit(ray_head, "python", "jobs/train.py", str(job_file))

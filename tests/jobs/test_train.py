@@ -117,6 +117,14 @@ def test_settings_that_differ_from_the_prepared_ones_are_refused(inputs: Inputs,
         open_prepared(other)
 
 
+def test_a_processor_of_another_model_is_refused(inputs: Inputs, folder: Path) -> None:
+    job = Job.model_validate(job_content(inputs, folder, "other"))
+    config = {"model_type": "idefics3"}
+    other = job.model_copy(update={"model": job.model.model_copy(update={"config": config})})
+    with pytest.raises(UserError, match=r"the model is a idefics3, but Qwen2VLProcessor is a processor of qwen2_vl"):
+        open_prepared(other)
+
+
 def test_a_cluster_that_is_too_small_is_told_before_anything_starts(inputs: Inputs, folder: Path) -> None:
     resources = {"workers": 9, "cpus_per_worker": 1}
     job = Job.model_validate(job_content(inputs, folder, "large", resources=resources))

@@ -290,7 +290,7 @@ def test_a_page_above_the_usual_limit_was_let_in_by_its_job(own_world, monkeypat
 def test_image_tokens_that_do_not_fit_the_pictures(own_world):
     whole = own_world.bin_of("wide")
     assert "wide" in whole.sample_ids
-    with pytest.raises(UserError, match=r"image tokens but .* image features.*prepare it again"):
+    with pytest.raises(UserError, match=r"image tokens but .* image features.*prepare it anew"):
         own_world.render([replace(whole, images=whole.images[1:])])
 
 

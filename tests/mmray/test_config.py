@@ -192,7 +192,7 @@ def test_all_mistakes_are_told_at_once(load):
         ("data.train", [], "Tuple should have at least 1 item after validation, not 0"),
         ("data", None, "must be keys with values"),
         ("name", ["a"], "Input should be a valid string"),
-        ("resources.gpu_share", 1, "Input should be less than 1"),
+        ("resources.gpu_share", 0.5, "Input should be less than 0.5"),
         ("output.prepared", ["x" * 200], "Input should be a valid string"),
     ],
 )

@@ -262,14 +262,12 @@ def test_many_differences_are_shortened(prepared, preparation):
 TILES = {"grid": (1, 2), "tile_size": (28, 28), "overlap": 0.2, "labels": True, "no_upscale": True, "min_area": 9}
 
 
-def test_the_result_of_other_input_is_cleared_and_nothing_else(prepared, begun, preparation):
+def test_clearing_takes_what_was_prepared_and_nothing_else(prepared, begun, preparation):
     changed = other(preparation, token_capacity=230)
     for folder in (Path(prepared.path), Path(begun[0])):
         (folder / "notes.txt").write_text("mine")
         writer = PreparedWriter(str(folder))
-        writer.clear_other(preparation.record)
-        assert "bins-00000.parquet" in contents(folder)  # its own result stays
-        writer.clear_other(changed.record)
+        writer.clear()
         assert list(contents(folder)) == ["notes.txt"]
         assert not writer.is_finished(changed.record)
         assert len(changed.write(folder)) > 0
@@ -307,8 +305,8 @@ def test_a_stop_while_clearing_never_leaves_parts_that_count(preparation, tmp_pa
             with monkeypatch.context() as patch:
                 patch.setattr(Folder, "remove", stopping)
                 with contextlib.suppress(Stopped):
-                    PreparedWriter(str(folder)).clear_other(changed.record)
-            PreparedWriter(str(folder)).clear_other(job.record)
+                    PreparedWriter(str(folder)).clear()
+            PreparedWriter(str(folder)).clear()
             assert contents(job.write(folder).path) == expected[job]
 
 
@@ -344,5 +342,5 @@ def test_a_folder_in_memory_holds_the_same(preparation, prepared):
     assert there.rejected().equals(prepared.rejected())
     with pytest.raises(UserError, match=r"packing\.token_capacity"):
         other(preparation, token_capacity=230).write(there.path)
-    PreparedWriter(there.path).clear_other(other(preparation, token_capacity=230).record)
+    PreparedWriter(there.path).clear()
     assert contents(there.path) == {}

@@ -84,6 +84,14 @@ def test_the_end_of_document_token_can_be_left_out(prepare, pictures):
     assert without.sample(row).input_ids.tolist() == expected_ids(without, row, pictures)
 
 
+def test_the_end_of_document_token_can_be_named(prepare):
+    named = prepare("pretrain", end_of_document="<|endoftext|>")
+    assert named.family.tokenizer.eos_token != "<|endoftext|>"
+    assert named.sample(page_row("page.png")).input_ids[-1] == named.family.token_id("<|endoftext|>")
+    with pytest.raises(UserError, match=r"end_of_document: .* has no token '<nothing>'"):
+        prepare("pretrain", end_of_document="<nothing>").sample(page_row("page.png"))
+
+
 def test_chats_have_no_token_after_the_template(prepare, model_type):
     preparation = prepare("chat", model_type)
     row = chat("<image>What is it?", "A page.", images=["page.png"])

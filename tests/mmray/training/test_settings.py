@@ -52,11 +52,6 @@ def test_the_processor_comes_from_the_model_unless_given() -> None:
         _ = ModelSettings(config="a").processor_source
 
 
-def test_accumulation_covers_the_global_batch() -> None:
-    settings = TrainingSettings(steps=1, global_batch_bins=8, micro_batch_bins=2)
-    assert [settings.accumulation_steps(workers) for workers in (1, 2, 3, 4, 64)] == [4, 2, 2, 1, 1]
-
-
 def test_learning_rate_of_each_schedule() -> None:
     def rates(total_steps: int, **settings) -> list[float]:
         training = TrainingSettings(steps=total_steps, learning_rate=2.0, **settings)

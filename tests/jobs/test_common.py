@@ -1,0 +1,41 @@
+"""The edges of a job: exit codes and what is refused before anything starts."""
+
+import pytest
+
+from jobs.common import connect, run_main
+from mmray.errors import UserError
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def mistaken() -> None:
+    raise UserError("wrong [here]; do that")
+
+
+def done() -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "message"),
+    [
+        (interrupted, 130, "the same command continues"),
+        (mistaken, 2, "error: wrong [here]; do that"),
+        (done, 0, ""),
+    ],
+)
+def test_exit_codes(
+    main: object, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["job"])
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)  # type: ignore[arg-type]
+    assert exit_.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_the_address_for_submitting_is_no_cluster_to_join() -> None:
+    with pytest.raises(UserError, match=r"is the address for `ray job submit`"):
+        connect("http://127.0.0.1:8265", cpus=2)
