@@ -31,6 +31,7 @@ _HALF_WRITTEN = (".bins-", ".window-", ".rejected")
 
 
 def bins_name(window: int) -> str:
+    """The file of a window's bins."""
     return f"bins-{window:05d}.parquet"
 
 
