@@ -69,12 +69,18 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
 def check_outputs(job: Job) -> None:
     """Raise UserError when results would go into Ray's copy of a submitted checkout, which vanishes with the job."""
     here = Path.cwd()
-    for name in ("prepared", "run"):
-        path = getattr(job.output, name)
-        if _in_submitted_job() and Path(path).is_relative_to(here):
+    cache = job.resources.tile_cache
+    shared, own = "that all nodes share", "on each node's own disk"
+    for name, path, where in (
+        ("output.prepared", job.output.prepared, shared),
+        ("output.run", job.output.run, shared),
+        ("data.size_cache", job.data.size_cache, shared),
+        ("resources.tile_cache.folder", cache and cache.folder, own),
+    ):
+        if _in_submitted_job() and path and Path(path).is_relative_to(here):
             raise UserError(
-                f"output.{name} {str(Path(path).relative_to(here))!r} is relative: under `ray job submit` that is a "
-                "temporary copy of the checkout. Give an absolute path that all nodes share"
+                f"{name} {str(Path(path).relative_to(here))!r} is relative: under `ray job submit` that is a "
+                f"temporary copy of the checkout. Give an absolute path {where}"
             )
 
 

@@ -4,6 +4,7 @@ The same command continues a run that was stopped, from its last checkpoint, wit
 """
 
 import json
+import logging
 import sys
 import threading
 from pathlib import Path
@@ -15,19 +16,21 @@ import ray
 import typer
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
-from transformers import PretrainedConfig
 
 from jobs.common import check_cluster, check_outputs, connect, console, run_main, train_needs, uses_gpus
 from jobs.train_loop import RunPlan, run_plan, train_worker
 from mmray.config import Job, load_job
+from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
-from mmray.families import Family, family_of, load_processor
+from mmray.kept_warnings import WARNINGS_FILE, read_warnings
 from mmray.prepared import PreparedDataset
 from mmray.prepared.fingerprint import check_settings
 from mmray.progress import ProgressBar
 from mmray.report import run_table
+from mmray.training.compatibility import job_family
 from mmray.training.metrics import METRICS_FILE
-from mmray.training.model import load_config
+
+log = logging.getLogger("mmray")
 
 POLL_SECONDS = 0.5
 TAIL_BYTES = 4096
@@ -35,39 +38,30 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Environment of workers that train on CPUs, also on machines that have GPUs."""
 
 
+def check_job(job: Job) -> None:
+    """The cheap part of `mmray doctor`, before anything starts: a line for each check, UserError for a failed one."""
+    for finding in examine_settings(job):
+        if finding.status is Status.FAIL:
+            raise UserError(f"{finding.check}: {finding.detail}")
+        console.print(f"{finding.check}: {finding.detail}", markup=False, highlight=False)
+
+
 def open_prepared(job: Job) -> dict[str, PreparedDataset]:
     """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
-    processor = load_processor(job.model.processor_source, trust_remote_code=job.model.trust_remote_code)
-    family = family_of(processor, tiled=job.images.is_tiled)
-    _check_model(load_config(job.model), family)
+    family = job_family(job)
     found = {}
     for split in ("train", "eval"):
         if not getattr(job.data, split):
             continue
         prepared = PreparedDataset(job.prepared_path(split))
         check_settings(
-            prepared.path, prepared.manifest["record"], processor=processor,
-            tiling=family.resolved_tiling(job.images), packing=job.packing, masking=job.masking,
+            prepared.path, prepared.manifest["record"], processor=family.processor,
+            tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
         )  # fmt: skip
         if not len(prepared):
             raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
         found[split] = prepared
     return found
-
-
-def _check_model(config: PretrainedConfig, family: Family) -> None:
-    """Raise UserError when the processor is not one of the model's: wrong tokens would train without a word."""
-    name = type(family.processor).__name__
-    if config.model_type not in family.model_types:
-        raise UserError(
-            f"the model is a {config.model_type}, but {name} is a processor of {', '.join(family.model_types)}; "
-            "set model.processor to the model's own"
-        )
-    if config.image_token_id != family.image_token_id:
-        raise UserError(
-            f"the model's image token is {config.image_token_id}, that of {name} is {family.image_token_id}; "
-            "set model.processor to the model's own"
-        )
 
 
 def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
@@ -109,10 +103,13 @@ def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
 
 
 class _Watch:
-    """Shows the run's metrics as they are written: the driver reads what rank 0 appends."""
+    """Shows the run's metrics as they are written: the driver reads what rank 0 appends. And how many warnings of
+    workers and actors there are; at the end, the last of them."""
 
     def __init__(self, name: str, run: Path, total_steps: int) -> None:
         self._name, self._path, self._total = name, run / METRICS_FILE, total_steps
+        self._warnings = run / WARNINGS_FILE
+        self._old_warnings = self._warnings.stat().st_size if self._warnings.exists() else 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -122,6 +119,8 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if found := read_warnings(self._warnings, self._old_warnings):
+            log.warning("%s: %d warnings, the last: %s", self._warnings, len(found), found[-1])
 
     def _show(self) -> None:
         with ProgressBar(f"{self._name}: training", "steps") as bar:
@@ -139,6 +138,8 @@ class _Watch:
         if lines:
             last = lines[-1]
             note = f"loss {last['loss']:.4f}  {last['tokens'] / max(last['step_seconds'], 1e-9):,.0f} tokens/s"
+            if found := read_warnings(self._warnings, self._old_warnings):
+                note += f"  warnings: {len(found)}"
             bar.update(last["step"], self._total, note)
 
 
@@ -151,6 +152,7 @@ def main(
     """Train on the job's prepared dataset; continues from the last checkpoint where there is one."""
     job = load_job(job_file, overrides)
     check_outputs(job)
+    check_job(job)
     if "://" in job.output.run:
         raise UserError(f"output.run {job.output.run!r}: give a folder that all nodes share, such as an NFS path")
     prepared = open_prepared(job)

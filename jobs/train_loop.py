@@ -20,16 +20,19 @@ import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 
+from mmray.balanced_schedule import BalancedSchedule
 from mmray.batch import MicroBatch
 from mmray.config import Job
 from mmray.cursor import Cursor
+from mmray.kept_warnings import WARNINGS_FILE, keep_warnings
 from mmray.loader import BatchMaker, BatchPlan
 from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
 from mmray.training.checkpoint import save_state
 from mmray.training.engine import StepMetrics, TrainingEngine
 from mmray.training.metrics import MetricsLog
-from pipelines.ingest import receive, segments, split
+from mmray.training.model import load_config
+from pipelines.ingest import Ingest
 
 CURSOR_FILE = "cursor.json"
 
@@ -45,12 +48,13 @@ class RunPlan:
     gpus: bool
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule | BalancedSchedule:
         bins, fingerprint = self.train
-        training = self.job.training
-        return Schedule(
+        training, balance = self.job.training, self.job.balance
+        order = Schedule(
             num_bins=bins, global_batch_bins=training.global_batch_bins, seed=training.seed, fingerprint=fingerprint
         )
+        return order if balance is None else BalancedSchedule(order, balance.for_attention(self.job.model.attention))
 
     @property
     def total_steps(self) -> int:
@@ -60,13 +64,14 @@ class RunPlan:
             return training.steps
         return max(1, round((training.epochs or 1) * self.schedule.steps_per_epoch))
 
-    def batches(self, split_name: str, schedule: Schedule, world_size: int) -> BatchPlan:
+    def batches(self, split_name: str, schedule: Schedule | BalancedSchedule, world_size: int) -> BatchPlan:
         job = self.job
         return BatchPlan(
             prepared=job.prepared_path(split_name),
             processor=job.model.processor_source,
+            model_type=load_config(job.model).model_type,
             trust_remote_code=job.model.trust_remote_code,
-            masking=job.masking,
+            loss=job.loss,
             schedule=schedule,
             world_size=world_size,
             micro_batch_bins=job.training.micro_batch_bins,
@@ -92,8 +97,10 @@ class Worker:
         self.plan, self.training = plan, plan.job.training
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.batches = plan.batches("train", plan.schedule, self.world_size)
-        self.maker = BatchMaker(self.batches)
         self.run_folder = Path(plan.job.output.run)
+        warnings = str(self.run_folder / WARNINGS_FILE)
+        keep_warnings(warnings)
+        self.ingest = Ingest(BatchMaker(self.batches), plan.job.resources, plan.gpus, warnings)
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the end."""
@@ -142,11 +149,9 @@ class Worker:
 
     def _steps(self, stop: int) -> Iterator[tuple[float, list[MicroBatch]]]:
         """The seconds waited for each step's micro-batches, and these."""
-        for first, last in segments(self.batches, self.cursor.step, stop):
+        for first, last in self.ingest.segments(self.cursor.step, stop):
             started = time.monotonic()
-            shard = self._shard(first, last)
-            stream = receive(shard, self.batches, self.maker.family, self.rank, first, last)
-            for batches in stream:
+            for batches in self.ingest.receive(self._shard(first, last), self.rank, first, last):
                 yield time.monotonic() - started, batches
                 started = time.monotonic()
 
@@ -154,8 +159,7 @@ class Worker:
         """This rank's iterator over steps [start, stop); rank 0 builds the graph. A collective call."""
         reference = None
         if self.rank == 0:
-            shards = split(self.batches, start, stop, self.plan.job.resources, self.plan.gpus)
-            reference = ray.put(shards)
+            reference = ray.put(self.ingest.split(start, stop))
         (reference,) = broadcast_from_rank_zero((reference,))
         return ray.get(reference)[self.rank]
 
@@ -167,7 +171,8 @@ class Worker:
         bins, fingerprint = self.plan.eval
         per_step = self.world_size * self.training.micro_batch_bins
         schedule = Schedule(bins, global_batch_bins=per_step, seed=0, fingerprint=fingerprint, shuffle=False)
-        return BatchMaker(self.plan.batches("eval", schedule, self.world_size))
+        batches = self.plan.batches("eval", schedule, self.world_size)
+        return BatchMaker(batches, tile_cache=self.plan.job.resources.tile_cache)
 
     def _save(self, outcome: StepMetrics) -> None:
         with tempfile.TemporaryDirectory(prefix="mmray-checkpoint-") as folder:
@@ -178,7 +183,7 @@ class Worker:
             ray.train.report({"step": self.cursor.step, "loss": outcome.loss}, checkpoint=checkpoint)
 
     def _write(self, metrics: MetricsLog, outcome: StepMetrics, seconds: float, waited: float) -> None:
-        bins = self.plan.schedule.bins(self.cursor.step - 1)
+        bins = self.batches.order.bins(self.cursor.step - 1)
         metrics.write(
             self.cursor.step,
             epoch=self._epoch(),

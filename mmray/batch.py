@@ -12,18 +12,21 @@ pictures stay uint8), `mask` on GPU actors (labels, positions), `MicroBatch.mode
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, replace
+from itertools import islice, pairwise
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mmray.arrow import binary_cell
 from mmray.errors import RowError, UserError
-from mmray.families import Family
-from mmray.images import TilingPolicy, cut_tiles, load_image, plan_tiles
+from mmray.families import Family, PackedRow, Tile
+from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles, render_tiles
 from mmray.images.header import MAX_PIXELS
 from mmray.images.source import describe_source
 from mmray.masks.labels import IGNORE_INDEX, LabelMaker, segment_ids
@@ -41,17 +44,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A micro-batch as arrays, pictures decoded. L: tokens; S: samples, the added one included; I: images."""
+    """A micro-batch as arrays, pictures decoded. L: tokens; S: samples, with gaps and the added one; I: images."""
 
     place: np.ndarray  # int64 [3]: step, rank, micro
     bins: np.ndarray  # int64, the numbers of its bins; empty bins are left out
     input_ids: np.ndarray  # int32 [L]
     lengths: np.ndarray  # int32 [S]
+    padding: np.ndarray  # bool [S], True for what is no sample: gaps between samples, the added picture
     rules: np.ndarray  # int8 [S], LossRule
     given: np.ndarray  # bool [L], for LossRule.GIVEN
     blocks: np.ndarray  # int32 [I, 2], first token and number of tokens of each image
-    padding: np.ndarray  # int32 [1], tokens of the added sample, at the end
     trained_tokens: np.ndarray  # int64 [1], as counted when preparing
+    tiles: np.ndarray  # int32 [tiles, 4]: number of the sample, width and height in pixels, number of frames
     frame_sizes: np.ndarray  # int32 [frames, 2], (width, height) in pixels
     pixels: np.ndarray  # uint8, the frames one after another, each [height, width, 3]
 
@@ -61,75 +65,129 @@ class Masked(Rendered):
     """A micro-batch with its masks."""
 
     labels: np.ndarray  # int64 [L]
-    position_ids: np.ndarray  # int64 [rows, L]: 1 row, or 4 for M-RoPE
+    position_ids: np.ndarray  # int64 [rows, L] (`Family.position_rows`)
 
 
-def render(bins: Sequence[Bin | None], place: Place, family: Family, policy: TilingPolicy) -> Rendered:
+class RenderPage(Protocol):
+    """`render_tiles`, or that of a `TileCache`."""
+
+    def __call__(self, source: ImageSource, plan: TilePlan, *, max_pixels: int) -> list[Image.Image]: ...
+
+
+def render(
+    bins: Sequence[Bin | None], place: Place, family: Family, policy: TilingPolicy,
+    render_page: RenderPage = render_tiles,
+) -> Rendered:  # fmt: skip
     """Decode and tile the images of some bins and put their samples into one row. None is an empty bin.
 
     Raises UserError naming the row and the image when a picture is gone, broken or no longer what was prepared.
     """
     present = [each for each in bins if each is not None]
-    frames = [frame for each in present for frame in _frames(each, family, policy)]
-    ids = [each.input_ids for each in present]
-    starts = np.cumsum([0] + [len(each) for each in ids])
-    blocks = [
-        (image["first_token"] + start, image["num_tokens"])
-        for each, start in zip(present, starts)
-        for image in each.images
-    ]
-    lengths = [each.sample_lengths for each in present]
-    padding = 0
-    if not frames:
-        frames = [family.dummy_frame]
-        (padding,) = family.feature_counts([(frames[0].shape[1], frames[0].shape[0])])
-        dummy = np.full(padding, family.image_token_id, dtype=np.int32)
-        ids, lengths = [*ids, dummy], [*lengths, np.asarray([padding])]
-    input_ids = np.concatenate(ids).astype(np.int32)
-    sizes = np.asarray([(frame.shape[1], frame.shape[0]) for frame in frames], dtype=np.int32)
-    _check_features(input_ids, sizes, family, present)
-    given = np.zeros(len(input_ids), dtype=bool)
-    for each, start in zip(present, starts):
-        given[start : start + len(each.given)] = each.given
-    rules = [*(each.sample_rules for each in present), np.zeros(1 if padding else 0, dtype=np.int8)]
+    row = _RowBuilder(family)
+    for each in present:
+        row.add(each, _cut(each, policy, render_page))
+    if sum(map(family.feature_count, row.tiles)) < family.least_features:
+        row.add_dummy()
+    _check_features(row, present)
     return Rendered(
         place=np.asarray([place.step, place.rank, place.micro], dtype=np.int64),
         bins=np.asarray([each.index for each in present], dtype=np.int64),
-        input_ids=input_ids,
-        lengths=np.concatenate(lengths).astype(np.int32),
-        rules=np.concatenate(rules),
-        given=given,
-        blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
-        padding=np.asarray([padding], dtype=np.int32),
+        input_ids=np.concatenate(row.ids).astype(np.int32),
+        lengths=np.asarray([len(ids) for ids in row.ids], dtype=np.int32),
+        padding=np.asarray(row.padding, dtype=bool),
+        rules=np.asarray(row.rules, dtype=np.int8),
+        given=np.concatenate(row.given),
+        blocks=np.asarray(row.blocks, dtype=np.int32).reshape(-1, 2),
         trained_tokens=np.asarray([sum(each.trained_tokens for each in present)], dtype=np.int64),
-        frame_sizes=sizes,
-        pixels=np.concatenate([frame.reshape(-1) for frame in frames]),
+        tiles=np.asarray(
+            [(tile.sample, *tile.size, len(tile.frame_sizes)) for tile in row.tiles], dtype=np.int32
+        ).reshape(-1, 4),
+        frame_sizes=np.asarray([_size_of(frame) for frame in row.frames], dtype=np.int32),
+        pixels=np.concatenate([frame.reshape(-1) for frame in row.frames]),
     )
 
 
-def _frames(each: Bin, family: Family, policy: TilingPolicy) -> list[np.ndarray]:
-    frames = []
-    for image in each.images:
+class _RowBuilder:
+    """The samples of one row as they are put together: an entry of `ids`, `padding`, `rules` and `given` each."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.ids: list[np.ndarray] = []
+        self.padding: list[bool] = []
+        self.rules: list[int] = []
+        self.given: list[np.ndarray] = []
+        self.blocks: list[tuple[int, int]] = []
+        self.tiles: list[Tile] = []
+        self.frames: list[np.ndarray] = []
+        self.length = 0
+
+    def add(self, packed: Bin, pages: Sequence[list[Image.Image]]) -> None:
+        """All samples of a bin. pages: the tiles of each of its images."""
+        starts = np.concatenate([[0], packed.sample_lengths.cumsum()]).tolist()
+        given = packed.given if len(packed.given) else np.zeros(starts[-1], dtype=bool)
+        for number, (start, stop) in enumerate(pairwise(starts)):
+            if self.ids and self.family.sample_gap:
+                self._append(self._gap, padding=True)
+            own = [(image, tiles) for image, tiles in zip(packed.images, pages) if image["sample"] == number]
+            self.blocks += [(image["first_token"] - start + self.length, image["num_tokens"]) for image, _ in own]
+            together = sum(len(tiles) for _, tiles in own)
+            for tile in (tile for _, tiles in own for tile in tiles):
+                self._picture(tile.size, self.family.frames(tile, together))
+            self._append(packed.input_ids[start:stop], rule=packed.sample_rules[number], given=given[start:stop])
+
+    def add_dummy(self) -> None:
+        """A sample of one small picture, outside every loss."""
+        tile = self._picture(self.family.dummy_size, self.family.dummy_frames)
+        count = self.family.feature_count(tile)
+        self._append(np.full(count, self.family.image_token_id, dtype=np.int32), padding=True)
+
+    @property
+    def _gap(self) -> np.ndarray:
+        return np.full(self.family.sample_gap, self.family.padding_id, dtype=np.int32)
+
+    def _picture(self, size: tuple[int, int], frames: list[np.ndarray]) -> Tile:
+        tile = Tile(len(self.ids), size, tuple(map(_size_of, frames)))
+        self.tiles.append(tile)
+        self.frames += frames
+        return tile
+
+    def _append(
+        self, ids: np.ndarray, *, padding: bool = False, rule: int = 0, given: np.ndarray | None = None
+    ) -> None:
+        self.ids.append(ids)
+        self.padding.append(padding)
+        self.rules.append(rule)
+        self.given.append(np.zeros(len(ids), dtype=bool) if given is None else given)
+        self.length += len(ids)
+
+
+def _size_of(frame: np.ndarray) -> tuple[int, int]:
+    return frame.shape[1], frame.shape[0]
+
+
+def _cut(packed: Bin, policy: TilingPolicy, render_page: RenderPage) -> list[list[Image.Image]]:
+    """The tiles of each image of a bin."""
+    pages = []
+    for image in packed.images:
         size = image["width"], image["height"]
         source = image["data"] if image["data"] is not None else image["uri"]
         try:
-            page = load_image(source, max_pixels=max(MAX_PIXELS, size[0] * size[1]))  # checked when preparing
-            tiles = cut_tiles(page, plan_tiles(size, policy))
+            max_pixels = max(MAX_PIXELS, size[0] * size[1])  # checked when preparing
+            pages.append(render_page(source, plan_tiles(size, policy), max_pixels=max_pixels))
         except RowError as error:
-            row, line = each.sample_ids[image["sample"]], each.sample_sources[image["sample"]]
+            row, line = packed.sample_ids[image["sample"]], packed.sample_sources[image["sample"]]
             name = describe_source(source)
             what = str(error) if name in error.message else f"{name}: {error}"
             raise UserError(
                 f"row {row!r} ({line}): {what}. Its header was read when preparing; put it back, or another "
                 "picture of that size in its place"
             ) from error
-        frames += [frame for tile in tiles for frame in family.frames(tile)]
-    return frames
+    return pages
 
 
-def _check_features(input_ids: np.ndarray, sizes: np.ndarray, family: Family, bins: Sequence[Bin]) -> None:
-    features = sum(family.feature_counts([(int(width), int(height)) for width, height in sizes]))
-    tokens = int((input_ids == family.image_token_id).sum())
+def _check_features(row: _RowBuilder, bins: Sequence[Bin]) -> None:
+    features = sum(map(row.family.feature_count, row.tiles))
+    tokens = sum(int((ids == row.family.image_token_id).sum()) for ids in row.ids)
     if features != tokens:
         raise UserError(
             f"bins {[each.index for each in bins]}: {tokens} image tokens but {features} image features. The prepared "
@@ -142,25 +200,35 @@ def mask(rendered: Rendered, family: Family, maker: LabelMaker, device: torch.de
 
     Raises RuntimeError when the trained tokens are not as many as were counted when preparing.
     """
-    ids = _tensor(rendered.input_ids).to(device, torch.int64)
-    lengths = _tensor(rendered.lengths).to(device, torch.int64)
-    padding = int(rendered.padding[0])
-    segments = segment_ids(lengths, padding)
-    rules = _tensor(rendered.rules).to(device, torch.int64)
+    row = packed_row(rendered, device)
     labels = maker.labels(
-        ids,
-        segments,
-        torch.repeat_interleave(rules, lengths),
+        row.input_ids,
+        row.segment_ids,
+        _tensor(rendered.rules).to(device, torch.int64),
         _tensor(rendered.given).to(device),
         _tensor(rendered.blocks).to(device, torch.int64),
     )
-    sizes = [(int(width), int(height)) for width, height in rendered.frame_sizes]
-    positions = family.position_ids(ids, lengths, sizes).reshape(-1, len(ids))
+    positions = family.position_ids(row)
     trained, expected = int((labels != IGNORE_INDEX).sum()), int(rendered.trained_tokens[0])
     if trained != expected:
         raise RuntimeError(f"bins {rendered.bins.tolist()}: {trained} trained tokens, {expected} when prepared")
     rendered_arrays = {field.name: getattr(rendered, field.name) for field in fields(Rendered)}
     return Masked(**rendered_arrays, labels=labels.cpu().numpy(), position_ids=positions.cpu().numpy())
+
+
+def packed_row(rendered: Rendered, device: torch.device) -> PackedRow:
+    """The row of a micro-batch as its family sees it, on `device`."""
+    lengths = _tensor(rendered.lengths).to(device, torch.int64)
+    sizes = iter((int(width), int(height)) for width, height in rendered.frame_sizes)
+    return PackedRow(
+        input_ids=_tensor(rendered.input_ids).to(device, torch.int64),
+        lengths=lengths,
+        segment_ids=segment_ids(lengths, _tensor(rendered.padding).to(device)),
+        tiles=tuple(
+            Tile(sample, (width, height), tuple(islice(sizes, count)))
+            for sample, width, height, count in rendered.tiles.tolist()
+        ),
+    )
 
 
 class MicroBatch:
@@ -178,32 +246,29 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its samples, without the added one."""
-        return len(self.masked.input_ids) - int(self.masked.padding[0])
+        """Tokens of its samples, without what is added."""
+        return int(self.masked.lengths[~self.masked.padding].sum())
 
     @property
     def bins(self) -> list[int]:
         """The numbers of its bins, without empty ones."""
         return [int(number) for number in self.masked.bins]
 
-    def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The keyword arguments of the model's forward, on `device`; pixels as `dtype`.
+    def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
+        """The keyword arguments of the model's forward, on `device`; pixels and masks as `dtype`.
 
-        No attention mask is among them: the model finds the samples by their positions, which restart.
+        config: the model's, with the attention implementation it runs.
         """
         masked = self.masked
+        row = replace(packed_row(masked, device), trained=(_tensor(masked.labels) != IGNORE_INDEX).to(device))
         pixels = _tensor(masked.pixels).to(device, non_blocking=True)
-        sizes = [(int(width), int(height)) for width, height in masked.frame_sizes]
+        sizes = [size for tile in row.tiles for size in tile.frame_sizes]
         frames = [
             frame.reshape(height, width, 3)
             for frame, (width, height) in zip(pixels.split([width * height * 3 for width, height in sizes]), sizes)
         ]
         positions = _tensor(masked.position_ids).to(device)
-        return {
-            "input_ids": _tensor(masked.input_ids).to(device, torch.int64)[None],
-            "position_ids": positions[:, None] if self.family.rotary_sections else positions,
-            **self.family.pixel_inputs(frames, dtype),
-        }
+        return self.family.model_inputs(row, positions, frames, dtype, config)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -236,8 +301,8 @@ def from_table(kind: type[Arrays], table: pa.Table) -> Arrays:
 
 _DTYPES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "place": (np.int64, (-1,)), "bins": (np.int64, (-1,)), "input_ids": (np.int32, (-1,)),
-    "lengths": (np.int32, (-1,)), "rules": (np.int8, (-1,)), "given": (np.bool_, (-1,)),
-    "blocks": (np.int32, (-1, 2)), "padding": (np.int32, (-1,)), "trained_tokens": (np.int64, (-1,)),
+    "lengths": (np.int32, (-1,)), "padding": (np.bool_, (-1,)), "rules": (np.int8, (-1,)), "given": (np.bool_, (-1,)),
+    "blocks": (np.int32, (-1, 2)), "trained_tokens": (np.int64, (-1,)), "tiles": (np.int32, (-1, 4)),
     "frame_sizes": (np.int32, (-1, 2)), "pixels": (np.uint8, (-1,)), "labels": (np.int64, (-1,)),
     "position_ids": (np.int64, (-1,)),
 }  # fmt: skip

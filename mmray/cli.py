@@ -36,13 +36,51 @@ def report(path: Annotated[str, typer.Argument(help="A prepared dataset or a run
 def inspect(
     path: Annotated[str, typer.Argument(help="A prepared dataset.")],
     bin_number: Annotated[int, typer.Option("--bin", help="Which bin, from 0.")] = 0,
-    processor: Annotated[str | None, typer.Option(help="Processor folder, to show text instead of counts.")] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="Processor folder or hub name; default: the one the dataset was prepared with.")
+    ] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a web page with the pictures instead of printing.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the processor.")
+    ] = False,
 ) -> None:
-    """Show the samples of one bin: where they come from, their tokens and images, and what is trained."""
-    from mmray.inspect import print_bin
+    """Show one bin: its samples, whose turn each stretch of text is, what trains, and the pictures (--html)."""
+    from mmray.inspect import print_bin, write_bin_page
     from mmray.prepared import PreparedDataset
 
-    print_bin(Console(), PreparedDataset(path), bin_number, processor)
+    prepared, console = PreparedDataset(path), Console()
+    if html is None:
+        print_bin(console, prepared, bin_number, processor, trust_remote_code=trust_remote_code)
+    else:
+        size = write_bin_page(html, prepared, bin_number, processor, trust_remote_code=trust_remote_code)
+        console.print(f"{html}: bin {bin_number}, {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
+    json_only: Annotated[bool, typer.Option("--json", help="Findings as JSON, for programs.")] = False,
+) -> None:
+    """Check a job before it runs: processor, template, masks, lengths, packing, loss. Exit code 1 if anything fails."""
+    from mmray.config import load_job
+    from mmray.doctor import FirstRows, as_json, as_table, examine, has_failed
+
+    console = Console(stderr=json_only)
+    findings = []
+    for each in examine(load_job(job_file, overrides)):
+        if isinstance(each, FirstRows):
+            if not json_only:
+                each.preview(console)
+        else:
+            findings.append(each)
+    if json_only:
+        print(as_json(findings))
+    else:
+        console.print(as_table(findings))
+    sys.exit(1 if has_failed(findings) else 0)
 
 
 def main() -> Any:

@@ -12,15 +12,38 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from mmray.balance import BalanceSettings
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
-from mmray.masks.settings import MaskingSettings
+from mmray.masks.settings import LossSetting
 from mmray.packing_settings import PackingSettings
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.settings import Settings
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
+
+
+class TileCacheSettings(Settings):
+    """Tiles of pages kept on the machines that render them, so that later epochs do not cut them anew."""
+
+    folder: str
+    """Folder on each machine's own disk, made where absent; all render actors of a machine share it."""
+
+    max_gigabytes: Annotated[float, Field(gt=0)]
+    """The most that the folder takes on each machine, in 10^9 bytes."""
+
+    @field_validator("folder")
+    @classmethod
+    def _is_local(cls, folder: str) -> str:
+        if "://" in folder:
+            raise ValueError("give a folder on each machine's own disk, not a URI")
+        return folder
+
+    @property
+    def max_bytes(self) -> int:
+        """`max_gigabytes` in bytes."""
+        return int(self.max_gigabytes * 1e9)
 
 
 class ResourceSettings(Settings):
@@ -41,6 +64,9 @@ class ResourceSettings(Settings):
     gpu_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Part of a GPU that one mask actor takes. Training workers reserve the rest of their GPU, so both fit. Under one
     half, so that two workers never share a GPU."""
+
+    tile_cache: TileCacheSettings | None = None
+    """Training: where each machine keeps the tiles of pages for later epochs; null: pages are cut each time."""
 
     workers: Annotated[int, Field(gt=0)] = 1
     """Training workers, one rank each. Any number continues a run begun with any other."""
@@ -78,10 +104,13 @@ class Job(Settings):
     """How pages are cut into tiles; nothing set: whole pages, sized by the model's processor."""
     packing: PackingSettings
     """How samples become bins."""
-    masking: MaskingSettings = MaskingSettings()
-    """Which tokens of chat rows are trained."""
+    loss: LossSetting = "sampled"
+    """Which tokens of `chat` and `tokenized` rows train. `sampled`: those the model would have sampled; `all`: every
+    token but media; or the turns of some roles, `{roles: […]}`. Of `pretrain` rows every token but media trains."""
     training: TrainingSettings
     """Steps, optimizer, DeepSpeed, evaluation and checkpoints."""
+    balance: BalanceSettings | None = BalanceSettings()
+    """How global batches are put together so that ranks have equal work; null: bins in plain shuffled order."""
     resources: ResourceSettings = ResourceSettings()
     """Actors, workers and GPUs."""
     output: OutputSettings
@@ -91,6 +120,15 @@ class Job(Settings):
     def _evaluation_has_rows(self) -> "Job":
         if self.training.eval_every_steps and not self.data.eval:
             raise ValueError("training.eval_every_steps is set but data.eval has no rows")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fill_batches(self) -> "Job":
+        batch = self.training.global_batch_bins
+        if self.balance and self.balance.group_bins and batch % self.balance.group_bins:
+            raise ValueError(
+                f"balance.group_bins ({self.balance.group_bins}) must divide training.global_batch_bins ({batch})"
+            )
         return self
 
     def prepared_path(self, split: str) -> str:
@@ -160,7 +198,12 @@ def _with_absolute_paths(job: Job) -> Job:
         if isinstance(value := getattr(job.model, name), str) and Path(value).exists()  # else a hub's name
     }
     output = {name: _absolute(getattr(job.output, name)) for name in ("prepared", "run")}
-    data = {"train": datasets(job.data.train), "eval": datasets(job.data.eval)}
+    data: dict[str, Any] = {"train": datasets(job.data.train), "eval": datasets(job.data.eval)}
+    if job.data.size_cache is not None:
+        data["size_cache"] = _absolute(job.data.size_cache)
+    resources = {}
+    if cache := job.resources.tile_cache:
+        resources["tile_cache"] = cache.model_copy(update={"folder": _absolute(cache.folder)})
     # A DeepSpeed file is read here, where it is: its content travels with the job.
     training = {"deepspeed": load_deepspeed_overrides(job.training.deepspeed) or None}
     return job.model_copy(
@@ -168,6 +211,7 @@ def _with_absolute_paths(job: Job) -> Job:
             "model": job.model.model_copy(update=model),
             "data": job.data.model_copy(update=data),
             "training": job.training.model_copy(update=training),
+            "resources": job.resources.model_copy(update=resources),
             "output": job.output.model_copy(update=output),
         }
     )
@@ -262,7 +306,7 @@ def _kind_index(location: Sequence[Any]) -> int | None:
         if part not in fields:
             return None
         kinds = [kind for kind in typing.get_args(fields[part].annotation) if kind is not types.NoneType]
-        if isinstance(fields[part].annotation, types.UnionType) and len(kinds) > 1:
+        if typing.get_origin(fields[part].annotation) in (types.UnionType, typing.Union) and len(kinds) > 1:
             return index + 1
         model = _settings_class(fields[part].annotation)
     return None

@@ -11,9 +11,10 @@ import operator
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from uuid import uuid4
 
+from mmray.balanced_schedule import BalancedSchedule
 from mmray.errors import UserError
 from mmray.schedule import DEFAULT_SHUFFLE_BLOCK, DEFAULT_SHUFFLE_WINDOW, Schedule
 
@@ -34,12 +35,16 @@ class Cursor:
     shuffle: bool = True
     shuffle_block: int = DEFAULT_SHUFFLE_BLOCK
     shuffle_window: int = DEFAULT_SHUFFLE_WINDOW
+    balance: dict[str, Any] | None = None
+    """The job's `balance` settings, whole_row_attention decided; None: an order that is not balanced."""
 
     @classmethod
-    def at(cls, schedule: Schedule, step: int = 0) -> Self:
+    def at(cls, schedule: Schedule | BalancedSchedule, step: int = 0) -> Self:
         """The cursor of a run over `schedule` that has consumed `step` global batches."""
-        order = {field.name: getattr(schedule, field.name) for field in fields(cls) if field.name != "step"}
-        return cls(step=step, **order)
+        balance = schedule.balance.model_dump() if isinstance(schedule, BalancedSchedule) else None
+        order = schedule.order if isinstance(schedule, BalancedSchedule) else schedule
+        names = (field.name for field in fields(cls) if field.name not in ("step", "balance"))
+        return cls(step=step, balance=balance, **{name: getattr(order, name) for name in names})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", operator.index(self.step))
@@ -50,15 +55,25 @@ class Cursor:
         """The cursor after `steps` more global batches."""
         return replace(self, step=self.step + steps)
 
-    def check(self, schedule: Schedule) -> None:
+    def check(self, schedule: Schedule | BalancedSchedule) -> None:
         """Raises UserError, naming both values and the remedy, if the cursor belongs to another order."""
+        job = Cursor.at(schedule)
         for name, remedy in _REMEDIES.items():
-            saved, given = getattr(self, name), getattr(schedule, name)
-            if saved != given:
-                raise UserError(
-                    f"the checkpoint stands at step {self.step} of another order: its {name} is {saved!r}, "
-                    f"this job's is {given!r}; {remedy}, or start from step 0 in a new output folder"
-                )
+            self._compare(name, getattr(self, name), getattr(job, name), remedy)
+        remedy = "set balance: null" if self.balance is None else "take balance: null out of the job file"
+        states = ["off" if each.balance is None else "on" for each in (self, job)]
+        self._compare("balance", states[0], states[1], remedy)
+        saved, given = self.balance or {}, job.balance or {}
+        for name in sorted(saved.keys() | given.keys()):
+            remedy = f"set balance.{name} to {json.dumps(saved.get(name))} in the job file"
+            self._compare(f"balance.{name}", saved.get(name), given.get(name), remedy)
+
+    def _compare(self, name: str, saved: Any, given: Any, remedy: str) -> None:
+        if saved != given:
+            raise UserError(
+                f"the checkpoint stands at step {self.step} of another order: its {name} is {saved!r}, "
+                f"this job's is {given!r}; {remedy}, or start from step 0 in a new output folder"
+            )
 
     def to_json(self) -> str:
         """One JSON object, with the version of its format."""
@@ -70,11 +85,12 @@ class Cursor:
         saved = json.loads(text)
         if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
             raise ValueError(f'no object with "format": {FORMAT}')
+        saved.setdefault("balance", None)  # written before there was any balance
         types = {field.name: field.type for field in fields(cls)}
         if saved.keys() != types.keys():
             raise ValueError(f"keys {sorted(saved)}, expected {sorted(types)}")
         for name, value in saved.items():
-            if type(value) is not types[name]:
+            if not (isinstance(value, dict | None) if name == "balance" else type(value) is types[name]):
                 raise ValueError(f"{name} is {value!r}")
         return cls(**saved)
 

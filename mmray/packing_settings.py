@@ -1,6 +1,6 @@
 """The `packing` part of the job file."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,10 @@ CHUNK_ROWS = 512
 
 class PackingSettings(Settings):
     """How samples are put together into bins."""
+
+    mode: Literal["bins", "none"] = "bins"
+    """`bins`: samples share bins. `none`: a bin for each sample, for models that cannot tell samples of one row apart;
+    leave training.micro_batch_bins at 1 then."""
 
     token_capacity: Annotated[int, Field(gt=0)]
     """Most tokens of a bin. A longer row is rejected whole, never cut."""

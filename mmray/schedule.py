@@ -10,7 +10,8 @@ learn one step. Here a keyed permutation (Black and Rogaway, "Ciphers with arbit
 computes any single element: an index is written as two digits of about sqrt(n), eight Feistel rounds add to
 each digit a keyed hash of the other, and the few results at or above n are sent round again ("cycle walking";
 the digits' product exceeds n by less than about sqrt(n), so it is rare). Given up for it: about 10 µs a bin
-in plain Python, 0.6 ms for a global batch of 64 bins; a rank computes its own share alone.
+in plain Python, 0.6 ms for a global batch of 64 bins; a rank computes its own share alone. Ranges of places are
+computed with numpy, at about 0.1 µs a bin.
 
 Reads stay local. The prepared bins are taken in blocks of `shuffle_block` neighbours (about one file). The
 blocks are put in random order, and each `shuffle_window` consecutive blocks are shuffled as one. With the
@@ -30,8 +31,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
 
+import numpy as np
+
 _MASK_64 = (1 << 64) - 1
 _ROUNDS = 8  # two passes of Luby and Rackoff's four; eight 64-bit keys are one full blake2b digest
+_SPLITMIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 DEFAULT_SHUFFLE_BLOCK = 1024
 DEFAULT_SHUFFLE_WINDOW = 64
@@ -95,6 +99,13 @@ class Schedule:
             raise ValueError(f"index must be from 0 to {self.num_bins - 1} (num_bins - 1), got {index}")
         return self._order(epoch).bin_at(index) if self.shuffle else index
 
+    def bins_in(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """The bins at places start to stop - 1 of `epoch`'s order, int64: bin_at of each, computed together."""
+        epoch, start, stop = _at_least(0, "epoch", epoch), operator.index(start), operator.index(stop)
+        if not 0 <= start <= stop <= self.num_bins:
+            raise ValueError(f"start and stop must lie in order from 0 to {self.num_bins}, got {start} and {stop}")
+        return self._order(epoch).bins_in(start, stop) if self.shuffle else np.arange(start, stop, dtype=np.int64)
+
     def micro_batches_per_rank(self, world_size: int, micro_batch_bins: int = 1) -> int:
         """Micro-batches that each rank runs in one step: gradient accumulation. The same for all ranks."""
         share = _at_least(1, "world_size", world_size) * _at_least(1, "micro_batch_bins", micro_batch_bins)
@@ -156,6 +167,26 @@ class _EpochOrder:
             block_place += 1
         return self.blocks[block_place] * self.block + place - self._block_start(block_place)
 
+    def bins_in(self, first: int, stop: int) -> np.ndarray:
+        """bin_at of each place from first to stop - 1, int64."""
+        pieces = [np.zeros(0, dtype=np.int64)]
+        window = max(0, first // (self.window * self.block))
+        while first < stop:
+            start, end = self._start(window), self._start(window + 1)
+            if first < end:
+                mixed = _permutation(end - start, *self.key, "window", window)
+                pieces.append(start + mixed.many(np.arange(first - start, min(stop, end) - start)))
+                first = min(stop, end)
+            window += 1
+        places = np.concatenate(pieces)
+        missing = self.blocks.size * self.block - self.num_bins
+        block_places = places // self.block
+        after = (block_places >= self.short_place) & (places >= (block_places + 1) * self.block - missing)
+        block_places += after
+        starts = block_places * self.block - np.where(block_places > self.short_place, missing, 0)
+        distinct, which = np.unique(block_places, return_inverse=True)
+        return self.blocks.many(distinct)[which] * self.block + places - starts
+
     def _start(self, window: int) -> int:
         return self._block_start(min(window * self.window, self.blocks.size))
 
@@ -196,6 +227,20 @@ class _Permutation:
             if index < self.size:
                 return index
 
+    def many(self, indices: np.ndarray) -> np.ndarray:
+        """self[index] of each; int64, for sizes below 2^62."""
+        values = np.asarray(indices, dtype=np.uint64)
+        left = np.arange(len(values))
+        rows, columns = np.uint64(self.rows), np.uint64(self.columns)
+        while len(left):
+            row, column = np.divmod(values[left], columns)
+            for i in range(0, _ROUNDS, 2):
+                row = (row + mix_many(column ^ np.uint64(self.keys[i])) % rows) % rows
+                column = (column + mix_many(row ^ np.uint64(self.keys[i + 1])) % columns) % columns
+            values[left] = row * columns + column
+            left = left[values[left] >= self.size]
+        return values.astype(np.int64)
+
     def place_of(self, value: int) -> int:
         """The index that is mapped to `value`."""
         while True:
@@ -222,9 +267,16 @@ def _mix(value: int) -> int:
     """64 bits to 64 well-mixed bits: the finalizer of SplitMix64 (Steele, Lea, Flood 2014; constants by
     Stafford).
     """
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    for shift, factor in _SPLITMIX:
+        value = ((value ^ (value >> shift)) * factor) & _MASK_64
     return value ^ (value >> 31)
+
+
+def mix_many(values: np.ndarray) -> np.ndarray:
+    """The same for every element of an array, uint64."""
+    for shift, factor in _SPLITMIX:
+        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
+    return values ^ (values >> np.uint64(31))
 
 
 def _at_least(minimum: int, name: str, value: int) -> int:

@@ -8,7 +8,7 @@ import io
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,14 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mmray.errors import UserError
+
+_VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+"""What file systems call the state of a file, the surest first."""
+
+
+def file_version(info: Mapping[str, Any]) -> str:
+    """What tells a file from one that replaced it: etag or modification time, of fsspec's `info`. "" for none."""
+    return str(next((info[key] for key in _VERSION_KEYS if info.get(key)), ""))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """What both graphs ask of Ray Data: blocks of one row that keep their order, and errors a person can read."""
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
 import ray
-from ray.data import Dataset
+from ray.data import DataContext, Dataset
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 
 ERROR = "error"
 """Column in which an actor hands on the message of a UserError. As an exception it would arrive inside wrappers of Ray
@@ -16,10 +20,66 @@ def one_row_blocks(items: Sequence[dict[str, Any]]) -> Dataset:
 
     Operators on it deliver blocks in order whatever the actors' pace, and never split one.
     """
-    dataset = ray.data.from_items(list(items), override_num_blocks=len(items))
+    return _in_order(ray.data.from_items(list(items), override_num_blocks=len(items)), block_bytes=None)
+
+
+def numbers(count: int) -> Dataset:
+    """A dataset with one block, of one row, for each `number` from 0 to count - 1, made while it is read.
+
+    Before the first block of `one_row_blocks` comes, all are put into the object store, 1 ms each. Here one task that
+    takes no CPU lists them. All operators on it must give blocks of one row.
+    """
+    dataset = ray.data.read_datasource(_Numbers(count), override_num_blocks=1, num_cpus=0)
+    return _in_order(dataset, block_bytes=1)
+
+
+class MadeThere:
+    """An actor's callable that is imported and made where it is called.
+
+    The process that schedules a split unpickles the whole graph. As bytes, an actor's class does not make it import
+    torch and transformers, 5 s before the actors themselves can begin to.
+    """
+
+    def __init__(self, pickled: bytes) -> None:
+        self._call: Callable[[pa.Table], pa.Table] = pickle.loads(pickled)()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._call(block)
+
+
+def _in_order(dataset: Dataset, block_bytes: int | None) -> Dataset:
+    """block_bytes: a block ends when it has as many, so with 1 after each row; None: with the task that makes it."""
     context = dataset.context
     context.execution_options.preserve_order = True
-    context.target_max_block_size = None
+    context.target_max_block_size = block_bytes
     context.enable_progress_bars = False
     context.verbose_stats_logs = False
     return dataset
+
+
+class _Numbers(Datasource):
+    """One read task whose blocks are numbers."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    @property
+    def supports_distributed_reads(self) -> bool:
+        """False: on the node of the graph's driver. On another, its loss would begin the list again."""
+        return False
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        count = self._count
+
+        def blocks() -> Iterator[pa.Table]:
+            for number in range(count):
+                yield pa.table({"number": [number]})
+
+        size = BlockMetadata(num_rows=count, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(blocks, size, per_task_row_limit=per_task_row_limit)]

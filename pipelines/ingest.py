@@ -1,124 +1,196 @@
 """A prepared dataset to the micro-batches of each rank, through Ray Data, in schedule order.
 
-    places ─ Render (CPU actors: read bins, decode, tile) ─ Mask (GPU actors: labels, positions) ─ streaming_split
+    shares ─ Render (CPU actors: read bins, decode, tile) ─ Mask (GPU actors: labels, positions) ─ streaming_split
 
-One block is one row is one micro-batch of one rank. With order kept, `streaming_split(equal=True)` deals blocks round
-robin, so places are listed rank by rank within each micro-batch, and rank r receives just its own. Every worker checks
-the place and the bins of what it receives against the schedule: a mismatch is an error, never a silent reorder.
+A share is one or more consecutive micro-batches of one rank; one share is one row is one block. With order kept,
+`streaming_split(equal=True)` deals blocks round robin, so shares are listed rank by rank, and rank r receives just its
+own. Every worker checks the place and the bins of what it receives against the schedule: a mismatch is an error, never
+a silent reorder.
 
-The graph is built in segments of some thousand micro-batches, so that starting at step 1,000,000 costs what starting
-at step 0 costs, and memory does not grow with the length of a run.
+Ray spends about 10 ms on each block, whatever is in it, so small micro-batches travel together (`per_share`). Shares
+are listed lazily, so that the first batch comes as soon at step 1,000,000, and of a long run, as at step 0 of a short
+one. A graph still ends after `SEGMENT_SHARES` and another is built, which takes its actors' start: Ray 2.60 keeps some
+notes of every block as long as a graph runs.
 """
 
-from collections.abc import Iterator
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from ray.data import Dataset
 
 from mmray.batch import Masked, MicroBatch, Place, Rendered, from_table, mask, to_table
-from mmray.config import ResourceSettings
+from mmray.config import ResourceSettings, TileCacheSettings
 from mmray.errors import UserError
-from mmray.families import Family
+from mmray.families import Tile
+from mmray.kept_warnings import keep_warnings
 from mmray.loader import BatchMaker, BatchPlan
-from pipelines.dataset import ERROR, one_row_blocks
+from pipelines.dataset import ERROR, MadeThere, numbers
 
-SEGMENT_MICRO_BATCHES = 8192
-"""Micro-batches, over all ranks, of one Ray Data execution: building its source takes 1 ms each."""
+SEGMENT_SHARES = 32_768
+"""Shares, over all ranks, of one Ray Data execution. Measured: the process that schedules it grows by 5 to 9 kB a
+share, so by 0.3 GB at most."""
+
+SHARE_BYTES = 2 << 20
+"""What a share should at least hold: rendering that much takes longer than Ray takes for a block."""
+
+MOST_PER_SHARE = 32
+"""Micro-batches of one share at most: one actor makes all of a share, while its rank waits for the first."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Steps [start, stop) of a plan in shares of `per_share` micro-batches; share k is for rank k % world_size."""
+
+    plan: BatchPlan
+    start: int
+    stop: int
+    per_share: int
+
+    def __len__(self) -> int:
+        return -(-(self.stop - self.start) * self.plan.micro_batches // self.per_share) * self.plan.world_size
+
+    def places(self, number: int) -> list[Place]:
+        """The micro-batches of one share."""
+        turn, rank = divmod(number, self.plan.world_size)
+        first = self.start * self.plan.micro_batches + turn * self.per_share
+        end = min(first + self.per_share, self.stop * self.plan.micro_batches)
+        counted = (divmod(each, self.plan.micro_batches) for each in range(first, end))
+        return [Place(step, rank, micro) for step, micro in counted]
 
 
 class Render:
-    """Actor: one micro-batch with its pictures decoded."""
+    """Actor: the micro-batches of one share with their pictures decoded. warnings: file in which it keeps its own."""
 
-    def __init__(self, plan: BatchPlan) -> None:
+    def __init__(self, shares: Shares, tile_cache: TileCacheSettings | None, warnings: str | None) -> None:
         torch.set_num_threads(1)
-        self.maker = BatchMaker(plan)
+        if warnings:
+            keep_warnings(warnings)
+        self.shares = shares
+        self.maker = BatchMaker(shares.plan, tile_cache=tile_cache)
 
-    def __call__(self, batch: dict[str, Any]) -> pa.Table:
-        place = Place(int(batch["step"][0]), int(batch["rank"][0]), int(batch["micro"][0]))
+    def __call__(self, share: pa.Table) -> pa.Table:
+        places = self.shares.places(share["number"][0].as_py())
         try:
-            return to_table(self.maker.render(place))
+            return joined([to_table(self.maker.render(place)) for place in places])
         except UserError as error:
             return pa.table({ERROR: [str(error)]})
 
 
 class Mask:
-    """Actor: labels and positions of one micro-batch, on `device`."""
+    """Actor: labels and positions of the micro-batches of one share, on `device`."""
 
     def __init__(self, plan: BatchPlan, device: str) -> None:
         torch.set_num_threads(1)
         self.maker = BatchMaker(plan, device)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        if ERROR in batch.column_names:
-            return batch
-        rendered = from_table(Rendered, batch)
-        return to_table(mask(rendered, self.maker.family, self.maker.labels, self.maker.device))
+    def __call__(self, share: pa.Table) -> pa.Table:
+        if ERROR in share.column_names:
+            return share
+        return joined([to_table(self._masked(from_table(Rendered, table))) for table in parts(share)])
+
+    def _masked(self, rendered: Rendered) -> Masked:
+        return mask(rendered, self.maker.family, self.maker.labels, self.maker.device)
 
 
-def places(plan: BatchPlan, start: int, stop: int) -> list[Place]:
-    """All micro-batches of steps [start, stop), in the order in which they are dealt to the ranks."""
-    return [
-        Place(step, rank, micro)
-        for step in range(start, stop)
-        for micro in range(plan.micro_batches)
-        for rank in range(plan.world_size)
-    ]
+def joined(tables: list[pa.Table]) -> pa.Table:
+    """One-row tables side by side in one row, not copied: column `name` of table k is `k.name`."""
+    columns = {f"{number}.{name}": table[name] for number, table in enumerate(tables) for name in table.column_names}
+    return pa.table(columns)
 
 
-def segments(plan: BatchPlan, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Ranges of steps that together cover [start, stop), each run by one Ray Data execution."""
-    steps = max(1, SEGMENT_MICRO_BATCHES // (plan.micro_batches * plan.world_size))
-    for first in range(start, stop, steps):
-        yield first, min(first + steps, stop)
+def parts(share: pa.Table) -> list[pa.Table]:
+    """The tables that `joined` put together."""
+    columns: list[dict[str, pa.ChunkedArray]] = []
+    for label in share.column_names:
+        number, name = label.split(".", 1)
+        if int(number) == len(columns):
+            columns.append({})
+        columns[int(number)][name] = share[label]
+    return [pa.table(each) for each in columns]
 
 
-def split(plan: BatchPlan, start: int, stop: int, resources: ResourceSettings, gpus: bool) -> list[Any]:
-    """The iterators of all ranks over steps [start, stop). gpus: mask actors take a share of a GPU."""
-    rows = [{"step": each.step, "rank": each.rank, "micro": each.micro} for each in places(plan, start, stop)]
-    dataset = one_row_blocks(rows)
-    dataset = dataset.map_batches(
-        Render, batch_size=1, fn_constructor_args=(plan,), num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=min(resources.render_actors, len(rows))),
+class Ingest:
+    """The way of a plan's micro-batches to its ranks. gpus: mask actors take a share of a GPU; warnings: file in which
+    actors keep theirs."""
+
+    def __init__(self, maker: BatchMaker, resources: ResourceSettings, gpus: bool, warnings: str | None = None) -> None:
+        self.maker, self.plan, self.resources, self.gpus = maker, maker.plan, resources, gpus
+        self.warnings = warnings
+
+    @cached_property
+    def per_share(self) -> int:
+        """Micro-batches of a share, so that it holds about SHARE_BYTES: by the bins' mean numbers of tokens."""
+        family, statistics = self.maker.family, self.maker.prepared.statistics
+        frames = family.dummy_frames
+        sizes = tuple((frame.shape[1], frame.shape[0]) for frame in frames)
+        features = max(1, family.feature_count(Tile(0, family.dummy_size, sizes)))
+        visual_bytes = sum(frame.nbytes for frame in frames) / features
+        token_bytes = 4 + 1 + 8 + 8 * 3  # its id, whether it is given, its label, its positions
+        total = statistics["tokens"] * token_bytes + statistics["visual_tokens"] * visual_bytes
+        mean = max(1.0, total / len(self.maker.prepared) * self.plan.micro_batch_bins)
+        return int(np.clip(SHARE_BYTES / mean, 1, MOST_PER_SHARE))
+
+    def segments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Ranges of steps that together cover [start, stop), each run by one Ray Data execution."""
+        steps = max(1, SEGMENT_SHARES * self.per_share // (self.plan.micro_batches * self.plan.world_size))
+        for first in range(start, stop, steps):
+            yield first, min(first + steps, stop)
+
+    def split(self, start: int, stop: int) -> list[Any]:
+        """The iterators of all ranks over steps [start, stop), for `receive`."""
+        resources, shares = self.resources, Shares(self.plan, start, stop, self.per_share)
+        share_of_gpu = {"num_gpus": resources.gpu_share} if self.gpus else {"num_cpus": 1}
+        render = partial(Render, shares, resources.tile_cache, self.warnings)
+        mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu")
+        dataset = numbers(len(shares))
+        dataset = _map(dataset, render, min(resources.render_actors, len(shares)), num_cpus=1)
+        dataset = _map(dataset, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
+        return list(dataset.streaming_split(self.plan.world_size, equal=True))
+
+    def receive(self, shard: Any, rank: int, start: int, stop: int) -> Iterator[list[MicroBatch]]:
+        """One rank's micro-batches, step by step, each checked against the schedule. shard: its iterator of `split`.
+
+        Raises UserError for a row that cannot be rendered, RuntimeError for a batch that is not the expected one.
+        """
+        shares = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        waiting: deque[pa.Table] = deque()
+        for step in range(start, stop):
+            batches = []
+            for micro in range(self.plan.micro_batches):
+                if not waiting:
+                    waiting.extend(parts(_next(shares, step)))
+                batch = MicroBatch(from_table(Masked, waiting.popleft()), self.maker.family)
+                self._check(batch, Place(step, rank, micro))
+                batches.append(batch)
+            yield batches
+
+    def _check(self, batch: MicroBatch, expected: Place) -> None:
+        bins = [number for number in self.plan.bins(expected) if number is not None]
+        if batch.place != expected or batch.bins != bins:
+            raise RuntimeError(f"expected {expected} with bins {bins}, received {batch.place} with bins {batch.bins}")
+
+
+def _map(dataset: Dataset, make: Callable[[], Any], actors: int, **resources: Any) -> Dataset:
+    """Each block through one of so many actors, each with what `make()` gives."""
+    return dataset.map_batches(
+        MadeThere, batch_size=None, batch_format="pyarrow", fn_constructor_args=(pickle.dumps(make),),
+        compute=ray.data.ActorPoolStrategy(size=actors), **resources,
     )  # fmt: skip
-    share = {"num_gpus": resources.gpu_share} if gpus else {"num_cpus": 1}
-    dataset = dataset.map_batches(
-        Mask, batch_size=None, batch_format="pyarrow", **share,
-        fn_constructor_args=(plan, "cuda" if gpus else "cpu"),
-        compute=ray.data.ActorPoolStrategy(size=min(resources.mask_actors, len(rows))),
-    )  # fmt: skip
-    return list(dataset.streaming_split(plan.world_size, equal=True))
 
 
-def receive(
-    shard: Any, plan: BatchPlan, family: Family, rank: int, start: int, stop: int
-) -> Iterator[list[MicroBatch]]:
-    """One rank's micro-batches, step by step, each checked against the schedule.
-
-    Raises UserError for a row that cannot be rendered, RuntimeError for a batch that is not the expected one.
-    """
-    tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-    for step in range(start, stop):
-        batches = []
-        for micro in range(plan.micro_batches):
-            batch = MicroBatch(from_table(Masked, _next(tables, step)), family)
-            _check(batch, plan, Place(step, rank, micro))
-            batches.append(batch)
-        yield batches
-
-
-def _next(tables: Iterator[pa.Table], step: int) -> pa.Table:
-    table = next(tables, None)
-    if table is None or table.num_rows != 1:
-        found = "no more batches" if table is None else f"a block of {table.num_rows} batches"
+def _next(shares: Iterator[pa.Table], step: int) -> pa.Table:
+    share = next(shares, None)
+    if share is None or share.num_rows != 1:
+        found = "no more batches" if share is None else f"a block of {share.num_rows} rows"
         raise RuntimeError(f"step {step}: the data stream gave {found}")
-    if ERROR in table.column_names:
-        raise UserError(table[ERROR][0].as_py())
-    return table
-
-
-def _check(batch: MicroBatch, plan: BatchPlan, expected: Place) -> None:
-    bins = [number for number in plan.bins(expected) if number is not None]
-    if batch.place != expected or batch.bins != bins:
-        raise RuntimeError(f"expected {expected} with bins {bins}, received {batch.place} with bins {batch.bins}")
+    if ERROR in share.column_names:
+        raise UserError(share[ERROR][0].as_py())
+    return share

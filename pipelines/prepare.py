@@ -5,13 +5,18 @@
 A chunk goes through Ray Data as one row, its samples as one Arrow buffer, so no block is ever split or merged and a
 window is always the same chunks: bins are byte-equal for any number of actors. Windows are committed one by one; what
 an interrupted run has committed is not made again.
+
+With `data.size_cache` all actors look into one table in the object store; what they measure themselves comes back with
+the windows, and the driver alone writes the cache.
 """
 
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,16 +26,23 @@ import ray
 from mmray.arrow import binary_cell
 from mmray.config import Job
 from mmray.errors import UserError
-from mmray.families import Family, family_of, load_processor
-from mmray.masks.settings import label_maker
+from mmray.families import Family
+from mmray.images import image_size
+from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
+from mmray.images.source import one_line
+from mmray.masks.labels import LabelMaker
+from mmray.masks.settings import allows_empty, label_maker
 from mmray.packing_settings import PackingSettings
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, plan_chunks, source_files
-from mmray.rows.read import read_piece
-from mmray.rows.settings import DatasetSettings
+from mmray.rows.preflight import check_first_rows
+from mmray.rows.read import RowReader
+from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.training.compatibility import job_family
+from mmray.training.model import load_config
 from pipelines.dataset import ERROR, one_row_blocks
 
 log = logging.getLogger("mmray")
@@ -46,69 +58,105 @@ class PrepareContext:
 
     @cached_property
     def family(self) -> Family:
-        processor = load_processor(self.job.model.processor_source, trust_remote_code=self.job.model.trust_remote_code)
-        return family_of(processor, tiled=self.job.images.is_tiled)
+        return job_family(self.job)
 
     @cached_property
     def policy(self) -> Any:
         return self.family.resolved_tiling(self.job.images)
 
+    def encoder(self, data: DataSettings, sizes: SizeCache | None) -> Encoder:
+        """Holds the tokenizer; one in each process."""
+        return Encoder(
+            data, self.datasets, self.family, self.policy, self.job.packing, loss=self.job.loss,
+            size_of=sizes.image_size if sizes else image_size,
+        )  # fmt: skip
+
+    def labels(self) -> LabelMaker:
+        """What the loss setting makes of tokens."""
+        return label_maker(self.job.loss, self.family)
+
     def record(self, files: Any) -> dict[str, Any]:
         """Everything that changes the result."""
         return prepare_record(
             files=files, datasets=self.datasets, max_image_pixels=self.job.data.max_image_pixels,
-            processor=self.family.processor, tiling=self.policy, packing=self.job.packing, masking=self.job.masking,
+            processor=self.family.processor, tiling=self.policy, packing=self.job.packing, loss=self.job.loss,
         )  # fmt: skip
+
+
+@dataclass
+class KeptSizes:
+    """The driver's side of `data.size_cache`. known: what it held at the beginning, for every actor; measured: what
+    actors had to measure."""
+
+    known: pa.Table
+    measured: list[pa.Table] = field(default_factory=list)
+
+
+@contextmanager
+def kept_sizes(uri: str) -> Iterator[KeptSizes]:
+    """The cache at `uri`, which at the end, whatever ends it, also holds what was measured by then.
+
+    A cache that cannot be written is a warning. Raises UserError for an unknown kind of URI.
+    """
+    sizes = KeptSizes(read_sizes(uri))
+    try:
+        yield sizes
+    finally:
+        try:
+            merge_sizes(uri, sizes.measured)
+        except Exception as error:  # noqa: BLE001, a remote file system may raise anything
+            log.warning("size cache %s: %s; it stays as it was", uri, one_line(error))
 
 
 class EncodeChunk:
-    """Actor: the samples of one chunk."""
+    """Actor: the samples of one chunk, and the sizes of its images that the cache lacks."""
 
-    def __init__(self, job: Job, split: str) -> None:
-        context = PrepareContext(job, split)
-        self.encoder = Encoder(
-            job.data, context.datasets, context.family, context.policy, job.packing,
-            train_on_inputs=job.masking.train_on_inputs,
-        )  # fmt: skip
+    def __init__(self, job: Job, split: str, known: "ray.ObjectRef[pa.Table] | None" = None) -> None:
+        """known: `KeptSizes.known`; None where there is no cache."""
+        self.sizes = SizeCache(ray.get(known)) if known else None
+        self.encoder = PrepareContext(job, split).encoder(job.data, self.sizes)
+        self.reader = RowReader()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (chunk,) = batch["chunk"]
-        error, sink = None, pa.BufferOutputStream()
+        error, samples = None, pa.py_buffer(b"")
         try:
-            rows = [row for piece in chunk.pieces for row in read_piece(piece)]
-            table = samples_table(self.encoder.encode(rows, chunk.verify))
-            with pa.ipc.new_stream(sink, table.schema) as writer:
-                writer.write_table(table)
+            rows = [row for piece in chunk.pieces for row in self.reader.read(piece)]
+            verify = [line * len(rows) // chunk.num_rows for line in chunk.verify]  # blank lines count, but are no rows
+            samples = _to_buffer(samples_table(self.encoder.encode(rows, verify)))
         except UserError as mistake:
             error = str(mistake)
         return {
             "window": [chunk.window],
             "chunk": [chunk.index],
-            "samples": binary_cell(sink.getvalue()),
+            "samples": binary_cell(samples),
+            "sizes": binary_cell(_to_buffer(self.sizes.take_new()) if self.sizes else b""),
             ERROR: pa.array([error], pa.string()),
         }
 
 
 class PackWindow:
-    """Actor: packs the chunks of one window and commits its files."""
+    """Actor: packs the chunks of one window and commits its files. Hands on the sizes."""
 
     def __init__(self, job: Job, split: str) -> None:
         context = PrepareContext(job, split)
         self.packing: PackingSettings = job.packing
-        self.labels = label_maker(job.masking, context.family)
+        self.labels, self.allow_empty = context.labels(), allows_empty(job.loss)
+        self.sample_gap = context.family.sample_gap
         self.writer = PreparedWriter(context.path)
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
+        sizes = pa.array([[cell for cell in batch["sizes"].to_pylist() if cell]], pa.list_(pa.large_binary()))
         errors = [error for error in batch[ERROR].to_pylist() if error]
         if errors:
-            return {"rows": [0], ERROR: [errors[0]]}
+            return {"window": [0], "sizes": sizes, ERROR: [errors[0]]}
         windows, chunks = batch["window"].to_pylist(), batch["chunk"].to_pylist()
         if len(set(windows)) != 1 or chunks != list(range(len(chunks))):
             raise RuntimeError(f"chunks out of order: windows {windows}, chunks {chunks}")
-        samples = pa.concat_tables(pa.ipc.open_stream(value.as_buffer()).read_all() for value in batch["samples"])
-        window = pack_window(samples, self.packing, self.labels)
+        samples = pa.concat_tables(_from_buffer(value.as_buffer()) for value in batch["samples"])
+        window = pack_window(samples, self.packing, self.labels, self.sample_gap, self.allow_empty)
         self.writer.write_window(windows[0], window)
-        return {"rows": [window.statistics["rows_read"]], ERROR: [""]}
+        return {"window": [windows[0]], "sizes": sizes, ERROR: [""]}
 
 
 def prepare(
@@ -125,9 +173,7 @@ def prepare(
     files = source_files(context.datasets)
     record = context.record(files)
     writer = PreparedWriter(context.path)
-    if replace:
-        writer.clear()
-    if writer.is_finished(record):
+    if not replace and writer.is_finished(record):
         return PreparedDataset(context.path), False
     chunks = _with_verification(
         plan_chunks(files, window_rows=job.packing.window_rows, chunk_rows=job.packing.chunk_rows),
@@ -135,34 +181,57 @@ def prepare(
     )
     if not chunks:
         raise UserError(f"data.{split}: the files hold no rows: {', '.join(file.uri for file in files)}")
-    finished = writer.begin(record)
-    if finished:
-        log.info("%s: %d windows are there from an earlier run and are kept", context.path, len(finished))
     total = sum(chunk.num_rows for chunk in chunks)
-    missing = [chunk for chunk in chunks if chunk.window not in finished]
-    done = total - sum(chunk.num_rows for chunk in missing)
-    on_progress(done, total)
-    for rows in _run(job, split, missing):
-        done += rows
+    with kept_sizes(job.data.size_cache) if job.data.size_cache else nullcontext() as sizes:
+        sources = _check_first_rows(context, chunks, split, sizes)
+        if replace:
+            writer.clear()
+        finished = writer.begin(record)
+        if finished:
+            log.info("%s: %d windows are there from an earlier run and are kept", context.path, len(finished))
+        missing = [chunk for chunk in chunks if chunk.window not in finished]
+        done = total - sum(chunk.num_rows for chunk in missing)
         on_progress(done, total)
+        for rows in _run(job, split, missing, sizes):
+            done += rows
+            on_progress(done, total)
     prepared = writer.finish(
         record,
         chunks[-1].window + 1,
         tiling=context.policy,
         capacities=(job.packing.token_capacity, job.packing.visual_capacity),
-        facts={"model_family": type(context.family).__name__, "seconds": round(time.monotonic() - started, 1)},
+        facts={
+            "model_family": type(context.family).__name__,
+            "model_type": load_config(job.model).model_type,
+            "processor_source": job.model.processor_source,
+            "loss_sources": sources,
+            "seconds": round(time.monotonic() - started, 1),
+        },
     )
     return prepared, True
 
 
-def _run(job: Job, split: str, chunks: list[Chunk]) -> Iterator[int]:
-    """Execute the graph over these chunks; yields the rows of each window as it is committed."""
+def _check_first_rows(context: PrepareContext, chunks: list[Chunk], split: str, sizes: KeptSizes | None) -> list[str]:
+    """`check_first_rows` of a job; the names of its sources."""
+    job = context.job
+    lenient = job.data.model_copy(update={"on_bad_row": "reject"})  # bad rows stop it later, if at all
+    encoder = context.encoder(lenient, SizeCache(sizes.known) if sizes else None)
+    pieces = [piece for chunk in chunks for piece in chunk.pieces]
+    sources = check_first_rows(encoder, context.labels(), pieces, split=split, loss=job.loss)
+    return [source.value for source in sources]
+
+
+def _run(job: Job, split: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
+    """Execute the graph over these chunks; yields the rows of each window, as planned, when it is committed."""
     if not chunks:
         return
+    rows = Counter[int]()
+    for chunk in chunks:
+        rows[chunk.window] += chunk.num_rows
     resources = job.resources
     dataset = one_row_blocks([{"chunk": chunk} for chunk in chunks])
     dataset = dataset.map_batches(
-        EncodeChunk, batch_size=1, fn_constructor_args=(job, split),
+        EncodeChunk, batch_size=1, fn_constructor_args=(job, split, ray.put(sizes.known) if sizes else None),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.encode_actors), num_cpus=1,
     )  # fmt: skip
     dataset = dataset.map_batches(
@@ -171,9 +240,22 @@ def _run(job: Job, split: str, chunks: list[Chunk]) -> Iterator[int]:
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.pack_actors), num_cpus=1,
     )  # fmt: skip
     for row in dataset.iter_rows():
+        if sizes:
+            sizes.measured += map(_from_buffer, row["sizes"])
         if row[ERROR]:
             raise UserError(row[ERROR])
-        yield int(row["rows"])
+        yield rows[row["window"]]
+
+
+def _to_buffer(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _from_buffer(data: pa.Buffer | bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
 
 
 def _with_verification(chunks: list[Chunk], count: int) -> list[Chunk]:

@@ -21,6 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-family-table", action="store_true", help="write what the tests show of families into docs/families.md"
+    )
+
+
 @dataclass(frozen=True)
 class RayHead:
     """A running head. environment: what a client process needs to reach and to be trusted by it."""

@@ -1,27 +1,92 @@
 """Model families: what packing, masks and pixels need to know of each, behind one contract (`base.Family`)."""
 
+from pathlib import Path
 from typing import Any
 
 from mmray.errors import UserError
-from mmray.families.base import Family, RoleMarkers, Span
+from mmray.families.base import Family, PackedRow, RoleMarkers, Span, Tile
+from mmray.families.gemma3 import Gemma3
+from mmray.families.gemma3n import Gemma3n
+from mmray.families.gemma4 import Gemma4
+from mmray.families.generic import Generic
+from mmray.families.glm4v import Glm4v
+from mmray.families.granite_docling import GraniteDocling
 from mmray.families.idefics3 import Idefics3
+from mmray.families.internvl import InternVL
+from mmray.families.lfm2_vl import Lfm2VL
+from mmray.families.llama4 import Llama4
+from mmray.families.llava import Llava
+from mmray.families.llava_next import LlavaNext
+from mmray.families.llava_onevision import LlavaOnevision
+from mmray.families.mllama import Mllama
+from mmray.families.paddleocr_vl import PaddleOCRVL
+from mmray.families.paligemma import PaliGemma
+from mmray.families.pixtral import LightOnOcr, Pixtral
 from mmray.families.processors import load_processor
 from mmray.families.qwen2_vl import Qwen2VL
+from mmray.families.qwen3_5 import Qwen35
+from mmray.families.qwen3_vl import Qwen3VL
 
-FAMILIES: tuple[type[Family], ...] = (Qwen2VL, Idefics3)
+FAMILIES: tuple[type[Family], ...] = (
+    Qwen2VL,
+    Qwen3VL,
+    Qwen35,
+    Glm4v,
+    PaddleOCRVL,
+    Idefics3,
+    Llava,
+    LlavaNext,
+    LlavaOnevision,
+    InternVL,
+    Pixtral,
+    LightOnOcr,
+    Mllama,
+    Llama4,
+    Lfm2VL,
+    GraniteDocling,
+    Gemma3,
+    Gemma3n,
+    Gemma4,
+    PaliGemma,
+)
 
-__all__ = ["FAMILIES", "Family", "RoleMarkers", "Span", "family_of", "load_processor"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "PackedRow",
+    "RoleMarkers",
+    "Span",
+    "Tile",
+    "family_of",
+    "load_family",
+    "load_processor",
+]
 
 
-def family_of(processor: Any, *, tiled: bool = False) -> Family:
+def family_of(processor: Any, *, tiled: bool = False, model_type: str | None = None) -> Family:
     """The family that serves a processor, bound to it.
 
     tiled: pages are cut by an mmray tiling policy, so the processor must take each tile as it is.
-    Raises UserError naming the class found and the classes known.
+    model_type: `config.model_type` of the model, where it is known: some processors serve several families.
+    A processor or a model that no family serves gets general rules (`Generic`), with a warning. Raises UserError where
+    the model belongs to another family than the processor.
     """
     name = type(processor).__name__
-    for family in FAMILIES:
-        if name in family.processor_classes:
+    served = [family for family in FAMILIES if name in family.processor_classes]
+    for family in served:
+        if model_type is None or model_type in family.model_types:
             return family(processor, tiled=tiled)
-    known = ", ".join(name for family in FAMILIES for name in family.processor_classes)
-    raise UserError(f"no model family of mmray serves the processor {name}; those it knows: {known}")
+    if served and any(model_type in family.model_types for family in FAMILIES):
+        types = ", ".join(each for family in served for each in family.model_types)
+        raise UserError(
+            f"the model is a {model_type}, but {name} is a processor of {types}; set model.processor to the model's own"
+        )
+    return Generic(processor, tiled=tiled)
+
+
+def load_family(
+    processor: str | Path, *, tiled: bool = False, model_type: str | None = None, trust_remote_code: bool = False
+) -> Family:
+    """The family of a processor's folder or hub name: `load_processor`, then `family_of`. Raises UserError."""
+    loaded = load_processor(processor, trust_remote_code=trust_remote_code)
+    return family_of(loaded, tiled=tiled, model_type=model_type)

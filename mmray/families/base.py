@@ -3,22 +3,24 @@
 A family is bound to one processor and answers, from sizes alone: which tokens stand for a tile, how many of them
 carry image features, and which sizes the processor will resample a tile to. At training time it turns decoded tiles
 into uint8 frames (on CPU actors), frames into the model's pixel inputs (arithmetic only, on the training device), and
-gives positions. The processor's own code decides every size; the arithmetic here must equal it, and tests compare
-both on every setting.
+gives positions and whatever else keeps the samples of a packed row apart. The processor's own code decides every
+size; the arithmetic here must equal it, and tests compare both on every setting.
 
-Adding a family is one file with a subclass of `Family` and a line in `mmray/families/__init__.py`.
+Adding a family is one file with a subclass of `Family`, a line in `mmray/families/__init__.py`, and a file in
+`tests/mmray/families/zoo/` that says how a small model of it is built: every test of families then runs on it.
 """
 
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
@@ -36,6 +38,10 @@ class RoleMarkers:
     end: str = ""
     include_start: bool = False
     include_end: bool = True
+    start_after: str = ""
+    """Text that stands before `start`, where tokenizers read a marker otherwise than at a text's beginning."""
+    until_next: bool = False
+    """No `end`: the turn reaches to where any turn starts."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,34 @@ class Span:
     visual_tokens: int
 
 
+@dataclass(frozen=True)
+class Tile:
+    """One picture as the processor gets it, a piece of a page or a whole page, without its pixels."""
+
+    sample: int
+    """Number of its sample in the row."""
+    size: Size
+    """Before any resizing by the processor."""
+    frame_sizes: tuple[Size, ...]
+    """Of what the vision tower gets of it (`Family.frames`)."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A packed row as its family sees it. L: tokens; S: samples, with what stands between and after them."""
+
+    input_ids: Tensor
+    """int64 [L]"""
+    lengths: Tensor
+    """int64 [S], their sum is L."""
+    segment_ids: Tensor
+    """int64 [L]: the number of each token's sample among `lengths`; PADDING_SEGMENT outside samples."""
+    tiles: tuple[Tile, ...]
+    """In the order of their tokens."""
+    trained: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """bool [L]: the tokens with a label. Empty until labels are made, as when positions are."""
+
+
 class Family(ABC):
     """One model family, bound to a processor (`mmray.families.family_of`)."""
 
@@ -53,8 +87,20 @@ class Family(ABC):
     """`config.model_type` of the models this file serves."""
     processor_classes: ClassVar[tuple[str, ...]]
     """Class names of the processors this file serves."""
-    rotary_sections: ClassVar[bool] = False
-    """True for M-RoPE: positions have a text row and three grid rows."""
+    is_verified: ClassVar[bool] = True
+    """False: works by general rules that no test has proven for this model."""
+    position_rows: ClassVar[int] = 1
+    """Rows of `position_ids`: 1; 4 for M-RoPE (the text row, then time, height and width); 0: the model makes its
+    own."""
+    sample_gap: ClassVar[int] = 0
+    """Padding tokens between the samples of a row, for layers that look back over so many tokens."""
+    takes_text_only: ClassVar[bool] = True
+    """False: the model cannot learn from a row without an image."""
+    has_prompt: ClassVar[bool] = False
+    """`pretrain` text begins with a prompt that the model sees as a whole and does not learn (`prompt_and_answer`);
+    there are no chats."""
+    least_features: ClassVar[int] = 1
+    """Image features without which the model cannot run its vision tower: a row with fewer gets the dummy picture."""
 
     image_token_id: int
     """The token that carries one image feature; `Span.visual_tokens` counts it."""
@@ -62,6 +108,8 @@ class Family(ABC):
     """The single token that stands for an image in rendered text; its span takes its place."""
     placeholder_unit: str
     """What the chat template writes for an image: the placeholder and the tokens around it."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens by which the model ends its turn though they open the next turn in the template's text."""
     tile_multiple: int
     """Tiles whose sides are multiples of this many pixels are not resampled by the processor."""
 
@@ -80,6 +128,12 @@ class Family(ABC):
         if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise ValueError(f"the tokenizer of {type(self.processor).__name__} has no token {token!r}")
         return int(found)
+
+    @property
+    def padding_id(self) -> int:
+        """The token between samples: any that is no image's would do."""
+        tokenizer = self.tokenizer
+        return int(next(found for found in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if found is not None))
 
     def known_token_ids(self, tokens: Sequence[str]) -> list[int]:
         """The ids of those of `tokens` that the vocabulary has as single tokens."""
@@ -111,6 +165,20 @@ class Family(ABC):
         found.update(tokenizer.convert_ids_to_tokens(list(self.media_token_ids)))
         return tuple(sorted(found))
 
+    def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:
+        """Rendered text as the tokenizer gets it, each tile still its placeholder: with what the processor writes
+        around images that may melt into the tokens of the text beside them. tile_sizes: of the text's tiles, in order.
+        """
+        return text
+
+    def prompt_and_answer(self, text: str) -> tuple[str, str]:
+        """`pretrain` text in two, each tokenised by itself (`has_prompt`): only the second trains."""
+        return "", self.tokenizer_text(text)
+
+    def process(self, text: str, tiles: Sequence[Image.Image], **options: Any) -> Any:
+        """What the real processor makes of one sample's rendered text and tiles; reads their pixels."""
+        return self.processor(text=[text], images=list(tiles) or None, **self.processor_kwargs, **options)
+
     # ---------------------------------------------------------------- sizes
 
     def resolved_tiling(self, policy: TilingPolicy) -> TilingPolicy:
@@ -124,12 +192,16 @@ class Family(ABC):
         """The policy with tile sizes this family's processor keeps as they are."""
         return policy.aligned(self.tile_multiple) if policy.is_tiled else policy
 
-    def span(self, tile_size: Size) -> Span:
-        """The tokens of a tile of this size, equal to what the processor writes for it."""
-        return self._span(tile_size)
+    def span(self, tile_size: Size, together: int = 1) -> Span:
+        """The tokens of a tile of this size, equal to what the processor writes for it.
+
+        together: tiles of the whole sample. Some processors treat a lone picture in another way.
+        Raises ValueError for a size that the processor refuses.
+        """
+        return self._span(tile_size, together)
 
     @abstractmethod
-    def _measure_span(self, tile_size: Size) -> Span: ...
+    def _measure_span(self, tile_size: Size, together: int) -> Span: ...
 
     @property
     def processor_kwargs(self) -> dict[str, Any]:
@@ -139,37 +211,76 @@ class Family(ABC):
     # ---------------------------------------------------------------- pixels
 
     @abstractmethod
-    def frames(self, tile: Image.Image) -> list[np.ndarray]:
-        """The tile as the vision tower sees it before arithmetic: uint8 arrays [height, width, 3], resized by the
-        processor's own rule."""
+    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+        """The tile as the vision tower sees it before arithmetic: uint8 arrays [height, width, 3], resized, split and
+        padded by the processor's own rule. together: as for `span`."""
 
     @abstractmethod
-    def pixel_inputs(self, frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The model's image arguments for all frames of a packed row, in order.
+    def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The model's image arguments for all tiles of a packed row, in order.
 
-        frames: uint8 [height, width, 3] each, already on the training device. Equal to the processor's output
-        (rescale, normalise, layout) on the same tiles.
+        frames: uint8 [height, width, 3] each, of one tile after the other (`Tile.frame_sizes`), already on the
+        training device. Equal to the processor's output (rescale, normalise, layout) on the same tiles.
         """
 
     @property
-    @abstractmethod
-    def dummy_frame(self) -> np.ndarray:
-        """A small white frame, uint8 [height, width, 3], for a row without images: the vision tower then runs on
-        every rank."""
+    def dummy_size(self) -> Size:
+        """The size of a small picture for a row without images: the vision tower then runs on every rank."""
+        return self.tile_multiple, self.tile_multiple
+
+    @property
+    def dummy_frames(self) -> list[np.ndarray]:
+        """The frames of that picture. White: some models drop frames that are zero throughout."""
+        width, height = self.dummy_size
+        return [np.full((height, width, 3), 255, dtype=np.uint8)]
 
     @abstractmethod
-    def feature_counts(self, frame_sizes: Sequence[Size]) -> list[int]:
-        """Image features (tokens `image_token_id`) that the model makes of each frame."""
+    def feature_count(self, tile: Tile) -> int:
+        """Image features (tokens `image_token_id`) that the model makes of a tile."""
 
-    # ---------------------------------------------------------------- positions
+    # ---------------------------------------------------------------- the model
 
-    def position_ids(self, input_ids: Tensor, lengths: Tensor, frame_sizes: Sequence[Size]) -> Tensor:
-        """Positions that restart at each sample.
+    def model_problem(self, config: PretrainedConfig) -> str | None:
+        """Why a model of this configuration would train wrongly, packed or not; None where it does not.
 
-        input_ids: int [L], one packed row; lengths: int [samples], their sum is L. Returns int64 [1, L], or
-        [4, 1, L] for M-RoPE families: the text row first, then time, height and width.
+        `config._attn_implementation` is set.
         """
-        return positions_in_sample(lengths)[None]
+        return None
+
+    def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
+        """Why a model of this configuration cannot take several samples in one row; None where it can.
+
+        sample_tokens, row_tokens: the most that a sample and a row will have. `config._attn_implementation` is set.
+        """
+        return None
+
+    def config_image_token_id(self, config: PretrainedConfig) -> int:
+        """The image token of the model itself, which must be the processor's."""
+        return int(config.image_token_id)
+
+    def position_ids(self, row: PackedRow) -> Tensor:
+        """Positions that restart at each sample, int64 [position_rows, L]."""
+        return positions_in_sample(row.lengths)[None]
+
+    def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
+        """What the model needs besides positions to keep the samples of a row apart, such as masks.
+
+        dtype: of the model; config: its configuration, with the attention implementation it runs.
+        """
+        return {}
+
+    def model_inputs(
+        self, row: PackedRow, position_ids: Tensor, frames: Sequence[Tensor], dtype: torch.dtype,
+        config: PretrainedConfig,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The keyword arguments of the model's forward for a packed row, all on the row's device.
+
+        No attention mask is among them unless the family adds one: models find the samples by their positions.
+        """
+        inputs: dict[str, Any] = {"input_ids": row.input_ids[None]}
+        if self.position_rows:
+            inputs["position_ids"] = position_ids[:, None] if self.position_rows > 1 else position_ids
+        return inputs | self.pixel_inputs(row.tiles, frames, dtype) | self.attention_inputs(row, dtype, config)
 
 
 def positions_in_sample(lengths: Tensor) -> Tensor:
@@ -178,6 +289,12 @@ def positions_in_sample(lengths: Tensor) -> Tensor:
     total = int(lengths.sum())
     starts = lengths.cumsum(0) - lengths
     return torch.arange(total, device=lengths.device) - torch.repeat_interleave(starts, lengths, output_size=total)
+
+
+def as_frame(tile: Image.Image) -> np.ndarray:
+    """The frame of a tile that the processor leaves as it is, uint8 [height, width, 3], without running it: 1 ms for
+    the six tiles of a page, where processors take 2 to 13."""
+    return np.asarray(tile, dtype=np.uint8)
 
 
 def normalised(pixels: Tensor, images: Any, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 
-from mmray.families.base import Family, RoleMarkers, Size, Span, normalised
+from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, normalised
 from mmray.images import TilingPolicy
 
 
@@ -83,7 +83,7 @@ class Idefics3(Family):
             raise ValueError(f"{type(self.processor).__name__} makes nothing of a page of {tile_size}")
         return (rows, columns) if max(rows, columns) > 1 else (0, 0)
 
-    def _measure_span(self, tile_size: Size) -> Span:
+    def _measure_span(self, tile_size: Size, together: int) -> Span:
         rows, columns = self._splits(tile_size)
         edge, overview = self._markers
         feature = self.placeholder * self.processor.image_seq_len
@@ -95,21 +95,18 @@ class Idefics3(Family):
         ids = self.tokenizer(f"{text}{edge}{overview}{feature}{edge}", add_special_tokens=False)["input_ids"]
         return Span(np.asarray(ids, dtype=np.int32), (rows * columns + 1) * self.processor.image_seq_len)
 
-    def frames(self, tile: Image.Image) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+        if self.tiled and tile.size == (self.frame_side, self.frame_side):
+            return [as_frame(tile)]
         output = self.images(
             tile, do_rescale=False, do_normalize=False, do_pad=False, return_tensors=None, **self.processor_kwargs
         )
         return [np.ascontiguousarray(frame.transpose(1, 2, 0)) for frame in output["pixel_values"][0]]
 
-    def pixel_inputs(self, frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         pixels = normalised(torch.stack(list(frames)).permute(0, 3, 1, 2).contiguous(), self.images, dtype)
         mask = torch.ones(pixels[:, 0].shape, dtype=torch.int64, device=pixels.device)
         return {"pixel_values": pixels[None], "pixel_attention_mask": mask[None]}
 
-    @property
-    def dummy_frame(self) -> np.ndarray:
-        # White: the model drops frames whose normalised pixels are all zero.
-        return np.full((self.frame_side, self.frame_side, 3), 255, dtype=np.uint8)
-
-    def feature_counts(self, frame_sizes: Sequence[Size]) -> list[int]:
-        return [self.processor.image_seq_len] * len(frame_sizes)
+    def feature_count(self, tile: Tile) -> int:
+        return self.processor.image_seq_len * len(tile.frame_sizes)

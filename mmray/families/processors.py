@@ -2,12 +2,14 @@
 
 Image processors are taken in their PIL form always, with or without torchvision: the two forms resample differently,
 and a run must not depend on which packages a node has. Where torchvision is absent, processors that also want a video
-processor are built without one; mmray reads no video.
+processor are built without one; mmray reads no video. A few models have no PIL image processor: these need torchvision.
 """
 
 import functools
+import importlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         if importlib.util.find_spec("torchvision") is not None:
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         else:
-            cls = _processor_class(name)
+            cls = _unguarded(_processor_class(name))
             without = {"video_processor": None} if "video_processor" in cls.get_attributes() else {}
             processor = _image_only(cls).from_pretrained(name, trust_remote_code=trust_remote_code, **without)
         processor.image_processor = AutoImageProcessor.from_pretrained(
@@ -63,6 +65,25 @@ def _processor_class(name: str) -> Any:
 
 
 @functools.cache
+def _unguarded(cls: Any) -> Any:
+    """The class itself where transformers has put a stand-in that only says that torchvision is missing.
+
+    Such a processor's module imports functions from the image processor for torchvision, as Pixtral's does. The PIL
+    image processor's module has the same functions: while the processor's module loads, it stands for the other one.
+    """
+    package, _, name = cls.__module__.rpartition(".processing_")
+    pil = f"{package}.image_processing_pil_{name}"
+    if not getattr(cls, "is_dummy", False) or importlib.util.find_spec(pil) is None:
+        return cls
+    guarded = f"{package}.image_processing_{name}"
+    sys.modules[guarded] = importlib.import_module(pil)
+    try:
+        return getattr(importlib.import_module(cls.__module__), cls.__name__)
+    finally:
+        del sys.modules[guarded]
+
+
+@functools.cache
 def _image_only(cls: Any) -> Any:
     """The class without its video part: transformers loads and checks the parts that `get_attributes` lists.
 
@@ -73,4 +94,11 @@ def _image_only(cls: Any) -> Any:
         return [part for part in cls.get_attributes() if part != "video_processor"]
 
     changes = {"get_attributes": classmethod(get_attributes), "apply_chat_template": ProcessorMixin.apply_chat_template}
-    return type(cls.__name__, (cls,), changes)
+    return type(cls.__name__, (cls, _WithoutVideo), changes)
+
+
+class _WithoutVideo(ProcessorMixin):
+    """Between a processor's class and the common one, to which some hand on a `video_processor` by name."""
+
+    def __init__(self, *args: Any, video_processor: None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)

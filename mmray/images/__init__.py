@@ -3,6 +3,7 @@
 from mmray.images.header import ImageHeader, image_size, read_header
 from mmray.images.load import load_image
 from mmray.images.policy import OverviewBucket, ShapeBucket, TilingPolicy
+from mmray.images.render import render_tiles
 from mmray.images.source import ALLOWED_SCHEMES, ImageSource, open_image
 from mmray.images.tiling import TilePlan, cut_tiles, plan_tiles
 
@@ -20,4 +21,5 @@ __all__ = [
     "open_image",
     "plan_tiles",
     "read_header",
+    "render_tiles",
 ]

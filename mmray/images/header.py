@@ -5,6 +5,9 @@ ms a page here, against 6 ms) nor be wrong: the size is the one after the EXIF o
 `load_image` gives. Both take the orientation from `_orientation` below, so they agree by construction. The
 usual way, `ImageOps.exif_transpose`, cannot serve: it decodes first, and so does `getexif` of a PNG.
 
+A file is opened once, for size, orientation and checks together; a remote one is read in one range, a PNG without
+EXIF in two, and only WebP and AVIF whole, since Pillow opens them so.
+
 What a header says is checked here: an image too large to decode safely is refused before a pixel is read.
 """
 
@@ -12,6 +15,7 @@ import io
 import re
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +25,15 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from mmray.errors import RowError
-from mmray.images.source import PASSING_ERRORS, ImageSource, describe_source, image_file, one_line
+from mmray.images.source import (
+    HEADER_BLOCK_BYTES,
+    PASSING_ERRORS,
+    REMOTE_BLOCK_BYTES,
+    ImageSource,
+    describe_source,
+    image_file,
+    one_line,
+)
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "AVIF"]
 """Formats that are opened, in Pillow's names. Others Pillow knows are guessed without a signature (TGA),
@@ -33,7 +45,8 @@ MAX_PIXELS = 250_000_000
 _WIDTH_TAG, _HEIGHT_TAG, _ORIENTATION_TAG = 256, 257, 274
 _INTEGER_KINDS = {1: "B", 3: "H", 4: "I"}
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-_PNG_EXIF_BYTES = 1 << 20
+_PNG_TAIL_BYTES = HEADER_BLOCK_BYTES
+"""How much of a PNG's end is searched for EXIF: one request. EXIF itself has at most 64 KB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +83,19 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHe
     Raises RowError: those of `open_image`; `image_unreadable` where the file is empty or no image of FORMATS;
     `image_too_large` above `max_pixels` pixels (width times height).
     """
-    with opened_image(source, max_pixels) as (_, header):
+    with opened_image(source, max_pixels, block_bytes=HEADER_BLOCK_BYTES) as (_, header):
         return header
 
 
 @contextmanager
-def opened_image(source: ImageSource, max_pixels: int) -> Iterator[tuple[ImageFile.ImageFile, ImageHeader]]:
-    """The image opened but not decoded, with its header; valid inside the block. Errors as `read_header`."""
-    with image_file(source) as file, _pillow_limit_lifted:
+def opened_image(
+    source: ImageSource, max_pixels: int, *, block_bytes: int = REMOTE_BLOCK_BYTES
+) -> Iterator[tuple[ImageFile.ImageFile, ImageHeader]]:
+    """The image opened but not decoded, with its header; valid inside the block. Errors as `read_header`.
+
+    block_bytes: as in `open_image`.
+    """
+    with image_file(source, block_bytes=block_bytes) as file, _pillow_limit_lifted:
         image, header = _identify(file, source)
         if min(header.size) < 1:
             raise RowError("image_unreadable", f"{describe_source(source)}: has no pixels; store it anew")
@@ -159,7 +177,7 @@ def _num_frames(image: ImageFile.ImageFile) -> int | None:
 def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
     """EXIF orientation, else that of XMP, else 1: what `ImageOps.exif_transpose` would find after decoding.
 
-    One place is left out: XMP that stands behind the pixels of a PNG.
+    Two places are left out: XMP that stands behind the pixels of a PNG, and EXIF there that more than 128 KB follow.
     """
     if isinstance(image, TiffImageFile):
         tag = image.tag_v2.get(_ORIENTATION_TAG)
@@ -187,19 +205,24 @@ def _exif_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> bytes:
 
 
 def _png_exif(file: BinaryIO) -> bytes:
-    """The eXIf chunk of a PNG wherever it stands: Pillow's header ends where the pixels begin."""
+    """The eXIf chunk behind the pixels of a PNG: Pillow's header ends where they begin.
+
+    Looked for at the file's end, by its checksum. Going there from chunk to chunk would take thousands of steps and,
+    in remote storage, read the whole file.
+    """
     position = file.tell()
-    file.seek(8)
-    exif = b""
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if kind == b"eXIf":
-            exif = file.read(min(length, _PNG_EXIF_BYTES))
-        if kind in (b"eXIf", b"IEND"):
-            break
-        file.seek(length + 4, io.SEEK_CUR)
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(end - _PNG_TAIL_BYTES, position))
+    tail = file.read()
     file.seek(position)
-    return exif
+    at = tail.find(b"eXIf")
+    while at >= 0:
+        (length,) = struct.unpack(">I", tail[at - 4 : at].rjust(4, b"\xff"))
+        stop = at + 4 + length
+        if tail[stop : stop + 4] == struct.pack(">I", zlib.crc32(tail[at:stop])):
+            return tail[at + 4 : stop]
+        at = tail.find(b"eXIf", at + 1)
+    return b""
 
 
 def _exif_orientation(exif: bytes) -> int | None:

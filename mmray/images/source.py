@@ -9,11 +9,12 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 
 from mmray.errors import RowError, UserError
+from mmray.storage import file_version
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """A local path, a URI, the encoded image itself, or a binary file, which is read from its beginning."""
@@ -25,11 +26,16 @@ PASSING_ERRORS = (ConnectionError, TimeoutError, MemoryError)
 """Errors while reading an image that say nothing about it: they pass through instead of rejecting a row."""
 
 REMOTE_BLOCK_BYTES = 1 << 20
-"""Bytes fetched at a time from remote storage: a page is most often one request, and a header never five."""
+"""Bytes fetched at a time from remote storage when an image is read whole: a page is most often one request."""
+
+HEADER_BLOCK_BYTES = 1 << 17
+"""Bytes fetched at a time when only a header is: it is one request, with EXIF (at most 64 KB) and all."""
 
 
-def open_image(source: ImageSource) -> BinaryIO:
+def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) -> BinaryIO:
     """Open an image for reading its bytes. A file object is given back as it is, its owner closes it.
+
+    block_bytes: how much is fetched at a time where the image lies in remote storage.
 
     Raises RowError: `image_missing`, `image_unreadable` (no permission, a folder, an I/O error),
     `image_scheme` (a URI of a scheme outside ALLOWED_SCHEMES). Raises UserError where a URI's file system
@@ -40,7 +46,7 @@ def open_image(source: ImageSource) -> BinaryIO:
     if isinstance(source, str | os.PathLike):
         is_uri = isinstance(source, str) and "://" in source
         try:
-            return _open_uri(str(source)) if is_uri else open(source, "rb")
+            return _open_uri(str(source), block_bytes) if is_uri else open(source, "rb")
         except PASSING_ERRORS:
             raise
         except (OSError, ValueError) as error:
@@ -51,14 +57,40 @@ def open_image(source: ImageSource) -> BinaryIO:
 
 
 @contextmanager
-def image_file(source: ImageSource) -> Iterator[BinaryIO]:
+def image_file(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) -> Iterator[BinaryIO]:
     """`open_image`, closed at the end unless the caller of mmray opened it."""
-    file = open_image(source)
+    file = open_image(source, block_bytes=block_bytes)
     try:
         yield file
     finally:
         if file is not source:
             file.close()
+
+
+def source_state(source: ImageSource) -> tuple[str, str] | None:
+    """What tells the file of an image from another one, and from what stood there before: its absolute path or URI,
+    and its size in bytes with its modification time or etag. No byte of it is read.
+
+    None where the image lies in no file, where the file system knows neither time nor etag, and where there is no
+    such file: opening it says why.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return None
+    place = os.fspath(source)
+    try:
+        if "://" in place:
+            file_system, path = locate_uri(place)
+            info = file_system.info(path)
+            num_bytes, version = info["size"], file_version(info)
+        else:
+            place = os.path.abspath(place)
+            status = os.stat(place)
+            num_bytes, version = status.st_size, str(status.st_mtime_ns)
+    except PASSING_ERRORS:
+        raise
+    except (OSError, ValueError, RowError):
+        return None
+    return (place, f"{num_bytes} {version}") if version else None
 
 
 def describe_source(source: ImageSource) -> str:
@@ -79,7 +111,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def _open_uri(uri: str) -> BinaryIO:
+def _open_uri(uri: str, block_bytes: int) -> BinaryIO:
+    file_system, path = locate_uri(uri)
+    return file_system.open(path, "rb", block_size=block_bytes)
+
+
+def locate_uri(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI, and the path in it. Raises what `open_image` does."""
     scheme, _, rest = uri.partition("://")
     scheme = scheme.lower()
     if scheme not in ALLOWED_SCHEMES or "::" in uri:
@@ -89,13 +127,12 @@ def _open_uri(uri: str) -> BinaryIO:
             f"{describe_source(uri)}: images are local paths or of {allowed}; copy it to one of these",
         )
     try:
-        file_system, path = fsspec.core.url_to_fs(f"{scheme}://{rest}")
+        return fsspec.core.url_to_fs(f"{scheme}://{rest}")
     except PASSING_ERRORS:
         raise
     except (ImportError, OSError, ValueError) as error:
         message = f"{describe_source(uri)}: {one_line(error)}; set up {scheme}:// on every node"
         raise UserError(message) from error
-    return file_system.open(path, "rb", block_size=REMOTE_BLOCK_BYTES)
 
 
 def _row_error(source: ImageSource, error: OSError | ValueError) -> RowError:

@@ -46,6 +46,13 @@ class TilePlan:
     """Whether a box smaller than its tile is enlarged to fit it, or keeps its scale."""
     pad_color: tuple[int, int, int]
     """(red, green, blue) of what the box does not fill."""
+    exact_pixels: bool
+    """Whether `render_tiles` decodes and resizes as `load_image` and `cut_tiles` do, or faster."""
+
+    @property
+    def inner_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) in pixels of what each box is scaled to; it stands at its tile's top left."""
+        return tuple(map(_inner_size, self.boxes, self.tile_sizes, self.upscale))
 
     @property
     def is_tiled(self) -> bool:
@@ -86,6 +93,7 @@ def plan_tiles(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
         labels=tuple(labels) if has_labels else (None,) * len(boxes),
         upscale=tuple(upscale),
         pad_color=policy.pad_color,
+        exact_pixels=policy.exact_pixels,
     )
 
 
@@ -97,18 +105,32 @@ def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
     multiplication. Raises RowError `image_changed` where the page is of another size than the plan's;
     ValueError for a mode other than RGB.
     """
-    if image.size != plan.size:
-        planned, found = ("{} x {}".format(*size) for size in (plan.size, image.size))
-        message = f"planned for {planned} pixels, the image now has {found}; prepare the dataset again"
-        raise RowError("image_changed", message)
+    check_planned(image.size, plan)
     if not plan.is_tiled:
         return [image]
     if image.mode != "RGB":
         raise ValueError(f"tiles are cut from the RGB pages of load_image, not from mode {image.mode!r}")
     return [
-        _cut_tile(image, box, tile_size, upscale, plan.pad_color)
-        for box, tile_size, upscale in zip(plan.boxes, plan.tile_sizes, plan.upscale, strict=True)
+        padded(_cut(image, box, inner_size), tile_size, plan.pad_color)
+        for box, inner_size, tile_size in zip(plan.boxes, plan.inner_sizes, plan.tile_sizes, strict=True)
     ]
+
+
+def check_planned(size: tuple[int, int], plan: TilePlan) -> None:
+    """Raise RowError `image_changed` where a page, (width, height) in pixels, is of another size than the plan's."""
+    if size != plan.size:
+        planned, found = ("{} x {}".format(*each) for each in (plan.size, size))
+        message = f"planned for {planned} pixels, the image now has {found}; prepare the dataset again"
+        raise RowError("image_changed", message)
+
+
+def padded(inner: Image.Image, tile_size: tuple[int, int], pad_color: tuple[int, int, int]) -> Image.Image:
+    """A tile with `inner` at its top left."""
+    if inner.size == tile_size:
+        return inner
+    tile = Image.new("RGB", tile_size, pad_color)
+    tile.paste(inner, (0, 0))
+    return tile
 
 
 def _untiled_plan(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
@@ -121,6 +143,7 @@ def _untiled_plan(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
         labels=(None,),
         upscale=(False,),
         pad_color=policy.pad_color,
+        exact_pixels=policy.exact_pixels,
     )
 
 
@@ -164,26 +187,20 @@ def _sizes_key(tile_sizes: Sequence[tuple[int, int]]) -> str:
     return ",".join(f"{size}*{count}" if count > 1 else size for size, count in counted)
 
 
-def _cut_tile(
-    image: Image.Image, box: Box, tile_size: tuple[int, int], upscale: bool, pad_color: tuple[int, int, int]
-) -> Image.Image:
-    box_size = (box[2] - box[0], box[3] - box[1])
-    scale = min(tile_size[0] / box_size[0], tile_size[1] / box_size[1])
+def _inner_size(box: Box, tile_size: tuple[int, int], upscale: bool) -> tuple[int, int]:
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = min(tile_size[0] / width, tile_size[1] / height)
     if not upscale:
         scale = min(scale, 1.0)
-    inner_size = (_scaled(box_size[0], scale, tile_size[0]), _scaled(box_size[1], scale, tile_size[1]))
-    if inner_size != box_size:
-        inner = image.resize(inner_size, Image.Resampling.BICUBIC, box=box)
-    elif box_size == image.size:
-        inner = image
-    else:
-        inner = image.crop(box)
-    if inner_size == tile_size:
-        return inner
-    tile = Image.new("RGB", tile_size, pad_color)
-    tile.paste(inner, (0, 0))
-    return tile
+    return _scaled(width, scale, tile_size[0]), _scaled(height, scale, tile_size[1])
 
 
 def _scaled(length: int, scale: float, limit: int) -> int:
     return min(max(round(length * scale), 1), limit)
+
+
+def _cut(image: Image.Image, box: Box, inner_size: tuple[int, int]) -> Image.Image:
+    box_size = (box[2] - box[0], box[3] - box[1])
+    if inner_size != box_size:
+        return image.resize(inner_size, Image.Resampling.BICUBIC, box=box)
+    return image if box_size == image.size else image.crop(box)

@@ -3,6 +3,8 @@
 The scan of one sample reads from left to right. Outside a span, the longest `start` marker that matches opens
 one (the first declared wins a tie). Inside, only that boundary's own `end` is looked for, from after the
 start marker on; other starts there are plain text. The span ends at its first end marker, or with the sample.
+A boundary with `until_next` has no end of its own: its span ends where any start marker matches, as turns do
+in the GLM templates.
 An end marker that is consumed (`include_end`) is passed over; one that is not may be the next span's start,
 as `[/INST]` is in the Mistral templates. A sample is one row, or one run of `segment_ids`; no marker matches
 across its border.
@@ -48,12 +50,16 @@ class RoleBoundary:
     include_end: bool = True
     """The end marker belongs to the turn: it may train (`train_on_eos`) and the scan goes on after it.
     False: it never trains as an end, and may be the next turn's start."""
+    until_next: bool = False
+    """The turn goes on to the start marker of any turn, or to the end of the sample; `end` is then empty."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", self._marker("start", self.start))
         object.__setattr__(self, "end", self._marker("end", self.end))
         if not self.start:
             raise ValueError(f"role {self.role!r}: start is {self.start!r}; give at least one token id")
+        if self.until_next and self.end:
+            raise ValueError(f"role {self.role!r}: until_next leaves no place for an end; it is {self.end!r}")
 
     def _marker(self, name: str, tokens: Iterable[int]) -> tuple[int, ...]:
         try:
@@ -151,6 +157,7 @@ def _plan(boundaries: tuple[RoleBoundary, ...], roles: frozenset[str], train_on_
                 trains_start=trained and boundary.include_start,
                 trains_content=trained,
                 trains_end=boundary.include_end and end_of_role,
+                until_next=boundary.until_next,
             )
         )
     return ScanPlan(rules, last_end_only=train_on_eos == "last")

@@ -37,6 +37,8 @@ class Rule(NamedTuple):
     trains_start: bool
     trains_content: bool
     trains_end: bool
+    until_next: bool
+    """No end marker: the span ends where any start matches."""
 
 
 class ScanPlan:
@@ -53,12 +55,12 @@ class ScanPlan:
 
 
 def _as_arrays(rules: Sequence[Rule]) -> tuple[np.ndarray, np.ndarray]:
-    """For the compiled loop: a table [rules, 8] and the ids of all markers, one after the other; both int64.
+    """For the compiled loop: a table [rules, 9] and the ids of all markers, one after the other; both int64.
 
-    Columns: where the start is among the ids, its size, the same two of the end, the four flags in order.
+    Columns: where the start is among the ids, its size, the same two of the end, the five flags in order.
     """
     tokens: list[int] = []
-    table = np.zeros((len(rules), 8), dtype=np.int64)
+    table = np.zeros((len(rules), 9), dtype=np.int64)
     for i, rule in enumerate(rules):
         table[i] = (len(tokens), len(rule.start), len(tokens) + len(rule.start), len(rule.end), *rule[2:])
         tokens += rule.start + rule.end
@@ -94,6 +96,15 @@ def _matches(ids: np.ndarray, at: int, stop: int, tokens: np.ndarray, first: int
 
 
 @njit(cache=True, nogil=True)
+def _rule_at(ids: np.ndarray, at: int, stop: int, table: np.ndarray, tokens: np.ndarray) -> int:
+    """The rule whose start matches at a position; the number of rules where none does."""
+    rule = 0
+    while rule < len(table) and not _matches(ids, at, stop, tokens, table[rule, 0], table[rule, 1]):
+        rule += 1
+    return rule
+
+
+@njit(cache=True, nogil=True)
 def _scan_sample(
     ids: np.ndarray,
     at: int,
@@ -106,9 +117,7 @@ def _scan_sample(
     """Scan ids[at:stop], one sample, and set its trained tokens in keep."""
     last_end, last_end_stop = stop, stop
     while at < stop:
-        rule = 0
-        while rule < len(table) and not _matches(ids, at, stop, tokens, table[rule, 0], table[rule, 1]):
-            rule += 1
+        rule = _rule_at(ids, at, stop, table, tokens)
         if rule == len(table):
             at += 1
             continue
@@ -121,6 +130,11 @@ def _scan_sample(
                 if ids[i] == tokens[end_first] and _matches(ids, i, stop, tokens, end_first, end_size):
                     end, end_stop = i, i + end_size * consumes_end
                     break
+        elif table[rule, 8]:
+            end = content
+            while end < stop and _rule_at(ids, end, stop, table, tokens) == len(table):
+                end += 1
+            end_stop = end
         if trains_start:
             keep[at:content] = True
         if trains_content:
@@ -163,9 +177,10 @@ def _scan_batch(
 
 # A position that may open a span carries its rule as one integer, so that choosing the winner costs one
 # kernel a rule: 0 is no start; else the size of its start marker, that of its end marker, the end marker's
-# row among the distinct ones (15 bits each), and four flags.
+# row among the distinct ones (15 bits each), and five flags.
 _END_SIZE, _END_ROW = SIZE_BITS, 2 * SIZE_BITS
-_CONSUMES_END, _TRAINS_START, _TRAINS_CONTENT, _TRAINS_END = (1 << bit for bit in range(59, 63))
+_FLAGS = tuple(1 << bit for bit in range(58, 63))
+_CONSUMES_END, _TRAINS_START, _TRAINS_CONTENT, _TRAINS_END, _UNTIL_NEXT = _FLAGS
 
 
 class _Spans(NamedTuple):
@@ -228,10 +243,11 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
             matches = matches & (ids[k : k + n] == token)
         return matches
 
-    end_markers = list(dict.fromkeys(rule.end for rule in plan.rules))
+    end_markers = list(dict.fromkeys(rule.end for rule in plan.rules if not rule.until_next))
     rule_at = torch.zeros_like(at)
     for rule in reversed(plan.rules):
-        rule_at.masked_fill_(found(rule.start), _as_integer(rule, end_markers.index(rule.end)))
+        row = len(end_markers) if rule.until_next else end_markers.index(rule.end)
+        rule_at.masked_fill_(found(rule.start), _as_integer(rule, row))
     if segments is not None:
         rule_at.masked_fill_(segments.reshape(-1) < 0, 0)
 
@@ -239,9 +255,12 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
     content = at + (rule_at & size_mask)
     end_size = (rule_at >> _END_SIZE) & size_mask
     row_offset = ((rule_at >> _END_ROW) & size_mask) * n
-    next_end = _next_true(torch.cat([found(marker) for marker in end_markers]))
+    ends = [found(marker) for marker in end_markers]
+    if any(rule.until_next for rule in plan.rules):
+        ends.append(rule_at != 0)
+    next_end = _next_true(torch.cat(ends))
     end = next_end[row_offset + content] - row_offset
-    closed = (end_size > 0) & (end < sample_end)
+    closed = ((end_size > 0) | ((rule_at & _UNTIL_NEXT) != 0)) & (end < sample_end)
     end = torch.where(closed, end, sample_end)
     consumed = closed & ((rule_at & _CONSUMES_END) != 0)
     return _Spans(rule_at, content, end, end + end_size * consumed)
@@ -249,8 +268,7 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
 
 def _as_integer(rule: Rule, end_row: int) -> int:
     bits = len(rule.start) | len(rule.end) << _END_SIZE | end_row << _END_ROW
-    flags = (_CONSUMES_END, _TRAINS_START, _TRAINS_CONTENT, _TRAINS_END)
-    return bits | sum(bit for bit, is_set in zip(flags, rule[2:]) if is_set)
+    return bits | sum(bit for bit, is_set in zip(_FLAGS, rule[2:]) if is_set)
 
 
 def _opened(spans: _Spans, length: int, max_spans: int) -> Tensor:

@@ -5,8 +5,8 @@ a second run of the same job makes only the windows that are missing. The manife
 is not a prepared dataset.
 """
 
-import bisect
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.prepared.fingerprint import differences, fingerprint
+from mmray.prepared.loads import Loads
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window
 from mmray.storage import Folder
@@ -73,12 +74,15 @@ class PreparedDataset:
                 f"{path} has format {self.manifest.get('format_version')}, this mmray reads {FORMAT_VERSION}; "
                 "prepare it anew"
             )
-        self._first_bin = np.cumsum([0] + [shard["bins"] for shard in self.manifest["shards"]]).tolist()
-        self._open_file = functools.lru_cache(maxsize=64)(self._parquet_file)
+        self._first_bin = np.cumsum([0] + [shard["bins"] for shard in self.manifest["shards"]])
+        self._open_file = functools.lru_cache(maxsize=128)(self._parquet_file)
+        self._file_loads = functools.lru_cache(maxsize=256)(lambda file: Loads.from_footer(self._open_file(file)))
 
     @property
     def fingerprint(self) -> str:
-        return str(self.manifest["fingerprint"])
+        """Of what was prepared and of what came out of it: a training order belongs to both. The same rows and
+        settings give other bins where an image's size has changed since."""
+        return f"{self.manifest['fingerprint']}-{self.manifest['content']}"
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -99,8 +103,8 @@ class PreparedDataset:
         """Bin number `index`, from 0. Reads its row group."""
         if not 0 <= index < len(self):
             raise IndexError(f"bin {index} of a prepared dataset with {len(self)} bins")
-        shard = bisect.bisect_right(self._first_bin, index) - 1
-        within = index - self._first_bin[shard]
+        shard = int(np.searchsorted(self._first_bin, index, side="right")) - 1
+        within = index - int(self._first_bin[shard])
         group = self._open_file(shard).read_row_group(within // BINS_PER_ROW_GROUP)
         return _to_bin(index, group.slice(within % BINS_PER_ROW_GROUP, 1))
 
@@ -109,6 +113,19 @@ class PreparedDataset:
         tables = [self._open_file(shard).read([name]) for shard in range(len(self.manifest["shards"]))]
         return np.concatenate([table[name].to_numpy() for table in tables]) if tables else np.zeros(0, dtype=np.int32)
 
+    def loads(self, bins: np.ndarray) -> Loads:
+        """What bins cost, in the order given; bins: int64 [n], at least one. Reads the footers of their files, each
+        once while it is among the last 256."""
+        files = np.searchsorted(self._first_bin, bins, side="right") - 1
+        order = np.argsort(files, kind="stable")
+        distinct, counts = np.unique(files, return_counts=True)
+        ends = counts.cumsum()
+        parts = [
+            self._file_loads(int(file)).take(bins[order[end - count : end]] - self._first_bin[file])
+            for file, count, end in zip(distinct, counts, ends, strict=True)
+        ]
+        return Loads.joined(parts).take(np.argsort(order))
+
     def rejected(self) -> pa.Table:
         """The rejected rows (`schema.REJECTED`)."""
         with self._folder.open(REJECTED_FILE) as file:
@@ -116,6 +133,12 @@ class PreparedDataset:
 
     def _parquet_file(self, shard: int) -> pq.ParquetFile:
         return pq.ParquetFile(self._folder.open(self.manifest["shards"][shard]["file"]))
+
+
+def window_bins(window: Window) -> list[Bin]:
+    """The bins of a window that was not written."""
+    table = pq.read_table(pa.BufferReader(window.bins))
+    return [_to_bin(index, table.slice(index, 1)) for index in range(table.num_rows)]
 
 
 def _to_bin(index: int, row: pa.Table) -> Bin:
@@ -188,6 +211,7 @@ class PreparedWriter:
         manifest = {
             "format_version": FORMAT_VERSION,
             "fingerprint": fingerprint(record),
+            "content": joined_content(part["content"] for part in parts),
             "record": record,
             "tiling": tiling.model_dump(mode="json"),
             "shards": [{"file": bins_name(number), "bins": part["bins"]} for number, part in enumerate(parts)],
@@ -212,6 +236,11 @@ class PreparedWriter:
         for name in (MANIFEST, *names, PLAN):
             if self._folder.exists(name):
                 self._folder.remove(name)
+
+
+def joined_content(windows: Iterable[str]) -> str:
+    """What the bins of all windows are known by."""
+    return hashlib.blake2b("".join(windows).encode(), digest_size=8).hexdigest()
 
 
 def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
-from mmray.masks.settings import MaskingSettings
+from mmray.masks.settings import Loss, loss_record
 from mmray.packing_settings import PackingSettings
 from mmray.prepared.schema import FORMAT_VERSION
 from mmray.rows.files import SourceFile
@@ -36,7 +36,7 @@ def processor_record(processor: Any) -> dict[str, str]:
 
 def prepare_record(
     *, files: Sequence[SourceFile], datasets: Sequence[DatasetSettings], max_image_pixels: int, processor: Any,
-    tiling: TilingPolicy, packing: PackingSettings, masking: MaskingSettings,
+    tiling: TilingPolicy, packing: PackingSettings, loss: Loss,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that changes the result of a prepare, as plain JSON."""
     return {
@@ -47,13 +47,13 @@ def prepare_record(
         "processor": processor_record(processor),
         "tiling": tiling.model_dump(mode="json"),
         "packing": packing.model_dump(mode="json"),
-        "masking": masking.model_dump(mode="json"),
+        "loss": loss_record(loss),
     }
 
 
 def check_settings(
     path: str, record: dict[str, Any], *, processor: Any, tiling: TilingPolicy, packing: PackingSettings,
-    masking: MaskingSettings,
+    loss: Loss,
 ) -> None:  # fmt: skip
     """Raise UserError when a prepared dataset was made with another processor or other settings than a job has now.
 
@@ -63,7 +63,7 @@ def check_settings(
         "processor": processor_record(processor),
         "tiling": tiling.model_dump(mode="json"),
         "packing": packing.model_dump(mode="json"),
-        "masking": masking.model_dump(mode="json"),
+        "loss": loss_record(loss),
     }
     lines = differences({key: record[key] for key in now}, json.loads(json.dumps(now)))
     if lines:

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when a change makes older prepared datasets unreadable or unequal."""
 
 IMAGES = pa.list_(
@@ -52,6 +52,7 @@ SAMPLES = pa.schema(
         ("rule", pa.int8()),
         ("bucket", pa.string()),
         ("visual_tokens", pa.int32()),
+        ("visual_pairs", pa.int64()),  # sum over its tiles of visual tokens squared
         ("input_ids", pa.list_(pa.int32())),
         ("given", pa.list_(pa.bool_())),
         ("images", IMAGES),

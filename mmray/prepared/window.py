@@ -5,6 +5,7 @@ are packed together first; the bins of a shape that stay emptier than `bucket_fi
 all shapes' leftovers are packed together. Bins keep the order in which they were made; the schedule shuffles.
 """
 
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from mmray.errors import RowError
-from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule, segment_ids
+from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule
 from mmray.packing import lower_bound, pack_2d
 from mmray.packing_settings import PackingSettings
+from mmray.prepared.loads import Loads
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
 from mmray.rows.encode import RejectedRow, Sample
 
@@ -27,7 +28,7 @@ BINS_PER_ROW_GROUP = 8
 """Bins read together: a bin read alone costs the others of its row group, a group its share of the file's footer."""
 
 _NOTHING_TRAINED = RowError(
-    "nothing_trained", "no token of the row is trained; see masking.roles_to_train and the row's roles"
+    "nothing_trained", "no token of the row is trained; see `loss` in the job file, and the row's roles or labels"
 )
 
 
@@ -51,7 +52,8 @@ def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
             }  # fmt: skip
         return {
             "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
-            "visual_tokens": row.visual_tokens, "input_ids": row.input_ids, "given": row.given,
+            "visual_tokens": row.visual_tokens, "visual_pairs": row.visual_pairs, "input_ids": row.input_ids,
+            "given": row.given,
             "images": [
                 {
                     "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
@@ -64,22 +66,32 @@ def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
     return pa.Table.from_pylist([record(row) for row in rows], schema=SAMPLES)
 
 
-def pack_window(samples: pa.Table, packing: PackingSettings, labels: LabelMaker) -> Window:
-    """Pack a window's samples (`schema.SAMPLES`, in row order) into bins. Deterministic to the byte."""
+def pack_window(
+    samples: pa.Table, packing: PackingSettings, labels: LabelMaker, sample_gap: int = 0, allow_empty: bool = False
+) -> Window:
+    """Pack a window's samples (`schema.SAMPLES`, in row order) into bins. Deterministic to the byte.
+
+    sample_gap: tokens that will stand between the samples of a bin (`Family.sample_gap`); allow_empty: samples without
+    a trained token are packed too, else they are rejected.
+    """
     columns = _Columns.of(samples)
     trained = columns.trained_tokens(labels)
-    usable = [index for index in range(samples.num_rows) if columns.reasons[index] is None and trained[index]]
-    bins = _pack_by_bucket(columns, usable, packing)
+    usable = [
+        index for index, reason in enumerate(columns.reasons) if reason is None and (allow_empty or trained[index])
+    ]
+    bins = _pack_by_bucket(columns, usable, packing, sample_gap)
     table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
     rejected = pa.Table.from_pylist(
         [columns.rejected(index) for index in sorted(set(range(samples.num_rows)) - set(usable))], schema=REJECTED
     )
+    loads = Loads.of(table, [int(columns.visual_pairs[list(members)].sum()) for members in bins])
     used = np.asarray(usable, dtype=np.int64)
     statistics = {
         "rows_read": samples.num_rows,
         "rows_packed": len(usable),
         "rows_rejected": rejected.num_rows,
         "rejected_by_reason": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
+        "content": content_hash(table),
         "bins": len(bins),
         "bins_at_least": lower_bound(
             columns.lengths[used], columns.visual[used],
@@ -90,7 +102,22 @@ def pack_window(samples: pa.Table, packing: PackingSettings, labels: LabelMaker)
         "trained_tokens": int(trained[used].sum()),
         "images": sum(len(columns.images[index]) for index in usable),
     }  # fmt: skip
-    return Window(_parquet(table, BINS_PER_ROW_GROUP), _parquet(rejected, 1024), statistics)
+    return Window(_parquet(table, BINS_PER_ROW_GROUP, loads.to_footer()), _parquet(rejected, 1024, {}), statistics)
+
+
+def content_hash(bins: pa.Table) -> str:
+    """What bins (`schema.BINS`) are known by: their tokens, samples, rules and images, not the bytes of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("input_ids", "sample_lengths", "sample_rules", "given"):
+        column = bins[name].combine_chunks()
+        for part in (column.value_lengths(), column.flatten()):
+            digest.update(part.to_numpy(zero_copy_only=False).tobytes())
+    for ids, images in zip(bins["sample_ids"], bins["images"]):
+        digest.update(repr(ids.as_py()).encode())
+        for image in images.as_py():
+            digest.update(image.pop("data") or b"")
+            digest.update(repr(sorted(image.items())).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,27 +129,33 @@ class _Columns:
     offsets: np.ndarray
     lengths: np.ndarray
     visual: np.ndarray
+    visual_pairs: np.ndarray
     buckets: list[str | None]
     rules: np.ndarray
     reasons: list[str | None]
     images: list[list[dict[str, Any]]]
-    given: list[list[bool] | None]
+    given: np.ndarray
 
     @classmethod
     def of(cls, table: pa.Table) -> "_Columns":
         ids = table["input_ids"].combine_chunks()
         lengths = ids.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        rules = table["rule"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False)
+        given = np.zeros(int(lengths.sum()), dtype=bool)
+        flags = table["given"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        given[np.repeat(rules == LossRule.GIVEN, lengths)] = flags
         return cls(
             table=table,
             ids=ids.flatten().to_numpy(),
             offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
             lengths=lengths,
             visual=table["visual_tokens"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False),
+            visual_pairs=table["visual_pairs"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False),
             buckets=table["bucket"].to_pylist(),
-            rules=table["rule"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False),
+            rules=rules,
             reasons=table["reason"].to_pylist(),
             images=table["images"].to_pylist(),
-            given=table["given"].to_pylist(),
+            given=given,
         )
 
     def tokens(self, index: int) -> np.ndarray:
@@ -130,23 +163,13 @@ class _Columns:
 
     def trained_tokens(self, labels: LabelMaker) -> np.ndarray:
         """Trained tokens of every row, int64 [rows]; 0 for rejected rows."""
-        lengths = torch.from_numpy(self.lengths)
         blocks = [
             (int(self.offsets[index]) + image["first_token"], image["num_tokens"])
             for index, images in enumerate(self.images)
             for image in images
         ]
-        given = np.zeros(len(self.ids), dtype=bool)
-        for index in np.flatnonzero((self.rules == LossRule.GIVEN) & (self.lengths > 0)):
-            given[self.offsets[index] : self.offsets[index + 1]] = self.given[index]
-        made = labels.labels(
-            torch.from_numpy(self.ids.astype(np.int64)),
-            segment_ids(lengths),
-            torch.repeat_interleave(torch.from_numpy(self.rules.astype(np.int64)), lengths),
-            torch.from_numpy(given),
-            torch.tensor(blocks, dtype=torch.int64).reshape(-1, 2),
-        )
-        before = np.concatenate([[0], (made != IGNORE_INDEX).numpy().cumsum()])
+        made = labels.of_arrays(self.ids, self.lengths, self.rules, self.given, blocks)
+        before = np.concatenate([[0], (made != IGNORE_INDEX).cumsum()])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
     def bin(self, members: Sequence[int], trained: np.ndarray) -> dict[str, Any]:
@@ -159,10 +182,7 @@ class _Columns:
             for image in self.images[index]
         ]
         any_given = bool((self.rules[list(members)] == LossRule.GIVEN).any())
-        given = [
-            self.given[index] if self.rules[index] == LossRule.GIVEN else [False] * int(self.lengths[index])
-            for index in members
-        ]
+        given = [self.given[self.offsets[index] : self.offsets[index + 1]] for index in members]
         return {
             "bucket": buckets.pop() if len(buckets) == 1 else "mixed",
             "num_tokens": int(starts[-1]),
@@ -173,7 +193,7 @@ class _Columns:
             "sample_ids": [self.table["id"][index].as_py() for index in members],
             "sample_sources": [self.table["source"][index].as_py() for index in members],
             "sample_rules": self.rules[list(members)],
-            "given": np.concatenate([np.asarray(flags, dtype=bool) for flags in given]) if any_given else [],
+            "given": np.concatenate(given) if any_given else [],
             "images": images,
         }
 
@@ -184,13 +204,21 @@ class _Columns:
         return record
 
 
-def _pack_by_bucket(columns: _Columns, usable: Sequence[int], packing: PackingSettings) -> list[list[int]]:
+def _pack_by_bucket(
+    columns: _Columns, usable: Sequence[int], packing: PackingSettings, sample_gap: int
+) -> list[list[int]]:
     """Bins as lists of row numbers: full bins of each bucket in the order of their names, then the rest mixed."""
-    capacity = {"token_capacity": packing.token_capacity, "visual_capacity": packing.visual_capacity}
+    if packing.mode == "none":
+        return [[index] for index in usable]
 
     def pack(indices: Sequence[int]) -> list[list[int]]:
         chosen = np.asarray(indices, dtype=np.int64)
-        packed = pack_2d(columns.lengths[chosen], columns.visual[chosen], **capacity)
+        packed = pack_2d(
+            columns.lengths[chosen] + sample_gap,
+            columns.visual[chosen],
+            token_capacity=packing.token_capacity + sample_gap,  # no gap after the last sample
+            visual_capacity=packing.visual_capacity,
+        )
         return [[int(chosen[number]) for number in members] for members in packed]
 
     def fill(members: Sequence[int]) -> float:
@@ -208,7 +236,9 @@ def _pack_by_bucket(columns: _Columns, usable: Sequence[int], packing: PackingSe
     return kept + (pack(sorted(rest)) if rest else [])
 
 
-def _parquet(table: pa.Table, row_group_size: int) -> bytes:
+def _parquet(table: pa.Table, row_group_size: int, footer: dict[bytes, bytes]) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+        writer.write_table(table, row_group_size=row_group_size)
+        writer.add_key_value_metadata(footer)
     return buffer.getvalue()

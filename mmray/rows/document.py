@@ -5,6 +5,7 @@ images are still single units. What a user typed is never structure: the family'
 row are refused, placeholders in the parts of a message too.
 """
 
+import functools
 import posixpath
 import re
 from collections.abc import Iterable
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images.source import one_line
+from mmray.masks.settings import chat_template, marks_generated
 from mmray.rows.settings import DatasetSettings
 
 _ROLES = {
@@ -38,19 +41,26 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Document:
-    """A row before tokenising. add_special_tokens: as the processor would for this text."""
+    """A row before tokenising. add_special_tokens: as the processor would for this text; generated: what of the text
+    the chat template's `{% generation %}` blocks wrote, [start, stop) in characters each."""
 
     id: str
     text: str
     images: tuple[ImageRef, ...]
     add_special_tokens: bool
+    generated: tuple[tuple[int, int], ...] = ()
 
 
 class DocumentReader:
     """Reads the `pretrain` and `chat` rows of one data set for one family."""
 
     def __init__(self, dataset: DatasetSettings, family: Family) -> None:
-        """Raises UserError for chat rows and a processor without a chat template."""
+        """Raises UserError for chat rows and a processor without a chat template, or a model without chats."""
+        if dataset.kind == "chat" and family.has_prompt:
+            raise UserError(
+                f"{type(family.processor).__name__} knows no chats, only a prompt and its answer; make rows of kind "
+                "pretrain, or of kind tokenized with labels"
+            )
         if dataset.kind == "chat" and not family.processor.chat_template:
             raise UserError(
                 f"{type(family.processor).__name__} has no chat template, which chat rows need; put a "
@@ -61,19 +71,21 @@ class DocumentReader:
         accepted = {dataset.placeholder, family.placeholder_unit, family.placeholder}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
         self._special = re.compile("|".join(map(re.escape, family.structure_tokens)))
+        self._marks_generated = marks_generated(family.processor)
 
     def read(self, value: dict[str, Any], source: str) -> Document:
         """The row as a document. Raises RowError with the field, the value and the remedy."""
         images = self.images(value, source)
+        generated: tuple[tuple[int, int], ...] = ()
         if self.dataset.kind == "chat":
-            text, count = self._chat_text(value)
+            text, generated, count = self._chat_text(value)
             bos = self.family.tokenizer.bos_token
             add_special_tokens = not (bos and text.startswith(bos))
         else:
             text, count = self._units(self._string(value, "text"), "text")
             add_special_tokens = True
         check_image_count(count, len(images))
-        return Document(self.row_id(value, source), text, images, add_special_tokens)
+        return Document(self.row_id(value, source), text, images, add_special_tokens, generated)
 
     # ---------------------------------------------------------------- fields
 
@@ -152,7 +164,8 @@ class DocumentReader:
                 f"{where} holds the token {found.group()!r}, which the model reads as structure; write it differently",
             )
 
-    def _chat_text(self, value: dict[str, Any]) -> tuple[str, int]:
+    def _chat_text(self, value: dict[str, Any]) -> tuple[str, tuple[tuple[int, int], ...], int]:
+        """The text of the messages, what of it is generated, and the number of its images."""
         messages, count = [], 0
         for number, message in enumerate(self._messages(value)):
             where = f"message {number}"
@@ -164,9 +177,9 @@ class DocumentReader:
             content = message.get("content")
             content = self._content(message.get("value") if content is None else content, where)
             count += sum(part["type"] == "image" for part in content if isinstance(part, dict))
-            messages.append({"role": _ROLES[role], "content": content})
+            messages.append({"role": _ROLES[role], "content": self._as_template_reads(content)})
         try:
-            text = self.family.processor.apply_chat_template(messages, tokenize=False)
+            text, generated = self._rendered(messages)
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(
                 "template",
@@ -179,7 +192,47 @@ class DocumentReader:
                 f"the chat template wrote {rendered} images where the messages have {count} image parts; "
                 "put the images into user messages",
             )
-        return text, count
+        return text, generated, count
+
+    def _as_template_reads(self, content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+        """The content in a form that the chat template writes. Some read one form only and say nothing of the other:
+        PaddleOCR-VL's goes through a string as through a list of parts and writes none of it, GLM-4.1V's writes an
+        assistant's list as Python would."""
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if self._written_forms == {list} else content
+        is_text = all(part["type"] == "text" for part in content)
+        return "".join(part["text"] for part in content) if is_text and self._written_forms == {str} else content
+
+    @functools.cached_property
+    def _written_forms(self) -> set[type]:
+        """The forms of a text, a string or a list of parts, that the chat template writes for user and assistant."""
+        forms: dict[type, Any] = {str: _PROBE, list: [{"type": "text", "text": _PROBE}]}
+        return {form for form, content in forms.items() if self._is_written(content)}
+
+    def _is_written(self, content: Any) -> bool:
+        try:
+            text, _ = self._rendered([{"role": role, "content": content} for role in ("user", "assistant")])
+        except (TemplateError, TypeError, ValueError):
+            return False
+        return text.count(_PROBE) == 2 and "'type'" not in text
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The text that the chat template writes, and what of it its `{% generation %}` blocks wrote.
+
+        `apply_chat_template` tells of the blocks only after it has run the images through the processor too; the
+        function beneath it does so at once.
+        """
+        processor = self.family.processor
+        if not self._marks_generated:
+            return processor.apply_chat_template(messages, tokenize=False), ()
+        rendered: Any = render_jinja_template(
+            [messages],
+            chat_template=chat_template(processor),
+            return_assistant_tokens_mask=True,
+            **processor.tokenizer.special_tokens_map,
+        )
+        (text,), (generated,) = rendered
+        return text, tuple(generated)
 
     def _messages(self, value: dict[str, Any]) -> list[object]:
         column = self.dataset.column("messages")
@@ -215,6 +268,9 @@ class DocumentReader:
             )
         self._refuse_special(text, where)
         return parts
+
+
+_PROBE = "What does it say?"
 
 
 def missing_column(column: str, value: Iterable[str]) -> RowError:

@@ -6,23 +6,28 @@ result equals tokenising the expanded text; `verify` compares it with the real p
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
+from tokenizers import Encoding
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.images import TilePlan, TilingPolicy, image_size, plan_tiles
+from mmray.images import ImageSource, TilePlan, TilingPolicy, image_size, plan_tiles
 from mmray.images.source import one_line
-from mmray.masks.labels import IGNORE_INDEX, LossRule
+from mmray.masks.labels import LossRule, with_stop_tokens
+from mmray.masks.settings import Loss, LossSource, ending_token_ids, loss_source
 from mmray.packing_settings import PackingSettings
-from mmray.rows.document import Document, DocumentReader, ImageRef, check_image_count, missing_column
+from mmray.rows.document import Document, DocumentReader, ImageRef, check_image_count
 from mmray.rows.read import RawRow
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.rows.tokenized import own_ids, own_mask
 
 NO_BLOCKS = np.zeros((0, 2), dtype=np.int32)
 
@@ -45,6 +50,8 @@ class Sample:
     sizes: tuple[tuple[int, int], ...] = ()
     blocks: np.ndarray = field(default_factory=lambda: NO_BLOCKS)
     given: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    visual_pairs: int = 0
+    """Sum over its tiles of their visual tokens squared: what attention in the vision tower grows with."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,14 @@ class _Pending:
     plans: tuple[TilePlan, ...]
     sizes: tuple[tuple[int, int], ...]
     text: str
+    generated: tuple[tuple[int, int], ...] | None
+    """What the model generates of the text that the tokenizer gets; None where the chat template is not asked."""
+
+
+class SizeOf(Protocol):
+    """`image_size`, or that of a `SizeCache`."""
+
+    def __call__(self, source: ImageSource, *, max_pixels: int) -> tuple[int, int]: ...
 
 
 class Encoder:
@@ -74,12 +89,14 @@ class Encoder:
 
     def __init__(
         self, data: DataSettings, datasets: Sequence[DatasetSettings], family: Family, policy: TilingPolicy,
-        packing: PackingSettings, *, train_on_inputs: bool = False,
+        packing: PackingSettings, *, loss: Loss = "sampled", size_of: SizeOf = image_size,
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
-        self.chat_rule = LossRule.ALL if train_on_inputs else LossRule.ROLES
-        self._ends = [self._end_of_document(dataset) if self._adds_eos(dataset) else None for dataset in datasets]
+        self._size_of = size_of
         self._readers = [DocumentReader(dataset, family) for dataset in datasets]
+        self.sources = [loss_source(loss, dataset.kind, family) for dataset in datasets]
+        self.ending_token_ids = ending_token_ids(family)
+        self._ends = [self._end_of_document(dataset) if self._adds_eos(dataset) else None for dataset in datasets]
         self._plan = functools.lru_cache(maxsize=65_536)(lambda size: plan_tiles(size, policy))
         backend = family.tokenizer.backend_tokenizer
         backend.no_truncation()  # some tokenizer.json files cut at a length of their own
@@ -99,8 +116,7 @@ class Encoder:
         for number, (row, item) in enumerate(zip(rows, prepared)):
             result: Any = item
             if isinstance(item, _Pending):
-                ids = next(encoded)
-                result = self._guard(row, self._sample, item, ids)
+                result = self._guard(row, self._sample, item, *next(encoded))
                 if number in verify and isinstance(result, Sample):
                     self._verify(item, result)
             results.append(result)
@@ -134,11 +150,12 @@ class Encoder:
         document = self._readers[row.dataset].read(row.value, row.source)
         sizes = tuple(self._size(image) for image in document.images)
         plans = tuple(self._plan(size) for size in sizes)
-        return _Pending(row, document, plans, sizes, self._expand_units(document.text, plans))
+        text, generated = self._expand_units(document.text, plans), self._generated(row, document, plans)
+        return _Pending(row, document, plans, sizes, text, generated)
 
     def _size(self, image: ImageRef) -> tuple[int, int]:
         source = image.data if image.data is not None else image.uri
-        return image_size(source, max_pixels=self.data.max_image_pixels)
+        return self._size_of(source, max_pixels=self.data.max_image_pixels)
 
     def _expand_units(self, text: str, plans: Sequence[TilePlan]) -> str:
         """Each image's unit, repeated for its tiles, each after its label and a newline."""
@@ -150,32 +167,69 @@ class Encoder:
             pieces.append(tail)
         return "".join(pieces)
 
-    def _tile_tokens(self, plan: TilePlan) -> list[tuple[np.ndarray, int]]:
-        try:
-            spans = [self.family.span(size) for size in plan.tile_sizes]
-        except ValueError as error:
-            raise RowError(
-                "image_shape",
-                f"the processor takes no image of {plan.size}: {one_line(error)}; crop it or cut it in tiles",
-            ) from error
-        return [(span.token_ids, span.visual_tokens) for span in spans]
+    def _generated(
+        self, row: RawRow, document: Document, plans: Sequence[TilePlan]
+    ) -> tuple[tuple[int, int], ...] | None:
+        """`document.generated` in the text that the tokenizer gets, where images have grown before it."""
+        if self.sources[row.dataset] is not LossSource.TEMPLATE:
+            return None
+
+        def grown(place: int) -> int:
+            before = document.text[:place]
+            own = plans[: before.count(self.family.placeholder_unit)]
+            return len(self.family.tokenizer_text(self._expand_units(before, own), _tile_sizes(own)))
+
+        return tuple((grown(start), grown(stop)) for start, stop in document.generated)
+
+    def _tile_tokens(self, plans: Sequence[TilePlan]) -> list[list[tuple[np.ndarray, int]]]:
+        """For each image of a row, for each of its tiles: the tokens, and how many of them carry features."""
+        together = sum(len(plan.tile_sizes) for plan in plans)
+        tokens = []
+        for plan in plans:
+            try:
+                spans = [self.family.span(size, together) for size in plan.tile_sizes]
+            except ValueError as error:
+                raise RowError(
+                    "image_shape",
+                    f"the processor takes no image of {plan.size}: {one_line(error)}; crop it or cut it in tiles",
+                ) from error
+            tokens.append([(span.token_ids, span.visual_tokens) for span in spans])
+        return tokens
 
     # ---------------------------------------------------------------- tokens
 
-    def _tokenize(self, pending: Sequence[_Pending]) -> list[np.ndarray]:
-        """Token ids with one placeholder token per tile, int32 each; one tokenizer call for each kind of text."""
-        ids: list[np.ndarray] = [np.zeros(0, dtype=np.int32)] * len(pending)
-        for special in (True, False):
-            chosen = [index for index, item in enumerate(pending) if item.document.add_special_tokens is special]
-            encodings = self._backend.encode_batch_fast([pending[i].text for i in chosen], add_special_tokens=special)
-            for index, encoding in zip(chosen, encodings):
-                ids[index] = np.asarray(encoding.ids, dtype=np.int32)
-        return ids
+    def _tokenize(self, pending: Sequence[_Pending]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids with one placeholder token per tile, int32 [n], and which of them the model generates, bool [n] (or
+        [0]), of each text; one tokenizer call for each kind of text. Only the slower call tells the tokens' places."""
+        found = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))] * len(pending)
+        for special, placed in itertools.product((True, False), repeat=2):
+            chosen = [
+                index for index, item in enumerate(pending)
+                if item.document.add_special_tokens is special and (item.generated is not None) is placed
+            ]  # fmt: skip
+            encode = self._backend.encode_batch if placed else self._backend.encode_batch_fast
+            texts = [self._tokenizer_input(pending[index]) for index in chosen]
+            for index, encoding in zip(chosen, encode(texts, add_special_tokens=special)):
+                found[index] = np.asarray(encoding.ids, dtype=np.int32), self._marked(pending[index], encoding)
+        return found
 
-    def _sample(self, item: _Pending, ids: np.ndarray) -> Sample:
+    def _tokenizer_input(self, item: _Pending) -> str | tuple[str, str]:
+        if self.sources[item.row.dataset] is LossSource.ANSWER:
+            return self.family.prompt_and_answer(item.text)
+        return self.family.tokenizer_text(item.text, _tile_sizes(item.plans))
+
+    def _marked(self, item: _Pending, encoding: Encoding) -> np.ndarray:
+        """Which tokens of a text train, where its own parts say so: bool [n], else bool [0]."""
+        if self.sources[item.row.dataset] is LossSource.ANSWER:
+            return np.asarray(encoding.type_ids) == 1
+        if item.generated is None:
+            return np.zeros(0, dtype=bool)
+        return _overlapping(encoding.offsets, item.generated)
+
+    def _sample(self, item: _Pending, ids: np.ndarray, generated: np.ndarray) -> Sample:
         dataset = self.datasets[item.row.dataset]
         places = np.flatnonzero(ids == self.family.placeholder_id)
-        tiles = [self._tile_tokens(plan) for plan in item.plans]
+        tiles = self._tile_tokens(item.plans)
         if len(places) != sum(map(len, tiles)):
             raise RowError(
                 "placeholder_count", f"the text holds {len(places)} image tokens for {sum(map(len, tiles))} tiles"
@@ -189,20 +243,32 @@ class Encoder:
                 read, tile = int(places[tile]) + 1, tile + 1
             blocks.append((start, length - start))
         pieces.append(ids[read:])
+        if len(generated):
+            grown = np.ones(len(ids), dtype=np.int64)
+            grown[places] = [len(token_ids) for spans in tiles for token_ids, _ in spans]
+            generated = self._with_stops(generated, ids).repeat(grown)
         if self._adds_eos(dataset):
             pieces.append(np.asarray([self._ends[item.row.dataset]], dtype=np.int32))
+            generated = np.append(generated, True) if len(generated) else generated
         sample = Sample(
             id=item.document.id,
             source=item.row.source,
-            rule=LossRule.ALL if dataset.kind == "pretrain" else self.chat_rule,
+            rule=self.sources[item.row.dataset].rule,
             bucket=_bucket(item.plans),
             visual_tokens=sum(visual for spans in tiles for _, visual in spans),
             input_ids=np.concatenate(pieces),
             images=item.document.images,
             sizes=item.sizes,
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
+            given=generated,
+            visual_pairs=_visual_pairs(tiles),
         )
-        return self._check_capacity(sample)
+        return self._checked(sample)
+
+    def _with_stops(self, generated: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Templates mark what the model says, and not the token of the next turn by which it stops."""
+        kept = with_stop_tokens(torch.from_numpy(generated), torch.from_numpy(ids), self.ending_token_ids)
+        return kept.numpy()
 
     def _end_of_document(self, dataset: DatasetSettings) -> int:
         token = dataset.end_of_document or self.family.tokenizer.eos_token
@@ -230,7 +296,11 @@ class Encoder:
         tails = ((count, self._backend.decode(before[-count:], skip_special_tokens=False)) for count in range(1, 99))
         return next((count for count, tail in tails if label in tail), 0)
 
-    def _check_capacity(self, sample: Sample) -> Sample:
+    def _checked(self, sample: Sample) -> Sample:
+        if not sample.images and not self.family.takes_text_only:
+            raise RowError(
+                "needs_image", "the row has no image, and the model cannot learn from text alone; leave such rows out"
+            )
         tokens, room = len(sample.input_ids), self.packing.token_capacity
         if tokens > room:
             raise RowError("too_long", f"{tokens} tokens, packing.token_capacity is {room}; raise it or split the row")
@@ -248,45 +318,31 @@ class Encoder:
     def _ready_made(self, row: RawRow, value: dict[str, Any]) -> Sample:
         """A `tokenized` row: its ids hold every image token already, and must hold the right number."""
         dataset, reader = self.datasets[row.dataset], self._readers[row.dataset]
-        ids = _integers(value, dataset.column("input_ids"))
-        labels = _integers(value, dataset.column("labels"))
-        if len(ids) != len(labels) or not len(ids):
-            raise RowError(
-                "wrong_type",
-                f"input_ids has {len(ids)} entries and labels {len(labels)}; give one label for each token",
-            )
-        unknown = np.flatnonzero((ids < 0) | (ids >= self._vocabulary_size))
-        if len(unknown):
-            raise RowError(
-                "wrong_type",
-                f"input_ids[{unknown[0]}] is {ids[unknown[0]]}: the tokenizer has 0 to {self._vocabulary_size - 1}",
-            )
-        given = labels != IGNORE_INDEX
-        if not np.array_equal(labels[given], ids[given]):
-            where = int(np.flatnonzero(given & (labels != ids))[0])
-            raise RowError(
-                "wrong_type",
-                f"labels[{where}] is {labels[where]}: a label is its token ({ids[where]}) or {IGNORE_INDEX}",
-            )
+        source = self.sources[row.dataset]
+        ids = own_ids(value, dataset, self._vocabulary_size)
+        given = own_mask(value, dataset, ids) if source is LossSource.ROW else np.zeros(0, dtype=bool)
         images = reader.images(value, row.source)
         sizes = tuple(self._size(image) for image in images)
         plans = tuple(self._plan(size) for size in sizes)
-        blocks, visual_tokens = self._image_blocks(ids, plans)
-        return self._check_capacity(
+        tiles = self._tile_tokens(plans)
+        blocks, visual_tokens = self._image_blocks(ids, plans, tiles)
+        return self._checked(
             Sample(
-                id=reader.row_id(value, row.source), source=row.source, rule=LossRule.GIVEN, bucket=_bucket(plans),
+                id=reader.row_id(value, row.source), source=row.source, rule=source.rule, bucket=_bucket(plans),
                 visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
+                visual_pairs=_visual_pairs(tiles),
             )
         )  # fmt: skip
 
-    def _image_blocks(self, ids: np.ndarray, plans: Sequence[TilePlan]) -> tuple[np.ndarray, int]:
+    def _image_blocks(
+        self, ids: np.ndarray, plans: Sequence[TilePlan], tiles: Sequence[list[tuple[np.ndarray, int]]]
+    ) -> tuple[np.ndarray, int]:
         """Where the images of ready-made ids stand (`Sample.blocks`), and their visual tokens together.
 
         Each tile must stand there with just the tokens it becomes: a wrong number, or the images in another order than
         their tokens, would give the model the features of one image for another.
         """
         places = np.flatnonzero(ids == self.family.image_token_id)
-        tiles = [self._tile_tokens(plan) for plan in plans]
         total = sum(visual for spans in tiles for _, visual in spans)
         if len(places) != total:
             check_image_count(0 if not len(places) else len(plans), len(plans))
@@ -316,12 +372,8 @@ class Encoder:
     def _verify(self, item: _Pending, sample: Sample) -> None:
         """Compare with the processor's own tokens, run on blank tiles of the planned sizes."""
         tiles = [Image.new("RGB", size, (255, 255, 255)) for plan in item.plans for size in plan.tile_sizes]
-        output = self.family.processor(
-            text=[item.text],
-            images=tiles or None,
-            add_special_tokens=item.document.add_special_tokens,
-            **self.family.processor_kwargs,
-        )
+        special = item.document.add_special_tokens
+        output = self.family.process(item.text, tiles, add_special_tokens=special)
         expected = np.asarray(output["input_ids"][0], dtype=np.int32)
         found = sample.input_ids[:-1] if self._adds_eos(self.datasets[item.row.dataset]) else sample.input_ids
         if not np.array_equal(found, expected):
@@ -338,16 +390,21 @@ def _bucket(plans: Sequence[TilePlan]) -> str:
     return "text" if not shapes else shapes.pop() if len(shapes) == 1 else "mixed"
 
 
-def _integers(value: dict[str, Any], column: str) -> np.ndarray:
-    found = value.get(column)
-    if found is None:
-        raise missing_column(repr(column), value)
-    if not isinstance(found, list) or not all(type(entry) is int for entry in found):
-        raise RowError("wrong_type", f"{column} must be a list of integers, not {found!r:.60}")
-    try:
-        return np.asarray(found, dtype=np.int32)
-    except OverflowError as error:
-        raise RowError("wrong_type", f"{column} holds a number that is no token id: {one_line(error)}") from error
+def _tile_sizes(plans: Sequence[TilePlan]) -> list[tuple[int, int]]:
+    return [size for plan in plans for size in plan.tile_sizes]
+
+
+def _visual_pairs(tiles: Sequence[list[tuple[np.ndarray, int]]]) -> int:
+    return sum(visual * visual for spans in tiles for _, visual in spans)
+
+
+def _overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which tokens lie in some span, if only in part: bool [n]. offsets: [start, stop) of each in characters."""
+    starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = np.zeros(len(starts), dtype=bool)
+    for start, stop in spans:
+        inside |= (starts < stop) & (stops > start)
+    return inside
 
 
 def _shown(value: dict[str, Any]) -> str:

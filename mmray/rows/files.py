@@ -20,11 +20,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmray.errors import UserError
 from mmray.rows.settings import DatasetSettings
+from mmray.storage import file_version
 
 _READ_BYTES = 8 << 20
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-_VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What file systems call the state of a file, the surest first."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,8 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str) 
     if suffix in _COMPRESSED:
         raise UserError(f"{uri}: compressed row files cannot be read from the middle; decompress it, or use Parquet")
     ending = "parquet" if suffix == ".parquet" else "jsonl"
-    version = next((info[key] for key in _VERSION_KEYS if info.get(key)), "")
     return SourceFile(
-        number, uri, ending if dataset.format == "auto" else dataset.format, int(info["size"]), str(version)
+        number, uri, ending if dataset.format == "auto" else dataset.format, int(info["size"]), file_version(info)
     )
 
 

@@ -1,4 +1,9 @@
-"""Rows of a piece, each with its place in the source; a row that cannot be read carries its error instead."""
+"""Rows of a piece, each with its place in the source; a row that cannot be read carries its error instead.
+
+Parquet can be entered only at the start of a row group, and a row group may hold many chunks of rows. So a `RowReader`
+goes on where its last piece ended: an actor that reads every second chunk of a file decodes the file once, not once for
+each chunk, and holds a few rows at a time, never a row group.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,12 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import RowError, UserError
 from mmray.images.source import one_line
 from mmray.rows.files import Piece
+
+_BATCH_ROWS = 64
+_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,24 @@ class RawRow:
     value: dict[str, Any] | RowError
 
 
+class RowReader:
+    """Reads pieces, cheapest in the order of their file. Keeps the last Parquet file open."""
+
+    def __init__(self) -> None:
+        self._parquet: _ParquetRows | None = None
+
+    def read(self, piece: Piece) -> Iterator[RawRow]:
+        """The rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged file."""
+        if piece.format != "parquet":
+            return _read_jsonl(piece)
+        if self._parquet is None or self._parquet.uri != piece.uri:
+            self._parquet = _ParquetRows(piece.uri)
+        return self._parquet.read(piece)
+
+
 def read_piece(piece: Piece) -> Iterator[RawRow]:
-    """The rows of a piece in order. Blank lines of JSONL are no rows."""
-    return _read_parquet(piece) if piece.format == "parquet" else _read_jsonl(piece)
+    """The rows of one piece, as `RowReader.read`."""
+    return RowReader().read(piece)
 
 
 def _read_jsonl(piece: Piece) -> Iterator[RawRow]:
@@ -65,24 +89,53 @@ def _lone_surrogate(text: str, value: dict[str, Any]) -> str | None:
     return None
 
 
-def _read_parquet(piece: Piece) -> Iterator[RawRow]:
-    with fsspec.open(piece.uri, "rb") as opened:
-        file = pq.ParquetFile(opened)
-        begin = 0
-        for group in range(file.num_row_groups):
-            end = begin + file.metadata.row_group(group).num_rows
-            low, high = max(begin, piece.first_row), min(end, piece.first_row + piece.num_rows)
-            if low < high:
-                try:
-                    table = file.read_row_group(group)
-                except (OSError, pa.ArrowException) as error:
-                    raise UserError(f"{piece.uri}: rows {begin} to {end - 1} cannot be read: {error}") from error
-                for number, value in enumerate(_values(table.slice(low - begin, high - low)), start=low):
-                    yield RawRow(f"{piece.uri}:{number}", piece.dataset, value)
-            begin = end
+class _ParquetRows:
+    """The rows of one Parquet file, read forwards; going back, or over a row group's end, starts at a row group."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        # Unbuffered, Arrow holds whole column chunks: all images of a row group.
+        self._file = pq.ParquetFile(fsspec.open(uri, "rb").open(), buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        metadata = self._file.metadata
+        self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+        self._group = -1
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._next_row = 0  # of the file, the first that _batches will give
+        self._rest: pa.RecordBatch | None = None  # rows just before _next_row, decoded but not asked for yet
+
+    def read(self, piece: Piece) -> Iterator[RawRow]:
+        row, stop = piece.first_row, piece.first_row + piece.num_rows
+        while row < stop:
+            batch = self._rows_from(row, stop)
+            for value in _values(batch):
+                yield RawRow(f"{self.uri}:{row}", piece.dataset, value)
+                row += 1
+
+    def _rows_from(self, row: int, stop: int) -> pa.RecordBatch:
+        """Rows from `row` on, at least one, none at or after `stop`."""
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        if group != self._group or row < self._next_row - (self._rest.num_rows if self._rest else 0):
+            self._group, self._rest = group, None
+            self._next_row = int(self._ends[group - 1]) if group else 0
+            self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group])
+        while row >= self._next_row:
+            self._rest = self._next_batch()
+            self._next_row += self._rest.num_rows
+        assert self._rest is not None
+        ahead = self._rest.slice(self._rest.num_rows - (self._next_row - row))
+        self._rest = ahead.slice(stop - row)
+        return ahead.slice(0, stop - row)
+
+    def _next_batch(self) -> pa.RecordBatch:
+        try:
+            return next(self._batches)
+        except (OSError, pa.ArrowException, StopIteration) as error:
+            begin, end = (int(self._ends[self._group - 1]) if self._group else 0), int(self._ends[self._group])
+            self._group = -1
+            raise UserError(f"{self.uri}: rows {begin} to {end - 1} cannot be read: {error}") from error
 
 
-def _values(table: pa.Table) -> list[dict[str, Any] | RowError]:
+def _values(table: pa.RecordBatch) -> list[dict[str, Any] | RowError]:
     """The rows as dictionaries; where one has a cell that Python cannot hold, its error."""
     try:
         return list(table.to_pylist())
@@ -90,7 +143,7 @@ def _values(table: pa.Table) -> list[dict[str, Any] | RowError]:
         return [_value(table.slice(row, 1)) for row in range(table.num_rows)]
 
 
-def _value(row: pa.Table) -> dict[str, Any] | RowError:
+def _value(row: pa.RecordBatch) -> dict[str, Any] | RowError:
     try:
         (value,) = row.to_pylist()
     except UnicodeDecodeError as error:

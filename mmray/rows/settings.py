@@ -10,7 +10,7 @@ RowKind = Literal["pretrain", "chat", "tokenized"]
 FIELDS: dict[RowKind, tuple[str, ...]] = {
     "pretrain": ("id", "text", "images"),
     "chat": ("id", "messages", "conversations", "images"),
-    "tokenized": ("id", "input_ids", "labels", "images"),
+    "tokenized": ("id", "input_ids", "labels", "sampled_mask", "images"),
 }
 
 
@@ -25,7 +25,8 @@ class DatasetSettings(Settings):
     """Row files: paths, globs or URIs, one or a list. Order is the sorted order of each glob."""
 
     kind: RowKind
-    """`pretrain` (`text`), `chat` (`messages` or ShareGPT `conversations`) or `tokenized` (`input_ids`, `labels`)."""
+    """`pretrain` (`text`), `chat` (`messages` or ShareGPT `conversations`) or `tokenized` (`input_ids`, and
+    `labels` or `sampled_mask`)."""
 
     format: Literal["auto", "jsonl", "parquet"] = "auto"
     """File format; `auto` goes by the ending: `.parquet`, anything else is JSON lines."""
@@ -76,6 +77,10 @@ class DataSettings(Settings):
 
     max_image_pixels: Annotated[int, Field(gt=0)] = 250_000_000
     """Images with more pixels (width × height, from the header) are refused."""
+
+    size_cache: str | None = None
+    """Where the sizes of images are kept from one prepare to the next, so that images whose files have not changed are
+    not opened again: a file (`.parquet`) or a folder, by path or URI. It never changes what is prepared."""
 
     verify_rows: Annotated[int, Field(ge=0)] = 16
     """Rows of each prepare, drawn by a fixed seed, whose tokens are compared with the real processor's (run on blank

@@ -1,6 +1,6 @@
 """Small processors that transformers loads like those of published models.
 
-`write_processor` leaves a folder of the same files: `tokenizer.json` (a real byte-level BPE tokenizer,
+`write_processor` leaves a folder of the same files, by a `Recipe`: `tokenizer.json` (a real byte-level BPE tokenizer,
 trained on given texts, with the family's special tokens under their own names), `tokenizer_config.json`,
 `preprocessor_config.json`, `chat_template.jinja` and, for the Idefics3 families, `processor_config.json`.
 Only two things are small: the vocabulary (so that an embedding table is a few kilobytes) and the pictures'
@@ -9,7 +9,7 @@ limits (so that a page is at most about a hundred visual tokens).
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +100,27 @@ _TILE_TOKENS = (
 )
 
 
-@dataclass(frozen=True)
-class _Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
     """What makes a processor folder a family's. Class names are those that published folders carry."""
 
     special_tokens: tuple[str, ...]
-    bos: str | None
+    bos: str | None = None
     eos: str
     pad: str
-    chat_template: str
+    unk: str | None = None
+    chat_template: str | None
     processor_class: str
     image_processor: dict[str, Any]
-    image_seq_len: int | None = None  # visual tokens of a tile, where the processor must be told
+    """preprocessor_config.json"""
+    processor: dict[str, Any] | None = None
+    """processor_config.json, for families that have one: such as the visual tokens of a tile."""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """What else tokenizer_config.json holds."""
 
 
-def _qwen(processor_class: str) -> _Recipe:
-    return _Recipe(
+def _qwen(processor_class: str) -> Recipe:
+    return Recipe(
         special_tokens=(
             "<|endoftext|>",
             "<|im_start|>",
@@ -126,7 +131,6 @@ def _qwen(processor_class: str) -> _Recipe:
             "<|image_pad|>",
             "<|video_pad|>",
         ),
-        bos=None,
         eos="<|im_end|>",
         pad="<|endoftext|>",
         chat_template=_QWEN_TEMPLATE,
@@ -144,9 +148,9 @@ def _qwen(processor_class: str) -> _Recipe:
     )
 
 
-def _tiled(class_stem: str, chat_template: str, turn_tokens: tuple[str, ...], bos: str, eos: str, pad: str) -> _Recipe:
+def _tiled(class_stem: str, chat_template: str, turn_tokens: tuple[str, ...], bos: str, eos: str, pad: str) -> Recipe:
     """The Idefics3 families: tiles of 64 pixels and 4 visual tokens, at most 2 x 2 and an overview."""
-    return _Recipe(
+    return Recipe(
         special_tokens=(*turn_tokens, *_TILE_TOKENS),
         bos=bos,
         eos=eos,
@@ -168,7 +172,7 @@ def _tiled(class_stem: str, chat_template: str, turn_tokens: tuple[str, ...], bo
             "rescale_factor": 1 / 255,
             "size": {"longest_edge": 128},
         },
-        image_seq_len=4,
+        processor={"image_seq_len": 4},
     )
 
 
@@ -197,14 +201,19 @@ MODEL_TYPES = tuple(_RECIPES)
 
 
 def write_processor(folder: str | Path, model_type: str = "qwen2_vl", texts: Iterable[str] | None = None) -> Path:
-    """Write a small processor of a family to `folder`, and return the folder.
+    """Write a small processor of a family to `folder`, and return the folder (see `write_recipe`).
+
+    Raises ValueError for a family not in MODEL_TYPES.
+    """
+    return write_recipe(folder, _recipe_of(model_type), texts)
+
+
+def write_recipe(folder: str | Path, recipe: Recipe, texts: Iterable[str] | None = None) -> Path:
+    """Write the processor of a recipe to `folder`, and return the folder. The same files for the same arguments.
 
     texts: what the tokenizer is trained on; None takes the texts of the synthetic pages. Any other text is
         still encoded, byte by byte at worst.
-
-    The same files for the same arguments. Raises ValueError for a family not in MODEL_TYPES.
     """
-    recipe = _recipe_of(model_type)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = sample_texts() if texts is None else texts
@@ -221,18 +230,21 @@ def write_processor(folder: str | Path, model_type: str = "qwen2_vl", texts: Ite
             "pad_token": recipe.pad,
             "additional_special_tokens": list(recipe.special_tokens),
             "clean_up_tokenization_spaces": False,
-        },
+        }
+        | ({} if recipe.unk is None else {"unk_token": recipe.unk})
+        | recipe.tokenizer,
     )
     settings = recipe.image_processor | {"processor_class": recipe.processor_class}
     _write_json(folder / "preprocessor_config.json", settings)
-    (folder / "chat_template.jinja").write_text(recipe.chat_template, encoding="utf-8")
-    if recipe.image_seq_len is not None:
-        settings = {"processor_class": recipe.processor_class, "image_seq_len": recipe.image_seq_len}
+    if recipe.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(recipe.chat_template, encoding="utf-8")
+    if recipe.processor is not None:
+        settings = {"processor_class": recipe.processor_class} | recipe.processor
         _write_json(folder / "processor_config.json", settings)
     return folder
 
 
-def _recipe_of(model_type: str) -> _Recipe:
+def _recipe_of(model_type: str) -> Recipe:
     """Raises ValueError, with the families there are, for an unknown one."""
     if model_type not in _RECIPES:
         raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")

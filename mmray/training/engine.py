@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
 from mmray.training import checkpoint
@@ -44,7 +44,7 @@ class MicroBatch(Protocol):
         """Tokens of its samples, without padding."""
         ...
 
-    def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
         """The model's keyword arguments on `device`, pixel values as `dtype`; no labels, no use_cache.
 
         Under ZeRO-3 every micro-batch must run the same modules: one without images carries a dummy image.
@@ -201,7 +201,7 @@ class TrainingEngine:
         return num_trained, num_tokens
 
     def _loss_sum(self, micro_batch: MicroBatch, labels: Tensor) -> Tensor:
-        inputs = micro_batch.model_inputs(self.device, self.dtype)
+        inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
         return packed_loss_sum(self.deepspeed, inputs, labels)
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> Tensor:

@@ -55,7 +55,16 @@ def build_model(
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
-    """The model's configuration, from its path or as given. Raises UserError where there is none to read."""
+    """The model's configuration, from its path or as given, with the attention implementation of the settings.
+
+    Raises UserError where there is none to read.
+    """
+    config = _read_config(settings)
+    config._attn_implementation = settings.attention
+    return config
+
+
+def _read_config(settings: ModelSettings) -> PretrainedConfig:
     if isinstance(settings.config, dict):
         values = dict(settings.config)
         model_type = values.pop("model_type")

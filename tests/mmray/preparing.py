@@ -1,6 +1,8 @@
 """A prepare in one process, without Ray: what pipelines/prepare.py does on actors, for tests."""
 
+import copy
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,9 @@ from typing import Any
 import fsspec
 from PIL import Image
 
-from mmray.families import family_of
+from mmray.families import Family, family_of
 from mmray.images import TilingPolicy
-from mmray.masks.settings import MaskingSettings, label_maker
+from mmray.masks.settings import Loss, allows_empty, label_maker
 from mmray.packing_settings import PackingSettings
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.fingerprint import prepare_record
@@ -29,17 +31,16 @@ class Preparation:
 
     def __init__(
         self, processor: Any, *datasets: dict[str, Any], tiling: TilingPolicy | dict[str, Any] | None = None,
-        packing: PackingSettings = PACKING, masking: MaskingSettings | None = None, **data: Any,
+        packing: PackingSettings = PACKING, loss: Loss = "sampled", **data: Any,
     ) -> None:  # fmt: skip
         self.tiling = TilingPolicy.model_validate(tiling or {})
         self.data = DataSettings(train=tuple(DatasetSettings(**each) for each in datasets), **data)
-        self.packing, self.masking = packing, masking or MaskingSettings()
-        self.family = family_of(processor, tiled=self.tiling.is_tiled)
+        self.packing, self.loss = packing, loss
+        known = isinstance(processor, Family)
+        self.family = processor if known else family_of(processor, tiled=self.tiling.is_tiled)
         self.policy = self.family.resolve_tiling(self.tiling)
-        self.labels = label_maker(self.masking, self.family)
-        self.encoder = Encoder(
-            self.data, self.data.train, self.family, self.policy, packing, train_on_inputs=self.masking.train_on_inputs
-        )
+        self.labels = label_maker(loss, self.family)
+        self.encoder = Encoder(self.data, self.data.train, self.family, self.policy, packing, loss=loss)
 
     def encode(
         self, *rows: Any, source: str = "/nowhere/rows.jsonl", verify: bool = True
@@ -60,14 +61,15 @@ class Preparation:
         return result
 
     def window(self, results: Iterable[Sample | RejectedRow]) -> Window:
-        return pack_window(samples_table(list(results)), self.packing, self.labels)
+        table, empty = samples_table(list(results)), allows_empty(self.loss)
+        return pack_window(table, self.packing, self.labels, self.family.sample_gap, empty)
 
     @property
     def record(self) -> dict[str, Any]:
         return prepare_record(
             files=source_files(self.data.train), datasets=self.data.train,
             max_image_pixels=self.data.max_image_pixels, processor=self.family.processor, tiling=self.policy,
-            packing=self.packing, masking=self.masking,
+            packing=self.packing, loss=self.loss,
         )  # fmt: skip
 
     def windows(self) -> Iterator[tuple[int, list[Sample | RejectedRow]]]:
@@ -117,3 +119,56 @@ def chat(*turns: str, images: Iterable[str] = (), **fields: Any) -> dict[str, An
     roles = ("user", "assistant")
     messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
     return {"messages": messages, "images": list(images), **fields}
+
+
+_MARKED = """\
+{%- macro said(message) -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{{- part['text'] if part['type'] == 'text' else 'IMAGE' -}}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{- 'OPEN' + message['role'] + 'HEADER' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{{- said(message) + 'INSIDE' -}}
+{%- endgeneration -%}
+{{- 'OUTSIDE' -}}
+{%- else -%}
+{{- said(message) + 'INSIDE' + 'OUTSIDE' -}}
+{%- endif -%}
+{{- '\n' -}}
+{%- endfor -%}
+"""
+
+
+def with_marked_template(processor: Any, *, end_inside: bool = True) -> Any:
+    """A copy of a processor whose chat template marks what the assistant says, and the end of its turn or not, as
+    generated. Of the Qwen processors and those of granite-docling's form."""
+    marked = copy.deepcopy(processor)
+    is_qwen = "<|im_start|>" in processor.tokenizer.get_vocab()
+    end = processor.tokenizer.eos_token
+    words = {
+        "OPEN": "<|im_start|>" if is_qwen else "<|start_of_role|>",
+        "HEADER": "\n" if is_qwen else "<|end_of_role|>",
+        "IMAGE": "<|vision_start|><|image_pad|><|vision_end|>" if is_qwen else "<image>",
+        "INSIDE": end if end_inside else "",
+        "OUTSIDE": "" if end_inside else end,
+    }
+    template = _MARKED
+    for word, text in words.items():
+        template = template.replace(word, text.replace("\n", "\\n"))
+    marked.chat_template = template
+    return marked
+
+
+def blank_unseen(path: Path | str) -> None:
+    """Overwrite a file with zeros, its size and time kept: only who opens it can tell."""
+    path = Path(path)
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -10,20 +10,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from transformers import PretrainedConfig
 
 from mmray.batch import Masked, MicroBatch, Place, Rendered, from_table, mask, render, to_table
+from mmray.config import TileCacheSettings
 from mmray.errors import UserError
+from mmray.images import tile_cache
 from mmray.images.header import MAX_PIXELS
 from mmray.loader import BatchMaker, BatchPlan
 from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import MaskingSettings
 from mmray.packing_settings import PackingSettings
 from mmray.schedule import Schedule
 from tests.mmray.noise import noise
-from tests.mmray.preparing import Preparation, chat, write_rows
+from tests.mmray.preparing import Preparation, blank_unseen, chat, write_rows
 
 CPU = torch.device("cpu")
 PLACE = Place(step=7, rank=2, micro=1)
+CONFIG = PretrainedConfig()
 SIZES = {"wide.png": (150, 90), "tall.png": (60, 170), "small.png": (40, 40)}
 
 
@@ -112,7 +115,7 @@ def test_bins_become_one_row(worlds, model_type, tiled):
     assert masked.bins.tolist() == list(range(len(bins)))
     assert masked.input_ids.tolist() == [token for each in bins for token in each.input_ids]
     assert masked.lengths.tolist() == [length for each in bins for length in each.sample_lengths]
-    assert masked.padding.tolist() == [0]
+    assert not masked.padding.any()
     assert masked.trained_tokens == sum(each.trained_tokens for each in bins) == (masked.labels != IGNORE_INDEX).sum()
     assert len(masked.blocks) == sum(len(each.images) for each in bins)
     unit = set(world.family.media_token_ids)
@@ -123,9 +126,8 @@ def test_bins_become_one_row(worlds, model_type, tiled):
     for start, count in masked.blocks:
         outside[start : start + count] = False
     assert world.family.image_token_id not in masked.input_ids[outside]
-    sizes = [(int(width), int(height)) for width, height in masked.frame_sizes]
-    assert sum(world.family.feature_counts(sizes)) == (masked.input_ids == world.family.image_token_id).sum()
-    assert len(masked.pixels) == sum(width * height * 3 for width, height in sizes)
+    assert masked.tiles[:, 3].sum() == len(masked.frame_sizes)
+    assert len(masked.pixels) == sum(width * height * 3 for width, height in masked.frame_sizes.tolist())
 
 
 def test_given_labels_are_kept(worlds, model_type):
@@ -152,7 +154,7 @@ def test_an_empty_micro_batch(worlds, model_type):
     assert batch.place == PLACE
     assert batch.bins == []
     assert (batch.labels == IGNORE_INDEX).all()
-    assert batch.model_inputs(CPU, torch.float32)["pixel_values"].numel() > 0
+    assert batch.model_inputs(CPU, torch.float32, CONFIG)["pixel_values"].numel() > 0
 
 
 # ---- Between processes ----
@@ -169,8 +171,8 @@ def test_tables_keep_every_bit(worlds, model_type, tiled):
         assert_same(mask(received, world.family, world.labels, CPU), masked)
         arrived = from_table(Masked, to_table(masked))
         assert_same(arrived, masked)
-        expected = MicroBatch(masked, world.family).model_inputs(CPU, torch.float32)
-        found = MicroBatch(arrived, world.family).model_inputs(CPU, torch.float32)
+        expected = MicroBatch(masked, world.family).model_inputs(CPU, torch.float32, CONFIG)
+        found = MicroBatch(arrived, world.family).model_inputs(CPU, torch.float32, CONFIG)
         assert found.keys() == expected.keys()
         for name in expected:
             assert torch.equal(found[name], expected[name])
@@ -203,7 +205,7 @@ def test_arrays_of_a_table_pass_to_torch_without_a_warning(worlds):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             masked = mask(from_table(Rendered, table), world.family, world.labels, CPU)
-            MicroBatch(from_table(Masked, to_table(masked)), world.family).model_inputs(CPU, torch.float32)
+            MicroBatch(from_table(Masked, to_table(masked)), world.family).model_inputs(CPU, torch.float32, CONFIG)
     finally:
         torch.set_warn_always(False)
 
@@ -277,7 +279,7 @@ def test_a_page_above_the_usual_limit_was_let_in_by_its_job(own_world, monkeypat
         seen.append(max_pixels)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("mmray.batch.load_image", load)
+    monkeypatch.setattr("mmray.images.render.load_image", load)
     whole = own_world.bin_of("wide")
     image = {**whole.images[0], "width": 30_000, "height": 20_000}
     with pytest.raises(UserError, match="30000 x 20000"):
@@ -328,8 +330,9 @@ def plan_of(tmp_path_factory, processor_folders, processors):
     def make(world_size, micro_batch_bins=1, global_batch_bins=4):
         schedule = Schedule(len(prepared), global_batch_bins, seed=3, fingerprint=prepared.fingerprint)
         return BatchPlan(
+            model_type=None,
             prepared=prepared.path, processor=str(processor_folders["qwen2_vl"]), trust_remote_code=False,
-            masking=MaskingSettings(), schedule=schedule, world_size=world_size, micro_batch_bins=micro_batch_bins,
+            loss="sampled", schedule=schedule, world_size=world_size, micro_batch_bins=micro_batch_bins,
         )  # fmt: skip
 
     return make
@@ -371,3 +374,75 @@ def test_steps_start_anywhere(plan_of):
         [Place(step, 1, micro) for micro in range(maker.plan.micro_batches)] for step in (2, 3)
     ]
     assert_same(late[0][0].masked, list(maker.steps(1, 0, 3))[2][0].masked)
+
+
+# ---- The tile cache ----
+
+
+@pytest.fixture
+def cached_maker(tmp_path, processors, processor_folders):
+    """A function: a maker over two pages in one bin, with a tile cache where room is given for it."""
+    world = World(tmp_path, processors["qwen2_vl"], tiled=True)
+    bins = len(world.prepared)
+    plan = BatchPlan(
+        model_type=None,
+        prepared=world.prepared.path, processor=str(processor_folders["qwen2_vl"]), trust_remote_code=False,
+        loss="sampled", schedule=Schedule(bins, bins, seed=0, fingerprint=""), world_size=1, micro_batch_bins=bins,
+    )  # fmt: skip
+
+    def make(gigabytes=None):
+        settings = gigabytes and TileCacheSettings(folder=str(tmp_path / "tiles"), max_gigabytes=gigabytes)
+        return BatchMaker(plan, tile_cache=settings)
+
+    return make
+
+
+START = Place(0, 0, 0)
+
+
+def test_micro_batches_from_kept_tiles_are_the_same(cached_maker, tmp_path):
+    """And are made without the pictures."""
+    expected = cached_maker().micro_batch(START).masked
+    assert not (tmp_path / "tiles").exists()
+    assert_same(cached_maker(1).micro_batch(START).masked, expected)
+    entries = list((tmp_path / "tiles").glob("*/*.tiles"))
+    assert len(entries) == len(SIZES)
+    for name in SIZES:
+        blank_unseen(tmp_path / name)
+    assert_same(cached_maker(1).micro_batch(START).masked, expected)
+    with pytest.raises(UserError, match="image_unreadable"):
+        cached_maker().micro_batch(START)
+
+
+def test_a_damaged_tile_cache_is_a_warning(cached_maker, tmp_path, caplog):
+    expected = cached_maker(1).micro_batch(START).masked
+    for entry in (tmp_path / "tiles").glob("*/*.tiles"):
+        entry.write_bytes(entry.read_bytes()[:-7])
+    for _ in range(2):
+        assert_same(cached_maker(1).micro_batch(START).masked, expected)
+    assert len(caplog.messages) == len(SIZES)
+    assert all("the page is cut anew" in message for message in caplog.messages)
+
+
+def test_a_full_disk_is_a_warning(cached_maker, tmp_path, caplog, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tile_cache, "_fill", full)
+    assert_same(cached_maker(1).micro_batch(START).masked, cached_maker().micro_batch(START).masked)
+    (message,) = caplog.messages
+    assert "No space left on device; pages are cut anew" in message
+
+
+def test_the_tile_cache_keeps_to_its_bound(cached_maker, tmp_path):
+    expected = cached_maker().micro_batch(START).masked
+    assert_same(cached_maker(40e-6).micro_batch(START).masked, expected)
+    sizes = [entry.stat().st_size for entry in (tmp_path / "tiles").glob("*/*.tiles")]
+    assert 0 < len(sizes) < len(SIZES)
+    assert sum(sizes) <= 40_000
+
+
+def test_a_tile_cache_that_cannot_be_made_is_the_users_mistake(cached_maker, tmp_path):
+    (tmp_path / "tiles").write_text("a file")
+    with pytest.raises(UserError, match=r"tile cache .*name a folder on this machine's disk"):
+        cached_maker(1).micro_batch(START)

@@ -6,7 +6,9 @@ import pytest
 
 from mmray import cli
 from mmray.config import Job
+from mmray.errors import UserError
 from mmray.training.metrics import MetricsLog
+from tests.mmray.looking import name_processor
 from tests.mmray.preparing import PACKING, Preparation, write_rows
 
 
@@ -106,11 +108,49 @@ def test_report_of_neither(run, tmp_path):
 def test_inspect_shows_a_bin(run, prepared, processor_folders):
     code, out, _ = run("inspect", prepared.path)
     assert code == 0
-    assert out.startswith("bin 0 of 1   bucket text")
+    assert out.startswith("bin      0 of 1   bucket text")
     assert "hello there" not in out
     code, out, _ = run("inspect", prepared.path, "--bin", 0, "--processor", processor_folders["qwen2_vl"])
     assert code == 0
-    assert "hello there<|im_end|>" in out
+    assert " there<|im_end|>⟧" in out  # printed into a pipe: brackets for colours
+
+
+def test_inspect_takes_the_processor_of_the_manifest(run, prepared, processor_folders):
+    name_processor(prepared, processor_folders["qwen2_vl"], "qwen2_vl")
+    code, out, _ = run("inspect", prepared.path)
+    assert code == 0
+    assert " there<|im_end|>⟧" in out
+
+
+def test_inspect_writes_a_page(run, prepared, processor_folders, tmp_path):
+    name_processor(prepared, processor_folders["qwen2_vl"], "qwen2_vl")
+    file = tmp_path / "[bold]page.html"
+    code, out, _ = run("inspect", prepared.path, "--html", file)
+    assert code == 0
+    assert out == f"{file}: bin 0, {file.stat().st_size / 1e6:.1f} MB\n"
+    page = file.read_text(encoding="utf-8")
+    assert ">&lt;|im_end|&gt;</span>" in page
+    assert "out [red]x[/red] [/]</title>" in page
+
+
+def test_inspect_where_no_page_can_be_written(run, prepared, processor_folders, tmp_path):
+    check_error(run("inspect", prepared.path, "--html", tmp_path / "p.html"), "does not name its processor")
+    processor = ("--processor", processor_folders["qwen2_vl"])
+    for path, problem in ((tmp_path, "Is a directory"), (tmp_path / "no" / "p.html", "No such file or directory")):
+        check_error(run("inspect", prepared.path, *processor, "--html", path), str(path), problem, "--html")
+
+
+def test_inspect_runs_code_of_a_processor_only_when_asked(run, prepared, monkeypatch):
+    asked = []
+
+    def load(source, *, trust_remote_code):
+        asked.append(trust_remote_code)
+        raise UserError("not here")
+
+    monkeypatch.setattr("mmray.inspect.view.load_processor", load)
+    check_error(run("inspect", prepared.path, "--processor", "x"), "not here")
+    check_error(run("inspect", prepared.path, "--processor", "x", "--trust-remote-code"), "not here")
+    assert asked == [False, True]
 
 
 def test_inspect_of_what_is_not_there(run, prepared, tmp_path, processor_folders):

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from mmray.config import Job, load_job
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
-from mmray.masks.settings import MaskingSettings
+from mmray.masks.settings import RoleLoss
 
 LEAST = """
 name: small
@@ -48,8 +48,8 @@ images:
     - {size: [336, 448]}
   labels: true
 packing: {token_capacity: 8192, visual_capacity: 6144, window_rows: 1024}
-masking:
-  roles_to_train: [assistant, tool]
+loss:
+  roles: [assistant, tool]
   boundaries:
     - {role: tool, start: "<tool>", end: null}
 training:
@@ -105,10 +105,23 @@ def mistakes(load, path):
 def test_the_least_job_file_has_defaults_for_the_rest(load):
     job = load(LEAST)
     assert job.images == TilingPolicy()
-    assert job.masking == MaskingSettings()
+    assert job.loss == "sampled"
     assert job.resources.workers == 1
     assert job.data.train[0].image_root is None
     assert job.prepared_path("train") == f"{Path.cwd()}/out/prepared/train"
+
+
+@pytest.mark.parametrize("word", ["sampled", "all"])
+def test_the_loss_may_be_a_word(load, word):
+    assert load(LEAST + f"loss: {word}\n").loss == word
+
+
+def test_the_loss_may_be_that_of_roles(load):
+    job = load(FULL)
+    assert isinstance(job.loss, RoleLoss)
+    assert (job.loss.roles, job.loss.train_on_eos, job.loss.boundaries[0].end) == (("assistant", "tool"), "turn", None)
+    assert load(LEAST, "loss.train_on_eos=last").loss == RoleLoss(train_on_eos="last")
+    assert load(LEAST, "loss={roles: [], allow_empty: true}").loss.roles == ()
 
 
 def test_a_full_job_file_is_read(load):
@@ -126,6 +139,20 @@ def test_a_full_job_file_is_read(load):
 def test_what_is_read_can_be_written_and_read_again(load):
     job = load(FULL)
     assert load(job.model_dump(mode="json")) == job
+
+
+def test_the_caches_are_off_unless_asked_for(load):
+    job = load(LEAST)
+    assert job.data.size_cache is None
+    assert job.resources.tile_cache is None
+
+
+def test_the_places_of_caches_are_made_absolute(load):
+    job = load(LEAST, "data.size_cache=out/sizes.parquet", "resources.tile_cache={folder: tiles, max_gigabytes: 0.5}")
+    assert job.data.size_cache == f"{Path.cwd()}/out/sizes.parquet"
+    assert job.resources.tile_cache.folder == f"{Path.cwd()}/tiles"
+    assert job.resources.tile_cache.max_bytes == 500_000_000
+    assert load(LEAST, "data.size_cache=s3://bucket/sizes").data.size_cache == "s3://bucket/sizes"
 
 
 # ---- Mistakes ----
@@ -154,7 +181,8 @@ def test_an_unknown_key_is_told_with_its_path_and_the_nearest_name(mistakes, pla
         ("data.eval.0.kinds", "data.eval.0.kinds: unknown key; did you mean 'kind'?"),
         ("images.buckets.0.maxratio", "images.buckets.0.maxratio: unknown key; did you mean 'max_ratio'?"),
         ("images.overview.1.sizes", "images.overview.1.sizes: unknown key; did you mean 'size'?"),
-        ("masking.boundaries.0.ends", "masking.boundaries.0.ends: unknown key; did you mean 'end'?"),
+        ("loss.boundaries.0.ends", "loss.boundaries.0.ends: unknown key; did you mean 'end'?"),
+        ("loss.rolse", "loss.rolse: unknown key; did you mean 'roles'?"),
     ],
 )
 def test_an_unknown_key_inside_lists_and_choices_is_told_alone(mistakes, place, line):
@@ -194,6 +222,11 @@ def test_all_mistakes_are_told_at_once(load):
         ("name", ["a"], "Input should be a valid string"),
         ("resources.gpu_share", 0.5, "Input should be less than 0.5"),
         ("output.prepared", ["x" * 200], "Input should be a valid string"),
+        ("loss", "sampeld", "Input should be 'sampled', 'all' or keys such as roles:"),
+        ("loss", ["assistant"], "Input should be 'sampled', 'all' or keys such as roles:"),
+        ("loss", None, "Input should be 'sampled', 'all' or keys such as roles:"),
+        ("loss.roles", "assistant", "must be a list"),
+        ("loss.train_on_eos", "first", "Input should be 'turn', 'all', 'last' or 'none'"),
     ],
 )
 def test_a_wrong_value_is_told_with_what_was_found(mistakes, place, value, line):
@@ -226,6 +259,13 @@ def test_a_value_of_neither_kind_is_told_for_both(mistakes):
             "data.train.0: columns: 'txt' is not a field of pretrain rows; they have",
         ),
         ("data.train.0.placeholder", "", "data.train.0: placeholder must not be empty"),
+        (
+            "resources.tile_cache",
+            {"folder": "s3://bucket/tiles", "max_gigabytes": 1},
+            "resources.tile_cache.folder: give a folder on each machine's own disk, not a URI (found 's3://bucket/tiles')",
+        ),
+        ("resources.tile_cache", {"folder": "/tiles"}, "resources.tile_cache.max_gigabytes: required and not given"),
+        ("loss.roles", [], "loss: roles: [] trains nothing; name a role, or set allow_empty: true"),
     ],
 )
 def test_settings_that_contradict_each_other_are_told(mistakes, place, value, line):
@@ -260,8 +300,8 @@ def test_what_is_no_yaml_or_no_job_is_one_line(load, path, content, words):
 
 
 def test_anchors_and_merged_keys_work(load):
-    merged = FULL.replace("packing: {", "packing: &p {").replace("masking:", "masking:\n  train_on_eos: all")
-    assert load(merged).masking.train_on_eos == "all"
+    merged = FULL.replace("packing: {", "packing: &p {").replace("loss:", "loss:\n  train_on_eos: all")
+    assert load(merged).loss.train_on_eos == "all"
     twice = LEAST.replace("kind: pretrain}", "kind: pretrain}\n  eval:\n    - {<<: *set, files: other.jsonl}").replace(
         "- {files", "- &set {files"
     )
@@ -293,7 +333,7 @@ def test_settings_can_be_changed_from_the_command_line(load):
         "model.config.hidden_size=64",
         "images={grid: [2, 2], tile_size: [56, 56]}",
         "name=a=b",
-        "masking.boundaries=null",
+        "loss.boundaries=null",
     )
     assert (job.training.steps, job.training.learning_rate, job.resources.workers) == (99, 2e-4, 3)
     assert [Path(file).name for file in job.data.train[0].files] == ["x.jsonl", "y.jsonl"]

@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmray.balance import BalanceSettings
+from mmray.balanced_schedule import BalancedSchedule
 from mmray.cursor import Cursor
 from mmray.errors import UserError
 from mmray.schedule import Schedule
 
 SCHEDULE = Schedule(num_bins=100, global_batch_bins=8, seed=3, fingerprint="3f2a")
+BALANCED = BalancedSchedule(SCHEDULE, BalanceSettings(whole_row_attention=True))
 
 
 def test_a_resumed_run_sees_the_bins_not_yet_seen(tmp_path):
@@ -62,6 +65,61 @@ def test_another_order_is_refused(change, message):
         Cursor.at(SCHEDULE, step=5).check(replace(SCHEDULE, **change))
 
 
+def test_a_balanced_order_is_saved_with_its_settings(tmp_path):
+    cursor = Cursor.at(BALANCED, step=5)
+    cursor.write(tmp_path / "cursor.json")
+    saved = Cursor.read(tmp_path / "cursor.json")
+    assert saved == cursor
+    assert BalanceSettings(**saved.balance) == BALANCED.balance
+    saved.check(BALANCED)
+    saved.advance(3).check(BalancedSchedule(SCHEDULE, BalanceSettings(whole_row_attention=True)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"window_batches": 32},
+            r"its balance\.window_batches is 64, this job's is 32; set balance\.window_batches to",
+        ),
+        ({"tolerance": 0}, r"its balance\.tolerance is 0\.05, this job's is 0\.0; set balance\.tolerance to 0\.05"),
+        (
+            {"group_bins": 4},
+            r"balance\.group_bins is None, this job's is 4; set balance\.group_bins to null in",
+        ),
+        ({"one_shape_per_batch": True}, "set balance.one_shape_per_batch to false"),
+        ({"token_pair": 0}, "set balance.token_pair to 3.3e-05"),
+        ({"trained_token": 0}, "set balance.trained_token to 0.18"),
+        ({"visual_token": 3}, "set balance.visual_token to 1.9"),
+        ({"visual_pair": 0}, "set balance.visual_pair to 0.001"),
+        ({"whole_row_attention": False}, "set balance.whole_row_attention to true in the job file"),
+    ],
+)
+def test_other_balance_settings_are_refused(change, message):
+    other = BalanceSettings(**{"whole_row_attention": True} | change)
+    with pytest.raises(UserError, match=message):
+        Cursor.at(BALANCED, step=5).check(BalancedSchedule(SCHEDULE, other))
+
+
+def test_every_balance_setting_is_part_of_the_order():
+    assert Cursor.at(BALANCED).balance.keys() == BalanceSettings.model_fields.keys()
+
+
+def test_balance_switched_on_or_off_is_refused():
+    with pytest.raises(UserError, match="its balance is 'off', this job's is 'on'; set balance: null, or start"):
+        Cursor.at(SCHEDULE).check(BALANCED)
+    with pytest.raises(UserError, match="its balance is 'on', this job's is 'off'; take balance: null out of"):
+        Cursor.at(BALANCED).check(SCHEDULE)
+    with pytest.raises(UserError, match="its seed is 3, this job's is 4"):
+        Cursor.at(BALANCED).check(replace(BALANCED, order=replace(SCHEDULE, seed=4)))
+
+
+def test_a_cursor_from_before_balance_is_of_a_plain_order(tmp_path):
+    old = {name: value for name, value in GOOD.items() if name != "balance"}
+    (tmp_path / "cursor.json").write_text(json.dumps(old))
+    Cursor.read(tmp_path / "cursor.json").check(SCHEDULE)
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "cursor.json"
     old = Cursor.at(SCHEDULE, step=1)
@@ -94,6 +152,7 @@ GOOD = json.loads(Cursor.at(SCHEDULE).to_json())
         (json.dumps(GOOD | {"epoch": 1}), "keys .*'epoch'"),
         (json.dumps(GOOD | {"step": 1.0}), r"step is 1\.0"),
         (json.dumps(GOOD | {"step": True}), "step is True"),
+        (json.dumps(GOOD | {"balance": 3}), "balance is 3"),
         (json.dumps(GOOD | {"step": -2}), "step must be at least 0, got -2"),
     ],
 )

@@ -84,6 +84,12 @@ def test_every_bin_once_per_epoch(num_bins, global_batch_bins, shuffle_block, sh
     assert sorted(epoch_bins(schedule, epoch)) == list(range(num_bins))
 
 
+def test_every_bin_once_at_every_size_to_2500():
+    for num_bins in range(1, 2501):
+        schedule = Schedule(num_bins, 7, 0, "3f2a", shuffle_block=16, shuffle_window=4)
+        np.testing.assert_array_equal(np.sort(schedule.bins_in(1, 0, num_bins)), np.arange(num_bins))
+
+
 @pytest.mark.parametrize("num_bins", range(1, 130))
 def test_every_bin_once_with_a_short_block_anywhere(num_bins):
     for epoch in range(6):
@@ -99,6 +105,29 @@ def test_a_billion_bins_by_sampling():
     assert min(bins) >= 0
     assert max(bins) < BILLION
     assert abs(np.corrcoef(places, bins)[0, 1]) < 0.03
+
+
+@given(
+    num_bins=st.integers(1, 300),
+    shuffle_block=st.integers(1, 40),
+    shuffle_window=st.integers(1, 10),
+    epoch=st.integers(0, 3),
+    shuffle=st.booleans(),
+    borders=st.tuples(st.integers(0, 300), st.integers(0, 300)),
+)
+def test_ranges_are_their_places(num_bins, shuffle_block, shuffle_window, epoch, shuffle, borders):
+    schedule = Schedule(num_bins, 4, 5, "3f2a", shuffle, shuffle_block, shuffle_window)
+    start, stop = sorted(min(border, num_bins) for border in borders)
+    bins = schedule.bins_in(epoch, start, stop)
+    assert bins.dtype == np.int64
+    assert bins.tolist() == [schedule.bin_at(epoch, place) for place in range(start, stop)]
+
+
+@pytest.mark.parametrize("start", [0, 65_000, 499_999_000, BILLION - 3000])
+def test_ranges_of_a_billion_bins(start):
+    schedule = Schedule(BILLION, 64, seed=0, fingerprint="3f2a")
+    places = range(start, start + 3000, 61)
+    assert schedule.bins_in(2, start, start + 3000)[::61].tolist() == [schedule.bin_at(2, place) for place in places]
 
 
 def test_reads_stay_in_the_blocks_of_a_window():
@@ -240,3 +269,5 @@ def test_bad_places_are_quoted():
         schedule.bin_at(0, 9)
     with pytest.raises(TypeError, match=r"step must be an integer, got 1\.5"):
         schedule.bins(1.5)
+    with pytest.raises(ValueError, match="start and stop must lie in order from 0 to 9, got 3 and 10"):
+        schedule.bins_in(0, 3, 10)

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mmray.batch import Masked, MicroBatch
+from mmray.batch import Masked, MicroBatch, Place, to_table
 from mmray.config import Job, ResourceSettings
 from mmray.errors import UserError
 from mmray.loader import BatchMaker, BatchPlan
 from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
 from pipelines import ingest
+from pipelines.ingest import Ingest, Shares
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
 
@@ -31,59 +35,133 @@ def plan(ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPathFac
 
 def plan_of(job: Job, dataset: PreparedDataset) -> BatchPlan:
     return BatchPlan(
+        model_type=None,
         prepared=dataset.path,
         processor=job.model.processor_source,
         trust_remote_code=False,
-        masking=job.masking,
+        loss=job.loss,
         schedule=Schedule(len(dataset), global_batch_bins=3, seed=1, fingerprint=dataset.fingerprint),
         world_size=2,
         micro_batch_bins=1,
     )
 
 
-def received(plan: BatchPlan, start: int, stop: int) -> dict[int, list[list[MicroBatch]]]:
+def ingest_of(plan: BatchPlan, per_share: int = 1) -> Ingest:
+    made = Ingest(BatchMaker(plan), RESOURCES, gpus=False)
+    made.per_share = per_share
+    return made
+
+
+def received(made: Ingest, start: int, stop: int) -> dict[int, list[list[MicroBatch]]]:
     """What each rank receives, all reading at once as workers do."""
-    family = BatchMaker(plan).family
-    result: dict[int, list[list[MicroBatch]]] = {rank: [] for rank in range(plan.world_size)}
-    for first, last in ingest.segments(plan, start, stop):
-        shards = ingest.split(plan, first, last, RESOURCES, gpus=False)
+    world_size = made.plan.world_size
+    result: dict[int, list[list[MicroBatch]]] = {rank: [] for rank in range(world_size)}
+    for first, last in made.segments(start, stop):
+        shards = made.split(first, last)
 
         def read(rank: int, shards: list[Any] = shards, first: int = first, last: int = last) -> list[list[MicroBatch]]:
-            return list(ingest.receive(shards[rank], plan, family, rank, first, last))
+            return list(made.receive(shards[rank], rank, first, last))
 
-        with ThreadPoolExecutor(plan.world_size) as ranks:  # a split waits until all of its readers have begun
-            for rank, steps in enumerate(ranks.map(read, range(plan.world_size))):
+        with ThreadPoolExecutor(world_size) as ranks:  # a split waits until all of its readers have begun
+            for rank, steps in enumerate(ranks.map(read, range(world_size))):
                 result[rank] += steps
     return result
 
 
-def test_each_rank_receives_its_batches_in_schedule_order(plan: BatchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_equal(batch: MicroBatch, expected: MicroBatch) -> None:
+    assert batch.place == expected.place
+    for field in fields(Masked):
+        ours, theirs = getattr(batch.masked, field.name), getattr(expected.masked, field.name)
+        assert ours.dtype == theirs.dtype, field.name
+        np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
+
+
+@pytest.mark.parametrize("per_share", [1, 3])
+def test_each_rank_receives_its_batches_in_schedule_order(
+    plan: BatchPlan, monkeypatch: pytest.MonkeyPatch, per_share: int
+) -> None:
     epoch = plan.schedule.steps_per_epoch
-    monkeypatch.setattr(ingest, "SEGMENT_MICRO_BATCHES", 4 * (epoch - 3))
-    start, stop = 1, epoch + 2  # two segments, the second over the end of the epoch
-    found = received(plan, start, stop)
-    maker = BatchMaker(plan)
+    made = ingest_of(plan, per_share)
+    monkeypatch.setattr(ingest, "SEGMENT_SHARES", -(-4 * (epoch - 1) // per_share))
+    start, stop = 1, epoch + 2  # resumed in the middle; two segments, the second over the end of the epoch
+    assert len(list(made.segments(start, stop))) == 2
+    found = received(made, start, stop)
     seen: list[int] = []
     for rank in range(2):
+        assert len(found[rank]) == stop - start
         for step, batches in enumerate(found[rank], start=start):
-            for batch, expected in zip(batches, maker.steps(rank, step, step + 1).__next__(), strict=True):
-                assert batch.place == expected.place
-                for field in fields(Masked):
-                    ours, theirs = getattr(batch.masked, field.name), getattr(expected.masked, field.name)
-                    assert ours.dtype == theirs.dtype, field.name
-                    np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
+            for batch, expected in zip(batches, next(made.maker.steps(rank, step, step + 1)), strict=True):
+                check_equal(batch, expected)
                 if step < epoch:
                     seen += batch.bins
     first_step = {number for number in plan.schedule.bins(0) if number is not None}
     assert sorted(seen) == sorted(set(range(plan.schedule.num_bins)) - first_step)
 
 
+def test_a_run_begins_at_any_step(ray_head: RayHead, plan: BatchPlan) -> None:
+    """And asks for no more memory there: what it lists is not what a run has behind or before it."""
+    made = ingest_of(plan, per_share=2)
+    start = 1_000_001
+    shards = made.split(start, start + 10_000)
+    streams = [made.receive(shard, rank, start, start + 10_000) for rank, shard in enumerate(shards)]
+    with ThreadPoolExecutor(2) as ranks:
+        for rank, batches in enumerate(ranks.map(next, streams)):
+            for batch, expected in zip(batches, next(made.maker.steps(rank, start, start + 1)), strict=True):
+                check_equal(batch, expected)
+    processes = psutil.Process(ray_head.pid).children(recursive=True)
+    coordinators = [process for process in processes if "SplitCoordinator" in str(process.cmdline())]
+    coordinator = max(coordinators, key=psutil.Process.create_time)
+    assert not any("torch" in mapped.path for mapped in coordinator.memory_maps())  # seconds of every start
+    for stream in streams:
+        stream.close()
+
+
+@given(
+    world_size=st.integers(1, 5), micro_batches=st.integers(1, 5), per_share=st.integers(1, 40),
+    start=st.integers(0, 10), steps=st.integers(1, 12), segment=st.integers(1, 60),
+)  # fmt: skip
+def test_shares_deal_each_rank_its_micro_batches_in_order(
+    world_size: int, micro_batches: int, per_share: int, start: int, steps: int, segment: int
+) -> None:
+    """Round robin over all shares of all segments, every micro-batch once, no two ranks out of step."""
+    schedule = Schedule(1000, global_batch_bins=world_size * micro_batches, seed=0, fingerprint="")
+    plan = BatchPlan("", "", None, False, "sampled", schedule, world_size, 1)
+    made = ingest_of(plan, per_share)
+    stop = start + steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "SEGMENT_SHARES", segment)
+        segments = list(made.segments(start, stop))
+    assert [first for first, _ in segments] == [start, *(last for _, last in segments[:-1])]
+    assert segments[-1][1] == stop
+    dealt: dict[int, list[Place]] = {rank: [] for rank in range(world_size)}
+    for first, last in segments:
+        shares = Shares(plan, first, last, per_share)
+        assert len(shares) <= max(segment, -(-micro_batches // per_share) * world_size) + world_size
+        for number in range(len(shares)):
+            places = shares.places(number)
+            assert 0 < len(places) <= per_share
+            assert {place.rank for place in places} == {number % world_size}
+            dealt[number % world_size] += places
+    for rank, places in dealt.items():
+        assert places == [Place(step, rank, micro) for step in range(start, stop) for micro in range(micro_batches)]
+
+
+def test_small_micro_batches_travel_together_and_large_ones_alone(plan: BatchPlan) -> None:
+    made = Ingest(BatchMaker(plan), RESOURCES, gpus=False)
+    expected = [to_table(batch.masked).nbytes for step in made.maker.steps(0, 0, 8) for batch in step]
+    together = made.per_share * np.mean(expected)
+    assert 1 < made.per_share < ingest.MOST_PER_SHARE
+    assert ingest.SHARE_BYTES / 4 < together < 2 * ingest.SHARE_BYTES
+    large = Ingest(BatchMaker(replace(plan, micro_batch_bins=100)), RESOURCES, gpus=False)
+    assert large.per_share == 1
+
+
 def test_a_batch_that_is_not_the_scheduled_one_is_an_error(plan: BatchPlan) -> None:
     plan = replace(plan, world_size=1)
-    shards = ingest.split(plan, 0, 1, RESOURCES, gpus=False)
-    other = replace(plan, schedule=replace(plan.schedule, seed=2))
+    shards = ingest_of(plan, per_share=2).split(0, 1)
+    other = ingest_of(replace(plan, schedule=replace(plan.schedule, seed=2)))
     with pytest.raises(RuntimeError, match=r"expected Place\(step=0, rank=0, micro=\d\) with bins .* received"):
-        next(ingest.receive(shards[0], other, BatchMaker(plan).family, 0, 0, 1))
+        next(other.receive(shards[0], 0, 0, 1))
 
 
 def test_an_image_that_vanished_names_its_row(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
@@ -95,6 +173,7 @@ def test_an_image_that_vanished_names_its_row(ray_head: RayHead, inputs: Inputs,
     for image in (data / "pages").iterdir():
         image.unlink()
     plan = replace(plan_of(job, dataset), world_size=1)
-    shards = ingest.split(plan, 0, 1, RESOURCES, gpus=False)
+    made = ingest_of(plan)
+    shards = made.split(0, 1)
     with pytest.raises(UserError, match=r"row '.*pages\.jsonl:\d+\): image_missing"):
-        next(ingest.receive(shards[0], plan, BatchMaker(plan).family, 0, 0, 1))
+        next(made.receive(shards[0], 0, 0, 1))

@@ -1,6 +1,7 @@
 """Preparing on a real Ray: the accounting, equality to the byte, continuing, refusing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from mmray.config import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.rows.files import plan_chunks, source_files
-from pipelines.prepare import PrepareContext, _run, prepare
+from pipelines.prepare import EncodeChunk, PrepareContext, _run, prepare
 from tests.conftest import Inputs, RayHead
 
 
@@ -66,6 +67,40 @@ def test_another_number_of_actors_and_a_continued_run_give_the_same_bytes(
     assert bins_of(again.path) == bins_of(dataset.path)
 
 
+def test_blank_lines_are_no_rows_but_count_as_progress(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
+    lines = (inputs.folder / "data" / "pages.jsonl").read_text().splitlines()[:3]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n\n\n".join(lines) + "\n" * 90)
+    content = inputs.job(tmp_path)
+    content["data"]["train"] = [  # type: ignore[index]
+        {"files": str(rows), "kind": "pretrain", "image_root": str(inputs.folder / "data")}
+    ]
+    job = Job.model_validate(content)
+    seen: list[tuple[int, int]] = []
+    dataset, _ = prepare(job, "train", on_progress=lambda done, total: seen.append((done, total)))
+    assert dataset.statistics["rows_read"] == dataset.statistics["rows_packed"] == 3
+    assert [done for done, _ in seen] == [0, 64, seen[0][1]]
+
+
+def test_rows_are_verified_where_most_lines_are_blank(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (inputs.folder / "data" / "pages.jsonl").read_text().splitlines()[:3]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n" * 60 + "\n".join(lines))
+    content = inputs.job(tmp_path)
+    content["data"]["train"] = [  # type: ignore[index]
+        {"files": str(rows), "kind": "pretrain", "image_root": str(inputs.folder / "data")}
+    ]
+    job = Job.model_validate(content)
+    (chunk,) = plan_chunks(source_files(job.data.train), window_rows=64, chunk_rows=64)
+    actor = EncodeChunk(job, "train")
+    verified = []
+    monkeypatch.setattr(actor.encoder, "_verify", lambda item, sample: verified.append(sample.source))
+    actor({"chunk": [replace(chunk, verify=(5, 30, 62))]})
+    assert verified == [f"{rows}:{line}" for line in (61, 62, 63)]
+
+
 def test_a_second_run_does_nothing_and_other_settings_are_refused(
     prepared: tuple[Job, PreparedDataset], inputs: Inputs
 ) -> None:
@@ -79,6 +114,36 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(
     other = Job.model_validate(inputs.job(Path(job.output.run).parent, packing__token_capacity=600))
     with pytest.raises(UserError, match=r"packing\.token_capacity: 512 -> 600"):
         prepare(other, "train")
+
+
+def test_the_manifest_says_what_the_loss_comes_from(prepared: tuple[Job, PreparedDataset]) -> None:
+    _, dataset = prepared
+    assert dataset.manifest["loss_sources"] == ["all", "boundaries"]
+    assert dataset.manifest["record"]["loss"] == "sampled"
+
+
+def test_the_manifest_names_the_processor_and_the_model(prepared: tuple[Job, PreparedDataset], inputs: Inputs) -> None:
+    _, dataset = prepared
+    assert dataset.manifest["processor_source"] == str(inputs.folder / "processor")
+    assert dataset.manifest["model_type"] == "qwen2_vl"
+
+
+def test_a_loss_that_cannot_work_stops_before_anything_is_written_or_deleted(
+    prepared: tuple[Job, PreparedDataset], inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the driver, from the first rows: no actor starts, and what --replace would delete is still there."""
+    job, dataset = prepared
+    monkeypatch.setattr("pipelines.prepare._run", lambda *_: pytest.fail("an actor was asked for"))
+    wrong = {"roles": ["assistant"], "boundaries": [{"role": "assistant", "start": "<nowhere>"}]}
+    never = r"data\.train\[1\] \(chat\): no turn of role 'assistant' begins .* Row .* begins "
+    with pytest.raises(UserError, match=never):
+        prepare(Job.model_validate(inputs.job(tmp_path, loss=wrong)), "train")
+    assert not (tmp_path / "prepared").exists()
+    before = bins_of(dataset.path)
+    with pytest.raises(UserError, match=never):
+        prepare(Job.model_validate(inputs.job(Path(job.output.run).parent, loss=wrong)), "train", replace=True)
+    assert bins_of(dataset.path) == before
+    assert PreparedDataset(dataset.path).fingerprint == dataset.fingerprint
 
 
 def test_on_bad_row_error_stops_with_file_and_line(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:

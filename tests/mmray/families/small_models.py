@@ -5,25 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
 
-from mmray.synthetic.models import small_config
-
-VISION = {"qwen2_vl": "visual", "qwen2_5_vl": "visual", "idefics3": "vision_model", "smolvlm": "vision_model"}
-"""What the names of the vision tower's parameters hold."""
+from mmray.training.model import build_model
+from mmray.training.settings import ModelSettings
+from tests.mmray.families.zoo import ZOO
 
 
 @functools.cache
-def small_model(model_type: str, folder: Path, attention: str = "sdpa") -> Any:
-    """A model that takes the processor of `folder`. fp32, training mode, logits of scale 1 and more.
+def small_model(name: str, folder: Path, attention: str = "sdpa") -> Any:
+    """The model of a member of the zoo that takes the processor of `folder`. fp32, training mode.
 
     As initialised, logits are about 0.01 and attention is nearly even: no mistake in a mask would show.
     """
-    torch.manual_seed(7)
-    config = small_config(model_type, folder, attn_implementation=attention)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    member = ZOO[name]
+    config = member.config(folder).to_dict()
+    model = build_model(ModelSettings(config=config, dtype="fp32", attention=attention, seed=7))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(6)
-    return model.train()
+                parameter.mul_(member.scale)
+        member.prepare_model(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in member.unused))
+    return model

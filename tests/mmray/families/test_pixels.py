@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmray.families import family_of
+from mmray.families import Tile, family_of
 from mmray.families.base import normalised
 from mmray.images import TilingPolicy, cut_tiles, plan_tiles
 from tests.mmray.families.small_models import small_model
@@ -21,18 +21,27 @@ def check_pixels(processor, pictures, *, tiled=False):
     family = family_of(processor, tiled=tiled)
     text = " and ".join([family.placeholder_unit] * len(pictures))
     expected = processor(text=[text], images=pictures, return_tensors="pt", **family.processor_kwargs)
-    frames = [torch.from_numpy(frame.copy()) for picture in pictures for frame in family.frames(picture)]
+    tiles, frames = as_tiles(family, pictures)
     assert {(frame.dtype, frame.shape[2]) for frame in frames} == {(torch.uint8, 3)}
-    found = family.pixel_inputs(frames, torch.float32)
+    found = family.pixel_inputs(tiles, frames, torch.float32)
     assert set(found) == set(expected) & {"pixel_values", "image_grid_thw", "pixel_attention_mask"}
     for name, value in found.items():
         assert value.dtype == expected[name].dtype
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5 if name == "pixel_values" else 0)
-    sizes = [(frame.shape[1], frame.shape[0]) for frame in frames]
-    assert sum(family.feature_counts(sizes)) == (expected["input_ids"] == family.image_token_id).sum()
-    spans = [family.span(picture.size).visual_tokens for picture in pictures]
-    assert sum(family.feature_counts(sizes)) == sum(spans)
-    assert family.pixel_inputs(frames, torch.bfloat16)["pixel_values"].dtype == torch.bfloat16
+    features = sum(map(family.feature_count, tiles))
+    assert features == (expected["input_ids"] == family.image_token_id).sum()
+    assert features == sum(family.span(picture.size).visual_tokens for picture in pictures)
+    assert family.pixel_inputs(tiles, frames, torch.bfloat16)["pixel_values"].dtype == torch.bfloat16
+
+
+def as_tiles(family, pictures):
+    """The tiles of some pictures, and their frames as tensors."""
+    tiles, frames = [], []
+    for picture in pictures:
+        own = family.frames(picture, len(pictures))
+        tiles.append(Tile(0, picture.size, tuple((frame.shape[1], frame.shape[0]) for frame in own)))
+        frames += [torch.from_numpy(frame.copy()) for frame in own]
+    return tiles, frames
 
 
 def with_settings(processor, **changes):
@@ -143,25 +152,24 @@ def test_pages_that_are_not_tiled_keep_their_policy(processor):
 @pytest.mark.parametrize("tiled", [False, True])
 def test_models_make_features_of_the_dummy_frame(processor, processor_folders, model_type, tiled):
     family = family_of(processor, tiled=tiled)
-    frame = family.dummy_frame
-    assert frame.dtype == np.uint8
-    inputs = family.pixel_inputs([torch.from_numpy(frame)], torch.float32)
+    frames = family.dummy_frames
+    assert {frame.dtype for frame in frames} == {np.dtype("uint8")}
+    tile = Tile(0, family.dummy_size, tuple((frame.shape[1], frame.shape[0]) for frame in frames))
+    inputs = family.pixel_inputs([tile], [torch.from_numpy(frame) for frame in frames], torch.float32)
     with torch.no_grad():
         features = small_model(model_type, processor_folders[model_type]).model.get_image_features(**inputs)
-    (count,) = family.feature_counts([(frame.shape[1], frame.shape[0])])
-    assert sum(len(each) for each in features.pooler_output) == count > 0
+    assert sum(len(each) for each in features.pooler_output) == family.feature_count(tile) > 0
 
 
 def test_models_make_features_of_every_page(processor, processor_folders, model_type):
     """Idefics3 drops a frame whose values are all zero: no byte becomes a zero, a page of one colour is kept."""
     family = family_of(processor)
     pages = [Image.new("RGB", (70, 70), (grey, grey, grey)) for grey in (0, 127, 128, 255)]
-    frames = [frame for page in pages for frame in family.frames(page)]
-    inputs = family.pixel_inputs([torch.from_numpy(frame) for frame in frames], torch.float32)
+    tiles, frames = as_tiles(family, pages)
+    inputs = family.pixel_inputs(tiles, frames, torch.float32)
     with torch.no_grad():
         features = small_model(model_type, processor_folders[model_type]).model.get_image_features(**inputs)
-    count = sum(family.feature_counts([(frame.shape[1], frame.shape[0]) for frame in frames]))
-    assert sum(len(each) for each in features.pooler_output) == count
+    assert sum(len(each) for each in features.pooler_output) == sum(map(family.feature_count, tiles))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,9 +5,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmray.families import family_of
+from mmray.families import FAMILIES, PackedRow, Tile, family_of
 from mmray.families.base import positions_in_sample
+from mmray.masks.labels import segment_ids
 from tests.mmray.families.small_models import small_model
+from tests.mmray.families.zoo import ZOO
 
 Part = int | tuple[int, int]
 """A number of text tokens, or an image as (columns, rows) of its tokens."""
@@ -28,7 +30,7 @@ LAYOUTS: list[list[list[Part]]] = [
 
 def tokens(family, sample: list[Part], *, markers=True) -> list[int]:
     """Ids of a sample; its images stand between the family's markers, or bare, as the added dummy does."""
-    start, end = family.token_id("<|vision_start|>"), family.token_id("<|vision_end|>")
+    start, end = map(family.token_id, family.placeholder_unit.split(family.placeholder))
     ids: list[int] = []
     for number, part in enumerate(sample):
         if isinstance(part, int):
@@ -50,9 +52,10 @@ def by_the_model(model, family, sample: list[Part], *, markers=True) -> torch.Te
     return torch.cat([torch.arange(ids.shape[1])[None], positions[:, 0]])
 
 
-def check_row(processors, folders, model_type, row: list[list[Part]], *, dummy=False):
-    family = family_of(processors[model_type])
-    model = small_model(model_type, folders[model_type])
+def check_row(processor, folder, name, row: list[list[Part]], *, dummy=False):
+    """processor, folder: functions, of the zoo's members by name."""
+    family = family_of(processor(name), model_type=ZOO[name].model_type)
+    model = small_model(name, folder(name))
     ids = [tokens(family, sample) for sample in row]
     expected = [by_the_model(model, family, sample) for sample in row]
     images = [part for sample in row for part in sample if not isinstance(part, int)]
@@ -60,39 +63,53 @@ def check_row(processors, folders, model_type, row: list[list[Part]], *, dummy=F
         ids.append(tokens(family, [(1, 1)], markers=False))
         expected.append(by_the_model(model, family, [(1, 1)], markers=False))
         images.append((1, 1))
-    found = family.position_ids(
-        torch.tensor([token for each in ids for token in each]),
-        torch.tensor([len(each) for each in ids]),
-        [(columns * family.tile_multiple, rows * family.tile_multiple) for columns, rows in images],
-    )
+    side = family.tile_multiple
+    found = family.position_ids(packed_row(ids, [(columns * side, rows * side) for columns, rows in images]))
     assert found.dtype == torch.int64
-    assert found.shape == (4, 1, sum(len(each) for each in ids))
-    assert torch.equal(found[:, 0], torch.cat(expected, dim=1))
+    assert found.shape == (4, sum(len(each) for each in ids))
+    assert torch.equal(found, torch.cat(expected, dim=1))
 
 
-QWEN = pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+def packed_row(ids: list[list[int]], sizes: list[tuple[int, int]]) -> PackedRow:
+    """Samples one after another, with one frame a picture."""
+    lengths = torch.tensor([len(each) for each in ids])
+    return PackedRow(
+        input_ids=torch.tensor([token for each in ids for token in each]),
+        lengths=lengths,
+        segment_ids=segment_ids(lengths),
+        tiles=tuple(Tile(0, size, (size,)) for size in sizes),
+    )
 
 
-@QWEN
+M_ROPE = pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, member in ZOO.items()
+        if any(family.position_rows == 4 and member.model_type in family.model_types for family in FAMILIES)
+    ],
+)
+
+
+@M_ROPE
 @pytest.mark.parametrize("row", LAYOUTS)
 @pytest.mark.parametrize("dummy", [False, True])
-def test_chosen_layouts(processors, processor_folders, model_type, row, dummy):
-    check_row(processors, processor_folders, model_type, row, dummy=dummy)
+def test_chosen_layouts(zoo_processor, zoo_folder, name, row, dummy):
+    check_row(zoo_processor, zoo_folder, name, row, dummy=dummy)
 
 
-@QWEN
-@settings(deadline=None, max_examples=150)
+@M_ROPE
+@settings(deadline=None, max_examples=60)
 @given(row=rows, dummy=st.booleans())
 @example(row=[[1], [1], [1]], dummy=True)
-def test_random_layouts(processors, processor_folders, model_type, row, dummy):
-    check_row(processors, processor_folders, model_type, row, dummy=dummy)
+def test_random_layouts(zoo_processor, zoo_folder, name, row, dummy):
+    check_row(zoo_processor, zoo_folder, name, row, dummy=dummy)
 
 
 @pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
 def test_plain_positions_restart_at_each_sample(processors, model_type):
     family = family_of(processors[model_type])
-    ids = torch.full((9,), family.image_token_id)
-    found = family.position_ids(ids, torch.tensor([4, 1, 3, 1]), [(64, 64)])
+    found = family.position_ids(packed_row([[family.image_token_id] * length for length in (4, 1, 3, 1)], [(64, 64)]))
     assert found.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 0]]
 
 

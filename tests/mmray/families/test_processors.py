@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from mmray.errors import UserError
-from mmray.families import FAMILIES, family_of, load_processor
+from mmray.families import family_of, load_processor
 from mmray.families.idefics3 import Idefics3
 from mmray.families.qwen2_vl import Qwen2VL
 from mmray.synthetic.processors import MODEL_TYPES
@@ -102,15 +102,9 @@ def test_what_is_no_processor(tmp_path: Path, files, message):
     assert str(folder) in str(caught.value)
 
 
-def test_a_processor_without_a_family():
-    class LlavaProcessor(SimpleNamespace):
-        pass
-
-    with pytest.raises(UserError, match="LlavaProcessor") as caught:
-        family_of(LlavaProcessor())
-    for family in FAMILIES:
-        for name in family.processor_classes:
-            assert name in str(caught.value)
+def test_a_model_that_is_not_the_processor_s(processors):
+    with pytest.raises(UserError, match=r"the model is a idefics3, but Qwen2VLProcessor is a processor of qwen2_vl"):
+        family_of(processors["qwen2_vl"], model_type="idefics3")
 
 
 def test_a_tokenizer_without_the_family_s_tokens(processors):

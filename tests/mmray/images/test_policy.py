@@ -115,6 +115,7 @@ SETTINGS_OF_TILES = [
     ("pad_color", [0, 0, 0]),
     ("reading_order", "rtl"),
     ("labels", True),
+    ("exact_pixels", True),
 ]
 
 

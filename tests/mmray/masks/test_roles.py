@@ -155,6 +155,39 @@ def test_a_consumed_end_is_no_start():
     assert trained([1, 10, 2, 1, 11, 1, 12], [assistant]) == [1, 2, 3, 6]
 
 
+# ---- until_next ----
+
+# GLM: 6 the assistant, 7 the user, 8 what a tool answers; no turn has an end of its own.
+OPEN_TURNS = [
+    RoleBoundary(role, (start,), until_next=True) for role, start in (("assistant", 6), ("user", 7), ("tool", 8))
+]
+CALL = [7, 10, 6, 11, 8, 12, 6, 13, 14, 7, 15]
+
+
+def test_a_turn_may_go_on_to_the_next_start():
+    assert trained(CALL, OPEN_TURNS) == [3, 7, 8]
+    assert trained(CALL, OPEN_TURNS, roles_to_train=["user"]) == [1, 10]
+    assert trained(CALL, OPEN_TURNS, roles_to_train=["tool"]) == [5]
+    for mode in EOS_MODES:
+        assert trained(CALL, OPEN_TURNS, train_on_eos=mode) == [3, 7, 8]
+
+
+def test_the_next_start_may_be_of_the_same_role_and_of_several_tokens():
+    assert trained([6, 6, 11, 6], OPEN_TURNS) == [2]
+    boundaries = [RoleBoundary("assistant", (6,), until_next=True), RoleBoundary("user", (7, 7), (9,))]
+    assert trained([6, 7, 11, 7, 7, 12, 9, 13], boundaries) == [1, 2]
+    assert trained([6, 11, 7, 7], boundaries, segments=[0, 0, 0, 1]) == [1, 2]  # no start across a border
+
+
+def test_without_it_an_empty_end_is_that_of_the_sample():
+    boundaries = [RoleBoundary("assistant", (6,)), *OPEN_TURNS[1:]]
+    assert trained(CALL, boundaries) == [3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_turn_up_to_the_next_start_stops_at_its_sample():
+    assert trained([6, 11, 12, 13], OPEN_TURNS, segments=[0, 0, 1, 1]) == [1]
+
+
 # ---- train_on_eos ----
 
 
@@ -276,6 +309,10 @@ def test_no_boundaries_train_nothing():
         (lambda: RoleBoundary("user", (1.5,)), r"role 'user': start is \(1.5,\)"),
         (lambda: RoleBoundary("user", "<s>"), "role 'user': start is '<s>'"),
         (lambda: RoleBoundary("user", None), "role 'user': start is None"),
+        (
+            lambda: RoleBoundary("user", (1,), (2,), until_next=True),
+            "role 'user': until_next leaves no place for an end",
+        ),
         (lambda: RoleBoundary("user", (1,) * 32768), "role 'user': start has 32768 tokens"),
     ],
 )

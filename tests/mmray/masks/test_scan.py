@@ -34,18 +34,18 @@ def reference_sample(ids, boundaries, roles_to_train, train_on_eos):
     ends_of_trained_spans = []
     at = 0
     while at < len(ids):
-        boundary = None
-        for candidate in boundaries:
-            longer = boundary is None or len(candidate.start) > len(boundary.start)
-            if longer and tuple(ids[at : at + len(candidate.start)]) == candidate.start:
-                boundary = candidate
+        boundary = reference_start(ids, at, boundaries)
         if boundary is None:
             at += 1
             continue
 
         content = at + len(boundary.start)
         end = content
-        while end < len(ids) and not (boundary.end and tuple(ids[end : end + len(boundary.end)]) == boundary.end):
+        while end < len(ids):
+            if boundary.end and tuple(ids[end : end + len(boundary.end)]) == boundary.end:
+                break
+            if boundary.until_next and reference_start(ids, end, boundaries) is not None:
+                break
             end += 1
         end_marker = range(end, end + len(boundary.end)) if end < len(ids) and boundary.include_end else range(0)
 
@@ -64,6 +64,16 @@ def reference_sample(ids, boundaries, roles_to_train, train_on_eos):
     return trained
 
 
+def reference_start(ids, at, boundaries):
+    """The boundary that a turn at a position has, or None."""
+    found = None
+    for candidate in boundaries:
+        longer = found is None or len(candidate.start) > len(found.start)
+        if longer and tuple(ids[at : at + len(candidate.start)]) == candidate.start:
+            found = candidate
+    return found
+
+
 def tensor_mask(ids, boundaries, *, roles_to_train, train_on_eos="turn", segment_ids=None):
     """What a GPU computes, here on a CPU; ids [batch, length]."""
     plan = roles_module._plan(tuple(boundaries), frozenset(roles_to_train), train_on_eos)
@@ -73,14 +83,12 @@ def tensor_mask(ids, boundaries, *, roles_to_train, train_on_eos="turn", segment
 # ---- Both ways against the reference ----
 
 MARKERS = st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple)
+KNOBS = {"include_start": st.booleans(), "include_end": st.booleans()}
+ROLES = st.sampled_from(["user", "assistant", "tool"])
 BOUNDARIES = st.lists(
-    st.builds(
-        RoleBoundary,
-        role=st.sampled_from(["user", "assistant", "tool"]),
-        start=MARKERS,
-        end=st.one_of(st.just(()), MARKERS),
-        include_start=st.booleans(),
-        include_end=st.booleans(),
+    st.one_of(
+        st.builds(RoleBoundary, role=ROLES, start=MARKERS, end=st.one_of(st.just(()), MARKERS), **KNOBS),
+        st.builds(RoleBoundary, role=ROLES, start=MARKERS, until_next=st.just(True), **KNOBS),
     ),
     min_size=1,
     max_size=4,
@@ -126,7 +134,8 @@ def test_long_rows_equal_the_reference():
     boundaries = [
         RoleBoundary("user", (1,), (2,), include_end=False),
         RoleBoundary("assistant", (2,), (3,)),
-        RoleBoundary("tool", (0,), (0,), include_start=True),
+        RoleBoundary("tool", (0, 0), (0,), include_start=True),
+        RoleBoundary("tool", (0,), until_next=True),
     ]
     for mode in EOS_MODES:
         for segments in (torch.zeros_like(ids), segment_ids):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from mmray.errors import UserError
 from mmray.prepared import Bin, PreparedDataset, PreparedWriter
 from mmray.prepared.dataset import add_statistics, bins_name, part_names
 from mmray.prepared.schema import REJECTED
+from mmray.rows.document import ImageRef
+from mmray.rows.encode import Sample
 from mmray.storage import Folder
 from tests.mmray.preparing import Preparation
 
@@ -168,7 +171,7 @@ def test_a_folder_without_manifest_is_refused_with_the_remedy(tmp_path, begun):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format_version": 99}', "has format 99, this mmray reads 1; prepare it anew"),
+        ('{"format_version": 99}', "has format 99, this mmray reads 2; prepare it anew"),
         ('{"some": "other tool"}', "has format None"),
         ('{"format_', "is not JSON"),
         ("[]", "was not written by mmray"),
@@ -247,7 +250,7 @@ def test_another_fingerprint_is_refused_with_the_settings_that_differ(prepared, 
             changed.write(folder)
         message = str(caught.value)
         assert "packing.token_capacity: 240 -> 230" in message
-        assert prepared.fingerprint in message
+        assert prepared.manifest["fingerprint"] in message
         assert "--replace" in message
         assert contents(folder) == before
 
@@ -344,3 +347,33 @@ def test_a_folder_in_memory_holds_the_same(preparation, prepared):
         other(preparation, token_capacity=230).write(there.path)
     PreparedWriter(there.path).clear()
     assert contents(there.path) == {}
+
+
+# ---- What the bins are known by ----
+
+
+def test_other_bins_of_the_same_rows_and_settings_are_another_dataset(preparation, prepared, tmp_path, monkeypatch):
+    """A training order belongs to bins: the same rows give others where an image has another size by now."""
+    same = preparation.write(tmp_path / "same")
+    assert same.fingerprint == prepared.fingerprint
+    number, results = next(preparation.windows())
+    assert number == 0
+    assert preparation.window(results).statistics["content"] == preparation.window(results).statistics["content"]
+    samples = [result for result in results if isinstance(result, Sample)]
+    with_images = next(sample for sample in samples if sample.images)
+    changes = [
+        replace(samples[0], id="another"),
+        replace(samples[0], input_ids=samples[0].input_ids[::-1].copy()),
+        replace(with_images, sizes=tuple((width + 1, height) for width, height in with_images.sizes)),
+        replace(with_images, images=tuple(ImageRef(data=b"bytes") for _ in with_images.images)),
+        replace(with_images, blocks=with_images.blocks + [0, -1]),
+    ]
+    hashes = {preparation.window([sample]).statistics["content"] for sample in (samples[0], with_images, *changes)}
+    assert len(hashes) == 2 + len(changes)
+
+    windows = list(preparation.windows())
+    smaller = [(0, [result for result in windows[0][1] if result is not windows[0][1][0]]), *windows[1:]]
+    monkeypatch.setattr(preparation, "windows", lambda: iter(smaller))
+    other = preparation.write(tmp_path / "other")
+    assert other.manifest["fingerprint"] == prepared.manifest["fingerprint"]
+    assert other.fingerprint != prepared.fingerprint

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmray.errors import UserError
-from mmray.masks.settings import MaskingSettings
+from mmray.masks.settings import RoleLoss
 from mmray.packing_settings import PackingSettings
 from mmray.prepared.fingerprint import check_settings, differences, fingerprint, processor_record
 from tests.mmray.preparing import Preparation, write_rows
@@ -23,12 +23,12 @@ def make(tmp_path, processors):
         write_rows(tmp_path / name, rows)
         os.utime(tmp_path / name, (10, 10))
 
-    def make(processor=processors["qwen2_vl"], packing=None, tiling=None, masking=None, max_pixels=1000, **dataset):
+    def make(processor=processors["qwen2_vl"], packing=None, tiling=None, loss="sampled", max_pixels=1000, **dataset):
         dataset = {"files": [str(tmp_path / name) for name in FILES], "kind": "pretrain"} | dataset
         settings = {"token_capacity": 64, "visual_capacity": 32} | (packing or {})
         return Preparation(
             processor, dataset, packing=PackingSettings(**settings), tiling=tiling,
-            masking=MaskingSettings(**(masking or {})), max_image_pixels=max_pixels,
+            loss=loss, max_image_pixels=max_pixels,
         ).record  # fmt: skip
 
     return make
@@ -45,9 +45,8 @@ TILED = {"grid": (2, 2), "tile_size": (56, 56)}
         ({"packing": {"window_rows": 512}}, ["packing.window_rows"]),
         ({"packing": {"bucket_fill": 0.5}}, ["packing.bucket_fill"]),
         ({"tiling": TILED}, ["tiling.grid", "tiling.tile_size", "tiling.patch_multiple"]),
-        ({"masking": {"train_on_eos": "none"}}, ["masking.train_on_eos"]),
-        ({"masking": {"train_on_inputs": True}}, ["masking.train_on_inputs"]),
-        ({"masking": {"roles_to_train": ["user"]}}, ["masking.roles_to_train"]),
+        ({"loss": "all"}, ["loss: 'sampled' -> 'all'"]),
+        ({"loss": RoleLoss()}, ["loss: 'sampled' -> {'roles': ['assistant']"]),
         ({"max_pixels": 999}, ["max_image_pixels: 1000 -> 999"]),
         ({"kind": "chat"}, ["datasets[0].kind"]),
         ({"image_root": "/elsewhere"}, ["datasets[0].image_root"]),
@@ -63,6 +62,23 @@ def test_each_setting_changes_it_and_is_named(make, changes, named):
     for name in named:
         assert any(line.startswith(name) for line in lines), lines
     assert len({line.split(":")[0].split("[")[0].split(".")[0] for line in lines}) == 1  # nothing else differs
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"train_on_eos": "none"}, "loss.train_on_eos: 'turn' -> 'none'"),
+        ({"train_on_inputs": True}, "loss.train_on_inputs: False -> True"),
+        ({"roles": ["user"]}, "loss.roles[0]: 'assistant' -> 'user'"),
+        ({"boundaries": [{"role": "assistant", "start": "A:"}]}, "loss.boundaries: None -> [{'role': 'assistant'"),
+        ({"allow_empty": True}, "loss.allow_empty: False -> True"),
+    ],
+)
+def test_each_part_of_the_loss_changes_it_and_is_named(make, changes, line):
+    before, after = make(loss=RoleLoss()), make(loss=RoleLoss.model_validate(changes))
+    assert fingerprint(before) != fingerprint(after)
+    (told,) = differences(before, after)
+    assert told.startswith(line)
 
 
 def test_the_same_job_has_the_same_fingerprint(make):
@@ -164,13 +180,13 @@ def test_a_job_is_compared_with_what_a_dataset_was_prepared_with(make, processor
         packing=PackingSettings(token_capacity=64, visual_capacity=32),
     )  # fmt: skip
     now = {
-        "processor": job.family.processor, "tiling": job.policy, "packing": job.packing, "masking": job.masking,
+        "processor": job.family.processor, "tiling": job.policy, "packing": job.packing, "loss": job.loss,
     }  # fmt: skip
     check_settings("some/folder", record, **now)  # the row files may be gone
     with pytest.raises(UserError) as caught:
-        check_settings("some/folder", record, **now | {"masking": MaskingSettings(train_on_eos="last")})
+        check_settings("some/folder", record, **now | {"loss": "all"})
     assert "some/folder was prepared with other settings" in str(caught.value)
-    assert "masking.train_on_eos: 'turn' -> 'last'" in str(caught.value)
+    assert "loss: 'sampled' -> 'all'" in str(caught.value)
     with pytest.raises(UserError, match=r"processor\.class: 'Qwen2VLProcessor' -> 'Idefics3Processor'"):
         check_settings("some/folder", record, **now | {"processor": processors["idefics3"]})
 

@@ -113,6 +113,7 @@ def test_bins_hold_whole_samples_each_once_within_both_capacities(case):
         "rows_packed": len(usable),
         "rows_rejected": len(out),
         "rejected_by_reason": dict(sorted(Counter(row["reason"] for row in out).items())),
+        "content": window.statistics["content"],
         "bins": len(bins),
         "bins_at_least": window.statistics["bins_at_least"],
         "tokens": sum(each["num_tokens"] for each in bins),
@@ -177,8 +178,16 @@ def test_a_sample_with_nothing_to_train_is_set_aside_with_its_reason():
     assert [(row["id"], row["reason"], row["source"]) for row in out] == [
         (f"id-{number}", "nothing_trained", f"f:{number}") for number in (1, 2, 3, 4)
     ]
-    assert "masking.roles_to_train" in out[0]["message"]
+    assert "`loss` in the job file" in out[0]["message"]
     assert window.statistics["rejected_by_reason"] == {"nothing_trained": 4}
+
+
+def test_samples_with_nothing_to_train_are_kept_where_that_is_allowed():
+    rows = [chat(0, 1, START, 5, END), chat(1, 1, 2, 3), rejected(2)]
+    window = pack_window(samples_table(rows), packing(), LABELS, allow_empty=True)
+    assert members(window) == [["id-0", "id-1"]]
+    assert window.statistics["rejected_by_reason"] == {"empty_text": 1}
+    assert [each["trained_tokens"] for each in bins_of(window)] == [2]
 
 
 def test_given_masks_stand_beside_samples_without_one():

@@ -228,6 +228,40 @@ def test_a_template_that_drops_images_rejects_the_row(reader, monkeypatch):
     assert "wrote 0 images where the messages have 1" in error.message
 
 
+# As PaddleOCR-VL's: of a string, which it goes through letter by letter, it writes nothing.
+READS_PARTS = """\
+{%- for message in messages -%}
+{{- message['role'] + ': ' -}}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- endif -%}
+{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}
+{%- endfor -%}
+{{- '\\n' -}}
+{%- endfor -%}
+"""
+# As GLM-4.1V's: only the user may have parts.
+READS_STRINGS = READS_PARTS.replace(
+    "{%- for part in message['content'] -%}",
+    "{%- if message['role'] == 'assistant' or message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}",
+).replace("{%- endfor -%}\n{{-", "{%- endfor -%}{%- endif -%}\n{{-")
+
+
+@pytest.mark.parametrize("template", [READS_PARTS, READS_STRINGS])
+def test_a_text_is_written_whatever_form_the_template_reads(reader, monkeypatch, template):
+    monkeypatch.setattr(reader("chat").family.processor, "chat_template", template)
+    parts = [{"type": "text", "text": text} for text in ("It is ", "a label.")]
+    messages = [
+        {"role": "user", "content": "<image>What is it?"},
+        {"role": "assistant", "content": parts},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    document = reader("chat").read({"messages": messages, "images": ["a.jpg"]}, SOURCE)
+    expected = f"user: {QWEN_UNIT}What is it?\nassistant: It is a label.\nuser: Sure?\nassistant: Yes.\n"
+    assert document.text == expected
+
+
 def test_chat_rows_need_a_chat_template(reader, monkeypatch):
     monkeypatch.setattr(reader("chat").family.processor, "chat_template", None)
     with pytest.raises(UserError, match="no chat template"):

@@ -13,7 +13,7 @@ from mmray.families import family_of, load_processor
 from mmray.families.base import Span
 from mmray.images import TilingPolicy, cut_tiles, load_image, plan_tiles
 from mmray.masks.labels import IGNORE_INDEX, LossRule
-from mmray.masks.settings import MaskingSettings
+from mmray.masks.settings import RoleLoss
 from mmray.packing_settings import PackingSettings
 from mmray.rows.encode import Encoder, RejectedRow, Sample
 from mmray.rows.read import RawRow
@@ -31,9 +31,9 @@ TEXT = make_document(0, 0).text
 def prepare(processors, pictures):
     """A function that makes a Preparation of one set of rows."""
 
-    def make(kind, family="qwen2_vl", *, tiling=None, packing=ROOMY, masking=None, data=None, **settings):
+    def make(kind, family="qwen2_vl", *, tiling=None, packing=ROOMY, loss="sampled", data=None, **settings):
         dataset = {"files": ("rows.jsonl",), "kind": kind, "image_root": str(pictures)} | settings
-        return Preparation(processors[family], dataset, tiling=tiling, packing=packing, masking=masking, **(data or {}))
+        return Preparation(processors[family], dataset, tiling=tiling, packing=packing, loss=loss, **(data or {}))
 
     return make
 
@@ -111,9 +111,19 @@ def test_chats_have_no_token_after_the_template(prepare, model_type):
     assert sample.rule == LossRule.ROLES
 
 
-def test_train_on_inputs_is_a_rule_of_its_rows(prepare):
-    preparation = prepare("chat", masking=MaskingSettings(train_on_inputs=True))
-    assert preparation.sample(chat("Hi", "Yes")).rule == LossRule.ALL
+LOSSES = {"sampled": "sampled", "all": "all", "roles": RoleLoss(), "inputs": RoleLoss(train_on_inputs=True)}
+
+
+@pytest.mark.parametrize(
+    ("loss", "chat_rule", "tokenized_rule"),
+    [("sampled", "ROLES", "GIVEN"), ("all", "ALL", "ALL"), ("roles", "ROLES", "ROLES"), ("inputs", "ALL", "ALL")],
+)
+def test_the_loss_is_a_rule_of_its_rows(prepare, loss, chat_rule, tokenized_rule):
+    """That of `pretrain` rows is always every token."""
+    ready = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+    rows = {"chat": chat("Hi", "Yes"), "tokenized": ready, "pretrain": {"text": "Hi"}}
+    rules = {kind: prepare(kind, loss=LOSSES[loss]).sample(row).rule.name for kind, row in rows.items()}
+    assert rules == {"chat": chat_rule, "tokenized": tokenized_rule, "pretrain": "ALL"}
 
 
 def test_a_batch_gives_what_its_rows_give_one_by_one(prepare):
@@ -417,13 +427,23 @@ def test_markers_around_ready_made_image_tokens_must_be_the_processors(prepare, 
     ("changes", "reason", "words"),
     [
         ({"input_ids": None}, "missing_column", "'input_ids'"),
-        ({"labels": None}, "missing_column", "'labels'"),
+        ({"labels": None}, "missing_column", "the row has no 'labels' and no 'sampled_mask'"),
+        (
+            {"sampled_mask": "010"},
+            "wrong_type",
+            "sampled_mask must be a list of true and false (or 1 and 0), not '010'",
+        ),
+        ({"sampled_mask": [0, 1, 2]}, "wrong_type", "[0, 1, 2]"),
+        ({"sampled_mask": [0, 1.0, 1]}, "wrong_type", "[0, 1.0, 1]"),
+        ({"sampled_mask": [0, None, 1]}, "wrong_type", "[0, None, 1]"),
+        ({"sampled_mask": [0, 1]}, "wrong_type", "the row has 3 tokens and sampled_mask 2 entries"),
+        ({"sampled_mask": [1, 1, 1]}, "wrong_type", "labels[0] is -100 but sampled_mask[0] is 1: they disagree"),
+        ({"sampled_mask": [0, 1, 0]}, "wrong_type", "labels[2] is 3 but sampled_mask[2] is 0: they disagree"),
         ({"input_ids": "123"}, "wrong_type", "'123'"),
         ({"input_ids": [1.0, 2, 3]}, "wrong_type", "[1.0, 2, 3]"),
         ({"input_ids": [True, 2, 3]}, "wrong_type", "[True, 2, 3]"),
-        ({"input_ids": []}, "wrong_type", "input_ids has 0 entries and labels 3"),
-        ({"input_ids": [], "labels": []}, "wrong_type", "input_ids has 0 entries"),
-        ({"labels": [1, 2]}, "wrong_type", "input_ids has 3 entries and labels 2"),
+        ({"input_ids": []}, "wrong_type", "input_ids has 0 entries"),
+        ({"labels": [1, 2]}, "wrong_type", "the row has 3 tokens and labels 2 entries"),
         ({"labels": [1, 7, 3]}, "wrong_type", "labels[1] is 7: a label is its token (2) or -100"),
         ({"labels": [1, -1, 3]}, "wrong_type", "labels[1] is -1"),
         ({"input_ids": [1, -2, 3], "labels": [1, -2, 3]}, "wrong_type", "input_ids[1] is -2: the tokenizer has 0 to"),
@@ -440,6 +460,30 @@ def test_ready_made_rows_that_cannot_be_used(prepare, changes, reason, words):
     assert words in rejected.message
 
 
+@pytest.mark.parametrize("flags", [[False, True, False], [0, 1, 0], [0, True, False]])
+@pytest.mark.parametrize("labels", [{}, {"labels": None}, {"labels": [-100, 2, -100]}])
+def test_ready_made_rows_may_say_what_was_sampled(prepare, flags, labels):
+    sample = prepare("tokenized").sample({"input_ids": [1, 2, 3], "sampled_mask": flags} | labels)
+    assert sample.given.tolist() == [False, True, False]
+    assert sample.rule == LossRule.GIVEN
+
+
+def test_the_mask_may_stand_in_another_column(prepare):
+    preparation = prepare("tokenized", columns={"sampled_mask": "loss_mask", "labels": "targets"})
+    sample = preparation.sample({"input_ids": [1, 2], "loss_mask": [0, 1], "labels": "not read", "sampled_mask": 7})
+    assert sample.given.tolist() == [False, True]
+    rejected = preparation.rejected({"input_ids": [1, 2], "labels": [1, 2]})
+    assert (rejected.reason, "'targets' and no 'loss_mask'" in rejected.message) == ("missing_column", True)
+
+
+@pytest.mark.parametrize("loss", [LOSSES["all"], LOSSES["roles"], LOSSES["inputs"]])
+@pytest.mark.parametrize("own", [{}, {"labels": "nonsense"}, {"sampled_mask": [1], "labels": [7, 7, 7]}])
+def test_other_modes_do_not_read_labels(prepare, loss, own):
+    sample = prepare("tokenized", loss=loss).sample({"input_ids": [1, 2, 3]} | own)
+    assert (sample.input_ids.tolist(), len(sample.given)) == ([1, 2, 3], 0)
+    assert prepare("tokenized", loss=loss).rejected({"input_ids": []} | own).reason == "wrong_type"
+
+
 # ---- Verification ----
 
 
@@ -448,8 +492,8 @@ def wrong_family(processor, change):
     right = family_of(processor)
 
     class Wrong(type(right)):
-        def _measure_span(self, tile_size):
-            return change(super()._measure_span(tile_size))
+        def _measure_span(self, tile_size, together):
+            return change(super()._measure_span(tile_size, together))
 
     return Wrong(processor)
 

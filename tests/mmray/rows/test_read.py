@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.errors import RowError, UserError
-from mmray.rows.files import plan_chunks, source_files
-from mmray.rows.read import read_piece
+from mmray.rows.files import Piece, plan_chunks, source_files
+from mmray.rows.read import RowReader, read_piece
 from mmray.rows.settings import DatasetSettings
 
 
@@ -121,6 +121,56 @@ def test_slices_cross_row_groups_and_rows_count_from_0(tmp_path, chunk_rows):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"n": list(range(11))}), path, row_group_size=4)
     assert [(row.source, row.value) for row in read(path, chunk_rows)] == [(f"{path}:{n}", {"n": n}) for n in range(11)]
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 1000), st.integers(1, 400)), max_size=8),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_reader_gives_the_rows_of_any_pieces_in_any_order(tmp_path_factory, groups, wanted):
+    """It goes on where it stopped, and must not when the next piece lies elsewhere, or in another file."""
+    total = sum(groups)
+    for name in "ab":
+        with pq.ParquetWriter(folder_file(tmp_path_factory, name), pa.schema({"n": pa.string()})) as writer:
+            begin = 0
+            for size in groups:
+                writer.write_table(pa.table({"n": [f"{name}{n}" for n in range(begin, begin + size)]}), size)
+                begin += size
+    reader = RowReader()
+    for name, first, count in wanted:
+        first = first % total
+        count = min(count, total - first)
+        piece = Piece(0, folder_file(tmp_path_factory, name), "parquet", first, count)
+        assert [row.value for row in reader.read(piece)] == [{"n": f"{name}{n}"} for n in range(first, first + count)]
+
+
+def folder_file(tmp_path_factory, name):
+    return str(tmp_path_factory.getbasetemp() / f"pieces-{name}.parquet")
+
+
+def test_pieces_read_in_turn_decode_a_row_group_once(tmp_path, monkeypatch):
+    """Two actors that share a file each read it once; a chunk that starts in its middle costs no second start."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"n": list(range(1000))}), path, row_group_size=1000)
+    started = []
+    iter_batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda *args, **kwargs: started.append(1) or iter_batches(*args, **kwargs)
+    )
+    reader = RowReader()
+    for first in range(0, 1000, 200):
+        (row, *_) = reader.read(Piece(0, str(path), "parquet", first, 100))
+        assert row.value == {"n": first}
+    assert len(started) == 1
+
+
+def test_a_piece_that_is_not_read_to_its_end_loses_nothing(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"n": list(range(300))}), path)
+    reader = RowReader()
+    assert next(reader.read(Piece(0, str(path), "parquet", 0, 200))).value == {"n": 0}
+    assert [row.value["n"] for row in reader.read(Piece(0, str(path), "parquet", 1, 299))] == list(range(1, 300))
 
 
 def test_cells_of_all_kinds_are_python_values(tmp_path):

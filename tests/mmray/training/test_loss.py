@@ -19,7 +19,7 @@ def model():
 
 def loss_and_gradients(model, packed: tiny.TinyBin) -> tuple[torch.Tensor, list[torch.Tensor]]:
     model.zero_grad()
-    total = packed_loss_sum(model, packed.model_inputs(CPU, torch.float32), packed.labels)
+    total = packed_loss_sum(model, packed.model_inputs(CPU, torch.float32, model.config), packed.labels)
     total.backward()
     return total.detach(), [parameter.grad for parameter in model.parameters()]
 
@@ -27,11 +27,11 @@ def loss_and_gradients(model, packed: tiny.TinyBin) -> tuple[torch.Tensor, list[
 def test_a_single_sample_has_the_loss_of_transformers(model) -> None:
     sample = tiny.make_sample(torch.Generator().manual_seed(0), before=6, grid=(8, 12), after=20, trained=15)
     packed = tiny.TinyBin((sample,))
-    inputs = packed.model_inputs(CPU, torch.float32)
+    inputs = packed.model_inputs(CPU, torch.float32, model.config)
     del inputs["position_ids"]  # transformers works them out
     image_tokens = (inputs["input_ids"] == tiny.IMAGE_TOKEN).int()
     reference = model(**inputs, mm_token_type_ids=image_tokens, labels=packed.labels).loss
-    ours = packed_loss_sum(model, packed.model_inputs(CPU, torch.float32), packed.labels)
+    ours = packed_loss_sum(model, packed.model_inputs(CPU, torch.float32, model.config), packed.labels)
     assert ours.dtype == torch.float32
     assert count_trained_tokens(packed.labels) == 15
     torch.testing.assert_close(ours / 15, reference, rtol=1e-6, atol=0)
@@ -59,7 +59,7 @@ def test_the_first_position_of_a_row_is_never_trained(model) -> None:
     packed = tiny.global_batch(1)[1]
     labels = packed.labels.clone()
     labels[0, 0] = packed.samples[0].input_ids[0]
-    inputs = packed.model_inputs(CPU, torch.float32)
+    inputs = packed.model_inputs(CPU, torch.float32, model.config)
     assert (packed.labels[0, 0], count_trained_tokens(labels)) == (IGNORE_INDEX, count_trained_tokens(packed.labels))
     torch.testing.assert_close(
         packed_loss_sum(model, inputs, labels), packed_loss_sum(model, inputs, packed.labels), rtol=0, atol=0

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mmray.masks.labels import IGNORE_INDEX
 from mmray.training.settings import ModelSettings, TrainingSettings
@@ -86,7 +87,7 @@ class TinyBin:
     def labels(self) -> Tensor:
         return torch.cat([sample.labels for sample in self.samples])[None]
 
-    def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
         within = [torch.arange(len(sample.input_ids)) for sample in self.samples]
         positions = torch.cat([sample.positions for sample in self.samples], dim=1)
         inputs = {

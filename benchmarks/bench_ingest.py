@@ -1,0 +1,130 @@
+"""What Ray's share of feeding a run costs: the wait of a step, the start, and what is spent on each micro-batch.
+
+Two ranks read real bins through real render and mask actors, one of each; a training step is a sleep of one second.
+"""
+
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Result
+from benchmarks.page_jobs import Pages, local_ray, prepared_here
+from mmray.config import Job
+from mmray.loader import BatchMaker, BatchPlan
+from mmray.schedule import Schedule
+from pipelines.ingest import Ingest
+
+RANKS = 2
+STEP_SECONDS = 1.0
+STEPS = 12
+FAR = 1_000_000
+SMALL_STEPS = 300
+GOAL_WAIT = 0.02
+GOAL_START = 1.3
+"""Of two starts; each is some seconds of importing, in processes that come up side by side."""
+
+
+class Run:
+    """A graph over some steps, read by RANKS ranks at once."""
+
+    def __init__(self, ingest: Ingest, start: int, steps: int) -> None:
+        began = time.perf_counter()
+        self.start, self.steps, self.stop = start, steps, start + steps
+        shards = ingest.split(start, self.stop)
+        self.streams = [ingest.receive(shard, rank, start, self.stop) for rank, shard in enumerate(shards)]
+        self.ranks = ThreadPoolExecutor(RANKS)
+        list(self.ranks.map(next, self.streams))
+        self.start_seconds = time.perf_counter() - began
+
+    def waited(self, step_seconds: float) -> float:
+        """Seconds for which a rank waits at all other steps together; the slower one's."""
+
+        def rank(stream: Any) -> float:
+            total = 0.0
+            for _ in range(self.steps - 1):
+                time.sleep(step_seconds)
+                began = time.perf_counter()
+                next(stream)
+                total += time.perf_counter() - began
+            return total
+
+        return max(self.ranks.map(rank, self.streams))
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+        self.ranks.shutdown()
+
+
+def ingest_of(job: Job) -> Ingest:
+    dataset = prepared_here(job)
+    plan = BatchPlan(
+        prepared=dataset.path, processor=job.model.processor_source, model_type=None, trust_remote_code=False,
+        loss=job.loss, micro_batch_bins=1, world_size=RANKS,
+        schedule=Schedule(len(dataset), global_batch_bins=RANKS, seed=0, fingerprint=dataset.fingerprint),
+    )  # fmt: skip
+    ingest = Ingest(BatchMaker(plan), job.resources, gpus=False)
+    ingest.maker.family  # noqa: B018  (every worker has it before its data begin)
+    return ingest
+
+
+def run() -> list[Result]:
+    with tempfile.TemporaryDirectory() as folder:
+        pages = Pages(Path(folder))
+        job = pages.job("pages", pages.rows, 256, window_rows=256)
+        texts = [row | {"text": row["text"].replace("<image>", "")[:1500], "images": []} for row in pages.rows]
+        small_job = pages.job("small", texts, 512, window_rows=512, token_capacity=512)
+        large, small = ingest_of(job), ingest_of(small_job)
+        with local_ray():
+            return [*of_steps(large, pages.name), of_shares(small)]
+
+
+def of_steps(ingest: Ingest, data: str) -> list[Result]:
+    """A step's wait, and the start here and there, by turns; the first of all, which finds cold files, only waits."""
+    first = Run(ingest, 0, STEPS)
+    share = first.waited(STEP_SECONDS) / (STEPS - 1) / STEP_SECONDS
+    first.close()
+    near, far = [], []
+    for _ in range(2):
+        for position, seconds in ((0, near), (FAR, far)):
+            begun = Run(ingest, position, FAR)
+            begun.close()
+            seconds.append(begun.start_seconds)
+    waiting = f"{1000 * share * STEP_SECONDS:.1f} ms of {STEP_SECONDS:.0f} s, mean of {STEPS - 1} steps"
+    starts = f"{min(far):.1f} s against {min(near):.1f} s from split to the first batch of both ranks, best of 2"
+    return [
+        Result(
+            name=f"wait for data of a step, {RANKS} ranks, {data}", ratio=share, explanation=waiting, goal=GOAL_WAIT,
+            lower_is_better=True,
+        ),
+        Result(
+            name=f"resume to first step at step {FAR:,} against step 0", ratio=max(min(far), 1e-9) / min(near),
+            explanation=starts, goal=GOAL_START, lower_is_better=True,
+        ),
+    ]  # fmt: skip
+
+
+def of_shares(ingest: Ingest) -> Result:
+    """What a small micro-batch costs, alone in its block and together with others."""
+    per_share = ingest.per_share
+    seconds = {}
+    for count in (1, per_share):
+        ingest.per_share = count
+        through_ray = Run(ingest, 0, SMALL_STEPS)
+        seconds[count] = through_ray.waited(0) / (SMALL_STEPS - 1) / RANKS
+        through_ray.close()
+    began = time.perf_counter()
+    for _ in ingest.maker.steps(0, 0, SMALL_STEPS):
+        pass
+    here = (time.perf_counter() - began) / SMALL_STEPS
+    alone, together = (1000 * seconds[count] for count in (1, per_share))
+    shown = (
+        f"{alone:.1f} ms a micro-batch alone, {together:.1f} ms as one of {per_share}; "
+        f"{1000 * here:.1f} ms to make it, without Ray"
+    )
+    return Result(
+        name="small micro-batches, several in a block against one", ratio=alone / together,
+        explanation=shown, goal=2.0,
+    )  # fmt: skip

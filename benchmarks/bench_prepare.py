@@ -1,0 +1,177 @@
+"""Preparing on Ray against a plain pool of processes, the memory of it, and reading large Parquet row groups.
+
+Rates are marginal: rows between a smaller and a larger input, over the seconds between them, so that starting counts
+for neither way. Both run the same functions on the same rows; the pool's processes take whole windows, so nothing is
+sent between them. Two encoding processes each; Ray packs in a third.
+
+    python -m benchmarks.bench_prepare 5000 50000     # memory and rates at other numbers of rows
+"""
+
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.common import Result, best_seconds
+from benchmarks.page_jobs import Pages, Stages, local_ray, windows
+from mmray.config import Job
+from mmray.rows.files import Chunk, Piece
+from mmray.rows.read import RowReader
+from pipelines.prepare import prepare
+
+ROWS = 4_096, 20_480
+WINDOW_ROWS = 2_048
+POOL_SIZE = 2
+GOAL_RATE, GOAL_MEMORY = 0.9, 1.15
+SAMPLE_SECONDS = 0.1
+
+_stages: Stages
+
+
+def run(sizes: tuple[int, int] = ROWS) -> list[Result]:
+    with tempfile.TemporaryDirectory() as folder:
+        pages = Pages(Path(folder))
+        jobs = {rows: pages.job(f"rows-{rows}", pages.rows, rows, window_rows=WINDOW_ROWS) for rows in sizes}
+        pool = {rows: through_pool(job) for rows, job in jobs.items()}
+        ray, memory = {}, {}
+        with local_ray():
+            prepare(pages.job("warm", pages.rows, 64, window_rows=64), "train")
+            for rows, job in jobs.items():
+                with PeakMemory() as peak:
+                    ray[rows] = through_ray(job)
+                memory[rows] = peak.megabytes
+        return [of_row_groups(Path(folder)), of_rates(pool, ray, pages.name), *of_memory(memory)]
+
+
+def through_ray(job: Job) -> float:
+    began = time.perf_counter()
+    prepare(job, "train")
+    return time.perf_counter() - began
+
+
+def through_pool(job: Job) -> float:
+    began = time.perf_counter()
+    Path(job.prepared_path("train")).mkdir(parents=True)
+    with multiprocessing.get_context("spawn").Pool(POOL_SIZE, _start, (job,)) as pool:
+        for _ in pool.imap_unordered(_window, windows(job)):
+            pass
+    seconds = time.perf_counter() - began
+    Path(job.prepared_path("train")).rename(Path(job.prepared_path("train")).with_name("by-pool"))
+    return seconds
+
+
+def _start(job: Job) -> None:
+    global _stages
+    _stages = Stages(job)
+
+
+def _window(chunks: list[Chunk]) -> int:
+    return _stages.window(chunks)
+
+
+def of_rates(pool: dict[int, float], ray: dict[int, float], data: str) -> Result:
+    few, many = pool
+    rates = [(many - few) / (seconds[many] - seconds[few]) for seconds in (ray, pool)]
+    return Result(
+        name=f"prepare on Ray against {POOL_SIZE} plain processes, {data}", ratio=rates[0] / rates[1], goal=GOAL_RATE,
+        explanation=f"{rates[0]:,.0f} rows a second more against {rates[1]:,.0f}, from {few:,} to {many:,} rows",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- memory
+
+
+class PeakMemory:
+    """The most memory that this process, and any encode and pack actor, holds of its own while a block runs, in MB.
+
+    What is mapped from the object store belongs to the store and does not count.
+    """
+
+    def __init__(self) -> None:
+        self.megabytes: dict[str, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        this = psutil.Process()
+        while not self._ended.wait(SAMPLE_SECONDS):
+            self._note("driver", this)
+            for process in this.children(recursive=True):
+                try:
+                    title = " ".join(process.cmdline())
+                    for name, actor in (("encode actor", "EncodeChunk"), ("pack actor", "PackWindow")):
+                        if actor in title:
+                            self._note(name, process)
+                except psutil.Error:  # it has just ended
+                    continue
+
+    def _note(self, name: str, process: psutil.Process) -> None:
+        memory = process.memory_info()
+        own = (memory.rss - memory.shared) / 1e6
+        self.megabytes[name] = max(self.megabytes.get(name, 0.0), own)
+
+
+def of_memory(memory: dict[int, dict[str, float]]) -> list[Result]:
+    few, many = memory
+    return [
+        Result(
+            name=f"peak memory of the {name}, {many:,} rows against {few:,}", ratio=memory[many][name] / megabytes,
+            explanation=f"{memory[many][name]:,.0f} MB against {megabytes:,.0f} MB", goal=GOAL_MEMORY,
+            lower_is_better=True,
+        )
+        for name, megabytes in memory[few].items()
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+def of_row_groups(folder: Path, rows: int = 8_192, image_bytes: int = 4_096, chunk_rows: int = 512) -> Result:
+    """Each second chunk of a file of one row group, as one of two actors reads it."""
+    path = str(folder / "images.parquet")
+    images = np.random.default_rng(0).integers(0, 256, (rows, image_bytes), dtype=np.uint8)
+    table = pa.table({"text": ["A line of text. " * 50] * rows, "images": [[row.tobytes()] for row in images]})
+    pq.write_table(table, path, row_group_size=rows)
+    firsts = range(0, rows, 2 * chunk_rows)
+
+    def remembering() -> int:
+        reader = RowReader()
+        return sum(
+            len(list(reader.read(Piece(0, path, "parquet", first, chunk_rows)))) for first in firsts
+        )  # fmt: skip
+
+    def whole_group() -> int:
+        groups: Any = (pq.ParquetFile(path).read_row_group(0).slice(first, chunk_rows) for first in firsts)
+        return sum(len(group.to_pylist()) for group in groups)
+
+    if remembering() != whole_group():
+        raise AssertionError("the two ways give different rows")
+    seconds = [best_seconds(work, 3) for work in (remembering, whole_group)]
+    return Result(
+        name=f"reading a row group of {rows:,} rows in chunks, going on against reading it for each",
+        ratio=seconds[1] / seconds[0],
+        explanation=f"{seconds[0]:.2f} s against {seconds[1]:.2f} s, {len(firsts)} chunks of {chunk_rows} rows",
+        goal=3.0,
+    )
+
+
+if __name__ == "__main__":
+    from benchmarks.__main__ import as_table
+
+    print(as_table(run((int(sys.argv[1]), int(sys.argv[2])))))

@@ -1,0 +1,247 @@
+"""What a small random copy of the job's model shows: that packing is right, and that losses are what they should be.
+
+The copy has the classes, kinds of layers and attention of the configured model (`shrink`), and gets a few samples of
+different layouts by the job's own way: processor, tiling, packer, masks. Its weights are enlarged for the comparison of
+packed with unpacked: as initialised, attention is nearly even, and no mistake would show.
+"""
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mmray.batch import MicroBatch, Place, mask, packed_row, render
+from mmray.config import Job
+from mmray.doctor.findings import Finding, failed, not_applicable, passed
+from mmray.doctor.shrink import shrunken
+from mmray.errors import UserError
+from mmray.families import Family
+from mmray.images import TilingPolicy
+from mmray.masks.labels import LabelMaker
+from mmray.packing_settings import PackingSettings
+from mmray.prepared import Bin
+from mmray.prepared.dataset import window_bins
+from mmray.prepared.window import pack_window, samples_table
+from mmray.rows.encode import Encoder, Sample
+from mmray.rows.read import RawRow
+from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.training.loss import packed_loss_sum
+from mmray.training.model import build_model
+
+FRESH, CACHE, PACKED, ACCUMULATION = "loss at step 0", "cache", "packed = unpacked", "accumulation steps"
+
+CPU = torch.device("cpu")
+ENLARGED = 6.0
+TOLERANCE = 1e-4
+"""Of logits, relative to the largest."""
+LOSS_TOLERANCE = 1e-4
+FRESH_LOSS = 0.15
+"""How far from ln(vocabulary), as a part of it, the loss of random weights may be."""
+PICTURES = ((160, 220), (220, 120), (60, 60))
+TEXTS = (
+    "<image>\nTotal 12.50\nPlease pay by the end of the month.",
+    "TIMETABLE from Ashford. All trains run daily.",
+    "First <image> and then <image>, of another size.",
+    "<image> A label of Station Road 5.",
+)
+
+
+def examine_model(job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> Iterator[Finding]:
+    """The checks that run the copy."""
+    try:
+        copy = _Copy.of(job, family, policy, config)
+    except UserError as error:
+        yield failed("small copy", str(error))
+        return
+    except Exception as error:  # noqa: BLE001 (a configuration of any class is taken apart)
+        why = f"no small copy of this {config.model_type} could be made: {type(error).__name__}: {error}"
+        yield from (not_applicable(check, why) for check in (FRESH, CACHE, PACKED, ACCUMULATION))
+        return
+    yield _guarded(FRESH, copy.fresh_loss)
+    copy.enlarge()
+    yield _guarded(CACHE, copy.cache)
+    yield _guarded(PACKED, copy.packed_equals_unpacked)
+    yield _guarded(ACCUMULATION, copy.accumulation)
+
+
+def _guarded(check: str, run: Callable[[], Finding]) -> Finding:
+    try:
+        return run()
+    except UserError as error:
+        return failed(check, str(error))
+
+
+@dataclass
+class _Copy:
+    model: Any
+    family: Family
+    policy: TilingPolicy
+    labels: LabelMaker
+    apart: list[Bin]
+    together: Bin
+    described: str
+    packs_not: str | None
+    """Why it cannot pack."""
+
+    @classmethod
+    def of(cls, job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> "_Copy":
+        small = shrunken(config)
+        attention = job.model.attention if job.model.attention != "flash_attention_2" else "sdpa"
+        model = build_model(
+            job.model.model_copy(
+                update={
+                    "path": None, "config": small.to_dict(), "dtype": "fp32", "attention": attention,
+                    "gradient_checkpointing": False,
+                }
+            )
+        )  # fmt: skip
+        labels = LabelMaker((), (), "turn", family.media_token_ids)
+        samples = _samples(family, policy)
+        layers = model.config.get_text_config().num_hidden_layers
+        return cls(
+            model=model,
+            family=family,
+            policy=policy,
+            labels=labels,
+            apart=_bins(samples, family, labels, "none"),
+            together=_bins(samples, family, labels, "bins")[0],
+            described=f"a copy with {layers} text layers and random weights, {attention} attention on the CPU in fp32",
+            packs_not=family.packing_problem(
+                model.config,
+                sample_tokens=job.packing.token_capacity,
+                row_tokens=job.packing.token_capacity * job.training.micro_batch_bins,
+            ),
+        )
+
+    def enlarge(self) -> None:
+        """As initialised, attention is nearly even: no mistake would show."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(ENLARGED)
+
+    def batch(self, packed: Bin) -> MicroBatch:
+        rendered = render([packed], Place(0, 0, 0), self.family, self.policy)
+        return MicroBatch(mask(rendered, self.family, self.labels, CPU), self.family)
+
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        return batch.model_inputs(CPU, torch.float32, self.model.config)
+
+    def logits(self, inputs: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            return self.model(**inputs, use_cache=False).logits[0]
+
+    def loss(self, batch: MicroBatch) -> tuple[float, int]:
+        """(sum over trained tokens, their number)."""
+        with torch.no_grad():
+            total = packed_loss_sum(self.model, self.inputs(batch), batch.labels)
+        return float(total), int((batch.labels[:, 1:] >= 0).sum())
+
+    # ---------------------------------------------------------------- checks
+
+    def fresh_loss(self) -> Finding:
+        total, count = self.loss(self.batch(self.apart[0]))
+        found, expected = total / count, math.log(self.model.config.get_text_config().vocab_size)
+        said = f"{found:.2f} with random weights; ln(vocabulary) is {expected:.2f} ({self.described})"
+        if abs(found - expected) < FRESH_LOSS * expected:
+            return passed(FRESH, said)
+        return failed(FRESH, said, "labels or logits are shifted, or the model starts far from even odds")
+
+    def cache(self) -> Finding:
+        with torch.no_grad():
+            output = self.model(**self.inputs(self.batch(self.apart[0])), use_cache=False)
+        kept = output.get("past_key_values")
+        if kept is None:
+            return passed(CACHE, "use_cache is off, in the configuration and in each call")
+        return failed(CACHE, "the model returns a cache, with which transformers does not see packed samples")
+
+    def packed_equals_unpacked(self) -> Finding:
+        if self.packs_not:
+            return not_applicable(PACKED, f"this model takes one sample a row: {self.packs_not}")
+        batch = self.batch(self.together)
+        right, naive = self.error(self.inputs(batch)), self.error(self.naive_inputs(batch))
+        said = (
+            f"largest difference of logits {right:.0e} of the largest, {naive:.0e} if packed naively "
+            f"({len(self.apart)} samples in one row; {self.described})"
+        )
+        if not right < TOLERANCE:
+            return failed(PACKED, said, "samples of a row see each other: set packing.mode: none")
+        if not naive > 100 * TOLERANCE:
+            return failed(PACKED, said, "the comparison cannot tell right from wrong here; please report the model")
+        return passed(PACKED, said)
+
+    def error(self, inputs: dict[str, Any]) -> float:
+        """The largest difference of a packed row's logits from those of its samples alone."""
+        packed = self.logits(inputs)
+        errors, start = [], 0
+        for each in self._order():
+            alone = self.logits(self.inputs(self.batch(each)))
+            length = int(each.sample_lengths[0])
+            found, expected = packed[start : start + length], alone[:length]
+            errors.append(float((found - expected).abs().max() / expected.abs().max()))
+            start += length + self.family.sample_gap
+        return max(errors)
+
+    def naive_inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """The row as if it were one sample."""
+        masked = batch.masked
+        whole = replace(
+            masked,
+            lengths=np.asarray([len(masked.input_ids)], dtype=np.int32),
+            padding=np.zeros(1, dtype=bool),
+            tiles=masked.tiles * np.asarray([0, 1, 1, 1], dtype=np.int32),
+        )
+        positions = self.family.position_ids(packed_row(whole, CPU)).numpy()
+        return self.inputs(MicroBatch(replace(whole, position_ids=positions), self.family))
+
+    def accumulation(self) -> Finding:
+        if self.packs_not:
+            return not_applicable(ACCUMULATION, "one sample a row: a batch is not split otherwise")
+        parts = [self.loss(self.batch(each)) for each in self.apart]
+        apart = sum(total for total, _ in parts) / sum(count for _, count in parts)
+        total, count = self.loss(self.batch(self.together))
+        said = f"mean loss {total / count:.5f} in one micro-batch, {apart:.5f} in {len(parts)}"
+        if math.isclose(apart, total / count, rel_tol=LOSS_TOLERANCE):
+            return passed(ACCUMULATION, said)
+        return failed(ACCUMULATION, said, "the loss depends on how a batch is split; please report the model")
+
+    def _order(self) -> list[Bin]:
+        """The bins of one sample in the order in which their samples stand in the packed one."""
+        by_id = {each.sample_ids[0]: each for each in self.apart}
+        return [by_id[found] for found in self.together.sample_ids]
+
+
+def _samples(family: Family, policy: TilingPolicy) -> list[Sample]:
+    """Samples of different layouts, by the job's tiling."""
+    dataset = DatasetSettings(files=("doctor",), kind="pretrain", add_eos=False)
+    packing = PackingSettings(token_capacity=2**30, visual_capacity=2**30)
+    encoder = Encoder(DataSettings(train=(dataset,)), (dataset,), family, policy, packing)
+    pictures = [_picture(size, seed) for seed, size in enumerate(PICTURES)]
+    rows = []
+    for number, text in enumerate(TEXTS):
+        count = text.count("<image>")
+        if count or family.takes_text_only:
+            images = [pictures[(number + k) % len(pictures)] for k in range(count)]
+            rows.append(RawRow(f"doctor:{number}", 0, {"id": str(number), "text": text, "images": images}))
+    samples = encoder.encode(rows)
+    return [sample for sample in samples if isinstance(sample, Sample)]
+
+
+def _picture(size: tuple[int, int], seed: int) -> bytes:
+    """A picture in which no pixel is like its neighbour, as PNG."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _bins(samples: list[Sample], family: Family, labels: LabelMaker, mode: Any) -> list[Bin]:
+    packing = PackingSettings(mode=mode, token_capacity=2**30, visual_capacity=2**30, bucket_fill=1)
+    return window_bins(pack_window(samples_table(samples), packing, labels, family.sample_gap))

@@ -1,0 +1,82 @@
+"""The loss of the model itself, with its trained weights, on the first rows: where weights and memory are at hand."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from mmray.batch import MicroBatch, Place, mask, render
+from mmray.config import Job
+from mmray.doctor.findings import Finding, failed, not_applicable, passed
+from mmray.doctor.rows import FirstRows
+from mmray.masks.settings import label_maker
+from mmray.prepared import Bin
+from mmray.prepared.dataset import window_bins
+from mmray.prepared.window import pack_window, samples_table
+from mmray.training.loss import packed_loss_sum
+from mmray.training.model import build_model
+
+CHECK = "loss of the weights"
+USUAL = (0.5, 2.0)
+SANE = (0.05, 4.0)
+"""In nats a token. Below, the answer stands in the question, or the model has seen the rows; above, template, processor
+or weights are another model's: a vocabulary of 150,000 at random gives 11.9."""
+MAX_TOKENS = 4096
+MEMORY_SHARE = 0.7
+
+
+def examine_weights(job: Job, rows: FirstRows) -> Finding:
+    """The mean loss of the first rows, up to 4,096 tokens, on the CPU."""
+    if job.model.path is None:
+        return not_applicable(CHECK, "the model starts from random weights")
+    folder = Path(job.model.path)
+    if not folder.is_dir():
+        return not_applicable(CHECK, f"the weights of {job.model.path} are not a folder of this machine")
+    size, free = _weights_bytes(folder), _free_bytes()
+    if size > MEMORY_SHARE * free:
+        return not_applicable(CHECK, f"the weights take {size / 1e9:.1f} GB, this machine has {free / 1e9:.1f} GB free")
+    bins = _bins(job, rows)
+    if not bins:
+        return not_applicable(CHECK, f"no row of at most {MAX_TOKENS:,} tokens")
+    loss, tokens = _loss(job, rows, bins)
+    said = f"{loss:.2f} over {tokens:,} trained tokens of {len(bins)} rows; {USUAL[0]} to {USUAL[1]} is usual"
+    if SANE[0] <= loss <= SANE[1]:
+        return passed(CHECK, said)
+    lower = "the answer may stand in the question, or the model may have seen these rows"
+    higher = "template, processor or weights may be another model's"
+    return failed(CHECK, said, lower if loss < SANE[0] else higher)
+
+
+def _bins(job: Job, rows: FirstRows) -> list[Bin]:
+    """Bins of one sample, of MAX_TOKENS tokens together."""
+    packing = job.packing.model_copy(update={"mode": "none"})
+    labels = label_maker(job.loss, rows.family)
+    bins, tokens = [], 0
+    for each in window_bins(pack_window(samples_table(rows.samples()), packing, labels)):
+        if tokens + len(each.input_ids) <= MAX_TOKENS:
+            bins.append(each)
+            tokens += len(each.input_ids)
+    return bins
+
+
+def _loss(job: Job, rows: FirstRows, bins: list[Bin]) -> tuple[float, int]:
+    cpu, labels = torch.device("cpu"), label_maker(job.loss, rows.family)
+    attention = "sdpa" if job.model.attention == "flash_attention_2" else job.model.attention
+    model = build_model(job.model.model_copy(update={"attention": attention, "gradient_checkpointing": False})).eval()
+    total, tokens = 0.0, 0
+    for each in bins:
+        rendered = render([each], Place(0, 0, 0), rows.family, rows.policy)
+        batch = MicroBatch(mask(rendered, rows.family, labels, cpu), rows.family)
+        with torch.no_grad():
+            total += float(packed_loss_sum(model, batch.model_inputs(cpu, model.dtype, model.config), batch.labels))
+        tokens += each.trained_tokens
+    return (total / tokens if tokens else math.nan), tokens
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

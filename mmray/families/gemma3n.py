@@ -1,0 +1,27 @@
+"""Gemma 3n: Gemma 3's turns and one picture size; its attention is causal, so that positions keep samples apart.
+
+The template writes the token that carries a feature for an image, not the one that opens it. Audio is not read.
+"""
+
+import functools
+from typing import Any
+
+from mmray.families.gemma3 import GemmaText
+
+
+class Gemma3n(GemmaText):
+    """Gemma 3n (audio is not read): nothing beside the positions."""
+
+    model_types = ("gemma3n",)
+    processor_classes = ("Gemma3nProcessor",)
+
+    def __init__(self, processor: Any, tiled: bool = False) -> None:
+        self.placeholder = self.placeholder_unit = processor.image_token
+        super().__init__(processor, tiled)
+        self.image_token_id = self.placeholder_id
+
+    @functools.cached_property
+    def media_token_ids(self) -> tuple[int, ...]:
+        tokenizer = self.tokenizer
+        audio = self.known_token_ids([tokenizer.boa_token, tokenizer.audio_token, tokenizer.eoa_token])
+        return (*super().media_token_ids, *audio)

@@ -1,0 +1,115 @@
+"""Any other processor: what can be done by general rules, slowly and with one sample a row.
+
+The processor itself is asked for everything: run on a blank page of each size it tells the tokens, and in the training
+process it makes the pixel inputs from the decoded pages. How the model keeps samples of one row apart is not known,
+so bins hold one sample (`packing.mode: none`), and the model works out positions itself. No test of mmray has seen the
+model: a seeded sample of rows is still compared with the processor when preparing, which stops the job where the rules
+do not hold.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mmray.errors import UserError
+from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame
+
+log = logging.getLogger("mmray")
+
+
+class Generic(Family):
+    """A processor that names its image token, and a model that trains on one sample a row."""
+
+    model_types = ()
+    processor_classes = ()
+    is_verified = False
+    position_rows = 0
+    tile_multiple = 1
+
+    def __init__(self, processor: Any, tiled: bool = False) -> None:
+        """Raises UserError for a processor without an image processor or an image token."""
+        name = type(processor).__name__
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "image_token"):
+            raise UserError(
+                f"no model family of mmray serves the processor {name}, and it names no image token: it cannot be used"
+            )
+        self.placeholder = self.placeholder_unit = str(processor.image_token)
+        super().__init__(processor, tiled)
+        self.image_token_id = self.placeholder_id
+        _warn(name)
+
+    @functools.cached_property
+    def media_token_ids(self) -> tuple[int, ...]:
+        """The special tokens of a picture."""
+        special = set(self.known_token_ids(self.structure_names))
+        return tuple(sorted(special.intersection(self.span(self.dummy_size).token_ids.tolist())))
+
+    @functools.cached_property
+    def role_markers(self) -> tuple[RoleMarkers, ...]:
+        return ()
+
+    @functools.cached_property
+    def structure_names(self) -> tuple[str, ...]:
+        """All special tokens: which of them the template uses is not known."""
+        tokenizer = self.tokenizer
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        return tuple(sorted(added | set(tokenizer.all_special_tokens)))
+
+    @functools.cached_property
+    def structure_tokens(self) -> tuple[str, ...]:
+        return self.structure_names
+
+    def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
+        return f"no test has shown how a {config.model_type} keeps samples apart"
+
+    def _measure_span(self, tile_size: Size, together: int) -> Span:
+        page = Image.new("RGB", tile_size, "white")
+        ids = np.asarray(self.process(self.placeholder_unit, [page], add_special_tokens=False)["input_ids"][0])
+        return Span(ids.astype(np.int32), int((ids == self.image_token_id).sum()))
+
+    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+        """The tile itself."""
+        return [as_frame(tile)]
+
+    def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        device = frames[0].device
+        pictures = [Image.fromarray(frame.cpu().numpy()) for frame in frames]
+        output = self.processor.image_processor(pictures, return_tensors="pt", **self.processor_kwargs)
+        wanted = set(self.processor.model_input_names)
+        return {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in output.items()
+            if name in wanted
+        }
+
+    @property
+    def dummy_size(self) -> Size:
+        return 64, 64
+
+    def feature_count(self, tile: Tile) -> int:
+        return self.span(tile.size).visual_tokens
+
+    def position_ids(self, row: PackedRow) -> Tensor:
+        return row.lengths.new_zeros((0, len(row.input_ids)))
+
+    def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
+        """The types of tokens, where the processor gives them."""
+        types = (row.input_ids == self.image_token_id).to(torch.int64)[None]
+        names = {"token_type_ids", "mm_token_type_ids"}.intersection(self.processor.model_input_names)
+        return dict.fromkeys(sorted(names), types)
+
+
+@functools.cache
+def _warn(name: str) -> None:
+    log.warning(
+        "no model family of mmray serves %s: general rules are used, unverified. One sample a row; chat rows need "
+        "generation blocks in the template, or loss.boundaries",
+        name,
+    )

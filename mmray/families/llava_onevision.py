@@ -1,0 +1,80 @@
+"""LLaVA-OneVision: a lone picture is split as in LLaVA-NeXT, several of one sample are one frame each.
+
+Of a lone picture with many frames the model shrinks the features, so that they are never more than a few frames'.
+Under an mmray tiling policy a page's tiles have the frame's size, so each is one frame; a page that becomes one tile
+is a lone picture, and is seen twice, whole and as its own only part.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mmray.families.base import Size, Tile, as_frame
+from mmray.families.llava import check_known
+from mmray.families.llava_next import LlavaNext
+from mmray.images import TilingPolicy
+
+
+class LlavaOnevision(LlavaNext):
+    """LLaVA-OneVision: inputs as LLaVA-NeXT, with `batch_num_images`, an entry for each sample with pictures."""
+
+    model_types = ("llava_onevision",)
+    processor_classes = ("LlavaOnevisionProcessor",)
+    stop_tokens = ("<|im_end|>",)
+    """The published template's `{% generation %}` blocks leave it out."""
+
+    def _check_processor(self) -> None:
+        check_known(self.processor, "num_image_tokens", "vision_feature_select_strategy")
+
+    def process(self, text: str, tiles: Sequence[Image.Image], **options: Any) -> Any:
+        """Pictures go in a list of their sample's: in a flat one each would be a lone picture."""
+        return self.processor(text=[text], images=[list(tiles)] if tiles else None, **options)
+
+    def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:
+        if not policy.is_tiled:
+            return policy
+        width, height = self.frame_size
+        if width != height or [height, width] not in self.images.image_grid_pinpoints:
+            raise ValueError(
+                f"LLaVA-OneVision would scale tiles of its frames' size, {width} x {height}: it is no square, or not "
+                "among image_grid_pinpoints; remove the tiling"
+            )
+        return policy.with_fixed_tiles(self.frame_size)
+
+    def _count(self, tile_size: Size, together: int) -> int:
+        if together == 1:
+            return super()._count(tile_size, together)
+        return int(self.processor.num_image_tokens) + 1  # the end of the only row
+
+    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+        if self.tiled and together > 1 and tile.size == self.frame_size:
+            return [as_frame(tile)]
+        # Any second picture makes the first one of several.
+        return self._frames([[tile] if together == 1 else [tile, Image.new("RGB", (1, 1))]])
+
+    def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """As LLaVA-NeXT, and batch_num_images: int64 [samples with pictures], how many each has."""
+        inputs = super().pixel_inputs(tiles, frames, dtype)
+        numbers = [len(list(own)) for _, own in groupby(tiles, key=lambda tile: tile.sample)]
+        device = inputs["pixel_values"].device
+        return inputs | {"batch_num_images": torch.tensor(numbers, dtype=torch.int64, device=device)}
+
+    def feature_count(self, tile: Tile) -> int:
+        return self.span(tile.size, together=1 if len(tile.frame_sizes) > 1 else 2).visual_tokens
+
+    @property
+    def _frame_features(self) -> int:
+        dropped = int(self.processor.vision_feature_select_strategy == "default")
+        return int(self.processor.num_image_tokens) - dropped
+
+    def model_problem(self, config: PretrainedConfig) -> str | None:
+        ours, theirs = self.processor.vision_aspect_ratio, config.vision_aspect_ratio
+        if ours != theirs:
+            return f"its vision_aspect_ratio is {theirs}, that of the processor {ours}; make them the same"
+        return super().model_problem(config)

@@ -1,0 +1,145 @@
+"""Llama 3.2 Vision: one token for a picture; the text looks at the pictures through cross-attention layers.
+
+The processor spreads a page over a canvas of up to four squares, filled up with black; the vision tower always gets
+four squares for a picture, so that each costs it the same, whatever its size, and is one visual token here.
+
+Why rows of several samples are wrong: a token that stands before every image of its row looks at all of them in
+transformers' cross-attention (its mask is emptied, not closed). In a row of one sample these are the sample's own, as
+in pretraining; a sample without images would see its neighbours'. For the same reason a row without any image cannot
+run the vision tower beside ranks whose rows have some: the added picture would be seen.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
+from transformers.models.mllama.processing_mllama import build_string_from_input
+
+from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame, normalised
+from mmray.images import TilingPolicy
+
+HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
+"""What the chat template writes for each role."""
+
+
+class Mllama(Family):
+    """Llama 3.2 Vision: one sample a row, with `aspect_ratio_ids`, `aspect_ratio_mask` and `cross_attention_mask`; rows
+    without an image are refused."""
+
+    model_types = ("mllama",)
+    processor_classes = ("MllamaProcessor",)
+    takes_text_only = False
+
+    def __init__(self, processor: Any, tiled: bool = False) -> None:
+        self.placeholder = self.placeholder_unit = processor.image_token
+        super().__init__(processor, tiled)
+        self.images = processor.image_processor
+        self.image_token_id = self.placeholder_id
+        self.square = int(self.images.size.height)
+        self.tile_multiple = self.square
+
+    @functools.cached_property
+    def media_token_ids(self) -> tuple[int, ...]:
+        return (self.image_token_id,)
+
+    @functools.cached_property
+    def role_markers(self) -> tuple[RoleMarkers, ...]:
+        # The second header is for turns that begin with a line break: the tokenizer makes one token of all of them.
+        return tuple(
+            RoleMarkers(role, f"<|start_header_id|>{header}<|end_header_id|>{line_breaks}", "<|eot_id|>")
+            for line_breaks in ("\n\n", "")
+            for role, header in HEADERS.items()
+        )
+
+    def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:
+        """With the beginning of text, which the processor writes after the images that a text begins with."""
+        return str(build_string_from_input(text, self.tokenizer.bos_token, self.placeholder))
+
+    def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:
+        """Tiles of whole squares, as many as the processor allows, are pasted on a canvas of their own size."""
+        if not policy.is_tiled:
+            return policy
+        if policy.native_resolution:
+            raise ValueError(
+                f"native_resolution: this model takes tiles of at most {self.images.max_image_tiles} squares of "
+                f"{self.square} pixels; set tile_size instead"
+            )
+        aligned = policy.aligned(self.square)
+        sizes = [aligned.tile_size, *(bucket.size for bucket in aligned.overview_buckets)]
+        for width, height in (size for size in sizes if size):
+            squares = (width // self.square) * (height // self.square)
+            if squares > self.images.max_image_tiles:
+                raise ValueError(
+                    f"a tile of {width} x {height} pixels has {squares} squares of {self.square}, and this model takes "
+                    f"{self.images.max_image_tiles}; set a smaller tile_size or overview"
+                )
+        return aligned
+
+    def _measure_span(self, tile_size: Size, together: int) -> Span:
+        return Span(np.asarray([self.image_token_id], dtype=np.int32), 1)
+
+    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+        """The canvas."""
+        if self.tiled:
+            return [as_frame(tile)]
+        channels_first = as_frame(tile).transpose(2, 0, 1)
+        size = {"height": self.square, "width": self.square}
+        resized, grid = self.images.resize(
+            channels_first, size=self.images.size, max_image_tiles=self.images.max_image_tiles,
+            resample=self.images.resample,
+        )  # fmt: skip
+        canvas = self.images.pad(resized, size=size, aspect_ratio=grid)
+        return [np.ascontiguousarray(canvas.transpose(1, 2, 0))]
+
+    def _grid(self, frame_size: Size) -> tuple[int, int]:
+        """(rows, columns) of squares on a canvas."""
+        return frame_size[1] // self.square, frame_size[0] // self.square
+
+    def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        device, side, most = frames[0].device, self.square, self.images.max_image_tiles
+        known = get_all_supported_aspect_ratios(most)
+        pixels = torch.zeros((len(frames), most, 3, side, side), dtype=dtype, device=device)
+        kinds, counts = [], []
+        for number, frame in enumerate(frames):
+            rows, columns = self._grid((frame.shape[1], frame.shape[0]))
+            squares = frame.reshape(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
+            pixels[number, : rows * columns] = normalised(squares, self.images, dtype)
+            kinds.append(known.index((rows, columns)) + 1)
+            counts.append(rows * columns)
+        used = torch.arange(most) < torch.tensor(counts)[:, None]
+        return {
+            "pixel_values": pixels[None],
+            "aspect_ratio_ids": torch.tensor([kinds], dtype=torch.int64, device=device),
+            "aspect_ratio_mask": used[None].to(device, torch.int64),
+        }
+
+    def feature_count(self, tile: Tile) -> int:
+        return 1
+
+    def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
+        return (
+            "a token before the first image of its row looks at every image of the row through the cross-attention "
+            "layers, also at those of other samples"
+        )
+
+    def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
+        """Each image is looked at from its token on to the next image; of images without text between them, each to
+        where the last one's text ends. int64 [1, L, images, squares], as the processor's."""
+        length = len(row.input_ids)
+        places = (row.input_ids == self.image_token_id).nonzero().flatten().tolist()
+        stops = [*places[1:], length]
+        for number in reversed(range(len(places) - 1)):
+            if stops[number] == places[number] + 1:
+                stops[number] = stops[number + 1]
+        most = self.images.max_image_tiles
+        seen = torch.zeros((1, length, len(places), most), dtype=torch.int64, device=row.input_ids.device)
+        for number, (start, stop, tile) in enumerate(zip(places, stops, row.tiles, strict=True)):
+            ((rows, columns),) = map(self._grid, tile.frame_sizes)
+            seen[0, start:stop, number, : rows * columns] = 1
+        return {"cross_attention_mask": seen}

@@ -1,0 +1,118 @@
+"""PaliGemma and PaliGemma 2: a prompt that the model sees as a whole, then an answer that it generates.
+
+The processor has no chat template and makes `<image>…<image><bos>prompt\\n` of a prompt, all of it seen both ways
+(`token_type_ids` 0), then of its `suffix` the answer, causal (1), with labels on the answer alone. In a `pretrain` row
+everything up to the last image is the prompt, with the beginning of sequence and the line break that the processor
+writes after it, and all text after it is the answer; a line break right after the image is the processor's own. So
+the row `<image>\\nThe page's text` is what the processor makes of the prompt `<image>` and the suffix
+`The page's text`, and the model learns to read a page when asked nothing. Prompt and answer are tokenised apart, as the
+processor does. To train text as part of the prompt, which the processor does to text without a suffix, would show the
+model each token that it is to predict.
+
+A prompt after the images is for `tokenized` rows: what of a sample stands before its first trained token is its prompt,
+whatever the kind of row. Text without an image, which the processor refuses, gets the same form without image tokens.
+
+Every prompt of a packed row would be one block for transformers, so the mask is given (`mmray.families.attention`);
+with neither mask nor types the model sees everything both ways under sdpa. It takes a given mask for all its layers:
+that of PaliGemma 2 has no sliding window, and its samples must not be longer than the window where they are packed. A
+sample alone in a row longer than the window gets its types instead of a mask, and keeps the window.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mmray.families.attention import causal_mask, given_mask, mask_problem, sample_numbers, seeing_blocks
+from mmray.families.base import PackedRow, RoleMarkers, Size, Span
+from mmray.families.one_size import OneSize
+
+
+class PaliGemma(OneSize):
+    """PaliGemma, and PaliGemma 2 with eager attention: a mask in which a prompt's tokens see each other; samples of
+    PaliGemma 2 pack up to its sliding window; no flash attention, no chats."""
+
+    model_types = ("paligemma",)
+    processor_classes = ("PaliGemmaProcessor",)
+    has_prompt = True
+
+    def __init__(self, processor: Any, tiled: bool = False) -> None:
+        self.placeholder = self.placeholder_unit = processor.image_token
+        super().__init__(processor, tiled)
+        self.image_token_id = self.placeholder_id
+
+    @functools.cached_property
+    def media_token_ids(self) -> tuple[int, ...]:
+        return (self.image_token_id,)
+
+    @functools.cached_property
+    def role_markers(self) -> tuple[RoleMarkers, ...]:
+        return ()
+
+    def prompt_and_answer(self, text: str) -> tuple[str, str]:
+        prompt, image, answer = text.rpartition(self.placeholder)
+        return f"{prompt}{image}{self.tokenizer.bos_token}\n", answer.removeprefix("\n")
+
+    def process(self, text: str, tiles: Sequence[Image.Image], **options: Any) -> Any:
+        """The processor's output for the prompt and the answer of a row, without the end that it writes after an
+        answer."""
+        prompt, answer = self.prompt_and_answer(text)
+        if not tiles:
+            return self.tokenizer([prompt], text_pair=[answer], return_token_type_ids=True, **options)
+        prompt = prompt.removesuffix(f"{self.tokenizer.bos_token}\n")
+        output = self.processor(text=[prompt], suffix=[answer], images=list(tiles), **self.processor_kwargs, **options)
+        for name in ("input_ids", "attention_mask", "token_type_ids", "labels"):
+            value = output[name]
+            output[name] = value[:, :-1] if isinstance(value, Tensor) else [ids[:-1] for ids in value]
+        return output
+
+    def _measure_span(self, tile_size: Size, together: int) -> Span:
+        return Span(np.full(self.features, self.image_token_id, dtype=np.int32), self.features)
+
+    def position_ids(self, row: PackedRow) -> Tensor:
+        """From 1, as the model counts itself."""
+        return super().position_ids(row) + 1
+
+    def model_problem(self, config: PretrainedConfig) -> str | None:
+        text, implementation = config.get_text_config().model_type, config._attn_implementation
+        if text == "gemma2" and implementation != "eager":
+            return f"its text model, {text}, runs without {implementation} in transformers; set model.attention: eager"
+        return mask_problem(config)
+
+    def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
+        window = _sliding_window(config)
+        if window is None or sample_tokens <= window:
+            return self.model_problem(config)
+        return (
+            f"samples of up to {sample_tokens} tokens (packing.token_capacity) may exceed the sliding window of its "
+            f"layers, {window} tokens, which the mask that keeps samples apart does not have"
+        )
+
+    def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
+        samples = sample_numbers(row)
+        prompts = _before_answers(row.trained, samples, len(row.lengths))
+        window = _sliding_window(config)
+        if window is not None and len(samples) > window and int(row.segment_ids.max()) == 0:
+            # What is no sample has no prompt here: a prompt is one block, whatever the positions say.
+            return {"token_type_ids": (~prompts | (samples > 0)).to(torch.int64)[None]}
+        mask = seeing_blocks(causal_mask(samples), (samples + 1) * prompts)
+        return {"attention_mask": given_mask(mask, config, dtype)}
+
+
+def _sliding_window(config: PretrainedConfig) -> int | None:
+    """Tokens that the sliding layers of the text model see; None without such layers, as in Gemma."""
+    text = config.get_text_config()
+    return None if text.model_type == "gemma" else text.sliding_window
+
+
+def _before_answers(trained: Tensor, samples: Tensor, count: int) -> Tensor:
+    """bool [L]: what stands before the first trained token of its sample; all of a sample without one."""
+    places = torch.arange(len(samples), device=samples.device)
+    first = torch.full((count,), len(samples), device=samples.device)
+    first.scatter_reduce_(0, samples, places.masked_fill(~trained, len(samples)), "amin")
+    return places < first[samples]

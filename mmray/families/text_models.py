@@ -1,0 +1,141 @@
+"""What mmray must know of the text models that LLaVA and its kin are built on: any that transformers has.
+
+How turns are written follows the text model, not the vision model: LLaVA-NeXT alone is published on Vicuna, Mistral,
+Llama 3, Qwen and Granite. The format is told from the chat template. Where markers are ordinary text, tokenizers read
+them otherwise after a word than after a line break or at the beginning; each reading is a boundary of its own.
+
+Samples are kept apart by their positions, by transformers' own rule. That holds for attention layers; what carries a
+state along the row, or sets its frequencies by the row's longest sample, does not pack. Only text models that a test
+has packed are taken.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from mmray.families.base import Family, RoleMarkers
+
+PACKING_TEXT_MODELS = (
+    "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "granitemoe", "llama", "ministral3", "mistral",
+    "mixtral", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm",
+)  # fmt: skip
+"""`model_type` of the text models whose packed rows equal their samples, by test. Not gpt_oss: transformers 5.23 makes
+its masks without the positions."""
+
+ROLES = ("system", "user", "assistant")
+
+
+class OnTextModel(Family):
+    """A family whose models join a vision tower to a text model of another class."""
+
+    @functools.cached_property
+    def role_markers(self) -> tuple[RoleMarkers, ...]:
+        return role_markers(self.processor)
+
+    def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
+        return packing_problem(config.get_text_config(), sample_tokens)
+
+
+def packing_problem(text: PretrainedConfig, sample_tokens: int) -> str | None:
+    """Why a text model cannot take several samples in one row, told apart by their positions; None where it can.
+
+    sample_tokens: the most that a sample will have.
+    """
+    if text.model_type not in PACKING_TEXT_MODELS:
+        return f"no test has shown how its text model, a {text.model_type}, keeps samples apart"
+    for kind, limit in _lengths_that_matter(text.to_dict()):
+        if sample_tokens > limit:
+            return (
+                f"its rope_type {kind} turns all samples of a row by the longest one where that has more than {limit} "
+                f"tokens; set packing.token_capacity to at most {limit} to pack"
+            )
+    return None
+
+
+def _lengths_that_matter(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Kinds of rotary embeddings, of all layers or of each kind of layer, whose frequencies change with the longest
+    position in a row, and from how many tokens on."""
+    rope = settings.get("rope_parameters") or {}
+    for each in (rope, *rope.values()):
+        kind = each.get("rope_type") if isinstance(each, dict) else None
+        if kind == "dynamic":
+            yield kind, settings["max_position_embeddings"]
+        elif kind == "longrope":
+            yield kind, each["original_max_position_embeddings"]
+
+
+def role_markers(processor: Any) -> tuple[RoleMarkers, ...]:
+    """The role boundaries of the format that the chat template writes; none for a format that is not known here."""
+    template = processor.chat_template or ""
+    if isinstance(template, dict):
+        template = template.get("default", "")
+    for mark, markers in _FORMATS.items():
+        if mark in template:
+            return tuple(markers(processor.tokenizer, template))
+    return ()
+
+
+# ---------------------------------------------------------------- formats
+
+
+def _chatml(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
+    """LLaVA-OneVision writes a space and a line break after the role. The bare header is for turns whose first
+    characters are one token with these, and for those that begin with an image."""
+    return _headers("<|im_start|>{}", ("\n", " \n", ""), "<|im_end|>")
+
+
+def _llama3(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
+    """LLaVA-NeXT writes two line breaks after the header and one before each text."""
+    return _headers("<|start_header_id|>{}<|end_header_id|>", ("\n\n", "\n\n\n", ""), "<|eot_id|>")
+
+
+def _headers(header: str, breaks: Iterable[str], end: str) -> Iterator[RoleMarkers]:
+    return (RoleMarkers(role, header.format(role) + line_break, end) for line_break in breaks for role in ROLES)
+
+
+def _bars(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
+    """Granite, Phi-3."""
+    for line_break in ("\n", ""):
+        yield RoleMarkers("system", f"<|system|>{line_break}", until_next=True)
+        yield RoleMarkers("user", f"<|user|>{line_break}", until_next=True)
+        yield _answer(tokenizer, template, f"<|assistant|>{line_break}")
+
+
+def _mistral(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
+    """The marker after the user's turn opens the assistant's. The system's turn comes before the user's first."""
+    yield RoleMarkers("system", "<<SYS>>", until_next=True)
+    for space, before in _PLACES:
+        yield RoleMarkers("user", f"{space}[INST]", start_after=before, until_next=True)
+        yield _answer(tokenizer, template, f"{space}[/INST]", before)
+
+
+def _vicuna(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
+    """The system's text has no marker."""
+    for space, before in _PLACES:
+        yield RoleMarkers("user", f"{space}USER:", start_after=before, until_next=True)
+        yield _answer(tokenizer, template, f"{space}ASSISTANT:", before)
+
+
+_PLACES = (("", ""), (" ", "a"), ("", "\n"))
+"""Where markers of plain text stand: at the beginning, after a word, after a line break."""
+
+
+def _answer(tokenizer: Any, template: str, start: str, before: str = "") -> RoleMarkers:
+    """The assistant's turn, which ends with the first of these that the template writes, or with the next turn: a
+    template of LLaVA-NeXT wrote `<\\s>` for `</s>`, and LLaVA 1.5's writes none."""
+    eos = tokenizer.eos_token or ""
+    writes_eos = bool(eos) and (eos in template or "eos_token" in template)
+    end = "<|end|>" if "<|end|>" in template else eos if writes_eos else ""
+    return RoleMarkers("assistant", start, end, start_after=before, until_next=not end)
+
+
+_FORMATS: dict[str, Callable[[Any, str], Iterator[RoleMarkers]]] = {
+    "<|im_start|>": _chatml,
+    "<|start_header_id|>": _llama3,
+    "<|assistant|>": _bars,
+    "[INST]": _mistral,
+    "ASSISTANT:": _vicuna,
+}
+"""By what only templates of the format hold."""

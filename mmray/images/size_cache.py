@@ -1,0 +1,159 @@
+"""Sizes of images, kept from one prepare to the next, so that the next reads no image.
+
+One Parquet file holds a line for each image: a hash of its path, a hash of path, size in bytes and modification
+time (or etag), and the size in pixels. An image whose file has changed has another second hash and is measured
+anew. 24 bytes an image in memory, 10 million in 240 MB, as plain arrays that processes on a machine can share;
+a lookup is a binary search.
+
+Many readers, one writer: each actor gets what `read_sizes` returned, asks its `SizeCache` for sizes, and hands back
+what it had to measure (`take_new`); whoever started them merges it all at the end (`merge_sizes`). What a crash
+loses is measured again. A cache is never needed: one that cannot be read is a warning.
+"""
+
+import hashlib
+import logging
+import posixpath
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmray.images.header import MAX_PIXELS, image_size
+from mmray.images.source import ImageSource, one_line, source_state
+from mmray.storage import Folder
+
+log = logging.getLogger("mmray")
+
+FORMAT_VERSION = 1
+"""Raised when `image_size` gives another size for some file than before: older caches are not used then."""
+
+FILE_NAME = "image-sizes.parquet"
+"""The file's name where a cache is named by its folder."""
+
+SIZES = pa.schema(
+    [
+        ("place", pa.uint64()),  # hash of the image's path or URI; ascending
+        ("state", pa.uint64()),  # hash of path or URI, size in bytes, modification time or etag
+        ("width", pa.int32()),  # pixels, upright
+        ("height", pa.int32()),
+    ]
+)
+
+Entry = tuple[int, int, int, int]
+
+
+class SizeCache:
+    """`image_size` that remembers. One for each process; `known` is what `read_sizes` gives, and not copied."""
+
+    def __init__(self, known: pa.Table) -> None:
+        self._places, self._states, self._widths, self._heights = (known[name].to_numpy() for name in SIZES.names)
+        self._new: dict[int, Entry] = {}
+
+    def image_size(self, source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+        """As `mmray.images.image_size`, errors too. Of a known image only the state of its file is asked for.
+
+        Only images that lie in a file with a modification time or etag are remembered, and only their sizes:
+        whatever raises an error is looked at each time.
+        """
+        keys = _keys(source)
+        if keys is None:
+            return image_size(source, max_pixels=max_pixels)
+        found = self._find(*keys)
+        if found is None or found[0] * found[1] > max_pixels:
+            found = image_size(source, max_pixels=max_pixels)
+            self._new[keys[0]] = (*keys, *found)
+        return found
+
+    def take_new(self) -> pa.Table:
+        """What was measured since the last call (`SIZES`, in no order), which is forgotten here: memory stays flat."""
+        taken, self._new = list(self._new.values()), {}
+        return _table(taken)
+
+    def _find(self, place: int, state: int) -> tuple[int, int] | None:
+        if place in self._new:
+            _, found, width, height = self._new[place]
+            return (width, height) if found == state else None
+        at = int(np.searchsorted(self._places, np.uint64(place)))
+        if at == len(self._places) or self._places[at] != place or self._states[at] != state:
+            return None
+        return int(self._widths[at]), int(self._heights[at])
+
+
+def read_sizes(uri: str) -> pa.Table:
+    """The sizes kept in a cache (`SIZES`), none where there is no file yet. A damaged one is a warning, and none.
+
+    uri: path or URI of the file, which ends with .parquet, or of its folder. UserError for an unknown kind of URI.
+    """
+    folder, name = _located(uri)
+    try:
+        return _checked(pq.read_table(pa.BufferReader(folder.read(name))))
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # noqa: BLE001, a parser of foreign bytes may raise anything
+        log.warning("size cache %s: %s; the sizes of images are measured anew", folder.path(name), one_line(error))
+    return _table([])
+
+
+def merge_sizes(uri: str, found: Iterable[pa.Table]) -> int:
+    """Add what readers measured (`SizeCache.take_new`) to a cache; returns the number of images it then knows.
+
+    Of several entries for one path the last counts. The file is replaced whole or not at all.
+    """
+    measured = [table for table in found if len(table)]
+    known = read_sizes(uri)
+    if measured:
+        known = _merged([known, *measured])
+        folder, name = _located(uri)
+        facts = {"format_version": str(FORMAT_VERSION), "digest": _digest(known)}
+        with folder.writing(name) as file:
+            pq.write_table(known.replace_schema_metadata(facts), file)
+    return len(known)
+
+
+def _located(uri: str) -> tuple[Folder, str]:
+    if not uri.endswith(".parquet"):
+        return Folder(uri), FILE_NAME
+    parent, name = posixpath.split(uri)
+    return Folder(parent or "."), name
+
+
+def _keys(source: ImageSource) -> tuple[int, int] | None:
+    """(place, state) of an image's file, None where there is none."""
+    found = source_state(source)
+    return None if found is None else (_hash(found[0]), _hash("\0".join(found)))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _table(entries: Sequence[Entry]) -> pa.Table:
+    columns = zip(*entries, strict=True) if entries else [()] * len(SIZES)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, SIZES)], schema=SIZES)
+
+
+def _merged(tables: Sequence[pa.Table]) -> pa.Table:
+    """One entry for each place, the last, ascending."""
+    table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
+    _, from_end = np.unique(table["place"].to_numpy()[::-1], return_index=True)
+    return table.take(len(table) - 1 - from_end).combine_chunks()
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """Raises ValueError for anything but what `merge_sizes` wrote, bit by bit."""
+    facts = table.schema.metadata or {}
+    version = facts.get(b"format_version", b"").decode()
+    if version != str(FORMAT_VERSION):
+        raise ValueError(f"format_version {version!r}, this mmray writes {FORMAT_VERSION}")
+    table = table.replace_schema_metadata(None)
+    if not table.schema.equals(SIZES) or facts.get(b"digest", b"").decode() != _digest(table):
+        raise ValueError("the file is damaged")
+    return table
+
+
+def _digest(table: pa.Table) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in SIZES.names:
+        digest.update(np.ascontiguousarray(table[name].to_numpy()).data)
+    return digest.hexdigest()

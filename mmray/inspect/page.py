@@ -1,0 +1,147 @@
+"""A bin as one web page that needs nothing else: no script, no file beside it, no network.
+
+The text with its tokens, each with its places and its id in a tooltip, and the pictures that training cuts from each
+image, made smaller. Everything from the data is escaped by the template; should that ever fail, the page forbids
+scripts and foreign content itself (Content-Security-Policy).
+"""
+
+import base64
+import io
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from PIL import Image
+
+from mmray.errors import RowError, UserError
+from mmray.families import Family
+from mmray.images import TilingPolicy, plan_tiles, render_tiles
+from mmray.images.header import MAX_PIXELS
+from mmray.images.source import describe_source, one_line
+from mmray.inspect.text import visible
+from mmray.inspect.view import BinView, Piece, SampleView
+
+MAX_PICTURE_PIXELS = 4_000_000
+"""Of all pictures of a page together, after scaling: about 1.5 MB as JPEG."""
+MAX_PICTURE_SIDE = 1024
+JPEG_QUALITY = 70
+ROLE_COLOURS = 6
+"""Colours of roles in the template; further roles begin with the first again."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A tile as the page shows it. size: (width, height) in pixels, of the tile itself."""
+
+    label: str
+    size: tuple[int, int]
+    data_uri: str
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """An image of a sample: its tiles as they lie on the page, after the whole of it in small; or why there are none.
+
+    size: (width, height) in pixels; columns: tiles beside one another; direction: of their order in a row, as HTML's
+    `dir` has it.
+    """
+
+    name: str
+    size: tuple[int, int]
+    overview: tuple[Picture, ...] = ()
+    tiles: tuple[Picture, ...] = ()
+    columns: int = 1
+    direction: str = "ltr"
+    error: str | None = None
+
+
+def write_page(path: str | Path, view: BinView, family: Family, tiling: TilingPolicy) -> int:
+    """Write a bin's page; returns its bytes. Raises UserError where the file cannot be written."""
+    page = page_of(view, family, tiling).encode(errors="backslashreplace")
+    try:
+        return Path(path).write_bytes(page)
+    except OSError as error:
+        raise UserError(f"the page cannot be written to {path}: {one_line(error)}; choose another --html") from error
+
+
+def page_of(view: BinView, family: Family, tiling: TilingPolicy) -> str:
+    """The page of a bin. view: with its turns; tiling: the dataset's."""
+    scale = _scale(view, tiling)
+    return _template().render(
+        view=view,
+        samples=[(sample, [_shown(image, tiling, scale) for image in sample.images]) for sample in view.samples],
+        role_class={role: f"role-{number % ROLE_COLOURS}" for number, role in enumerate(view.roles)},
+        tooltip=lambda sample, piece: _tooltip(sample, piece, family),
+        visible=visible,
+        family=type(family).__name__,
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("mmray", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("inspect.html.jinja")
+
+
+def _tooltip(sample: SampleView, piece: Piece, family: Family) -> str:
+    """Where a piece stands, its ids, and how the vocabulary writes them."""
+    if piece.is_run:
+        last = piece.start + len(piece.token_ids) - 1
+        places = f"bin {sample.start + piece.start}–{sample.start + last} · sample {piece.start}–{last}"
+        return f"{places} · id {piece.token_ids[0]} · {visible(piece.text)}"
+    tokens = family.tokenizer.convert_ids_to_tokens(list(piece.token_ids))
+    return "\n".join(
+        f"bin {sample.start + place} · sample {place} · id {token_id} · {visible(str(token))}"
+        for place, (token_id, token) in enumerate(zip(piece.token_ids, tokens), start=piece.start)
+    )
+
+
+def _scale(view: BinView, tiling: TilingPolicy) -> float:
+    """How much smaller all tiles are shown so that the page stays small."""
+    sizes = [
+        size
+        for sample in view.samples
+        for image in sample.images
+        for size in plan_tiles((image["width"], image["height"]), tiling).tile_sizes
+    ]
+    pixels, longest = sum(width * height for width, height in sizes), max(map(max, sizes), default=1)
+    return min(1.0, MAX_PICTURE_SIDE / longest, (MAX_PICTURE_PIXELS / max(pixels, 1)) ** 0.5)
+
+
+def _shown(image: dict[str, Any], tiling: TilingPolicy, scale: float) -> ShownImage:
+    size = image["width"], image["height"]
+    source = image["data"] if image["data"] is not None else image["uri"]
+    name, plan = describe_source(source), plan_tiles(size, tiling)
+    try:
+        tiles = render_tiles(source, plan, max_pixels=max(MAX_PIXELS, size[0] * size[1]))
+    except (RowError, UserError, OSError) as error:
+        return ShownImage(name, size, error=str(error))
+    pictures = tuple(
+        Picture(label or "", tile.size, _data_uri(tile, scale)) for label, tile in zip(plan.labels, tiles, strict=True)
+    )
+    columns, rows = plan.grid
+    on_page = len(pictures) - columns * rows
+    return ShownImage(
+        name,
+        size,
+        overview=pictures[:on_page],
+        tiles=pictures[on_page:],
+        columns=columns,
+        direction=tiling.reading_order,
+    )
+
+
+def _data_uri(tile: Image.Image, scale: float) -> str:
+    size = tuple(max(round(side * scale), 1) for side in tile.size)
+    smaller = tile if size == tile.size else tile.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    smaller.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

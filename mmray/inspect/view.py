@@ -1,0 +1,303 @@
+"""One bin as a person looks at it: samples, the turns of roles in them, and what each token is to the loss.
+
+Worked out once for every way of showing it. The labels are those of training: the same label maker, built from the
+setting the dataset was prepared with.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmray.errors import UserError
+from mmray.families import Family, family_of, load_processor
+from mmray.inspect.text import token_texts
+from mmray.masks.labels import IGNORE_INDEX, LossRule, segment_ids
+from mmray.masks.roles import RoleBoundary, role_keep_mask
+from mmray.masks.settings import Loss, RoleLoss, label_maker, loss_of_record
+from mmray.prepared import Bin, PreparedDataset
+from mmray.prepared.fingerprint import differences, processor_record
+
+
+class Mark(StrEnum):
+    """What a token is to the loss."""
+
+    TRAINED = "trained"
+    CONTEXT = "context"
+    """Read, and not trained."""
+    MEDIA = "media"
+    """There for an image: never trained."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is shown as one: a token, the tokens that make one character together, or a run of one media token.
+
+    start: place of its first token in the sample; text: as decoded; of a run, of one of its tokens.
+    """
+
+    start: int
+    token_ids: tuple[int, ...]
+    text: str
+    mark: Mark
+    is_run: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its text, and of a run the number of tokens: `[48 × <|image_pad|>]`."""
+        return f"[{len(self.token_ids):,} × {self.text}]" if self.is_run else self.text
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A stretch of a sample that belongs to one role, its start marker to its end marker; role None: to none."""
+
+    role: str | None
+    pieces: tuple[Piece, ...]
+
+    @property
+    def stretches(self) -> Iterator[tuple[Mark, list[Piece]]]:
+        """Its pieces, those of one mark together."""
+        return ((mark, list(pieces)) for mark, pieces in groupby(self.pieces, lambda piece: piece.mark))
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One sample of a bin. start: place of its first token in the bin; images: as in `prepared.schema.IMAGES`; trained
+    and turns: None and empty where no processor is at hand."""
+
+    id: str
+    source: str
+    rule: str
+    start: int
+    num_tokens: int
+    image_tokens: int
+    trained: int | None
+    images: tuple[dict[str, Any], ...]
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True)
+class BinView:
+    """One bin. token_capacity, visual_capacity: of every bin of the dataset; roles: all that may have turns."""
+
+    path: str
+    index: int
+    num_bins: int
+    bucket: str
+    num_tokens: int
+    visual_tokens: int
+    trained_tokens: int
+    token_capacity: int
+    visual_capacity: int
+    loss: str
+    roles: tuple[str, ...]
+    samples: tuple[SampleView, ...]
+
+    @property
+    def problem(self) -> str | None:
+        """One line where training would stop at this bin."""
+        counts = [sample.trained for sample in self.samples if sample.trained is not None]
+        if not counts or sum(counts) == self.trained_tokens:
+            return None
+        return (
+            f"{sum(counts):,} tokens train, {self.trained_tokens:,} when the dataset was prepared: training will stop "
+            "here. Prepare it anew with --replace"
+        )
+
+
+def view_bin(prepared: PreparedDataset, number: int, family: Family | None) -> BinView:
+    """A bin of a prepared dataset; without a family, its counts alone.
+
+    family: `family_of_prepared`. Raises UserError for a bin that is not there.
+    """
+    if not 0 <= number < len(prepared):
+        raise UserError(f"{prepared.path} has {len(prepared)} bins, counted from 0; there is no bin {number}")
+    record, shown = prepared.manifest["record"], prepared.bin(number)
+    loss = loss_of_record(record["loss"])
+    roles: tuple[str, ...] = ()
+    samples = tuple(_counts(shown))
+    if family is not None:
+        roles, samples = view_samples(shown, family, loss)
+    return BinView(
+        path=prepared.path,
+        index=number,
+        num_bins=len(prepared),
+        bucket=shown.bucket,
+        num_tokens=len(shown.input_ids),
+        visual_tokens=shown.visual_tokens,
+        trained_tokens=shown.trained_tokens,
+        token_capacity=record["packing"]["token_capacity"],
+        visual_capacity=record["packing"]["visual_capacity"],
+        loss=_described(loss, prepared),
+        roles=roles,
+        samples=samples,
+    )
+
+
+def view_samples(shown: Bin, family: Family, loss: Loss) -> tuple[tuple[str, ...], tuple[SampleView, ...]]:
+    """The roles that may have turns, and the samples of a bin with theirs."""
+    boundaries = turn_boundaries(loss, family)
+    roles = tuple(dict.fromkeys(boundary.role for boundary in boundaries))
+    return roles, tuple(_with_turns(tuple(_counts(shown)), shown, family, loss, boundaries))
+
+
+def family_of_prepared(
+    prepared: PreparedDataset, processor: str | None = None, *, trust_remote_code: bool = False
+) -> Family | None:
+    """The family of a prepared dataset; None where neither the caller nor the dataset names its processor.
+
+    processor: folder or hub name; default: where it was when the dataset was prepared. Raises UserError where it cannot
+    be loaded, and for another processor than the dataset's.
+    """
+    source = processor or prepared.manifest.get("processor_source")
+    if source is None:
+        return None
+    try:
+        loaded = load_processor(source, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        if processor is not None:
+            raise
+        raise UserError(f"{error}. {prepared.path} was prepared with it; say where it is now: --processor") from error
+    lines = differences(prepared.manifest["record"]["processor"], processor_record(loaded))
+    if lines:
+        raise UserError(f"{source} is not the processor that {prepared.path} was prepared with: {'; '.join(lines)}")
+    return family_of(loaded, tiled=prepared.tiling.is_tiled, model_type=prepared.manifest.get("model_type"))
+
+
+def turn_boundaries(loss: Loss, family: Family) -> tuple[RoleBoundary, ...]:
+    """The boundaries that turns are found by, whichever roles train: the job's, else the family's."""
+    own = loss.boundaries if isinstance(loss, RoleLoss) else None
+    return label_maker(RoleLoss(roles=(), boundaries=own, allow_empty=True), family).boundaries
+
+
+def _described(loss: Loss, prepared: PreparedDataset) -> str:
+    """The setting as the job file has it, and what each set of rows took its signal from."""
+    setting = loss if isinstance(loss, str) else json.dumps(loss.model_dump(mode="json", exclude_defaults=True))
+    sources = prepared.manifest.get("loss_sources", ())
+    return f"{setting} (by {', '.join(sources)})" if sources else setting
+
+
+def _counts(shown: Bin) -> Iterator[SampleView]:
+    """The samples without their tokens."""
+    start = 0
+    for number, num_tokens in enumerate(shown.sample_lengths.tolist()):
+        images = tuple(image for image in shown.images if image["sample"] == number)
+        yield SampleView(
+            id=shown.sample_ids[number],
+            source=shown.sample_sources[number],
+            rule=LossRule(int(shown.sample_rules[number])).name.lower(),
+            start=start,
+            num_tokens=num_tokens,
+            image_tokens=sum(image["num_tokens"] for image in images),
+            trained=None,
+            images=images,
+        )
+        start += num_tokens
+
+
+def _with_turns(
+    samples: Sequence[SampleView], shown: Bin, family: Family, loss: Loss, boundaries: Sequence[RoleBoundary]
+) -> Iterator[SampleView]:
+    blocks = [(image["first_token"], image["num_tokens"]) for image in shown.images]
+    given = shown.given if len(shown.given) else np.zeros(len(shown.input_ids), dtype=bool)
+    labels = label_maker(loss, family).of_arrays(
+        shown.input_ids, shown.sample_lengths, shown.sample_rules, given, blocks
+    )
+    trained = labels != IGNORE_INDEX
+    marks = np.asarray([Mark.CONTEXT, Mark.MEDIA, Mark.TRAINED], dtype=object)[
+        np.where(trained, 2, _is_media(shown, family))
+    ]
+    roles, turns = _roles_and_turns(shown, boundaries)
+    for number, sample in enumerate(samples):
+        own = slice(sample.start, sample.start + sample.num_tokens)
+        pieces = _pieces(shown.input_ids[own].tolist(), marks[own].tolist(), turns[own].tolist(), family)
+        if _is_document(shown.sample_rules[number], loss):
+            found = [Turn(None, tuple(pieces))]
+        else:
+            found = _turns(pieces, turns[own], roles)
+        yield replace(sample, trained=int(trained[own].sum()), turns=tuple(found))
+
+
+def _is_media(shown: Bin, family: Family) -> np.ndarray:
+    """Tokens that are there for an image, bool [L]: media tokens, and labels and line breaks between them."""
+    media = np.isin(shown.input_ids, family.media_token_ids)
+    for image in shown.images:
+        media[image["first_token"] : image["first_token"] + image["num_tokens"]] = True
+    return media
+
+
+def _is_document(rule: int, loss: Loss) -> bool:
+    """Whether a sample is no chat for sure: it trains whole and chats do not. What looks like a turn there is text."""
+    chats_train_whole = loss == "all" or (isinstance(loss, RoleLoss) and loss.train_on_inputs)
+    return rule == LossRule.ALL and not chats_train_whole
+
+
+def _roles_and_turns(shown: Bin, boundaries: Sequence[RoleBoundary]) -> tuple[list[str | None], np.ndarray]:
+    """The role of each turn, and the number of each token's turn, int64 [L]. A stretch between turns counts as one,
+    of the role None."""
+    ids = torch.from_numpy(shown.input_ids.astype(np.int64))
+    segments = segment_ids(torch.from_numpy(shown.sample_lengths.astype(np.int64)))
+    names = list(dict.fromkeys(boundary.role for boundary in boundaries))
+    whole = [replace(boundary, include_start=True) for boundary in boundaries]
+    inner = [replace(boundary, include_start=False) for boundary in boundaries]
+
+    def stretches(of: list[RoleBoundary], roles: list[str]) -> np.ndarray:
+        return role_keep_mask(ids, of, roles_to_train=roles, segment_ids=segments).numpy()
+
+    role = np.full(len(ids), -1)
+    for number, name in enumerate(names):
+        role[stretches(whole, [name])] = number
+    starts = (role >= 0) & ~stretches(inner, names)
+    changes = np.diff(role, prepend=-2) != 0
+    changes |= starts & ~np.concatenate([[False], starts[:-1]])
+    return [names[each] if each >= 0 else None for each in role[changes].tolist()], changes.cumsum() - 1
+
+
+def _pieces(ids: list[int], marks: list[Mark], turns: list[int], family: Family) -> list[Piece]:
+    """The pieces of one sample. No piece holds tokens of two marks or two turns."""
+    media, pieces = set(family.media_token_ids), []
+
+    def decode(token_ids: list[int]) -> str:
+        return str(family.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    start = 0
+    repeated = [(token_id, turn) if token_id in media else None for token_id, turn in zip(ids, turns)]
+    for repeats, group in groupby(range(len(ids)), lambda place: repeated[place]):
+        run = [ids[place] for place in group]
+        stop = start + len(run)
+        if repeats is not None:
+            text = family.tokenizer.convert_ids_to_tokens(run[0])
+            pieces.append(Piece(start, tuple(run), str(text), marks[start], is_run=len(run) > 1))
+        else:
+            for count, text in token_texts(run, decode, before=ids[max(start - 1, 0) : start]):
+                kinds = set(zip(marks[start : start + count], turns[start : start + count]))
+                if len(kinds) == 1:
+                    pieces.append(Piece(start, tuple(ids[start : start + count]), text, marks[start]))
+                else:
+                    pieces += [
+                        Piece(place, (ids[place],), decode([ids[place]]), marks[place])
+                        for place in range(start, start + count)
+                    ]
+                start += count
+        start = stop
+    return pieces
+
+
+def _turns(pieces: Sequence[Piece], turns: np.ndarray, roles: Sequence[str | None]) -> list[Turn]:
+    """The turns of a sample, each with the blank text after it that belongs to no role: what a template writes between
+    them. turns: of each token of the sample."""
+    found: list[Turn] = []
+    for number, group in groupby(pieces, lambda piece: int(turns[piece.start])):
+        turn = Turn(roles[number], tuple(group))
+        is_gap = turn.role is None and all(not piece.text.strip() for piece in turn.pieces)
+        if found and is_gap:
+            found[-1] = replace(found[-1], pieces=found[-1].pieces + turn.pieces)
+        else:
+            found.append(turn)
+    return found

@@ -1,0 +1,54 @@
+"""Warnings of processes whose output no one reads, in a file that someone does.
+
+What actors and training workers print stays in files of Ray on their own machines, and jobs show it only with
+--verbose. So these processes also append their warnings to one file in the run's folder, which the driver watches.
+A warning is never worth an error: one that cannot be written is lost.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+from pathlib import Path
+
+WARNINGS_FILE = "warnings.log"
+
+MOST_WARNINGS = 1000
+"""Warnings that one process writes at most."""
+
+
+def keep_warnings(path: str | Path) -> logging.Handler:
+    """Append mmray's warnings in this process to a file from now on, each message once; they are printed as before."""
+    log = logging.getLogger("mmray")
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())  # what Python does by itself while there is no handler
+    handler = _Appender(Path(path))
+    log.addHandler(handler)
+    return handler
+
+
+def read_warnings(path: str | Path, since: int = 0) -> list[str]:
+    """The lines of the file, from byte `since` on; none where there is no file."""
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(since)
+            return file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+class _Appender(logging.Handler):
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.WARNING)
+        self._path = path
+        self._seen: set[str] = set()
+        self.setFormatter(logging.Formatter(f"%(asctime)s {socket.gethostname()}:{os.getpid()} %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message in self._seen or len(self._seen) >= MOST_WARNINGS:
+            return
+        self._seen.add(message)
+        line = " ".join(self.format(record).split())
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")

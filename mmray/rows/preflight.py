@@ -1,0 +1,160 @@
+"""The first rows of each set of rows, encoded before any actor starts.
+
+They show what hours of training would not: a marker that stands nowhere, a template that marks nothing, a set of rows
+of which no token trains. Only a few rows are read, so that a mistake costs seconds; a rare role may be missing there
+by chance, and the message says what was looked at.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import numpy as np
+
+from mmray.errors import UserError
+from mmray.families import Family
+from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.masks.roles import RoleBoundary
+from mmray.masks.settings import Loss, LossSource, allows_empty
+from mmray.rows.encode import Encoder, Sample
+from mmray.rows.files import Piece
+from mmray.rows.read import RawRow, read_piece
+
+FIRST_ROWS = 64
+HEAD_TOKENS = 48
+
+log = logging.getLogger("mmray")
+
+
+def check_first_rows(
+    encoder: Encoder, labels: LabelMaker, pieces: Sequence[Piece], *, split: str, loss: Loss
+) -> list[LossSource]:
+    """Log for each set of rows what its loss comes from; returns these sources in order.
+
+    pieces: of all rows, in order; split: `train` or `eval`. Raises UserError, with the beginning of a row as the
+    tokenizer reads it, for a set whose first rows lack the markers of a role to train, or train no token. A set whose
+    first rows are all bad is not judged: they are rejected later, each with its reason.
+    """
+    for number, (dataset, source) in enumerate(zip(encoder.datasets, encoder.sources, strict=True)):
+        name = f"data.{split}[{number}] ({dataset.kind})"
+        log.info("%s: loss on %s", name, described(source, labels, encoder.ending_token_ids))
+        samples = [row for row in encoder.encode(first_rows(pieces, number)) if isinstance(row, Sample)]
+        if not samples:
+            continue
+        seen = _Seen(name, samples, encoder.family)
+        if source.rule == LossRule.ROLES:
+            seen.check_markers(labels)
+        if not allows_empty(loss):
+            seen.check_trained(labels)
+    return encoder.sources
+
+
+def first_rows(pieces: Iterable[Piece], dataset: int) -> list[RawRow]:
+    """The first rows of one set of rows."""
+    rows = (row for piece in pieces if piece.dataset == dataset for row in read_piece(piece))
+    return list(islice(rows, FIRST_ROWS))
+
+
+def sample_labels(samples: Sequence[Sample], labels: LabelMaker) -> list[np.ndarray]:
+    """The labels of each sample, int64 [n]."""
+    lengths = np.asarray([len(sample.input_ids) for sample in samples])
+    starts = lengths.cumsum() - lengths
+    given = [sample.given if sample.rule == LossRule.GIVEN else sample.input_ids < 0 for sample in samples]
+    made = labels.of_arrays(
+        np.concatenate([sample.input_ids for sample in samples]),
+        lengths,
+        np.asarray([sample.rule for sample in samples]),
+        np.concatenate(given),
+        np.concatenate([sample.blocks + [start, 0] for sample, start in zip(samples, starts)]),
+    )
+    return np.split(made, starts[1:])
+
+
+def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence[int]) -> str:
+    """What a source trains, with the ids of its markers."""
+    match source:
+        case LossSource.EVERY_TOKEN:
+            return "every token but media"
+        case LossSource.ROW:
+            return "what each row's sampled_mask or labels say"
+        case LossSource.TEMPLATE:
+            return f"what the chat template marks as generated, and what ends it: {list(ending_token_ids)}"
+        case LossSource.ANSWER:
+            return "what follows each row's prompt"
+        case LossSource.BOUNDARIES:
+            stops = f", stop {list(labels.stop_token_ids)}" if labels.stop_token_ids else ""
+            return f"the family's {_turns(labels, labels.roles_to_train[0])}{stops}"
+        case LossSource.ROLES:
+            turns = "; ".join(_turns(labels, role) for role in labels.roles_to_train) or "no turns"
+            return f"{turns} (train_on_eos: {labels.train_on_eos})"
+
+
+def _turns(labels: LabelMaker, role: str) -> str:
+    """`assistant turns, start [1, 3] or [1, 4], end [9]`."""
+    own = [boundary for boundary in labels.boundaries if boundary.role == role]
+    starts = " or ".join(str(list(start)) for start in dict.fromkeys(boundary.start for boundary in own))
+    ends = " or ".join(dict.fromkeys(_end(boundary) for boundary in own))
+    return f"{role} turns, start {starts}, end {ends}"
+
+
+def _end(boundary: RoleBoundary) -> str:
+    if boundary.until_next:
+        return "where the next turn starts"
+    return str(list(boundary.end)) if boundary.end else "of the sample"
+
+
+class _Seen:
+    """The good ones of the first rows of one set."""
+
+    def __init__(self, name: str, samples: Sequence[Sample], family: Family) -> None:
+        self.name, self.samples, self.family = name, samples, family
+
+    def check_markers(self, labels: LabelMaker) -> None:
+        for role in labels.roles_to_train:
+            own = [boundary for boundary in labels.boundaries if boundary.role == role]
+            opened = [boundary for boundary in own if self._has(boundary.start)]
+            if not opened:
+                self._refuse(
+                    f"no turn of role {role!r} begins in {self._rows}: its start "
+                    f"{self._markers(boundary.start for boundary in own)} is never found. "
+                    "Give its text in loss.boundaries, or train other roles"
+                )
+            ends = [boundary.end for boundary in opened]
+            if all(ends) and not any(map(self._has, ends)):
+                self._refuse(
+                    f"no turn of role {role!r} ends in {self._rows}: its end {self._markers(ends)} is never found. "
+                    "Give its text in loss.boundaries, or end: null for turns that go on to the sample's end"
+                )
+
+    def check_trained(self, labels: LabelMaker) -> None:
+        if not any((each != IGNORE_INDEX).any() for each in sample_labels(self.samples, labels)):
+            self._refuse(f"no token of {self._rows} trains; see `loss` in the job file, and the rows' roles or labels")
+
+    @property
+    def _rows(self) -> str:
+        return f"the first {len(self.samples)} good rows" if len(self.samples) > 1 else "the only good row looked at"
+
+    def _has(self, marker: Sequence[int]) -> bool:
+        return any(_holds(sample.input_ids, marker) for sample in self.samples)
+
+    def _markers(self, markers: Iterable[Sequence[int]]) -> str:
+        decode = self.family.tokenizer.decode
+        return " or ".join(f"{decode(list(ids))!r} {list(ids)}" for ids in dict.fromkeys(map(tuple, markers)))
+
+    def _refuse(self, problem: str) -> None:
+        sample = self.samples[0]
+        raise UserError(f"{self.name}: {problem}. Row {sample.id!r} begins {head(sample, self.family)!r}")
+
+
+def head(sample: Sample, family: Family) -> str:
+    """The beginning of a sample as text, each run of a media token as one."""
+    ids = sample.input_ids
+    repeats = np.isin(ids, family.media_token_ids)
+    repeats[1:] &= ids[1:] == ids[:-1]
+    repeats[:1] = False
+    return str(family.tokenizer.decode(ids[~repeats][:HEAD_TOKENS], skip_special_tokens=False))
+
+
+def _holds(ids: np.ndarray, marker: Sequence[int]) -> bool:
+    windows = np.lib.stride_tricks.sliding_window_view(ids, len(marker)) if len(ids) >= len(marker) else ids[:0, None]
+    return bool((windows == np.asarray(marker)).all(axis=1).any())

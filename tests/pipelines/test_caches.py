@@ -1,0 +1,142 @@
+"""The caches on a real Ray: they save opening images and change nothing else."""
+
+import json
+import logging
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmray.batch import Masked
+from mmray.config import Job, ResourceSettings, TileCacheSettings
+from mmray.errors import RowError, UserError
+from mmray.images import image_size
+from mmray.images.size_cache import SIZES, read_sizes
+from mmray.kept_warnings import read_warnings
+from mmray.loader import BatchMaker, BatchPlan
+from mmray.prepared import PreparedDataset
+from mmray.schedule import Schedule
+from pipelines.ingest import Ingest
+from pipelines.prepare import kept_sizes, prepare
+from tests.conftest import Inputs, RayHead
+from tests.mmray.preparing import blank_unseen
+
+ONE_SIZE = pa.table([[1], [2], [3], [4]], schema=SIZES)
+
+
+class Pages:
+    """The inputs in a folder of their own, to be spoiled."""
+
+    def __init__(self, inputs: Inputs, folder: Path) -> None:
+        self.inputs, self.folder = inputs, folder
+        shutil.copytree(inputs.folder / "data", folder / "data")
+
+    def job(self, name: str, **data: object) -> Job:
+        """A job with outputs of its own; data: settings of that part."""
+        content: dict[str, Any] = self.inputs.job(self.folder / name)
+        rows = self.folder / "data"
+        content["data"] = {
+            "train": [
+                {"files": str(rows / "pages.jsonl"), "kind": "pretrain"},
+                {"files": str(rows / "chat.jsonl"), "kind": "chat"},
+            ],
+            **data,
+        }
+        return Job.model_validate(content)
+
+    @property
+    def images(self) -> list[Path]:
+        """The sound ones."""
+        return sorted(self.folder.glob("data/**/train-*.*"))
+
+
+@pytest.fixture
+def pages(inputs: Inputs, tmp_path: Path) -> Pages:
+    return Pages(inputs, tmp_path)
+
+
+def content_of(dataset: PreparedDataset) -> dict[str, object]:
+    files = {path.name: path.read_bytes() for path in sorted(Path(dataset.path).glob("*.parquet"))}
+    return {**files, "fingerprint": dataset.fingerprint, "record": json.dumps(dataset.manifest["record"])}
+
+
+def test_the_size_cache_changes_nothing_and_a_second_prepare_opens_no_image(ray_head: RayHead, pages: Pages) -> None:
+    expected = content_of(prepare(pages.job("plain"), "train")[0])
+    cache = pages.folder / "cache" / "sizes.parquet"
+    with pytest.raises(UserError, match="on_bad_row"):
+        prepare(pages.job("strict", size_cache=str(cache), on_bad_row="error"), "train")
+    assert 0 < len(read_sizes(str(cache))) <= len(pages.images), "what was measured by then is kept"
+    job = pages.job("cached", size_cache=str(cache))
+    assert content_of(prepare(job, "train")[0]) == expected
+    assert len(read_sizes(str(cache))) == len(pages.images)
+
+    for path in pages.images:
+        blank_unseen(path)
+        with pytest.raises(RowError):
+            image_size(path)
+    written = cache.stat().st_mtime_ns
+    assert content_of(prepare(job, "train", replace=True)[0]) == expected, "no image was opened"
+    assert cache.stat().st_mtime_ns == written
+
+
+def test_a_size_cache_of_an_unknown_kind_stops_before_anything_is_deleted(
+    pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.prepare.PreparedWriter.clear", lambda _: pytest.fail("deleted"))
+    with pytest.raises(UserError, match="nosuch://sizes"):
+        prepare(pages.job("job", size_cache="nosuch://sizes"), "train", replace=True)
+
+
+def measure_and_end(uri: str, error: BaseException) -> None:
+    with kept_sizes(uri) as sizes:
+        assert len(sizes.known) == 0
+        sizes.measured.append(ONE_SIZE)
+        raise error
+
+
+@pytest.mark.parametrize("error", [UserError("wrong"), KeyboardInterrupt(), RuntimeError("a bug")])
+def test_sizes_are_kept_whatever_ends_a_prepare(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
+        measure_and_end(str(tmp_path), error)
+    with kept_sizes(str(tmp_path)) as sizes:
+        assert sizes.known.equals(ONE_SIZE)
+
+
+def test_a_size_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with caplog.at_level(logging.WARNING, "mmray"), kept_sizes(str(tmp_path / "file" / "cache")) as sizes:
+        sizes.measured.append(ONE_SIZE)
+    assert "it stays as it was" in caplog.messages[-1]
+
+
+def test_batches_from_the_tile_cache_are_the_same_and_warnings_reach_the_run(ray_head: RayHead, pages: Pages) -> None:
+    job = pages.job("ingest")
+    dataset, _ = prepare(job, "train")
+    plan = BatchPlan(
+        model_type=None, prepared=dataset.path, processor=job.model.processor_source, trust_remote_code=False,
+        loss=job.loss, schedule=Schedule(len(dataset), 2, seed=1, fingerprint=dataset.fingerprint), world_size=1,
+        micro_batch_bins=1,
+    )  # fmt: skip
+    folder, warnings = pages.folder / "tiles", pages.folder / "warnings.log"
+    cache = TileCacheSettings(folder=str(folder), max_gigabytes=1)
+    steps = plan.order.steps_per_epoch
+    expected = list(BatchMaker(plan, tile_cache=cache).steps(0, 0, steps))
+    entries = list(folder.glob("*/*.tiles"))
+    assert len(entries) == len(pages.images)
+    sound = [entry.read_bytes() for entry in entries]
+    entries[0].write_bytes(sound[0][:-1])
+    entries[1].unlink()
+
+    resources = ResourceSettings(render_actors=2, tile_cache=cache)
+    made = Ingest(BatchMaker(plan), resources, gpus=False, warnings=str(warnings))
+    (shard,) = made.split(0, steps)
+    for found, wanted in zip(made.receive(shard, 0, 0, steps), expected, strict=True):
+        for ours, theirs in zip(found, wanted, strict=True):
+            for field in fields(Masked):
+                np.testing.assert_array_equal(getattr(ours.masked, field.name), getattr(theirs.masked, field.name))
+    assert [entry.read_bytes() for entry in entries] == sound, "the actors filled the gaps"
+    assert {str(entries[0]) in line for line in read_warnings(warnings)} == {True}
