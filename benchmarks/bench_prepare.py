@@ -40,11 +40,11 @@ def run(sizes: tuple[int, int] = ROWS) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         pages = Pages(Path(folder))
         jobs = {rows: pages.job(f"rows-{rows}", pages.rows, rows, window_rows=WINDOW_ROWS) for rows in sizes}
-        pool = {rows: through_pool(job) for rows, job in jobs.items()}
-        ray, memory = {}, {}
+        pool, ray, memory = {}, {}, {}
         with local_ray():
             prepare(pages.job("warm", pages.rows, 64, window_rows=64), "train")
             for rows, job in jobs.items():
+                pool[rows] = through_pool(job)
                 with PeakMemory() as peak:
                     ray[rows] = through_ray(job)
                 memory[rows] = peak.megabytes
@@ -152,9 +152,8 @@ def of_row_groups(folder: Path, rows: int = 8_192, image_bytes: int = 4_096, chu
 
     def remembering() -> int:
         reader = RowReader()
-        return sum(
-            len(list(reader.read(Piece(0, path, "parquet", first, chunk_rows)))) for first in firsts
-        )  # fmt: skip
+        pieces = (Piece(0, path, "parquet", first, chunk_rows) for first in firsts)
+        return sum(len(list(reader.read(piece))) for piece in pieces)
 
     def whole_group() -> int:
         groups: Any = (pq.ParquetFile(path).read_row_group(0).slice(first, chunk_rows) for first in firsts)

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
+import ray.data  # sets the level of its own loggers when imported
 
 from mmray.config import Job
 from mmray.prepared import PreparedDataset, PreparedWriter
@@ -27,6 +30,7 @@ Row = dict[str, Any]
 @contextmanager
 def local_ray() -> Iterator[None]:
     """A Ray of this machine alone, for as long as the block runs."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.init("local", num_cpus=RAY_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
@@ -89,8 +93,6 @@ class Stages:
 
     def window(self, chunks: list[Chunk]) -> int:
         """Encodes, packs and writes one window; returns its rows."""
-        import pyarrow as pa
-
         self.pack(pa.concat_tables(pa.table(self.encode({"chunk": [chunk]})) for chunk in chunks))
         return sum(chunk.num_rows for chunk in chunks)
 

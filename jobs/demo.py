@@ -96,7 +96,7 @@ def summary(job: Job, killed_at: int, resumed_from: int) -> Table:
         ("prepared", job.prepared_path("train")),
         ("rejected rows", job.prepared_path("train") + "/rejected.parquet"),
         ("run", job.output.run),
-        ("look at a bin", f"mmray inspect {job.prepared_path('train')} --bin 0 --processor {job.model.processor}"),
+        ("look at a bin", f"mmray inspect {job.prepared_path('train')} --bin 0"),
         ("curves", f"tensorboard --logdir {job.output.run}"),
     ):
         table.add_row(name, path)

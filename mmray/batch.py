@@ -223,7 +223,7 @@ def packed_row(rendered: Rendered, device: torch.device) -> PackedRow:
     return PackedRow(
         input_ids=_tensor(rendered.input_ids).to(device, torch.int64),
         lengths=lengths,
-        segment_ids=segment_ids(lengths, _tensor(rendered.padding).to(device)),
+        segment_ids=segment_ids(lengths, _tensor(rendered.padding).to(device), total=len(rendered.input_ids)),
         tiles=tuple(
             Tile(sample, (width, height), tuple(islice(sizes, count)))
             for sample, width, height, count in rendered.tiles.tolist()
@@ -254,7 +254,7 @@ class MicroBatch:
         """The numbers of its bins, without empty ones."""
         return [int(number) for number in self.masked.bins]
 
-    def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
+    def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
         """The keyword arguments of the model's forward, on `device`; pixels and masks as `dtype`.
 
         config: the model's, with the attention implementation it runs.

@@ -120,12 +120,13 @@ def _table(token_ids: tuple[int, ...], device: torch.device) -> Tensor:
     return table.to(device)
 
 
-def segment_ids(lengths: Tensor, padding: Tensor | None = None) -> Tensor:
+def segment_ids(lengths: Tensor, padding: Tensor | None = None, *, total: int | None = None) -> Tensor:
     """0, 0, 1, 1, 1, … for samples of these lengths, int [samples]; int64 [L].
 
-    padding: bool [samples], True for what is no sample: its tokens are of PADDING_SEGMENT.
+    padding: bool [samples], True for what is no sample: its tokens are of PADDING_SEGMENT. total: L; without it a GPU
+    is waited for.
     """
     numbers = torch.arange(len(lengths), device=lengths.device)
     if padding is not None:
         numbers = numbers.masked_fill(padding, PADDING_SEGMENT)
-    return torch.repeat_interleave(numbers, lengths.to(torch.int64))
+    return torch.repeat_interleave(numbers, lengths.to(torch.int64), output_size=total)

@@ -23,6 +23,9 @@ def processor_record(processor: Any) -> dict[str, str]:
         key: value for key, value in processor.image_processor.to_dict().items() if not key.startswith("_")
     }
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    # What a processor knows besides its parts, such as patch sizes and the tokens of a picture.
+    settings = {name: value for name, value in vars(processor).items() if isinstance(value, (int, float, str))}
+    settings = {name: value for name, value in settings.items() if not name.startswith("_") and name != "chat_template"}
     calls = ("truncation", "padding")  # left there by whoever called the tokenizer last; mmray uses neither
     return {
         "class": type(processor).__name__,
@@ -30,7 +33,7 @@ def processor_record(processor: Any) -> dict[str, str]:
         "special_tokens": _hash(processor.tokenizer.special_tokens_map),
         "chat_template": _hash(processor.chat_template),
         "image_processor": _hash(image_settings),
-        "image_seq_len": str(getattr(processor, "image_seq_len", "")),
+        "settings": _hash(settings),
     }
 
 

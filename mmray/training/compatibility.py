@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import torch
 from transformers import PretrainedConfig
 
 from mmray.config import Job
@@ -44,8 +45,13 @@ def check_model(config: PretrainedConfig, family: Family) -> None:
 
 
 def check_attention(settings: ModelSettings) -> None:
-    """Raise UserError when the attention that is asked for is not installed."""
-    if settings.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+    """Raise UserError when the attention that is asked for is not installed on a machine with a GPU.
+
+    Others need not have it: rows are prepared, and drivers run, on CPU nodes. Workers fail where it is missing.
+    """
+    if settings.attention != "flash_attention_2" or not torch.cuda.is_available():
+        return
+    if importlib.util.find_spec("flash_attn") is None:
         raise UserError(
             "model.attention is flash_attention_2, and flash_attn is not installed; install it, or set sdpa"
         )

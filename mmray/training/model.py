@@ -73,9 +73,8 @@ def _read_config(settings: ModelSettings) -> PretrainedConfig:
         except ValueError as error:
             raise UserError(f"model.config: transformers knows no model_type {model_type!r}") from error
     source = Path(settings.path or settings.config or "")
-    folder = source.parent if source.is_file() else source
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a model configuration from {source}: {error}") from error
 

@@ -1,9 +1,14 @@
 """The edges of a job: exit codes and what is refused before anything starts."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from jobs import train
 from jobs.common import connect, run_main
 from mmray.errors import UserError
+from tests.conftest import Inputs
 
 
 def interrupted() -> None:
@@ -39,3 +44,20 @@ def test_exit_codes(
 def test_the_address_for_submitting_is_no_cluster_to_join() -> None:
     with pytest.raises(UserError, match=r"is the address for `ray job submit`"):
         connect("http://127.0.0.1:8265", cpus=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__processor": "/nowhere"}, "processor: no processor could be loaded"),
+        ({"model__config": {"model_type": "idefics3"}}, "processor: the model is a idefics3"),
+    ],
+)
+def test_a_job_that_does_not_fit_is_refused_before_ray_is_joined(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    """The cheap part of the doctor, before any worker takes a GPU."""
+    monkeypatch.setattr(train, "connect", lambda *_, **__: pytest.fail("Ray was joined"))
+    (tmp_path / "job.yaml").write_text(json.dumps(inputs.job(tmp_path, **changes)))
+    with pytest.raises(UserError, match=message):
+        train.main(tmp_path / "job.yaml", [])

@@ -65,8 +65,9 @@ def test_tokens_and_labels_are_those_of_the_processor(preparation, processor, te
     expected = processor(text=[prompt], images=[PICTURE] * count, suffix=[answer])
     packed = dataset.bin(0)
     assert packed.input_ids.tolist() == expected["input_ids"][0]
-    labels = micro_batch(prepared, dataset).labels[0]
-    assert labels.tolist() == expected["labels"][0].tolist()
+    batch = micro_batch(prepared, dataset)
+    assert batch.labels[0].tolist() == expected["labels"][0].tolist()
+    assert batch.masked.position_ids.tolist() == [list(range(1, len(packed.input_ids) + 1))]
     assert packed.trained_tokens == sum(expected["token_type_ids"][0])
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mmray.errors import UserError
 from mmray.families import FAMILIES, Tile, family_of
 from mmray.images import TilingPolicy, cut_tiles, plan_tiles
 from mmray.masks.labels import IGNORE_INDEX, LossRule
 from mmray.masks.settings import RoleLoss, label_maker
 from mmray.packing_settings import PackingSettings
+from mmray.prepared.fingerprint import processor_record
 from tests.mmray.families.zoo import ZOO
 from tests.mmray.noise import noise
 from tests.mmray.preparing import Preparation
@@ -195,3 +197,22 @@ def trained_text(family, loss, messages):
 def test_the_zoo_has_every_family():
     registered = {model_type for family in FAMILIES for model_type in family.model_types}
     assert registered <= {member.model_type for member in ZOO.values()}
+
+
+def test_settings_of_a_processor_that_change_a_picture_s_tokens_change_its_record(member, zoo_processor):
+    """A dataset prepared with one is not taken for that of the other."""
+    processor = zoo_processor(member.name)
+    numbers = [name for name, value in vars(processor).items() if type(value) is int and not name.endswith("_id")]
+    for name in numbers:
+        changed = copy.copy(processor)
+        setattr(changed, name, getattr(processor, name) * 2)
+        spans = [tokens_of(each, member.model_type) for each in (processor, changed)]
+        if spans[0] != spans[1]:
+            assert processor_record(changed) != processor_record(processor), name
+
+
+def tokens_of(processor, model_type):
+    try:
+        return family_of(processor, model_type=model_type).span((224, 224)).token_ids.tolist()
+    except (UserError, ValueError) as error:
+        return str(error)

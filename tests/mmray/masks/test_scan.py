@@ -182,6 +182,8 @@ class WaitsForDevice(TorchDispatchMode):
         assert name not in self.WAITING, name
         if name == "index":
             assert all(index.dtype == torch.int64 for index in args[1]), "an index that is a mask is counted first"
+        if name == "repeat_interleave":
+            assert (kwargs or {}).get("output_size") is not None, "how many is counted first"
         if name == "where":
             assert all(arg.dim() > 0 for arg in args), "a number is copied to the device first"
         return func(*args, **(kwargs or {}))

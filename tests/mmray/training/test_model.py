@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmray.errors import UserError
-from mmray.training.model import build_model
+from mmray.training.model import build_model, load_config
 from tests.mmray.training import tiny
 
 
@@ -61,3 +61,12 @@ def test_a_model_that_cannot_be_built(tmp_path: Path, config: dict[str, str] | s
         config = str(tmp_path / config)
     with pytest.raises(UserError, match=message):
         build_model(tiny.model_settings(config=config))
+
+
+def test_a_configuration_file_of_any_name_is_the_one_that_is_read(tmp_path) -> None:
+    for layers, name in ((2, "config.json"), (3, "larger.json")):
+        config = json.loads(json.dumps(tiny.TINY_QWEN2_VL))
+        config["text_config"]["num_hidden_layers"] = layers
+        (tmp_path / name).write_text(json.dumps(config))
+    found = [load_config(tiny.model_settings(config=str(tmp_path / name))) for name in ("config.json", "larger.json")]
+    assert [config.get_text_config().num_hidden_layers for config in found] == [2, 3]

@@ -1,0 +1,359 @@
+"""A training step on packed rows against the same samples in padded batches: tokens per second and peak memory.
+
+The samples are pages to transcribe and chats about pages (../shared/data, else synthetic ones), in random order. Both
+ways may put `CAPACITY` tokens into one forward pass. Padded batches have as many rows as fit if all were the longest,
+for who does not know lengths beforehand; each is padded to its own longest. Packed rows are made as for any job. Both
+run the forward and the backward pass of all samples with gradients of the summed loss, compute logits only where some
+row trains, and find their inputs on the device.
+
+The model is a Qwen2-VL with random weights, small where there is no GPU. Its vocabulary has only the tokens that occur:
+else most of a small model's time would be logits. Losses are compared in fp32; a GPU is timed in bf16. Memory is what a
+step holds at most beside weights and inputs: on the CPU by the allocations that torch's profiler lists, on a GPU by
+torch's own count.
+"""
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.profiler import ProfilerActivity, profile
+from transformers import PretrainedConfig
+
+from benchmarks.common import Result, best_seconds
+from mmray.batch import MicroBatch, Place, mask, render
+from mmray.families import family_of, load_processor
+from mmray.images import TilingPolicy, load_image
+from mmray.masks.labels import IGNORE_INDEX
+from mmray.masks.settings import RoleLoss, label_maker
+from mmray.packing_settings import PackingSettings
+from mmray.prepared.dataset import window_bins
+from mmray.prepared.window import pack_window, samples_table
+from mmray.rows.encode import Encoder, Sample
+from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.read import read_piece
+from mmray.rows.settings import DataSettings
+from mmray.synthetic.models import small_config
+from mmray.synthetic.pages import write_pages
+from mmray.synthetic.processors import write_processor
+from mmray.training.loss import packed_loss_sum
+from mmray.training.model import build_model
+from mmray.training.settings import ModelSettings
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+LONGEST = 4096
+"""Samples with more tokens are left out."""
+ROW_TOKENS = 2048
+"""What a sample has on average, about."""
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
+REPEATS = 2
+WHOLE = TilingPolicy()
+CPU = torch.device("cpu")
+
+Inputs = dict[str, Tensor]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much a device is given."""
+
+    num_samples: int
+    token_capacity: int
+    """Of a bin."""
+    text: dict[str, int]
+    vision: dict[str, int]
+    dtype: torch.dtype
+    """For times and memory."""
+
+
+CPU_SCALE = Scale(
+    num_samples=6,
+    token_capacity=4096,
+    text={
+        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    vision={"depth": 1, "embed_dim": 64, "num_heads": 1, "mlp_ratio": 2},
+    dtype=torch.float32,
+)  # fmt: skip
+GPU_SCALE = Scale(
+    num_samples=64,
+    token_capacity=8192,
+    text={
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 8, "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    vision={"depth": 8, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
+    dtype=torch.bfloat16,
+)  # fmt: skip
+"""The widths of Qwen2-VL-2B, a quarter of its layers."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of one forward pass, with its labels, int64 [rows, L]."""
+
+    inputs: Inputs
+    labels: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        inputs = {name: _to(value, device, dtype) for name, value in self.inputs.items()}
+        return Batch(inputs, self.labels.to(device))
+
+
+def _to(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+class Samples:
+    """Encoded rows, and both ways to batch them."""
+
+    def __init__(self, folder: Path, scale: Scale) -> None:
+        if SHARED.is_dir():
+            self.name, root, self.processor = "shared pages and chats", SHARED, SHARED / "processors/qwen2-vl"
+            files = SHARED / "pages.jsonl", SHARED / "chat.jsonl"
+        else:
+            pages = write_pages(folder / "pages", 40)
+            self.name, root, self.processor = "synthetic pages and chats", pages.folder, folder / "processor"
+            write_processor(self.processor, "qwen2_vl")
+            files = pages.pages.path, pages.chat.path
+        self.family = family_of(load_processor(self.processor))
+        self.labels = label_maker(RoleLoss(), self.family)
+        self.packing = PackingSettings(token_capacity=scale.token_capacity, visual_capacity=scale.token_capacity)
+        usable = [sample for sample in self._encoded(files, root) if len(sample.input_ids) <= LONGEST]
+        self.lengths = shuffled([len(sample.input_ids) for sample in usable])
+        self.samples = shuffled(spread(usable, scale.num_samples))
+
+    def _encoded(self, files: Sequence[Path], root: Path) -> list[Sample]:
+        data = DataSettings.model_validate({
+            "train": [
+                {"files": str(file), "kind": kind, "image_root": str(root)}
+                for file, kind in zip(files, ("pretrain", "chat"), strict=True)
+            ]
+        })  # fmt: skip
+        chunks = plan_chunks(source_files(data.train), window_rows=512, chunk_rows=512)
+        rows = [row for chunk in chunks for piece in chunk.pieces for row in read_piece(piece)]
+        encoder = Encoder(data, data.train, self.family, WHOLE, self.packing)
+        return [sample for sample in encoder.encode(rows) if isinstance(sample, Sample)]
+
+    @property
+    def rows(self) -> int:
+        """Of a padded batch."""
+        return self.packing.token_capacity // ROW_TOKENS
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.input_ids) for sample in self.samples)
+
+    def vocabulary(self) -> Tensor:
+        """The token ids that occur, and those that a configuration names, ascending: their places are the new ids."""
+        named = [*self.family.media_token_ids, *self.family.tokenizer.all_special_ids]
+        return torch.from_numpy(np.unique(np.concatenate([*(each.input_ids for each in self.samples), named])))
+
+    def config(self, scale: Scale) -> PretrainedConfig:
+        """Of a model of this scale with that vocabulary."""
+        vocabulary = self.vocabulary()
+        whole = small_config("qwen2_vl", self.processor).to_dict()
+
+        def renumbered(values: dict[str, Any]) -> dict[str, Any]:
+            ids = {name: value for name, value in values.items() if name.endswith("_token_id") and value is not None}
+            return {name: int(torch.searchsorted(vocabulary, value)) for name, value in ids.items()}
+
+        text = scale.text | renumbered(whole["text_config"]) | {"vocab_size": len(vocabulary)}
+        config = small_config(
+            "qwen2_vl", self.processor, text_config=text, vision_config=scale.vision, **renumbered(whole)
+        )  # fmt: skip
+        config._attn_implementation = "sdpa"
+        return config
+
+    def packed(self, config: PretrainedConfig) -> list[Batch]:
+        bins = window_bins(pack_window(samples_table(self.samples), self.packing, self.labels))
+        batches = []
+        for number, each in enumerate(bins):
+            rendered = render([each], Place(0, 0, number), self.family, WHOLE)
+            batch = MicroBatch(mask(rendered, self.family, self.labels, CPU), self.family)
+            batches.append(self._renumbered(batch.model_inputs(CPU, torch.float32, config), batch.labels))
+        return batches
+
+    def padded(self) -> list[Batch]:
+        starts = range(0, len(self.samples), self.rows)
+        return [self._padded(self.samples[start : start + self.rows]) for start in starts]
+
+    def _padded(self, samples: Sequence[Sample]) -> Batch:
+        """What the processor makes of some samples with `padding=True`."""
+        ids = [torch.from_numpy(sample.input_ids).long() for sample in samples]
+        labels = [self._labels(sample) for sample in samples]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.family.padding_id)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
+            "mm_token_type_ids": (input_ids == self.family.image_token_id).int(),
+        }
+        pictures = [load_image(image.uri) for sample in samples for image in sample.images]
+        if pictures:
+            inputs |= self.family.processor.image_processor(pictures, return_tensors="pt")
+        return self._renumbered(inputs, pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX))
+
+    def _labels(self, sample: Sample) -> Tensor:
+        count = len(sample.input_ids)
+        given = sample.given if len(sample.given) else np.zeros(count, dtype=bool)
+        lengths, rules = np.asarray([count]), np.asarray([sample.rule])
+        return torch.from_numpy(self.labels.of_arrays(sample.input_ids, lengths, rules, given, sample.blocks))
+
+    def _renumbered(self, inputs: Inputs, labels: Tensor) -> Batch:
+        vocabulary = self.vocabulary()
+        numbers = torch.searchsorted(vocabulary, labels).where(labels != IGNORE_INDEX, IGNORE_INDEX)
+        return Batch(inputs | {"input_ids": torch.searchsorted(vocabulary, inputs["input_ids"])}, numbers)
+
+
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """So many of the samples, of lengths that are spread as those of all."""
+    by_length = sorted(samples, key=lambda sample: len(sample.input_ids))
+    count = min(count, len(by_length))
+    return [by_length[(2 * number + 1) * len(by_length) // (2 * count)] for number in range(count)]
+
+
+def shuffled(values: Iterable[Value]) -> list[Value]:
+    values = list(values)
+    random.Random(0).shuffle(values)
+    return values
+
+
+def padded_tokens(lengths: Sequence[int], rows: int) -> int:
+    """Tokens of all batches of so many rows, each as long as its longest."""
+    batches = [lengths[start : start + rows] for start in range(0, len(lengths), rows)]
+    return sum(len(batch) * max(batch) for batch in batches)
+
+
+# -------------------------------------------------------------------- a step
+
+
+def loss_sum(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """`packed_loss_sum`; for several rows the same, with logits for all rows at the positions that any row trains."""
+    if len(batch.labels) == 1:
+        return packed_loss_sum(model, batch.inputs, batch.labels)
+    targets = batch.labels[:, 1:]
+    positions = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+    logits = model(**batch.inputs, use_cache=False, logits_to_keep=positions).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), targets[:, positions].flatten(), reduction="sum")
+
+
+def step(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
+    """Forward and backward of all batches; returns the sum of their losses when all is done."""
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        loss = loss_sum(model, batch)
+        loss.backward()
+        total = total.to(loss.device) + loss.detach().double()
+    return float(total)
+
+
+def gradient(model: torch.nn.Module) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+def check_equal(model: torch.nn.Module, ways: Mapping[str, Sequence[Batch]]) -> str:
+    """Raises AssertionError where the ways differ in loss or gradients, in fp32; returns by how much they do."""
+    losses, gradients = [], []
+    for batches in ways.values():
+        losses.append(step(model, batches))
+        gradients.append(gradient(model))
+    loss = abs(losses[0] / losses[1] - 1)
+    slope = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    said = f"losses differ by {loss:.0e}, gradients by {slope:.0e}"
+    if not (loss < LOSS_TOLERANCE and slope < GRADIENT_TOLERANCE):
+        raise AssertionError(f"packed and padded are not the same: {said} of themselves")
+    return said
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """What torch holds at most during some work, beside what it holds before."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profiled.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    return int(np.cumsum([number for _, number in memory]).max())
+
+
+# -------------------------------------------------------------------- results
+
+
+def run() -> list[Result]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scale = GPU_SCALE if device.type == "cuda" else CPU_SCALE
+    with tempfile.TemporaryDirectory() as folder:
+        samples = Samples(Path(folder), scale)
+        config = samples.config(scale)
+        ways = {"packed": samples.packed(config), "padded": samples.padded()}
+    model = build_model(ModelSettings(config=config.to_dict(), dtype="fp32", attention="sdpa"), device=device)
+    ways = {way: [batch.to(device, torch.float32) for batch in batches] for way, batches in ways.items()}
+    equal = check_equal(model, ways)
+    model.to(scale.dtype)
+    ways = {way: [batch.to(device, scale.dtype) for batch in batches] for way, batches in ways.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(REPEATS):
+        for way, batches in ways.items():
+            seconds[way].append(best_seconds(partial(step, model, batches), 1))
+    model.zero_grad(set_to_none=True)
+    peaks = {}
+    for way, batches in ways.items():
+        peaks[way] = peak_bytes(partial(step, model, batches)) / 1e6
+        model.zero_grad(set_to_none=True)
+    return results(samples, ways, {way: min(each) for way, each in seconds.items()}, peaks, equal)
+
+
+def results(
+    samples: Samples, ways: Mapping[str, Sequence[Batch]], seconds: Mapping[str, float], peaks: Mapping[str, float],
+    equal: str,
+) -> list[Result]:  # fmt: skip
+    speed = {way: samples.num_tokens / each for way, each in seconds.items()}
+    computed = {way: sum(batch.labels.numel() for batch in batches) for way, batches in ways.items()}
+    padding = {way: 1 - samples.num_tokens / count for way, count in computed.items()}
+    where = "the GPU" if torch.cuda.is_available() else "the CPU"
+    capacity, rows = samples.packing.token_capacity, samples.rows
+    data = f"{len(samples.samples)} {samples.name}"
+    of_all = padded_tokens(samples.lengths, rows)
+    return [
+        Result(
+            name=f"tokens per second of a step, packed against padded: {data}",
+            ratio=speed["packed"] / speed["padded"],
+            explanation=f"{speed['packed']:,.0f} a second against {speed['padded']:,.0f} on {where}, sdpa, "
+            f"padding not counted; {equal}",
+        ),
+        Result(
+            name=f"peak memory of a step, padded against packed: {data}",
+            ratio=peaks["padded"] / peaks["packed"],
+            explanation=f"{peaks['packed']:,.0f} MB in rows of up to {capacity:,} tokens against "
+            f"{peaks['padded']:,.0f} in batches of {rows} samples, beside weights and inputs",
+        ),
+        Result(
+            name=f"tokens computed in a step, padded against packed: {data}",
+            ratio=computed["padded"] / computed["packed"],
+            explanation=f"{padding['padded']:.1%} of them padding against {padding['packed']:.1%}",
+        ),
+        Result(
+            name=f"tokens computed, padded against packed: all {len(samples.lengths)} {samples.name}",
+            ratio=of_all / sum(samples.lengths),
+            explanation=f"{1 - sum(samples.lengths) / of_all:.1%} of them padding in batches of {rows} samples, none "
+            "in packed rows",
+        ),
+    ]

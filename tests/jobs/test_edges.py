@@ -1,0 +1,62 @@
+"""What the driver shows of a run and refuses of a job, without a cluster."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.common import check_outputs
+from jobs.train import _Watch
+from mmray.config import Job
+from mmray.errors import UserError
+from mmray.kept_warnings import WARNINGS_FILE
+from mmray.training.metrics import METRICS_FILE
+from tests.mmray.test_docs_jobs import LEAST
+
+LINE = {"step": 3, "loss": 1.5, "tokens": 100, "step_seconds": 1.0}
+
+
+def test_warnings_of_actors_are_counted_and_the_last_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of this run; not what an earlier one left."""
+    warnings = tmp_path / WARNINGS_FILE
+    warnings.write_text("an old one\n")
+    with caplog.at_level(logging.WARNING, "mmray"), _Watch("job", tmp_path, 3):
+        with warnings.open("a") as file:
+            file.write("one\ntwo\n")
+        (tmp_path / METRICS_FILE).write_text(json.dumps(LINE) + "\n")
+    assert "warnings: 2" in capsys.readouterr().err
+    assert caplog.messages == [f"{warnings}: 2 warnings, the last: two"]
+
+
+def test_a_run_without_warnings_says_nothing_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with _Watch("job", tmp_path, 3):
+        (tmp_path / METRICS_FILE).write_text(json.dumps(LINE) + "\n")
+    assert "3/3 steps" in (shown := capsys.readouterr().err)
+    assert "warnings" not in shown
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value", "remedy"),
+    [
+        ("output", "run", "out/run", "that all nodes share"),
+        ("data", "size_cache", "out/sizes", "that all nodes share"),
+        ("resources", "tile_cache", {"folder": "out/tiles", "max_gigabytes": 1}, "on each node's own disk"),
+    ],
+)
+def test_places_in_the_copy_of_a_submitted_checkout_are_refused(
+    part: str, setting: str, value: object, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    content = yaml.safe_load(LEAST.replace("out/", f"{tmp_path}/"))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    check_outputs(Job.model_validate(content))
+    here = str(Path.cwd())
+    content[part][setting] = yaml.safe_load(yaml.safe_dump(value).replace("out/", f"{here}/out/"))
+    with pytest.raises(UserError, match=rf"^{part}\.{setting}.* 'out/\w+' is relative: .*{remedy}$"):
+        check_outputs(Job.model_validate(content))
