@@ -60,7 +60,7 @@ def _row(family: type[Family], member: Member, outcomes: Outcomes) -> str:
 def _cell(member: Member, claim: str, found: list[str]) -> str:
     needs = member.needs + (member.model_needs if claim == "packing" else ())
     if needs:  # the same table whether or not they are installed
-        return f"unverified (needs {', '.join(needs)})"
+        return f"with {', '.join(needs)}"
     return "yes" if found and set(found) == {"passed"} else "**no**"
 
 
