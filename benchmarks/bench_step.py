@@ -1,20 +1,22 @@
 """A training step on packed rows against the same samples in padded batches: tokens per second and peak memory.
 
-The samples are pages to transcribe and chats about pages (../shared/data, else synthetic ones), in random order. Both
-ways may put `CAPACITY` tokens into one forward pass. Padded batches have as many rows as fit if all were the longest,
-for who does not know lengths beforehand; each is padded to its own longest. Packed rows are made as for any job. Both
-run the forward and the backward pass of all samples with gradients of the summed loss, compute logits only where some
-row trains, and find their inputs on the device.
+The samples are pages to transcribe and chats about pages (../shared/data, else synthetic ones), in random order.
+Packed rows are made as for any job. Padded batches have as many rows as the same number of tokens holds on average,
+each row filled up to the longest of its batch, as the processor does it. Both ways run forward and backward of all
+samples for the sum of their losses, make logits only at positions that some row trains, and find their inputs on the
+device. Loss and gradients are the same, or the benchmark fails.
 
-The model is a Qwen2-VL with random weights, small where there is no GPU. Its vocabulary has only the tokens that occur:
-else most of a small model's time would be logits. Losses are compared in fp32; a GPU is timed in bf16. Memory is what a
-step holds at most beside weights and inputs: on the CPU by the allocations that torch's profiler lists, on a GPU by
-torch's own count.
+The model is a Qwen2-VL with random weights, small where there is no GPU, and wide for its depth: in a narrow one
+attention would outweigh all else. Its vocabulary has only the tokens that occur: of all 150,000 the logits would be
+most of a small model's time. Peak memory is what torch holds at most beside weights and inputs, in fp32: on the CPU by
+the allocations that its profiler lists, on a GPU by its own count. Time is CPU time of one thread, on a GPU the clock's
+in bf16.
 """
 
 import json
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig
 
+from benchmarks.bench_lengths import one_thread
 from benchmarks.common import Result, best_seconds
 from mmray.batch import MicroBatch, Place, mask, render
 from mmray.families import family_of, load_processor
@@ -52,10 +55,7 @@ from mmray.training.settings import ModelSettings
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 LONGEST = 4096
 """Samples with more tokens are left out."""
-ROW_TOKENS = 2048
-"""What a sample has on average, about."""
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
-REPEATS = 2
 WHOLE = TilingPolicy()
 CPU = torch.device("cpu")
 
@@ -73,11 +73,13 @@ class Scale:
     text: dict[str, int]
     vision: dict[str, int]
     dtype: torch.dtype
-    """For times and memory."""
+    """For times."""
+    repeats: int
+    """After one step in fp32, which is not timed."""
 
 
 CPU_SCALE = Scale(
-    num_samples=6,
+    num_samples=4,
     token_capacity=4096,
     text={
         "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -85,6 +87,7 @@ CPU_SCALE = Scale(
     },
     vision={"depth": 1, "embed_dim": 64, "num_heads": 1, "mlp_ratio": 2},
     dtype=torch.float32,
+    repeats=1,
 )  # fmt: skip
 GPU_SCALE = Scale(
     num_samples=64,
@@ -95,6 +98,7 @@ GPU_SCALE = Scale(
     },
     vision={"depth": 8, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
     dtype=torch.bfloat16,
+    repeats=5,
 )  # fmt: skip
 """The widths of Qwen2-VL-2B, a quarter of its layers."""
 
@@ -149,7 +153,7 @@ class Samples:
     @property
     def rows(self) -> int:
         """Of a padded batch."""
-        return self.packing.token_capacity // ROW_TOKENS
+        return max(2, self.packing.token_capacity * len(self.lengths) // sum(self.lengths))
 
     @property
     def num_tokens(self) -> int:
@@ -263,22 +267,31 @@ def gradient(model: torch.nn.Module) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
-def check_equal(model: torch.nn.Module, ways: Mapping[str, Sequence[Batch]]) -> str:
-    """Raises AssertionError where the ways differ in loss or gradients, in fp32; returns by how much they do."""
-    losses, gradients = [], []
-    for batches in ways.values():
-        losses.append(step(model, batches))
-        gradients.append(gradient(model))
-    loss = abs(losses[0] / losses[1] - 1)
-    slope = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
-    said = f"losses differ by {loss:.0e}, gradients by {slope:.0e}"
-    if not (loss < LOSS_TOLERANCE and slope < GRADIENT_TOLERANCE):
-        raise AssertionError(f"packed and padded are not the same: {said} of themselves")
-    return said
+@dataclass(frozen=True)
+class Measured:
+    """One step in fp32. peak_bytes: what torch held at most, beside what it held before."""
+
+    loss: float
+    gradient: Tensor
+    peak_bytes: int
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, batches: Sequence[Batch]) -> "Measured":
+        losses: list[float] = []
+        model.zero_grad(set_to_none=True)
+        peak = peak_bytes(lambda: losses.append(step(model, batches)))
+        whole = gradient(model)
+        model.zero_grad(set_to_none=True)
+        return cls(losses[0], whole, peak)
+
+    def differences(self, other: "Measured") -> tuple[float, float]:
+        """Of loss and gradients, relative to the other's."""
+        slope = (self.gradient - other.gradient).norm() / other.gradient.norm()
+        return abs(self.loss / other.loss - 1), float(slope)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """What torch holds at most during some work, beside what it holds before."""
+    """What torch holds at most during some work, beside what it holds before; this must not be freed by it."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -298,6 +311,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def run() -> list[Result]:
+    with one_thread():
+        return on_this_machine()
+
+
+def on_this_machine() -> list[Result]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale = GPU_SCALE if device.type == "cuda" else CPU_SCALE
     with tempfile.TemporaryDirectory() as folder:
@@ -306,19 +324,19 @@ def run() -> list[Result]:
         ways = {"packed": samples.packed(config), "padded": samples.padded()}
     model = build_model(ModelSettings(config=config.to_dict(), dtype="fp32", attention="sdpa"), device=device)
     ways = {way: [batch.to(device, torch.float32) for batch in batches] for way, batches in ways.items()}
-    equal = check_equal(model, ways)
+    measured = {way: Measured.of(model, batches) for way, batches in ways.items()}
+    loss, slope = measured["packed"].differences(measured["padded"])
+    equal = f"losses differ by {loss:.0e}, gradients by {slope:.0e}"
+    if not (loss < LOSS_TOLERANCE and slope < GRADIENT_TOLERANCE):
+        raise AssertionError(f"packed and padded are not the same: {equal}")
     model.to(scale.dtype)
     ways = {way: [batch.to(device, scale.dtype) for batch in batches] for way, batches in ways.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(REPEATS):
-        for way, batches in ways.items():
-            seconds[way].append(best_seconds(partial(step, model, batches), 1))
-    model.zero_grad(set_to_none=True)
-    peaks = {}
-    for way, batches in ways.items():
-        peaks[way] = peak_bytes(partial(step, model, batches)) / 1e6
-        model.zero_grad(set_to_none=True)
-    return results(samples, ways, {way: min(each) for way, each in seconds.items()}, peaks, equal)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    seconds = {
+        way: best_seconds(partial(step, model, batches), scale.repeats, clock=clock) for way, batches in ways.items()
+    }
+    peaks = {way: each.peak_bytes / 1e6 for way, each in measured.items()}
+    return results(samples, ways, seconds, peaks, equal)
 
 
 def results(
@@ -328,7 +346,7 @@ def results(
     speed = {way: samples.num_tokens / each for way, each in seconds.items()}
     computed = {way: sum(batch.labels.numel() for batch in batches) for way, batches in ways.items()}
     padding = {way: 1 - samples.num_tokens / count for way, count in computed.items()}
-    where = "the GPU" if torch.cuda.is_available() else "the CPU"
+    where = "the GPU" if torch.cuda.is_available() else "one CPU thread"
     capacity, rows = samples.packing.token_capacity, samples.rows
     data = f"{len(samples.samples)} {samples.name}"
     of_all = padded_tokens(samples.lengths, rows)
@@ -343,7 +361,8 @@ def results(
             name=f"peak memory of a step, padded against packed: {data}",
             ratio=peaks["padded"] / peaks["packed"],
             explanation=f"{peaks['packed']:,.0f} MB in rows of up to {capacity:,} tokens against "
-            f"{peaks['padded']:,.0f} in batches of {rows} samples, beside weights and inputs",
+            f"{peaks['padded']:,.0f} in batches of {len(ways['padded'][0].labels)} samples, beside "
+            "weights and inputs",
         ),
         Result(
             name=f"tokens computed in a step, padded against packed: {data}",

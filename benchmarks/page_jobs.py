@@ -79,9 +79,7 @@ class Pages:
 def windows(job: Job) -> list[list[Chunk]]:
     """The chunks of each window of a job's training rows."""
     packing = job.packing
-    chunks = plan_chunks(
-        source_files(job.data.train), window_rows=packing.window_rows, chunk_rows=packing.chunk_rows
-    )  # fmt: skip
+    chunks = plan_chunks(source_files(job.data.train), window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
     return [list(group) for _, group in itertools.groupby(chunks, key=lambda chunk: chunk.window)]
 
 

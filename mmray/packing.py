@@ -21,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
-from numba import njit
+
+from mmray.compiled import compiled
 
 _MAX_CAPACITY = 2**31 - 1
 _NUM_LEVELS = 15
@@ -140,7 +141,7 @@ def _levels(visual: np.ndarray) -> np.ndarray:
 # always finds one.
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _first_fit(
     sizes: np.ndarray,
     order: np.ndarray,
@@ -169,7 +170,7 @@ def _first_fit(
     return bin_of_item
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _first_with_room(tree: np.ndarray, level: int, tokens: int, visual: int, allowance: int) -> tuple[int, int]:
     """The first leaf that holds the item, and the steps taken; leaf 0 if the allowance ended before."""
     leaves, most_visual = len(tree) // 2, tree.shape[1] - 1
@@ -187,7 +188,7 @@ def _first_with_room(tree: np.ndarray, level: int, tokens: int, visual: int, all
     return 0, steps
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _first_certain(tree: np.ndarray, level: int, tokens: int) -> int:
     """The first leaf with room for tokens and for the whole visual level."""
     node = 1
@@ -198,7 +199,7 @@ def _first_certain(tree: np.ndarray, level: int, tokens: int) -> int:
     return node
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _take_room(tree: np.ndarray, leaf: int, levels: np.ndarray, token_room: int, visual_room: int) -> None:
     """Set a leaf's room, and that of the nodes above as far as it changes them."""
     for k in range(len(levels)):
@@ -214,7 +215,7 @@ def _take_room(tree: np.ndarray, leaf: int, levels: np.ndarray, token_room: int,
         node >>= 1
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _full_tree(leaves: int, num_levels: int, capacity: np.ndarray) -> np.ndarray:
     tree = np.empty((2 * leaves, num_levels + 1), dtype=np.int32)
     tree[:, :num_levels] = capacity[0]
@@ -222,7 +223,7 @@ def _full_tree(leaves: int, num_levels: int, capacity: np.ndarray) -> np.ndarray
     return tree
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _doubled(tree: np.ndarray, num_levels: int, capacity: np.ndarray) -> np.ndarray:
     """The tree as the left half of one with as many unopened bins to its right."""
     doubled = _full_tree(len(tree), num_levels, capacity)

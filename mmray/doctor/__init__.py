@@ -5,10 +5,25 @@
 
 from collections.abc import Generator, Iterator
 
+import torch
+from transformers import PretrainedConfig
+
 from mmray.config import Job
-from mmray.doctor.findings import Finding, Status, as_json, as_table, failed, has_failed, passed
+from mmray.doctor.findings import (
+    Finding,
+    Status,
+    as_json,
+    as_table,
+    failed,
+    failed_by,
+    guarded,
+    has_failed,
+    not_applicable,
+    passed,
+)
 from mmray.doctor.model import examine_model
 from mmray.doctor.rows import FirstRows, examine_rows
+from mmray.doctor.weights import CHECK as WEIGHTS
 from mmray.doctor.weights import examine_weights
 from mmray.errors import UserError
 from mmray.families import Family, load_family
@@ -20,9 +35,7 @@ __all__ = ["Finding", "FirstRows", "Status", "as_json", "as_table", "examine", "
 
 def examine_settings(job: Job) -> Iterator[Finding]:
     """The checks of a job's settings: no row is read, no model built."""
-    family = yield from _family(job)
-    if family is not None:
-        yield from _fit(job, family)
+    yield from _settings(job)
 
 
 def examine(job: Job) -> Iterator[Finding | FirstRows]:
@@ -30,26 +43,30 @@ def examine(job: Job) -> Iterator[Finding | FirstRows]:
 
     A check that needs what another one failed to give is left out.
     """
-    family = yield from _family(job)
-    if family is None:
+    known = yield from _settings(job)
+    if known is None:
         return
-    yield from _fit(job, family)
+    config, family = known
     try:
         policy = family.resolved_tiling(job.images)
-        training = FirstRows(job, "train", family, policy)
-        for rows in [training] + ([FirstRows(job, "eval", family, policy)] if job.data.eval else []):
-            yield from examine_rows(rows)
-        yield training
     except UserError as error:
-        yield failed("rows", str(error))
+        yield failed("images", str(error))
         return
-    config = load_config(job.model)
+    training = FirstRows(job, "train", family, policy)
+    are_read = yield from _rows(training)
+    if job.data.eval:
+        yield from _rows(FirstRows(job, "eval", family, policy))
+    if are_read:
+        yield training
     yield from examine_model(job, family, policy, config)
-    yield examine_weights(job, training)
+    if are_read:
+        yield guarded(WEIGHTS, lambda: examine_weights(job, training))
+    else:
+        yield not_applicable(WEIGHTS, "the rows of data.train cannot be read")
 
 
-def _family(job: Job) -> Generator[Finding, None, Family | None]:
-    check = "processor"
+def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Family] | None]:
+    """The checks of model, processor and packing; what they built, where the first of them passes."""
     try:
         config = load_config(job.model)
         family = load_family(
@@ -60,22 +77,30 @@ def _family(job: Job) -> Generator[Finding, None, Family | None]:
         )
         check_model(config, family)
     except UserError as error:
-        yield failed(check, str(error))
+        yield failed("processor", str(error))
         return None
     name = type(family.processor).__name__
     kind = type(family).__name__ if family.is_verified else "general rules, unverified"
-    yield passed(check, f"{name} loads, and is the {config.model_type} model's own (family: {kind})")
-    return family
+    yield passed("processor", f"{name} loads, and is the {config.model_type} model's own (family: {kind})")
+    yield guarded("attention", lambda: _attention(job, config, family))
+    return config, family
 
 
-def _fit(job: Job, family: Family) -> Iterator[Finding]:
-    config = load_config(job.model)
+def _attention(job: Job, config: PretrainedConfig, family: Family) -> Finding:
+    check_attention(job.model)
+    check_packing(config, family, job.packing, job.training.micro_batch_bins)
+    row = job.packing.token_capacity * job.training.micro_batch_bins
+    how = "takes one sample a row" if job.packing.mode == "none" else f"packs rows of up to {row:,} tokens"
+    unseen = job.model.attention == "flash_attention_2" and not torch.cuda.is_available()
+    note = "; flash_attn is looked for where GPUs are" if unseen else ""
+    return passed("attention", f"{job.model.attention}: a {config.model_type} {how}{note}")
+
+
+def _rows(rows: FirstRows) -> Generator[Finding, None, bool]:
+    """The checks of a split's first rows; whether they could be read."""
     try:
-        check_attention(job.model)
-        check_packing(config, family, job.packing, job.training.micro_batch_bins)
-    except UserError as error:
-        yield failed("attention", str(error))
-    else:
-        row = job.packing.token_capacity * job.training.micro_batch_bins
-        how = "takes one sample a row" if job.packing.mode == "none" else f"packs rows of up to {row:,} tokens"
-        yield passed("attention", f"{job.model.attention}: a {config.model_type} {how}")
+        yield from examine_rows(rows)
+    except Exception as error:  # noqa: BLE001 (files of any kind and place are tried)
+        yield failed_by("rows", error)
+        return False
+    return True

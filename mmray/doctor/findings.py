@@ -1,13 +1,15 @@
 """What a check found, and how a person or a program reads it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from mmray.errors import UserError
 
 
 class Status(StrEnum):
@@ -44,6 +46,21 @@ def failed(check: str, detail: str, remedy: str = "") -> Finding:
 def not_applicable(check: str, why: str) -> Finding:
     """A check with nothing to look at, or that needs what another one failed to give."""
     return Finding(check, Status.NOT_APPLICABLE, why)
+
+
+def failed_by(check: str, error: Exception) -> Finding:
+    """A check that an error ended: the user's mistake as it is worded, any other with its type."""
+    if isinstance(error, UserError):
+        return failed(check, str(error))
+    return failed(check, f"{type(error).__name__}: {error}", "please report it, with the job file")
+
+
+def guarded(check: str, run: Callable[[], Finding]) -> Finding:
+    """What a check finds. Its errors are findings too: one of them must not cost the others."""
+    try:
+        return run()
+    except Exception as error:  # noqa: BLE001 (models, processors and pictures of any kind are tried)
+        return failed_by(check, error)
 
 
 def has_failed(findings: Sequence[Finding]) -> bool:

@@ -7,7 +7,7 @@ packed with unpacked: as initialised, attention is nearly even, and no mistake w
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,8 @@ from transformers import PretrainedConfig
 
 from mmray.batch import MicroBatch, Place, mask, packed_row, render
 from mmray.config import Job
-from mmray.doctor.findings import Finding, failed, not_applicable, passed
+from mmray.doctor.findings import Finding, failed, failed_by, guarded, not_applicable, passed
 from mmray.doctor.shrink import shrunken
-from mmray.errors import UserError
 from mmray.families import Family
 from mmray.images import TilingPolicy
 from mmray.masks.labels import LabelMaker
@@ -32,7 +31,7 @@ from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.encode import Encoder, Sample
 from mmray.rows.read import RawRow
 from mmray.rows.settings import DatasetSettings, DataSettings
-from mmray.training.loss import packed_loss_sum
+from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import build_model
 
 FRESH, CACHE, PACKED, ACCUMULATION = "loss at step 0", "cache", "packed = unpacked", "accumulation steps"
@@ -41,7 +40,8 @@ CPU = torch.device("cpu")
 ENLARGED = 6.0
 TOLERANCE = 1e-4
 """Of logits, relative to the largest."""
-LOSS_TOLERANCE = 1e-4
+SPLIT_TOLERANCE = 1e-3
+"""Of the mean loss and the gradient's norm, relative, between splits of a batch."""
 FRESH_LOSS = 0.15
 """How far from ln(vocabulary), as a part of it, the loss of random weights may be."""
 PICTURES = ((160, 220), (220, 120), (60, 60))
@@ -57,25 +57,14 @@ def examine_model(job: Job, family: Family, policy: TilingPolicy, config: Pretra
     """The checks that run the copy."""
     try:
         copy = _Copy.of(job, family, policy, config)
-    except UserError as error:
-        yield failed("small copy", str(error))
-        return
     except Exception as error:  # noqa: BLE001 (a configuration of any class is taken apart)
-        why = f"no small copy of this {config.model_type} could be made: {type(error).__name__}: {error}"
-        yield from (not_applicable(check, why) for check in (FRESH, CACHE, PACKED, ACCUMULATION))
+        yield failed_by("small copy", error)
         return
-    yield _guarded(FRESH, copy.fresh_loss)
+    yield guarded(FRESH, copy.fresh_loss)
     copy.enlarge()
-    yield _guarded(CACHE, copy.cache)
-    yield _guarded(PACKED, copy.packed_equals_unpacked)
-    yield _guarded(ACCUMULATION, copy.accumulation)
-
-
-def _guarded(check: str, run: Callable[[], Finding]) -> Finding:
-    try:
-        return run()
-    except UserError as error:
-        return failed(check, str(error))
+    yield guarded(CACHE, copy.cache)
+    yield guarded(PACKED, copy.packed_equals_unpacked)
+    yield guarded(ACCUMULATION, copy.accumulation)
 
 
 @dataclass
@@ -127,8 +116,8 @@ class _Copy:
                 if parameter.dim() > 1:
                     parameter.mul_(ENLARGED)
 
-    def batch(self, packed: Bin) -> MicroBatch:
-        rendered = render([packed], Place(0, 0, 0), self.family, self.policy)
+    def batch(self, *bins: Bin) -> MicroBatch:
+        rendered = render(bins, Place(0, 0, 0), self.family, self.policy)
         return MicroBatch(mask(rendered, self.family, self.labels, CPU), self.family)
 
     def inputs(self, batch: MicroBatch) -> dict[str, Any]:
@@ -138,29 +127,51 @@ class _Copy:
         with torch.no_grad():
             return self.model(**inputs, use_cache=False).logits[0]
 
-    def loss(self, batch: MicroBatch) -> tuple[float, int]:
-        """(sum over trained tokens, their number)."""
-        with torch.no_grad():
-            total = packed_loss_sum(self.model, self.inputs(batch), batch.labels)
-        return float(total), int((batch.labels[:, 1:] >= 0).sum())
+    def step(self, split: Sequence[Sequence[Bin]]) -> tuple[float, float]:
+        """(mean loss, norm of its gradient) of a global batch in micro-batches of some bins each, as a training step
+        makes them: every micro-batch's sum, scaled by the trained tokens of all (`TrainingEngine.step`).
+
+        The gradient is that of the vectors (gains, biases): all layers have some, and they take no memory.
+        """
+        batches = [self.batch(*bins) for bins in split]
+        scale = 1 / max(1, sum(int(count_trained_tokens(batch.labels)) for batch in batches))
+        vectors = [parameter for parameter in self.model.parameters() if parameter.dim() == 1]
+        gradients = [torch.zeros_like(vector) for vector in vectors]
+        loss = 0.0
+        for batch in batches:
+            part = packed_loss_sum(self.model, self.inputs(batch), batch.labels) * scale
+            loss += float(part.detach())
+            for total, gradient in zip(gradients, torch.autograd.grad(part, vectors, allow_unused=True), strict=True):
+                if gradient is not None:
+                    total += gradient
+        return loss, float(torch.nn.utils.get_total_norm(gradients))
 
     # ---------------------------------------------------------------- checks
 
     def fresh_loss(self) -> Finding:
-        total, count = self.loss(self.batch(self.apart[0]))
-        found, expected = total / count, math.log(self.model.config.get_text_config().vocab_size)
+        batch = self.batch(self.apart[0])
+        with torch.no_grad():
+            total = packed_loss_sum(self.model, self.inputs(batch), batch.labels)
+        found = float(total) / int(count_trained_tokens(batch.labels))
+        expected = math.log(self.model.config.get_text_config().vocab_size)
         said = f"{found:.2f} with random weights; ln(vocabulary) is {expected:.2f} ({self.described})"
         if abs(found - expected) < FRESH_LOSS * expected:
             return passed(FRESH, said)
         return failed(FRESH, said, "labels or logits are shifted, or the model starts far from even odds")
 
     def cache(self) -> Finding:
+        blind = "with a cache, transformers does not see packed samples"
+        parts = {"model": self.model.config, "text model": self.model.config.get_text_config()}
+        switched_on = [name for name, part in parts.items() if part.to_dict().get("use_cache")]
+        if switched_on:
+            return failed(
+                CACHE, f"use_cache is on in the configuration of the {' and the '.join(switched_on)}: {blind}"
+            )
         with torch.no_grad():
             output = self.model(**self.inputs(self.batch(self.apart[0])), use_cache=False)
-        kept = output.get("past_key_values")
-        if kept is None:
-            return passed(CACHE, "use_cache is off, in the configuration and in each call")
-        return failed(CACHE, "the model returns a cache, with which transformers does not see packed samples")
+        if output.get("past_key_values") is not None:
+            return failed(CACHE, f"the model returns a cache all the same: {blind}")
+        return passed(CACHE, "use_cache is off in the configurations of model and text model; no cache comes back")
 
     def packed_equals_unpacked(self) -> Finding:
         if self.packs_not:
@@ -190,32 +201,39 @@ class _Copy:
         return max(errors)
 
     def naive_inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        """The row as if it were one sample."""
+        """The row as if it were one sample; the pictures stay the samples', some models count them."""
         masked = batch.masked
         whole = replace(
             masked,
             lengths=np.asarray([len(masked.input_ids)], dtype=np.int32),
             padding=np.zeros(1, dtype=bool),
-            tiles=masked.tiles * np.asarray([0, 1, 1, 1], dtype=np.int32),
         )
         positions = self.family.position_ids(packed_row(whole, CPU)).numpy()
         return self.inputs(MicroBatch(replace(whole, position_ids=positions), self.family))
 
     def accumulation(self) -> Finding:
         if self.packs_not:
-            return not_applicable(ACCUMULATION, "one sample a row: a batch is not split otherwise")
-        parts = [self.loss(self.batch(each)) for each in self.apart]
-        apart = sum(total for total, _ in parts) / sum(count for _, count in parts)
-        total, count = self.loss(self.batch(self.together))
-        said = f"mean loss {total / count:.5f} in one micro-batch, {apart:.5f} in {len(parts)}"
-        if math.isclose(apart, total / count, rel_tol=LOSS_TOLERANCE):
+            return not_applicable(
+                ACCUMULATION, "this model takes one sample a row, so every split of a batch has the same micro-batches"
+            )
+        first, *others = self.apart
+        splits = ([[self.together]], [[first], others], [[each] for each in self.apart])
+        steps = {len(split): self.step(split) for split in splits}
+        (loss, norm), *rest = steps.values()
+        said = "; ".join(f"{number}: loss {a:.5f}, gradient {b:.5g}" for number, (a, b) in steps.items())
+        said = f"{len(self.apart)} samples in micro-batches, {said}"
+        if all(_close(loss, other) and _close(norm, other_norm) for other, other_norm in rest):
             return passed(ACCUMULATION, said)
-        return failed(ACCUMULATION, said, "the loss depends on how a batch is split; please report the model")
+        return failed(ACCUMULATION, said, "the step depends on how a batch is split; please report the model")
 
     def _order(self) -> list[Bin]:
         """The bins of one sample in the order in which their samples stand in the packed one."""
         by_id = {each.sample_ids[0]: each for each in self.apart}
         return [by_id[found] for found in self.together.sample_ids]
+
+
+def _close(found: float, expected: float) -> bool:
+    return math.isclose(found, expected, rel_tol=SPLIT_TOLERANCE)
 
 
 def _samples(family: Family, policy: TilingPolicy) -> list[Sample]:

@@ -1,7 +1,7 @@
 """What the first rows of each set show: that they can be read, are as long as the processor says, and train."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,24 +10,35 @@ from rich.console import Console
 
 from mmray.batch import Place, mask, render
 from mmray.config import Job
-from mmray.doctor.findings import Finding, failed, not_applicable, passed
+from mmray.doctor.findings import Finding, failed, guarded, not_applicable, passed
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.images import TilingPolicy
 from mmray.inspect.terminal import is_plain, legend, print_sample
 from mmray.inspect.view import view_samples
 from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import allows_empty, label_maker
+from mmray.masks.settings import LossSource, allows_empty, label_maker
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.encode import Encoder, RejectedRow, Sample
-from mmray.rows.files import Piece, plan_chunks, source_files
-from mmray.rows.preflight import check_first_rows, first_rows, sample_labels
+from mmray.rows.files import Piece, SourceFile, plan_chunks, source_files
+from mmray.rows.preflight import FIRST_ROWS, check_first_rows, first_rows, sample_labels
 from mmray.rows.read import RawRow
 
+LENGTHS = "exact lengths"
 DECODED_ROWS = 8
 MAX_TOO_LARGE = 0.05
 """Part of the first rows that may fit no bin: more is a capacity chosen wrongly, not a few odd rows."""
+SHOWN_SETS = 3
+"""Of which a row is printed."""
+TRAINS = {
+    LossSource.EVERY_TOKEN: "every token trains",
+    LossSource.ROW: "each row's own mask or labels",
+    LossSource.TEMPLATE: "what the chat template marks as generated",
+    LossSource.ANSWER: "what follows each row's prompt",
+    LossSource.BOUNDARIES: "the family's markers of the assistant's turns, all found",
+    LossSource.ROLES: "the markers of the roles, all found",
+}
 TOO_LARGE = ("too_long", "too_many_visual_tokens")
 
 
@@ -47,14 +58,23 @@ class FirstRows:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """Of the first file of each set: the others need not be read through."""
-        files = {file.dataset: file for file in reversed(source_files(getattr(self.job.data, self.split)))}
+        """Of as many files of each set as the first rows need: the others need not be read through."""
+        files = source_files(getattr(self.job.data, self.split))
+        own = ([file for file in files if file.dataset == number] for number in range(len(self.encoder.datasets)))
+        return [piece for each in own for piece in self._first_pieces(each)]
+
+    def _first_pieces(self, files: Sequence[SourceFile]) -> list[Piece]:
         packing = self.job.packing
-        chunks = plan_chunks(
-            [files[number] for number in sorted(files)],
-            window_rows=packing.window_rows, chunk_rows=packing.chunk_rows,
-        )  # fmt: skip
-        return [piece for chunk in chunks for piece in chunk.pieces]
+        pieces: list[Piece] = []
+        rows = 0
+        for file in files:
+            chunks = plan_chunks([file], window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
+            own = [piece for chunk in chunks for piece in chunk.pieces]
+            pieces += own
+            rows += len(first_rows(own, file.dataset))
+            if rows >= FIRST_ROWS:
+                break
+        return pieces
 
     @cached_property
     def raw(self) -> list[list[RawRow]]:
@@ -67,20 +87,24 @@ class FirstRows:
         return [self.encoder.encode(rows) for rows in self.raw]
 
     def samples(self) -> list[Sample]:
-        return [result for results in self.results for result in results if isinstance(result, Sample)]
+        return [sample for number in range(len(self.results)) for sample in self.good(number)]
+
+    def good(self, number: int) -> list[Sample]:
+        """The good rows of a set."""
+        return [result for result in self.results[number] if isinstance(result, Sample)]
 
     def preview(self, console: Console) -> None:
-        """Print the shortest of the good rows, what trains coloured."""
-        samples = self.samples()
-        if not samples:
-            return
-        shortest = min(samples, key=lambda sample: len(sample.input_ids))
-        (shown,) = window_bins(
-            pack_window(samples_table([shortest]), self.job.packing, label_maker(self.job.loss, self.family), 0, True)
-        )
-        roles, (view,) = view_samples(shown, self.family, self.job.loss)
-        print_sample(console, f"the shortest of the first rows: {view.id}", view, roles)
-        console.print(legend(is_plain(console)), "")
+        """Print the shortest of the good rows of each of some sets, what trains coloured; sets of chats first."""
+        numbers = [number for number in range(len(self.results)) if self.good(number)]
+        numbers.sort(key=lambda number: self.encoder.datasets[number].kind != "chat")
+        labels = label_maker(self.job.loss, self.family)
+        for number in numbers[:SHOWN_SETS]:
+            shortest = min(self.good(number), key=lambda sample: len(sample.input_ids))
+            (shown,) = window_bins(pack_window(samples_table([shortest]), self.job.packing, labels, 0, True))
+            roles, (view,) = view_samples(shown, self.family, self.job.loss)
+            print_sample(console, f"the shortest of the first rows of {self.name(number)}: {view.id}", view, roles)
+        if numbers:
+            console.print(legend(is_plain(console)), "")
 
     def name(self, number: int) -> str:
         return f"data.{self.split}[{number}] ({self.encoder.datasets[number].kind})"
@@ -94,7 +118,7 @@ def examine_rows(rows: FirstRows) -> Iterator[Finding]:
     yield _loss(rows)
     if rows.samples():
         yield from _trained(rows)
-        yield _lengths(rows)
+        yield guarded(LENGTHS, lambda: _lengths(rows))
 
 
 def _readable(rows: FirstRows) -> Iterator[Finding]:
@@ -102,7 +126,11 @@ def _readable(rows: FirstRows) -> Iterator[Finding]:
         bad = [result for result in results if isinstance(result, RejectedRow)]
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in bad).items())
         found = f"{rows.name(number)}: {len(results) - len(bad)} of the first {len(results)} rows are good"
-        if not bad:
+        if not results:
+            yield failed(
+                "rows", f"{rows.name(number)}: its files hold no rows", f"see data.{rows.split}[{number}].files"
+            )
+        elif not bad:
             yield passed("rows", found)
         elif len(bad) < len(results) and rows.job.data.on_bad_row == "reject":
             yield passed("rows", f"{found}; {reasons}, for example {bad[0].source}: {bad[0].message}")
@@ -119,9 +147,12 @@ def _capacities(rows: FirstRows) -> Finding:
         if isinstance(result, RejectedRow) and result.reason in TOO_LARGE
     ]
     samples = rows.samples()
+    looked_at = sum(map(len, rows.results))
+    part = f"{len(large)} of the first {looked_at} rows of data.{rows.split}, {len(large) / max(1, looked_at):.1%},"
+    if large and rows.job.data.on_bad_row == "error":
+        return failed(check, f"{part} fit no bin, and on_bad_row is error: {large[0].source}", large[0].message)
     if len(large) > MAX_TOO_LARGE * (len(large) + len(samples)):
-        found = f"{len(large)} of the first {len(large) + len(samples)} rows of data.{rows.split} fit no bin"
-        return failed(check, f"{found}: {large[0].source}", large[0].message)
+        return failed(check, f"{part} fit no bin: {large[0].source}", large[0].message)
     if not samples:
         return not_applicable(check, "no good row")
     tokens = max(len(sample.input_ids) for sample in samples)
@@ -129,8 +160,12 @@ def _capacities(rows: FirstRows) -> Finding:
     return passed(
         check,
         f"the longest of the first rows of data.{rows.split} has {tokens:,} of {packing.token_capacity:,} tokens, the "
-        f"most visual tokens are {visual:,} of {packing.visual_capacity:,}"
-        + (f"; {len(large)} fit no bin and will be rejected: {large[0].source}, {large[0].message}" if large else ""),
+        f"most visual tokens are {visual:,} of {packing.visual_capacity:,}; "
+        + (
+            f"{part} fit no bin and will be rejected: {large[0].source}, {large[0].message}"
+            if large
+            else f"all of {looked_at} rows fit"
+        ),
     )
 
 
@@ -152,14 +187,18 @@ def _loss(rows: FirstRows) -> Finding:
         sources = check_first_rows(rows.encoder, labels, rows.pieces, split=rows.split, loss=rows.job.loss)
     except UserError as error:
         return failed("loss", str(error))
-    said = "; ".join(f"{rows.name(number)}: {source}" for number, source in enumerate(sources))
-    return passed("loss", f"every marker is found, tokens train by {said}")
+    judged = [bool(rows.good(number)) for number in range(len(sources))]
+    said = "; ".join(
+        f"{rows.name(number)}: {source}, {TRAINS[source] if judged[number] else 'not judged: no good row'}"
+        for number, source in enumerate(sources)
+    )
+    return passed("loss", said) if any(judged) else not_applicable("loss", said)
 
 
 def _trained(rows: FirstRows) -> Iterator[Finding]:
     labels = label_maker(rows.job.loss, rows.family)
-    for number, results in enumerate(rows.results):
-        samples = [result for result in results if isinstance(result, Sample)]
+    for number in range(len(rows.results)):
+        samples = rows.good(number)
         if not samples:
             continue
         made = sample_labels(samples, labels)
@@ -173,24 +212,35 @@ def _trained(rows: FirstRows) -> Iterator[Finding]:
 
 def _lengths(rows: FirstRows) -> Finding:
     """Tokens by sizes against the real processor, and image features of the decoded pictures against tokens."""
-    check = "exact lengths"
     good = [
         [row for row, result in zip(raw, results, strict=True) if isinstance(result, Sample)]
         for raw, results in zip(rows.raw, rows.results, strict=True)
     ]
     picked = [row for raw in good for row in raw[: max(1, DECODED_ROWS // len(good))]]
-    try:
-        samples = rows.encoder.encode(picked, verify=range(len(picked)))
-        labels = label_maker(rows.job.loss, rows.family)
-        window = pack_window(samples_table(samples), rows.job.packing, labels, rows.family.sample_gap, True)
-        for number, each in enumerate(window_bins(window)):
-            rendered = render([each], Place(0, 0, number), rows.family, rows.policy)
-            mask(rendered, rows.family, labels, torch.device("cpu"))
-    except UserError as error:
-        return failed(check, str(error))
+    ready_made = sum(rows.encoder.datasets[row.dataset].kind == "tokenized" for row in picked)
+    compared = len(picked) - ready_made
+    samples = rows.encoder.encode(picked, verify=range(len(picked)))
+    unreadable = _undecodable(rows, samples)
+    if unreadable:
+        return failed(LENGTHS, f"{len(unreadable)} of {len(picked)} rows of data.{rows.split}: {unreadable[0]}")
     pictures = sum(len(sample.images) for sample in samples if isinstance(sample, Sample))
-    return passed(
-        check,
-        f"{len(picked)} rows of data.{rows.split} have the tokens of {type(rows.family.processor).__name__}; their "
-        f"{pictures} pictures, decoded, have the features that the tokens ask for",
-    )
+    said = [f"{compared} rows of data.{rows.split} have the tokens of {type(rows.family.processor).__name__}"]
+    said += [f"{ready_made} tokenized rows of data.{rows.split} are taken as they are"]
+    said = said[: 1 + bool(ready_made)][not compared :]
+    said += [f"their {pictures} pictures, decoded, have the features that the tokens ask for"] if pictures else []
+    return passed(LENGTHS, "; ".join(said)) if compared else not_applicable(LENGTHS, "; ".join(said))
+
+
+def _undecodable(rows: FirstRows, samples: Sequence[Sample | RejectedRow]) -> list[str]:
+    """What is said of the rows whose pictures cannot be decoded, or have other features than their tokens say."""
+    labels = label_maker(rows.job.loss, rows.family)
+    packing = rows.job.packing.model_copy(update={"mode": "none"})
+    problems = []
+    for each in window_bins(pack_window(samples_table(samples), packing, labels, allow_empty=True)):
+        try:
+            rendered = render([each], Place(0, 0, 0), rows.family, rows.policy)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            mask(rendered, rows.family, labels, torch.device("cpu"))
+    return problems

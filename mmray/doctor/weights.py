@@ -2,14 +2,16 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from mmray.batch import MicroBatch, Place, mask, render
+from mmray.batch import MicroBatch, Place, Rendered, mask, render
 from mmray.config import Job
 from mmray.doctor.findings import Finding, failed, not_applicable, passed
 from mmray.doctor.rows import FirstRows
+from mmray.errors import UserError
 from mmray.masks.settings import label_maker
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
@@ -24,6 +26,8 @@ SANE = (0.05, 4.0)
 or weights are another model's: a vocabulary of 150,000 at random gives 11.9."""
 MAX_TOKENS = 4096
 MEMORY_SHARE = 0.7
+DECODING_REMEDY = "mend or leave out the pictures: training would stop at them"
+MEMORY_INFO = Path("/proc/meminfo")
 
 
 def examine_weights(job: Job, rows: FirstRows) -> Finding:
@@ -36,11 +40,15 @@ def examine_weights(job: Job, rows: FirstRows) -> Finding:
     size, free = _weights_bytes(folder), _free_bytes()
     if size > MEMORY_SHARE * free:
         return not_applicable(CHECK, f"the weights take {size / 1e9:.1f} GB, this machine has {free / 1e9:.1f} GB free")
-    bins = _bins(job, rows)
-    if not bins:
+    bins, unreadable = _rendered(rows, _bins(job, rows))
+    if not bins and not unreadable:
         return not_applicable(CHECK, f"no row of at most {MAX_TOKENS:,} tokens")
+    if not bins:
+        return failed(CHECK, f"no row can be decoded: {unreadable[0]}", DECODING_REMEDY)
     loss, tokens = _loss(job, rows, bins)
     said = f"{loss:.2f} over {tokens:,} trained tokens of {len(bins)} rows; {USUAL[0]} to {USUAL[1]} is usual"
+    if unreadable:
+        return failed(CHECK, f"{said}; {len(unreadable)} more cannot be decoded: {unreadable[0]}", DECODING_REMEDY)
     if SANE[0] <= loss <= SANE[1]:
         return passed(CHECK, said)
     lower = "the answer may stand in the question, or the model may have seen these rows"
@@ -60,23 +68,40 @@ def _bins(job: Job, rows: FirstRows) -> list[Bin]:
     return bins
 
 
-def _loss(job: Job, rows: FirstRows, bins: list[Bin]) -> tuple[float, int]:
+def _rendered(rows: FirstRows, bins: Sequence[Bin]) -> tuple[list[Rendered], list[str]]:
+    """Those of the bins that can be decoded, and what is said of the others."""
+    rendered, unreadable = [], []
+    for each in bins:
+        try:
+            rendered.append(render([each], Place(0, 0, 0), rows.family, rows.policy))
+        except UserError as error:
+            unreadable.append(str(error))
+    return rendered, unreadable
+
+
+def _loss(job: Job, rows: FirstRows, bins: Sequence[Rendered]) -> tuple[float, int]:
     cpu, labels = torch.device("cpu"), label_maker(job.loss, rows.family)
     attention = "sdpa" if job.model.attention == "flash_attention_2" else job.model.attention
     model = build_model(job.model.model_copy(update={"attention": attention, "gradient_checkpointing": False})).eval()
     total, tokens = 0.0, 0
     for each in bins:
-        rendered = render([each], Place(0, 0, 0), rows.family, rows.policy)
-        batch = MicroBatch(mask(rendered, rows.family, labels, cpu), rows.family)
+        batch = MicroBatch(mask(each, rows.family, labels, cpu), rows.family)
         with torch.no_grad():
             total += float(packed_loss_sum(model, batch.model_inputs(cpu, model.dtype, model.config), batch.labels))
-        tokens += each.trained_tokens
+        tokens += int(each.trained_tokens[0])
     return (total / tokens if tokens else math.nan), tokens
 
 
 def _weights_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    """Of what is loaded: folders may hold the weights in two forms."""
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return sum(file.stat().st_size for file in files)
 
 
 def _free_bytes() -> int:
+    """Memory that can be had: what the page cache holds counts, where the system tells it."""
+    if MEMORY_INFO.exists():
+        for line in MEMORY_INFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -265,9 +265,11 @@ class Family(ABC):
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
         """What the model needs besides positions to keep the samples of a row apart, such as masks.
 
-        dtype: of the model; config: its configuration, with the attention implementation it runs.
+        dtype: of the model; config: its configuration, with the attention implementation it runs. With flash attention
+        it is told where samples begin: else every layer finds that out by itself and waits for the GPU, and some models
+        (GLM-4.5V) give their layers the positions of rows and columns, which restart in every picture.
         """
-        return {}
+        return sample_bounds(row) if "flash" in str(config._attn_implementation) else {}
 
     def model_inputs(
         self, row: PackedRow, position_ids: Tensor, frames: Sequence[Tensor], dtype: torch.dtype,
@@ -295,6 +297,13 @@ def as_frame(tile: Image.Image) -> np.ndarray:
     """The frame of a tile that the processor leaves as it is, uint8 [height, width, 3], without running it: 1 ms for
     the six tiles of a page, where processors take 2 to 13."""
     return np.asarray(tile, dtype=np.uint8)
+
+
+def sample_bounds(row: PackedRow) -> dict[str, Any]:
+    """Where the samples of a row begin and how long the longest is, as transformers' attention takes it."""
+    starts = torch.nn.functional.pad(row.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(row.lengths.max())
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def normalised(pixels: Tensor, images: Any, dtype: torch.dtype) -> Tensor:

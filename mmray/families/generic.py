@@ -21,6 +21,9 @@ from transformers import PretrainedConfig
 from mmray.errors import UserError
 from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame
 
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What a processor makes of the text beside the pictures."""
+
 log = logging.getLogger("mmray")
 
 
@@ -81,12 +84,11 @@ class Generic(Family):
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         device = frames[0].device
         pictures = [Image.fromarray(frame.cpu().numpy()) for frame in frames]
-        output = self.processor.image_processor(pictures, return_tensors="pt", **self.processor_kwargs)
-        wanted = set(self.processor.model_input_names)
+        output = self.process(" ".join([self.placeholder_unit] * len(pictures)), pictures, return_tensors="pt")
         return {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
             for name, value in output.items()
-            if name in wanted
+            if name not in TEXT_INPUTS
         }
 
     @property

@@ -147,6 +147,8 @@ class Lfm2VL(Family):
     # ---------------------------------------------------------------- pixels
 
     def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+        if self.tiled:
+            return [as_frame(tile)]
         channels_first = torch.from_numpy(np.array(tile, dtype=np.uint8)).permute(2, 0, 1)
         ((*pieces,), *_), *_ = self.images.resize_and_split(
             channels_first[None], use_thumbnail=self.images.use_thumbnail, resample=self.images.resample,

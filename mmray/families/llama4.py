@@ -81,6 +81,8 @@ class Llama4(Family):
         return Span(ids, int((ids == self.image_token_id).sum()))
 
     def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+        if self.tiled and tile.size == (self.square, self.square):
+            return [as_frame(tile)]
         output = self.images(tile, do_rescale=False, do_normalize=False, return_tensors=None, **self.processor_kwargs)
         return list(output["pixel_values"][0].permute(0, 2, 3, 1).contiguous().numpy())
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from mmray.families.base import PackedRow
+from mmray.families.base import PackedRow, sample_bounds
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.families.rotary import sample_bounds
 
 _KERNELS = {
     "flash-linear-attention": (("fla", "fla.ops.gated_delta_rule"), "chunk_gated_delta_rule", "cu_seqlens"),

@@ -139,15 +139,3 @@ class RotaryFamily(Family):
         if kind in ("dynamic", "longrope"):
             return f"its rope_type {kind} turns all samples of a row by the longest one"
         return None
-
-    def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
-        """Where samples begin, for flash attention: some models (GLM-4.5V) give its layers the positions of rows and
-        columns, which restart in every picture, and without these numbers each layer waits for the GPU to count."""
-        return sample_bounds(row) if "flash" in str(config._attn_implementation) else {}
-
-
-def sample_bounds(row: PackedRow) -> dict[str, Any]:
-    """Where the samples of a row begin and how long the longest is, as transformers' attention takes it."""
-    starts = torch.nn.functional.pad(row.lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(row.lengths.max())
-    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}

@@ -16,8 +16,9 @@ import functools
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
 from PIL import Image
+
+from mmray.compiled import compiled
 
 FloatBox = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels, parts of pixels included."""
@@ -88,7 +89,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return values.view(np.uint32).reshape(image.height, image.width)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _transposed(pixels: np.ndarray) -> np.ndarray:
     """Eight columns at a time: their rows in the result are written side by side, and each line of memory once."""
     height, width = pixels.shape
@@ -112,7 +113,7 @@ def _blended(pixels: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.n
     return blended
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@compiled(fastmath=True)
 def _blend(rows: np.ndarray, first: np.ndarray, weights: np.ndarray, result: np.ndarray) -> None:
     """result[i] = the rows from first[i] on, times weights[i]: uint8, rounded, kept within 0 and 255."""
     sums = np.empty(rows.shape[1], np.float32)

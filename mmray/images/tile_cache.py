@@ -10,9 +10,9 @@ its labels, the versions of what decodes. It carries that hash and a checksum, a
 that dies, a full disk or a bad one cost time and never a wrong tile.
 
 The folder never holds more than `max_bytes`, whatever number of processes share it: room is booked, under a lock,
-before an entry is written. When it is full, entries make room that no one has used since this process began. Not
-simply those longest unused: an epoch reads every page once, so where the disk holds half of a data set that rule
-would throw out each page just before its turn.
+before an entry is written. When it is full, entries make room that no one has used for two days. Not simply those
+longest unused: an epoch reads every page once, so where the disk holds half of a data set that rule would throw out
+each page just before its turn.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL
@@ -42,8 +43,13 @@ log = logging.getLogger("mmray")
 PIXELS_VERSION = 1
 """Raised when mmray makes other pixels of the same file and plan than before."""
 
-FULL_SECONDS = 60.0
-"""How long nothing is stored after no room could be made."""
+FULL_SECONDS = 1800.0
+"""How long a process stores nothing after no room could be made: to look for some is to list the whole folder."""
+
+UNUSED_SECONDS = 2 * 24 * 3600.0
+"""What no one has used for so long makes room. More than an epoch, or a pause and a restart, should take."""
+
+_LOCK_TRIES, _LOCK_PAUSE = 20, 0.005
 
 _MAGIC = b"mmraytl1"
 _HEADER_BYTES = len(_MAGIC) + 16 + 4
@@ -60,7 +66,6 @@ class TileCache:
         self.folder = Path(folder)
         self.max_bytes = max_bytes
         self._codec = pa.Codec("lz4")
-        self._started = time.time()
         self._store_again = 0.0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +136,8 @@ class TileCache:
                 half.replace(path)
             finally:
                 half.unlink(missing_ok=True)
+        except BlockingIOError:
+            return  # someone is making room: this page may be stored in the next epoch
         except OSError as error:
             self._store_again = time.monotonic() + FULL_SECONDS
             log.warning("tile cache %s: %s; pages are cut anew", self.folder, one_line(error))
@@ -140,7 +147,7 @@ class TileCache:
         if num_bytes > self.max_bytes:
             return False
         with (self.folder / _BOOKS).open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             file.seek(0)
             found = file.read()
             booked = int(found) if found.isdecimal() else None
@@ -165,13 +172,26 @@ class TileCache:
         if total + num_bytes <= self.max_bytes:
             return total
         wanted = min(self.max_bytes - num_bytes, self.max_bytes * 19 // 20)
+        unused_since = time.time() - UNUSED_SECONDS
         for used, size, path in entries:
-            if total <= wanted or used >= self._started:
+            if total <= wanted or used >= unused_since:
                 break
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             total -= size
         return total
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock a file, waiting a tenth of a second at most. Raises BlockingIOError where another holds it longer."""
+    for attempt in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt + 1 == _LOCK_TRIES:
+                raise
+            time.sleep(_LOCK_PAUSE)
 
 
 def _key(source: ImageSource, plan: TilePlan) -> bytes | None:

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from mmray.compiled import compiled
 
 SIZE_BITS = 15
 """Markers are shorter than 2**SIZE_BITS tokens: a rule is packed in 63 bits."""
@@ -85,7 +86,7 @@ def _as_array(tensor: Tensor) -> np.ndarray:
     return wide.contiguous().numpy()
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _matches(ids: np.ndarray, at: int, stop: int, tokens: np.ndarray, first: int, size: int) -> bool:
     if at + size > stop:
         return False
@@ -95,7 +96,7 @@ def _matches(ids: np.ndarray, at: int, stop: int, tokens: np.ndarray, first: int
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _rule_at(ids: np.ndarray, at: int, stop: int, table: np.ndarray, tokens: np.ndarray) -> int:
     """The rule whose start matches at a position; the number of rules where none does."""
     rule = 0
@@ -104,7 +105,7 @@ def _rule_at(ids: np.ndarray, at: int, stop: int, table: np.ndarray, tokens: np.
     return rule
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _scan_sample(
     ids: np.ndarray,
     at: int,
@@ -147,7 +148,7 @@ def _scan_sample(
         keep[last_end:last_end_stop] = True
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _scan_batch(
     ids: np.ndarray,
     segments: np.ndarray,

@@ -69,6 +69,20 @@ class RoleLoss(Settings):
             raise ValueError("roles: [] trains nothing; name a role, or set allow_empty: true")
         return self
 
+    @model_validator(mode="after")
+    def _trains_one_way(self) -> "RoleLoss":
+        chosen = [name for name in _BY_TURNS if getattr(self, name) != type(self).model_fields[name].default]
+        if self.train_on_inputs and chosen:
+            raise ValueError(
+                f"train_on_inputs: true trains every token, and leaves {', '.join(chosen)} without meaning; keep "
+                f"train_on_inputs or {', '.join(chosen)}"
+            )
+        return self
+
+
+_BY_TURNS = ("roles", "train_on_eos", "boundaries")
+"""Keys of `RoleLoss` that say which turns train, and what of them."""
+
 
 def _mode(value: Any) -> str | None:
     """The tag of a value's kind; None for what is neither."""
@@ -186,6 +200,23 @@ def ending_token_ids(family: Family) -> tuple[int, ...]:
     return tuple(family.known_token_ids(tuple(dict.fromkeys((*family.stop_tokens, *ends)))))
 
 
+def turn_markers(loss: Loss, family: Family) -> tuple[RoleMarkers, ...]:
+    """The texts by which a job finds turns: its own, else the family's."""
+    if not isinstance(loss, RoleLoss) or loss.boundaries is None:
+        return family.role_markers
+    return tuple(
+        RoleMarkers(
+            each.role,
+            each.start,
+            _end_text(each.end, family),
+            each.include_start,
+            each.include_end,
+            until_next=each.until_next,
+        )
+        for each in loss.boundaries
+    )
+
+
 def label_maker(loss: Loss, family: Family) -> LabelMaker:
     """The label maker of a job. Raises UserError for a role without a boundary and a marker that cannot be encoded."""
     if isinstance(loss, RoleLoss) and not loss.train_on_inputs:
@@ -210,20 +241,7 @@ def _samples_by_boundaries(family: Family) -> bool:
 
 
 def _role_boundaries(loss: RoleLoss, family: Family) -> tuple[RoleBoundary, ...]:
-    if loss.boundaries is None:
-        markers = family.role_markers
-    else:
-        markers = tuple(
-            RoleMarkers(
-                each.role,
-                each.start,
-                _end_text(each.end, family),
-                each.include_start,
-                each.include_end,
-                until_next=each.until_next,
-            )
-            for each in loss.boundaries
-        )
+    markers = turn_markers(loss, family)
     known = {marker.role for marker in markers}
     if not known.issuperset(loss.roles):
         remedy = "name some of these, or give loss.boundaries" if known else "give loss.boundaries"

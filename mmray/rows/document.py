@@ -2,7 +2,8 @@
 
 Both kinds of rows with text end in the same form: a `Document` whose text is ready for the tokenizer except that
 images are still single units. What a user typed is never structure: the family's special tokens inside the text of a
-row are refused, placeholders in the parts of a message too.
+row are refused, placeholders in the parts of a message too. Where turns are found by plain text, a row that holds some
+of it is rendered twice (`TypedMarkers`).
 """
 
 import functools
@@ -18,8 +19,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images.source import one_line
-from mmray.masks.settings import chat_template, marks_generated
+from mmray.masks.settings import SAMPLED_ROLE, chat_template, marks_generated
 from mmray.rows.settings import DatasetSettings
+from mmray.rows.typed import TypedMarkers
 
 _ROLES = {
     "system": "system",
@@ -42,50 +44,49 @@ class ImageRef:
 @dataclass(frozen=True)
 class Document:
     """A row before tokenising. add_special_tokens: as the processor would for this text; generated: what of the text
-    the chat template's `{% generation %}` blocks wrote, [start, stop) in characters each."""
+    the chat template's `{% generation %}` blocks wrote, [start, stop) in characters each; is_answered: the last message
+    is the assistant's; typed: (message, marker), markers of turns that stand in messages; blanked: the text without
+    them."""
 
     id: str
     text: str
     images: tuple[ImageRef, ...]
     add_special_tokens: bool
     generated: tuple[tuple[int, int], ...] = ()
+    is_answered: bool = False
+    typed: tuple[tuple[str, str], ...] = ()
+    blanked: str = ""
 
 
 class DocumentReader:
     """Reads the `pretrain` and `chat` rows of one data set for one family."""
 
-    def __init__(self, dataset: DatasetSettings, family: Family) -> None:
-        """Raises UserError for chat rows and a processor without a chat template, or a model without chats."""
-        if dataset.kind == "chat" and family.has_prompt:
-            raise UserError(
-                f"{type(family.processor).__name__} knows no chats, only a prompt and its answer; make rows of kind "
-                "pretrain, or of kind tokenized with labels"
-            )
-        if dataset.kind == "chat" and not family.processor.chat_template:
-            raise UserError(
-                f"{type(family.processor).__name__} has no chat template, which chat rows need; put a "
-                "chat_template.jinja into the processor's folder"
-            )
+    def __init__(self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None) -> None:
+        """markers: by which the turns of chat rows will be found; None: they are not looked for.
+
+        Raises UserError for chat rows that the model has no use for (`check_chats`).
+        """
+        check_chats(dataset, family)
         self.dataset = dataset
         self.family = family
         accepted = {dataset.placeholder, family.placeholder_unit, family.placeholder}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
-        self._special = re.compile("|".join(map(re.escape, family.structure_tokens)))
+        self._markers = markers
+        special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
+        self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._marks_generated = marks_generated(family.processor)
 
     def read(self, value: dict[str, Any], source: str) -> Document:
         """The row as a document. Raises RowError with the field, the value and the remedy."""
         images = self.images(value, source)
-        generated: tuple[tuple[int, int], ...] = ()
+        row_id = self.row_id(value, source)
         if self.dataset.kind == "chat":
-            text, generated, count = self._chat_text(value)
-            bos = self.family.tokenizer.bos_token
-            add_special_tokens = not (bos and text.startswith(bos))
+            document, count = self._chat(value, row_id, images)
         else:
             text, count = self._units(self._string(value, "text"), "text")
-            add_special_tokens = True
+            document = Document(row_id, text, images, add_special_tokens=True)
         check_image_count(count, len(images))
-        return Document(self.row_id(value, source), text, images, add_special_tokens, generated)
+        return document
 
     # ---------------------------------------------------------------- fields
 
@@ -164,8 +165,34 @@ class DocumentReader:
                 f"{where} holds the token {found.group()!r}, which the model reads as structure; write it differently",
             )
 
-    def _chat_text(self, value: dict[str, Any]) -> tuple[str, tuple[tuple[int, int], ...], int]:
-        """The text of the messages, what of it is generated, and the number of its images."""
+    def _chat(self, value: dict[str, Any], row_id: str, images: tuple[ImageRef, ...]) -> tuple[Document, int]:
+        """The document of a chat, and the number of its image parts."""
+        messages, count = self._checked_messages(value)
+        text, generated = self._template_text(messages)
+        rendered = text.count(self.family.placeholder_unit)
+        if rendered != count:
+            raise RowError(
+                "template",
+                f"the chat template wrote {rendered} images where the messages have {count} image parts; "
+                "put the images into user messages",
+            )
+        typed: tuple[tuple[str, str], ...] = ()
+        blanked = ""
+        if self._markers is not None:
+            found = [(number, self._markers.found(message["content"])) for number, message in enumerate(messages)]
+            typed = tuple((f"message {number}", marker) for number, own in found for marker in own)
+        if self._markers is not None and typed:
+            without = [each | {"content": self._markers.blanked(each["content"])} for each in messages]
+            blanked, _ = self._template_text(without)
+        bos = self.family.tokenizer.bos_token
+        document = Document(
+            row_id, text, images, not (bos and text.startswith(bos)), generated,
+            messages[-1]["role"] == SAMPLED_ROLE, typed, blanked,
+        )  # fmt: skip
+        return document, count
+
+    def _checked_messages(self, value: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+        """The messages as the template reads them, and the number of their images."""
         messages, count = [], 0
         for number, message in enumerate(self._messages(value)):
             where = f"message {number}"
@@ -178,21 +205,17 @@ class DocumentReader:
             content = self._content(message.get("value") if content is None else content, where)
             count += sum(part["type"] == "image" for part in content if isinstance(part, dict))
             messages.append({"role": _ROLES[role], "content": self._as_template_reads(content)})
+        return messages, count
+
+    def _template_text(self, messages: list[dict[str, Any]]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """`_rendered`; raises RowError where the template refuses the messages."""
         try:
-            text, generated = self._rendered(messages)
+            return self._rendered(messages)
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(
                 "template",
                 f"the chat template refuses the messages: {one_line(error)}; check the roles, their order and contents",
             ) from error
-        rendered = text.count(self.family.placeholder_unit)
-        if rendered != count:
-            raise RowError(
-                "template",
-                f"the chat template wrote {rendered} images where the messages have {count} image parts; "
-                "put the images into user messages",
-            )
-        return text, generated, count
 
     def _as_template_reads(self, content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
         """The content in a form that the chat template writes. Some read one form only and say nothing of the other:
@@ -268,6 +291,20 @@ class DocumentReader:
             )
         self._refuse_special(text, where)
         return parts
+
+
+def check_chats(dataset: DatasetSettings, family: Family) -> None:
+    """Raise UserError for chat rows and a processor without a chat template, or a model without chats."""
+    if dataset.kind == "chat" and family.has_prompt:
+        raise UserError(
+            f"{type(family.processor).__name__} knows no chats, only a prompt and its answer; make rows of kind "
+            "pretrain, or of kind tokenized with labels"
+        )
+    if dataset.kind == "chat" and not family.processor.chat_template:
+        raise UserError(
+            f"{type(family.processor).__name__} has no chat template, which chat rows need; put a "
+            "chat_template.jinja into the processor's folder"
+        )
 
 
 _PROBE = "What does it say?"

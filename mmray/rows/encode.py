@@ -22,12 +22,21 @@ from mmray.families import Family
 from mmray.images import ImageSource, TilePlan, TilingPolicy, image_size, plan_tiles
 from mmray.images.source import one_line
 from mmray.masks.labels import LossRule, with_stop_tokens
-from mmray.masks.settings import Loss, LossSource, ending_token_ids, loss_source
+from mmray.masks.settings import (
+    Loss,
+    LossSource,
+    ending_token_ids,
+    label_maker,
+    loss_source,
+    stop_token_ids,
+    turn_markers,
+)
 from mmray.packing_settings import PackingSettings
-from mmray.rows.document import Document, DocumentReader, ImageRef, check_image_count
+from mmray.rows.document import Document, DocumentReader, ImageRef, check_chats, check_image_count
 from mmray.rows.read import RawRow
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.rows.tokenized import own_ids, own_mask
+from mmray.rows.typed import TypedMarkers
 
 NO_BLOCKS = np.zeros((0, 2), dtype=np.int32)
 
@@ -93,9 +102,19 @@ class Encoder:
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
         self._size_of = size_of
-        self._readers = [DocumentReader(dataset, family) for dataset in datasets]
+        for dataset in datasets:
+            check_chats(dataset, family)
         self.sources = [loss_source(loss, dataset.kind, family) for dataset in datasets]
+        self._markers = None
+        if LossRule.ROLES in {source.rule for source in self.sources}:
+            self._markers = TypedMarkers(family, turn_markers(loss, family), label_maker(loss, family).boundaries)
+        self._readers = [
+            DocumentReader(dataset, family, self._markers if source.rule == LossRule.ROLES else None)
+            for dataset, source in zip(datasets, self.sources)
+        ]
         self.ending_token_ids = ending_token_ids(family)
+        self._stop_token_ids = stop_token_ids(family)
+        self._endings = tuple(map(str, family.tokenizer.convert_ids_to_tokens(list(self.ending_token_ids))))
         self._ends = [self._end_of_document(dataset) if self._adds_eos(dataset) else None for dataset in datasets]
         self._plan = functools.lru_cache(maxsize=65_536)(lambda size: plan_tiles(size, policy))
         backend = family.tokenizer.backend_tokenizer
@@ -151,6 +170,10 @@ class Encoder:
         sizes = tuple(self._size(image) for image in document.images)
         plans = tuple(self._plan(size) for size in sizes)
         text, generated = self._expand_units(document.text, plans), self._generated(row, document, plans)
+        if document.typed and self._markers is not None:
+            blanked = self._expand_units(document.blanked, plans)
+            found, expected = (self.family.tokenizer_text(each, _tile_sizes(plans)) for each in (text, blanked))
+            self._markers.check(found, expected, document.typed)
         return _Pending(row, document, plans, sizes, text, generated)
 
     def _size(self, image: ImageRef) -> tuple[int, int]:
@@ -227,7 +250,6 @@ class Encoder:
         return _overlapping(encoding.offsets, item.generated)
 
     def _sample(self, item: _Pending, ids: np.ndarray, generated: np.ndarray) -> Sample:
-        dataset = self.datasets[item.row.dataset]
         places = np.flatnonzero(ids == self.family.placeholder_id)
         tiles = self._tile_tokens(item.plans)
         if len(places) != sum(map(len, tiles)):
@@ -247,9 +269,10 @@ class Encoder:
             grown = np.ones(len(ids), dtype=np.int64)
             grown[places] = [len(token_ids) for spans in tiles for token_ids, _ in spans]
             generated = self._with_stops(generated, ids).repeat(grown)
-        if self._adds_eos(dataset):
-            pieces.append(np.asarray([self._ends[item.row.dataset]], dtype=np.int32))
-            generated = np.append(generated, True) if len(generated) else generated
+        appended = self._appended(item)
+        pieces.append(np.asarray(appended, dtype=np.int32))
+        if len(generated):
+            generated = np.append(generated, np.ones(len(appended), dtype=bool))
         sample = Sample(
             id=item.document.id,
             source=item.row.source,
@@ -269,6 +292,19 @@ class Encoder:
         """Templates mark what the model says, and not the token of the next turn by which it stops."""
         kept = with_stop_tokens(torch.from_numpy(generated), torch.from_numpy(ids), self.ending_token_ids)
         return kept.numpy()
+
+    def _appended(self, item: _Pending) -> list[int]:
+        """What a sample ends with behind its text: the end of a document, or the token by which the model stops after
+        a chat's last answer, where the template leaves it to the next turn to write it."""
+        end = self._ends[item.row.dataset]
+        if end is not None:
+            return [end]
+        document, source = item.document, self.sources[item.row.dataset]
+        if not self._stop_token_ids or not document.is_answered or document.text.rstrip().endswith(self._endings):
+            return []
+        marked = bool(document.generated) and not document.text[document.generated[-1][1] :].strip()
+        ends_open = source is LossSource.BOUNDARIES or (source is LossSource.TEMPLATE and marked)
+        return [self._stop_token_ids[0]] if ends_open else []
 
     def _end_of_document(self, dataset: DatasetSettings) -> int:
         token = dataset.end_of_document or self.family.tokenizer.eos_token
@@ -375,7 +411,7 @@ class Encoder:
         special = item.document.add_special_tokens
         output = self.family.process(item.text, tiles, add_special_tokens=special)
         expected = np.asarray(output["input_ids"][0], dtype=np.int32)
-        found = sample.input_ids[:-1] if self._adds_eos(self.datasets[item.row.dataset]) else sample.input_ids
+        found = sample.input_ids[: len(sample.input_ids) - len(self._appended(item))]
         if not np.array_equal(found, expected):
             raise UserError(
                 f"{sample.source}: row {sample.id!r} has {len(found)} tokens by mmray and {len(expected)} "

@@ -15,7 +15,8 @@ from mmray.errors import UserError
 from mmray.families import Family
 from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule
 from mmray.masks.roles import RoleBoundary
-from mmray.masks.settings import Loss, LossSource, allows_empty
+from mmray.masks.settings import Loss, LossSource, RoleLoss, allows_empty
+from mmray.masks.turns import opened_turns
 from mmray.rows.encode import Encoder, Sample
 from mmray.rows.files import Piece
 from mmray.rows.read import RawRow, read_piece
@@ -37,12 +38,16 @@ def check_first_rows(
     """
     for number, (dataset, source) in enumerate(zip(encoder.datasets, encoder.sources, strict=True)):
         name = f"data.{split}[{number}] ({dataset.kind})"
-        log.info("%s: loss on %s", name, described(source, labels, encoder.ending_token_ids))
         samples = [row for row in encoder.encode(first_rows(pieces, number)) if isinstance(row, Sample)]
+        seen = _Seen(name, samples, encoder.family)
+        is_sampled = source in (LossSource.TEMPLATE, LossSource.BOUNDARIES)
+        open_ends = seen.open_ends(labels, encoder.ending_token_ids) if samples and is_sampled else ""
+        log.info("%s: loss on %s%s", name, described(source, labels, encoder.ending_token_ids), open_ends)
         if not samples:
             continue
-        seen = _Seen(name, samples, encoder.family)
-        if source.rule == LossRule.ROLES:
+        if source is LossSource.ROLES and isinstance(loss, RoleLoss) and loss.boundaries is not None:
+            seen.check_own_markers(labels)
+        elif source.rule == LossRule.ROLES:
             seen.check_markers(labels)
         if not allows_empty(loss):
             seen.check_trained(labels)
@@ -125,6 +130,44 @@ class _Seen:
                     f"no turn of role {role!r} ends in {self._rows}: its end {self._markers(ends)} is never found. "
                     "Give its text in loss.boundaries, or end: null for turns that go on to the sample's end"
                 )
+
+    def check_own_markers(self, labels: LabelMaker) -> None:
+        """Someone wrote each boundary for these rows: each that trains something opens a turn, and its end ends one."""
+        turns = [turn for sample in self.samples for turn in opened_turns(sample.input_ids, labels.boundaries)]
+        for number, boundary in enumerate(labels.boundaries):
+            if boundary.role not in labels.roles_to_train and labels.train_on_eos != "all":
+                continue
+            own = [turn for turn in turns if turn.boundary == number]
+            if not own:
+                start = self._markers([boundary.start])
+                if self._has(boundary.start):
+                    self._refuse(
+                        f"the start {start} of role {boundary.role!r} opens no turn in {self._rows}: it stands inside "
+                        "other turns alone, or another boundary of the same text wins. Mend or leave out this boundary"
+                    )
+                self._refuse(
+                    f"no turn of role {boundary.role!r} begins in {self._rows}: its start {start} is never found. "
+                    "Give its text in loss.boundaries, or leave out this boundary"
+                )
+            if boundary.end and not any(turn.is_closed for turn in own):
+                self._refuse(
+                    f"no turn of role {boundary.role!r} ends in {self._rows}: its end {self._markers([boundary.end])} "
+                    f"never follows its start {self._markers([boundary.start])}. Give its text in loss.boundaries, or "
+                    "end: null for turns that go on to the sample's end"
+                )
+
+    def open_ends(self, labels: LabelMaker, ending_token_ids: Sequence[int]) -> str:
+        """`; 3 of 5 last turns end without a stop token`, or nothing where all have one."""
+        ends = {*ending_token_ids, self.family.tokenizer.eos_token_id}
+        trained = [ids[ids != IGNORE_INDEX] for ids in sample_labels(self.samples, labels)]
+        last = [self._last(ids) for ids in trained if len(ids)]
+        missing = sum(token not in ends for token in last)
+        return f"; {missing} of {len(last)} last turns end without a stop token" if missing else ""
+
+    def _last(self, ids: np.ndarray) -> int:
+        """The last of some tokens that is not blank; templates write blanks behind an end."""
+        decode = self.family.tokenizer.decode
+        return next((token for token in reversed(ids.tolist()) if decode([token]).strip()), int(ids[-1]))
 
     def check_trained(self, labels: LabelMaker) -> None:
         if not any((each != IGNORE_INDEX).any() for each in sample_labels(self.samples, labels)):

@@ -1,11 +1,15 @@
 """The doctor passes a good job, and each of its checks fails where what it looks at is wrong."""
 
 import functools
+import io
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mmray import doctor
@@ -13,6 +17,7 @@ from mmray.cli import app
 from mmray.config import Job
 from mmray.doctor import Status, examine_settings
 from mmray.doctor import model as doctor_model
+from mmray.doctor import rows as doctor_rows
 from mmray.doctor import weights as doctor_weights
 from mmray.families.base import positions_in_sample
 from mmray.families.qwen2_vl import Qwen2VL
@@ -32,6 +37,12 @@ NOT_APPLICABLE = {"loss of the weights"}
 def make_job(inputs, tmp_path):
     """A function: the job of the synthetic rows, changed."""
     return lambda **changes: inputs.job(tmp_path, packing__token_capacity=1024, **changes)
+
+
+@pytest.fixture
+def without_model(monkeypatch):
+    """The small copy of the model, the slowest part, is left out."""
+    monkeypatch.setattr(doctor, "examine_model", lambda *_: iter(()))
 
 
 def findings(content):
@@ -61,6 +72,12 @@ def test_all_sets_of_all_splits_are_looked_at(make_job):
         assert name in said
 
 
+def finding(content, check, split="train"):
+    """The only finding of a check, or that of a split."""
+    found = [each for each in findings(content) if each.check == check]
+    return found[0] if len(found) == 1 else next(each for each in found if f"data.{split}" in each.detail)
+
+
 # ---- Settings ----
 
 
@@ -75,8 +92,16 @@ def test_a_model_that_is_not_the_processor_s(make_job):
     assert "the model is a idefics3" in failed(content)["processor"]
 
 
-def test_attention_that_is_not_installed(make_job):
-    assert "flash_attn is not installed" in failed(make_job(model__attention="flash_attention_2"))["attention"]
+def test_attention_that_is_not_installed(make_job, monkeypatch):
+    job = Job.model_validate(make_job(model__attention="flash_attention_2"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    _, without_gpu = examine_settings(job)
+    assert without_gpu.status is Status.PASS
+    assert "flash_attn is looked for where GPUs are" in without_gpu.detail
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _, with_gpu = examine_settings(job)
+    assert with_gpu.status is Status.FAIL
+    assert "flash_attn is not installed" in with_gpu.detail
 
 
 def test_a_model_that_cannot_pack(make_job, monkeypatch):
@@ -107,6 +132,47 @@ def test_files_that_are_not_there(make_job):
     assert "/nowhere.jsonl" in failed(content)["rows"]
 
 
+def test_the_model_is_tried_though_rows_cannot_be_read(make_job):
+    content = make_job(data={"train": [{"files": "/nowhere.jsonl", "kind": "pretrain"}]})
+    found = {each.check: each.status for each in findings(content)}
+    assert found["packed = unpacked"] is Status.PASS
+    assert found["accumulation steps"] is Status.PASS
+    assert found["loss of the weights"] is Status.NOT_APPLICABLE
+
+
+@pytest.mark.usefixtures("without_model")
+def test_eval_rows_are_looked_at_though_training_rows_cannot_be_read(make_job):
+    content = make_job()
+    content["data"] = {"train": [{"files": "/nowhere.jsonl", "kind": "pretrain"}], "eval": content["data"]["train"]}
+    assert any("data.eval[1] (chat)" in each.detail for each in findings(content))
+
+
+def tokenized(tmp_path, name, rows):
+    return write_rows(tmp_path / f"{name}.jsonl", [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * rows)
+
+
+@pytest.mark.usefixtures("without_model")
+def test_first_rows_are_of_as_many_files_as_they_need(make_job, tmp_path):
+    files = [tokenized(tmp_path, str(number), rows) for number, rows in enumerate((0, 3, 40, 40, 40))]
+    content = make_job(data__train=[{"files": files, "kind": "tokenized"}])
+    assert "64 of the first 64 rows are good" in finding(content, "rows").detail
+    job = Job.model_validate(content)
+    rows = doctor.FirstRows(job, "train", None, None)
+    rows.encoder = SimpleNamespace(datasets=[None])
+    assert {piece.uri for piece in rows.pieces} == set(files[1:4])
+
+
+@pytest.mark.usefixtures("without_model")
+def test_a_set_without_rows(make_job, tmp_path):
+    content = make_job()
+    content["data"]["train"].append({"files": tokenized(tmp_path, "none", 0), "kind": "tokenized"})
+    assert "data.train[2] (tokenized): its files hold no rows" in failed(content)["rows"]
+    said = finding(content, "loss").detail
+    assert "data.train[2] (tokenized): row, not judged: no good row" in said
+    assert "data.train[1] (chat): boundaries, the family's markers of the assistant's turns, all found" in said
+    assert "data.train[0] (pretrain): all, every token trains" in said
+
+
 def test_rows_that_are_all_bad(make_job, tmp_path):
     content = with_rows(make_job, tmp_path, [{"text": "<image>", "images": ["gone.jpg"]}] * 3, kind="pretrain")
     assert "gone.jpg" in failed(content)["rows"]
@@ -120,6 +186,30 @@ def test_a_bad_row_where_none_is_allowed(make_job):
 
 def test_capacities_below_the_rows(make_job):
     assert "packing.visual_capacity is 16" in failed(make_job(packing__visual_capacity=16))["capacities"]
+
+
+@pytest.fixture
+def one_long_row(make_job, tmp_path):
+    """A function: a job of 40 rows of which one fits no bin."""
+    rows = [{"text": "word " * (4000 if number == 7 else 5)} for number in range(40)]
+    return lambda **data: (
+        with_rows(make_job, tmp_path, rows, kind="pretrain")
+        | ({"data": {"train": [{"files": str(tmp_path / "rows.jsonl"), "kind": "pretrain"}], **data}})
+    )
+
+
+@pytest.mark.usefixtures("without_model")
+def test_the_part_of_rows_that_fit_no_bin_is_told(one_long_row):
+    found = finding(one_long_row(), "capacities")
+    assert found.status is Status.PASS
+    assert "1 of the first 40 rows of data.train, 2.5%, fit no bin and will be rejected" in found.detail
+
+
+@pytest.mark.usefixtures("without_model")
+def test_no_row_may_be_too_large_where_a_bad_row_is_an_error(one_long_row):
+    found = finding(one_long_row(on_bad_row="error"), "capacities")
+    assert found.status is Status.FAIL
+    assert "1 of the first 40 rows" in found.detail
 
 
 def test_a_template_that_refuses(make_job, tmp_path, inputs):
@@ -159,8 +249,34 @@ def test_lengths_that_are_not_the_processor_s(make_job, monkeypatch):
 def test_pictures_that_cannot_be_decoded(make_job, tmp_path, inputs):
     page = next((inputs.folder / "data/pages").glob("*.jpg")).read_bytes()
     (tmp_path / "page.jpg").write_bytes(page[: len(page) // 2])
-    content = with_rows(make_job, tmp_path, [{"text": "<image> A", "images": ["page.jpg"]}], kind="pretrain")
-    assert "page.jpg" in failed(content)["exact lengths"]
+    rows = [{"text": "<image> A", "images": ["page.jpg"]}, {"text": "B"}]
+    content = with_rows(make_job, tmp_path, rows, kind="pretrain")
+    found = failed(content)
+    assert "page.jpg" in found["exact lengths"]
+    assert "1 of 2 rows" in found["exact lengths"]
+    assert found.keys() == {"exact lengths"}
+
+
+@pytest.mark.usefixtures("without_model")
+def test_tokenized_rows_are_not_compared(make_job, tmp_path):
+    content = make_job(data__train=[{"files": tokenized(tmp_path, "ready", 3), "kind": "tokenized"}])
+    alone = finding(content, "exact lengths")
+    assert alone.status is Status.NOT_APPLICABLE
+    assert alone.detail == "3 tokenized rows of data.train are taken as they are"
+    content["data"]["train"] += make_job()["data"]["train"][:1]
+    mixed = finding(content, "exact lengths")
+    assert mixed.status is Status.PASS
+    assert mixed.detail.startswith("4 rows of data.train have the tokens of Qwen2VLProcessor; 3 tokenized rows")
+
+
+def test_a_check_of_rows_that_breaks_is_a_failed_one(make_job, monkeypatch):
+    def broken(*_, **__):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(doctor_rows, "render", broken)
+    found = failed(make_job())
+    assert "OSError: the disk is gone" in found["exact lengths"]
+    assert found.keys() == {"exact lengths"}
 
 
 # ---- The model ----
@@ -199,6 +315,48 @@ def test_a_model_that_keeps_its_cache(make_job, monkeypatch):
     found = failed(make_job())
     assert "returns a cache" in found["cache"]
     assert "packed = unpacked" in found
+
+
+def test_a_cache_that_the_text_model_s_configuration_asks_for(make_job, monkeypatch):
+    def caching(settings):
+        model = build_model(settings)
+        model.config.get_text_config().use_cache = True
+        return model
+
+    monkeypatch.setattr(doctor_model, "build_model", caching)
+    assert "use_cache is on in the configuration of the text model" in failed(make_job())["cache"]
+
+
+def test_a_gradient_that_is_a_mean_of_means(make_job, monkeypatch):
+    """Though the loss that is reported is right."""
+
+    def mean(model, inputs, labels):
+        right = packed_loss_sum(model, inputs, labels)
+        wrong = right / (labels[:, 1:] >= 0).sum()
+        return right.detach() + wrong - wrong.detach()
+
+    monkeypatch.setattr(doctor_model, "packed_loss_sum", mean)
+    found = failed(make_job())
+    assert "how a batch is split" in found["accumulation steps"]
+    assert found.keys() == {"accumulation steps"}
+
+
+def test_a_model_that_cannot_be_made_small(make_job, monkeypatch):
+    def broken(config):
+        raise KeyError("hidden_size")
+
+    monkeypatch.setattr(doctor_model, "shrunken", broken)
+    assert "KeyError: 'hidden_size'" in failed(make_job())["small copy"]
+
+
+def test_a_model_that_breaks_in_one_check(make_job, monkeypatch):
+    def broken(self, batch):
+        raise IndexError("no such image")
+
+    monkeypatch.setattr(doctor_model._Copy, "naive_inputs", broken)
+    found = failed(make_job())
+    assert found.keys() == {"packed = unpacked"}
+    assert "IndexError: no such image" in found["packed = unpacked"]
 
 
 def test_a_loss_that_is_a_mean_of_means(make_job, monkeypatch):
@@ -256,7 +414,64 @@ def test_weights_larger_than_the_memory(make_job, saved, monkeypatch):
     assert "free" in found.detail
 
 
+@pytest.mark.usefixtures("without_model")
+def test_a_broken_picture_costs_only_its_own_row(make_job, saved, tmp_path, inputs):
+    """Of the loss of the weights: the other rows' is told, and the rest of the report."""
+    path, _ = saved(0)
+    page = next((inputs.folder / "data/pages").glob("*.jpg")).read_bytes()
+    (tmp_path / "page.jpg").write_bytes(page[: len(page) // 2])
+    rows = [{"text": f"Row {number}"} for number in range(9)] + [{"text": "<image> A", "images": ["page.jpg"]}]
+    content = with_rows(make_job, tmp_path, rows, kind="pretrain")
+    content["model"] = {"path": path, "processor": content["model"]["processor"], "dtype": "fp32"}
+    result = run(tmp_path, content, "--json")
+    assert result.exit_code == 1
+    found = {each["check"]: each for each in json.loads(result.stdout)["findings"]}
+    assert found["exact lengths"]["status"] == "pass"  # the picture is not among the rows it decodes
+    weights = found["loss of the weights"]
+    assert weights["status"] == "fail"
+    assert "of 9 rows" in weights["detail"]
+    assert "page.jpg" in weights["detail"]
+
+
+def test_an_error_of_the_weights_is_a_finding(make_job, saved, monkeypatch):
+    def broken(settings):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(doctor_weights, "build_model", broken)
+    found = weights_finding(make_job, saved, 0)
+    assert found.status is Status.FAIL
+    assert "MemoryError: too large" in found.detail
+
+
+def test_memory_is_what_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_weights, "MEMORY_INFO", tmp_path / "meminfo")
+    pages = doctor_weights._free_bytes()
+    assert pages % 1024**4 > 0
+    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemFree: 10 kB\nMemAvailable:   70 kB\n")
+    assert doctor_weights._free_bytes() == 70 * 1024
+
+
+def test_weights_in_two_forms_count_once(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(500))
+    assert doctor_weights._weights_bytes(tmp_path) == 500
+    (tmp_path / "model.safetensors").write_bytes(bytes(300))
+    assert doctor_weights._weights_bytes(tmp_path) == 300
+
+
 # ---- The command ----
+
+
+@pytest.mark.usefixtures("without_model")
+def test_the_preview_shows_a_row_of_each_set_chats_first(make_job, tmp_path):
+    content = make_job()
+    pretrain, chats = content["data"]["train"]
+    ready = {"files": tokenized(tmp_path, "ready", 3), "kind": "tokenized"}
+    content["data"]["train"] = [pretrain, ready, pretrain, chats]
+    (rows,) = [each for each in doctor.examine(Job.model_validate(content)) if isinstance(each, doctor.FirstRows)]
+    console = Console(file=io.StringIO(), width=200)
+    rows.preview(console)
+    shown = re.findall(r"of (data\.train\[\d\] \(\w+\))", console.file.getvalue())
+    assert shown == ["data.train[3] (chat)", "data.train[0] (pretrain)", "data.train[1] (tokenized)"]
 
 
 def run(tmp_path, content, *options):

@@ -22,7 +22,7 @@ from mmray.batch import MicroBatch, Place, mask, render
 from mmray.families import Family, family_of
 from mmray.images import cut_tiles, load_image, plan_tiles
 from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import label_maker
+from mmray.masks.settings import label_maker, stop_token_ids
 from mmray.packing_settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from mmray.training.loss import packed_loss_sum
@@ -104,10 +104,10 @@ class Case:
         for number in bins:
             packed = self.prepared.bin(number)
             for row_id, length in zip(packed.sample_ids, packed.sample_lengths):
-                yield self._alone(ROWS[row_id]), slice(start, start + int(length))
+                yield self._alone(ROWS[row_id], int(length)), slice(start, start + int(length))
                 start += int(length) + self.family.sample_gap
 
-    def _alone(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _alone(self, row: dict[str, Any], length: int) -> dict[str, Any]:
         unit = self.family.placeholder_unit
         if "messages" in row:
             text = self.family.processor.apply_chat_template(row["messages"], tokenize=False)
@@ -122,6 +122,9 @@ class Case:
         bos = self.family.tokenizer.bos_token
         special = not (bos and "messages" in row and text.startswith(bos))
         output = self.family.process(head, tiles, return_tensors="pt", add_special_tokens=special)
+        if output["input_ids"].shape[1] < length:  # the token by which the model stops, which the template leaves out
+            (stop,) = self.family.tokenizer.convert_ids_to_tokens(stop_token_ids(self.family)[:1])
+            output = self.family.process(head + stop, tiles, return_tensors="pt", add_special_tokens=special)
         return self.member.alone(dict(output))
 
 

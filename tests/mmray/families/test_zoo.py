@@ -173,13 +173,31 @@ def test_sampled_tokens_are_the_assistant_s_with_what_ends_its_turns(chatting, z
 
 
 @pytest.mark.proves("masks")
-def test_every_role_can_be_trained(chatting, zoo_processor):
+def test_every_role_can_be_trained_alone(chatting, zoo_processor):
     family, turns = chat_family(chatting, zoo_processor), chatting.turns
-    roles = {marker.role for marker in family.role_markers}
-    assert {"user", "assistant"} <= roles
-    found = trained_text(family, RoleLoss(roles=tuple(roles)), chat(turns))
-    for text in (*ASKED, *ANSWERED, *([SYSTEM] if turns.has_system and "system" in turns.ends else [])):
-        assert text in found
+    assert {"user", "assistant"} <= {marker.role for marker in family.role_markers}
+    found = {role: trained_text(family, RoleLoss(roles=(role,)), chat(turns)) for role in ("user", "assistant")}
+    for role, own, others in (("user", ASKED, ANSWERED), ("assistant", ANSWERED, ASKED)):
+        assert all(text in found[role] for text in own)
+        assert not any(text in found[role] for text in others)
+
+
+@pytest.mark.proves("masks")
+def test_tokens_of_a_picture_never_train(member, zoo_processor):
+    """By the family's media tokens alone: the stretches that stand for images are not told here."""
+    family = family_of(zoo_processor(member.name), model_type=member.model_type)
+    dataset = {"files": "rows.jsonl", "kind": "pretrain", "add_eos": False}
+    packing = PackingSettings(token_capacity=100_000, visual_capacity=100_000)
+    preparation = Preparation(family, dataset, packing=packing, loss="all")
+    for size in SIZES:
+        sample = preparation.sample({"text": "Look: <image> Total 12.50", "images": [png(noise(size))]})
+        ids, (start, count) = sample.input_ids, sample.blocks[0]
+        labels = preparation.labels.of_arrays(
+            ids, np.asarray([len(ids)]), np.asarray([LossRule.ALL]), np.zeros(len(ids), bool), []
+        )
+        special = set(family.tokenizer.get_added_vocab().values())
+        assert not special & set(labels[start : start + count].tolist())
+        assert (labels != IGNORE_INDEX).any()
 
 
 def chat_family(chatting, zoo_processor):

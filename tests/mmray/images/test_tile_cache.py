@@ -1,9 +1,11 @@
 """Kept tiles: always those that rendering gives, in a folder that never outgrows its bound."""
 
 import errno
+import fcntl
 import logging
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import PIL
@@ -376,3 +378,30 @@ def test_any_use_by_any_processes(
             cache = started_later(cache, max_bytes)
         assert values(cache.render_tiles(pages[number], plan_of())) == expected[number]
         assert num_bytes(cache) <= max_bytes
+
+
+def test_a_restart_keeps_what_the_process_before_it_used(page: str, rendered: list[object], tmp_path: Path) -> None:
+    """The pages still to come of an interrupted epoch are those used longest ago."""
+    room = 3 * entry_bytes(tmp_path, page) + 500
+    pages = [write_page(tmp_path, number) for number in range(6)]
+    first = TileCache(tmp_path / "tiles", room)
+    for each in pages:
+        first.render_tiles(each, plan_of())
+    kept = entries(first)
+    for path in kept:
+        os.utime(path, (time.time() - 3600,) * 2)
+    second = TileCache(first.folder, room)
+    for each in pages:
+        second.render_tiles(each, plan_of())
+    assert entries(second) == kept
+
+
+def test_nobody_waits_long_for_someone_who_makes_room(cache: TileCache, page: str, tmp_path: Path) -> None:
+    cache.render_tiles(page, plan_of())
+    other = write_page(tmp_path, 1)
+    with (cache.folder / "booked").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert values(cache.render_tiles(other, plan_of())) == values(render_tiles(other, plan_of()))
+        assert len(entries(cache)) == 1
+    cache.render_tiles(other, plan_of())
+    assert len(entries(cache)) == 2

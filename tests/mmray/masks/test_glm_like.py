@@ -64,7 +64,7 @@ TWO_TURNS = chat("What?", "This.", "And?", "That.")
 CLOSED = chat("What?", "This.", "And?")
 
 
-@pytest.mark.parametrize(("row", "text"), [(TWO_TURNS, "This.<|user|>That."), (CLOSED, "This.<|user|>")])
+@pytest.mark.parametrize(("row", "text"), [(TWO_TURNS, "This.<|user|>That.<|user|>"), (CLOSED, "This.<|user|>")])
 def test_sampled_trains_the_user_s_token_that_ends_the_turn(glm, row, text):
     assert trained_text(glm(marked=True), row) == (LossSource.TEMPLATE, text)
     assert trained_text(glm(marked=False), row) == (LossSource.BOUNDARIES, text)
@@ -99,6 +99,35 @@ def test_other_turns_do_not_end_it(glm, marked):
     """A system message after the assistant's is no token that the model stops with."""
     messages = [*TWO_TURNS["messages"], {"role": "system", "content": "Stop."}]
     assert trained_text(glm(marked), {"messages": messages})[1] == "This.<|user|>That."
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_chat_of_one_turn_teaches_to_stop(glm, marked):
+    """Nothing follows the answer in the template's text: the stop token is added, and only there."""
+    family = glm(marked)
+    stop = family.token_id("<|user|>")
+    preparation = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY)  # `sample` verifies
+    ids = preparation.sample(chat("What?", "This.")).input_ids.tolist()
+    assert (ids[-1], ids.count(stop)) == (stop, 2)
+    assert trained_text(family, chat("What?", "This."))[1] == "This.<|user|>"
+    assert preparation.sample(chat("What?")).input_ids.tolist().count(stop) == 1
+    for loss in ("all", RoleLoss()):
+        other = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY, loss=loss)
+        assert other.sample(chat("What?", "This.")).input_ids.tolist() == ids[:-1]
+
+
+@pytest.mark.parametrize("end", ["<|user|>", "<|observation|>\n", "<|im_end|>"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_template_that_ends_the_turn_needs_no_stop_token(glm, marked, end):
+    """<|im_end|> ends no turn of this family: a stop is added behind it, where it is what the model says."""
+    family = glm(marked)
+    plain = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY).sample(chat("What?", "This."))
+    family.processor.chat_template += "{{- '" + end.replace("\n", "\\n") + "' -}}"
+    preparation = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY)
+    ids = preparation.sample(chat("What?", "This.")).input_ids.tolist()
+    written = family.tokenizer(end)["input_ids"]
+    added = [family.token_id("<|user|>")] if end == "<|im_end|>" and not marked else []
+    assert ids == plain.input_ids.tolist()[:-1] + written + added
 
 
 def test_samples_of_a_bin_do_not_end_each_other_s_turns(glm):

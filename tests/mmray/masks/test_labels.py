@@ -266,7 +266,7 @@ def test_turns_of_every_family(processor, model_type):
     assert decoded(preparation, [preparation.sample(row)], users) == [f"{space}Total?{end}{space}Sure?{end}"]
 
 
-@pytest.mark.parametrize("loss", ["all", RoleLoss(train_on_inputs=True), RoleLoss(roles=(), train_on_inputs=True)])
+@pytest.mark.parametrize("loss", ["all", RoleLoss(train_on_inputs=True)])
 def test_every_token(processor, loss):
     row = chat(("user", "Total?"), ("assistant", "12.50"))
     preparation = Preparation(processor, {"files": "rows.jsonl", "kind": "chat"}, loss=loss)

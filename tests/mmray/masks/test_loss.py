@@ -116,7 +116,7 @@ def test_roles_leave_stop_tokens_out(processors):
     assert maker.train_on_eos == "last"
 
 
-@pytest.mark.parametrize("loss", ["all", RoleLoss(train_on_inputs=True, roles=("nobody",))])
+@pytest.mark.parametrize("loss", ["all", RoleLoss(train_on_inputs=True, allow_empty=True)])
 def test_every_token_scans_for_nothing(family, loss):
     maker = label_maker(loss, family)
     assert (maker.boundaries, maker.roles_to_train, maker.stop_token_ids) == ((), (), ())
@@ -233,6 +233,24 @@ def test_an_empty_list_of_roles_is_refused_unless_allowed(family, train_on_eos):
     assert label_maker(allowed, family).roles_to_train == ()
     assert allows_empty(allowed)
     assert not any(map(allows_empty, ("sampled", "all", RoleLoss())))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"roles": ["user"]},
+        {"roles": []},
+        {"train_on_eos": "last"},
+        {"boundaries": [{"role": "assistant", "start": "A:"}]},
+        {"boundaries": []},
+    ],
+)
+def test_every_token_and_some_turns_exclude_each_other(other):
+    (name,) = other
+    with pytest.raises(ValidationError, match=f"train_on_inputs: true trains every token, and leaves {name} without"):
+        RoleLoss.model_validate({"train_on_inputs": True} | other)
+    assert RoleLoss.model_validate({"train_on_inputs": False, "allow_empty": True} | other)
+    assert RoleLoss(train_on_inputs=True, roles=("assistant",), train_on_eos="turn").train_on_inputs  # as they are
 
 
 def test_an_empty_end_is_refused():

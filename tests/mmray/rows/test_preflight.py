@@ -1,5 +1,6 @@
 """The first rows of each set: what their loss comes from is said once, and what cannot train stops before any actor."""
 
+import copy
 import json
 import logging
 
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mmray.errors import UserError
+from mmray.families import RoleMarkers
 from mmray.families.qwen2_vl import Qwen2VL
 from mmray.masks.settings import LossSource, RoleLoss
 from mmray.packing_settings import PackingSettings
@@ -85,6 +87,29 @@ def test_stop_tokens_are_said(check, processors):
         )
 
 
+def test_last_turns_without_an_end_are_said(check, processors):
+    """As LLaVA 1.5 writes chats: a turn goes on to where the next one starts."""
+
+    class Endless(Qwen2VL):
+        role_markers = (
+            RoleMarkers("user", "USER:", until_next=True),
+            RoleMarkers("assistant", "ASSISTANT:", until_next=True),
+        )
+
+    def said_of(end, rows=CHATS):
+        processor = copy.copy(processors["qwen2_vl"])
+        processor.chat_template = (
+            "{% for m in messages %}{{ m.role.upper() + ': ' + m.content }}"
+            "{% if m.role == 'assistant' %}" + end + "{% endif %}{{ '\\n' }}{% endfor %}"
+        )
+        return check(("chat", rows), processor=Endless(processor))[1][-1]
+
+    assert said_of("").endswith("; 5 of 5 last turns end without a stop token")
+    assert "last turns" not in said_of("{{ eos_token }}")
+    some = "{% if '3' not in m.content %}{{ eos_token }}{% endif %}"
+    assert said_of(some, [*CHATS, chat("No answer")]).endswith("; 1 of 5 last turns end without a stop token")
+
+
 def test_the_roles_are_said(check):
     boundaries = [{"role": "assistant", "start": "<|im_start|>assistant\n"}, {"role": "user", "start": "A", "end": "?"}]
     _, said = check(("chat", CHATS), ("tokenized", READY * 2), loss="all")
@@ -135,9 +160,49 @@ def test_a_role_that_has_no_turn(check):
     assert check(("chat", [*CHATS, with_tool]), loss=roles(ASSISTANT, tool, roles=["assistant", "tool"]))
 
 
-def test_any_boundary_of_a_role_is_enough(check):
-    assert check(("chat", CHATS), loss=roles(ASSISTANT | {"start": "<assistant>:"}, ASSISTANT))
-    assert check(("chat", CHATS), loss=roles(ASSISTANT | {"start": "<assistant>:", "end": "<never>"}, ASSISTANT))
+def test_any_boundary_of_a_role_is_enough_for_the_family_s_own(check, processors):
+    class More(Qwen2VL):
+        role_markers = (
+            RoleMarkers("assistant", "<assistant>:", "<never>"),
+            *Qwen2VL(processors["qwen2_vl"]).role_markers,
+        )
+
+    for loss in ("sampled", RoleLoss()):
+        assert check(("chat", CHATS), loss=loss, processor=More(processors["qwen2_vl"]))
+
+
+@pytest.mark.parametrize("other", [{"start": "<assistant>:"}, {"start": "<assistant>:", "end": "<never>"}])
+def test_each_boundary_that_the_job_wrote_must_open_a_turn(check, other):
+    message = refused(check, ("chat", CHATS), loss=roles(ASSISTANT | other, ASSISTANT))
+    assert "its start '<assistant>:' [" in message
+
+
+def test_a_start_that_stands_inside_other_turns_alone(check):
+    """Its tokens are there, and open nothing."""
+    inner = ASSISTANT | {"start": "assistant\n"}
+    message = refused(check, ("chat", CHATS), loss=roles(ASSISTANT, inner))
+    assert "the start 'assistant\\n' [" in message
+    assert "opens no turn in the first 5 good rows" in message
+    assert check(("chat", CHATS), loss=roles(inner))
+
+
+def test_other_roles_boundaries_count_where_their_ends_train(check):
+    user = {"role": "user", "start": "<user>:", "end": "<|im_end|>"}
+    assert check(("chat", CHATS), loss=roles(ASSISTANT, user))
+    message = refused(check, ("chat", CHATS), loss=roles(ASSISTANT, user, train_on_eos="all"))
+    assert "no turn of role 'user' begins" in message
+    good = user | {"start": "<|im_start|>user\n"}
+    assert check(("chat", CHATS), loss=roles(ASSISTANT, good, train_on_eos="all"))
+
+
+@pytest.mark.parametrize("include_end", [True, False])
+def test_an_end_must_close_a_turn_of_its_own(check, include_end):
+    """It stands in the rows, before the assistant's turn alone."""
+    ending = ASSISTANT | {"end": "user\n", "include_end": include_end}
+    message = refused(check, ("chat", CHATS), loss=roles(ending))
+    assert "no turn of role 'assistant' ends in the first 5 good rows: its end 'user\\n' [" in message
+    twice = [chat("What?", "This.", "And?", "That.")]
+    assert check(("chat", twice), loss=roles(ending))
 
 
 def test_an_end_that_is_never_found(check):
@@ -145,8 +210,6 @@ def test_an_end_that_is_never_found(check):
     assert "no turn of role 'assistant' ends in the first 5 good rows: its end '</assistant>' [" in message
     assert "end: null" in message
     assert check(("chat", CHATS), loss=roles(ASSISTANT | {"end": None}))
-    either = roles(ASSISTANT | {"end": "</assistant>"}, ASSISTANT | {"start": "<|im_start|>assistant"})
-    assert check(("chat", CHATS), loss=either)  # some end of the role stands there
 
 
 def test_each_set_is_looked_at(check):

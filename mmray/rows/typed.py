@@ -1,0 +1,94 @@
+"""Typed text that a job would take for the start or the end of a turn, in families whose markers are plain text.
+
+LLaVA writes `ASSISTANT:` before what the model says, and a user may type the same. A search for the marker would turn
+away much harmless prose (`User:` inside an answer opens nothing where only the answer's own end is looked for), so it
+only finds the rows worth a second look. These are rendered once more, each typed marker as so many letters x, and both
+texts are scanned as in training: a row is good if its turns begin and end at the same characters in both.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mmray.errors import RowError
+from mmray.families import Family
+from mmray.families.base import RoleMarkers
+from mmray.masks.roles import RoleBoundary
+from mmray.masks.turns import opened_turns
+
+Content = str | list[dict[str, str]]
+_BLANKS = r"[\s\u2581]+"
+"""Sentencepiece writes spaces as U+2581, and reads that character as one."""
+
+
+class TypedMarkers:
+    """The markers of a job, looked for in what a person typed."""
+
+    def __init__(self, family: Family, markers: Sequence[RoleMarkers], boundaries: Sequence[RoleBoundary]) -> None:
+        """boundaries: the markers as tokens, in the same order."""
+        self.boundaries = tuple(boundaries)
+        self._backend: Tokenizer = family.tokenizer.backend_tokenizer
+        self.special_tokens = _special_tokens(family, markers)
+        """Tokens in the markers that text is split at before anything else: never to be typed."""
+        texts = {text.strip() for marker in markers for text in (marker.start, marker.end)} - {""}
+        longest_first = sorted(texts, key=lambda text: (-len(text), text))
+        patterns = [_BLANKS.join(map(re.escape, text.split())) for text in longest_first]
+        self._typed = re.compile("|".join(patterns) or r"(?!)")
+
+    def found(self, content: Content) -> list[str]:
+        """The markers typed in a message's content."""
+        return [match.group() for match in self._typed.finditer(_joined(content))]
+
+    def blanked(self, content: Content) -> Content:
+        """The content with each typed marker as so many letters x."""
+        text = self._typed.sub(lambda match: "x" * len(match.group()), _joined(content))
+        if isinstance(content, str):
+            return text
+        parts, read = [], 0
+        for part in content:
+            stop = read + len(part.get("text", _NO_TEXT))
+            parts.append(part | {"text": text[read:stop]} if "text" in part else part)
+            read = stop
+        return parts
+
+    def check(self, text: str, blanked: str, typed: Sequence[tuple[str, str]]) -> None:
+        """Raise RowError unless the turns of a row's text are those of the same text with typed markers blanked.
+
+        text, blanked: as the tokenizer gets them; typed: (where, marker), what was blanked.
+        """
+        found, expected = self._places(text), self._places(blanked)
+        if found == expected:
+            return
+        begun = [text[start:] for _, start, _ in found if start not in {place for _, place, _ in expected}]
+        where, marker = next((each for each in typed for rest in begun if rest.lstrip().startswith(each[1])), typed[0])
+        raise RowError(
+            "special_token_in_text",
+            f"{where} holds {marker!r}, by which the turns of a chat are found: the row would be read as other turns "
+            "than it has; write it differently",
+        )
+
+    def _places(self, text: str) -> list[tuple[str, int, int]]:
+        """Role, first character and end of each turn."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        turns = opened_turns(np.asarray(encoding.ids, dtype=np.int64), self.boundaries)
+        offsets = encoding.offsets
+        return [
+            (self.boundaries[turn.boundary].role, offsets[turn.start][0], offsets[turn.stop - 1][1]) for turn in turns
+        ]
+
+
+_NO_TEXT = "\0"
+
+
+def _joined(content: Content) -> str:
+    """Templates write parts one after another: a marker could be typed half in one and half in the next."""
+    return content if isinstance(content, str) else "".join(part.get("text", _NO_TEXT) for part in content)
+
+
+def _special_tokens(family: Family, markers: Sequence[RoleMarkers]) -> tuple[str, ...]:
+    tokenizer = family.tokenizer
+    special = {*map(str, tokenizer.get_added_vocab()), *map(str, tokenizer.all_special_tokens)}
+    texts = [text for marker in markers for text in (marker.start, marker.end)]
+    return tuple(sorted(token for token in special if token.strip() and any(token in text for text in texts)))
