@@ -19,7 +19,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.masking_utils import create_causal_mask
 
-from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, normalised, positions_in_sample
+from mmray.families.base import (
+    Family,
+    PackedRow,
+    RoleMarkers,
+    Size,
+    Span,
+    Tile,
+    as_frame,
+    normalised,
+    positions_in_sample,
+)
 from mmray.images import TilingPolicy
 from mmray.masks.labels import PADDING_SEGMENT
 

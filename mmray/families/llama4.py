@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, normalised
+from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, normalised
 from mmray.images import TilingPolicy
 
 HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}

@@ -217,8 +217,11 @@ def test_turns_that_nothing_stands_between_are_two(viewed, processors):
     assert turns_of(view.samples[0]) == list(zip(("user", "user", "assistant"), texts))
 
 
-def test_turns_are_found_by_the_boundaries_of_the_job(viewed):
-    view, *_ = viewed("qwen2_vl", "chat", loss=LOSSES["boundaries"])
+def test_turns_are_found_by_the_boundaries_of_the_job(viewed, processors):
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A page."}]
+    text = processors["qwen2_vl"].apply_chat_template(messages, tokenize=False)
+    ids = processors["qwen2_vl"].tokenizer(text)["input_ids"]
+    view, *_ = viewed("qwen2_vl", "tokenized", rows=[{"input_ids": ids}], loss=LOSSES["boundaries"])
     assert view.roles == ("asked", "page")
     turns = turns_of(view.samples[0])
     assert [turn for turn in turns if turn[0]] == [("asked", "What is it?"), ("page", "A page.")]

@@ -132,6 +132,22 @@ def test_tiles_are_not_resampled(tiling, zoo_processor):
     check_pixels(tiling, family, [tiles, tiles[:1]])
 
 
+def test_tiles_of_a_page_do_not_pass_through_the_processor(tiling, zoo_processor, monkeypatch):
+    """On the CPU actors they cost a copy of their bytes."""
+    family = family_of(zoo_processor(tiling.name), tiled=True, model_type=tiling.model_type)
+    policy = family.resolve_tiling(TilingPolicy.model_validate(tiling.tiling))
+    tiles = cut_tiles(noise((301, 411)), plan_tiles((301, 411), policy))
+
+    def refuse(*args, **options):
+        raise AssertionError("the image processor was run")
+
+    for step in ("preprocess", "resize", "resize_and_split"):
+        monkeypatch.setattr(type(family.processor.image_processor), step, refuse, raising=False)
+    for tile in tiles:
+        (frame,) = family.frames(tile, len(tiles))
+        assert np.array_equal(frame, np.asarray(tile))
+
+
 # ---- Masks ----
 
 SYSTEM, ASKED, ANSWERED = "Be brief.", ("Who is it for?", "And why?"), ("Anna Berg, of course.", "She paid 12.50.")
