@@ -109,11 +109,12 @@ def of_processor(family: Family, name: str) -> list[Result]:
     differences = [float((on_device(n).cpu() - pixels).abs().max()) for n, pixels in enumerate(processors)]
     if max(differences) > MAX_DIFFERENCE:
         raise AssertionError(f"pixel_values differ from those of {name} by {max(differences):.1e}")
-    theirs = cpu_seconds([partial(page.processors_pixels, page.tiles) for page in each])
-    own = cpu_seconds([partial(page.table, page.already_cut) for page in each])
-    whole_theirs = cpu_seconds([page.cut_and_processed for page in each])
-    whole_own = cpu_seconds([partial(page.table, render_tiles) for page in each])
-    arithmetic = sum(best_seconds(partial(on_device, n)) for n in range(len(each))) / len(each)
+    theirs = mean_seconds([partial(page.processors_pixels, page.tiles) for page in each])
+    own = mean_seconds([partial(page.table, page.already_cut) for page in each])
+    whole_theirs = mean_seconds([page.cut_and_processed for page in each])
+    whole_own = mean_seconds([partial(page.table, render_tiles) for page in each])
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    arithmetic = mean_seconds([partial(on_device, n) for n in range(len(each))], clock)
     own_bytes = sum(page.table(page.already_cut).nbytes for page in each) / len(each) / 1e6
     their_bytes = sum(pixels.nbytes for pixels in processors) / len(each) / 1e6
     width, height = each[0].tiles[0].size
@@ -142,6 +143,6 @@ def of_processor(family: Family, name: str) -> list[Result]:
     ]  # fmt: skip
 
 
-def cpu_seconds(work: list[Callable[[], object]]) -> float:
-    """CPU time of this process for one of some pieces of work, on average, each the best of several runs."""
-    return sum(best_seconds(each, clock=time.process_time) for each in work) / len(work)
+def mean_seconds(work: list[Callable[[], object]], clock: Callable[[], float] = time.process_time) -> float:
+    """For one of some pieces of work, on average, each the best of several runs."""
+    return sum(best_seconds(each, clock=clock) for each in work) / len(work)

@@ -160,7 +160,7 @@ class Family(ABC):
         tokenizer = self.tokenizer
         special = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
         markers = "".join(marker.start + marker.end for marker in self.role_markers)
-        found = {token for token in special if token in markers}
+        found = {token for token in special if token.strip() and token in markers}  # Gemma adds line breaks, too
         found.update(token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token)
         found.update(tokenizer.convert_ids_to_tokens(list(self.media_token_ids)))
         return tuple(sorted(found))

@@ -335,11 +335,12 @@ def test_the_page_needs_nothing_from_elsewhere(processors, tmp_path):
 
 def test_boundaries_of_the_job_may_be_called_anything(processors, folder, tmp_path):
     role = "a\"><script>'"
-    loss = RoleLoss(roles=(role,), boundaries=({"role": role, "start": "A", "end": "."},), allow_empty=True)
+    boundary = {"role": role, "start": "<|im_start|>user\n", "end": "<|im_end|>"}
+    loss = RoleLoss(roles=(role,), boundaries=(boundary,), allow_empty=True)
     made = preparation(processors["qwen2_vl"], folder, "chat", loss=loss)
     prepared = made.write(tmp_path)
     found = Page(page_of(view_bin(prepared, 0, made.family), made.family, prepared.tiling))
-    assert [element.text for element in found.of("div", "role")] == [role]
+    assert {element.text for element in found.of("div", "role")} == {role}
     assert not found.of("script")
 
 

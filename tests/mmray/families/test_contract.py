@@ -1,5 +1,6 @@
 """What a family may ask of the rows it gets: gaps between samples, bins of one sample, an image in every row."""
 
+import copy
 import io
 from itertools import accumulate
 
@@ -11,6 +12,7 @@ from transformers import PretrainedConfig
 
 from mmray.batch import MicroBatch, Place, mask, render
 from mmray.families.idefics3 import Idefics3
+from mmray.families.qwen2_vl import Qwen2VL
 from mmray.masks.labels import IGNORE_INDEX
 from mmray.packing_settings import PackingSettings
 from tests.mmray.noise import noise
@@ -122,3 +124,12 @@ def test_the_number_of_pictures_reaches_the_family(tmp_path, processors, togethe
     seen.clear()
     render([prepared.bin(0)], Place(0, 0, 0), preparation.family, prepared.tiling)
     assert seen == [together] * together
+
+
+def test_blank_tokens_that_a_tokenizer_adds_are_no_structure(processors):
+    """Gemma's vocabulary has line breaks among its added tokens; headers end with one."""
+    processor = copy.deepcopy(processors["qwen2_vl"])
+    processor.tokenizer.add_tokens(["\n"])
+    family = Qwen2VL(processor)
+    assert "\n" not in family.structure_tokens
+    assert "<|im_start|>" in family.structure_tokens

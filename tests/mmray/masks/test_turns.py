@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.masks.roles import RoleBoundary, role_keep_mask
@@ -46,6 +46,7 @@ def walk(ids, boundaries):
     return turns
 
 
+@settings(max_examples=300, deadline=None)
 @given(TOKENS, st.lists(boundary(), max_size=3))
 def test_turns_are_those_of_the_scan(ids, boundaries):
     found = opened_turns(np.asarray(ids, dtype=np.int32), boundaries)
