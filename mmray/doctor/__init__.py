@@ -26,9 +26,8 @@ from mmray.doctor.rows import FirstRows, examine_rows
 from mmray.doctor.weights import CHECK as WEIGHTS
 from mmray.doctor.weights import examine_weights
 from mmray.errors import UserError
-from mmray.families import Family, load_family
-from mmray.training.compatibility import check_attention, check_model, check_packing
-from mmray.training.model import load_config
+from mmray.families import Family
+from mmray.training.compatibility import check_attention, check_packing, fitting_family
 
 __all__ = ["Finding", "FirstRows", "Status", "as_json", "as_table", "examine", "examine_settings", "has_failed"]
 
@@ -68,14 +67,7 @@ def examine(job: Job) -> Iterator[Finding | FirstRows]:
 def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Family] | None]:
     """The checks of model, processor and packing; what they built, where the first of them passes."""
     try:
-        config = load_config(job.model)
-        family = load_family(
-            job.model.processor_source,
-            tiled=job.images.is_tiled,
-            model_type=config.model_type,
-            trust_remote_code=job.model.trust_remote_code,
-        )
-        check_model(config, family)
+        config, family = fitting_family(job)
     except UserError as error:
         yield failed("processor", str(error))
         return None

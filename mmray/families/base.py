@@ -306,6 +306,11 @@ def sample_bounds(row: PackedRow) -> dict[str, Any]:
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
+def channels_first(frames: Sequence[Tensor]) -> Tensor:
+    """Frames of one size, [height, width, 3] each, as [frames, 3, height, width]."""
+    return torch.stack(list(frames)).permute(0, 3, 1, 2).contiguous()
+
+
 def normalised(pixels: Tensor, images: Any, dtype: torch.dtype) -> Tensor:
     """Rescale and normalise as the image processor `images` does, in fp32. pixels: uint8 [n, 3, height, width]."""
     values = pixels.to(torch.float32)

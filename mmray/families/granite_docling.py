@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, normalised
+from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, channels_first, normalised
 from mmray.images import TilingPolicy
 
 LARGEST_GRID = 16
@@ -94,7 +94,7 @@ class GraniteDocling(Family):
         return list(np.ascontiguousarray(squares, dtype=np.uint8))
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        pixels = normalised(torch.stack(list(frames)).permute(0, 3, 1, 2).contiguous(), self.images, dtype)
+        pixels = normalised(channels_first(frames), self.images, dtype)
         used = torch.ones((1, len(frames)), dtype=torch.bool, device=pixels.device)
         inputs = {"pixel_values": pixels[None], "pixel_attention_mask": used}
         return inputs | ({"tile_fine_mask": used[:, 0]} if self.images.fine_route else {})

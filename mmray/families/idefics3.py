@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 
-from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, normalised
+from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, channels_first, normalised
 from mmray.images import TilingPolicy
 
 
@@ -104,7 +104,7 @@ class Idefics3(Family):
         return [np.ascontiguousarray(frame.transpose(1, 2, 0)) for frame in output["pixel_values"][0]]
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        pixels = normalised(torch.stack(list(frames)).permute(0, 3, 1, 2).contiguous(), self.images, dtype)
+        pixels = normalised(channels_first(frames), self.images, dtype)
         mask = torch.ones(pixels[:, 0].shape, dtype=torch.int64, device=pixels.device)
         return {"pixel_values": pixels[None], "pixel_attention_mask": mask[None]}
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mmray.families.base import Size, Span, Tile, as_frame, normalised
-from mmray.families.llava import channels_first, channels_last, frame_size
+from mmray.families.base import Size, Span, Tile, as_frame, channels_first, normalised
+from mmray.families.llava import channels_last, frame_size
 from mmray.families.text_models import OnTextModel
 from mmray.images import TilingPolicy
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, normalised
+from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, channels_first, normalised
 from mmray.images import TilingPolicy
 
 HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
@@ -87,7 +87,7 @@ class Llama4(Family):
         return list(output["pixel_values"][0].permute(0, 2, 3, 1).contiguous().numpy())
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        pixels = torch.stack(list(frames)).permute(0, 3, 1, 2).contiguous()
+        pixels = channels_first(frames)
         images = self.images
         if not (images.do_rescale and images.do_normalize):
             return {"pixel_values": normalised(pixels, images, dtype)}

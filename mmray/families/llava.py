@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mmray.errors import UserError
-from mmray.families.base import Family, Size, Span, Tile, as_frame, normalised
+from mmray.families.base import Family, Size, Span, Tile, as_frame, channels_first, normalised
 from mmray.families.text_models import OnTextModel
 from mmray.images import TilingPolicy
 
@@ -148,8 +148,3 @@ def frame_size(images: Any) -> Size:
 def channels_last(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
     """[3, height, width] each, to the layout of `Family.frames`."""
     return [np.ascontiguousarray(frame.transpose(1, 2, 0)) for frame in frames]
-
-
-def channels_first(frames: Sequence[Tensor]) -> Tensor:
-    """Frames of one size, [height, width, 3] each, as [frames, 3, height, width]."""
-    return torch.stack(list(frames)).permute(0, 3, 1, 2).contiguous()

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
-from mmray.families.base import Size, Span, Tile, normalised
+from mmray.families.base import Size, Span, Tile, channels_first, normalised
 from mmray.families.llava import (
-    channels_first,
     channels_last,
     check_known,
     features_span,

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmray.errors import UserError
-from mmray.families.base import Family, Size, Tile, as_frame, normalised
+from mmray.families.base import Family, Size, Tile, as_frame, channels_first, normalised
 from mmray.images import TilingPolicy
 
 
@@ -51,7 +51,7 @@ class OneSize(Family):
         return [np.ascontiguousarray(pixels.transpose(1, 2, 0))]
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        pixels = torch.stack(list(frames)).permute(0, 3, 1, 2).contiguous()
+        pixels = channels_first(frames)
         return {"pixel_values": normalised(pixels, self.images, dtype)}
 
     @property

@@ -15,6 +15,14 @@ from mmray.training.settings import ModelSettings
 
 def job_family(job: Job) -> Family:
     """The family of a job's model and processor, which fit together and to the packing. Raises UserError."""
+    config, family = fitting_family(job)
+    check_attention(job.model)
+    check_packing(config, family, job.packing, job.training.micro_batch_bins)
+    return family
+
+
+def fitting_family(job: Job) -> tuple[PretrainedConfig, Family]:
+    """The configuration of a job's model and the family of its processor, which fit together. Raises UserError."""
     config = load_config(job.model)
     family = load_family(
         job.model.processor_source,
@@ -23,9 +31,7 @@ def job_family(job: Job) -> Family:
         trust_remote_code=job.model.trust_remote_code,
     )
     check_model(config, family)
-    check_attention(job.model)
-    check_packing(config, family, job.packing, job.training.micro_batch_bins)
-    return family
+    return config, family
 
 
 def check_model(config: PretrainedConfig, family: Family) -> None:
