@@ -9,10 +9,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 import ray.train
@@ -30,8 +31,11 @@ from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
 from mmray.training.checkpoint import save_state
 from mmray.training.engine import StepMetrics, TrainingEngine
+from mmray.training.history import Event, add_to_history
+from mmray.training.json_lines import JsonLines
 from mmray.training.metrics import MetricsLog
 from mmray.training.model import load_config
+from mmray.training.trained import TRAINED_FILE, TrainedStep
 from pipelines.ingest import Ingest
 
 CURSOR_FILE = "cursor.json"
@@ -117,11 +121,13 @@ class Worker:
                 resume_from=Path(folder) if folder else None,
                 shared_folder=self.run_folder,
             )
-        metrics = MetricsLog(self.run_folder) if self.rank == 0 else None
-        with closing(metrics) if metrics else nullcontext():
-            if metrics:
-                metrics.truncate_after(self.cursor.step)
-            self._train(metrics)
+        if folder is None:
+            self._note("start")
+        else:
+            self._note("resume", checkpoint=Path(folder).name)
+        with closing(Records(self.run_folder, self.cursor.step)) if self.rank == 0 else nullcontext() as records:
+            self._train(records)
+        self._note("finish")
 
     def _restored_cursor(self, folder: str | None) -> Cursor:
         if folder is None:
@@ -130,22 +136,40 @@ class Worker:
         cursor.check(self.plan.schedule)
         return cursor
 
-    def _train(self, metrics: MetricsLog | None) -> None:
+    def _note(self, event: Event, **values: Any) -> None:
+        """Rank 0 puts an event into the run's history."""
+        if self.rank == 0:
+            add_to_history(self.run_folder, event, self.cursor.step, self.world_size, **values)
+
+    def _train(self, records: "Records | None") -> None:
         for waited, batches in self._steps(self.plan.total_steps):
             started = time.monotonic()
             outcome = self.engine.step(batches)
             seconds = time.monotonic() - started
+            trained = self._trained(batches)
             self.cursor = self.cursor.advance()
-            if metrics:
-                self._write(metrics, outcome, seconds, waited)
             step = self.cursor.step
+            if records:
+                records.write(trained, outcome, epoch=self._epoch(), seconds=seconds, waited=waited)
             if _due(step, self.training.eval_every_steps) and (maker := self._evaluation):
                 steps = maker.plan.schedule.steps_per_epoch
                 loss, tokens = self.engine.evaluate(maker.steps(self.rank, 0, steps))
-                if metrics:
-                    metrics.write(step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens)
+                if records:
+                    records.metrics.write(step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens)
             if _due(step, self.training.checkpoint_every_steps) or step == self.plan.total_steps:
                 self._save(outcome)
+
+    def _trained(self, batches: list[MicroBatch]) -> TrainedStep:
+        """What all ranks trained on in the step that is done, by what they were given. A collective call."""
+        bins = [number for batch in batches for number in batch.bins]
+        padding = [-1] * (self.batches.micro_batches * self.training.micro_batch_bins - len(bins))
+        every = self.engine.gather(bins + padding)
+        return TrainedStep(
+            step=self.cursor.step + 1,
+            data=self.cursor.fingerprint,
+            workers=self.world_size,
+            bins=[[number for number in rank if number >= 0] for rank in every],
+        )
 
     def _steps(self, stop: int) -> Iterator[tuple[float, list[MicroBatch]]]:
         """The seconds waited for each step's micro-batches, and these."""
@@ -175,30 +199,51 @@ class Worker:
         return BatchMaker(batches, tile_cache=self.plan.job.resources.tile_cache)
 
     def _save(self, outcome: StepMetrics) -> None:
+        started = time.monotonic()
+        name = f"checkpoint_{self.cursor.step:08d}_{uuid4().hex[:8]}"
         with tempfile.TemporaryDirectory(prefix="mmray-checkpoint-") as folder:
             save_state(self.engine, Path(folder))
             if self.rank == 0:
                 self.cursor.write(Path(folder) / CURSOR_FILE)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"step": self.cursor.step, "loss": outcome.loss}, checkpoint=checkpoint)
+            values = {"step": self.cursor.step, "loss": outcome.loss}
+            ray.train.report(values, checkpoint=checkpoint, checkpoint_dir_name=name)
+        self._note("checkpoint", name=name, seconds=round(time.monotonic() - started, 3))
 
-    def _write(self, metrics: MetricsLog, outcome: StepMetrics, seconds: float, waited: float) -> None:
-        bins = self.batches.order.bins(self.cursor.step - 1)
-        metrics.write(
-            self.cursor.step,
-            epoch=self._epoch(),
+    def _epoch(self) -> float:
+        return round(self.cursor.step / self.plan.schedule.steps_per_epoch, 6)
+
+
+class Records:
+    """What rank 0 writes of each step: its numbers, and the bins it trained on."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        """step: the last that is done; numbers of later ones are forgotten."""
+        self.metrics = MetricsLog(run)
+        self.metrics.truncate_after(step)
+        self._trained = JsonLines(run / TRAINED_FILE)
+
+    def write(self, trained: TrainedStep, outcome: StepMetrics, *, epoch: float, seconds: float, waited: float) -> None:
+        """One step that is done."""
+        self._trained.append(asdict(trained))
+        self.metrics.write(
+            trained.step,
+            epoch=epoch,
             loss=outcome.loss,
             tokens=outcome.tokens,
             trained_tokens=outcome.trained_tokens,
-            bins=sum(number is not None for number in bins),
+            bins=len(trained.all_bins),
+            workers=trained.workers,
             lr=outcome.learning_rate,
             grad_norm=outcome.grad_norm,
             step_seconds=seconds,
             data_wait_seconds=waited,
         )
 
-    def _epoch(self) -> float:
-        return round(self.cursor.step / self.plan.schedule.steps_per_epoch, 6)
+    def close(self) -> None:
+        """Close the files."""
+        self._trained.close()
+        self.metrics.close()
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -169,6 +169,13 @@ class TrainingEngine:
         loss_sum, trained = totals.tolist()
         return (loss_sum / trained if trained else float("nan")), int(trained)
 
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        """The integers of every rank, in the order of ranks; every rank gives as many. Collective."""
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        every = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(every, mine)
+        return [each.tolist() for each in every]
+
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
         self.deepspeed.destroy()

@@ -12,7 +12,10 @@ import pytest
 from jobs.train import open_prepared, train
 from mmray.config import Job
 from mmray.errors import UserError
+from mmray.prepared import PreparedDataset
+from mmray.training.history import read_history
 from mmray.training.metrics import read_metrics
+from mmray.training.trained import read_trained
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
 
@@ -56,12 +59,29 @@ def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]
 def test_a_run_writes_its_metrics_and_keeps_the_last_checkpoints(whole: list[dict[str, Any]], folder: Path) -> None:
     assert [line["step"] for line in whole] == list(range(1, 13))
     assert set(whole[0]) == {
-        *("step", "epoch", "loss", "tokens", "trained_tokens", "bins"),
+        *("step", "epoch", "loss", "tokens", "trained_tokens", "bins", "workers"),
         *("lr", "grad_norm", "step_seconds", "data_wait_seconds"),
     }
     assert whole[-1]["loss"] < whole[0]["loss"]
     cursors = [json.loads(path.read_text())["step"] for path in (folder / "whole").glob("checkpoint_*/cursor.json")]
     assert sorted(cursors) == [10, 12]
+    history = read_history(folder / "whole")
+    assert [event["event"] for event in history] == ["start", "checkpoint", "checkpoint", "checkpoint", "finish"]
+    assert [event["step"] for event in history] == [0, 5, 10, 12, 12]
+    assert {event["name"] for event in history[2:4]} == {path.name for path in (folder / "whole").glob("checkpoint_0*")}
+    assert_each_bin_once_an_epoch(folder / "whole")
+
+
+def assert_each_bin_once_an_epoch(run: Path) -> None:
+    """By what the ranks were given in the steps that count, in order, over the whole history."""
+    bins = len(PreparedDataset(str(run.parent / "prepared" / "train")))
+    steps = read_trained(run)
+    assert [step.step for step in steps] == list(range(1, 13))
+    epoch = -(-bins // 4)
+    for first in range(0, 12, epoch):
+        seen = sorted(number for step in steps[first : first + epoch] for number in step.all_bins)
+        assert seen == list(range(bins)) if first + epoch <= 12 else len(set(seen)) == len(seen)
+    assert len(steps) > epoch, "the run must be longer than an epoch"
 
 
 def test_stopped_and_resumed_equals_one_go_with_as_many_workers(
@@ -76,6 +96,8 @@ def test_resumed_with_another_number_of_workers(whole: list[dict[str, Any]], inp
     resources = {"workers": 3, "cpus_per_worker": 0.5, "encode_actors": 2}
     run_job(inputs, folder, "elastic", training__steps=5)
     assert_same_steps(run_job(inputs, folder, "elastic", resources=resources), whole, tolerance=1e-3)
+    assert [step.workers for step in read_trained(folder / "elastic")] == [2] * 5 + [3] * 7
+    assert_each_bin_once_an_epoch(folder / "elastic")
 
 
 def test_a_killed_worker_is_replaced_and_nothing_changes(
@@ -98,6 +120,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(
     killer.join(1)
     assert len(killed) == 1
     assert_same_steps(lines, whole, tolerance=1e-6)
+    assert_each_bin_once_an_epoch(folder / "killed")
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
