@@ -4,6 +4,7 @@ fsspec does the work (`s3://`, `gs://`, `memory://`, … as far as their package
 beside its place and renamed over it; object stores put an object whole by themselves.
 """
 
+import errno
 import io
 import os
 import posixpath
@@ -27,6 +28,28 @@ _VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "upda
 def file_version(info: Mapping[str, Any]) -> str:
     """What tells a file from one that replaced it: etag or modification time, of fsspec's `info`. "" for none."""
     return str(next((info[key] for key in _VERSION_KEYS if info.get(key)), ""))
+
+
+@contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Errors of a file system, inside, as a UserError: the place, what is wrong, the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error.strerror or error or type(error).__name__).split())
+        raise UserError(f"{place}: {reason}; {_remedy(error)}") from error
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space there; then the same command continues"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return "let this user write there, or choose another folder"
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return "a file stands where a folder should be; move it, or choose another folder"
+    if isinstance(error, FileNotFoundError):
+        return "something else removes files there while this runs; the same command continues"
+    return "once that is mended, the same command continues"
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,15 @@ class Folder:
             return []
         system.invalidate_cache(root)
         return sorted(posixpath.basename(str(path)) for path in system.ls(root, detail=False))
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes in bytes of the files right inside, by name; empty when the folder does not exist."""
+        system, root = self._located
+        if not system.exists(root):
+            return {}
+        system.invalidate_cache(root)
+        found = system.ls(root, detail=True)
+        return {posixpath.basename(str(each["name"])): int(each["size"] or 0) for each in found}
 
     def open(self, name: str) -> IO[bytes]:
         return self._located[0].open(self.path(name), "rb")

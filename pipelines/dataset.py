@@ -9,6 +9,7 @@ import ray
 from ray.data import DataContext, Dataset
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError
 
 ERROR = "error"
 """Column in which an actor hands on the message of a UserError. As an exception it would arrive inside wrappers of Ray
@@ -45,6 +46,22 @@ class MadeThere:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         return self._call(block)
+
+
+def out_of_room(error: BaseException) -> str:
+    """What Ray lacked, by an error or what caused it, in a word for a person; "" where it lacked nothing."""
+    lacks: dict[type[BaseException], str] = {
+        OutOfMemoryError: "a machine of the cluster is out of memory",
+        ObjectStoreFullError: "Ray's object store is full",
+        OutOfDiskError: "the disk to which Ray spills its object store is full",
+    }
+    cause: BaseException | None = error
+    while cause is not None:
+        for kind, lack in lacks.items():
+            if isinstance(cause, kind):
+                return lack
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return ""
 
 
 def _in_order(dataset: Dataset, block_bytes: int | None) -> Dataset:

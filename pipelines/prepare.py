@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.exceptions import RayError
 
 from mmray.arrow import binary_cell
 from mmray.config import Job
@@ -32,18 +33,17 @@ from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.images.source import one_line
 from mmray.masks.labels import LabelMaker
 from mmray.masks.settings import allows_empty, label_maker
-from mmray.packing_settings import PackingSettings
-from mmray.prepared import PreparedDataset, PreparedWriter
+from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.fingerprint import prepare_record
-from mmray.prepared.window import pack_window, samples_table
+from mmray.prepared.window import Window, pack_window, samples_table
 from mmray.rows.encode import Encoder
-from mmray.rows.files import Chunk, plan_chunks, source_files
+from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
 from mmray.rows.preflight import check_first_rows
 from mmray.rows.read import RowReader
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.training.compatibility import job_family
 from mmray.training.model import load_config
-from pipelines.dataset import ERROR, one_row_blocks
+from pipelines.dataset import ERROR, one_row_blocks, out_of_room
 
 log = logging.getLogger("mmray")
 
@@ -113,9 +113,14 @@ class EncodeChunk:
 
     def __init__(self, job: Job, split: str, known: "ray.ObjectRef[pa.Table] | None" = None) -> None:
         """known: `KeptSizes.known`; None where there is no cache."""
+        self.context = PrepareContext(job, split)
         self.sizes = SizeCache(ray.get(known)) if known else None
-        self.encoder = PrepareContext(job, split).encoder(job.data, self.sizes)
         self.reader = RowReader()
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Made with the first chunk: what is wrong then is told like a mistake in a row."""
+        return self.context.encoder(self.context.job.data, self.sizes)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (chunk,) = batch["chunk"]
@@ -126,6 +131,8 @@ class EncodeChunk:
             samples = _to_buffer(samples_table(self.encoder.encode(rows, verify)))
         except UserError as mistake:
             error = str(mistake)
+        except (ConnectionError, TimeoutError) as failure:
+            error = f"{chunk.pieces[0].uri} or its images: {one_line(failure)}; the same command continues"
         return {
             "window": [chunk.window],
             "chunk": [chunk.index],
@@ -138,12 +145,10 @@ class EncodeChunk:
 class PackWindow:
     """Actor: packs the chunks of one window and commits its files. Hands on the sizes."""
 
-    def __init__(self, job: Job, split: str) -> None:
-        context = PrepareContext(job, split)
-        self.packing: PackingSettings = job.packing
-        self.labels, self.allow_empty = context.labels(), allows_empty(job.loss)
-        self.sample_gap = context.family.sample_gap
-        self.writer = PreparedWriter(context.path)
+    def __init__(self, job: Job, split: str, token: str) -> None:
+        """token: of the plan whose windows these are (`PreparedWriter.begin`)."""
+        self.context = PrepareContext(job, split)
+        self.writer = WindowWriter(self.context.path, token)
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
         sizes = pa.array([[cell for cell in batch["sizes"].to_pylist() if cell]], pa.list_(pa.large_binary()))
@@ -154,9 +159,19 @@ class PackWindow:
         if len(set(windows)) != 1 or chunks != list(range(len(chunks))):
             raise RuntimeError(f"chunks out of order: windows {windows}, chunks {chunks}")
         samples = pa.concat_tables(_from_buffer(value.as_buffer()) for value in batch["samples"])
-        window = pack_window(samples, self.packing, self.labels, self.sample_gap, self.allow_empty)
-        self.writer.write_window(windows[0], window)
+        try:
+            self.writer.write(windows[0], self._packed(samples))
+        except UserError as mistake:
+            return {"window": [0], "sizes": sizes, ERROR: [str(mistake)]}
         return {"window": [windows[0]], "sizes": sizes, ERROR: [""]}
+
+    @cached_property
+    def _labels(self) -> LabelMaker:
+        return self.context.labels()
+
+    def _packed(self, samples: pa.Table) -> Window:
+        job, gap = self.context.job, self.context.family.sample_gap
+        return pack_window(samples, job.packing, self._labels, gap, allows_empty(job.loss))
 
 
 def prepare(
@@ -192,9 +207,14 @@ def prepare(
         missing = [chunk for chunk in chunks if chunk.window not in finished]
         done = total - sum(chunk.num_rows for chunk in missing)
         on_progress(done, total)
-        for rows in _run(job, split, missing, sizes):
-            done += rows
-            on_progress(done, total)
+        try:
+            for rows in _run(job, split, writer.token, missing, sizes):
+                done += rows
+                on_progress(done, total)
+        except Exception:
+            check_unchanged(files, context.datasets)  # what was found wrong may come of it
+            raise
+        check_unchanged(files, context.datasets)
     prepared = writer.finish(
         record,
         chunks[-1].window + 1,
@@ -221,8 +241,11 @@ def _check_first_rows(context: PrepareContext, chunks: list[Chunk], split: str, 
     return [source.value for source in sources]
 
 
-def _run(job: Job, split: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
-    """Execute the graph over these chunks; yields the rows of each window, as planned, when it is committed."""
+def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
+    """Execute the graph over these chunks; yields the rows of each window, as planned, when it is committed.
+
+    token: of the plan. Raises UserError for what actors find, and where Ray has no room.
+    """
     if not chunks:
         return
     rows = Counter[int]()
@@ -236,15 +259,23 @@ def _run(job: Job, split: str, chunks: list[Chunk], sizes: KeptSizes | None = No
     )  # fmt: skip
     dataset = dataset.map_batches(
         PackWindow, batch_size=job.packing.window_rows // job.packing.chunk_rows, batch_format="pyarrow",
-        fn_constructor_args=(job, split),
+        fn_constructor_args=(job, split, token),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.pack_actors), num_cpus=1,
     )  # fmt: skip
-    for row in dataset.iter_rows():
-        if sizes:
-            sizes.measured += map(_from_buffer, row["sizes"])
-        if row[ERROR]:
-            raise UserError(row[ERROR])
-        yield rows[row["window"]]
+    try:
+        for row in dataset.iter_rows():
+            if sizes:
+                sizes.measured += map(_from_buffer, row["sizes"])
+            if row[ERROR]:
+                raise UserError(row[ERROR])
+            yield rows[row["window"]]
+    except RayError as error:
+        if lack := out_of_room(error):
+            raise UserError(
+                f"{lack}: lower packing.window_rows or the actors under resources, or give Ray more memory; then the "
+                "same command continues, finished windows are kept"
+            ) from error
+        raise
 
 
 def _to_buffer(table: pa.Table) -> pa.Buffer:

@@ -1,5 +1,6 @@
 """The prepared dataset: its files, how they are written, how they are read."""
 
-from mmray.prepared.dataset import Bin, PreparedDataset, PreparedWriter
+from mmray.prepared.dataset import Bin, PreparedDataset
+from mmray.prepared.writer import PreparedWriter, WindowWriter
 
-__all__ = ["Bin", "PreparedDataset", "PreparedWriter"]
+__all__ = ["Bin", "PreparedDataset", "PreparedWriter", "WindowWriter"]

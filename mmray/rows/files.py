@@ -74,6 +74,18 @@ def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
     return found
 
 
+def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSettings]) -> None:
+    """Raise UserError when the files are no longer those that `source_files` found: rows may have been read of both."""
+    before, now = (dict.fromkeys(each) for each in (files, source_files(datasets)))
+    changed = [file.uri for file in files if file not in now] or [file.uri for file in now if file not in before]
+    if changed:
+        raise UserError(
+            f"{changed[0]} has changed while it was being prepared"
+            f"{f', and {len(changed) - 1} other files' if len(changed) > 1 else ''}; leave row files as they are, and "
+            "prepare anew with --replace"
+        )
+
+
 def _matches(pattern: str) -> list[tuple[Any, str]]:
     try:
         system, path = fsspec.core.url_to_fs(pattern)

@@ -21,6 +21,7 @@ from mmray.rows.encode import Encoder, RejectedRow, Sample
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.read import RawRow, read_piece
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.storage import Folder
 
 PACKING = PackingSettings(token_capacity=512, visual_capacity=256)
 PICTURES = {"page.png": (170, 220), "wide.png": (220, 170), "small.png": (40, 60), "strip.png": (30, 400)}
@@ -90,13 +91,26 @@ class Preparation:
         number = -1
         for number, results in self.windows():
             if number not in finished:
-                writer.write_window(number, self.window(results))
+                writer.windows().write(number, self.window(results))
         return self.finish(writer, number + 1)
 
     def finish(self, writer: PreparedWriter, num_windows: int) -> PreparedDataset:
         capacities = (self.packing.token_capacity, self.packing.visual_capacity)
         facts = {"seconds": 1.5}
         return writer.finish(self.record, num_windows, tiling=self.policy, capacities=capacities, facts=facts)
+
+
+def contents(folder: Path | str) -> dict[str, bytes]:
+    """The files of a folder by name."""
+    files = Folder(str(folder))
+    return {name: files.read(name) for name in files.names()}
+
+
+def other_packing(preparation: Preparation, **changes: Any) -> Preparation:
+    """The same job with another setting of packing."""
+    dataset = preparation.data.train[0].model_dump()
+    packing = preparation.packing.model_copy(update=changes)
+    return Preparation(preparation.family.processor, dataset, packing=packing)
 
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> str:

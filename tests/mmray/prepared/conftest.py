@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mmray.packing_settings import PackingSettings
+from mmray.prepared import PreparedDataset
 from mmray.synthetic.documents import make_document
 from tests.mmray.preparing import PICTURES, Preparation, write_pictures, write_rows
 
@@ -30,3 +31,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def preparation(inputs: Path, processors: dict[str, Any]) -> Preparation:
     dataset = {"files": (str(inputs / "rows.jsonl"),), "kind": "pretrain"}
     return Preparation(processors["qwen2_vl"], dataset, packing=PACKING)
+
+
+@pytest.fixture
+def prepared(preparation: Preparation, tmp_path: Path) -> PreparedDataset:
+    return preparation.write(tmp_path / "prepared")

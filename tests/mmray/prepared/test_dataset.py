@@ -1,7 +1,5 @@
-"""A prepared dataset: committed by its manifest, continued where it stopped, read back as it was written."""
+"""A prepared dataset, read back as it was written."""
 
-import contextlib
-import functools
 import io
 import json
 from dataclasses import replace
@@ -13,41 +11,10 @@ import pytest
 
 from mmray.errors import UserError
 from mmray.prepared import Bin, PreparedDataset, PreparedWriter
-from mmray.prepared.dataset import add_statistics, bins_name, part_names
 from mmray.prepared.schema import REJECTED
 from mmray.rows.document import ImageRef
 from mmray.rows.encode import Sample
-from mmray.storage import Folder
-from tests.mmray.preparing import Preparation
-
-
-def contents(folder) -> dict[str, bytes]:
-    files = Folder(str(folder))
-    return {name: files.read(name) for name in files.names()}
-
-
-def other(preparation, **changes) -> Preparation:
-    """The same job with another setting of packing."""
-    dataset = preparation.data.train[0].model_dump()
-    packing = preparation.packing.model_copy(update=changes)
-    return Preparation(preparation.family.processor, dataset, packing=packing)
-
-
-@pytest.fixture
-def prepared(preparation, tmp_path) -> PreparedDataset:
-    return preparation.write(tmp_path / "prepared")
-
-
-@pytest.fixture
-def begun(preparation, tmp_path):
-    """A folder where a prepare stopped after its first window, and its writer."""
-    writer = PreparedWriter(str(tmp_path / "begun"))
-    assert not writer.is_finished(preparation.record)
-    assert writer.begin(preparation.record) == set()
-    number, results = next(preparation.windows())
-    writer.write_window(number, preparation.window(results))
-    return tmp_path / "begun", writer
-
+from tests.mmray.preparing import Preparation, contents, other_packing
 
 # ---- Reading back ----
 
@@ -120,7 +87,7 @@ def test_rejected_rows_are_in_their_file(prepared, inputs):
 
 
 def test_a_dataset_without_bins_is_one(preparation, tmp_path):
-    hopeless = other(preparation, token_capacity=1)
+    hopeless = other_packing(preparation, token_capacity=1)
     prepared = hopeless.write(tmp_path)
     assert len(prepared) == 0
     assert prepared.statistics["rows_rejected"] == 70
@@ -142,30 +109,7 @@ def test_windows_without_bins_stand_between_others(inputs, processors, tmp_path,
     assert sorted(ids) == [f"row-{number}" for number in range(6)]
 
 
-def test_fill_is_of_all_bins_together():
-    part = {"rows_read": 3, "rows_packed": 2, "rows_rejected": 1, "rejected_by_reason": {"b": 1, "a": 0}, "bins": 1,
-            "bins_at_least": 1, "tokens": 50, "visual_tokens": 10, "trained_tokens": 30, "images": 2}  # fmt: skip
-    total = add_statistics([part, part | {"tokens": 100}], (100, 40))
-    assert (total["rows_read"], total["bins"], total["tokens"]) == (6, 2, 150)
-    assert (total["token_fill"], total["visual_fill"]) == (0.75, 0.25)
-    assert total["rejected_by_reason"] == {"a": 0, "b": 2}
-    assert add_statistics([], (100, 40))["token_fill"] == 0
-
-
-# ---- The commit ----
-
-
-def test_a_finished_folder_holds_what_the_design_names_and_no_more(prepared):
-    shards = [bins_name(number) for number in range(3)]
-    assert sorted(contents(prepared.path)) == [*shards, "manifest.json", "rejected.parquet"]
-    assert [shard["file"] for shard in prepared.manifest["shards"]] == shards
-
-
-def test_a_folder_without_manifest_is_refused_with_the_remedy(tmp_path, begun):
-    with pytest.raises(UserError, match=r"no prepared dataset: it has no manifest\.json\. Run jobs/prepare\.py"):
-        PreparedDataset(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="a prepare was begun here but did not finish"):
-        PreparedDataset(str(begun[0]))
+# ---- No dataset ----
 
 
 @pytest.mark.parametrize(
@@ -185,148 +129,17 @@ def test_a_manifest_of_another_make_is_refused(tmp_path, content, message, prepa
         PreparedWriter(str(tmp_path)).is_finished(preparation.record)
 
 
-def test_the_manifest_is_written_last(preparation, tmp_path, monkeypatch):
-    written = []
-    write = Folder.writing
-
-    def watched(folder, name):
-        written.append(name)
-        return write(folder, name)
-
-    monkeypatch.setattr(Folder, "writing", watched)
-    preparation.write(tmp_path)
-    assert written[0] == "plan.json"
-    assert written[-2:] == ["rejected.parquet", "manifest.json"]
-    for number in range(3):
-        rejected, statistics = part_names(number)
-        assert written.index(bins_name(number)) < written.index(rejected) < written.index(statistics)
-
-
-def test_lost_rows_stop_the_commit(begun, preparation):
-    folder, writer = begun
-    statistics = Folder(str(folder))
-    facts = json.loads(statistics.read(part_names(0)[1]))
-    statistics.write(part_names(0)[1], json.dumps(facts | {"rows_packed": facts["rows_packed"] - 1}).encode())
-    with pytest.raises(RuntimeError, match="rows were lost"):
-        preparation.finish(writer, 1)
-    with pytest.raises(UserError):
-        PreparedDataset(str(folder))
-
-
-# ---- Again, and other input ----
-
-
-def test_a_second_run_finds_the_result_and_makes_nothing(prepared, preparation, monkeypatch):
-    before = contents(prepared.path)
-    monkeypatch.setattr(preparation.encoder, "encode", None)
-    assert preparation.write(prepared.path).fingerprint == prepared.fingerprint
-    assert contents(prepared.path) == before
-
-
-def test_a_stopped_run_is_continued_with_the_same_result(begun, preparation, prepared, monkeypatch):
-    folder, _ = begun
-    kept = (Path(folder) / bins_name(0)).stat().st_mtime_ns
-    writer = PreparedWriter(str(folder))
-    assert writer.begin(preparation.record) == {0}
-    assert contents(preparation.write(folder).path) == contents(prepared.path)
-    assert (Path(folder) / bins_name(0)).stat().st_mtime_ns == kept
-
-
-def test_windows_may_be_written_in_any_order_and_twice(preparation, prepared, tmp_path):
-    writer = PreparedWriter(str(tmp_path / "again"))
-    writer.begin(preparation.record)
-    windows = {number: preparation.window(results) for number, results in preparation.windows()}
-    for number in (2, 0, 1, 2):
-        writer.write_window(number, windows[number])
-    preparation.finish(writer, 3)
-    assert contents(tmp_path / "again") == contents(prepared.path)
-
-
-def test_another_fingerprint_is_refused_with_the_settings_that_differ(prepared, begun, preparation):
-    changed = other(preparation, token_capacity=230)
-    for folder in (prepared.path, str(begun[0])):
-        before = contents(folder)
-        with pytest.raises(UserError) as caught:
-            changed.write(folder)
-        message = str(caught.value)
-        assert "packing.token_capacity: 240 -> 230" in message
-        assert prepared.manifest["fingerprint"] in message
-        assert "--replace" in message
-        assert contents(folder) == before
-
-
-def test_many_differences_are_shortened(prepared, preparation):
-    changed = other(preparation, token_capacity=1, visual_capacity=2, window_rows=3, bucket_fill=0.1)
-    changed.tiling, changed.policy = changed.tiling, changed.policy.model_copy(update=TILES)
-    with pytest.raises(UserError, match=r"and \d+ more\n"):
-        changed.write(prepared.path)
-
-
-TILES = {"grid": (1, 2), "tile_size": (28, 28), "overlap": 0.2, "labels": True, "no_upscale": True, "min_area": 9}
-
-
-def test_clearing_takes_what_was_prepared_and_nothing_else(prepared, begun, preparation):
-    changed = other(preparation, token_capacity=230)
-    for folder in (Path(prepared.path), Path(begun[0])):
-        (folder / "notes.txt").write_text("mine")
-        writer = PreparedWriter(str(folder))
-        writer.clear()
-        assert list(contents(folder)) == ["notes.txt"]
-        assert not writer.is_finished(changed.record)
-        assert len(changed.write(folder)) > 0
-
-
-class Stopped(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_stop_while_clearing_never_leaves_parts_that_count(preparation, tmp_path, monkeypatch, finished):
-    """Stopped after any number of deletions: each later run gives its own whole result."""
-    changed = other(preparation, token_capacity=230)
-    for job in (preparation, changed):  # encode once
-        monkeypatch.setattr(job, "windows", functools.partial(iter, list(job.windows())))
-    expected = {job: contents(job.write(tmp_path / name).path) for job, name in [(preparation, "a"), (changed, "b")]}
-    remove = Folder.remove
-    for deletions in range(9):
-        for job in (preparation, changed):
-            folder = tmp_path / f"{deletions}-{job.packing.token_capacity}"
-            if finished:
-                preparation.write(folder)
-            else:
-                writer = PreparedWriter(str(folder))
-                writer.begin(preparation.record)
-                for number, results in list(preparation.windows())[:2]:
-                    writer.write_window(number, preparation.window(results))
-            left = iter(range(deletions))
-
-            def stopping(self, name="", left=left):
-                if next(left, None) is None:
-                    raise Stopped
-                remove(self, name)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(Folder, "remove", stopping)
-                with contextlib.suppress(Stopped):
-                    PreparedWriter(str(folder)).clear()
-            PreparedWriter(str(folder)).clear()
-            assert contents(job.write(folder).path) == expected[job]
-
-
-def test_files_that_a_killed_process_left_half_written_are_removed(begun, preparation, prepared):
-    folder, _ = begun
-    for name in (".bins-00001.parquet.0a1b2c3d", ".window-00001.json.0a1b2c3d", ".rejected.parquet.0a1b2c3d"):
-        (folder / name).write_bytes(b"half")
-    assert PreparedWriter(str(folder)).begin(preparation.record) == {0}
-    assert contents(preparation.write(folder).path) == contents(prepared.path)
-
-
-def test_windows_of_a_lost_plan_do_not_count(begun, preparation, prepared):
-    """Without the plan no one knows what they were made from."""
-    folder, _ = begun
-    Folder(str(folder)).remove("plan.json")
-    assert PreparedWriter(str(folder)).begin(preparation.record) == set()
-    assert contents(preparation.write(folder).path) == contents(prepared.path)
+@pytest.mark.parametrize("left", [0, 100, -1])
+def test_a_file_of_bins_that_is_missing_or_cut_is_told_with_the_remedy(prepared, left):
+    """As of a dataset that was copied in part."""
+    path = Path(prepared.path) / prepared.manifest["shards"][0]["file"]
+    path.write_bytes(path.read_bytes()[:left])
+    if not left:
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"bins-00000-\w+\.parquet, which manifest\.json names, cannot be read.*--replace"
+    ):
+        PreparedDataset(prepared.path).bin(0)
 
 
 # ---- Equal, everywhere ----
@@ -344,7 +157,7 @@ def test_a_folder_in_memory_holds_the_same(preparation, prepared):
     assert there.bin(len(there) - 1).sample_ids == prepared.bin(len(prepared) - 1).sample_ids
     assert there.rejected().equals(prepared.rejected())
     with pytest.raises(UserError, match=r"packing\.token_capacity"):
-        other(preparation, token_capacity=230).write(there.path)
+        other_packing(preparation, token_capacity=230).write(there.path)
     PreparedWriter(there.path).clear()
     assert contents(there.path) == {}
 

@@ -1,0 +1,245 @@
+"""Writing a prepared dataset, window by window, from any process, whatever breaks.
+
+    plan.json                          what is being prepared, and the token of this attempt
+    bins-00012-3f2a9c1b.parquet        the bins of a window; named by its bytes, so it is never another one's
+    rejected-00012-07d1e2aa.part       its rejected rows, until they are joined
+    window-00012-<token>.json          its commit: names and sizes of these two files, its counts
+
+A window counts once its commit is there and its files have the sizes the commit names. A commit belongs to the plan
+whose token it bears: actors that outlive a killed driver may go on writing for a while, into the folder of a run that
+has begun anew, and nothing of theirs is taken for the new run's. What they write of the same plan is as good as its
+own. The manifest is written last and names every file that counts; then all others are removed.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from mmray.errors import UserError
+from mmray.images import TilingPolicy
+from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json
+from mmray.prepared.fingerprint import differences, fingerprint
+from mmray.prepared.schema import FORMAT_VERSION, REJECTED
+from mmray.prepared.window import Window
+from mmray.storage import Folder, explained
+
+_COMMIT_PREFIX = "window-"
+_OWN_PREFIXES = ("bins-", _COMMIT_PREFIX, "rejected-", ".bins-", f".{_COMMIT_PREFIX}", ".rejected")
+"""Names of what mmray writes. With a dot: what a process that was killed while writing leaves (`Folder.writing`)."""
+
+_READERS = 16
+"""Threads that read commits: in object storage each is a request."""
+
+
+class WindowWriter:
+    """Commits windows. For the actors of one attempt; several may write the same window."""
+
+    def __init__(self, path: str, token: str) -> None:
+        """token: of the plan (`PreparedWriter.begin`)."""
+        self._folder, self._token = Folder(path), token
+
+    def write(self, number: int, window: Window) -> None:
+        """Commit one window. Raises UserError where the files cannot be written."""
+        bins = f"bins-{number:05d}-{_hash(window.bins)}.parquet"
+        rejected = f"rejected-{number:05d}-{_hash(window.rejected)}.part"
+        commit = {
+            "files": {bins: len(window.bins), rejected: len(window.rejected)},
+            "bins_file": bins,
+            "rejected_file": rejected,
+            "statistics": window.statistics,
+        }
+        with explained(self._folder.uri):
+            self._folder.write(bins, window.bins)
+            self._folder.write(rejected, window.rejected)
+            self._folder.write(_commit_name(number, self._token), _json(commit))
+
+
+class PreparedWriter:
+    """The driver's side: begins an attempt, continues one, makes the dataset of its windows."""
+
+    def __init__(self, path: str) -> None:
+        self._folder = Folder(path)
+        self.path = path
+        self.token = ""
+        """Of the plan that `begin` wrote or found."""
+
+    def is_finished(self, record: dict[str, Any]) -> bool:
+        """True when the folder already holds the result for this record. Raises UserError when it holds another's."""
+        with explained(self.path):
+            for name in (MANIFEST, PLAN):
+                if self._folder.exists(name) and self._read(name).get("fingerprint") != fingerprint(record):
+                    raise UserError(_other_result(self.path, self._read(name), record))
+            finished = self._folder.exists(MANIFEST)
+            if finished and self._folder.exists(PLAN):
+                self._tidy()  # the run that wrote the manifest was stopped right after it
+            return finished
+
+    def begin(self, record: dict[str, Any]) -> set[int]:
+        """Note what is being prepared; returns the windows that an earlier run of the same plan finished."""
+        with explained(self.path):
+            self._folder.create()
+            if not self._folder.exists(PLAN):
+                self.clear()  # files count only under the plan they were made for
+                plan = {"fingerprint": fingerprint(record), "token": uuid.uuid4().hex[:12], "record": record}
+                self._folder.write(PLAN, _json(plan))
+            self.token = str(self._read(PLAN).get("token"))
+            sizes = self._folder.sizes()
+            numbers = _committed(sizes, self.token)
+            commits = self._commits(numbers)
+        return {number for number, commit in zip(numbers, commits) if commit and _is_whole(commit, sizes)}
+
+    def windows(self) -> WindowWriter:
+        """What commits windows of the plan that was begun."""
+        return WindowWriter(self.path, self.token)
+
+    def finish(
+        self, record: dict[str, Any], num_windows: int, *, tiling: TilingPolicy, capacities: tuple[int, int],
+        facts: dict[str, Any],
+    ) -> PreparedDataset:  # fmt: skip
+        """Join the rejected rows, check that nothing disappeared, write the manifest. facts: what else it shall say.
+
+        Where another run of the same job has done so in between, its result is this one's too. Raises UserError where
+        a run of another job has taken the folder.
+        """
+        with explained(self.path):
+            try:
+                self._join(record, num_windows, tiling, capacities, facts)
+            except FileNotFoundError:
+                if not self.is_finished(record):
+                    raise
+        return PreparedDataset(self.path)
+
+    def _join(
+        self, record: dict[str, Any], num_windows: int, tiling: TilingPolicy, capacities: tuple[int, int],
+        facts: dict[str, Any],
+    ) -> None:  # fmt: skip
+        if self._read(PLAN).get("token") != self.token:
+            raise UserError(
+                f"{self.path}: another run of jobs/prepare.py has begun anew in this folder; wait for it, or give this "
+                "job another output.prepared"
+            )
+        commits = self._commits(range(num_windows))
+        parts = [commit["statistics"] for commit in commits]
+        statistics = add_statistics(parts, capacities)
+        if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
+            raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
+        with self._folder.writing(REJECTED_FILE) as file, pq.ParquetWriter(file, REJECTED) as writer:
+            for commit in commits:
+                with self._folder.open(commit["rejected_file"]) as part:
+                    writer.write_table(pq.read_table(part))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint(record),
+            "content": joined_content(part["content"] for part in parts),
+            "record": record,
+            "tiling": tiling.model_dump(mode="json"),
+            "shards": [
+                {"file": commit["bins_file"], "bins": part["bins"]} for commit, part in zip(commits, parts)
+            ],
+            "statistics": statistics,
+            **facts,
+        }  # fmt: skip
+        self._folder.write(MANIFEST, _json(manifest))
+        self._tidy()
+
+    def clear(self) -> None:
+        """Delete what mmray wrote, finished or not, and nothing else in the folder.
+
+        A stop in between leaves no manifest and no window that counts as finished.
+        """
+        with explained(self.path):
+            self._remove([MANIFEST, PLAN, *self._own_files()])
+
+    def _tidy(self) -> None:
+        """Delete what the manifest does not name, the plan last: while it is there, there is something to tidy."""
+        kept = {REJECTED_FILE, *(shard["file"] for shard in self._read(MANIFEST)["shards"])}
+        self._remove([*(name for name in self._own_files() if name not in kept), PLAN])
+
+    def _own_files(self) -> list[str]:
+        names = [name for name in self._folder.names() if name == REJECTED_FILE or name.startswith(_OWN_PREFIXES)]
+        return sorted(names, key=lambda name: not name.startswith(_COMMIT_PREFIX))
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                self._folder.remove(name)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return read_json(self._folder, name)
+
+    def _commits(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """The commits of windows in order; {} for one that is no whole JSON."""
+
+        def read(number: int) -> dict[str, Any]:
+            try:
+                found = json.loads(self._folder.read(_commit_name(number, self.token)))
+            except ValueError:
+                return {}
+            return found if isinstance(found, dict) else {}
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(read, numbers))
+
+
+def _commit_name(window: int, token: str) -> str:
+    return f"{_COMMIT_PREFIX}{window:05d}-{token}.json"
+
+
+def _committed(names: Iterable[str], token: str) -> list[int]:
+    """The windows with a commit of a plan."""
+    found = (re.fullmatch(rf"{_COMMIT_PREFIX}(\d+)-{re.escape(token)}\.json", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _is_whole(commit: dict[str, Any], sizes: Mapping[str, int]) -> bool:
+    files = commit.get("files", {"": -1})
+    return all(sizes.get(name) == size for name, size in files.items())
+
+
+def joined_content(windows: Iterable[str]) -> str:
+    """What the bins of all windows are known by."""
+    return hashlib.blake2b("".join(windows).encode(), digest_size=8).hexdigest()
+
+
+def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int]) -> dict[str, Any]:
+    """Sum the statistics of windows; fill is the part of all bins' capacity that holds tokens."""
+    total: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for part in parts:
+        reasons.update(part["rejected_by_reason"])
+        total.update({key: value for key, value in part.items() if isinstance(value, int)})
+    room = max(total["bins"], 1)
+    keys = ("rows_read", "rows_packed", "rows_rejected", "bins", "bins_at_least", "tokens", "visual_tokens",
+            "trained_tokens", "images")  # fmt: skip
+    return {
+        **{key: total[key] for key in keys},
+        "rejected_by_reason": dict(sorted(reasons.items())),
+        "token_fill": round(total["tokens"] / (room * capacities[0]), 4),
+        "visual_fill": round(total["visual_tokens"] / (room * capacities[1]), 4),
+    }
+
+
+def _other_result(path: str, found: dict[str, Any], record: dict[str, Any]) -> str:
+    lines = differences(found.get("record"), json.loads(_json(record)))
+    shown = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
+    return (
+        f"{path} was prepared from other input (fingerprint {found.get('fingerprint')}, this job has "
+        f"{fingerprint(record)}):\n  {shown}\nChoose another output.prepared, or run jobs/prepare.py with --replace "
+        "to delete the old one"
+    )
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=4).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode()
