@@ -255,12 +255,12 @@ def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes
     dataset = one_row_blocks([{"chunk": chunk} for chunk in chunks])
     dataset = dataset.map_batches(
         EncodeChunk, batch_size=1, fn_constructor_args=(job, split, ray.put(sizes.known) if sizes else None),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.encode_actors), num_cpus=1,
+        compute=_pool(resources.encode_actors, beside=1), num_cpus=1,
     )  # fmt: skip
     dataset = dataset.map_batches(
         PackWindow, batch_size=job.packing.window_rows // job.packing.chunk_rows, batch_format="pyarrow",
         fn_constructor_args=(job, split, token),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.pack_actors), num_cpus=1,
+        compute=_pool(resources.pack_actors, beside=resources.encode_actors), num_cpus=1,
     )  # fmt: skip
     try:
         for row in dataset.iter_rows():
@@ -276,6 +276,15 @@ def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes
                 "same command continues, finished windows are kept"
             ) from error
         raise
+
+
+def _pool(most: int, *, beside: int) -> ray.data.ActorPoolStrategy:
+    """A pool of up to `most` actors that begins with all that fit on the cluster's CPUs beside so many others.
+
+    The rest come as nodes do. Beginning with one and growing would leave the others' imports, some seconds, for later.
+    """
+    room = int(ray.cluster_resources().get("CPU", 0)) - beside
+    return ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(most, max(1, room)))
 
 
 def _to_buffer(table: pa.Table) -> pa.Buffer:
