@@ -1,4 +1,8 @@
-"""One Ray for the whole session: a head as `ray start` makes it, with token authentication and a dashboard."""
+"""One Ray for the whole session: a head as `ray start` makes it, with token authentication and a dashboard.
+
+`make test` runs two processes of tests. All tests that need the Ray run in the same one, all others file by file in
+whichever is free.
+"""
 
 import contextlib
 import os
@@ -17,6 +21,8 @@ import pytest
 # Before anything imports Ray, which reads them once.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
+pytest_plugins = ["tests.mmray.families.proofs"]
+
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120
 
@@ -25,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-family-table", action="store_true", help="write what the tests show of families into docs/families.md"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        needs_ray = "ray_head" in getattr(item, "fixturenames", ()) or "/faults/" in item.nodeid
+        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.nodeid.split("::")[0]))
 
 
 @dataclass(frozen=True)
