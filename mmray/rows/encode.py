@@ -25,17 +25,16 @@ from mmray.masks.labels import LossRule, with_stop_tokens
 from mmray.masks.settings import (
     Loss,
     LossSource,
-    ending_token_ids,
     label_maker,
     loss_source,
-    stop_token_ids,
     turn_markers,
 )
 from mmray.packing_settings import PackingSettings
-from mmray.rows.document import Document, DocumentReader, ImageRef, check_chats, check_image_count
+from mmray.rows.document import Document, DocumentReader, ImageRef, check_chats
+from mmray.rows.endings import Endings
 from mmray.rows.read import RawRow
 from mmray.rows.settings import DatasetSettings, DataSettings
-from mmray.rows.tokenized import own_ids, own_mask
+from mmray.rows.tokenized import image_blocks, own_ids, own_mask
 from mmray.rows.typed import TypedMarkers
 
 NO_BLOCKS = np.zeros((0, 2), dtype=np.int32)
@@ -112,10 +111,8 @@ class Encoder:
             DocumentReader(dataset, family, self._markers if source.rule == LossRule.ROLES else None)
             for dataset, source in zip(datasets, self.sources)
         ]
-        self.ending_token_ids = ending_token_ids(family)
-        self._stop_token_ids = stop_token_ids(family)
-        self._endings = tuple(map(str, family.tokenizer.convert_ids_to_tokens(list(self.ending_token_ids))))
-        self._ends = [self._end_of_document(dataset) if self._adds_eos(dataset) else None for dataset in datasets]
+        self._endings = Endings(datasets, self.sources, family)
+        self.ending_token_ids = self._endings.token_ids
         self._plan = functools.lru_cache(maxsize=65_536)(lambda size: plan_tiles(size, policy))
         backend = family.tokenizer.backend_tokenizer
         backend.no_truncation()  # some tokenizer.json files cut at a length of their own
@@ -269,7 +266,7 @@ class Encoder:
             grown = np.ones(len(ids), dtype=np.int64)
             grown[places] = [len(token_ids) for spans in tiles for token_ids, _ in spans]
             generated = self._with_stops(generated, ids).repeat(grown)
-        appended = self._appended(item)
+        appended = self._endings.of(item.document, item.row.dataset)
         pieces.append(np.asarray(appended, dtype=np.int32))
         if len(generated):
             generated = np.append(generated, np.ones(len(appended), dtype=bool))
@@ -292,32 +289,6 @@ class Encoder:
         """Templates mark what the model says, and not the token of the next turn by which it stops."""
         kept = with_stop_tokens(torch.from_numpy(generated), torch.from_numpy(ids), self.ending_token_ids)
         return kept.numpy()
-
-    def _appended(self, item: _Pending) -> list[int]:
-        """What a sample ends with behind its text: the end of a document, or the token by which the model stops after
-        a chat's last answer, where the template leaves it to the next turn to write it."""
-        end = self._ends[item.row.dataset]
-        if end is not None:
-            return [end]
-        document, source = item.document, self.sources[item.row.dataset]
-        if not self._stop_token_ids or not document.is_answered or document.text.rstrip().endswith(self._endings):
-            return []
-        marked = bool(document.generated) and not document.text[document.generated[-1][1] :].strip()
-        ends_open = source is LossSource.BOUNDARIES or (source is LossSource.TEMPLATE and marked)
-        return [self._stop_token_ids[0]] if ends_open else []
-
-    def _end_of_document(self, dataset: DatasetSettings) -> int:
-        token = dataset.end_of_document or self.family.tokenizer.eos_token
-        if token is None:
-            raise UserError("the tokenizer has no end-of-document token (eos_token); set add_eos: false")
-        try:
-            return self.family.token_id(token)
-        except ValueError as error:
-            raise UserError(f"end_of_document: {error}") from error
-
-    @staticmethod
-    def _adds_eos(dataset: DatasetSettings) -> bool:
-        return dataset.kind == "pretrain" and dataset.add_eos
 
     def _label_tokens(self, plan: TilePlan, before: np.ndarray) -> int:
         """Tokens of an image's first label, which end the text before its placeholder. Where a token holds the last
@@ -361,7 +332,7 @@ class Encoder:
         sizes = tuple(self._size(image) for image in images)
         plans = tuple(self._plan(size) for size in sizes)
         tiles = self._tile_tokens(plans)
-        blocks, visual_tokens = self._image_blocks(ids, plans, tiles)
+        blocks, visual_tokens = image_blocks(ids, plans, tiles, self.family.image_token_id)
         return self._checked(
             Sample(
                 id=reader.row_id(value, row.source), source=row.source, rule=source.rule, bucket=_bucket(plans),
@@ -369,39 +340,6 @@ class Encoder:
                 visual_pairs=_visual_pairs(tiles),
             )
         )  # fmt: skip
-
-    def _image_blocks(
-        self, ids: np.ndarray, plans: Sequence[TilePlan], tiles: Sequence[list[tuple[np.ndarray, int]]]
-    ) -> tuple[np.ndarray, int]:
-        """Where the images of ready-made ids stand (`Sample.blocks`), and their visual tokens together.
-
-        Each tile must stand there with just the tokens it becomes: a wrong number, or the images in another order than
-        their tokens, would give the model the features of one image for another.
-        """
-        places = np.flatnonzero(ids == self.family.image_token_id)
-        total = sum(visual for spans in tiles for _, visual in spans)
-        if len(places) != total:
-            check_image_count(0 if not len(places) else len(plans), len(plans))
-            sizes = [plan.size for plan in plans]
-            raise RowError(
-                "image_tokens", f"input_ids hold {len(places)} image tokens; images of {sizes!r:.200} make {total}"
-            )
-        blocks, read = [], 0
-        for number, spans in enumerate(tiles):
-            first = stop = -1
-            for token_ids, visual in spans:
-                start = int(places[read]) - int(np.flatnonzero(token_ids == self.family.image_token_id)[0])
-                stop = start + len(token_ids)
-                if not np.array_equal(ids[max(start, 0) : stop], token_ids):
-                    raise RowError(
-                        "image_tokens",
-                        f"input_ids[{max(start, 0)}:{stop}] are not the {len(token_ids)} tokens of a tile of image "
-                        f"{number}, of {plans[number].size}; write them in the order of images, as the processor does",
-                    )
-                first = start if first < 0 else first
-                read += visual
-            blocks.append((first, stop - first))
-        return np.asarray(blocks, dtype=np.int32).reshape(-1, 2), total
 
     # ---------------------------------------------------------------- verification
 
@@ -411,7 +349,7 @@ class Encoder:
         special = item.document.add_special_tokens
         output = self.family.process(item.text, tiles, add_special_tokens=special)
         expected = np.asarray(output["input_ids"][0], dtype=np.int32)
-        found = sample.input_ids[: len(sample.input_ids) - len(self._appended(item))]
+        found = sample.input_ids[: len(sample.input_ids) - len(self._endings.of(item.document, item.row.dataset))]
         if not np.array_equal(found, expected):
             raise UserError(
                 f"{sample.source}: row {sample.id!r} has {len(found)} tokens by mmray and {len(expected)} "

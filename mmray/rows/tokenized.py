@@ -1,13 +1,15 @@
-"""What a `tokenized` row says itself: its token ids, and which of them train."""
+"""What a `tokenized` row says itself: its token ids, which of them train, and where its images stand."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mmray.errors import RowError
+from mmray.images import TilePlan
 from mmray.images.source import one_line
 from mmray.masks.labels import IGNORE_INDEX
-from mmray.rows.document import missing_column
+from mmray.rows.document import check_image_count, missing_column
 from mmray.rows.settings import DatasetSettings
 
 
@@ -51,6 +53,41 @@ def own_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.ndarray) -
             "disagree on what trains; leave one of them out",
         )
     return sampled
+
+
+def image_blocks(
+    ids: np.ndarray, plans: Sequence[TilePlan], tiles: Sequence[list[tuple[np.ndarray, int]]], image_token_id: int
+) -> tuple[np.ndarray, int]:
+    """Where the images of ready-made ids stand (`Sample.blocks`), and their visual tokens together.
+
+    tiles: for each image, for each of its tiles, the tokens it becomes and how many of them carry features. Each tile
+    must stand there with just these tokens: a wrong number, or the images in another order than their tokens, would
+    give the model the features of one image for another.
+    """
+    places = np.flatnonzero(ids == image_token_id)
+    total = sum(visual for spans in tiles for _, visual in spans)
+    if len(places) != total:
+        check_image_count(0 if not len(places) else len(plans), len(plans))
+        sizes = [plan.size for plan in plans]
+        raise RowError(
+            "image_tokens", f"input_ids hold {len(places)} image tokens; images of {sizes!r:.200} make {total}"
+        )
+    blocks, read = [], 0
+    for number, spans in enumerate(tiles):
+        first = stop = -1
+        for token_ids, visual in spans:
+            start = int(places[read]) - int(np.flatnonzero(token_ids == image_token_id)[0])
+            stop = start + len(token_ids)
+            if not np.array_equal(ids[max(start, 0) : stop], token_ids):
+                raise RowError(
+                    "image_tokens",
+                    f"input_ids[{max(start, 0)}:{stop}] are not the {len(token_ids)} tokens of a tile of image "
+                    f"{number}, of {plans[number].size}; write them in the order of images, as the processor does",
+                )
+            first = start if first < 0 else first
+            read += visual
+        blocks.append((first, stop - first))
+    return np.asarray(blocks, dtype=np.int32).reshape(-1, 2), total
 
 
 def _labelled(found: object, column: str, ids: np.ndarray) -> np.ndarray:
