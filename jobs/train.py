@@ -76,9 +76,10 @@ def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
         train_worker,
         train_loop_config={"plan": plan},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=job.resources.workers,
             use_gpu=gpus,
+            label_selector=job.resources.train_labels or None,
             resources_per_worker={"CPU": job.resources.cpus_per_worker}
             | ({"GPU": 1 - job.resources.gpu_share} if gpus else {}),
         ),

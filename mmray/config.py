@@ -46,6 +46,10 @@ class TileCacheSettings(Settings):
         return int(self.max_gigabytes * 1e9)
 
 
+LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
+"""Value of a Ray node's label."""
+
+
 class ResourceSettings(Settings):
     """What of the cluster a job takes. Actors are Ray actors; CPUs and GPUs are Ray's logical ones."""
 
@@ -79,6 +83,12 @@ class ResourceSettings(Settings):
 
     autoscaling: bool = False
     """The cluster grows when work waits: a job larger than the cluster is now waits for nodes. false: it is refused."""
+
+    prepare_labels: dict[str, LabelValue] = Field(default_factory=dict)
+    """Prepare: labels of the Ray nodes whose CPUs it takes, as `ray start --labels` gives them. Empty: of any node."""
+
+    train_labels: dict[str, LabelValue] = Field(default_factory=dict)
+    """Training: labels of the Ray nodes for workers, render and mask actors. Empty: any node that has room."""
 
 
 class OutputSettings(Settings):

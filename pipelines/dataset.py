@@ -1,7 +1,7 @@
 """What both graphs ask of Ray Data: blocks of one row that keep their order, and errors a person can read."""
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,22 +16,29 @@ ERROR = "error"
 that lose what they wrap when they travel on."""
 
 
-def one_row_blocks(items: Sequence[dict[str, Any]]) -> Dataset:
-    """A dataset with one block per item, in this order.
+def one_row_blocks(items: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> Dataset:
+    """A dataset with one block per item, in this order. labels: of the nodes that its operators run on; {}: any.
 
     Operators on it deliver blocks in order whatever the actors' pace, and never split one.
     """
-    return _in_order(ray.data.from_items(list(items), override_num_blocks=len(items)), block_bytes=None)
+    return _in_order(ray.data.from_items(list(items), override_num_blocks=len(items)), labels, block_bytes=None)
 
 
-def numbers(count: int) -> Dataset:
-    """A dataset with one block, of one row, for each `number` from 0 to count - 1, made while it is read.
+def numbers(count: int, labels: Mapping[str, str]) -> Dataset:
+    """A dataset with one block, of one row, for each `number` from 0 to count - 1, made while it is read. labels: of
+    the nodes that its operators run on; {}: any.
 
     Before the first block of `one_row_blocks` comes, all are put into the object store, 1 ms each. Here one task that
     takes no CPU lists them. All operators on it must give blocks of one row.
     """
     dataset = ray.data.read_datasource(_Numbers(count), override_num_blocks=1, num_cpus=0)
-    return _in_order(dataset, block_bytes=1)
+    return _in_order(dataset, labels, block_bytes=1)
+
+
+def cluster_cpus(labels: Mapping[str, str]) -> int:
+    """CPUs, busy ones too, of the cluster's nodes that have these labels now; {}: of all nodes."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and labels.items() <= node["Labels"].items()]
+    return int(sum(node["Resources"].get("CPU", 0) for node in nodes))
 
 
 class MadeThere:
@@ -64,10 +71,11 @@ def out_of_room(error: BaseException) -> str:
     return ""
 
 
-def _in_order(dataset: Dataset, block_bytes: int | None) -> Dataset:
+def _in_order(dataset: Dataset, labels: Mapping[str, str], block_bytes: int | None) -> Dataset:
     """block_bytes: a block ends when it has as many, so with 1 after each row; None: with the task that makes it."""
     context = dataset.context
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = dict(labels) or None
     context.target_max_block_size = block_bytes
     context.enable_progress_bars = False
     context.verbose_stats_logs = False

@@ -150,7 +150,7 @@ class Ingest:
         share_of_gpu = {"num_gpus": resources.gpu_share} if self.gpus else {"num_cpus": 1}
         render = partial(Render, shares, resources.tile_cache, self.warnings)
         mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu")
-        dataset = numbers(len(shares))
+        dataset = numbers(len(shares), resources.train_labels)
         dataset = _map(dataset, render, min(resources.render_actors, len(shares)), num_cpus=1)
         dataset = _map(dataset, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
         return list(dataset.streaming_split(self.plan.world_size, equal=True))

@@ -43,7 +43,7 @@ from mmray.rows.read import RowReader
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.training.compatibility import job_family
 from mmray.training.model import load_config
-from pipelines.dataset import ERROR, one_row_blocks, out_of_room
+from pipelines.dataset import ERROR, cluster_cpus, one_row_blocks, out_of_room
 
 log = logging.getLogger("mmray")
 
@@ -251,16 +251,16 @@ def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes
     rows = Counter[int]()
     for chunk in chunks:
         rows[chunk.window] += chunk.num_rows
-    resources = job.resources
-    dataset = one_row_blocks([{"chunk": chunk} for chunk in chunks])
+    resources, cpus = job.resources, cluster_cpus(job.resources.prepare_labels)
+    dataset = one_row_blocks([{"chunk": chunk} for chunk in chunks], resources.prepare_labels)
     dataset = dataset.map_batches(
         EncodeChunk, batch_size=1, fn_constructor_args=(job, split, ray.put(sizes.known) if sizes else None),
-        compute=_pool(resources.encode_actors, beside=1), num_cpus=1,
+        compute=_pool(resources.encode_actors, room=cpus - 1), num_cpus=1,
     )  # fmt: skip
     dataset = dataset.map_batches(
         PackWindow, batch_size=job.packing.window_rows // job.packing.chunk_rows, batch_format="pyarrow",
         fn_constructor_args=(job, split, token),
-        compute=_pool(resources.pack_actors, beside=resources.encode_actors), num_cpus=1,
+        compute=_pool(resources.pack_actors, room=cpus - resources.encode_actors), num_cpus=1,
     )  # fmt: skip
     try:
         for row in dataset.iter_rows():
@@ -278,12 +278,11 @@ def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes
         raise
 
 
-def _pool(most: int, *, beside: int) -> ray.data.ActorPoolStrategy:
-    """A pool of up to `most` actors that begins with all that fit on the cluster's CPUs beside so many others.
+def _pool(most: int, *, room: int) -> ray.data.ActorPoolStrategy:
+    """A pool of up to `most` actors that begins with all that fit. room: CPUs of the nodes that are there for it.
 
     The rest come as nodes do. Beginning with one and growing would leave the others' imports, some seconds, for later.
     """
-    room = int(ray.cluster_resources().get("CPU", 0)) - beside
     return ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(most, max(1, room)))
 
 

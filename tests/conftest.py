@@ -55,34 +55,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
-    """A local head with 4 logical CPUs, ended with the session; the driver is connected to it."""
-    import ray
-
-    from jobs.common import connect
-
-    port, dashboard_port = free_port(), free_port()
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+@contextlib.contextmanager
+def running_head(folder: Path, *options: str, port: int | None = None, **environment: str) -> Iterator[RayHead]:
+    """`ray start --head` with its dashboard on this machine, for the time of the block. folder: for its log."""
+    port, dashboard_port = port or free_port(), free_port()
+    everything = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | environment
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4", "--num-gpus=0"),
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-gpus=0"),
         *("--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"),
-        *(f"--dashboard-port={dashboard_port}", "--object-store-memory=1000000000", "--disable-usage-stats"),
+        *(f"--dashboard-port={dashboard_port}", "--disable-usage-stats"),
         *("--dashboard-agent-listen-port=0", "--ray-client-server-port", str(free_port())),
+        *options,
     ]
-    log = tmp_path_factory.mktemp("ray") / "head.log"
+    log = folder / "head.log"
     with log.open("wb") as output:
         head = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True
+            command, env=everything, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
         )
     address = f"127.0.0.1:{port}"
     try:
         _wait_for(port, head, log)
         _wait_for(dashboard_port, head, log)
-        connect(address, cpus=4)
-        yield RayHead(head.pid, address, f"http://127.0.0.1:{dashboard_port}", environment | {"RAY_ADDRESS": address})
+        yield RayHead(head.pid, address, f"http://127.0.0.1:{dashboard_port}", everything | {"RAY_ADDRESS": address})
     finally:
-        ray.shutdown()
         processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -90,6 +85,19 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
         for process in psutil.wait_procs(processes, timeout=5)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    """A local head with 4 logical CPUs, ended with the session; the driver is connected to it."""
+    import ray
+
+    from jobs.common import connect
+
+    with running_head(tmp_path_factory.mktemp("ray"), "--num-cpus=4", "--object-store-memory=1000000000") as head:
+        connect(head.address, cpus=4)
+        yield head
+        ray.shutdown()
 
 
 def _wait_for(port: int, head: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -42,3 +42,21 @@ def test_shipped_job_files_are_valid(path: Path) -> None:
 def test_the_wheel_holds_the_library_alone() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'include = \["mmray", "mmray\.\*"\]', text)
+
+
+def test_labels_of_the_cluster_are_those_its_page_tells() -> None:
+    types = cluster()["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["cpu_workers"]["labels"] != types["gpu_workers"]["labels"]
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    for kind, setting in (("cpu_workers", "prepare_labels"), ("gpu_workers", "train_labels")):
+        labels = ", ".join(f"{key}: {value}" for key, value in types[kind]["labels"].items())
+        assert f"{setting}: {{{labels}}}" in text
+
+
+def test_nodes_install_what_constraints_pin() -> None:
+    config = cluster()
+    pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    assert f":{pinned[1]}-py3" in config["docker"]["image"]
+    assert "-c constraints.txt" in config["setup_commands"][-1]

@@ -1,0 +1,116 @@
+"""The node types of cluster.yaml under Ray's autoscaler: nodes come for preparing, and go.
+
+Only the provider is another one: Ray's own for tests, whose nodes are raylets on this machine.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.util.state import list_actors, list_nodes
+
+from mmray.prepared import PreparedDataset
+from tests.conftest import ROOT, Inputs, RayHead, free_port, running_head
+
+HEAD_ID = "f" * 51 + "00000"
+"""What Ray's local provider takes its head's node id to be."""
+
+NODE_CPUS = {"cpu_workers": {"CPU": 1}, "gpu_workers": {"CPU": 4, "GPU": 1}}
+"""Nodes smaller than those of cluster.yaml, so that two actors need two of them."""
+
+WAIT_SECONDS = 300
+
+
+def on_this_machine(cluster: dict[str, Any], port: int) -> dict[str, Any]:
+    """cluster.yaml with nodes on this machine. port: of the head."""
+    types = cluster["available_node_types"]
+    head = types.pop(cluster["head_node_type"])
+    types = {name: {**kind, "resources": NODE_CPUS[name], "node_config": {}} for name, kind in types.items()}
+    return {
+        **{key: cluster[key] for key in ("cluster_name", "max_workers", "upscaling_speed")},
+        "idle_timeout_minutes": 0.15,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "head_node_id": HEAD_ID,
+            "gcs_address": f"127.0.0.1:{port}",
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": head["resources"], "node_config": {}, "max_workers": 0}, **types,
+        },
+        "head_node_type": "ray.head.default",
+        **{f"{what}_commands": [] for what in ("setup", "head_setup", "worker_setup", "worker_start_ray")},
+        "cluster_synced_files": [],
+        "file_mounts": {},
+        "auth": {},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    """A head with no CPU of its own, that starts and stops nodes."""
+    folder = tmp_path_factory.mktemp("autoscaling")
+    port = free_port()
+    config = on_this_machine(yaml.safe_load((ROOT / "cluster.yaml").read_text()), port)
+    (folder / "cluster.yaml").write_text(json.dumps(config))
+    with running_head(
+        folder,
+        "--num-cpus=0",
+        f"--autoscaling-config={folder / 'cluster.yaml'}",
+        port=port,
+        RAY_FAKE_CLUSTER="1",
+        RAY_enable_autoscaler_v2="1",
+        RAY_CLOUD_INSTANCE_ID=HEAD_ID,
+        RAY_OVERRIDE_NODE_ID_FOR_TESTING=HEAD_ID,
+        AUTOSCALER_UPDATE_INTERVAL_S="1",
+    ) as running:
+        yield running
+
+
+def workers(head: RayHead) -> dict[str, dict[str, str]]:
+    """Labels of the nodes that are up, by their ids; the head left out."""
+    nodes = list_nodes(address=head.dashboard, detail=True)
+    return {node.node_id: node.labels for node in nodes if node.state == "ALIVE" and not node.is_head_node}
+
+
+def test_nodes_come_for_preparing_and_go(head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
+    """CPU nodes alone, 0 -> 2 -> 0, with all actors on them; the GPU nodes, which would have room too, stay away."""
+    resources = {"encode_actors": 2, "autoscaling": True, "prepare_labels": {"mmray": "prepare"}}
+    (tmp_path / "job.yaml").write_text(json.dumps(inputs.job(tmp_path, resources=resources)))
+    assert workers(head) == {}
+    words = ["job", "submit", "--address", head.dashboard, "--working-dir", ".", "--runtime-env"]
+    words += ["jobs/runtime_env.yaml", "--", "python", "jobs/prepare.py", str(tmp_path / "job.yaml")]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *words],
+        cwd=ROOT, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    seen, placed = {}, {}
+    deadline = time.monotonic() + WAIT_SECONDS
+    while job.poll() is None and time.monotonic() < deadline:
+        seen |= workers(head)
+        actors = list_actors(address=head.dashboard, detail=True)
+        placed |= {actor.actor_id: actor.node_id for actor in actors if "MapWorker" in actor.class_name}
+        time.sleep(0.5)
+    output = job.communicate(timeout=WAIT_SECONDS)[0]
+    assert job.returncode == 0, output
+    assert "preparing needs 2 CPU (it has 0); waiting for the cluster to grow" in output
+    assert "71 read = 60 packed + 11 rejected" in output
+    assert len(PreparedDataset(f"{tmp_path}/prepared/train")) > 0
+    assert len(seen) == 2
+    assert {labels["mmray"] for labels in seen.values()} == {"prepare"}
+    assert len(placed) == 2
+    assert set(placed.values()) == set(seen)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while left := workers(head):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
