@@ -35,6 +35,7 @@ from mmray.training.history import Event, add_to_history
 from mmray.training.json_lines import JsonLines
 from mmray.training.metrics import MetricsLog
 from mmray.training.model import load_config
+from mmray.training.skipped import Seen, SkippedLog
 from mmray.training.trained import TRAINED_FILE, TrainedStep
 from pipelines.ingest import Ingest
 
@@ -79,6 +80,7 @@ class RunPlan:
             schedule=schedule,
             world_size=world_size,
             micro_batch_bins=job.training.micro_batch_bins,
+            on_bad_row=job.data.on_bad_row,
         )
 
 
@@ -125,7 +127,8 @@ class Worker:
             self._note("start")
         else:
             self._note("resume", checkpoint=Path(folder).name)
-        with closing(Records(self.run_folder, self.cursor.step)) if self.rank == 0 else nullcontext() as records:
+        share = self.plan.job.data.max_skipped_share
+        with closing(Records(self.run_folder, self.cursor.step, share)) if self.rank == 0 else nullcontext() as records:
             self._train(records)
         self._note("finish")
 
@@ -144,20 +147,35 @@ class Worker:
     def _train(self, records: "Records | None") -> None:
         for waited, batches in self._steps(self.plan.total_steps):
             started = time.monotonic()
+            seen = self._all_seen(Seen.of(batches))
+            if records:
+                records.skipped.add(self.cursor.step + 1, "train", seen)
             outcome = self.engine.step(batches)
             seconds = time.monotonic() - started
             trained = self._trained(batches)
             self.cursor = self.cursor.advance()
             step = self.cursor.step
             if records:
-                records.write(trained, outcome, epoch=self._epoch(), seconds=seconds, waited=waited)
+                records.write(trained, outcome, seen, epoch=self._epoch(), seconds=seconds, waited=waited)
             if _due(step, self.training.eval_every_steps) and (maker := self._evaluation):
                 steps = maker.plan.schedule.steps_per_epoch
-                loss, tokens = self.engine.evaluate(maker.steps(self.rank, 0, steps))
+                own = Seen()
+                loss, tokens = self.engine.evaluate(own.through(maker.steps(self.rank, 0, steps)))
+                seen = self._all_seen(own)
                 if records:
-                    records.metrics.write(step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens)
+                    records.skipped.add(step, "eval", seen)
+                    records.metrics.write(
+                        step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens,
+                        eval_samples=seen.samples, eval_skipped_samples=len(seen.skipped),
+                    )  # fmt: skip
             if _due(step, self.training.checkpoint_every_steps) or step == self.plan.total_steps:
                 self._save(outcome)
+
+    def _all_seen(self, own: Seen) -> Seen:
+        """What all ranks were given. A collective call."""
+        counts = self.engine.gather([own.samples, len(own.skipped)])
+        skipped = self.engine.gather_objects(own.skipped) if any(count for _, count in counts) else []
+        return Seen(sum(samples for samples, _ in counts), skipped)
 
     def _trained(self, batches: list[MicroBatch]) -> TrainedStep:
         """What all ranks trained on in the step that is done, by what they were given. A collective call."""
@@ -217,13 +235,16 @@ class Worker:
 class Records:
     """What rank 0 writes of each step: its numbers, and the bins it trained on."""
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, max_skipped_share: float) -> None:
         """step: the last that is done; numbers of later ones are forgotten."""
         self.metrics = MetricsLog(run)
         self.metrics.truncate_after(step)
+        self.skipped = SkippedLog(run, step, max_skipped_share)
         self._trained = JsonLines(run / TRAINED_FILE)
 
-    def write(self, trained: TrainedStep, outcome: StepMetrics, *, epoch: float, seconds: float, waited: float) -> None:
+    def write(
+        self, trained: TrainedStep, outcome: StepMetrics, seen: Seen, *, epoch: float, seconds: float, waited: float
+    ) -> None:
         """One step that is done."""
         self._trained.append(asdict(trained))
         self.metrics.write(
@@ -234,6 +255,8 @@ class Records:
             trained_tokens=outcome.trained_tokens,
             bins=len(trained.all_bins),
             workers=trained.workers,
+            samples=seen.samples,
+            skipped_samples=len(seen.skipped),
             lr=outcome.learning_rate,
             grad_norm=outcome.grad_norm,
             step_seconds=seconds,

@@ -5,6 +5,8 @@ Where it holds no image (or no bin at all, at the end of an epoch) a sample of o
 every loss, so that each rank runs the vision tower in every pass and no collective operation waits for a rank that
 does not come.
 
+A sample whose picture cannot be used stays in its place, outside the loss (`mmray.pages`).
+
 The three steps are three functions so that they can run in three places: `render` on CPU actors (decode, crop, resize;
 pictures stay uint8), `mask` on GPU actors (labels, positions), `MicroBatch.model_inputs` in the training process
 (rescale, normalise, patch layout).
@@ -14,22 +16,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from mmray.arrow import binary_cell
-from mmray.errors import RowError, UserError
+from mmray.errors import UserError
 from mmray.families import Family, PackedRow, Tile
-from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles, render_tiles
-from mmray.images.header import MAX_PIXELS
-from mmray.images.source import describe_source
+from mmray.images import TilingPolicy, render_tiles
 from mmray.masks.labels import IGNORE_INDEX, LabelMaker, segment_ids
+from mmray.pages import OnBadRow, Pages, RenderPage, SkippedSample, render_pages, skipped_from_array, skipped_to_array
 from mmray.prepared import Bin
 
 
@@ -51,6 +51,8 @@ class Rendered:
     input_ids: np.ndarray  # int32 [L]
     lengths: np.ndarray  # int32 [S]
     padding: np.ndarray  # bool [S], True for what is no sample: gaps between samples, the added picture
+    skipped: np.ndarray  # bool [S], True for samples outside the loss: a picture of theirs cannot be used
+    problems: np.ndarray  # uint8, why: `skipped_to_array` of as many
     rules: np.ndarray  # int8 [S], LossRule
     given: np.ndarray  # bool [L], for LossRule.GIVEN
     blocks: np.ndarray  # int32 [I, 2], first token and number of tokens of each image
@@ -68,24 +70,19 @@ class Masked(Rendered):
     position_ids: np.ndarray  # int64 [rows, L] (`Family.position_rows`)
 
 
-class RenderPage(Protocol):
-    """`render_tiles`, or that of a `TileCache`."""
-
-    def __call__(self, source: ImageSource, plan: TilePlan, *, max_pixels: int) -> list[Image.Image]: ...
-
-
 def render(
     bins: Sequence[Bin | None], place: Place, family: Family, policy: TilingPolicy,
-    render_page: RenderPage = render_tiles,
+    render_page: RenderPage = render_tiles, *, on_bad_row: OnBadRow = "error",
 ) -> Rendered:  # fmt: skip
     """Decode and tile the images of some bins and put their samples into one row. None is an empty bin.
 
-    Raises UserError naming the row and the image when a picture is gone, broken or no longer what was prepared.
+    on_bad_row: "reject" leaves a sample out of the loss when a picture of it is gone, broken or no longer what was
+    prepared; "error" raises UserError naming the row and the image.
     """
     present = [each for each in bins if each is not None]
     row = _RowBuilder(family)
     for each in present:
-        row.add(each, _cut(each, policy, render_page))
+        row.add(each, render_pages(each, policy, render_page, on_bad_row))
     if sum(map(family.feature_count, row.tiles)) < family.least_features:
         row.add_dummy()
     _check_features(row, present)
@@ -95,6 +92,8 @@ def render(
         input_ids=np.concatenate(row.ids).astype(np.int32),
         lengths=np.asarray([len(ids) for ids in row.ids], dtype=np.int32),
         padding=np.asarray(row.padding, dtype=bool),
+        skipped=np.asarray(row.skipped, dtype=bool),
+        problems=skipped_to_array(row.problems),
         rules=np.asarray(row.rules, dtype=np.int8),
         given=np.concatenate(row.given),
         blocks=np.asarray(row.blocks, dtype=np.int32).reshape(-1, 2),
@@ -108,12 +107,15 @@ def render(
 
 
 class _RowBuilder:
-    """The samples of one row as they are put together: an entry of `ids`, `padding`, `rules` and `given` each."""
+    """The samples of one row as they are put together: an entry of `ids`, `padding`, `skipped`, `rules` and
+    `given` each."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
         self.ids: list[np.ndarray] = []
         self.padding: list[bool] = []
+        self.skipped: list[bool] = []
+        self.problems: list[SkippedSample] = []
         self.rules: list[int] = []
         self.given: list[np.ndarray] = []
         self.blocks: list[tuple[int, int]] = []
@@ -121,19 +123,23 @@ class _RowBuilder:
         self.frames: list[np.ndarray] = []
         self.length = 0
 
-    def add(self, packed: Bin, pages: Sequence[list[Image.Image]]) -> None:
-        """All samples of a bin. pages: the tiles of each of its images."""
+    def add(self, packed: Bin, pages: Pages) -> None:
+        """All samples of a bin with its pages."""
         starts = np.concatenate([[0], packed.sample_lengths.cumsum()]).tolist()
         given = packed.given if len(packed.given) else np.zeros(starts[-1], dtype=bool)
         for number, (start, stop) in enumerate(pairwise(starts)):
             if self.ids and self.family.sample_gap:
                 self._append(self._gap, padding=True)
-            own = [(image, tiles) for image, tiles in zip(packed.images, pages) if image["sample"] == number]
+            own = [(image, tiles) for image, tiles in zip(packed.images, pages.tiles) if image["sample"] == number]
             self.blocks += [(image["first_token"] - start + self.length, image["num_tokens"]) for image, _ in own]
             together = sum(len(tiles) for _, tiles in own)
             for tile in (tile for _, tiles in own for tile in tiles):
                 self._picture(tile.size, self.family.frames(tile, together))
-            self._append(packed.input_ids[start:stop], rule=packed.sample_rules[number], given=given[start:stop])
+            self._append(
+                packed.input_ids[start:stop], skipped=number in pages.skipped, rule=packed.sample_rules[number],
+                given=given[start:stop],
+            )  # fmt: skip
+        self.problems += pages.skipped.values()
 
     def add_dummy(self) -> None:
         """A sample of one small picture, outside every loss."""
@@ -152,10 +158,12 @@ class _RowBuilder:
         return tile
 
     def _append(
-        self, ids: np.ndarray, *, padding: bool = False, rule: int = 0, given: np.ndarray | None = None
-    ) -> None:
+        self, ids: np.ndarray, *, padding: bool = False, skipped: bool = False, rule: int = 0,
+        given: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         self.ids.append(ids)
         self.padding.append(padding)
+        self.skipped.append(skipped)
         self.rules.append(rule)
         self.given.append(np.zeros(len(ids), dtype=bool) if given is None else given)
         self.length += len(ids)
@@ -163,26 +171,6 @@ class _RowBuilder:
 
 def _size_of(frame: np.ndarray) -> tuple[int, int]:
     return frame.shape[1], frame.shape[0]
-
-
-def _cut(packed: Bin, policy: TilingPolicy, render_page: RenderPage) -> list[list[Image.Image]]:
-    """The tiles of each image of a bin."""
-    pages = []
-    for image in packed.images:
-        size = image["width"], image["height"]
-        source = image["data"] if image["data"] is not None else image["uri"]
-        try:
-            max_pixels = max(MAX_PIXELS, size[0] * size[1])  # checked when preparing
-            pages.append(render_page(source, plan_tiles(size, policy), max_pixels=max_pixels))
-        except RowError as error:
-            row, line = packed.sample_ids[image["sample"]], packed.sample_sources[image["sample"]]
-            name = describe_source(source)
-            what = str(error) if name in error.message else f"{name}: {error}"
-            raise UserError(
-                f"row {row!r} ({line}): {what}. Its header was read when preparing; put it back, or another "
-                "picture of that size in its place"
-            ) from error
-    return pages
 
 
 def _check_features(row: _RowBuilder, bins: Sequence[Bin]) -> None:
@@ -198,7 +186,8 @@ def _check_features(row: _RowBuilder, bins: Sequence[Bin]) -> None:
 def mask(rendered: Rendered, family: Family, maker: LabelMaker, device: torch.device) -> Masked:
     """Labels and positions of a micro-batch, computed on `device`.
 
-    Raises RuntimeError when the trained tokens are not as many as were counted when preparing.
+    Raises RuntimeError when the trained tokens, those of skipped samples with them, are not as many as were counted
+    when preparing.
     """
     row = packed_row(rendered, device)
     labels = maker.labels(
@@ -212,8 +201,15 @@ def mask(rendered: Rendered, family: Family, maker: LabelMaker, device: torch.de
     trained, expected = int((labels != IGNORE_INDEX).sum()), int(rendered.trained_tokens[0])
     if trained != expected:
         raise RuntimeError(f"bins {rendered.bins.tolist()}: {trained} trained tokens, {expected} when prepared")
+    labels = labels.masked_fill(_of_skipped(rendered, device), IGNORE_INDEX)
     rendered_arrays = {field.name: getattr(rendered, field.name) for field in fields(Rendered)}
     return Masked(**rendered_arrays, labels=labels.cpu().numpy(), position_ids=positions.cpu().numpy())
+
+
+def _of_skipped(rendered: Rendered, device: torch.device) -> Tensor:
+    """bool [L]: the tokens of samples that are left out of the loss."""
+    lengths = _tensor(rendered.lengths).to(device, torch.int64)
+    return torch.repeat_interleave(_tensor(rendered.skipped).to(device), lengths, output_size=len(rendered.input_ids))
 
 
 def packed_row(rendered: Rendered, device: torch.device) -> PackedRow:
@@ -248,6 +244,16 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """Tokens of its samples, without what is added."""
         return int(self.masked.lengths[~self.masked.padding].sum())
+
+    @property
+    def num_samples(self) -> int:
+        """Its samples, also those that are skipped."""
+        return int((~self.masked.padding).sum())
+
+    @property
+    def skipped(self) -> list[SkippedSample]:
+        """Its samples outside the loss because a picture of theirs cannot be used."""
+        return skipped_from_array(self.masked.problems)
 
     @property
     def bins(self) -> list[int]:
@@ -301,7 +307,8 @@ def from_table(kind: type[Arrays], table: pa.Table) -> Arrays:
 
 _DTYPES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "place": (np.int64, (-1,)), "bins": (np.int64, (-1,)), "input_ids": (np.int32, (-1,)),
-    "lengths": (np.int32, (-1,)), "padding": (np.bool_, (-1,)), "rules": (np.int8, (-1,)), "given": (np.bool_, (-1,)),
+    "lengths": (np.int32, (-1,)), "padding": (np.bool_, (-1,)), "skipped": (np.bool_, (-1,)),
+    "problems": (np.uint8, (-1,)), "rules": (np.int8, (-1,)), "given": (np.bool_, (-1,)),
     "blocks": (np.int32, (-1, 2)), "trained_tokens": (np.int64, (-1,)), "tiles": (np.int32, (-1, 4)),
     "frame_sizes": (np.int32, (-1, 2)), "pixels": (np.uint8, (-1,)), "labels": (np.int64, (-1,)),
     "position_ids": (np.int64, (-1,)),

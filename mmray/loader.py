@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from mmray.balanced_schedule import BalancedSchedule, BoundSchedule
-from mmray.batch import MicroBatch, Place, Rendered, RenderPage, mask, render
+from mmray.batch import MicroBatch, Place, Rendered, mask, render
 from mmray.config import TileCacheSettings
 from mmray.families import Family, load_family
 from mmray.images import TilingPolicy, render_tiles
 from mmray.images.tile_cache import TileCache
 from mmray.masks.labels import LabelMaker
 from mmray.masks.settings import Loss, label_maker
+from mmray.pages import OnBadRow, RenderPage
 from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
 
@@ -26,7 +27,7 @@ class BatchPlan:
     """Everything that the batches of a run follow from, small enough to send to every actor.
 
     prepared: path of the prepared dataset; processor: folder or hub name; model_type: `config.model_type` of the
-    model; world_size: ranks; micro_batch_bins: bins of one micro-batch.
+    model; world_size: ranks; micro_batch_bins: bins of one micro-batch; on_bad_row: as for `render`.
     """
 
     prepared: str
@@ -37,6 +38,7 @@ class BatchPlan:
     schedule: Schedule | BalancedSchedule
     world_size: int
     micro_batch_bins: int
+    on_bad_row: OnBadRow = "error"
 
     @property
     def micro_batches(self) -> int:
@@ -105,7 +107,7 @@ class BatchMaker:
     def render(self, place: Place) -> Rendered:
         """The micro-batch with its pictures decoded (CPU)."""
         bins = [None if number is None else self.prepared.bin(number) for number in self.plan.bins(place)]
-        return render(bins, place, self.family, self.policy, self.render_page)
+        return render(bins, place, self.family, self.policy, self.render_page, on_bad_row=self.plan.on_bad_row)
 
     def micro_batch(self, place: Place) -> MicroBatch:
         """The finished micro-batch; masks are computed on this maker's device."""

@@ -73,7 +73,13 @@ class DataSettings(Settings):
     """Sets of rows to evaluate on; packed like the training rows, never shuffled."""
 
     on_bad_row: Literal["reject", "error"] = "reject"
-    """`reject`: a row that cannot be used goes to rejected.parquet with its reason. `error`: the first one stops."""
+    """`reject`: a row that cannot be used goes to rejected.parquet with its reason; a sample whose picture is found to
+    be gone or broken only when training is left out of the loss, whole, and listed in the run's skipped.jsonl.
+    `error`: the first one stops."""
+
+    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Training stops when more than this share of the last 10,000 samples was left out, and more than 20: then storage
+    is away rather than some pictures broken."""
 
     max_image_pixels: Annotated[int, Field(gt=0)] = 250_000_000
     """Images with more pixels (width × height, from the header) are refused."""

@@ -176,6 +176,12 @@ class TrainingEngine:
         dist.all_gather(every, mine)
         return [each.tolist() for each in every]
 
+    def gather_objects(self, values: Sequence[Any]) -> list[Any]:
+        """The values of all ranks one after another, in the order of ranks. Collective."""
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, list(values))
+        return [value for each in every for value in each]
+
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
         self.deepspeed.destroy()

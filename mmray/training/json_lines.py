@@ -6,6 +6,7 @@ the next writer cuts off.
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+
+def replace_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Put these lines in the place of the file's, all at once."""
+    beside = path.with_suffix(path.suffix + ".tmp")
+    with beside.open("wb") as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _cut_torn_line(path: Path) -> None:

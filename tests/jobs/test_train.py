@@ -60,6 +60,7 @@ def test_a_run_writes_its_metrics_and_keeps_the_last_checkpoints(whole: list[dic
     assert [line["step"] for line in whole] == list(range(1, 13))
     assert set(whole[0]) == {
         *("step", "epoch", "loss", "tokens", "trained_tokens", "bins", "workers"),
+        *("samples", "skipped_samples"),
         *("lr", "grad_norm", "step_seconds", "data_wait_seconds"),
     }
     assert whole[-1]["loss"] < whole[0]["loss"]

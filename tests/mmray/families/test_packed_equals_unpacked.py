@@ -9,18 +9,20 @@ Models that cannot pack refuse with a reason, and are right with one sample a ro
 import copy
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmray.batch import MicroBatch, Place, mask, render
+from mmray.errors import RowError
 from mmray.families import Family, family_of
-from mmray.images import cut_tiles, load_image, plan_tiles
+from mmray.images import cut_tiles, load_image, plan_tiles, render_tiles
 from mmray.masks.labels import IGNORE_INDEX
 from mmray.masks.settings import label_maker, stop_token_ids
 from mmray.packing_settings import PackingSettings
@@ -281,6 +283,48 @@ def check_equal(case: Case, *bins: int) -> MicroBatch:
     assert loss.item() == pytest.approx(expected_loss.item(), rel=case.member.tolerance)
     assert gradient_error(gradients(case.model, loss), expected_gradients) < case.member.tolerance
     return batch
+
+
+# ---- Samples whose picture cannot be used ----
+
+
+def broken_page(source, plan, *, max_pixels):
+    """`render_tiles` where the small picture is truncated."""
+    if str(source).endswith("small.png"):
+        raise RowError("image_corrupt", f"{source}: image file is truncated")
+    return render_tiles(source, plan, max_pixels=max_pixels)
+
+
+@pytest.mark.proves("packing")
+def test_a_skipped_sample_changes_nothing_for_the_others(make_case, member):
+    """Loss and gradients are those of the same row, its picture sound and its labels masked."""
+    case = make_case(member.name)
+    numbers = range(len(case.prepared))
+    chosen = next(n for n in numbers if "small.png" in str(case.prepared.bin(n).images))
+    packed = case.prepared.bin(chosen)
+    sound = case.micro_batch(chosen)
+    rendered = render([packed], Place(0, 0, 0), case.family, case.prepared.tiling, broken_page, on_bad_row="reject")
+    skipped = MicroBatch(mask(rendered, case.family, label_maker("sampled", case.family), CPU), case.family)
+
+    broken = {row_id for row_id in packed.sample_ids if "small.png" in ROWS[row_id]["images"]}
+    assert {each.id for each in skipped.skipped} == broken
+    assert all(each.reason == "image_corrupt" and "truncated" in each.message for each in skipped.skipped)
+    masked = sound.labels.clone()
+    for row_id, (_, where) in zip(packed.sample_ids, case.samples([chosen]), strict=True):
+        if row_id in broken:
+            masked[0, where] = IGNORE_INDEX
+    assert torch.equal(skipped.labels, masked)
+    changed = {"labels", "skipped", "problems", "pixels"}
+    for field in fields(skipped.masked):
+        ours, theirs = (getattr(each.masked, field.name) for each in (skipped, sound))
+        assert field.name in changed or np.array_equal(ours, theirs), field.name
+    assert not np.array_equal(skipped.masked.pixels, sound.masked.pixels)
+    if len(packed.sample_ids) > len(broken):
+        loss = packed_loss_sum(case.model, case.inputs(skipped), skipped.labels)
+        found = copy.deepcopy(gradients(case.model, loss))
+        expected = packed_loss_sum(case.model, case.inputs(sound), masked)
+        assert loss.item() == pytest.approx(expected.item(), rel=case.member.tolerance)
+        assert gradient_error(found, gradients(case.model, expected)) < case.member.tolerance
 
 
 # ---- Controls: the comparison sees what it is there for ----
