@@ -101,14 +101,20 @@ def uses_gpus(job: Job) -> bool:
     return has_gpus if job.resources.use_gpu is None else job.resources.use_gpu
 
 
-def train_needs(job: Job, gpus: bool) -> dict[str, float]:
-    """CPUs and GPUs that all workers and actors of a training run take together."""
+def worker_needs(job: Job, gpus: bool) -> dict[str, float]:
+    """What one training worker takes."""
     resources = job.resources
-    cpus = resources.workers * resources.cpus_per_worker + resources.render_actors
+    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1 - resources.gpu_share} if gpus else {})
+
+
+def train_needs(job: Job, gpus: bool) -> dict[str, float]:
+    """CPUs and GPUs that all workers, or the fewest of an elastic run, and all actors of a training take together."""
+    resources = job.resources
+    cpus = resources.min_workers * resources.cpus_per_worker + resources.render_actors
     if not gpus:
         return {"CPU": cpus + resources.mask_actors}
     shares = resources.mask_actors * resources.gpu_share
-    return {"CPU": cpus, "GPU": resources.workers * (1 - resources.gpu_share) + shares}
+    return {"CPU": cpus, "GPU": resources.min_workers * (1 - resources.gpu_share) + shares}
 
 
 def check_cluster(job: Job, needs: dict[str, float], what: str) -> None:

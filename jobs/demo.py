@@ -4,7 +4,6 @@ Draws about a hundred pages (several shapes, EXIF orientations, some bad rows on
 Qwen2-VL from random weights on two workers, kills the run in the middle, starts the same command again, and reports.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -27,6 +26,7 @@ from mmray.synthetic.models import small_config
 from mmray.synthetic.pages import SyntheticPages, write_pages
 from mmray.synthetic.processors import write_processor
 from mmray.training.metrics import METRICS_FILE, read_metrics
+from mmray.training.run_checkpoints import newest_looking_whole, step_of
 
 OUTPUT = Path("demo_out")
 JOB = Path("jobs/demo.yaml")
@@ -67,9 +67,9 @@ def last_step(metrics: Path) -> int:
 
 
 def checkpoint_step(run: Path) -> int:
-    """The step of the newest complete checkpoint."""
-    steps = [json.loads(file.read_text())["step"] for file in run.glob("checkpoint_*/cursor.json")]
-    return max(steps, default=0)
+    """The step of the newest whole checkpoint."""
+    newest = newest_looking_whole(run)
+    return step_of(newest.name) if newest else 0
 
 
 def summary(job: Job, killed_at: int, resumed_from: int) -> Table:

@@ -14,21 +14,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ray
 import typer
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.common import check_cluster, check_outputs, connect, console, run_main, train_needs, uses_gpus
-from jobs.train_loop import RunPlan, run_plan, train_worker
+from jobs.common import check_cluster, check_outputs, connect, console, run_main, train_needs, uses_gpus, worker_needs
+from jobs.elastic import check_elastic
+from jobs.run_plan import RunPlan, run_plan
+from jobs.trace import trace
+from jobs.train_loop import train_worker
 from mmray.config import Job, load_job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
 from mmray.kept_warnings import WARNINGS_FILE, read_warnings
 from mmray.prepared import PreparedDataset
+from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
 from mmray.progress import ProgressBar
 from mmray.report import run_table
+from mmray.storage import Folder
 from mmray.training.compatibility import job_family
 from mmray.training.metrics import METRICS_FILE
+from mmray.training.run_checkpoints import newest_looking_whole
 
 log = logging.getLogger("mmray")
 
@@ -36,6 +42,19 @@ POLL_SECONDS = 0.5
 TAIL_BYTES = 4096
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Environment of workers that train on CPUs, also on machines that have GPUs."""
+RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
+"""What Ray Train remembers of a run's checkpoints. Torn or out of date it would not start; mmray asks the folder itself
+(`mmray/training/run_checkpoints.py`)."""
+LEFTOVER_DATA = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
+"""Seconds after which the resources that Ray Data asked for an interrupted data stream are free for the next one."""
+
+
+def with_data(job: Job, prepared: str) -> Job:
+    """The job with another output.prepared. Raises UserError for a folder that is no such."""
+    path = prepared if "://" in prepared else str(Path.cwd() / prepared)
+    if Folder(path).exists(MANIFEST):
+        raise UserError(f"--continue-on {prepared}: give the folder that holds `train`, as in output.prepared")
+    return job.model_copy(update={"output": job.output.model_copy(update={"prepared": path})})
 
 
 def check_job(job: Job) -> None:
@@ -64,35 +83,45 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
     return found
 
 
-def train(job: Job, prepared: dict[str, PreparedDataset]) -> RunPlan:
-    """Run training to its end, resuming where a checkpoint is. Ray must be connected."""
+def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool = False) -> RunPlan:
+    """Run training to its end, resuming where a checkpoint is. Ray must be connected.
+
+    continue_on: a checkpoint trained on other data than `prepared` is continued on it.
+    """
     gpus = uses_gpus(job)
+    plan = run_plan(job, prepared, gpus, continue_on)
+    run = Path(job.output.run).absolute()
+    cursor = plan.place(newest_looking_whole(run), prepared["train"])  # a mistake is told before workers start
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
     check_cluster(job, train_needs(job, gpus), "training")
-    plan = run_plan(job, prepared, gpus)
-    run = Path(job.output.run).absolute()
+    if job.resources.is_elastic:
+        check_elastic(job, gpus)
+    (run / RAY_TRAIN_MEMORY).unlink(missing_ok=True)
+    training, resources = job.training, job.resources
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
-            num_workers=job.resources.workers,
+            num_workers=resources.workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=resources.resize_seconds,
             use_gpu=gpus,
-            label_selector=job.resources.train_labels or None,
-            resources_per_worker={"CPU": job.resources.cpus_per_worker}
-            | ({"GPU": 1 - job.resources.gpu_share} if gpus else {}),
+            label_selector=resources.train_labels or None,
+            resources_per_worker=worker_needs(job, gpus),
         ),
         run_config=RunConfig(
-            worker_runtime_env={} if gpus else {"env_vars": NO_GPU},
+            worker_runtime_env={"env_vars": LEFTOVER_DATA | ({} if gpus else NO_GPU)},
             name=run.name,
             storage_path=str(run.parent),
-            failure_config=FailureConfig(max_failures=job.training.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-            checkpoint_config=CheckpointConfig(num_to_keep=job.training.keep_checkpoints),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=training.max_failures,
+                max_preemption_failures=-1 if training.max_preemptions is None else training.max_preemptions,
+            ),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _Watch(job.name, run, plan.total_steps):
+    with _Watch(job.name, run, plan.total_steps(cursor)):
         try:
             trainer.fit()
         except WorkerGroupError as error:
@@ -147,18 +176,37 @@ class _Watch:
 def main(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
+    other_data: Annotated[
+        str | None,
+        typer.Option(
+            "--continue-on",
+            metavar="PREPARED",
+            help="Train on with other data: another job's output.prepared. The run's weights and steps are kept, "
+            "the first epoch of that data begins.",
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option("--trace", metavar="STEP", help="Only list the samples of a step, or of several: 100:105."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --trace: a line of JSON for each sample.")] = False,
     verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
 ) -> None:
     """Train on the job's prepared dataset; continues from the last checkpoint where there is one."""
     job = load_job(job_file, overrides)
+    if other_data is not None:
+        job = with_data(job, other_data)
+    if steps is not None:
+        trace(job, steps, continue_on=other_data is not None, as_json=as_json)
+        return
     check_outputs(job)
     check_job(job)
     if "://" in job.output.run:
         raise UserError(f"output.run {job.output.run!r}: give a folder that all nodes share, such as an NFS path")
     prepared = open_prepared(job)
     connect(address, cpus=int(train_needs(job, gpus=False)["CPU"] + 0.5), verbose=verbose)
-    train(job, prepared)
+    train(job, prepared, continue_on=other_data is not None)
     console.print(run_table(Path(job.output.run)))
     ray.shutdown()
 

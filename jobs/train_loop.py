@@ -5,15 +5,14 @@ seen, and the data stream is built from there. The split is made inside this fun
 receive their part), because what Ray Train evaluates outside does not see the checkpoint being restored.
 """
 
-import tempfile
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import ray
 import ray.train
@@ -21,73 +20,24 @@ import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 
-from mmray.balanced_schedule import BalancedSchedule
+from jobs.checkpoint_writer import CheckpointWriter
+from jobs.preemption import PreemptionNotices
+from jobs.records import Records
+from jobs.run_plan import RunPlan
 from mmray.batch import MicroBatch
-from mmray.config import Job
-from mmray.cursor import Cursor
 from mmray.kept_warnings import WARNINGS_FILE, keep_warnings
-from mmray.loader import BatchMaker, BatchPlan
+from mmray.loader import BatchMaker
 from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
-from mmray.training.checkpoint import save_state
-from mmray.training.engine import StepMetrics, TrainingEngine
+from mmray.training.engine import TrainingEngine
 from mmray.training.history import Event, add_to_history
-from mmray.training.json_lines import JsonLines
-from mmray.training.metrics import MetricsLog
-from mmray.training.model import load_config
-from mmray.training.skipped import Seen, SkippedLog
-from mmray.training.trained import TRAINED_FILE, TrainedStep
+from mmray.training.ranks import Ranks
+from mmray.training.run_checkpoints import newest_whole, step_of
+from mmray.training.skipped import Seen
+from mmray.training.trained import TrainedStep
 from pipelines.ingest import Ingest
 
-CURSOR_FILE = "cursor.json"
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What the driver decided for a run; equal on all workers. train, eval: bins of the prepared datasets."""
-
-    job: Job
-    train: tuple[int, str]
-    """(number of bins, fingerprint) of the training set."""
-    eval: tuple[int, str] | None
-    gpus: bool
-
-    @property
-    def schedule(self) -> Schedule | BalancedSchedule:
-        bins, fingerprint = self.train
-        training, balance = self.job.training, self.job.balance
-        order = Schedule(
-            num_bins=bins, global_batch_bins=training.global_batch_bins, seed=training.seed, fingerprint=fingerprint
-        )
-        return order if balance is None else BalancedSchedule(order, balance.for_attention(self.job.model.attention))
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run, epochs turned into steps."""
-        training = self.job.training
-        if training.steps is not None:
-            return training.steps
-        return max(1, round((training.epochs or 1) * self.schedule.steps_per_epoch))
-
-    def batches(self, split_name: str, schedule: Schedule | BalancedSchedule, world_size: int) -> BatchPlan:
-        job = self.job
-        return BatchPlan(
-            prepared=job.prepared_path(split_name),
-            processor=job.model.processor_source,
-            model_type=load_config(job.model).model_type,
-            trust_remote_code=job.model.trust_remote_code,
-            loss=job.loss,
-            schedule=schedule,
-            world_size=world_size,
-            micro_batch_bins=job.training.micro_batch_bins,
-            on_bad_row=job.data.on_bad_row,
-        )
-
-
-def run_plan(job: Job, prepared: dict[str, PreparedDataset], gpus: bool) -> RunPlan:
-    """The plan of a run over prepared datasets."""
-    shapes = {name: (len(each), each.fingerprint) for name, each in prepared.items()}
-    return RunPlan(job, shapes["train"], shapes.get("eval"), gpus)
+log = logging.getLogger("mmray")
 
 
 def train_worker(config: dict[str, RunPlan]) -> None:
@@ -95,99 +45,126 @@ def train_worker(config: dict[str, RunPlan]) -> None:
     Worker(config["plan"]).run()
 
 
+@dataclass(frozen=True)
+class Given:
+    """What all ranks together are given in one step. ask: whether to ask for notices after it."""
+
+    trained: TrainedStep
+    seen: Seen
+    ask: bool
+
+
 class Worker:
     """One rank of a run."""
 
     def __init__(self, plan: RunPlan) -> None:
-        context = ray.train.get_context()
         self.plan, self.training = plan, plan.job.training
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.batches = plan.batches("train", plan.schedule, self.world_size)
         self.run_folder = Path(plan.job.output.run)
-        warnings = str(self.run_folder / WARNINGS_FILE)
-        keep_warnings(warnings)
-        self.ingest = Ingest(BatchMaker(self.batches), plan.job.resources, plan.gpus, warnings)
+        self.warnings = str(self.run_folder / WARNINGS_FILE)
+        keep_warnings(self.warnings)
+        self.ranks = Ranks()
+        self.rank, self.world_size = self.ranks.rank, self.ranks.size
+        self.prepared = PreparedDataset(plan.job.prepared_path("train"))
+        self.checkpoints = CheckpointWriter(self.run_folder, self.rank, self.training.keep_checkpoints)
+        self.notices = PreemptionNotices()
 
     def run(self) -> None:
-        """Train from the last checkpoint, or from the start, to the end."""
+        """Train from the newest whole checkpoint, or from the start, to the end."""
         if self.plan.gpus:
             torch.cuda.set_device(ray.train.torch.get_device())
-        checkpoint = ray.train.get_checkpoint()
-        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-            self.cursor = self._restored_cursor(folder)
-            self.engine = TrainingEngine(
-                self.plan.job.model,
-                self.training,
-                total_steps=self.plan.total_steps,
-                grad_accumulation=self.batches.micro_batches,
-                resume_from=Path(folder) if folder else None,
-                shared_folder=self.run_folder,
-            )
-        if folder is None:
-            self._note("start")
-        else:
-            self._note("resume", checkpoint=Path(folder).name)
-        share = self.plan.job.data.max_skipped_share
+        checkpoint = newest_whole(self.run_folder, self.ranks, self._note_damage)
+        self.cursor = self.plan.place(checkpoint, self.prepared)
+        self.total_steps = self.plan.total_steps(self.cursor)
+        plan, first_step = self.plan, self.cursor.first_step
+        self.batches = plan.batches("train", plan.schedule, self.world_size, first_step)
+        self.ingest = Ingest(BatchMaker(self.batches), plan.job.resources, plan.gpus, self.warnings)
+        self.engine = TrainingEngine(
+            plan.job.model,
+            self.training,
+            total_steps=self.total_steps,
+            grad_accumulation=self.batches.micro_batches,
+            resume_from=checkpoint,
+            shared_folder=self.run_folder,
+            node=ray.get_runtime_context().get_node_id(),
+            ranks=self.ranks,
+        )
+        self._note_begin(checkpoint)
+        share = plan.job.data.max_skipped_share
         with closing(Records(self.run_folder, self.cursor.step, share)) if self.rank == 0 else nullcontext() as records:
             self._train(records)
+        self.checkpoints.finish(self.engine)
         self._note("finish")
 
-    def _restored_cursor(self, folder: str | None) -> Cursor:
-        if folder is None:
-            return Cursor.at(self.plan.schedule)
-        cursor = Cursor.read(Path(folder) / CURSOR_FILE)
-        cursor.check(self.plan.schedule)
-        return cursor
-
-    def _note(self, event: Event, **values: Any) -> None:
-        """Rank 0 puts an event into the run's history."""
+    def _note(self, event: Event, step: int | None = None, **values: Any) -> None:
+        """Rank 0 puts an event into the run's history. step: the steps done; the cursor's where not given."""
         if self.rank == 0:
-            add_to_history(self.run_folder, event, self.cursor.step, self.world_size, **values)
+            step = self.cursor.step if step is None else step
+            add_to_history(self.run_folder, event, step, self.world_size, **values)
 
-    def _train(self, records: "Records | None") -> None:
-        for waited, batches in self._steps(self.plan.total_steps):
+    def _note_damage(self, name: str, problem: str) -> None:
+        self._note("damaged_checkpoint", step_of(name), checkpoint=name, problem=problem)
+
+    def _note_begin(self, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            self._note("start")
+            return
+        self._note("resume", checkpoint=checkpoint.name)
+        if self.cursor.step == self.cursor.first_step > 0:
+            data = self.prepared
+            self._note("continue_on", prepared=data.path, fingerprint=data.fingerprint, bins=len(data))
+
+    def _train(self, records: Records | None) -> None:
+        for waited, batches in self._steps(self.total_steps):
             started = time.monotonic()
-            seen = self._all_seen(Seen.of(batches))
+            given = self._exchange(batches)
             if records:
-                records.skipped.add(self.cursor.step + 1, "train", seen)
+                records.skipped.add(given.trained.step, "train", given.seen)
             outcome = self.engine.step(batches)
             seconds = time.monotonic() - started
-            trained = self._trained(batches)
             self.cursor = self.cursor.advance()
-            step = self.cursor.step
             if records:
-                records.write(trained, outcome, seen, epoch=self._epoch(), seconds=seconds, waited=waited)
-            if _due(step, self.training.eval_every_steps) and (maker := self._evaluation):
-                steps = maker.plan.schedule.steps_per_epoch
-                own = Seen()
-                loss, tokens = self.engine.evaluate(own.through(maker.steps(self.rank, 0, steps)))
-                seen = self._all_seen(own)
-                if records:
-                    records.skipped.add(step, "eval", seen)
-                    records.metrics.write(
-                        step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens,
-                        eval_samples=seen.samples, eval_skipped_samples=len(seen.skipped),
-                    )  # fmt: skip
-            if _due(step, self.training.checkpoint_every_steps) or step == self.plan.total_steps:
-                self._save(outcome)
+                records.write(given.trained, outcome, given.seen, epoch=self._epoch(), seconds=seconds, waited=waited)
+            if _due(self.cursor.step, self.training.eval_every_steps):
+                self._evaluate(records)
+            notice = self.notices.ask() if given.ask else None
+            if notice:
+                log.warning("nodes %s will be taken away; writing a checkpoint", ", ".join(notice["nodes"]))
+                self._note("preemption", **notice)
+            if notice or self.cursor.step == self.total_steps:
+                self._save(wait=True)
+            elif _due(self.cursor.step, self.training.checkpoint_every_steps):
+                self._save(wait=False)
 
-    def _all_seen(self, own: Seen) -> Seen:
-        """What all ranks were given. A collective call."""
-        counts = self.engine.gather([own.samples, len(own.skipped)])
-        skipped = self.engine.gather_objects(own.skipped) if any(count for _, count in counts) else []
-        return Seen(sum(samples for samples, _ in counts), skipped)
-
-    def _trained(self, batches: list[MicroBatch]) -> TrainedStep:
-        """What all ranks trained on in the step that is done, by what they were given. A collective call."""
+    def _exchange(self, batches: list[MicroBatch]) -> "Given":
+        """What all ranks are given in the next step, by the batches themselves. A collective call."""
+        own = Seen.of(batches)
         bins = [number for batch in batches for number in batch.bins]
         padding = [-1] * (self.batches.micro_batches * self.training.micro_batch_bins - len(bins))
-        every = self.engine.gather(bins + padding)
-        return TrainedStep(
+        every = self.engine.gather([int(self.notices.is_due()), own.samples, len(own.skipped), *bins, *padding])
+        skipped = self.engine.gather_objects(own.skipped) if any(count for _, _, count, *_ in every) else []
+        trained = TrainedStep(
             step=self.cursor.step + 1,
             data=self.cursor.fingerprint,
             workers=self.world_size,
-            bins=[[number for number in rank if number >= 0] for rank in every],
+            bins=[[number for number in numbers if number >= 0] for _, _, _, *numbers in every],
         )
+        return Given(trained, Seen(sum(samples for _, samples, *_ in every), skipped), ask=bool(every[0][0]))
+
+    def _evaluate(self, records: Records | None) -> None:
+        """Evaluate where the job has a set for it. A collective call."""
+        if (maker := self._evaluation) is None:
+            return
+        own = Seen()
+        steps = maker.plan.schedule.steps_per_epoch
+        loss, tokens = self.engine.evaluate(own.through(maker.steps(self.rank, 0, steps)))
+        counts = self.ranks.every(own.samples)
+        seen = Seen(sum(counts), self.engine.gather_objects(own.skipped))
+        if records:
+            records.skipped.add(self.cursor.step, "eval", seen)
+            records.metrics.write(
+                self.cursor.step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens,
+                eval_samples=seen.samples, eval_skipped_samples=len(seen.skipped),
+            )  # fmt: skip
 
     def _steps(self, stop: int) -> Iterator[tuple[float, list[MicroBatch]]]:
         """The seconds waited for each step's micro-batches, and these."""
@@ -216,57 +193,15 @@ class Worker:
         batches = self.plan.batches("eval", schedule, self.world_size)
         return BatchMaker(batches, tile_cache=self.plan.job.resources.tile_cache)
 
-    def _save(self, outcome: StepMetrics) -> None:
+    def _save(self, wait: bool) -> None:
+        """Write a checkpoint. wait: until it is in the run's folder."""
         started = time.monotonic()
-        name = f"checkpoint_{self.cursor.step:08d}_{uuid4().hex[:8]}"
-        with tempfile.TemporaryDirectory(prefix="mmray-checkpoint-") as folder:
-            save_state(self.engine, Path(folder))
-            if self.rank == 0:
-                self.cursor.write(Path(folder) / CURSOR_FILE)
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            values = {"step": self.cursor.step, "loss": outcome.loss}
-            ray.train.report(values, checkpoint=checkpoint, checkpoint_dir_name=name)
+        name = self.checkpoints.save(self.engine, self.cursor, self.prepared, wait=wait)
         self._note("checkpoint", name=name, seconds=round(time.monotonic() - started, 3))
 
     def _epoch(self) -> float:
-        return round(self.cursor.step / self.plan.schedule.steps_per_epoch, 6)
-
-
-class Records:
-    """What rank 0 writes of each step: its numbers, and the bins it trained on."""
-
-    def __init__(self, run: Path, step: int, max_skipped_share: float) -> None:
-        """step: the last that is done; numbers of later ones are forgotten."""
-        self.metrics = MetricsLog(run)
-        self.metrics.truncate_after(step)
-        self.skipped = SkippedLog(run, step, max_skipped_share)
-        self._trained = JsonLines(run / TRAINED_FILE)
-
-    def write(
-        self, trained: TrainedStep, outcome: StepMetrics, seen: Seen, *, epoch: float, seconds: float, waited: float
-    ) -> None:
-        """One step that is done."""
-        self._trained.append(asdict(trained))
-        self.metrics.write(
-            trained.step,
-            epoch=epoch,
-            loss=outcome.loss,
-            tokens=outcome.tokens,
-            trained_tokens=outcome.trained_tokens,
-            bins=len(trained.all_bins),
-            workers=trained.workers,
-            samples=seen.samples,
-            skipped_samples=len(seen.skipped),
-            lr=outcome.learning_rate,
-            grad_norm=outcome.grad_norm,
-            step_seconds=seconds,
-            data_wait_seconds=waited,
-        )
-
-    def close(self) -> None:
-        """Close the files."""
-        self._trained.close()
-        self.metrics.close()
+        """Epochs of the data it trains on."""
+        return round((self.cursor.step - self.cursor.first_step) / self.plan.schedule.steps_per_epoch, 6)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -72,8 +72,13 @@ class ResourceSettings(Settings):
     tile_cache: TileCacheSettings | None = None
     """Training: where each machine keeps the tiles of pages for later epochs; null: pages are cut each time."""
 
-    workers: Annotated[int, Field(gt=0)] = 1
-    """Training workers, one rank each. Any number continues a run begun with any other."""
+    workers: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = 1
+    """Training workers, one rank each. Any number continues a run begun with any other. `[min, max]`: as many as the
+    cluster has room for; the run shrinks when a node goes and grows when one comes, each time going on from its last
+    checkpoint."""
+
+    resize_seconds: Annotated[float, Field(gt=0)] = 60
+    """With workers `[min, max]`: seconds between looks whether there is room for more."""
 
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs a training worker takes."""
@@ -89,6 +94,28 @@ class ResourceSettings(Settings):
 
     train_labels: dict[str, LabelValue] = Field(default_factory=dict)
     """Training: labels of the Ray nodes for workers, render and mask actors. Empty: any node that has room."""
+
+    @field_validator("workers")
+    @classmethod
+    def _least_before_most(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if not isinstance(workers, int) and workers[0] > workers[1]:
+            raise ValueError(f"write [min, max], the smaller number first, not {list(workers)}")
+        return workers
+
+    @property
+    def min_workers(self) -> int:
+        """The workers that a run needs at least."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The workers that a run takes at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """The number of workers follows the cluster."""
+        return not isinstance(self.workers, int)
 
 
 class OutputSettings(Settings):

@@ -27,7 +27,8 @@ class BatchPlan:
     """Everything that the batches of a run follow from, small enough to send to every actor.
 
     prepared: path of the prepared dataset; processor: folder or hub name; model_type: `config.model_type` of the
-    model; world_size: ranks; micro_batch_bins: bins of one micro-batch; on_bad_row: as for `render`.
+    model; world_size: ranks; micro_batch_bins: bins of one micro-batch; on_bad_row: as for `render`; first_step: step
+    of the run at which the schedule begins, since a run may have trained on other data before.
     """
 
     prepared: str
@@ -39,6 +40,7 @@ class BatchPlan:
     world_size: int
     micro_batch_bins: int
     on_bad_row: OnBadRow = "error"
+    first_step: int = 0
 
     @property
     def micro_batches(self) -> int:
@@ -62,7 +64,8 @@ class BatchPlan:
 
     def bins(self, place: Place) -> list[int | None]:
         """The bins of one micro-batch; None is an empty one."""
-        return self.order.rank_bins(place.step, place.rank, self.world_size, self.micro_batch_bins)[place.micro]
+        step = place.step - self.first_step
+        return self.order.rank_bins(step, place.rank, self.world_size, self.micro_batch_bins)[place.micro]
 
 
 class BatchMaker:

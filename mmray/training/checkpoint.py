@@ -4,42 +4,35 @@ A checkpoint is one folder, the union of what its ranks wrote; no two ranks writ
 may write into a local folder of its own that is merged later:
 
     training_state.json          step, ranks, ZeRO stage, dtype        rank 0
+    cursor.json, prepared.json   the place in which data               rank 0
     rng/rank-00000.pt            states of the random generators       each rank
     deepspeed/                   weights and optimizer state           each rank its shard
+    files/rank-00000.json        its files, with their checksums       each rank, last
 
 With the same number of ranks DeepSpeed reads its shards back and the losses that follow are the same. Its
-shards are cut for one number of ranks; for another they are first converted, by rank 0, to DeepSpeed's
-universal form (one file per parameter and state), from which every rank cuts its own. Stage 0 in fp32 has no
-shards and needs no conversion.
+shards are cut for one number of ranks; for another they are first converted (`conversion.py`). Stage 0 in fp32
+has no shards and needs no conversion.
 """
 
 import json
-import os
 import random
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from mmray.errors import UserError
+from mmray.training.conversion import SHARDS, converted
 
 if TYPE_CHECKING:
     from mmray.training.engine import TrainingEngine
 
 STATE_FILE = "training_state.json"
-SHARDS = "deepspeed"
-# Converting reads and writes the whole checkpoint twice; the usual ten minutes of a barrier are too few.
-CONVERSION_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,8 @@ class SavedState:
     """ZeRO stage that ran."""
     dtype: str
     """ "bf16" or "fp32"."""
+    lists: int
+    """Lists of files (`checksums.py`) that belong to it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,13 @@ def save_state(engine: "TrainingEngine", folder: Path) -> None:
     (folder / "rng").mkdir(exist_ok=True)
     torch.save(_rng_state(), _rng_file(folder, engine.rank))
     if engine.rank == 0:
-        state = SavedState(engine.step_count, engine.world_size, engine.zero_stage, engine.model_settings.dtype)
+        state = SavedState(
+            step=engine.step_count,
+            world_size=engine.world_size,
+            zero_stage=engine.zero_stage,
+            dtype=engine.model_settings.dtype,
+            lists=engine.world_size,
+        )
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
 
 
@@ -93,7 +94,7 @@ def read_state(folder: Path) -> SavedState:
 
 @contextmanager
 def prepared(
-    resume_from: Path | None, engine: "TrainingEngine", shared_folder: Path | None
+    resume_from: Path | None, engine: "TrainingEngine", shared_folder: Path | None, node: str
 ) -> Iterator[ResumeSource | None]:
     """The checkpoint in the form that the engine's ranks can load, converted where needed; None without one.
 
@@ -115,12 +116,8 @@ def prepared(
     if state.world_size == engine.world_size or state.zero_stage == 0:
         yield ResumeSource(resume_from, state, resume_from, universal=False)
         return
-    if shared_folder is None:
-        raise UserError(
-            f"{resume_from} was written by {state.world_size} workers; to resume with {engine.world_size}, "
-            f"give a folder that all workers share"
-        )
-    with _converted(resume_from, state, shared_folder, engine.rank) as shards_parent:
+    parent, place = (Path(tempfile.gettempdir()), node) if shared_folder is None else (shared_folder, "shared")
+    with converted(resume_from, state.world_size, parent, place, engine.ranks) as shards_parent:
         yield ResumeSource(resume_from, state, shards_parent, universal=True)
 
 
@@ -159,54 +156,6 @@ def _restore_own_settings(engine: "TrainingEngine") -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
-
-
-@contextmanager
-def _converted(folder: Path, state: SavedState, shared_folder: Path, rank: int) -> Iterator[Path]:
-    """Rank 0 converts into a temporary folder under `shared_folder` while the others wait. Collective."""
-    group = dist.new_group(backend="gloo", timeout=CONVERSION_TIMEOUT)
-    outcome: list[Any] = [None, None]
-    if rank == 0:
-        shared_folder.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix="mmray-resume-", dir=shared_folder))
-        outcome = [made, _convert(folder, made, state.world_size)]
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    work, error = outcome
-    visible: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(visible, work.is_dir(), group=group)
-    try:
-        if error is not None:
-            raise UserError(error)
-        if not all(visible):
-            raise UserError(
-                f"workers {[i for i, seen in enumerate(visible) if not seen]} do not see {shared_folder}; "
-                f"to resume with another number of workers, give a folder that all of them share"
-            )
-        yield work
-        # The group is left to the process's end: a rank that closed its connections here could cut off another
-        # that is still in the barrier.
-        dist.barrier(group=group)
-    finally:
-        if rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def _convert(folder: Path, work: Path, num_shards: int) -> str | None:
-    """Convert the shards in `folder` to `work/deepspeed`; the error's text where that failed.
-
-    In a process of its own, because the converter forks workers, which this one, with its threads and perhaps
-    CUDA, must not; and with relative paths, because the converter takes its paths for regular expressions.
-    """
-    (work / "source").symlink_to((folder / SHARDS).resolve())
-    workers = str(max(1, min(4, os.cpu_count() or 1, num_shards)))
-    command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", "source", "--output_folder", SHARDS]
-    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
-    done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode == 0:
-        return None
-    tail = " | ".join(done.stdout.strip().splitlines()[-5:])
-    return f"converting {folder} for another number of workers failed (exit {done.returncode}): {tail}"
 
 
 def seed_rng(seed: int, rank: int, step: int = 0) -> None:

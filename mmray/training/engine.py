@@ -28,6 +28,7 @@ from mmray.training.deepspeed_config import deepspeed_config, effective_zero_sta
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import learning_rate, parameter_groups
+from mmray.training.ranks import Ranks
 from mmray.training.settings import ModelSettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,17 @@ class TrainingEngine:
         grad_accumulation: int,
         resume_from: Path | None = None,
         shared_folder: Path | None = None,
+        node: str = "",
+        ranks: Ranks | None = None,
     ) -> None:
         """Build the model and DeepSpeed around it; torch.distributed must be initialised.
 
         total_steps: optimizer steps of the whole training, for the learning rate. grad_accumulation:
         micro-batches per rank and step. resume_from: a folder that `save_state` of all ranks wrote into,
-        complete on every rank; the number of ranks may have changed. shared_folder: where all ranks see the
-        same files; used while resuming with another number of ranks, for about the size of the checkpoint,
-        and emptied afterwards.
+        complete on every rank; the number of ranks may have changed. While resuming with another number, about
+        the size of the checkpoint is written into shared_folder, where all ranks see the same files, or with None
+        into each node's own temporary folder; node: ranks with the same have the same. ranks: made here where not
+        given.
 
         Raises UserError when settings, checkpoint and number of ranks do not fit together.
         """
@@ -101,7 +105,8 @@ class TrainingEngine:
         self.training_settings = training_settings
         self.total_steps = total_steps
         self.grad_accumulation = grad_accumulation
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.ranks = ranks or Ranks()
+        self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.zero_stage = effective_zero_stage(model_settings, training_settings)
         self.dtype = DTYPES[model_settings.dtype]
         self.step_count = 0
@@ -110,7 +115,7 @@ class TrainingEngine:
 
         _agree_on_device()
         deepspeed.init_distributed()
-        with checkpoint.prepared(resume_from, self, shared_folder) as source:
+        with checkpoint.prepared(resume_from, self, shared_folder, node) as source:
             self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
             self.device: torch.device = self.deepspeed.device
             self.deepspeed.train()

@@ -156,6 +156,9 @@ class TrainingSettings(Settings):
     max_failures: int = Field(default=3, ge=0)
     """Times that training starts again from the last checkpoint after a worker was lost."""
 
+    max_preemptions: int | None = Field(default=None, ge=0)
+    """The same after a node was taken away with notice, which is no failure; null: always."""
+
     @field_validator("betas")
     @classmethod
     def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:

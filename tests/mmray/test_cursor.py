@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmray.balance import BalanceSettings
 from mmray.balanced_schedule import BalancedSchedule
-from mmray.cursor import Cursor
+from mmray.cursor import Cursor, DataSpan
 from mmray.errors import UserError
 from mmray.schedule import Schedule
 
@@ -114,10 +114,36 @@ def test_balance_switched_on_or_off_is_refused():
         Cursor.at(BALANCED).check(replace(BALANCED, order=replace(SCHEDULE, seed=4)))
 
 
-def test_a_cursor_from_before_balance_is_of_a_plain_order(tmp_path):
-    old = {name: value for name, value in GOOD.items() if name != "balance"}
+@pytest.mark.parametrize("balance", [{}, {"balance": None}])
+def test_a_cursor_from_before_other_data_and_balance_is_read(tmp_path, balance):
+    later = ("balance", "prepared", "first_step", "earlier")
+    old = {name: value for name, value in GOOD.items() if name not in later} | {"format": 1} | balance
     (tmp_path / "cursor.json").write_text(json.dumps(old))
-    Cursor.read(tmp_path / "cursor.json").check(SCHEDULE)
+    cursor = Cursor.read(tmp_path / "cursor.json")
+    cursor.check(SCHEDULE)
+    assert cursor == Cursor.at(SCHEDULE)
+
+
+def test_a_run_sent_on_with_other_data_counts_its_steps_on(tmp_path):
+    other = replace(SCHEDULE, num_bins=40, fingerprint="77b0")
+    cursor = Cursor.at(SCHEDULE, step=5, prepared="/old").continue_on(other, "/new")
+    assert (cursor.step, cursor.first_step, cursor.prepared) == (5, 5, "/new")
+    cursor.check(other)
+    third = replace(SCHEDULE, num_bins=7, fingerprint="0c11")
+    cursor = cursor.advance(2).continue_on(third, "/third")
+    cursor.write(tmp_path / "cursor.json")
+    saved = Cursor.read(tmp_path / "cursor.json")
+    assert saved == cursor
+    assert saved.spans == (
+        DataSpan(0, "3f2a", 100, "/old"), DataSpan(5, "77b0", 40, "/new"), DataSpan(7, "0c11", 7, "/third"),
+    )  # fmt: skip
+
+
+def test_data_on_which_nothing_was_trained_leaves_no_span():
+    other = replace(SCHEDULE, fingerprint="77b0")
+    moved = Cursor.at(SCHEDULE, step=5, prepared="/old").continue_on(other, "/new").continue_on(SCHEDULE, "/back")
+    assert [span.prepared for span in moved.spans] == ["/old", "/back"]
+    assert Cursor.at(SCHEDULE).continue_on(other, "/new") == Cursor.at(other, prepared="/new")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -147,13 +173,16 @@ GOOD = json.loads(Cursor.at(SCHEDULE).to_json())
     ("text", "message"),
     [
         ('{"step": 3, "finge', "Unterminated"),
-        ("[1]", 'no object with "format": 1'),
-        (json.dumps(GOOD | {"format": 2}), 'no object with "format": 1'),
+        ("[1]", 'no object with "format": 2'),
+        (json.dumps(GOOD | {"format": 3}), 'no object with "format": 2'),
         (json.dumps(GOOD | {"epoch": 1}), "keys .*'epoch'"),
         (json.dumps(GOOD | {"step": 1.0}), r"step is 1\.0"),
         (json.dumps(GOOD | {"step": True}), "step is True"),
         (json.dumps(GOOD | {"balance": 3}), "balance is 3"),
         (json.dumps(GOOD | {"step": -2}), "step must be at least 0, got -2"),
+        (json.dumps(GOOD | {"earlier": 3}), "earlier is 3"),
+        (json.dumps(GOOD | {"earlier": [{"first_step": 0}]}), "expected .*'num_bins'"),
+        (json.dumps(GOOD | {"first_step": 2}), r"step 0 and data sets that begin at steps \[2\] do not fit"),
     ],
 )
 def test_a_damaged_file_is_the_users_error(tmp_path, text, message):

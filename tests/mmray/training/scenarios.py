@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.mmray.training import tiny
 
 Case = tuple[int, str]  # ZeRO stage, dtype
 
-EXACT: list[Case] = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (3, "bf16")]
+EXACT: list[Case] = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")]
 SAVED_AT, LAST_STEP = 3, 6
 
 # Every parameter is gathered and released, also in a model as small as this one.
@@ -23,8 +24,8 @@ NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}
 
 
 def build(case: Case, grad_accumulation: int, *, model: dict[str, Any] | None = None, **options) -> TrainingEngine:
-    """An engine for 6 steps. options: of TrainingEngine (resume_from, shared_folder) and of TrainingSettings."""
-    resume = {name: options.pop(name) for name in ("resume_from", "shared_folder") if name in options}
+    """An engine for 6 steps. options: of TrainingEngine (resume_from, shared_folder, node) and of TrainingSettings."""
+    resume = {name: options.pop(name) for name in ("resume_from", "shared_folder", "node") if name in options}
     stage, dtype = case
     return TrainingEngine(
         tiny.model_settings(**({"dtype": dtype} | (model or {}))),
@@ -105,8 +106,25 @@ def two_ranks_resumed(rank: int, world_size: int, folder: Path) -> dict[Any, Any
     return results
 
 
+def three_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
+    """Step 4 from what two ranks saved, and a save; four bins fill six slots, two stay empty.
+
+    Rank 0 is on one node and the others on a second: each node converts for itself, into a folder of its own.
+    """
+    node = "first" if rank == 0 else "second"
+    tempfile.tempdir = str(folder / node)
+    Path(tempfile.tempdir).mkdir(exist_ok=True)
+    results: dict[Any, Any] = {}
+    for case in EXACT:
+        engine = build(case, 2, resume_from=folder / checkpoint_name(case), node=node)
+        results[case] = train(engine, SAVED_AT + 1)
+        save_state(engine, folder / "of-three" / checkpoint_name(case))
+        engine.close()
+    return results
+
+
 def one_rank(rank: int, world_size: int, folder: Path, shared: Path) -> dict[Any, Any]:
-    """The first steps in 1, 2 and 4 micro-batches; then step 4 from the checkpoint of two ranks, and a save."""
+    """The first steps in 1, 2 and 4 micro-batches; then step 5 from the checkpoint of three ranks, and a save."""
     results: dict[Any, Any] = {}
     for stage in (0, 1, 2, 3):
         for grad_accumulation in (1, 2, 4):
@@ -114,13 +132,11 @@ def one_rank(rank: int, world_size: int, folder: Path, shared: Path) -> dict[Any
             results[stage, grad_accumulation] = train(engine, 2)
             engine.close()
     for case in EXACT:
-        engine = build(case, 4, resume_from=folder / checkpoint_name(case), shared_folder=shared)
-        results[case] = train(engine, SAVED_AT + 1)
+        engine = build(case, 4, resume_from=folder / "of-three" / checkpoint_name(case), shared_folder=shared)
+        results[case] = train(engine, SAVED_AT + 2)
         save_state(engine, folder / "of-one" / checkpoint_name(case))
         engine.close()
-    source = folder / checkpoint_name((2, "fp32"))
-    results["no shared folder"] = refusal((2, "fp32"), resume_from=source)
-    results["other dtype"] = refusal((2, "bf16"), resume_from=source)
+    results["other dtype"] = refusal((2, "bf16"), resume_from=folder / checkpoint_name((2, "fp32")))
     results["no checkpoint"] = refusal((2, "fp32"), resume_from=folder / "nothing")
     return results
 
@@ -134,12 +150,11 @@ def refusal(case: Case, **options) -> str:
     return "no error"
 
 
-def three_ranks(rank: int, world_size: int, folder: Path, shared: Path) -> dict[Any, Any]:
-    """Steps 5 and 6 from what one rank saved; four bins fill six slots, two stay empty."""
+def two_ranks_at_last(rank: int, world_size: int, folder: Path, shared: Path) -> dict[Any, Any]:
+    """Step 6 from what one rank saved."""
     results: dict[Any, Any] = {}
     for case in EXACT:
-        source = folder / "of-one" / checkpoint_name(case)
-        engine = build(case, 2, resume_from=source, shared_folder=shared)
+        engine = build(case, 2, resume_from=folder / "of-one" / checkpoint_name(case), shared_folder=shared)
         results[case] = train(engine, LAST_STEP)
         engine.close()
     return results

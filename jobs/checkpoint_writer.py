@@ -1,0 +1,91 @@
+"""Checkpoints on their way from a rank into the run's folder, through Ray Train, beside the training.
+
+A rank writes its part into a folder on its node's own disk, which the step loop waits for; hashing and copying it into
+the run's folder is done by a thread of Ray Train while the next steps run. A rank's list of files is copied last: a
+checkpoint with all lists is whole, one that lost its writer on the way never looks so. One checkpoint is on its way at
+a time: the next one waits for it, so the local disk holds one.
+"""
+
+import hashlib
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow.fs
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from mmray.cursor import Cursor
+from mmray.prepared import PreparedDataset
+from mmray.training.checkpoint import save_state
+from mmray.training.checksums import list_files, list_name
+from mmray.training.engine import TrainingEngine
+from mmray.training.place import write_place
+from mmray.training.run_checkpoints import checkpoint_name, prune
+
+COPY_CHUNK_BYTES = 64 << 20
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one rank of a run."""
+
+    def __init__(self, run: Path, rank: int, keep: int) -> None:
+        """keep: whole checkpoints that older ones are deleted for."""
+        self._run, self._rank, self._keep = run, rank, keep
+        self._storage = ray.train.get_context().get_storage()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._scratch = _scratch(run)
+        if ray.train.get_context().get_local_rank() == 0:  # what a worker that was killed here has left
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def save(self, engine: TrainingEngine, cursor: Cursor, prepared: PreparedDataset, *, wait: bool) -> str:
+        """Write a checkpoint; its name. Collective. wait: until this rank's part is in the run's folder."""
+        self._idle.wait()
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch))
+        save_state(engine, folder)
+        if self._rank == 0:
+            write_place(folder, cursor, prepared)
+            prune(self._run, self._keep)
+        self._idle.clear()
+        name: str = engine.ranks.from_first(checkpoint_name(cursor.step, uuid4().hex[:8]))
+        ray.train.report(
+            {"step": cursor.step},
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=self._upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+        return name
+
+    def finish(self, engine: TrainingEngine) -> None:
+        """Wait until the last checkpoint is whole, and delete what is no longer kept. Collective."""
+        self._idle.wait()
+        engine.ranks.every(None)
+        if self._rank == 0:
+            prune(self._run, self._keep)
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        """Copy this rank's files into the run's folder, and after them their list."""
+        try:
+            target, system = self._storage.build_checkpoint_path_from_name(name), self._storage.storage_filesystem
+            files = list_files(Path(checkpoint.path))
+            system.create_dir(str(Path(target, list_name(self._rank)).parent))
+            threads = not isinstance(system, pyarrow.fs.S3FileSystem)  # uploads to S3 from threads can hang in Arrow
+            pyarrow.fs.copy_files(
+                checkpoint.path, target, destination_filesystem=system, chunk_size=COPY_CHUNK_BYTES, use_threads=threads
+            )
+            with system.open_output_stream(f"{target}/{list_name(self._rank)}") as stream:
+                stream.write(files.encode())
+            return Checkpoint(path=target, filesystem=system)
+        finally:
+            self._idle.set()
+
+
+def _scratch(run: Path) -> Path:
+    """This run's folder on the node's own disk."""
+    return Path(tempfile.gettempdir()) / f"mmray-{hashlib.blake2b(str(run).encode(), digest_size=8).hexdigest()}"

@@ -1,0 +1,36 @@
+"""Notices that a node will be taken away, agreed on by all ranks.
+
+Ray Train learns of a node that drains by looking every five seconds, and gives the notice through a call that waits for
+all ranks and goes through an actor. So ranks ask at most once a second: rank 0 decides when, and what it decided
+travels with the numbers that ranks exchange after each step anyway.
+"""
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import ray.train
+
+ASK_SECONDS = 1.0
+
+
+class PreemptionNotices:
+    """The notices a run gets; each is told once."""
+
+    def __init__(self) -> None:
+        self._asked = time.monotonic()
+        self._known: set[str] = set()
+
+    def is_due(self) -> bool:
+        """Whether it is time to ask. Rank 0's answer counts for all."""
+        return time.monotonic() - self._asked >= ASK_SECONDS
+
+    def ask(self) -> dict[str, Any] | None:
+        """`nodes` and `deadline` (ISO 8601, or None) of a notice that names a node not named before. Collective."""
+        info = ray.train.get_preemption_info()
+        self._asked = time.monotonic()
+        if info is None or self._known.issuperset(info.preempted_node_ids):
+            return None
+        self._known.update(info.preempted_node_ids)
+        at = info.deadline_ms and datetime.fromtimestamp(info.deadline_ms / 1000, UTC).isoformat(timespec="seconds")
+        return {"nodes": info.preempted_node_ids, "deadline": at or None}

@@ -1,0 +1,47 @@
+"""What rank 0 writes of each step into the run's folder."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mmray.training.engine import StepMetrics
+from mmray.training.json_lines import JsonLines
+from mmray.training.metrics import MetricsLog
+from mmray.training.skipped import Seen, SkippedLog
+from mmray.training.trained import TRAINED_FILE, TrainedStep
+
+
+class Records:
+    """The numbers of each step, and the bins it trained on."""
+
+    def __init__(self, run: Path, step: int, max_skipped_share: float) -> None:
+        """step: the last that is done; numbers of later ones are forgotten."""
+        self.metrics = MetricsLog(run)
+        self.metrics.truncate_after(step)
+        self.skipped = SkippedLog(run, step, max_skipped_share)
+        self._trained = JsonLines(run / TRAINED_FILE)
+
+    def write(
+        self, trained: TrainedStep, outcome: StepMetrics, seen: Seen, *, epoch: float, seconds: float, waited: float
+    ) -> None:
+        """One step that is done."""
+        self._trained.append(asdict(trained))
+        self.metrics.write(
+            trained.step,
+            epoch=epoch,
+            loss=outcome.loss,
+            tokens=outcome.tokens,
+            trained_tokens=outcome.trained_tokens,
+            bins=len(trained.all_bins),
+            workers=trained.workers,
+            samples=seen.samples,
+            skipped_samples=len(seen.skipped),
+            lr=outcome.learning_rate,
+            grad_norm=outcome.grad_norm,
+            step_seconds=seconds,
+            data_wait_seconds=waited,
+        )
+
+    def close(self) -> None:
+        """Close the files."""
+        self._trained.close()
+        self.metrics.close()

@@ -1,0 +1,79 @@
+"""What the driver decides for a training run, equal on all workers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmray.balanced_schedule import BalancedSchedule
+from mmray.config import Job
+from mmray.cursor import Cursor
+from mmray.errors import UserError
+from mmray.loader import BatchPlan
+from mmray.prepared import PreparedDataset
+from mmray.schedule import Schedule
+from mmray.training.model import load_config
+from mmray.training.place import place_in
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run over prepared datasets, which are given as (number of bins, fingerprint)."""
+
+    job: Job
+    train: tuple[int, str]
+    eval: tuple[int, str] | None
+    gpus: bool
+    continue_on: bool = False
+    """Where the checkpoint was trained on other data, the job's begins there."""
+
+    @property
+    def schedule(self) -> Schedule | BalancedSchedule:
+        """The order of the training data, from its own step 0."""
+        bins, fingerprint = self.train
+        training, balance = self.job.training, self.job.balance
+        order = Schedule(
+            num_bins=bins, global_batch_bins=training.global_batch_bins, seed=training.seed, fingerprint=fingerprint
+        )
+        return order if balance is None else BalancedSchedule(order, balance.for_attention(self.job.model.attention))
+
+    def total_steps(self, cursor: Cursor) -> int:
+        """Steps of the whole run; epochs are those of the data it now trains on."""
+        training = self.job.training
+        if training.steps is not None:
+            return training.steps
+        return cursor.first_step + max(1, round((training.epochs or 1) * self.schedule.steps_per_epoch))
+
+    def place(self, checkpoint: Path | None, prepared: PreparedDataset) -> Cursor:
+        """Where the run goes on from a checkpoint, or begins without one. Raises UserError where it does not fit."""
+        if checkpoint is None:
+            return Cursor.at(self.schedule, prepared=prepared.path)
+        cursor = place_in(checkpoint, self.schedule, prepared, continue_on=self.continue_on)
+        if cursor.step == cursor.first_step and cursor.step >= self.total_steps(cursor):
+            raise UserError(
+                f"training.steps is {self.job.training.steps}, and {cursor.step} are done: no step is left to train on "
+                f"{prepared.path}. Raise training.steps, which counts those on the earlier data too"
+            )
+        return cursor
+
+    def batches(
+        self, split_name: str, schedule: Schedule | BalancedSchedule, world_size: int, first_step: int = 0
+    ) -> BatchPlan:
+        """The batches of a split for so many ranks. first_step: step of the run at which the schedule begins."""
+        job = self.job
+        return BatchPlan(
+            prepared=job.prepared_path(split_name),
+            processor=job.model.processor_source,
+            model_type=load_config(job.model).model_type,
+            trust_remote_code=job.model.trust_remote_code,
+            loss=job.loss,
+            schedule=schedule,
+            world_size=world_size,
+            micro_batch_bins=job.training.micro_batch_bins,
+            on_bad_row=job.data.on_bad_row,
+            first_step=first_step,
+        )
+
+
+def run_plan(job: Job, prepared: dict[str, PreparedDataset], gpus: bool, continue_on: bool = False) -> RunPlan:
+    """The plan of a run over prepared datasets."""
+    shapes = {name: (len(each), each.fingerprint) for name, each in prepared.items()}
+    return RunPlan(job, shapes["train"], shapes.get("eval"), gpus, continue_on)

@@ -1,0 +1,89 @@
+"""`python jobs/train.py JOB --trace STEP`: the samples of a step, without a cluster."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.common import console
+from jobs.run_plan import RunPlan, run_plan
+from mmray.config import Job
+from mmray.cursor import Cursor, DataSpan
+from mmray.errors import UserError
+from mmray.loader import BatchPlan
+from mmray.prepared import PreparedDataset
+from mmray.training.metrics import METRICS_FILE, read_metrics
+from mmray.training.place import CURSOR_FILE
+from mmray.training.run_checkpoints import newest_looking_whole
+from mmray.training.trace import TracedSample, Tracer
+from mmray.training.trained import read_trained
+
+
+def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:
+    """Print the samples of some steps: a table each, or with `as_json` one line of JSON for each sample.
+
+    steps: one, counted from 1 as in metrics.jsonl, or the first and the last, as in `100:105`.
+    """
+    first, last = _range(steps)
+    run = Path(job.output.run)
+    tracer = run_tracer(job, continue_on)
+    metrics = {line["step"]: line for line in _metrics(run) if "loss" in line}
+    for step in range(first, last + 1):
+        samples = list(tracer.samples(step))
+        if as_json:
+            for sample in samples:
+                print(json.dumps(sample.to_json(), ensure_ascii=False))
+        else:
+            console.print(_table(step, samples, metrics.get(step)))
+
+
+def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
+    """The tracer of a job's run. continue_on: steps to come are those of the job's data, where the run's is other."""
+    run = Path(job.output.run)
+    prepared = PreparedDataset(job.prepared_path("train"))
+    plan = run_plan(job, {"train": prepared}, gpus=False, continue_on=continue_on)
+    checkpoint = newest_looking_whole(run)
+    if checkpoint is None or continue_on:
+        cursor = plan.place(checkpoint, prepared)
+    else:  # that of the run, also where the job names other data by now
+        cursor = Cursor.read(checkpoint / CURSOR_FILE)
+        cursor = replace(cursor, prepared=cursor.prepared or prepared.path)
+    trained = read_trained(run)
+    workers = trained[-1].workers if job.resources.is_elastic and trained else job.resources.max_workers
+    return Tracer(run, cursor, lambda span, ranks: _batches(plan, span, ranks), workers)
+
+
+def _batches(plan: RunPlan, span: DataSpan, workers: int) -> BatchPlan:
+    of_span = replace(plan, train=(span.num_bins, span.fingerprint))
+    return replace(plan.batches("train", of_span.schedule, workers, span.first_step), prepared=span.prepared)
+
+
+def _range(steps: str) -> tuple[int, int]:
+    first, colon, last = steps.partition(":")
+    try:
+        return int(first), int(last) if colon else int(first)
+    except ValueError:
+        raise UserError(f"--trace {steps}: give a step, such as 100, or the first and the last, as 100:105") from None
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).exists() else []
+
+
+def _table(step: int, samples: list[TracedSample], metrics: dict[str, Any] | None) -> Table:
+    done = bool(samples) and samples[0].trained
+    title = f"step {step}: {'done' if done else 'to come'} with {samples[0].workers if samples else 0} workers"
+    if done and metrics:
+        loss, norm = (metrics[key] for key in ("loss", "grad_norm"))
+        title += f"; loss {loss}, gradient norm {norm}, learning rate {metrics['lr']:.3g}"
+    table = Table(title=escape(title), title_justify="left")
+    for name in ("rank", "micro-batch", "bin"):
+        table.add_column(name, justify="right")
+    for name in ("sample", "source"):
+        table.add_column(name, overflow="fold")
+    for each in samples:
+        table.add_row(str(each.rank), str(each.micro_batch), str(each.bin), escape(each.id), escape(each.source))
+    return table

@@ -1,0 +1,72 @@
+"""DeepSpeed's shards, cut for one number of ranks, in a form that any number of ranks can load.
+
+The universal form is one file for each parameter and state, from which every rank cuts its own. Converting reads the
+whole checkpoint and writes it once more. One rank does it where all see the same folder; where none is shared one rank
+of each node does, into that node's own disk. The others wait.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmray.errors import UserError
+from mmray.training.ranks import Ranks
+
+SHARDS = "deepspeed"
+
+
+@contextmanager
+def converted(source: Path, num_shards: int, parent: Path, place: str, ranks: Ranks) -> Iterator[Path]:
+    """A temporary folder that holds `deepspeed/` in universal form, deleted when the block has ended on every rank.
+
+    source: the checkpoint; num_shards: ranks that wrote it. parent: where the folder is made. place: ranks that give
+    the same see the same `parent`, and share one conversion. Collective. Raises UserError on every rank where it failed
+    on one.
+    """
+    places = ranks.every(place)
+    converter = places.index(place)
+    work, problem = Path(), None
+    if ranks.rank == converter:
+        parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix="mmray-resume-", dir=parent))
+        problem = _convert(source, work, num_shards)
+    done = ranks.every((work, problem))
+    work = done[converter][0]
+    try:
+        for _, problem in done:
+            if problem is not None:
+                raise UserError(problem)
+        visible = ranks.every(work.is_dir())
+        if not all(visible):
+            raise UserError(
+                f"workers {[rank for rank, seen in enumerate(visible) if not seen]} do not see {parent}; "
+                f"to resume with another number of workers, give a folder that all of them share"
+            )
+        yield work
+        ranks.every(None)
+    finally:
+        if ranks.rank == converter:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _convert(source: Path, work: Path, num_shards: int) -> str | None:
+    """Convert the shards in `source` to `work/deepspeed`; the error's text where that failed.
+
+    In a process of its own, because the converter forks workers, which this one, with its threads and perhaps
+    CUDA, must not; and with relative paths, because the converter takes its paths for regular expressions.
+    """
+    (work / "source").symlink_to((source / SHARDS).resolve())
+    workers = str(max(1, min(4, os.cpu_count() or 1, num_shards)))
+    command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", "source", "--output_folder", SHARDS]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    tail = " | ".join(done.stdout.strip().splitlines()[-5:])
+    return f"converting {source} for another number of workers failed (exit {done.returncode}): {tail}"

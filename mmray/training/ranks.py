@@ -1,0 +1,39 @@
+"""Small Python objects between all ranks, over connections of their own.
+
+They are gloo's, also where training runs over NCCL, and wait for hours: what ranks agree on here (which checkpoint is
+whole, whether a conversion worked) may take one of them as long as reading a checkpoint does, and the usual ten minutes
+of a collective are too few.
+"""
+
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+PATIENCE = timedelta(hours=12)
+
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """All ranks of the default process group. Making one and calling its methods is collective.
+
+    Its connections live as long as the process: a rank that closed them could cut off another that is still reading.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def from_first(self, value: Value | None) -> Value:
+        """What rank 0 gives; the others' is not looked at."""
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        result: Value = box[0]
+        return result
+
+    def every(self, value: Value) -> list[Value]:
+        """What each rank gives, in the order of ranks. Waits for all."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
