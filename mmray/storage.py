@@ -1,15 +1,22 @@
 """Files of any file system, local or a URI, with writes that appear whole or not at all.
 
-fsspec does the work (`s3://`, `gs://`, `memory://`, … as far as their packages are installed). A local file is written
-beside its place and renamed over it; object stores put an object whole by themselves.
+fsspec does the work (`s3://`, `gs://`, `memory://`, … as far as their packages are installed), with the credentials
+and endpoints that its packages find by themselves (environment, configuration files, roles). A local file is written
+beside its place and renamed over it; object stores put an object whole by themselves, from memory, in parts where it
+is large (S3: above 100 MB, up to 5 TB). So nothing here needs a rename, and a reader never sees half a file.
+
+Listings are never cached: another machine may have written in between. Files are read by the ranges that are asked
+for: fsspec's own read-ahead fetches 5 to 50 MB for each jump.
 """
 
+import contextlib
 import errno
+import functools
 import io
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +30,75 @@ from mmray.errors import UserError
 
 _VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call the state of a file, the surest first."""
+
+
+_CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google"}
+"""Packages of remote file systems that raise errors of their own, unrelated to OSError."""
+
+_REFUSED = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
+"""What S3 calls credentials that are wrong everywhere, not for one object alone."""
+
+
+def file_system(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URI, and the path in it.
+
+    A remote one raises OSError (ConnectionError where the store cannot be reached) and, for missing or refused
+    credentials, UserError; never an error of its client's package. Raises UserError where nothing opens the URI.
+    """
+    try:
+        system, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{uri}: this kind of address cannot be opened here: {error}") from error
+    return (system, path) if isinstance(system, LocalFileSystem) else (_Remote(system), path)
+
+
+class _Remote:
+    """A remote file system, or a file of one, with the errors that `file_system` promises."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Remote, (self._inner,)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        return _plainly(value) if callable(value) else value
+
+    def open(self, path: str, mode: str = "rb", **options: Any) -> "_Remote":
+        return _Remote(_plainly(self._inner.open)(path, mode, **options))
+
+    def __enter__(self) -> "_Remote":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _plainly(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def called(*arguments: Any, **options: Any) -> Any:
+        try:
+            return call(*arguments, **options)
+        except Exception as error:
+            if plain := _plain(error):
+                raise plain from error
+            raise
+
+    return called
+
+
+def _plain(error: Exception) -> Exception | None:
+    """The builtin error, or the user's, that an error of a client stands for; None for one that is plain already."""
+    code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+    text = " ".join(str(error).split())
+    if code in _REFUSED:
+        return UserError(f"the store refuses these credentials ({code}: {text}); renew them on every node")
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in _CLIENTS:
+        return None
+    if "Credential" in type(error).__name__:
+        return UserError(f"{text}; give credentials to every node, by its environment, a configuration file or a role")
+    return ConnectionError(text or type(error).__name__)
 
 
 def file_version(info: Mapping[str, Any]) -> str:
@@ -60,10 +136,7 @@ class Folder:
 
     @cached_property
     def _located(self) -> tuple[Any, str]:
-        try:
-            return fsspec.core.url_to_fs(self.uri)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.uri}: this kind of address cannot be opened here: {error}") from error
+        return file_system(self.uri)
 
     @property
     def is_local(self) -> bool:
@@ -75,38 +148,40 @@ class Folder:
         return posixpath.join(root, name) if name else root
 
     def create(self) -> None:
-        """Make the folder and its parents; nothing to do on object stores."""
-        self._located[0].makedirs(self.path(), exist_ok=True)
+        """Make the folder and its parents. Object stores have none: a bucket that is not there is an error later."""
+        if self.is_local:
+            self._located[0].makedirs(self.path(), exist_ok=True)
 
     def exists(self, name: str = "") -> bool:
         return bool(self._located[0].exists(self.path(name)))
 
     def names(self) -> list[str]:
         """Names of the files right inside, sorted; empty when the folder does not exist."""
-        system, root = self._located
-        if not system.exists(root):
-            return []
-        system.invalidate_cache(root)
-        return sorted(posixpath.basename(str(path)) for path in system.ls(root, detail=False))
+        return sorted(self.sizes())
 
     def sizes(self) -> dict[str, int]:
         """Sizes in bytes of the files right inside, by name; empty when the folder does not exist."""
         system, root = self._located
-        if not system.exists(root):
+        try:
+            found = system.ls(root, detail=True)
+        except FileNotFoundError:
             return {}
-        system.invalidate_cache(root)
-        found = system.ls(root, detail=True)
-        return {posixpath.basename(str(each["name"])): int(each["size"] or 0) for each in found}
+        names = {posixpath.basename(str(each["name"])): int(each["size"] or 0) for each in found}
+        names.pop("", None)  # what consoles of object stores leave where someone made a "folder"
+        return names
 
     def open(self, name: str) -> IO[bytes]:
-        return self._located[0].open(self.path(name), "rb")
+        """A file to read; of a remote one each read is a request for just its range."""
+        return self._located[0].open(self.path(name), "rb", cache_type="none")
 
     def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
+        return self._located[0].cat_file(self.path(name))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole or not at all; an older file of the name is replaced."""
+        if not self.is_local:
+            self._located[0].pipe_file(self.path(name), data)
+            return
         with self.writing(name) as file:
             file.write(data)
 
@@ -117,7 +192,7 @@ class Folder:
             # Closing a remote file commits what it holds, after an error too; so nothing is sent before the end.
             buffer = io.BytesIO()
             yield buffer
-            self._located[0].pipe_file(self.path(name), buffer.getvalue())
+            self.write(name, buffer.getvalue())
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,3 +209,13 @@ class Folder:
     def remove(self, name: str = "") -> None:
         """Delete a file, or with no name the whole folder."""
         self._located[0].rm(self.path(name), recursive=True)
+
+    def remove_files(self, names: Iterable[str]) -> None:
+        """Delete files, in few requests where the folder is remote. Those that are gone already are no error."""
+        if not self.is_local:
+            if paths := [self.path(name) for name in names]:
+                self._located[0].rm(paths)
+            return
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                self.remove(name)

@@ -21,7 +21,7 @@ import pytest
 # Before anything imports Ray, which reads them once.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-pytest_plugins = ["tests.mmray.families.proofs"]
+pytest_plugins = ["tests.mmray.families.proofs", "tests.s3"]
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120

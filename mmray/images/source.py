@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-import fsspec
-
 from mmray.errors import RowError, UserError
-from mmray.storage import file_version
+from mmray.storage import file_system, file_version
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """A local path, a URI, the encoded image itself, or a binary file, which is read from its beginning."""
@@ -22,7 +20,7 @@ ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 ALLOWED_SCHEMES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "hf", "memory"}
 """URI schemes a row may name. Add to it where your storage has another one that fsspec knows."""
 
-PASSING_ERRORS = (ConnectionError, TimeoutError, MemoryError)
+PASSING_ERRORS = (ConnectionError, TimeoutError, MemoryError, UserError)
 """Errors while reading an image that say nothing about it: they pass through instead of rejecting a row."""
 
 REMOTE_BLOCK_BYTES = 1 << 20
@@ -127,10 +125,8 @@ def locate_uri(uri: str) -> tuple[Any, str]:
             f"{describe_source(uri)}: images are local paths or of {allowed}; copy it to one of these",
         )
     try:
-        return fsspec.core.url_to_fs(f"{scheme}://{rest}")
-    except PASSING_ERRORS:
-        raise
-    except (ImportError, OSError, ValueError) as error:
+        return file_system(f"{scheme}://{rest}")
+    except (UserError, OSError) as error:
         message = f"{describe_source(uri)}: {one_line(error)}; set up {scheme}:// on every node"
         raise UserError(message) from error
 

@@ -117,7 +117,7 @@ class PreparedDataset:
     def _parquet_file(self, shard: int) -> pq.ParquetFile:
         name = self.manifest["shards"][shard]["file"]
         try:
-            return pq.ParquetFile(self._folder.open(name))
+            return pq.ParquetFile(self._folder.open(name), pre_buffer=True)  # a row group in one request or two
         except (FileNotFoundError, pa.ArrowException) as error:
             raise UserError(
                 f"{self._folder.path(name)}, which {MANIFEST} names, cannot be read: {one_line(error)}; copy the "

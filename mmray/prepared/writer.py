@@ -156,18 +156,20 @@ class PreparedWriter:
         A stop in between leaves no manifest and no window that counts as finished.
         """
         with explained(self.path):
-            self._remove([MANIFEST, PLAN, *self._own_files()])
+            self._remove(MANIFEST, PLAN)
+            self._folder.remove_files(self._own_files())
 
     def _tidy(self) -> None:
         """Delete what the manifest does not name, the plan last: while it is there, there is something to tidy."""
         kept = {REJECTED_FILE, *(shard["file"] for shard in self._read(MANIFEST)["shards"])}
-        self._remove([*(name for name in self._own_files() if name not in kept), PLAN])
+        self._folder.remove_files(name for name in self._own_files() if name not in kept)
+        self._remove(PLAN)
 
     def _own_files(self) -> list[str]:
         names = [name for name in self._folder.names() if name == REJECTED_FILE or name.startswith(_OWN_PREFIXES)]
         return sorted(names, key=lambda name: not name.startswith(_COMMIT_PREFIX))
 
-    def _remove(self, names: Iterable[str]) -> None:
+    def _remove(self, *names: str) -> None:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 self._folder.remove(name)

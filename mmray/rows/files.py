@@ -7,20 +7,20 @@ seeks to its bytes.
 """
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from mmray.errors import UserError
+from mmray.images.source import one_line
 from mmray.rows.settings import DatasetSettings
-from mmray.storage import file_version
+from mmray.storage import file_system, file_version
 
 _READ_BYTES = 8 << 20
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -70,7 +70,7 @@ def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
     found = []
     for number, dataset in enumerate(datasets):
         for pattern in dataset.files:
-            found += [_source_file(number, dataset, system, path) for system, path in _matches(pattern)]
+            found += [_source_file(number, dataset, *match) for match in _matches(pattern)]
     return found
 
 
@@ -86,20 +86,21 @@ def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSetti
         )
 
 
-def _matches(pattern: str) -> list[tuple[Any, str]]:
+def _matches(pattern: str) -> list[tuple[Any, str, Mapping[str, Any]]]:
+    """The file system, path and state of each file, sorted by path."""
     try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        # A file may have the marks of a glob in its own name.
-        files = [path] if system.isfile(path) else sorted(found for found in system.glob(path) if system.isfile(found))
-    except (ImportError, ValueError, PermissionError) as error:
-        raise UserError(f"data files {pattern!r}: {error}") from error
-    if not files:
+        system, path = file_system(pattern)
+        # A file may have the marks of a glob in its own name. One listing tells all of many files.
+        files = {path: system.info(path)} if system.isfile(path) else system.glob(path, detail=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"data files {pattern!r}: {one_line(error)}") from error
+    found = [(system, str(path), info) for path, info in sorted(files.items()) if info["type"] == "file"]
+    if not found:
         raise UserError(f"data files {pattern!r}: no such file. Paths are relative to the current folder.")
-    return [(system, str(path)) for path in files]
+    return found
 
 
-def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str) -> SourceFile:
-    info = system.info(path)
+def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, info: Mapping[str, Any]) -> SourceFile:
     uri = path if isinstance(system, LocalFileSystem) else system.unstrip_protocol(path)
     suffix = posixpath.splitext(path)[1].lower()
     if suffix in _COMPRESSED:
@@ -148,7 +149,8 @@ def _chunk_pieces(indexed: Any, chunk_rows: int) -> Iterator[list[Piece]]:
 def _row_starts(file: SourceFile) -> np.ndarray:
     """Where each row starts, and the end: byte offsets for JSONL, row numbers for Parquet. int64 [rows + 1]."""
     try:
-        with fsspec.open(file.uri, "rb") as opened:
+        system, path = file_system(file.uri)
+        with system.open(path, "rb", block_size=_READ_BYTES) as opened:
             if file.format == "parquet":
                 return np.arange(pq.ParquetFile(opened).metadata.num_rows + 1, dtype=np.int64)
             return _line_starts(opened)

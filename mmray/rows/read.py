@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from mmray.errors import RowError, UserError
 from mmray.images.source import one_line
 from mmray.rows.files import Piece
+from mmray.storage import file_system
 
 _BATCH_ROWS = 64
 _BUFFER_BYTES = 1 << 20
@@ -53,9 +53,8 @@ def read_piece(piece: Piece) -> Iterator[RawRow]:
 
 
 def _read_jsonl(piece: Piece) -> Iterator[RawRow]:
-    with fsspec.open(piece.uri, "rb") as file:
-        file.seek(piece.start)
-        lines = file.read(piece.stop - piece.start).split(b"\n")
+    system, path = file_system(piece.uri)
+    lines = system.cat_file(path, start=piece.start, end=piece.stop).split(b"\n")
     for number, line in enumerate(lines[: piece.num_rows], start=piece.first_row + 1):
         if line.strip():
             yield RawRow(f"{piece.uri}:{number}", piece.dataset, _parse(line))
@@ -95,7 +94,9 @@ class _ParquetRows:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         # Unbuffered, Arrow holds whole column chunks: all images of a row group.
-        self._file = pq.ParquetFile(fsspec.open(uri, "rb").open(), buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        system, path = file_system(uri)
+        file = system.open(path, "rb", cache_type="none")  # else each jump to another column fetches megabytes more
+        self._file = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         metadata = self._file.metadata
         self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
         self._group = -1

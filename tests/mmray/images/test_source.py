@@ -143,7 +143,7 @@ def test_a_scheme_in_capitals_is_the_same_scheme() -> None:
 
 
 def test_a_file_system_that_is_not_set_up_is_the_jobs_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_installed(uri: str) -> object:
+    def not_installed(uri: str, **_) -> object:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", not_installed)
