@@ -30,7 +30,7 @@ from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
 from mmray.progress import ProgressBar
-from mmray.report import run_table
+from mmray.report import Run, run_table
 from mmray.storage import Folder
 from mmray.training.compatibility import job_family
 from mmray.training.metrics import METRICS_FILE
@@ -207,7 +207,7 @@ def main(
     prepared = open_prepared(job)
     connect(address, cpus=int(train_needs(job, gpus=False)["CPU"] + 0.5), verbose=verbose)
     train(job, prepared, continue_on=other_data is not None)
-    console.print(run_table(Path(job.output.run)))
+    console.print(run_table(Run(job.output.run)))
     ray.shutdown()
 
 

@@ -22,14 +22,44 @@ def schema() -> None:
 
 
 @app.command()
-def report(path: Annotated[str, typer.Argument(help="A prepared dataset or a run folder.")]) -> None:
-    """Print what was prepared, or how a run went."""
+def report(
+    path: Annotated[str, typer.Argument(help="A prepared dataset or a run folder.")],
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a web page with charts instead of printing.")
+    ] = None,
+    job_file: Annotated[
+        Path | None,
+        typer.Option("--job", metavar="JOB.yaml", help="With --html: whose workers and batches the page reckons with."),
+    ] = None,
+    processor: Annotated[
+        str | None,
+        typer.Option(help="With --html: processor folder or hub name; default: the one the dataset was prepared with."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the processor.")
+    ] = False,
+) -> None:
+    """Show what was prepared, or how a run went: a table, or a page with charts (--html)."""
+    from mmray.config import load_job
+    from mmray.html import write_html
     from mmray.prepared import PreparedDataset
-    from mmray.report import prepared_table, run_table
-    from mmray.training.metrics import METRICS_FILE
+    from mmray.report import Run, prepared_page, prepared_table, run_page, run_table
 
-    is_run = (Path(path) / METRICS_FILE).exists()
-    Console().print(run_table(Path(path)) if is_run else prepared_table(PreparedDataset(path)))
+    console = Console()
+    if Run.is_one(path):
+        if html is None:
+            console.print(run_table(Run(path)))
+            return
+        page = run_page(Run(path))
+    else:
+        prepared = PreparedDataset(path)
+        if html is None:
+            console.print(prepared_table(prepared))
+            return
+        job = None if job_file is None else load_job(job_file)
+        page = prepared_page(prepared, processor, job=job, trust_remote_code=trust_remote_code)
+    size = write_html(html, page)
+    console.print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

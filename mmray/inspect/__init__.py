@@ -7,12 +7,13 @@ stretch of text is, and which tokens train.
 from rich.console import Console
 
 from mmray.errors import UserError
-from mmray.inspect.page import write_page
+from mmray.html import InlinePage, write_html
+from mmray.inspect.page import page_of
 from mmray.inspect.terminal import print_view
 from mmray.inspect.view import family_of_prepared, view_bin
 from mmray.prepared import PreparedDataset
 
-__all__ = ["print_bin", "write_bin_page"]
+__all__ = ["print_bin", "show_bin", "write_bin_page"]
 
 
 def print_bin(
@@ -37,7 +38,18 @@ def write_bin_page(
 ) -> int:  # fmt: skip
     """Write one bin as a web page that holds its pictures too; returns its bytes. Arguments and UserErrors as of
     `print_bin`; a processor must be known."""
+    return write_html(path, _bin_page(prepared, bin_number, processor, trust_remote_code))
+
+
+def show_bin(
+    prepared: PreparedDataset, bin_number: int, processor: str | None = None, *, trust_remote_code: bool = False
+) -> InlinePage:
+    """The same page as the output of a notebook's cell."""
+    return InlinePage(_bin_page(prepared, bin_number, processor, trust_remote_code))
+
+
+def _bin_page(prepared: PreparedDataset, bin_number: int, processor: str | None, trust_remote_code: bool) -> str:
     family = family_of_prepared(prepared, processor, trust_remote_code=trust_remote_code)
     if family is None:
         raise UserError(f"{prepared.path} does not name its processor; give it with --processor")
-    return write_page(path, view_bin(prepared, bin_number, family), family, prepared.tiling)
+    return page_of(view_bin(prepared, bin_number, family), family, prepared.tiling)

@@ -7,21 +7,20 @@ scripts and foreign content itself (Content-Security-Policy).
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
+from mmray.html import template
 from mmray.images import TilingPolicy, plan_tiles, render_tiles
 from mmray.images.header import MAX_PIXELS
-from mmray.images.source import describe_source, one_line
-from mmray.inspect.text import visible
+from mmray.images.source import describe_source
 from mmray.inspect.view import BinView, Piece, SampleView
+from mmray.visible import visible
 
 MAX_PICTURE_PIXELS = 4_000_000
 """Of all pictures of a page together, after scaling: about 1.5 MB as JPEG."""
@@ -57,38 +56,40 @@ class ShownImage:
     error: str | None = None
 
 
-def write_page(path: str | Path, view: BinView, family: Family, tiling: TilingPolicy) -> int:
-    """Write a bin's page; returns its bytes. Raises UserError where the file cannot be written."""
-    page = page_of(view, family, tiling).encode(errors="backslashreplace")
-    try:
-        return Path(path).write_bytes(page)
-    except OSError as error:
-        raise UserError(f"the page cannot be written to {path}: {one_line(error)}; choose another --html") from error
+@dataclass(frozen=True)
+class ShownBin:
+    """A bin with its pictures, as the pieces of a page in `templates/bin.html.jinja` take it.
+
+    samples: each with its images; role_class: the CSS class of each role.
+    """
+
+    view: BinView
+    samples: tuple[tuple[SampleView, tuple[ShownImage, ...]], ...]
+    role_class: dict[str, str]
+
+
+def shown_bin(view: BinView, tiling: TilingPolicy, *, most_pixels: int, most_samples: int | None = None) -> ShownBin:
+    """A bin with its pictures, of all samples or of the first, scaled so that they have so many pixels together.
+
+    view: with its turns; tiling: the dataset's.
+    """
+    samples = view.samples[:most_samples]
+    scale = _scale(samples, tiling, most_pixels)
+    return ShownBin(
+        view=view,
+        samples=tuple((sample, tuple(_shown(image, tiling, scale) for image in sample.images)) for sample in samples),
+        role_class={role: f"role-{number % ROLE_COLOURS}" for number, role in enumerate(view.roles)},
+    )
 
 
 def page_of(view: BinView, family: Family, tiling: TilingPolicy) -> str:
     """The page of a bin. view: with its turns; tiling: the dataset's."""
-    scale = _scale(view, tiling)
-    return _template().render(
+    return template("inspect.html.jinja").render(
         view=view,
-        samples=[(sample, [_shown(image, tiling, scale) for image in sample.images]) for sample in view.samples],
-        role_class={role: f"role-{number % ROLE_COLOURS}" for number, role in enumerate(view.roles)},
+        bin=shown_bin(view, tiling, most_pixels=MAX_PICTURE_PIXELS),
         tooltip=lambda sample, piece: _tooltip(sample, piece, family),
-        visible=visible,
         family=type(family).__name__,
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("mmray", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("inspect.html.jinja")
 
 
 def _tooltip(sample: SampleView, piece: Piece, family: Family) -> str:
@@ -104,16 +105,16 @@ def _tooltip(sample: SampleView, piece: Piece, family: Family) -> str:
     )
 
 
-def _scale(view: BinView, tiling: TilingPolicy) -> float:
+def _scale(samples: Sequence[SampleView], tiling: TilingPolicy, most_pixels: int) -> float:
     """How much smaller all tiles are shown so that the page stays small."""
     sizes = [
         size
-        for sample in view.samples
+        for sample in samples
         for image in sample.images
         for size in plan_tiles((image["width"], image["height"]), tiling).tile_sizes
     ]
     pixels, longest = sum(width * height for width, height in sizes), max(map(max, sizes), default=1)
-    return min(1.0, MAX_PICTURE_SIDE / longest, (MAX_PICTURE_PIXELS / max(pixels, 1)) ** 0.5)
+    return min(1.0, MAX_PICTURE_SIDE / longest, (most_pixels / max(pixels, 1)) ** 0.5)
 
 
 def _shown(image: dict[str, Any], tiling: TilingPolicy, scale: float) -> ShownImage:

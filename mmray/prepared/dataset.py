@@ -6,7 +6,9 @@ of it. How the folder comes about: `writer.py`.
 
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,8 +95,18 @@ class PreparedDataset:
 
     def column(self, name: str) -> np.ndarray:
         """A column of counts (`num_tokens`, `visual_tokens`, `trained_tokens`) for all bins, in order."""
-        tables = [self._open_file(shard).read([name]) for shard in range(len(self.manifest["shards"]))]
+        tables = [self.read_file(shard, [name]) for shard in range(len(self.manifest["shards"]))]
         return np.concatenate([table[name].to_numpy() for table in tables]) if tables else np.zeros(0, dtype=np.int32)
+
+    @property
+    def files(self) -> dict[int, range]:
+        """The numbers of the files that have bins, each with its bins."""
+        borders = enumerate(pairwise(self._first_bin.tolist()))
+        return {file: range(first, stop) for file, (first, stop) in borders if stop > first}
+
+    def read_file(self, file: int, columns: list[str]) -> pa.Table:
+        """Columns (of `schema.BINS`; `images.list.element.width` for one inside a list) of the bins of a file."""
+        return self._open_file(file).read(columns)
 
     def loads(self, bins: np.ndarray) -> Loads:
         """What bins cost, in the order given; bins: int64 [n], at least one. Reads the footers of their files, each
@@ -113,6 +125,13 @@ class PreparedDataset:
         """The rejected rows (`schema.REJECTED`)."""
         with self._folder.open(REJECTED_FILE) as file:
             return pq.read_table(file)
+
+    def rejected_parts(self) -> Iterator[pa.Table]:
+        """The rejected rows in parts of some thousand, for when there may be millions."""
+        with self._folder.open(REJECTED_FILE) as file:
+            opened = pq.ParquetFile(file)
+            for part in range(opened.num_row_groups):
+                yield opened.read_row_group(part)
 
     def _parquet_file(self, shard: int) -> pq.ParquetFile:
         name = self.manifest["shards"][shard]["file"]

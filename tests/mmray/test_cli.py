@@ -99,6 +99,17 @@ def test_report_of_a_run_before_its_first_step(run, tmp_path):
     check_error(run("report", write_metrics(tmp_path)), "no step is finished yet")
 
 
+def test_report_writes_a_page(run, prepared, tmp_path):
+    file = tmp_path / "[bold]page.html"
+    for path, title in ((prepared.path, "prepared dataset"), (write_metrics(tmp_path / "run", 4.0, 3.0), "run")):
+        code, out, _ = run("report", path, "--html", file)
+        assert code == 0
+        assert out == f"{file}: {file.stat().st_size / 1e6:.1f} MB\n"
+        assert f"<title>{title} {path}</title>" in file.read_text(encoding="utf-8")
+    check_error(run("report", prepared.path, "--html", tmp_path), str(tmp_path), "Is a directory", "--html")
+    check_error(run("report", prepared.path, "--html", file, "--job", tmp_path / "no.yaml"), "no.yaml", "No such file")
+
+
 def test_report_of_neither(run, tmp_path):
     check_error(run("report", tmp_path), str(tmp_path), "no prepared dataset", "jobs/prepare.py")
     check_error(run("report", tmp_path / "nowhere"), "nowhere")

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mmray.errors import UserError
 from mmray.inspect import print_bin
 from mmray.inspect.terminal import turn_text
-from mmray.inspect.text import token_texts, visible
+from mmray.inspect.text import token_texts
 from mmray.inspect.view import Mark, Piece, Turn, family_of_prepared, view_bin
 from mmray.masks.labels import IGNORE_INDEX
 from mmray.masks.settings import BoundarySettings, RoleLoss
+from mmray.visible import visible
 from tests.mmray.looking import ODD, name_processor, preparation, training_labels, write_looked_at
 from tests.mmray.preparing import with_marked_template
 

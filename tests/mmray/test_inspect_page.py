@@ -1,11 +1,7 @@
 """The web page of a bin: every token where it stands, the pictures that training sees, and nothing of the data that a
 browser takes for more than text."""
 
-import base64
-import io
 import re
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 
 import fsspec
 import numpy as np
@@ -17,78 +13,18 @@ from PIL import Image
 from mmray.images import plan_tiles, render_tiles
 from mmray.inspect import page, write_bin_page
 from mmray.inspect.page import page_of
-from mmray.inspect.text import visible
 from mmray.inspect.view import view_bin
 from mmray.masks.labels import IGNORE_INDEX
 from mmray.masks.settings import RoleLoss
 from mmray.packing_settings import PackingSettings
 from mmray.prepared import PreparedDataset
+from mmray.visible import visible
+from tests.mmray.html_page import Page
 from tests.mmray.looking import drawn_page, name_processor, preparation, training_labels, write_looked_at
 from tests.mmray.preparing import Preparation, chat, write_rows
 
-VOID = {"meta", "img", "br"}
 TILING = {"grid": (2, 2), "tile_size": (56, 84), "overview": (84, 84), "labels": True}
 HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\"' onmouseover='alert(3)' {{ 7*7 }} &lt; \x1b"
-
-
-@dataclass
-class Element:
-    tag: str
-    attributes: dict
-    parents: tuple = ()
-    text: str = ""
-
-    @property
-    def classes(self):
-        return (self.attributes.get("class") or "").split()
-
-    def is_in(self, name):
-        return any(name in parent.classes for parent in self.parents)
-
-
-@dataclass
-class Page(HTMLParser):
-    """The elements of a page, in order, each with the text right inside it."""
-
-    html: str
-    elements: list = field(default_factory=list)
-    declarations: list = field(default_factory=list)
-
-    def __post_init__(self):
-        super().__init__()
-        self.open = []
-        self.feed(self.html)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs)
-        self.elements.append(Element(tag, dict(attrs), tuple(self.open)))
-        if tag not in VOID:
-            self.open.append(self.elements[-1])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.open[-1].text += data
-
-    def of(self, tag, name=None):
-        return [each for each in self.elements if each.tag == tag and (name is None or name in each.classes)]
-
-    @property
-    def tokens(self):
-        return [each for each in self.of("span") if each.is_in("text") and "title" in each.attributes]
-
-    @property
-    def pictures(self):
-        return [decoded(each.attributes["src"]) for each in self.of("img")]
-
-
-def decoded(data_uri):
-    head, _, data = data_uri.partition(",")
-    assert head == "data:image/jpeg;base64"
-    return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
 
 
 @pytest.fixture(scope="session")

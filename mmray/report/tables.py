@@ -1,14 +1,12 @@
 """What was prepared and trained, as tables for a terminal."""
 
-from pathlib import Path
-from typing import Any
-
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
-from mmray.training.metrics import METRICS_FILE, read_metrics
+from mmray.report.run import Run
 
 
 def prepared_table(prepared: PreparedDataset) -> Table:
@@ -33,32 +31,28 @@ def prepared_table(prepared: PreparedDataset) -> Table:
     return table
 
 
-def run_table(run: Path) -> Table:
+def run_table(run: Run) -> Table:
     """A training run in one table: steps, loss at its ends, tokens, speed, waiting, evaluation.
 
     Raises UserError before the first step.
     """
-    lines = read_metrics(run / METRICS_FILE)
-    steps = [line for line in lines if "loss" in line]
-    if not steps:
-        raise UserError(f"{run}: no step is finished yet")
-    evaluations = [line for line in lines if "eval_loss" in line]
-    seconds = sum(line["step_seconds"] for line in steps) or 1e-9
-    waited = sum(line["data_wait_seconds"] for line in steps)
-    table = Table(title=escape(str(run)), title_justify="left", show_header=False)
+    if not run.steps:
+        raise UserError(f"{run.folder}: no step is finished yet")
+    tokens, seconds = (float(run.column(name).sum()) for name in ("tokens", "step_seconds"))
+    table = Table(title=escape(str(run.folder)), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("steps", f"{len(steps):,}")
-    table.add_row("loss", _from_to(steps, "loss"))
-    if evaluations:
-        table.add_row("eval loss", _from_to(evaluations, "eval_loss"))
-    table.add_row("tokens", f"{sum(line['tokens'] for line in steps):,}")
-    table.add_row("tokens per second", f"{sum(line['tokens'] for line in steps) / seconds:,.0f}")
-    table.add_row("waiting for data", f"{waited:.1f} s beside {seconds:.1f} s of steps")
+    table.add_row("steps", f"{len(run.steps):,}")
+    table.add_row("loss", _from_to(run.column("loss")))
+    if run.evaluations:
+        table.add_row("eval loss", _from_to(run.eval_column("eval_loss")))
+    table.add_row("tokens", f"{tokens:,.0f}")
+    table.add_row("tokens per second", f"{tokens / max(seconds, 1e-9):,.0f}")
+    table.add_row("waiting for data", f"{run.column('data_wait_seconds').sum():.1f} s beside {seconds:.1f} s of steps")
     return table
 
 
-def _from_to(lines: list[dict[str, Any]], key: str) -> str:
+def _from_to(values: np.ndarray) -> str:
     """A value at both ends of the run; one that was not finite stands in the log as null."""
-    first, last = ("not finite" if line[key] is None else f"{line[key]:.4f}" for line in (lines[0], lines[-1]))
+    first, last = ("not finite" if np.isnan(value) else f"{value:.4f}" for value in (values[0], values[-1]))
     return f"{first} -> {last}"

@@ -1,0 +1,12 @@
+"""What was prepared and trained, for people: tables in a terminal, pages with charts, objects of a notebook.
+
+`prepared.py` and `run.py` read, `charts.py` turns numbers into shapes, `prepared_page.py` and `run_page.py` put pages
+together, `tables.py` prints.
+"""
+
+from mmray.report.prepared_page import prepared_page
+from mmray.report.run import Run
+from mmray.report.run_page import run_page
+from mmray.report.tables import prepared_table, run_table
+
+__all__ = ["Run", "prepared_page", "prepared_table", "run_page", "run_table"]

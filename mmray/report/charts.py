@@ -1,0 +1,308 @@
+"""Charts as data: places and labels worked out here, drawn by `templates/charts.html.jinja` as SVG and HTML.
+
+Not matplotlib: its pictures have one size and one palette. Here only the shapes are SVG, stretched to the room there
+is; lines keep their width and all text is HTML of the page, so a chart is as legible on a phone as on a desk, dark or
+light, at about 5 kB. Places are thousandths of the plot's width and height, from the left and from the top.
+
+Long series are drawn as the mean of each of `COLUMNS` stretches inside the band from its smallest to its largest value:
+a spike of one step in a hundred thousand stays visible.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+COLUMNS = 240
+"""Stretches that a longer series is drawn in, and columns that answer the mouse."""
+FLAG_ROOM = 350
+"""Thousandths of the width that the text of a mark takes at most, also on a phone."""
+LOG_FROM, LOG_TO = 50, 1e12
+"""Values that are so many times apart are drawn on a logarithmic axis, where all are positive."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """place: thousandths; text: what stands there."""
+
+    place: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of values, as places from 0 to 1000."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def at(self, values: np.ndarray) -> np.ndarray:
+        """Places of values, float64."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, values = math.log(low), math.log(high), np.log(values)
+        return (values - low) / (high - low) * 1000
+
+    @property
+    def ticks(self) -> list[Tick]:
+        """Round values inside the range, about four."""
+        locator = LogLocator(numticks=5) if self.log else MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+        values = np.asarray(locator.tick_values(self.low, self.high))
+        slack = 1e-9 * (self.high - self.low)
+        values = values[(values >= self.low - slack) & (values <= self.high + slack)]
+        return [Tick(place, short(value)) for place, value in zip(self.at(values).tolist(), values.tolist())]
+
+    @classmethod
+    def around(cls, *values: np.ndarray, zero: bool = False, log: bool | None = None) -> "Axis":
+        """A range that holds all finite values with a little room; zero: begins at zero; log: None decides by them."""
+        known = np.concatenate([np.asarray(each, dtype=np.float64).ravel() for each in values])
+        known = known[np.isfinite(known)]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+        if log is None:
+            log = low > 0 and LOG_FROM < high / low < LOG_TO and not zero
+        if log:
+            return cls(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high) + 1e-9), log=True)
+        room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        return cls(min(low, 0.0) if zero else low - room, high + room)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line. colour: a CSS class of the page; line, band: SVG paths; dots: places of single points."""
+
+    name: str
+    colour: str
+    line: str = ""
+    band: str = ""
+    dots: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle from (left, top), with what the mouse is told. strength: its opacity."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    title: str
+    colour: str = ""
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One chart. note: what is to be learned from it, in words; x_name: under the axis, with its unit."""
+
+    title: str
+    note: str
+    x_name: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    curves: list[Curve] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
+    marks: list[Tick] = field(default_factory=list)
+    """Vertical lines, with what happened there; of a text that is empty the line alone."""
+    hover: list[Box] = field(default_factory=list)
+    """Columns that tell their values to the mouse."""
+
+    @property
+    def flags(self) -> list[list[Tick]]:
+        """The texts of the marks in rows above one another, so that none covers another."""
+        rows: list[list[Tick]] = []
+        for mark in self.marks:
+            if mark.text:
+                row = next((row for row in rows if mark.place - row[-1].place >= FLAG_ROOM), None)
+                if row is None:
+                    rows.append([mark])
+                else:
+                    row.append(mark)
+        return rows
+
+
+def short(value: float) -> str:
+    """A number as an axis has it: 0, 0.25, 12k, 3.4M, 1e-05."""
+    size = abs(value)
+    if size == 0 or 0.001 <= size < 1000:
+        return f"{value:.3g}"
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= limit:
+            return f"{value / limit:.4g}{letter}" if size < 1e12 else f"{value:.0e}"
+    return f"{value:.3g}"
+
+
+def exact(value: float | None) -> str:
+    """A number as the mouse is told: 1,234,567 or 0.01234."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values over steps, float64 [n] each; what is not known or not finite is NaN. dots: drawn as points, all."""
+
+    name: str
+    colour: str
+    steps: np.ndarray
+    values: np.ndarray
+    dots: bool = False
+
+
+def over_steps(
+    title: str, note: str, series: Sequence[Series], *, zero: bool = False, marks: Sequence[tuple[int, str]] = (),
+    last_step: int, first_step: int = 1, x_name: str = "step",
+) -> Plot:  # fmt: skip
+    """Series as lines over steps. marks: (step, what happened)."""
+    x = Axis(first_step, max(last_step, first_step + 1))
+    y = Axis.around(*(each.values for each in series), zero=zero)
+    drawn = [each for each in series if len(each.values)]
+    return Plot(
+        title=title,
+        note=note,
+        x_name=x_name,
+        x_ticks=[tick for tick in x.ticks if "." not in tick.text or tick.text[-1] in "kMG"],
+        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
+        curves=[_curve(each, x, y) for each in drawn],
+        marks=[Tick(float(x.at(np.asarray(step)).clip(0, 1000)), text) for step, text in marks],
+        hover=_hover(drawn, x, x_name),
+    )
+
+
+def _curve(series: Series, x: Axis, y: Axis) -> Curve:
+    if series.dots:
+        known = np.isfinite(series.values)
+        dots = zip(x.at(series.steps[known]).tolist(), (1000 - y.at(series.values[known])).tolist())
+        return Curve(series.name, series.colour, dots=tuple((round(left, 1), round(top, 1)) for left, top in dots))
+    if len(series.steps) <= 2 * COLUMNS:
+        return Curve(series.name, series.colour, line=_path(x.at(series.steps), 1000 - y.at(series.values)))
+    steps, low, mean, high = _stretches(series)
+    places = x.at(steps)
+    return Curve(
+        series.name,
+        series.colour,
+        line=_path(places, 1000 - y.at(mean)),
+        band=_band(places, 1000 - y.at(high), 1000 - y.at(low)),
+    )
+
+
+def _stretches(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(middle step, smallest, mean, largest) of each stretch with a finite value in it."""
+    known = np.isfinite(series.values)
+    steps, values = series.steps[known], series.values[known]
+    stretch = np.floor((steps - steps[0]) * (COLUMNS / (steps[-1] - steps[0] + 1))).astype(np.int64)
+    starts = np.flatnonzero(np.diff(stretch, prepend=-1))
+    counts = np.diff(np.append(starts, len(steps)))
+    return (
+        np.add.reduceat(steps.astype(np.float64), starts) / counts,
+        np.minimum.reduceat(values, starts),
+        np.add.reduceat(values, starts) / counts,
+        np.maximum.reduceat(values, starts),
+    )
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """A line through points, interrupted where one is not known. A point alone is a dot."""
+    parts, pen = [], "M"
+    for left, top in zip(x.tolist(), y.tolist()):
+        if math.isfinite(top):
+            parts.append(f"{pen}{left:.1f} {top:.1f}")
+            pen = "L"
+        else:
+            pen = "M"
+    return "".join(parts) + ("h0" if len(parts) == 1 else "")
+
+
+def _band(x: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> str:
+    there = [f"{left:.1f} {height:.1f}" for left, height in zip(x, top)]
+    back = [f"{left:.1f} {height:.1f}" for left, height in zip(x[::-1], bottom[::-1])]
+    return f"M{'L'.join(there + back)}Z"
+
+
+def _hover(series: Sequence[Series], x: Axis, x_name: str) -> list[Box]:
+    """Columns over the plot; each tells the steps it stands for and what the series are there."""
+    columns = int(min(COLUMNS // 2, x.high - x.low + 1))
+    borders = np.linspace(x.low - 0.5, x.high + 0.5, columns + 1)
+    boxes = []
+    for left, right in pairwise(borders.tolist()):
+        lines = [line for each in series for line in _told(each, left, right)]
+        if lines:
+            first, last = math.ceil(left), math.ceil(right) - 1
+            steps = f"{x_name} {first:,}" + (f" to {last:,}" if last > first else "")
+            edges = x.at(np.asarray([left, right])).clip(0, 1000)
+            boxes.append(Box(float(edges[0]), 0, float(edges[1] - edges[0]), 1000, "\n".join([steps, *lines])))
+    return boxes
+
+
+def _told(series: Series, left: float, right: float) -> list[str]:
+    first, stop = np.searchsorted(series.steps, [left, right])
+    values = series.values[first:stop]
+    if not len(values):
+        return []
+    known = values[np.isfinite(values)]
+    lost = "" if len(known) == len(values) else f"{len(values) - len(known)} not finite"
+    if not len(known):
+        return [f"{series.name} {lost}"]
+    text = f"{series.name} {exact(float(known.mean()))}"
+    if len(known) > 1:
+        text += f" ({exact(float(known.min()))} to {exact(float(known.max()))})"
+    return [f"{text} {lost}".rstrip()]
+
+
+def histogram(
+    title: str, note: str, counts: np.ndarray, edges: np.ndarray, *, x_name: str, what: str, colour: str,
+    axis: Axis | None = None,
+) -> Plot:  # fmt: skip
+    """Bars of counts between edges. axis: of x, default linear over the edges; what: is counted."""
+    x = axis or Axis(float(edges[0]), float(edges[-1]))
+    y = Axis(0, float(max(counts.max(initial=0), 1)) * 1.06)
+    total = max(int(counts.sum()), 1)
+    boxes = [
+        Box(
+            left, 1000 - height, right - left, height,
+            f"{exact(low)} to {exact(high)}: {count:,} {what} ({count / total:.1%})", colour,
+        )
+        for (left, right), (low, high), height, count in zip(
+            pairwise(x.at(edges).tolist()), pairwise(edges.tolist()), y.at(counts).tolist(), counts.tolist()
+        )
+        if count
+    ]  # fmt: skip
+    return Plot(
+        title=title,
+        note=note,
+        x_name=x_name,
+        x_ticks=x.ticks,
+        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
+        boxes=boxes,
+    )
+
+
+def heat_map(
+    title: str, note: str, x: np.ndarray, y: np.ndarray, x_max: float, y_max: float, *, x_name: str, what: str,
+    cells: int = 24,
+) -> Plot:  # fmt: skip
+    """How often two values come together, darker for oftener; both axes from 0."""
+    counts, x_edges, y_edges = np.histogram2d(x, y, bins=cells, range=[[0, x_max], [0, y_max]])
+    across, up = Axis(0, x_max), Axis(0, y_max)
+    side, most = 1000 / cells, counts.max(initial=1)
+    boxes = [
+        Box(
+            round(i * side, 1), round(1000 - (j + 1) * side, 1), round(side, 1), round(side, 1),
+            f"{exact(x_edges[i])} to {exact(x_edges[i + 1])} × {exact(y_edges[j])} to {exact(y_edges[j + 1])}: "
+            f"{int(counts[i, j]):,} {what}",
+            "heat", round(0.15 + 0.85 * math.sqrt(counts[i, j] / most), 2),
+        )
+        for i, j in np.argwhere(counts)
+    ]  # fmt: skip
+    return Plot(
+        title=title,
+        note=note,
+        x_name=x_name,
+        x_ticks=across.ticks,
+        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in up.ticks],
+        boxes=boxes,
+    )

@@ -1,0 +1,273 @@
+"""The page of a prepared dataset: what `prepared.py` found, in words and charts."""
+
+from typing import Any
+
+import numpy as np
+
+from mmray.config import Job
+from mmray.errors import UserError
+from mmray.html import template
+from mmray.inspect.page import ShownBin, shown_bin
+from mmray.inspect.view import family_of_prepared, view_bin
+from mmray.prepared import PreparedDataset
+from mmray.report import charts
+from mmray.report.charts import Axis, Plot, Series
+from mmray.report.prepared import (
+    Distributions,
+    StepSettings,
+    bins_to_show,
+    rejects,
+    step_balance,
+)  # fmt: skip
+from mmray.report.words import amount, made_by
+
+MOST_SAMPLES = 4
+"""Samples shown of each bin."""
+PICTURE_PIXELS = 1_000_000
+"""Of all pictures of one bin together: about 0.4 MB as JPEG."""
+LENGTH_BARS = 32
+
+
+def prepared_page(
+    prepared: PreparedDataset, processor: str | None = None, *, job: Job | None = None, trust_remote_code: bool = False
+) -> str:
+    """The report of a prepared dataset as one page.
+
+    processor: folder or hub name; default: where it was when the dataset was prepared, and where it cannot be loaded
+    from there, no bins are shown. job: whose steps are shown; default: `StepSettings.of(None)`. Raises UserError for a
+    processor that was given and is not the dataset's, and for files that cannot be read.
+    """
+    found = Distributions.of(prepared)
+    bins, bins_note = _bins(prepared, found, processor, trust_remote_code)
+    balance, balance_note = _balance(prepared, StepSettings.of(job))
+    refused = rejects(prepared)
+    most = max(refused.counts.values(), default=1)
+    return template("report_prepared.html.jinja").render(
+        prepared=prepared,
+        facts=_facts(prepared),
+        figures=_figures(prepared),
+        gauges=_gauges(prepared) if len(prepared) else [],
+        fill_note=_fill_note(prepared),
+        sampled=_sampled(found),
+        charts=_charts(prepared, found),
+        buckets=_buckets(found),
+        balance=balance,
+        balance_note=balance_note,
+        rejects=[
+            {"reason": reason, "count": count, "share_of_most": count / most, "examples": refused.examples[reason]}
+            for reason, count in refused.counts.items()
+        ],
+        rejects_note=_rejects_note(prepared),
+        bins=bins,
+        bins_note=bins_note,
+        made=made_by(),
+    )
+
+
+def _facts(prepared: PreparedDataset) -> list[tuple[str, str]]:
+    record, tiling = prepared.manifest["record"], prepared.tiling
+    packing = record["packing"]
+    loss = record["loss"] if isinstance(record["loss"], str) else "roles"
+    return [
+        ("processor", record["processor"]["class"]),
+        ("capacities", f"{packing['token_capacity']:,} tokens, {packing['visual_capacity']:,} visual tokens"),
+        ("images", "tiled" if tiling.is_tiled else "whole"),
+        ("loss", loss),
+        ("prepared in", f"{prepared.manifest['seconds']:,.0f} s"),
+        ("fingerprint", prepared.fingerprint),
+    ]
+
+
+def _figures(prepared: PreparedDataset) -> list[tuple[str, str]]:
+    facts = prepared.statistics
+    trained = facts["trained_tokens"] / max(facts["tokens"], 1)
+    visual = facts["visual_tokens"] / max(facts["tokens"], 1)
+    return [
+        (amount(facts["rows_packed"]), f"of {facts['rows_read']:,} rows packed"),
+        (amount(facts["rows_rejected"]), "rows rejected"),
+        (amount(facts["bins"]), "bins"),
+        (amount(facts["tokens"]), "tokens"),
+        (f"{visual:.0%}", f"of them of images: {amount(facts['visual_tokens'])}"),
+        (f"{trained:.0%}", f"of them trained: {amount(facts['trained_tokens'])}"),
+        (amount(facts["images"]), "images"),
+    ]
+
+
+def _gauges(prepared: PreparedDataset) -> list[dict[str, Any]]:
+    facts, packing = prepared.statistics, prepared.manifest["record"]["packing"]
+    gauges = []
+    for name, count, capacity, fill, colour in (
+        ("tokens", facts["tokens"], packing["token_capacity"], facts["token_fill"], "tokens"),
+        ("visual tokens", facts["visual_tokens"], packing["visual_capacity"], facts["visual_fill"], "visual"),
+    ):
+        best = min(1.0, count / max(facts["bins_at_least"] * capacity, 1))
+        text = f"{count:,} of {facts['bins'] * capacity:,}; at the bound {best:.1%} (green line)"
+        gauges.append({"name": name, "share": fill, "best": best, "text": text, "colour": colour})
+    return gauges
+
+
+def _fill_note(prepared: PreparedDataset) -> str:
+    facts = prepared.statistics
+    bins, least = facts["bins"], facts["bins_at_least"]
+    if prepared.manifest["record"]["packing"]["mode"] == "none":
+        return f"{bins:,} bins of one sample each: packing.mode is none."
+    if bins == least:
+        return f"{bins:,} bins: no packing has fewer."
+    more = (bins - least) / max(least, 1)
+    return (
+        f"{bins:,} bins; whatever the packing, {least:,} are needed at least: {more:.1%} more than this bound, which "
+        "packing may not reach."
+    )
+
+
+def _sampled(found: Distributions) -> str:
+    read, whole = found.bins
+    notes = []
+    if read < whole:
+        notes.append(f"Charts of bins are of {read:,} of {whole:,} bins, in evenly spaced files.")
+    if found.column_bins < whole:
+        notes.append(f"Lengths of samples and images per bin are of {found.column_bins:,} of {whole:,} bins.")
+    return " ".join(notes)
+
+
+def _charts(prepared: PreparedDataset, found: Distributions) -> list[Plot]:
+    if found.loads is None:
+        return []
+    packing = prepared.manifest["record"]["packing"]
+    tokens, visual = packing["token_capacity"], packing["visual_capacity"]
+    return [
+        _both_fills(found, tokens, visual),
+        _bin_lengths(found, tokens),
+        _sample_lengths(found),
+        _images(found),
+        *([_visual_lengths(found, visual)] if found.loads.visual_tokens.any() else []),
+    ]
+
+
+def _both_fills(found: Distributions, tokens: int, visual: int) -> Plot:
+    assert found.loads is not None
+    full = found.loads.tokens >= 0.95 * tokens, found.loads.visual_tokens >= 0.95 * visual
+    neither = ~(full[0] | full[1])
+    note = (
+        f"95 % full in tokens: {full[0].mean():.0%} of bins, in visual tokens: {full[1].mean():.0%}, "
+        f"in neither: {neither.mean():.0%}. Darker: more bins."
+    )
+    return charts.heat_map(
+        "Tokens and visual tokens of each bin", note, found.loads.tokens, found.loads.visual_tokens, tokens, visual,
+        x_name="tokens → capacity; upwards: visual tokens", what="bins",
+    )  # fmt: skip
+
+
+def _bin_lengths(found: Distributions, capacity: int) -> Plot:
+    assert found.loads is not None
+    lengths = found.loads.tokens
+    counts, edges = np.histogram(lengths, bins=LENGTH_BARS, range=(0, capacity))
+    note = f"Median {np.median(lengths):,.0f}, shortest {lengths.min():,}, longest {lengths.max():,} of {capacity:,}."
+    return charts.histogram(
+        "Lengths of bins", note, counts, edges, x_name="tokens in a bin", what="bins", colour="tokens"
+    )
+
+
+def _visual_lengths(found: Distributions, capacity: int) -> Plot:
+    assert found.loads is not None
+    lengths = found.loads.visual_tokens
+    counts, edges = np.histogram(lengths, bins=LENGTH_BARS, range=(0, capacity))
+    note = (
+        f"Median {np.median(lengths):,.0f}, most {lengths.max():,} of {capacity:,}; {(lengths == 0).mean():.0%} none."
+    )
+    return charts.histogram(
+        "Visual tokens of bins", note, counts, edges, x_name="visual tokens in a bin", what="bins", colour="visual"
+    )
+
+
+def _sample_lengths(found: Distributions) -> Plot:
+    lengths = found.sample_lengths
+    low, high = max(int(lengths.min()), 1), int(lengths.max())
+    is_log = high / low > charts.LOG_FROM
+    edges = np.geomspace(low, high + 1, LENGTH_BARS + 1) if is_log else np.linspace(low, high + 1, LENGTH_BARS + 1)
+    counts, edges = np.histogram(lengths, bins=edges)
+    note = f"Median {np.median(lengths):,.0f}, from {low:,} to {high:,}; on average {lengths.mean():,.0f}."
+    return charts.histogram(
+        "Lengths of samples", note, counts, edges, colour="tokens", what="samples",
+        x_name="tokens in a sample" + (", logarithmic" if is_log else ""), axis=Axis(edges[0], edges[-1], log=is_log),
+    )  # fmt: skip
+
+
+def _images(found: Distributions) -> Plot:
+    images = found.images
+    most = int(images.max())
+    width = max(1, -(-(most + 1) // LENGTH_BARS))
+    edges = np.arange(0, most + 1 + width, width) - 0.5
+    counts, edges = np.histogram(images, bins=edges)
+    note = f"On average {images.mean():.1f}, most {most:,}; {(images == 0).mean():.0%} of bins have none."
+    return charts.histogram(
+        "Images per bin", note, counts, edges, x_name="images in a bin", what="bins", colour="visual"
+    )
+
+
+def _buckets(found: Distributions) -> list[dict[str, Any]]:
+    if found.loads is None:
+        return []
+    names, counts = np.unique(found.loads.bucket, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    total, most = counts.sum(), counts.max()
+    return [
+        {"name": str(names[each]), "share_of_most": counts[each] / most,
+         "text": f"{counts[each]:,} bins, {counts[each] / total:.0%}"}
+        for each in order
+    ]  # fmt: skip
+
+
+def _balance(prepared: PreparedDataset, settings: StepSettings) -> tuple[Plot | None, str]:
+    if not len(prepared):
+        return None, ""
+    found = step_balance(prepared, settings)
+    steps = len(found.plain)
+    if not steps:
+        size = f"{settings.global_batch_bins:,} ({settings.source})"
+        return None, f"An epoch of {len(prepared):,} bins has no whole step of {size}."
+    if settings.workers == 1:
+        return None, f"One worker waits for no other ({settings.source})."
+    size = f"{settings.global_batch_bins:,} bins a step on {settings.workers:,} workers"
+    shown = "" if steps == found.whole_steps else f"; the first {steps:,} of {found.whole_steps:,} steps of an epoch"
+    note = f"Time of the slowest worker against equal work, by cost: 1 is best. {size}{shown} ({settings.source})."
+    numbers = np.arange(1, steps + 1)
+    plot = charts.over_steps(
+        "Equal work for all workers", note,
+        [
+            Series(f"plain order {found.plain.mean():.2f}", "grey", numbers, found.plain),
+            Series(f"balanced {found.balanced.mean():.2f}", "good", numbers, found.balanced),
+        ],
+        last_step=steps,
+    )  # fmt: skip
+    return plot, ""
+
+
+def _rejects_note(prepared: PreparedDataset) -> str:
+    facts = prepared.statistics
+    share = facts["rows_rejected"] / max(facts["rows_read"], 1)
+    return f"{facts['rows_rejected']:,} of {facts['rows_read']:,} rows ({share:.2%}), all in rejected.parquet."
+
+
+def _bins(
+    prepared: PreparedDataset, found: Distributions, processor: str | None, trust_remote_code: bool
+) -> tuple[list[ShownBin], str]:
+    """Bins to look at, and a line about them: why there are none, where there are none."""
+    numbers = bins_to_show(found, prepared)
+    if not numbers:
+        return [], ""
+    try:
+        family = family_of_prepared(prepared, processor, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        if processor is not None:
+            raise
+        return [], f"Not shown: {error}"
+    if family is None:
+        return [], "Not shown: the dataset does not name its processor; give it with --processor."
+    shown = [
+        shown_bin(
+            view_bin(prepared, number, family), prepared.tiling, most_samples=MOST_SAMPLES, most_pixels=PICTURE_PIXELS
+        )
+        for number in numbers
+    ]
+    return shown, "Of each of the commonest buckets the bin of middling length, as training sees it."

@@ -1,0 +1,152 @@
+"""The page of a training run: curves over steps, and what happened to it along the way."""
+
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from mmray.html import template
+from mmray.report import charts
+from mmray.report.charts import Plot, Series
+from mmray.report.run import Run
+from mmray.report.words import amount, made_by, span
+
+MOST_EVENTS, MOST_MARKS, MOST_WARNINGS = 200, 8, 20
+MARKS = {"resume": "resumed", "preemption": "preempted", "damaged_checkpoint": "damaged", "continue_on": "other data"}
+"""Events that have a line in the charts, and what stands there."""
+COLOURS = {"resume": "warn", "preemption": "warn", "damaged_checkpoint": "bad", "finish": "good", "checkpoint": "grey"}
+
+
+def run_page(run: Run) -> str:
+    """The report of a run as one page; also of one whose first step is not done yet."""
+    events = [event for event in run.history if event["event"] != "checkpoint"]
+    return template("report_run.html.jinja").render(
+        run=run,
+        facts=_facts(run),
+        figures=_figures(run),
+        charts=_charts(run) if run.steps else [],
+        events=[_event(event) for event in events[-MOST_EVENTS:]],
+        events_note=_events_note(run, len(events)),
+        warnings=run.warnings[-MOST_WARNINGS:],
+        made=made_by(),
+    )
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    state = "finished" if run.is_finished else f"after step {run.last_step:,}"
+    facts = [("state", state)]
+    if run.lasted is not None:
+        facts.append(("from first to last event", span(run.lasted)))
+    if run.steps:
+        facts.append(("epoch", f"{run.steps[-1].get('epoch') or 0:.2f}"))
+    return facts
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    if not run.steps:
+        return []
+    loss, tokens, seconds = run.column("loss"), run.column("tokens"), run.column("step_seconds")
+    waited = float(np.nansum(run.column("data_wait_seconds")))
+    known = loss[np.isfinite(loss)]
+    figures = [
+        (f"{run.last_step:,}", "steps"),
+        (_number(loss[-1]), f"loss, from {_number(loss[0])}"),
+        (amount(int(np.nansum(tokens))), "tokens"),
+        (amount(round(float(np.nansum(tokens)) / max(float(np.nansum(seconds)), 1e-9))), "tokens a second of stepping"),
+        (f"{waited / max(waited + float(np.nansum(seconds)), 1e-9):.1%}", "of the time waiting for data"),
+    ]
+    if run.evaluations:
+        evaluations = run.eval_column("eval_loss")
+        figures.insert(2, (_number(evaluations[-1]), f"evaluation loss, from {_number(evaluations[0])}"))
+    if len(known) < len(loss):
+        figures.append((f"{len(loss) - len(known):,}", "steps whose loss was not finite"))
+    resumes = sum(event["event"] == "resume" for event in run.history)
+    if run.history:
+        figures.append((f"{resumes:,}", "resume" if resumes == 1 else "resumes"))
+    return figures
+
+
+def _charts(run: Run) -> list[Plot]:
+    """The charts whose values the run has."""
+    steps, last = run.column("step"), run.last_step
+    first = int(steps[0])
+    lines = _marks(run)
+    unnamed = [(step, "") for step, _ in lines]
+
+    def chart(title: str, note: str, series: list[Series], zero: bool = False) -> Plot:
+        marks = lines if title == "Loss" else unnamed
+        return charts.over_steps(title, note, series, zero=zero, marks=marks, first_step=first, last_step=last)
+
+    def column(name: str, colour: str, key: str) -> Series:
+        return Series(name, colour, steps, run.column(key))
+
+    tokens, seconds, waited = run.column("tokens"), run.column("step_seconds"), run.column("data_wait_seconds")
+    evaluation = Series("evaluation", "warn", run.eval_column("step"), run.eval_column("eval_loss"), dots=True)
+    speed = tokens / np.maximum(seconds, 1e-9)
+    found = [
+        chart("Loss", "A mean over the trained tokens of each step.",
+              [column("training", "tokens", "loss"), evaluation]),
+        chart("Learning rate", f"Highest {np.nanmax(run.column('lr')):.3g}." if _has(run, "lr") else "",
+              [column("learning rate", "tokens", "lr")], True),
+        chart("Gradient norm", "Before clipping.", [column("norm", "visual", "grad_norm")]),
+        chart("Tokens per second", f"Of stepping, without waiting for data; median {np.nanmedian(speed):,.0f}.",
+              [Series("tokens per second", "good", steps, speed)], True),
+        chart("Waiting for data", f"Seconds of each step; {np.nansum(waited):,.1f} s in all, beside "
+              f"{np.nansum(seconds):,.1f} s of stepping.", [Series("seconds", "warn", steps, waited)], True),
+    ]  # fmt: skip
+    if np.isfinite(run.workers).any():
+        few, many = np.nanmin(run.workers), np.nanmax(run.workers)
+        note = f"{few:.0f} throughout." if few == many else f"From {few:.0f} to {many:.0f}."
+        found.append(chart("Workers", note, [Series("workers", "grey", steps, run.workers)], True))
+    saved = [event for event in run.history if event["event"] == "checkpoint" and event.get("seconds") is not None]
+    if saved:
+        values = np.asarray([event["seconds"] for event in saved], dtype=np.float64)
+        when = np.asarray([event["step"] for event in saved], dtype=np.float64)
+        note = f"The step loop held up at each; {values.sum():,.1f} s in all, {np.median(values):.2g} s at the median."
+        found.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
+    skipped = run.column("skipped_samples")
+    if np.nansum(skipped):
+        note = f"Samples whose picture could not be used: {np.nansum(skipped):,.0f} in all."
+        found.append(chart("Skipped samples", note, [Series("samples", "bad", steps, skipped)], True))
+    return [plot for plot in found if plot.curves and any(curve.line or curve.dots for curve in plot.curves)]
+
+
+def _has(run: Run, key: str) -> bool:
+    return bool(np.isfinite(run.column(key)).any())
+
+
+def _marks(run: Run) -> list[tuple[int, str]]:
+    """Lines in every chart, what happened at one step together; of very many the lines alone."""
+    at: dict[int, list[str]] = {}
+    for event in run.history:
+        if event["event"] in MARKS:
+            at.setdefault(event["step"], []).append(MARKS[event["event"]])
+    marks = [(step, ", ".join(dict.fromkeys(names))) for step, names in sorted(at.items())]
+    return marks if len(marks) <= MOST_MARKS else [(step, "") for step, _ in marks]
+
+
+def _event(event: dict[str, Any]) -> dict[str, Any]:
+    known = ("time", "event", "step", "workers")
+    details = [f"{name} {_words(value)}" for name, value in event.items() if name not in known and value is not None]
+    return {
+        "time": f"{datetime.fromisoformat(event['time']):%Y-%m-%d %H:%M:%S}",
+        "step": event["step"],
+        "workers": event["workers"],
+        "name": str(event["event"]).replace("_", " "),
+        "colour": COLOURS.get(event["event"], ""),
+        "text": ", ".join(details),
+    }
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _events_note(run: Run, count: int) -> str:
+    saved = sum(event["event"] == "checkpoint" for event in run.history)
+    shown = "" if count <= MOST_EVENTS else f" The last {MOST_EVENTS} of {count:,} are here."
+    return f"Times are UTC. {saved:,} checkpoints were written; they are not listed.{shown}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if np.isfinite(value) else "not finite"

@@ -1,0 +1,26 @@
+"""Numbers and notes as reports write them."""
+
+from datetime import UTC, datetime, timedelta
+
+import mmray
+
+
+def amount(count: int) -> str:
+    """A count as a person takes it in at a glance: 1,959 or 5.62 M."""
+    for limit, letter in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
+        if count >= limit:
+            return f"{count / limit:.3g} {letter}"
+    return f"{count:,}"
+
+
+def span(time: timedelta) -> str:
+    """A length of time in its two largest units: 3 d 4 h, 12 min 5 s."""
+    seconds = int(time.total_seconds())
+    parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
+    first = next((place for place, (count, _) in enumerate(parts) if count), 3)
+    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count) or "0 s"
+
+
+def made_by() -> str:
+    """The last line of a page."""
+    return f"mmray {mmray.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

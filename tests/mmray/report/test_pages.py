@@ -1,0 +1,331 @@
+"""The pages of a prepared dataset and of a run: their numbers are the data's, what the data says is text and nothing
+more, and they need nothing else."""
+
+import json
+import re
+
+import fsspec
+import numpy as np
+import pytest
+import yaml
+
+from mmray.balanced_schedule import BalancedSchedule
+from mmray.config import load_job
+from mmray.errors import UserError
+from mmray.prepared import PreparedDataset
+from mmray.report import Run, prepared_page, run_page
+from mmray.report import prepared as facts
+from mmray.report.prepared import Distributions, StepSettings, step_balance
+from mmray.schedule import Schedule
+from mmray.training.history import HISTORY_FILE
+from mmray.training.metrics import METRICS_FILE
+from tests.mmray.html_page import Page, assert_needs_nothing
+from tests.mmray.looking import drawn_page, name_processor
+from tests.mmray.preparing import Preparation, chat, write_rows
+from tests.mmray.test_docs_jobs import LEAST
+
+HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\"' {{ 7*7 }} &lt; \x1b"
+PACKING = {"token_capacity": 300, "visual_capacity": 200, "window_rows": 16}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory, processor_folders, processors):
+    """Some windows of rows with images of several shapes, chats, and bad rows whose ids are hostile."""
+    folder = tmp_path_factory.mktemp("report")
+    drawn_page((170, 220)).save(folder / "page.png")
+    drawn_page((220, 170)).save(folder / "wide.png")
+    pages = [
+        {"id": f"page {number}", "text": "<image>\n" + "word " * (number % 40),
+         "images": [("page.png", "wide.png")[number % 2]]}
+        for number in range(40)
+    ]  # fmt: skip
+    bad = [{"id": f"{HOSTILE}{number}", "text": ""} for number in range(5)]
+    missing = [{"id": HOSTILE, "text": "<image>", "images": [f"{HOSTILE}.png"]}]
+    pages_file = write_rows(folder / "pages.jsonl", pages + bad + missing)
+    chats = [chat(f"Say {number} {HOSTILE}", HOSTILE, id=f"chat {number} {HOSTILE}") for number in range(9)]
+    chats_file = write_rows(folder / "chat.jsonl", chats)
+    made = Preparation(
+        processors["qwen2_vl"],
+        {"files": (pages_file,), "kind": "pretrain", "image_root": str(folder)},
+        {"files": (chats_file,), "kind": "chat"},
+        packing=packing(), tiling={"grid": (1, 2), "tile_size": (56, 56), "labels": True},
+    )  # fmt: skip
+    return name_processor(made.write(folder / "prepared"), processor_folders["qwen2_vl"], "qwen2_vl")
+
+
+def packing(**changes):
+    from mmray.packing_settings import PackingSettings
+
+    return PackingSettings(**PACKING | changes)
+
+
+@pytest.fixture(scope="session")
+def page(written):
+    return Page(prepared_page(written))
+
+
+def words(page):
+    """All text of a page, blanks collapsed."""
+    return " ".join(" ".join(each.text for each in page.elements if each.tag != "style").split())
+
+
+def boxes(page, title):
+    """Titles of the bars of one chart."""
+    (head,) = [each for each in page.of("h3") if each.text == title]
+    (chart,) = [each for each in head.parents if "chart" in each.classes]
+    return [each.text for each in page.of("title") if any(parent is chart for parent in each.parents)]
+
+
+def counted(titles):
+    """Sum of the counts that bars tell."""
+    return sum(int(re.search(r": ([\d,]+) ", title)[1].replace(",", "")) for title in titles)
+
+
+# ---- A prepared dataset ----
+
+
+def test_figures_and_fill_are_those_of_the_manifest(page, written):
+    stats, text = written.statistics, words(page)
+    figures = {span.text: b.text for span, b in zip(figure_parts(page, "span"), figure_parts(page, "b"), strict=True)}
+    assert figures["of 55 rows packed"] == str(stats["rows_packed"]) == "49"
+    assert figures["rows rejected"] == str(stats["rows_rejected"]) == "6"
+    assert figures["bins"] == str(stats["bins"]) == str(len(written))
+    assert figures["images"] == str(stats["images"]) == "40"
+    assert f"{stats['tokens']:,} of {stats['bins'] * 300:,}" in text
+    best = stats["tokens"] / (stats["bins_at_least"] * 300)
+    assert f"at the bound {best:.1%}" in text
+    gauges = [each.text for each in page.of("b") if each.is_in("gauge-head")]
+    assert gauges == [f"{stats['token_fill']:.1%}", f"{stats['visual_fill']:.1%}"]
+
+
+def figure_parts(page, tag):
+    return [each for each in page.of(tag) if each.is_in("figures")]
+
+
+def test_charts_count_every_bin_sample_and_image(page, written):
+    bins = [written.bin(number) for number in range(len(written))]
+    assert counted(boxes(page, "Lengths of bins")) == len(bins)
+    assert counted(boxes(page, "Tokens and visual tokens of each bin")) == len(bins)
+    assert counted(boxes(page, "Images per bin")) == len(bins)
+    assert counted(boxes(page, "Visual tokens of bins")) == len(bins)
+    assert counted(boxes(page, "Lengths of samples")) == sum(len(each.sample_lengths) for each in bins)
+    lengths = [len(each.input_ids) for each in bins]
+    assert f"Median {np.median(lengths):,.0f}, shortest {min(lengths)}, longest {max(lengths)} of 300." in words(page)
+    assert f"On average {np.mean([len(each.images) for each in bins]):.1f}," in words(page)
+    for bucket in {each.bucket for each in bins}:
+        count = sum(each.bucket == bucket for each in bins)
+        assert f"{count:,} bins, {count / len(bins):.0%}" in words(page)
+
+
+def test_rejected_rows_stand_with_their_reasons_and_examples(page, written):
+    reasons = [each.text for each in page.of("b") if each.parents[-1].tag == "summary"]
+    assert reasons == ["empty_text", "image_missing"]
+    assert [each.text for each in page.of("dt")] == [page_text(f"{HOSTILE}{number}") for number in range(3)] + [
+        page_text(HOSTILE)
+    ]
+    rejected = written.rejected().to_pylist()
+    shown = [each.text for each in page.of("dd")]
+    for row in rejected[:3] + rejected[-1:]:
+        assert page_text(row["message"]) in shown
+        assert page_text(row["source"]) in shown
+
+
+def page_text(text):
+    """As a browser shows text of the data."""
+    from mmray.visible import visible
+
+    return visible(text)
+
+
+def test_bins_are_shown_with_tiles_and_masks(page, written):
+    shown = page.of("details", "bin")
+    buckets = {written.bin(number).bucket for number in range(len(written))}
+    assert len(shown) == min(len(buckets), facts.SHOWN_BINS)
+    assert len(page.pictures) >= 2
+    assert all(picture.size == (56, 56) for picture in page.pictures)
+    assert any("word" in each.text for each in page.of("span", "trained"))
+    assert page.of("span", "run")
+
+
+def test_hostile_text_stays_text_and_the_page_needs_nothing(page, written):
+    assert_needs_nothing(page)
+    assert "<script>alert" not in page.html
+    assert "\x1b" not in page.html
+    assert "49 &lt;" not in words(page)  # {{ 7*7 }} is no template
+    assert {each.attributes["src"][:23] for each in page.of("img")} == {"data:image/jpeg;base64,"}
+    assert len(page.html) < 1_000_000
+
+
+def test_the_balance_of_steps_is_that_of_the_orders(written):
+    settings = StepSettings.of(None)
+    found = step_balance(written, settings)
+    assert found.whole_steps == len(found.plain) == len(written) // 8
+    plain = Schedule(len(written), 8, 0, written.fingerprint)
+    for order, ratios in (
+        (plain, found.plain),
+        (BalancedSchedule(plain, settings.balance).bound_to(written.loads), found.balanced),
+    ):
+        for step, ratio in enumerate(ratios):
+            costs = settings.balance.costs(written.loads(np.asarray(order.bins(step))))
+            assert ratio == pytest.approx(costs.max() / costs.mean())
+    assert found.balanced.mean() <= found.plain.mean()
+
+
+def test_a_job_says_whose_steps(written, tmp_path):
+    content = yaml.safe_load(LEAST) | {"resources": {"workers": 2}}
+    content["training"]["global_batch_bins"] = 4
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
+    job = load_job(tmp_path / "job.yaml")
+    text = words(Page(prepared_page(written, job=job)))
+    assert f"4 bins a step on 2 workers (job {job.name})" in text
+    one = job.model_copy(update={"resources": job.resources.model_copy(update={"workers": 1})})
+    assert "One worker waits for no other" in words(Page(prepared_page(written, job=one)))
+
+
+def test_of_many_files_some_are_read_and_the_page_says_so(written, monkeypatch):
+    monkeypatch.setattr(facts, "MOST_FOOTERS", 2)
+    monkeypatch.setattr(facts, "MOST_FILES", 1)
+    found = Distributions.of(written)
+    first, *_, last = written.files.values()
+    assert found.bins == (len(first) + len(last), len(written))
+    assert found.loads.tokens.tolist() == [len(written.bin(each).input_ids) for each in (*first, *last)]
+    page = Page(prepared_page(written))
+    assert f"of {len(first) + len(last)} of {len(written)} bins, in evenly spaced files" in words(page)
+    assert counted(boxes(page, "Images per bin")) == len(first)
+    assert len(page.of("details", "bin")) >= 1
+
+
+def test_a_dataset_by_its_address(written):
+    files = fsspec.filesystem("memory")
+    files.put(written.path, "/report-prepared", recursive=True)
+    there, here = (Page(prepared_page(PreparedDataset(path))) for path in ("memory://report-prepared", written.path))
+    assert words(there).replace("memory://report-prepared", written.path)[:-30] == words(here)[:-30]
+
+
+def test_a_dataset_without_bins_images_or_rejects(processors, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"id": "a", "text": "hello there"}])
+    text_only = Preparation(processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing())
+    page = Page(prepared_page(text_only.write(tmp_path / "text")))
+    assert "None: every row that was read is in a bin." in words(page)
+    assert "An epoch of 1 bins has no whole step of 8" in words(page)
+    assert "Not shown: the dataset does not name its processor" in words(page)
+    nothing = Preparation(
+        processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing(token_capacity=1)
+    )
+    page = Page(prepared_page(nothing.write(tmp_path / "nothing")))
+    assert "Every row was rejected" in words(page)
+    assert page.of("figure") == []
+    assert [each.text for each in page.of("dt")] == ["a"]
+
+
+def test_a_processor_that_went_away_leaves_bins_out_and_a_wrong_one_is_an_error(written, tmp_path, processor_folders):
+    manifest = json.loads((tmp_path.__class__(written.path) / "manifest.json").read_text())
+    moved = PreparedDataset(written.path)
+    moved.manifest = manifest | {"processor_source": str(tmp_path / "gone")}
+    page = Page(prepared_page(moved))
+    assert "say where it is now: --processor" in words(page)
+    assert page.of("details", "bin") == []
+    with pytest.raises(UserError, match="is not the processor"):
+        prepared_page(moved, str(processor_folders["smolvlm"]))
+    assert Page(prepared_page(moved, str(processor_folders["qwen2_vl"]))).of("details", "bin")
+
+
+# ---- A run ----
+
+
+def write_run(folder, steps, history=(), warnings="", **columns):
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for step in range(1, steps + 1):
+        line = {
+            "step": step, "epoch": step / 10, "loss": 5 - step / steps, "tokens": 1000, "trained_tokens": 400,
+            "bins": 8, "lr": 1e-4, "grad_norm": 1.5, "step_seconds": 0.5, "data_wait_seconds": 0.25,
+        }  # fmt: skip
+        lines.append(line | {key: value(step) for key, value in columns.items()})
+        if step % 4 == 0:
+            lines.append({"step": step, "epoch": step / 10, "eval_loss": 6 - step / steps})
+    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if history:
+        events = [{"time": f"2026-11-25T22:00:{number:02d}+00:00"} | event for number, event in enumerate(history)]
+        (folder / HISTORY_FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
+    if warnings:
+        (folder / "warnings.log").write_text(warnings)
+    return folder
+
+
+HISTORY = (
+    {"event": "start", "step": 0, "workers": 2},
+    {"event": "checkpoint", "step": 4, "workers": 2, "name": "checkpoint_4", "seconds": 1.25},
+    {"event": "preemption", "step": 5, "workers": 2, "nodes": ["a", "b"], "deadline": None},
+    {"event": "damaged_checkpoint", "step": 4, "workers": 0, "checkpoint": "checkpoint_5", "problem": HOSTILE},
+    {"event": "resume", "step": 4, "workers": 3, "checkpoint": "checkpoint_4"},
+    {"event": "checkpoint", "step": 8, "workers": 3, "name": "checkpoint_8", "seconds": 0.75},
+    {"event": "finish", "step": 8, "workers": 3},
+)
+
+
+def hover(page, title):
+    return [text for text in boxes(page, title) if text.startswith("step")]
+
+
+def test_a_run_is_told_step_by_step(tmp_path):
+    folder = write_run(tmp_path / "run", 8, HISTORY, "first\n" + HOSTILE + "\n", skipped_samples=lambda step: step == 3)
+    run = Run(folder)
+    page = Page(run_page(run))
+    figures = {span.text: b.text for span, b in zip(figure_parts(page, "span"), figure_parts(page, "b"), strict=True)}
+    assert figures == {
+        "steps": "8", "loss, from 4.875": "4", "evaluation loss, from 5.5": "5", "tokens": "8,000",
+        "tokens a second of stepping": "2,000", "of the time waiting for data": "33.3%", "resume": "1",
+    }  # fmt: skip
+    assert hover(page, "Loss")[3] == "step 4\ntraining 4.5\nevaluation 5.5"
+    assert hover(page, "Workers") == [f"step {step}\nworkers {2 if step <= 4 else 3}" for step in range(1, 9)]
+    assert hover(page, "Tokens per second")[0] == "step 1\ntokens per second 2,000"
+    assert hover(page, "Checkpoints") == ["step 4\nseconds 1.25", "step 8\nseconds 0.75"]
+    assert hover(page, "Skipped samples")[2] == "step 3\nsamples 1"
+    assert [each.text for each in page.of("h3")] == [
+        "Loss", "Learning rate", "Gradient norm", "Tokens per second", "Waiting for data", "Workers", "Checkpoints",
+        "Skipped samples",
+    ]  # fmt: skip
+    events = [each.text for each in page.of("td", "event")]
+    assert events == ["start", "preemption", "damaged checkpoint", "resume", "finish"]
+    assert "nodes a, b" in words(page)
+    assert page.of("b")[0].text == "finished"
+    assert page_text(HOSTILE) in page.of("pre")[0].text
+    assert [each.text for each in page.of("span") if each.is_in("flags")] == ["damaged, resumed", "preempted"]
+    assert_needs_nothing(page)
+    assert "<script>alert" not in page.html
+
+
+def test_a_run_without_history_or_steps(tmp_path):
+    page = Page(run_page(Run(write_run(tmp_path / "old", 3))))
+    assert "no history.jsonl" in words(page)
+    assert "Workers" not in [each.text for each in page.of("h3")]
+    assert "after step 3" in words(page)
+    page = Page(run_page(Run(write_run(tmp_path / "new", 0, HISTORY[:1]))))
+    assert "No step is finished yet" in words(page)
+    assert page.of("figure") == []
+    with pytest.raises(UserError, match="holds no run"):
+        Run(tmp_path)
+
+
+def test_the_page_of_a_long_run_is_small_and_keeps_its_spikes(tmp_path):
+    steps = 20_000
+    folder = write_run(
+        tmp_path / "long", steps, loss=lambda step: 99.5 if step == 12_345 else (None if step == 77 else 2.0)
+    )
+    page = Page(run_page(Run(folder)))
+    assert len(page.html) < 400_000
+    assert any("99.5" in text for text in hover(page, "Loss"))
+    assert any("1 not finite" in text for text in hover(page, "Loss"))
+    assert "steps whose loss was not finite" in words(page)
+
+
+def test_a_run_as_arrays(tmp_path):
+    run = Run(write_run(tmp_path / "run", 8, HISTORY, loss=lambda step: None if step == 2 else step))
+    assert np.isnan(run.column("loss")).tolist() == [step == 2 for step in range(1, 9)]
+    assert run.workers.tolist() == [2] * 4 + [3] * 4
+    assert run.eval_column("eval_loss").tolist() == [5.5, 5]
+    assert np.isnan(run.column("nothing")).all()
+    assert run.is_finished
+    assert run.lasted.total_seconds() == 6
+    assert repr(run) == f"Run({str(tmp_path / 'run')!r}, steps=8, finished=True)"
