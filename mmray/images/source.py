@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from mmray.errors import RowError, UserError
+from mmray.images.part import PartOfFile
 from mmray.storage import file_system, file_version
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-"""A local path, a URI, the encoded image itself, or a binary file, which is read from its beginning."""
+"""A local path, a URI, either of a part of a .tar (`PartOfFile`), the encoded image itself, or a binary file, which is
+read from its beginning."""
 
 ALLOWED_SCHEMES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "hf", "memory"}
 """URI schemes a row may name. Add to it where your storage has another one that fsspec knows."""
@@ -44,6 +46,8 @@ def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) ->
     if isinstance(source, str | os.PathLike):
         is_uri = isinstance(source, str) and "://" in source
         try:
+            if part := PartOfFile.written(os.fspath(source)):
+                return part.open_in(*locate_uri(part.file), block_bytes) if is_uri else part.open_local(block_bytes)
             return _open_uri(str(source), block_bytes) if is_uri else open(source, "rb")
         except PASSING_ERRORS:
             raise
@@ -75,14 +79,16 @@ def source_state(source: ImageSource) -> tuple[str, str] | None:
     if not isinstance(source, str | os.PathLike):
         return None
     place = os.fspath(source)
+    part = PartOfFile.written(place)
+    file = part.file if part else place
     try:
         if "://" in place:
-            file_system, path = locate_uri(place)
-            info = file_system.info(path)
+            system, path = locate_uri(file)
+            info = system.info(path)
             num_bytes, version = info["size"], file_version(info)
         else:
             place = os.path.abspath(place)
-            status = os.stat(place)
+            status = os.stat(file)
             num_bytes, version = status.st_size, str(status.st_mtime_ns)
     except PASSING_ERRORS:
         raise

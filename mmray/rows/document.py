@@ -84,6 +84,8 @@ class DocumentReader:
             document, count = self._chat(value, row_id, images)
         else:
             text, count = self._units(self._string(value, "text"), "text")
+            if not count and self.dataset.images_first:
+                text, count = f"{self.family.placeholder_unit}\n" * len(images) + text, len(images)
             document = Document(row_id, text, images, add_special_tokens=True)
         check_image_count(count, len(images))
         return document
@@ -107,7 +109,7 @@ class DocumentReader:
             return ()
         if not isinstance(found, list):
             raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
-        return tuple(self._image(entry, source) for entry in found)
+        return tuple(entry if isinstance(entry, ImageRef) else self._image(entry, source) for entry in found)
 
     def _image(self, entry: object, source: str) -> ImageRef:
         if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both

@@ -2,8 +2,8 @@
 
 A *piece* is a range of rows of one file, a *chunk* the rows one actor call encodes, a *window* the chunks that are
 packed together. The plan is a pure function of the files, so the same input gives the same windows whatever the
-number of actors. JSONL files are read through once here for their line breaks (about 1 GB/s); every later reader
-seeks to its bytes.
+number of actors. JSONL files are read through once here for their line breaks (about 1 GB/s), shards for their headers;
+every later reader seeks to its bytes.
 """
 
 import posixpath
@@ -20,26 +20,33 @@ from fsspec.implementations.local import LocalFileSystem
 from mmray.errors import UserError
 from mmray.images.source import one_line
 from mmray.rows.settings import DatasetSettings
+from mmray.rows.webdataset import row_starts
 from mmray.storage import file_system, file_version
 
-_READ_BYTES = 8 << 20
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+READ_BYTES = 8 << 20
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
+_NAMES = {"jsonl": "JSON lines", "parquet": "Parquet", "webdataset": "a WebDataset shard"}
+_WEBDATASET_FIELDS = ("id", "text", "images")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One row file. version: modification time or etag; what tells a replaced file from the one prepared."""
+    """One row file. version: modification time or etag; what tells a replaced file from the one prepared. fields: what
+    its rows call `id`, `text` and `images`."""
 
     dataset: int
     uri: str
     format: str
     size: int
     version: str
+    fields: tuple[str, str, str] = _WEBDATASET_FIELDS
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [first_row, first_row + num_rows) of a file; for JSONL, lines in bytes [start, stop)."""
+    """Rows [first_row, first_row + num_rows) of a file; they start in bytes [start, stop) but for Parquet. fields: as
+    in `SourceFile`."""
 
     dataset: int
     uri: str
@@ -48,6 +55,7 @@ class Piece:
     num_rows: int
     start: int = 0
     stop: int = 0
+    fields: tuple[str, str, str] = _WEBDATASET_FIELDS
 
 
 @dataclass(frozen=True)
@@ -105,10 +113,11 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, 
     suffix = posixpath.splitext(path)[1].lower()
     if suffix in _COMPRESSED:
         raise UserError(f"{uri}: compressed row files cannot be read from the middle; decompress it, or use Parquet")
-    ending = "parquet" if suffix == ".parquet" else "jsonl"
-    return SourceFile(
-        number, uri, ending if dataset.format == "auto" else dataset.format, int(info["size"]), file_version(info)
-    )
+    format_ = _FORMATS.get(suffix, "jsonl") if dataset.format == "auto" else dataset.format
+    if (format_ == "webdataset") != (suffix == ".tar"):
+        raise UserError(f"{uri}: a WebDataset shard ends with .tar and nothing else does; here format is {format_}")
+    own_id, text, images = map(dataset.column, _WEBDATASET_FIELDS)
+    return SourceFile(number, uri, format_, int(info["size"]), file_version(info), (own_id, text, images))
 
 
 def plan_chunks(files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int) -> list[Chunk]:
@@ -137,7 +146,7 @@ def _chunk_pieces(indexed: Any, chunk_rows: int) -> Iterator[list[Piece]]:
         while row < total:
             taken = min(room, total - row)
             span = int(starts[row]), int(starts[row + taken])
-            group.append(Piece(file.dataset, file.uri, file.format, row, taken, *span))
+            group.append(Piece(file.dataset, file.uri, file.format, row, taken, *span, file.fields))
             row, room = row + taken, room - taken
             if not room:
                 yield group
@@ -147,21 +156,20 @@ def _chunk_pieces(indexed: Any, chunk_rows: int) -> Iterator[list[Piece]]:
 
 
 def _row_starts(file: SourceFile) -> np.ndarray:
-    """Where each row starts, and the end: byte offsets for JSONL, row numbers for Parquet. int64 [rows + 1]."""
+    """Where each row starts, and the end: byte offsets, of Parquet row numbers. int64 [rows + 1]."""
     try:
         system, path = file_system(file.uri)
-        with system.open(path, "rb", block_size=_READ_BYTES) as opened:
+        with system.open(path, "rb", block_size=READ_BYTES) as opened:
             if file.format == "parquet":
                 return np.arange(pq.ParquetFile(opened).metadata.num_rows + 1, dtype=np.int64)
-            return _line_starts(opened)
+            return row_starts(opened, file.size) if file.format == "webdataset" else _line_starts(opened)
     except (OSError, pa.ArrowException) as error:
-        as_what = "as Parquet" if file.format == "parquet" else "as JSON lines"
-        raise UserError(f"{file.uri}: cannot be read {as_what}: {error}") from error
+        raise UserError(f"{file.uri}: cannot be read as {_NAMES[file.format]}: {error}") from error
 
 
 def _line_starts(opened: BinaryIO) -> np.ndarray:
     breaks, offset = [np.zeros(1, dtype=np.int64)], 0
-    while block := opened.read(_READ_BYTES):
+    while block := opened.read(READ_BYTES):
         breaks.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1 + offset)
         offset += len(block)
     starts = np.concatenate(breaks)

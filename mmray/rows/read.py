@@ -5,7 +5,6 @@ goes on where its last piece ended: an actor that reads every second chunk of a 
 each chunk, and holds a few rows at a time, never a row group.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,9 @@ import pyarrow.parquet as pq
 
 from mmray.errors import RowError, UserError
 from mmray.images.source import one_line
-from mmray.rows.files import Piece
+from mmray.rows.files import READ_BYTES, Piece
+from mmray.rows.json_rows import parse_row
+from mmray.rows.webdataset import read_rows
 from mmray.storage import file_system
 
 _BATCH_ROWS = 64
@@ -25,7 +26,7 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as written. source: `file:line` (JSONL, lines from 1) or `file:row` (Parquet, rows from 0)."""
+    """One row as written. source: `file:line` (JSONL, lines from 1) or `file:row` (other formats, rows from 0)."""
 
     source: str
     dataset: int
@@ -40,6 +41,8 @@ class RowReader:
 
     def read(self, piece: Piece) -> Iterator[RawRow]:
         """The rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged file."""
+        if piece.format == "webdataset":
+            return _read_shard(piece)
         if piece.format != "parquet":
             return _read_jsonl(piece)
         if self._parquet is None or self._parquet.uri != piece.uri:
@@ -57,35 +60,15 @@ def _read_jsonl(piece: Piece) -> Iterator[RawRow]:
     lines = system.cat_file(path, start=piece.start, end=piece.stop).split(b"\n")
     for number, line in enumerate(lines[: piece.num_rows], start=piece.first_row + 1):
         if line.strip():
-            yield RawRow(f"{piece.uri}:{number}", piece.dataset, _parse(line))
+            yield RawRow(f"{piece.uri}:{number}", piece.dataset, parse_row(line))
 
 
-def _parse(line: bytes) -> dict[str, Any] | RowError:
-    try:
-        text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-        value = json.loads(text)
-    except UnicodeDecodeError as error:
-        return RowError("not_utf8", f"byte {error.start} of the line is not UTF-8; save the file as UTF-8")
-    except ValueError as error:
-        return RowError("bad_json", f"the line is not JSON: {error}; it begins {text[:60]!r}")
-    except RecursionError:
-        return RowError("bad_json", "the line nests too deeply to be a row; write it flat")
-    if not isinstance(value, dict):
-        return RowError("bad_json", f"a row must be a JSON object, this line is a {type(value).__name__}")
-    if half := _lone_surrogate(text, value):
-        return RowError("not_utf8", f"the line holds {half!a}, half of a surrogate pair; write the whole character")
-    return value
-
-
-def _lone_surrogate(text: str, value: dict[str, Any]) -> str | None:
-    """JSON may write half a character, as \\ud83d; no UTF-8 exists for it, so neither files nor tokenizers take it."""
-    if "\\ud" not in text.lower():
-        return None
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return str(error.object[error.start])
-    return None
+def _read_shard(piece: Piece) -> Iterator[RawRow]:
+    system, path = file_system(piece.uri)
+    with system.open(path, "rb", block_size=READ_BYTES) as file:
+        values = read_rows(file, piece.uri, piece.start, piece.stop, piece.fields)
+        for row, value in enumerate(values, start=piece.first_row):
+            yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
 
 
 class _ParquetRows:

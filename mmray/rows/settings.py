@@ -28,8 +28,8 @@ class DatasetSettings(Settings):
     """`pretrain` (`text`), `chat` (`messages` or ShareGPT `conversations`) or `tokenized` (`input_ids`, and
     `labels` or `sampled_mask`)."""
 
-    format: Literal["auto", "jsonl", "parquet"] = "auto"
-    """File format; `auto` goes by the ending: `.parquet`, anything else is JSON lines."""
+    format: Literal["auto", "jsonl", "parquet", "webdataset"] = "auto"
+    """File format; `auto` goes by the ending: `.parquet`, `.tar` (WebDataset shards), anything else is JSON lines."""
 
     image_root: str | None = None
     """Folder or URI that image paths are relative to, and must stay inside. Default: the folder of the row file."""
@@ -39,6 +39,10 @@ class DatasetSettings(Settings):
 
     placeholder: str = "<image>"
     """Text that stands for an image in `text` and in message strings. The model's own text for it works too."""
+
+    images_first: bool = False
+    """Put a placeholder and a line break for each image before a `pretrain` text that has no placeholder: captions of
+    WebDataset shards and most datasets of Hugging Face name their image nowhere."""
 
     add_eos: bool = True
     """Append the end-of-document token to `pretrain` rows."""

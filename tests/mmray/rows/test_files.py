@@ -184,7 +184,7 @@ def write_files(sources):
 def test_every_row_is_in_one_chunk_in_order(sources, chunk_rows, per_window, read_bytes):
     pattern, expected = write_files(sources)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files_module, "_READ_BYTES", read_bytes)
+        patch.setattr(files_module, "READ_BYTES", read_bytes)
         chunks = plan_chunks(found(pattern), window_rows=chunk_rows * per_window, chunk_rows=chunk_rows)
     assert texts_of(chunks) == expected
     assert all(chunk.num_rows == chunk_rows for chunk in chunks[:-1])

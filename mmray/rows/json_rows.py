@@ -1,0 +1,35 @@
+"""JSON text to a row, or to the reason why it is none."""
+
+import json
+from typing import Any
+
+from mmray.errors import RowError
+
+
+def parse_row(line: bytes) -> dict[str, Any] | RowError:
+    """The JSON object of a line of JSONL, or of a file."""
+    try:
+        text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        value = json.loads(text)
+    except UnicodeDecodeError as error:
+        return RowError("not_utf8", f"byte {error.start} of the line is not UTF-8; save the file as UTF-8")
+    except ValueError as error:
+        return RowError("bad_json", f"the line is not JSON: {error}; it begins {text[:60]!r}")
+    except RecursionError:
+        return RowError("bad_json", "the line nests too deeply to be a row; write it flat")
+    if not isinstance(value, dict):
+        return RowError("bad_json", f"a row must be a JSON object, this line is a {type(value).__name__}")
+    if half := _lone_surrogate(text, value):
+        return RowError("not_utf8", f"the line holds {half!a}, half of a surrogate pair; write the whole character")
+    return value
+
+
+def _lone_surrogate(text: str, value: dict[str, Any]) -> str | None:
+    """JSON may write half a character, as \\ud83d; no UTF-8 exists for it, so neither files nor tokenizers take it."""
+    if "\\ud" not in text.lower():
+        return None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return str(error.object[error.start])
+    return None
