@@ -10,6 +10,8 @@ import hashlib
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,14 +20,17 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from mmray.cursor import Cursor
+from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.training.checkpoint import save_state
-from mmray.training.checksums import list_files, list_name
+from mmray.training.checksums import LISTS, list_files, list_name
 from mmray.training.engine import TrainingEngine
 from mmray.training.place import write_place
 from mmray.training.run_checkpoints import checkpoint_name, prune
 
 COPY_CHUNK_BYTES = 64 << 20
+TORCH_WRITE_ERROR = "PytorchStreamWriter"
+"""What torch names in the RuntimeError that it makes of a full disk."""
 
 
 class CheckpointWriter:
@@ -45,11 +50,11 @@ class CheckpointWriter:
         """Write a checkpoint; its name. Collective. wait: until this rank's part is in the run's folder."""
         self._idle.wait()
         self._scratch.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch))
-        save_state(engine, folder)
-        if self._rank == 0:
-            write_place(folder, cursor, prepared)
-            prune(self._run, self._keep)
+        with _told(self._scratch):
+            folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch))
+            save_state(engine, folder)
+            if self._rank == 0:
+                write_place(folder, cursor, prepared)
         self._idle.clear()
         name: str = engine.ranks.from_first(checkpoint_name(cursor.step, uuid4().hex[:8]))
         ray.train.report(
@@ -71,19 +76,38 @@ class CheckpointWriter:
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         """Copy this rank's files into the run's folder, and after them their list."""
+        target, system = self._storage.build_checkpoint_path_from_name(name), self._storage.storage_filesystem
+        threads = not isinstance(system, pyarrow.fs.S3FileSystem)  # uploads to S3 from threads can hang in Arrow
         try:
-            target, system = self._storage.build_checkpoint_path_from_name(name), self._storage.storage_filesystem
+            if self._rank == 0:
+                prune(self._run, self._keep)
             files = list_files(Path(checkpoint.path))
-            system.create_dir(str(Path(target, list_name(self._rank)).parent))
-            threads = not isinstance(system, pyarrow.fs.S3FileSystem)  # uploads to S3 from threads can hang in Arrow
-            pyarrow.fs.copy_files(
-                checkpoint.path, target, destination_filesystem=system, chunk_size=COPY_CHUNK_BYTES, use_threads=threads
-            )
-            with system.open_output_stream(f"{target}/{list_name(self._rank)}") as stream:
-                stream.write(files.encode())
+            with _told(target):
+                system.create_dir(f"{target}/{LISTS}")
+                pyarrow.fs.copy_files(
+                    checkpoint.path, target, destination_filesystem=system, chunk_size=COPY_CHUNK_BYTES,
+                    use_threads=threads,
+                )  # fmt: skip
+                with system.open_output_stream(f"{target}/{list_name(self._rank)}") as stream:
+                    stream.write(files.encode())
             return Checkpoint(path=target, filesystem=system)
         finally:
             self._idle.set()
+
+
+@contextmanager
+def _told(folder: Path | str) -> Iterator[None]:
+    """A disk that is full, or may not be written, as a mistake that a person can read."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and TORCH_WRITE_ERROR not in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(
+            f"a checkpoint could not be written into {folder}: {reason}; make room or mend the disk, and start the "
+            "same command again"
+        ) from error
 
 
 def _scratch(run: Path) -> Path:

@@ -9,12 +9,14 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs.trace import run_tracer
 from jobs.train import open_prepared, train
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.training.history import read_history
 from mmray.training.metrics import read_metrics
+from mmray.training.run_checkpoints import newest_looking_whole, step_of
 from mmray.training.trained import read_trained
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
@@ -85,20 +87,29 @@ def assert_each_bin_once_an_epoch(run: Path) -> None:
     assert len(steps) > epoch, "the run must be longer than an epoch"
 
 
-def test_stopped_and_resumed_equals_one_go_with_as_many_workers(
-    whole: list[dict[str, Any]], inputs: Inputs, folder: Path
-) -> None:
-    assert len(run_job(inputs, folder, "resumed", training__steps=5)) == 5
-    assert_same_steps(run_job(inputs, folder, "resumed"), whole, tolerance=1e-6)
+def test_resumed_with_two_three_one_and_two_workers(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
+    """The global batch of 4 bins does not divide evenly by 3. After the first stop the newest checkpoint is damaged and
+    what Ray Train remembers is torn: the run goes on from the checkpoint before."""
+    run = folder / "chained"
+    run_job(inputs, folder, "chained", training__steps=5, training__checkpoint_every_steps=3)
+    newest = newest_looking_whole(run)
+    assert newest is not None
+    shard = next(newest.glob("deepspeed/*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    (run / "checkpoint_manager_snapshot.json").write_text('{"ray_ver')
+    same = run_job(inputs, folder, "chained", training__steps=7)
+    assert_same_steps(same, whole[:7], tolerance=1e-6)
+    events = {event["event"]: event for event in read_history(run)}
+    assert events["damaged_checkpoint"]["checkpoint"] == newest.name
+    assert events["damaged_checkpoint"]["problem"] == f"deepspeed/{shard.name} was changed: its checksum is another"
+    assert (events["resume"]["step"], step_of(events["resume"]["checkpoint"])) == (3, 3)
 
-
-def test_resumed_with_another_number_of_workers(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
-    """Two workers to step 5, three from there: the global batch of 4 bins does not divide evenly."""
-    resources = {"workers": 3, "cpus_per_worker": 0.5, "encode_actors": 2}
-    run_job(inputs, folder, "elastic", training__steps=5)
-    assert_same_steps(run_job(inputs, folder, "elastic", resources=resources), whole, tolerance=1e-3)
-    assert [step.workers for step in read_trained(folder / "elastic")] == [2] * 5 + [3] * 7
-    assert_each_bin_once_an_epoch(folder / "elastic")
+    for steps, workers in ((9, 3), (10, 1), (12, 2)):
+        resources = {"workers": workers, "cpus_per_worker": 0.5, "encode_actors": 2}
+        lines = run_job(inputs, folder, "chained", training__steps=steps, resources=resources)
+    assert_same_steps(lines, whole, tolerance=1e-3)
+    assert [step.workers for step in read_trained(run)] == [2] * 7 + [3] * 2 + [1] + [2] * 2
+    assert_each_bin_once_an_epoch(run)
 
 
 def test_a_killed_worker_is_replaced_and_nothing_changes(
@@ -154,3 +165,26 @@ def test_a_cluster_that_is_too_small_is_told_before_anything_starts(inputs: Inpu
     job = Job.model_validate(job_content(inputs, folder, "large", resources=resources))
     with pytest.raises(UserError, match=r"training needs 11 CPU \(it has 4\)"):
         train(job, open_prepared(job))
+
+
+def test_other_data_in_the_middle_of_a_run_is_asked_for(
+    whole: list[dict[str, Any]], inputs: Inputs, folder: Path
+) -> None:
+    """Without the flag it is refused, with it the new data's first epoch begins; any step can be traced after."""
+    other = {"output__prepared": str(folder / "other"), "packing__token_capacity": 480, "training__steps": 14}
+    job = Job.model_validate(job_content(inputs, folder, "whole", **other))
+    prepare(job, "train")
+    new = open_prepared(job)["train"]
+    difference = "the difference:.*packing.token_capacity: 512 -> 480.*--continue-on"
+    with pytest.raises(UserError, match=rf"(?s)that of {new.path} is {new.fingerprint}; {difference}"):
+        train(job, open_prepared(job))
+    train(job, open_prepared(job), continue_on=True)
+    assert read_metrics(folder / "whole" / "metrics.jsonl")[:12] == whole
+    last = read_trained(folder / "whole")[12:]
+    assert [(step.step, step.data) for step in last] == [(13, new.fingerprint), (14, new.fingerprint)]
+    event = next(event for event in read_history(folder / "whole") if event["event"] == "continue_on")
+    assert (event["step"], event["prepared"], event["bins"]) == (12, new.path, len(new))
+    tracer = run_tracer(job)
+    for step in (*last, read_trained(folder / "whole")[2]):
+        assert {sample.bin for sample in tracer.samples(step.step)} == set(step.all_bins)
+    assert {sample.bin for sample in tracer.samples(15)}.isdisjoint(last[0].all_bins + last[1].all_bins)
