@@ -22,8 +22,9 @@ from mmray.families import Family, family_of, load_processor
 from mmray.images import TilingPolicy, image_size, plan_tiles
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.packing_settings import PackingSettings
-from mmray.rows.encode import Encoder, Sample
+from mmray.rows.encode import Encoder
 from mmray.rows.read import RawRow
+from mmray.rows.sample import Sample
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.synthetic.pages import write_pages
 from mmray.synthetic.processors import write_processor

@@ -27,8 +27,9 @@ from mmray.packing_settings import PackingSettings
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
-from mmray.rows.encode import Encoder, Sample
+from mmray.rows.encode import Encoder
 from mmray.rows.read import RawRow
+from mmray.rows.sample import Sample
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.synthetic.documents import make_document
 

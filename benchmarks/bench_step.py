@@ -41,9 +41,10 @@ from mmray.masks.settings import RoleLoss, label_maker
 from mmray.packing_settings import PackingSettings
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
-from mmray.rows.encode import Encoder, Sample
+from mmray.rows.encode import Encoder
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.read import read_piece
+from mmray.rows.sample import Sample
 from mmray.rows.settings import DataSettings
 from mmray.synthetic.models import small_config
 from mmray.synthetic.pages import write_pages

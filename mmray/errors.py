@@ -1,12 +1,17 @@
 """The two ways a user's input can be wrong: one row of it, or the job as a whole.
 
 Both carry a message of one line that names the value and the remedy; callers at the edge print it without a
-stack trace. Anything else that is raised is a bug of ours.
+stack trace. Anything else that is raised is a bug of ours. Passwords and tokens in URIs do not come through.
 """
+
+from mmray.redact import redacted
 
 
 class UserError(Exception):
     """The job, its files or the machine do not fit; the message says what to change."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class RowError(Exception):
@@ -17,9 +22,9 @@ class RowError(Exception):
     """
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)
+        super().__init__(reason, redacted(message))
         self.reason = reason
-        self.message = message
+        self.message = redacted(message)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"

@@ -28,7 +28,7 @@ from mmray.arrow import binary_cell
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.images import image_size
+from mmray.images.header import measured
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.images.source import one_line
 from mmray.masks.labels import LabelMaker
@@ -39,11 +39,12 @@ from mmray.prepared.window import Window, pack_window, samples_table
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
 from mmray.rows.preflight import check_first_rows
-from mmray.rows.read import RowReader
+from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.training.compatibility import job_family
 from mmray.training.model import load_config
 from pipelines.dataset import ERROR, cluster_cpus, one_row_blocks, out_of_room
+from pipelines.row_ids import find_duplicates
 
 log = logging.getLogger("mmray")
 
@@ -68,7 +69,7 @@ class PrepareContext:
         """Holds the tokenizer; one in each process."""
         return Encoder(
             data, self.datasets, self.family, self.policy, self.job.packing, loss=self.job.loss,
-            size_of=sizes.image_size if sizes else image_size,
+            measure=sizes.measured if sizes else measured,
         )  # fmt: skip
 
     def labels(self) -> LabelMaker:
@@ -78,8 +79,8 @@ class PrepareContext:
     def record(self, files: Any) -> dict[str, Any]:
         """Everything that changes the result."""
         return prepare_record(
-            files=files, datasets=self.datasets, max_image_pixels=self.job.data.max_image_pixels,
-            processor=self.family.processor, tiling=self.policy, packing=self.job.packing, loss=self.job.loss,
+            files=files, datasets=self.datasets, data=self.job.data, processor=self.family.processor,
+            tiling=self.policy, packing=self.job.packing, loss=self.job.loss,
         )  # fmt: skip
 
 
@@ -126,12 +127,12 @@ class EncodeChunk:
         (chunk,) = batch["chunk"]
         error, samples = None, pa.py_buffer(b"")
         try:
-            rows = [row for piece in chunk.pieces for row in self.reader.read(piece)]
+            rows = list(chunk_rows(chunk, self.reader))
             verify = [line * len(rows) // chunk.num_rows for line in chunk.verify]  # blank lines count, but are no rows
-            samples = _to_buffer(samples_table(self.encoder.encode(rows, verify)))
+            samples = _to_buffer(samples_table(self.encoder.encode(rows, verify, chunk.duplicates)))
         except UserError as mistake:
             error = str(mistake)
-        except (ConnectionError, TimeoutError) as failure:
+        except OSError as failure:  # of a store that does not answer, a file that is gone
             error = f"{chunk.pieces[0].uri} or its images: {one_line(failure)}; the same command continues"
         return {
             "window": [chunk.window],
@@ -189,6 +190,7 @@ def prepare(
     record = context.record(files)
     writer = PreparedWriter(context.path)
     if not replace and writer.is_finished(record):
+        writer.tidy()
         return PreparedDataset(context.path), False
     chunks = _with_verification(
         plan_chunks(files, window_rows=job.packing.window_rows, chunk_rows=job.packing.chunk_rows),
@@ -205,6 +207,9 @@ def prepare(
         if finished:
             log.info("%s: %d windows are there from an earlier run and are kept", context.path, len(finished))
         missing = [chunk for chunk in chunks if chunk.window not in finished]
+        if missing and job.data.duplicate_ids == "reject":
+            chunks = find_duplicates(chunks, context.datasets)
+            missing = [chunk for chunk in chunks if chunk.window not in finished]
         done = total - sum(chunk.num_rows for chunk in missing)
         on_progress(done, total)
         try:
@@ -228,7 +233,24 @@ def prepare(
             "seconds": round(time.monotonic() - started, 1),
         },
     )
+    _tell(prepared)
     return prepared, True
+
+
+def _tell(prepared: PreparedDataset) -> None:
+    """Warn of what was let pass, with examples."""
+    facts = prepared.statistics
+    examples = facts["examples"]
+    if facts["duplicate_ids"]:
+        log.warning(
+            "%s: %d samples have an id that another has, such as %r; data.duplicate_ids: reject would set them aside",
+            prepared.path, facts["duplicate_ids"], examples["duplicate_ids"][0],
+        )  # fmt: skip
+    for note, count in facts["image_notes"].items():
+        log.warning(
+            "%s: %d images with %s are taken as they are stored, such as that of row %s",
+            prepared.path, count, note, examples[note][0],
+        )  # fmt: skip
 
 
 def _check_first_rows(context: PrepareContext, chunks: list[Chunk], split: str, sizes: KeptSizes | None) -> list[str]:

@@ -28,8 +28,9 @@ from mmray.packing_settings import PackingSettings
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
-from mmray.rows.encode import Encoder, Sample
+from mmray.rows.encode import Encoder
 from mmray.rows.read import RawRow
+from mmray.rows.sample import Sample
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import build_model

@@ -20,10 +20,11 @@ from mmray.masks.labels import IGNORE_INDEX
 from mmray.masks.settings import LossSource, allows_empty, label_maker
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
-from mmray.rows.encode import Encoder, RejectedRow, Sample
+from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece, SourceFile, plan_chunks, source_files
 from mmray.rows.preflight import FIRST_ROWS, check_first_rows, first_rows, sample_labels
 from mmray.rows.read import RawRow
+from mmray.rows.sample import RejectedRow, Sample
 
 LENGTHS = "exact lengths"
 DECODED_ROWS = 8

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
@@ -44,6 +44,10 @@ MAX_PIXELS = 250_000_000
 
 _WIDTH_TAG, _HEIGHT_TAG, _ORIENTATION_TAG = 256, 257, 274
 _INTEGER_KINDS = {1: "B", 3: "H", 4: "I"}
+_BROKEN = -1
+"""Stands for the orientation that EXIF would have said, had it been readable."""
+BROKEN_EXIF = "broken_exif"
+"""The note on an image whose EXIF cannot be read, or says an orientation there is not: it is taken as it is stored."""
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _PNG_TAIL_BYTES = HEADER_BLOCK_BYTES
 """How much of a PNG's end is searched for EXIF: one request. EXIF itself has at most 64 KB."""
@@ -65,11 +69,32 @@ class ImageHeader:
     """EXIF orientation of the stored pixels, 1 (upright) to 8. 1 where none, or no valid one, is written."""
     num_frames: int | None
     """Pages or frames in the file, of which the first is used. None: only reading on would tell."""
+    note: str = ""
+    """What was passed over: BROKEN_EXIF, or nothing."""
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels, upright."""
         return self.width, self.height
+
+
+class Measured(NamedTuple):
+    """What preparing asks of an image. size: (width, height) in pixels, upright; note: as in `ImageHeader`."""
+
+    size: tuple[int, int]
+    note: str = ""
+
+
+def measured(source: ImageSource, *, max_pixels: int = MAX_PIXELS, one_frame: bool = False) -> Measured:
+    """The size of an image, and what was passed over. Errors as `read_header`.
+
+    one_frame: raise RowError `image_frames` for a file of several pages or frames.
+    """
+    with opened_image(source, max_pixels, block_bytes=HEADER_BLOCK_BYTES) as (image, header):
+        if one_frame and _has_several(image, header, source):
+            message = f"{describe_source(source)}: has several pages or frames; split it, or set data.image_frames"
+            raise RowError("image_frames", f"{message}: first")
+        return Measured(header.size, header.note)
 
 
 def image_size(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -155,10 +180,11 @@ def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile,
 
 def _header_of(image: ImageFile.ImageFile, file: BinaryIO) -> ImageHeader:
     width, height = _stored_size(image)
-    orientation = _orientation(image, file)
+    found = _orientation(image, file)
+    orientation, note = (found, "") if 1 <= found <= 8 else (1, BROKEN_EXIF if found else "")
     if orientation >= 5:
         width, height = height, width
-    return ImageHeader(width, height, str(image.format), image.mode, orientation, _num_frames(image))
+    return ImageHeader(width, height, str(image.format), image.mode, orientation, _num_frames(image), note)
 
 
 def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
@@ -174,19 +200,34 @@ def _num_frames(image: ImageFile.ImageFile) -> int | None:
     return getattr(image, "n_frames", 1)
 
 
+def _has_several(image: ImageFile.ImageFile, header: ImageHeader, source: ImageSource) -> bool:
+    """Whether a file holds more pages or frames than one. The further views of a photograph (MPO) are none."""
+    if header.format == "MPO":
+        return False
+    if header.format != "GIF":
+        return header.num_frames != 1
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except PASSING_ERRORS:
+        raise
+    except Exception as error:  # a parser of foreign bytes may raise anything
+        raise RowError("image_unreadable", f"{describe_source(source)}: {one_line(error)}; store it anew") from error
+
+
 def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
-    """EXIF orientation, else that of XMP, else 1: what `ImageOps.exif_transpose` would find after decoding.
+    """EXIF orientation, else that of XMP, else 1: what `ImageOps.exif_transpose` would find after decoding. Any other
+    number than 1 to 8 means the same as 1; 0 is what some cameras write, others are broken.
 
     Two places are left out: XMP that stands behind the pixels of a PNG, and EXIF there that more than 128 KB follow.
     """
     if isinstance(image, TiffImageFile):
         tag = image.tag_v2.get(_ORIENTATION_TAG)
-        found = tag if tag is None or isinstance(tag, int) else 1
+        found = tag if tag is None or isinstance(tag, int) else _BROKEN
     else:
         found = _exif_orientation(_exif_bytes(image, file))
-    if found is None:
-        found = _xmp_orientation(image) or 1
-    return found if 1 <= found <= 8 else 1
+    if found is None or found == _BROKEN:
+        found = _xmp_orientation(image) or found or 1
+    return found
 
 
 def _exif_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> bytes:
@@ -200,7 +241,7 @@ def _exif_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> bytes:
         try:
             return bytes.fromhex("".join(str(profile).split()[2:]))
         except ValueError:
-            return b""
+            return b"no hexadecimal digits"
     return b""
 
 
@@ -226,26 +267,31 @@ def _png_exif(file: BinaryIO) -> bytes:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation in EXIF bytes, which are a TIFF header and directory (EXIF 2.32, 4.6.2), or None.
+    """The orientation in EXIF bytes, which are a TIFF header and directory (EXIF 2.32, 4.6.2); None where they have
+    none.
 
-    Never raises, whatever the bytes: a picture with a broken EXIF block is still a picture.
+    Never raises, whatever the bytes: a picture with a broken EXIF block is still a picture. It has _BROKEN.
     """
+    if not exif:
+        return None
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None or len(exif) < 8:
-        return None
+        return _BROKEN
     (directory,) = struct.unpack_from(order + "I", exif, 4)
     if directory + 2 > len(exif):
-        return None
+        return _BROKEN
     (num_entries,) = struct.unpack_from(order + "H", exif, directory)
-    first, end = directory + 2, min(directory + 2 + 12 * num_entries, len(exif) - 11)
-    for at in range(first, end, 12):
+    first, stop = directory + 2, directory + 2 + 12 * num_entries
+    is_broken = stop > len(exif)
+    for at in range(first, min(stop, len(exif) - 11), 12):
         tag, kind, count = struct.unpack_from(order + "HHI", exif, at)
         if tag == _ORIENTATION_TAG and count == 1 and kind in _INTEGER_KINDS:
             (value,) = struct.unpack_from(order + _INTEGER_KINDS[kind], exif, at + 8)
-            return value
-    return None
+            return int(value)
+        is_broken |= tag == _ORIENTATION_TAG
+    return _BROKEN if is_broken else None
 
 
 def _xmp_orientation(image: ImageFile.ImageFile) -> int | None:

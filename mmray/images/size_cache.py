@@ -3,7 +3,8 @@
 One Parquet file holds a line for each image: a hash of its path, a hash of path, size in bytes and modification
 time (or etag), and the size in pixels. An image whose file has changed has another second hash and is measured
 anew. 24 bytes an image in memory, 10 million in 240 MB, as plain arrays that processes on a machine can share;
-a lookup is a binary search.
+a lookup is a binary search. An image whose header was not all in order is not kept: what was passed over in it is
+noted anew each time.
 
 Many readers, one writer: each actor gets what `read_sizes` returned, asks its `SizeCache` for sizes, and hands back
 what it had to measure (`take_new`); whoever started them merges it all at the end (`merge_sizes`). What a crash
@@ -19,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.images.header import MAX_PIXELS, image_size
+from mmray.images.header import MAX_PIXELS, Measured, measured
 from mmray.images.source import ImageSource, one_line, source_state
 from mmray.storage import Folder
 
 log = logging.getLogger("mmray")
 
-FORMAT_VERSION = 1
-"""Raised when `image_size` gives another size for some file than before: older caches are not used then."""
+FORMAT_VERSION = 2
+"""Raised when `measured` gives something else for some file than before: older caches are not used then."""
 
 FILE_NAME = "image-sizes.parquet"
 """The file's name where a cache is named by its folder."""
@@ -51,18 +52,24 @@ class SizeCache:
         self._new: dict[int, Entry] = {}
 
     def image_size(self, source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-        """As `mmray.images.image_size`, errors too. Of a known image only the state of its file is asked for.
+        """As `mmray.images.image_size`, errors too."""
+        return self.measured(source, max_pixels=max_pixels).size
 
-        Only images that lie in a file with a modification time or etag are remembered, and only their sizes:
-        whatever raises an error is looked at each time.
+    def measured(
+        self, source: ImageSource, *, max_pixels: int = MAX_PIXELS, one_frame: bool = False
+    ) -> Measured:  # fmt: skip
+        """As `mmray.images.header.measured`, errors too. Of a known image only the state of its file is asked for.
+
+        Only images that lie in a file with a modification time or etag are remembered, and only their sizes: whatever
+        raises an error or has a note is looked at each time.
         """
-        keys = _keys(source)
-        if keys is None:
-            return image_size(source, max_pixels=max_pixels)
-        found = self._find(*keys)
-        if found is None or found[0] * found[1] > max_pixels:
-            found = image_size(source, max_pixels=max_pixels)
-            self._new[keys[0]] = (*keys, *found)
+        keys = _keys(source, one_frame)
+        known = keys and self._find(*keys)
+        if known and known[0] * known[1] <= max_pixels:
+            return Measured(known)
+        found = measured(source, max_pixels=max_pixels, one_frame=one_frame)
+        if keys and not found.note:
+            self._new[keys[0]] = (*keys, *found.size)
         return found
 
     def take_new(self) -> pa.Table:
@@ -118,10 +125,12 @@ def _located(uri: str) -> tuple[Folder, str]:
     return Folder(parent or "."), name
 
 
-def _keys(source: ImageSource) -> tuple[int, int] | None:
-    """(place, state) of an image's file, None where there is none."""
+def _keys(source: ImageSource, one_frame: bool) -> tuple[int, int] | None:
+    """(place, state) of an image's file, None where there is none. one_frame: the state has been found to hold one."""
     found = source_state(source)
-    return None if found is None else (_hash(found[0]), _hash("\0".join(found)))
+    if found is None:
+        return None
+    return _hash(found[0]), _hash("\0".join([*found, "one frame"] if one_frame else found))
 
 
 def _hash(text: str) -> int:

@@ -14,7 +14,7 @@ from mmray.masks.settings import Loss, loss_record
 from mmray.packing_settings import PackingSettings
 from mmray.prepared.schema import FORMAT_VERSION
 from mmray.rows.files import SourceFile
-from mmray.rows.settings import DatasetSettings
+from mmray.rows.settings import DatasetSettings, DataSettings
 
 
 def processor_record(processor: Any) -> dict[str, str]:
@@ -38,7 +38,7 @@ def processor_record(processor: Any) -> dict[str, str]:
 
 
 def prepare_record(
-    *, files: Sequence[SourceFile], datasets: Sequence[DatasetSettings], max_image_pixels: int, processor: Any,
+    *, files: Sequence[SourceFile], datasets: Sequence[DatasetSettings], data: DataSettings, processor: Any,
     tiling: TilingPolicy, packing: PackingSettings, loss: Loss,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that changes the result of a prepare, as plain JSON."""
@@ -46,7 +46,9 @@ def prepare_record(
         "format_version": FORMAT_VERSION,
         "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
         "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
-        "max_image_pixels": max_image_pixels,
+        "max_image_pixels": data.max_image_pixels,
+        "image_frames": data.image_frames,
+        "duplicate_ids": data.duplicate_ids,
         "processor": processor_record(processor),
         "tiling": tiling.model_dump(mode="json"),
         "packing": packing.model_dump(mode="json"),

@@ -56,6 +56,7 @@ SAMPLES = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("given", pa.list_(pa.bool_())),
         ("images", IMAGES),
+        ("notes", pa.list_(pa.string())),  # what was passed over in its images
         ("reason", pa.string()),  # not null: a rejected row
         ("message", pa.string()),
         ("row", pa.string()),

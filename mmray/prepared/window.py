@@ -22,10 +22,14 @@ from mmray.packing import lower_bound, pack_2d
 from mmray.packing_settings import PackingSettings
 from mmray.prepared.loads import Loads
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
-from mmray.rows.encode import RejectedRow, Sample
+from mmray.rows.duplicates import id_hashes
+from mmray.rows.sample import RejectedRow, Sample
 
 BINS_PER_ROW_GROUP = 8
 """Bins read together: a bin read alone costs the others of its row group, a group its share of the file's footer."""
+
+EXAMPLES = 5
+"""Places that statistics name of each kind."""
 
 _NOTHING_TRAINED = RowError(
     "nothing_trained", "no token of the row is trained; see `loss` in the job file, and the row's roles or labels"
@@ -34,11 +38,13 @@ _NOTHING_TRAINED = RowError(
 
 @dataclass(frozen=True)
 class Window:
-    """A packed window. statistics: counts that add up over windows."""
+    """A packed window. statistics: counts that add up over windows; id_hashes: of the samples, in the order of bins
+    (`rows.duplicates`)."""
 
     bins: bytes
     rejected: bytes
     statistics: dict[str, Any]
+    id_hashes: bytes = b""
 
 
 def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
@@ -53,7 +59,7 @@ def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
         return {
             "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
             "visual_tokens": row.visual_tokens, "visual_pairs": row.visual_pairs, "input_ids": row.input_ids,
-            "given": row.given,
+            "given": row.given, "notes": row.notes,
             "images": [
                 {
                     "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
@@ -101,8 +107,18 @@ def pack_window(
         "visual_tokens": int(columns.visual[used].sum()),
         "trained_tokens": int(trained[used].sum()),
         "images": sum(len(columns.images[index]) for index in usable),
+        **_image_notes([(samples["source"][index].as_py(), columns.notes[index]) for index in usable]),
     }  # fmt: skip
-    return Window(_parquet(table, BINS_PER_ROW_GROUP, loads.to_footer()), _parquet(rejected, 1024, {}), statistics)
+    ids = id_hashes(row_id for members in table["sample_ids"].to_pylist() for row_id in members)
+    bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
+    return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
+
+
+def _image_notes(noted: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
+    """Images by what was passed over in them, and the places of a few such rows. noted: (place, notes) of rows."""
+    counts = Counter(note for _, notes in noted for note in notes)
+    examples = {note: [place for place, notes in noted if note in notes][:EXAMPLES] for note in sorted(counts)}
+    return {"image_notes": dict(sorted(counts.items())), "examples": examples}
 
 
 def content_hash(bins: pa.Table) -> str:
@@ -135,6 +151,7 @@ class _Columns:
     reasons: list[str | None]
     images: list[list[dict[str, Any]]]
     given: np.ndarray
+    notes: list[list[str]]
 
     @classmethod
     def of(cls, table: pa.Table) -> "_Columns":
@@ -156,6 +173,7 @@ class _Columns:
             reasons=table["reason"].to_pylist(),
             images=table["images"].to_pylist(),
             given=given,
+            notes=[notes or [] for notes in table["notes"].to_pylist()],
         )
 
     def tokens(self, index: int) -> np.ndarray:

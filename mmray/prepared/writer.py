@@ -11,16 +11,18 @@ has begun anew, and nothing of theirs is taken for the new run's. What they writ
 own. The manifest is written last and names every file that counts; then all others are removed.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from mmray.errors import UserError
@@ -28,7 +30,8 @@ from mmray.images import TilingPolicy
 from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json
 from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
-from mmray.prepared.window import Window
+from mmray.prepared.window import EXAMPLES, Window
+from mmray.rows.duplicates import HASH_BYTES, later_ones
 from mmray.storage import Folder, explained
 
 _COMMIT_PREFIX = "window-"
@@ -55,6 +58,7 @@ class WindowWriter:
             "bins_file": bins,
             "rejected_file": rejected,
             "statistics": window.statistics,
+            "id_hashes": base64.b64encode(window.id_hashes).decode(),
         }
         with explained(self._folder.uri):
             self._folder.write(bins, window.bins)
@@ -77,16 +81,15 @@ class PreparedWriter:
             for name in (MANIFEST, PLAN):
                 if self._folder.exists(name) and self._read(name).get("fingerprint") != fingerprint(record):
                     raise UserError(_other_result(self.path, self._read(name), record))
-            finished = self._folder.exists(MANIFEST)
-            if finished and self._folder.exists(PLAN):
-                self._tidy()  # the run that wrote the manifest was stopped right after it
-            return finished
+            return self._folder.exists(MANIFEST)
 
     def begin(self, record: dict[str, Any]) -> set[int]:
         """Note what is being prepared; returns the windows that an earlier run of the same plan finished."""
         with explained(self.path):
             self._folder.create()
             if not self._folder.exists(PLAN):
+                if self._folder.exists(MANIFEST):
+                    raise UserError(f"{self.path}: another run has just finished here; the same command finds it done")
                 self.clear()  # files count only under the plan they were made for
                 plan = {"fingerprint": fingerprint(record), "token": uuid.uuid4().hex[:12], "record": record}
                 self._folder.write(PLAN, _json(plan))
@@ -115,6 +118,7 @@ class PreparedWriter:
             except FileNotFoundError:
                 if not self.is_finished(record):
                     raise
+            self.tidy()
         return PreparedDataset(self.path)
 
     def _join(
@@ -129,6 +133,7 @@ class PreparedWriter:
         commits = self._commits(range(num_windows))
         parts = [commit["statistics"] for commit in commits]
         statistics = add_statistics(parts, capacities)
+        self._count_duplicates(statistics, commits)
         if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
             raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
         with self._folder.writing(REJECTED_FILE) as file, pq.ParquetWriter(file, REJECTED) as writer:
@@ -148,7 +153,26 @@ class PreparedWriter:
             **facts,
         }  # fmt: skip
         self._folder.write(MANIFEST, _json(manifest))
-        self._tidy()
+
+    def _count_duplicates(self, statistics: dict[str, Any], commits: Sequence[dict[str, Any]]) -> None:
+        """Add the number of samples whose id another one has, and some such ids, to the statistics."""
+        hashes = [base64.b64decode(commit.pop("id_hashes")) for commit in commits]
+        ends = np.cumsum([len(each) // HASH_BYTES for each in hashes])
+        later = later_ones(b"".join(hashes))
+        statistics["duplicate_ids"] = len(later)
+        shown = later[:EXAMPLES]
+        windows = np.searchsorted(ends, shown, side="right")
+        ids = {number: self._sample_ids(commits[number]["bins_file"]) for number in set(windows.tolist())}
+        if len(shown):
+            from_end = (shown - ends[windows]).tolist()
+            examples = [ids[number][place] for number, place in zip(windows.tolist(), from_end)]
+            statistics["examples"]["duplicate_ids"] = list(dict.fromkeys(examples))
+
+    def _sample_ids(self, bins_file: str) -> list[str]:
+        """The ids of a window's samples, in the order of its bins."""
+        with self._folder.open(bins_file) as file:
+            column = pq.read_table(file, columns=["sample_ids"])["sample_ids"]
+        return [row_id for members in column.to_pylist() for row_id in members]
 
     def clear(self) -> None:
         """Delete what mmray wrote, finished or not, and nothing else in the folder.
@@ -159,11 +183,13 @@ class PreparedWriter:
             self._remove(MANIFEST, PLAN)
             self._folder.remove_files(self._own_files())
 
-    def _tidy(self) -> None:
-        """Delete what the manifest does not name, the plan last: while it is there, there is something to tidy."""
-        kept = {REJECTED_FILE, *(shard["file"] for shard in self._read(MANIFEST)["shards"])}
-        self._folder.remove_files(name for name in self._own_files() if name not in kept)
-        self._remove(PLAN)
+    def tidy(self) -> None:
+        """Delete what a finished folder's manifest does not name: the parts of windows, and what a stop or a late
+        writer has left."""
+        with explained(self.path):
+            kept = {REJECTED_FILE, *(shard["file"] for shard in self._read(MANIFEST)["shards"])}
+            self._remove(PLAN)
+            self._folder.remove_files(name for name in self._own_files() if name not in kept)
 
     def _own_files(self) -> list[str]:
         names = [name for name in self._folder.names() if name == REJECTED_FILE or name.startswith(_OWN_PREFIXES)]
@@ -215,8 +241,13 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     """Sum the statistics of windows; fill is the part of all bins' capacity that holds tokens."""
     total: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
     for part in parts:
         reasons.update(part["rejected_by_reason"])
+        notes.update(part["image_notes"])
+        for name, places in part["examples"].items():
+            examples[name] = (examples.get(name, []) + places)[:EXAMPLES]
         total.update({key: value for key, value in part.items() if isinstance(value, int)})
     room = max(total["bins"], 1)
     keys = ("rows_read", "rows_packed", "rows_rejected", "bins", "bins_at_least", "tokens", "visual_tokens",
@@ -224,6 +255,8 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     return {
         **{key: total[key] for key in keys},
         "rejected_by_reason": dict(sorted(reasons.items())),
+        "image_notes": dict(sorted(notes.items())),
+        "examples": examples,
         "token_fill": round(total["tokens"] / (room * capacities[0]), 4),
         "visual_fill": round(total["visual_tokens"] / (room * capacities[1]), 4),
     }

@@ -26,6 +26,10 @@ def prepared_table(prepared: PreparedDataset) -> Table:
     table.add_row("visual tokens", f"{facts['visual_tokens']:,}")
     table.add_row("trained tokens", f"{facts['trained_tokens']:,}")
     table.add_row("images", f"{facts['images']:,}")
+    for note, count in facts.get("image_notes", {}).items():
+        table.add_row(f"  {note}", f"{count:,}")
+    if facts.get("duplicate_ids"):
+        table.add_row("duplicate ids", f"{facts['duplicate_ids']:,}")
     table.add_row("seconds", f"{prepared.manifest['seconds']}")
     table.add_row("fingerprint", prepared.fingerprint)
     return table

@@ -7,7 +7,6 @@ of it is rendered twice (`TypedMarkers`).
 """
 
 import functools
-import posixpath
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images.source import one_line
 from mmray.masks.settings import SAMPLED_ROLE, chat_template, marks_generated
+from mmray.rows.image_refs import ImageRef, image_refs
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.typed import TypedMarkers
 
@@ -31,14 +31,6 @@ _ROLES = {
     "gpt": "assistant",
     "tool": "tool",
 }
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """One image of a row: where it lies, or its bytes."""
-
-    uri: str = ""
-    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class DocumentReader:
 
     def read(self, value: dict[str, Any], source: str) -> Document:
         """The row as a document. Raises RowError with the field, the value and the remedy."""
-        images = self.images(value, source)
+        images = image_refs(value, source, self.dataset)
         row_id = self.row_id(value, source)
         if self.dataset.kind == "chat":
             document, count = self._chat(value, row_id, images)
@@ -100,44 +92,6 @@ class DocumentReader:
         if not isinstance(found, (str, int)) or isinstance(found, bool):
             raise RowError("wrong_type", f"id must be a string, not {type(found).__name__} {found!r:.60}")
         return str(found)
-
-    def images(self, value: dict[str, Any], source: str) -> tuple[ImageRef, ...]:
-        """The row's images: paths are joined to the image root, bytes are kept."""
-        column = self.dataset.column("images")
-        found = value.get(column)
-        if found is None:
-            return ()
-        if not isinstance(found, list):
-            raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
-        return tuple(entry if isinstance(entry, ImageRef) else self._image(entry, source) for entry in found)
-
-    def _image(self, entry: object, source: str) -> ImageRef:
-        if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
-            entry = entry.get("bytes") or entry.get("path")
-        if isinstance(entry, bytes):
-            return ImageRef(data=entry)
-        if not isinstance(entry, str) or not entry:
-            raise RowError("wrong_type", f"an image must be a path, a URI or bytes, not {entry!r:.60}")
-        return ImageRef(uri=entry if "://" in entry else self._inside_root(entry, source))
-
-    def _inside_root(self, path: str, source: str) -> str:
-        """The place of an image path, which must not lead out of the image root."""
-        root = self.dataset.image_root or _folder(source.rsplit(":", 1)[0])
-        scheme, mark, folder = root.rpartition("://")
-        folder = posixpath.normpath(folder) if folder else ""
-        joined = posixpath.normpath(posixpath.join(folder, path))
-        if posixpath.isabs(path):
-            top = (folder if mark else posixpath.abspath(folder)).rstrip("/")
-            inside = joined.startswith(f"{top}/")
-        else:
-            inside = not f"{posixpath.normpath(path)}/".startswith("../")
-        if not inside:
-            raise RowError(
-                "image_outside_root",
-                f"image {path!r:.200} lies outside image_root {root!r}; move it inside, or set image_root to a folder "
-                "that holds all images",
-            )
-        return f"{scheme}{mark}{joined}"
 
     def _string(self, value: dict[str, Any], field: str) -> str:
         column = self.dataset.column(field)
@@ -334,9 +288,3 @@ def _part(part: object, where: str) -> dict[str, str]:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     raise RowError("wrong_type", f"{where}: a part must be of type 'text' or 'image', not {part!r:.80}")
-
-
-def _folder(uri: str) -> str:
-    """The folder of a file, by path or URI."""
-    scheme, mark, path = uri.rpartition("://")
-    return f"{scheme}{mark}{posixpath.dirname(path)}"

@@ -7,9 +7,8 @@ result equals tokenising the expanded text; `verify` compares it with the real p
 
 import functools
 import itertools
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +18,8 @@ from tokenizers import Encoding
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.images import ImageSource, TilePlan, TilingPolicy, image_size, plan_tiles
+from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
+from mmray.images.header import Measured, measured
 from mmray.images.source import one_line
 from mmray.masks.labels import LossRule, with_stop_tokens
 from mmray.masks.settings import (
@@ -30,47 +30,15 @@ from mmray.masks.settings import (
     turn_markers,
 )
 from mmray.packing_settings import PackingSettings
-from mmray.rows.document import Document, DocumentReader, ImageRef, check_chats
+from mmray.rows.document import Document, DocumentReader, check_chats
+from mmray.rows.duplicates import id_of
 from mmray.rows.endings import Endings
+from mmray.rows.image_refs import ImageRef, image_refs
 from mmray.rows.read import RawRow
+from mmray.rows.sample import RejectedRow, Sample, shown
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.rows.tokenized import image_blocks, own_ids, own_mask
 from mmray.rows.typed import TypedMarkers
-
-NO_BLOCKS = np.zeros((0, 2), dtype=np.int32)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One row, encoded. A sample's position in its window is that of its row.
-
-    input_ids: int32 [n]; given: bool [n] for LossRule.GIVEN, else empty; blocks: int32 [images, 2], the first token
-    and the number of tokens that stand for each image; sizes: upright (width, height) of each image in pixels.
-    """
-
-    id: str
-    source: str
-    rule: LossRule
-    bucket: str
-    visual_tokens: int
-    input_ids: np.ndarray
-    images: tuple[ImageRef, ...] = ()
-    sizes: tuple[tuple[int, int], ...] = ()
-    blocks: np.ndarray = field(default_factory=lambda: NO_BLOCKS)
-    given: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    visual_pairs: int = 0
-    """Sum over its tiles of their visual tokens squared: what attention in the vision tower grows with."""
-
-
-@dataclass(frozen=True)
-class RejectedRow:
-    """A row that cannot be used. row: the row as JSON, shortened, for a person who looks for the cause."""
-
-    id: str
-    source: str
-    reason: str
-    message: str
-    row: str
 
 
 @dataclass(frozen=True)
@@ -81,15 +49,16 @@ class _Pending:
     document: Document
     plans: tuple[TilePlan, ...]
     sizes: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...]
     text: str
     generated: tuple[tuple[int, int], ...] | None
     """What the model generates of the text that the tokenizer gets; None where the chat template is not asked."""
 
 
-class SizeOf(Protocol):
-    """`image_size`, or that of a `SizeCache`."""
+class Measure(Protocol):
+    """`measured`, or that of a `SizeCache`."""
 
-    def __call__(self, source: ImageSource, *, max_pixels: int) -> tuple[int, int]: ...
+    def __call__(self, source: ImageSource, *, max_pixels: int, one_frame: bool) -> Measured: ...
 
 
 class Encoder:
@@ -97,10 +66,10 @@ class Encoder:
 
     def __init__(
         self, data: DataSettings, datasets: Sequence[DatasetSettings], family: Family, policy: TilingPolicy,
-        packing: PackingSettings, *, loss: Loss = "sampled", size_of: SizeOf = image_size,
+        packing: PackingSettings, *, loss: Loss = "sampled", measure: Measure = measured,
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
-        self._size_of = size_of
+        self._measure = measure
         for dataset in datasets:
             check_chats(dataset, family)
         self.sources = [loss_source(loss, dataset.kind, family) for dataset in datasets]
@@ -120,13 +89,19 @@ class Encoder:
         self._backend = backend
         self._vocabulary_size = len(family.tokenizer)
 
-    def encode(self, rows: Sequence[RawRow], verify: Sequence[int] = ()) -> list[Sample | RejectedRow]:
+    def encode(
+        self, rows: Sequence[RawRow], verify: Sequence[int] = (), duplicates: Collection[int] = ()
+    ) -> list[Sample | RejectedRow]:
         """One sample or rejected row for each row, in order.
 
-        verify: positions in `rows` to compare with the real processor. Raises UserError when one differs, and for the
-        first bad row under `on_bad_row: error`.
+        verify: positions in `rows` to compare with the real processor; duplicates: positions of rows to reject, since
+        an earlier row has their id. Raises UserError when a verified row differs, and for the first bad row under
+        `on_bad_row: error`.
         """
-        prepared = [self._guard(row, self._prepare, row) for row in rows]
+        prepared = [
+            self._guard(row, self._refuse_duplicate if number in duplicates else self._prepare, row)
+            for number, row in enumerate(rows)
+        ]
         encoded = iter(self._tokenize([item for item in prepared if isinstance(item, _Pending)]))
         results: list[Sample | RejectedRow] = []
         for number, (row, item) in enumerate(zip(rows, prepared)):
@@ -151,10 +126,15 @@ class Encoder:
             raise UserError(
                 f"{row.source}: {error}. (on_bad_row: reject would set such rows aside in rejected.parquet)"
             ) from error
-        value = row.value if isinstance(row.value, dict) else {}
-        row_id = value.get(self.datasets[row.dataset].column("id"))
-        named = isinstance(row_id, (str, int)) and not isinstance(row_id, bool)
-        return RejectedRow(str(row_id) if named else row.source, row.source, error.reason, error.message, _shown(value))
+        row_id = id_of(row, self.datasets[row.dataset])
+        return RejectedRow(row_id, row.source, error.reason, error.message, shown(row.value))
+
+    def _refuse_duplicate(self, row: RawRow) -> None:
+        row_id = id_of(row, self.datasets[row.dataset])
+        raise RowError(
+            "duplicate_id", f"an earlier row has the id {row_id!r:.200} too; give it another, or keep such rows "
+            "(data.duplicate_ids)"
+        )  # fmt: skip
 
     # ---------------------------------------------------------------- images
 
@@ -164,18 +144,25 @@ class Encoder:
         if self.datasets[row.dataset].kind == "tokenized":
             return self._ready_made(row, row.value)
         document = self._readers[row.dataset].read(row.value, row.source)
-        sizes = tuple(self._size(image) for image in document.images)
+        sizes, notes = self._measured(document.images)
         plans = tuple(self._plan(size) for size in sizes)
         text, generated = self._expand_units(document.text, plans), self._generated(row, document, plans)
         if document.typed and self._markers is not None:
             blanked = self._expand_units(document.blanked, plans)
             found, expected = (self.family.tokenizer_text(each, _tile_sizes(plans)) for each in (text, blanked))
             self._markers.check(found, expected, document.typed)
-        return _Pending(row, document, plans, sizes, text, generated)
+        return _Pending(row, document, plans, sizes, notes, text, generated)
 
-    def _size(self, image: ImageRef) -> tuple[int, int]:
-        source = image.data if image.data is not None else image.uri
-        return self._size_of(source, max_pixels=self.data.max_image_pixels)
+    def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+        """The sizes of images, and the notes on them."""
+        found = [
+            self._measure(
+                image.uri if image.data is None else image.data,
+                max_pixels=self.data.max_image_pixels, one_frame=self.data.image_frames == "reject",
+            )
+            for image in images
+        ]  # fmt: skip
+        return tuple(each.size for each in found), tuple(each.note for each in found if each.note)
 
     def _expand_units(self, text: str, plans: Sequence[TilePlan]) -> str:
         """Each image's unit, repeated for its tiles, each after its label and a newline."""
@@ -282,6 +269,7 @@ class Encoder:
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
             given=generated,
             visual_pairs=_visual_pairs(tiles),
+            notes=item.notes,
         )
         return self._checked(sample)
 
@@ -328,8 +316,8 @@ class Encoder:
         source = self.sources[row.dataset]
         ids = own_ids(value, dataset, self._vocabulary_size)
         given = own_mask(value, dataset, ids) if source is LossSource.ROW else np.zeros(0, dtype=bool)
-        images = reader.images(value, row.source)
-        sizes = tuple(self._size(image) for image in images)
+        images = image_refs(value, row.source, dataset)
+        sizes, notes = self._measured(images)
         plans = tuple(self._plan(size) for size in sizes)
         tiles = self._tile_tokens(plans)
         blocks, visual_tokens = image_blocks(ids, plans, tiles, self.family.image_token_id)
@@ -337,7 +325,7 @@ class Encoder:
             Sample(
                 id=reader.row_id(value, row.source), source=row.source, rule=source.rule, bucket=_bucket(plans),
                 visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles),
+                visual_pairs=_visual_pairs(tiles), notes=notes,
             )
         )  # fmt: skip
 
@@ -379,11 +367,3 @@ def _overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, 
     for start, stop in spans:
         inside |= (starts < stop) & (stops > start)
     return inside
-
-
-def _shown(value: dict[str, Any]) -> str:
-    """A row as JSON, shortened."""
-    try:
-        return json.dumps(value, default=lambda other: f"<{type(other).__name__}>", ensure_ascii=False)[:500]
-    except RecursionError:
-        return "{}"

@@ -60,13 +60,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One call of the encoder. first_row: position of its first row in the whole input."""
+    """One call of the encoder. first_row: position of its first row in the whole input; verify, duplicates: positions
+    of rows, as for `Encoder.encode`."""
 
     window: int
     index: int
     first_row: int
     pieces: tuple[Piece, ...]
     verify: tuple[int, ...] = ()
+    duplicates: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:

@@ -17,9 +17,10 @@ from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule
 from mmray.masks.roles import RoleBoundary
 from mmray.masks.settings import Loss, LossSource, RoleLoss, allows_empty
 from mmray.masks.turns import opened_turns
-from mmray.rows.encode import Encoder, Sample
+from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece
 from mmray.rows.read import RawRow, read_piece
+from mmray.rows.sample import Sample
 
 FIRST_ROWS = 64
 HEAD_TOKENS = 48

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mmray.errors import RowError, UserError
 from mmray.images.source import one_line
-from mmray.rows.files import READ_BYTES, Piece
+from mmray.rows.files import READ_BYTES, Chunk, Piece
 from mmray.rows.json_rows import parse_row
 from mmray.rows.webdataset import read_rows
 from mmray.storage import file_system
@@ -53,6 +53,13 @@ class RowReader:
 def read_piece(piece: Piece) -> Iterator[RawRow]:
     """The rows of one piece, as `RowReader.read`."""
     return RowReader().read(piece)
+
+
+def chunk_rows(chunk: Chunk, reader: RowReader | None = None) -> Iterator[RawRow]:
+    """The rows of a chunk in order, as `RowReader.read`."""
+    reader = reader or RowReader()
+    for piece in chunk.pieces:
+        yield from reader.read(piece)
 
 
 def _read_jsonl(piece: Piece) -> Iterator[RawRow]:
@@ -123,7 +130,7 @@ def _values(table: pa.RecordBatch) -> list[dict[str, Any] | RowError]:
     """The rows as dictionaries; where one has a cell that Python cannot hold, its error."""
     try:
         return list(table.to_pylist())
-    except ValueError:
+    except (ValueError, OverflowError, NotImplementedError):
         return [_value(table.slice(row, 1)) for row in range(table.num_rows)]
 
 
@@ -132,6 +139,6 @@ def _value(row: pa.RecordBatch) -> dict[str, Any] | RowError:
         (value,) = row.to_pylist()
     except UnicodeDecodeError as error:
         return RowError("not_utf8", f"a text of the row is not UTF-8 ({error.reason}); write the file as UTF-8")
-    except ValueError as error:
+    except (ValueError, OverflowError, NotImplementedError) as error:
         return RowError("wrong_type", f"a cell of the row cannot be read: {one_line(error)}; write it as another type")
     return value

@@ -85,6 +85,14 @@ class DataSettings(Settings):
     """Training stops when more than this share of the last 10,000 samples was left out, and more than 20: then storage
     is away rather than some pictures broken."""
 
+    duplicate_ids: Literal["keep", "reject"] = "keep"
+    """Rows whose id an earlier row of the split has. `keep`: they train too, as in files listed twice on purpose; the
+    manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read once more."""
+
+    image_frames: Literal["first", "reject"] = "first"
+    """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image.
+    `reject`: the row is set aside with the reason `image_frames`."""
+
     max_image_pixels: Annotated[int, Field(gt=0)] = 250_000_000
     """Images with more pixels (width × height, from the header) are refused."""
 

@@ -24,7 +24,7 @@ import numpy as np
 from mmray.errors import RowError
 from mmray.images.part import PartOfFile
 from mmray.images.source import one_line
-from mmray.rows.document import ImageRef
+from mmray.rows.image_refs import ImageRef
 from mmray.rows.json_rows import parse_row
 
 IMAGE_ENDINGS = frozenset("jpg jpeg png webp tif tiff jp2 j2k gif bmp ppm pgm pbm avif".split())  # noqa: SIM905

@@ -1,6 +1,7 @@
 """A prepare in one process, without Ray: what pipelines/prepare.py does on actors, for tests."""
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -17,9 +18,11 @@ from mmray.packing_settings import PackingSettings
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
-from mmray.rows.encode import Encoder, RejectedRow, Sample
+from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
+from mmray.rows.encode import Encoder
 from mmray.rows.files import plan_chunks, source_files
-from mmray.rows.read import RawRow, read_piece
+from mmray.rows.read import RawRow, chunk_rows
+from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.storage import Folder
 
@@ -68,9 +71,8 @@ class Preparation:
     @property
     def record(self) -> dict[str, Any]:
         return prepare_record(
-            files=source_files(self.data.train), datasets=self.data.train,
-            max_image_pixels=self.data.max_image_pixels, processor=self.family.processor, tiling=self.policy,
-            packing=self.packing, loss=self.loss,
+            files=source_files(self.data.train), datasets=self.data.train, data=self.data,
+            processor=self.family.processor, tiling=self.policy, packing=self.packing, loss=self.loss,
         )  # fmt: skip
 
     def windows(self) -> Iterator[tuple[int, list[Sample | RejectedRow]]]:
@@ -78,14 +80,17 @@ class Preparation:
         chunks = plan_chunks(
             source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows
         )
-        for window in range(chunks[-1].window + 1):
-            pieces = [piece for chunk in chunks if chunk.window == window for piece in chunk.pieces]
-            yield window, self.encoder.encode([row for piece in pieces for row in read_piece(piece)])
+        if self.data.duplicate_ids == "reject":
+            chunks = list(with_duplicates(chunks, [chunk_id_hashes(chunk, self.data.train) for chunk in chunks]))
+        for number, window in itertools.groupby(chunks, lambda chunk: chunk.window):
+            results = [self.encoder.encode(list(chunk_rows(chunk)), duplicates=chunk.duplicates) for chunk in window]
+            yield number, list(itertools.chain(*results))
 
     def write(self, path: Path | str) -> PreparedDataset:
         """Prepare the files into a folder, as a job does: only what is missing."""
         writer, record = PreparedWriter(str(path)), self.record
         if writer.is_finished(record):
+            writer.tidy()
             return PreparedDataset(str(path))
         finished = writer.begin(record)
         number = -1

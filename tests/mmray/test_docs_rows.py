@@ -14,9 +14,9 @@ from mmray.images import ALLOWED_SCHEMES
 from mmray.images.header import FORMATS
 from mmray.packing_settings import PackingSettings
 from mmray.rows.document import _ROLES
-from mmray.rows.encode import RejectedRow, Sample
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.read import read_piece
+from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import FIELDS, DatasetSettings
 from tests.mmray.preparing import Preparation
 from tests.mmray.reasons import reasons_in_code

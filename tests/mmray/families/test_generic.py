@@ -11,7 +11,7 @@ from mmray.families import family_of, load_processor
 from mmray.families.generic import Generic, _warn
 from mmray.masks.settings import BoundarySettings, RoleLoss, label_maker
 from mmray.packing_settings import PackingSettings
-from mmray.rows.encode import RejectedRow
+from mmray.rows.sample import RejectedRow
 from mmray.synthetic.processors import Recipe, write_recipe
 from tests.mmray.noise import noise
 from tests.mmray.preparing import Preparation, chat

@@ -8,8 +8,8 @@ from mmray.families import family_of
 from mmray.masks.labels import IGNORE_INDEX
 from mmray.masks.settings import RoleLoss
 from mmray.packing_settings import PackingSettings
-from mmray.rows.encode import RejectedRow
 from mmray.rows.preflight import sample_labels
+from mmray.rows.sample import RejectedRow
 from tests.mmray.preparing import Preparation, chat
 
 ROOMY = PackingSettings(token_capacity=10_000, visual_capacity=10_000)

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmray.errors import RowError, UserError
-from mmray.images import image_size, size_cache
+from mmray.images import size_cache
+from mmray.images.header import Measured, measured
 from mmray.images.size_cache import FILE_NAME, SIZES, SizeCache, merge_sizes, read_sizes
 from tests.mmray.images.counted import CountedFileSystem
 from tests.mmray.images.test_load import encoded, stored
@@ -37,11 +39,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The images that were opened."""
     seen: list[object] = []
 
-    def watched(source: object, *, max_pixels: int) -> tuple[int, int]:
+    def watched(source: object, **options: Any) -> Measured:
         seen.append(source)
-        return image_size(source, max_pixels=max_pixels)  # type: ignore[arg-type]
+        return measured(source, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(size_cache, "image_size", watched)
+    monkeypatch.setattr(size_cache, "measured", watched)
     return seen
 
 

@@ -19,8 +19,8 @@ from mmray.masks.labels import IGNORE_INDEX, PADDING_SEGMENT, LabelMaker, LossRu
 from mmray.masks.scan import scan_tensors
 from mmray.masks.settings import Loss, LossSource, RoleLoss, label_maker
 from mmray.packing_settings import PackingSettings
-from mmray.rows.encode import Sample
 from mmray.rows.preflight import sample_labels
+from mmray.rows.sample import Sample
 from tests.mmray.masks.test_scan import WaitsForDevice
 from tests.mmray.preparing import Preparation, with_marked_template
 

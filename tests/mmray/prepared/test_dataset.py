@@ -12,8 +12,8 @@ import pytest
 from mmray.errors import UserError
 from mmray.prepared import Bin, PreparedDataset, PreparedWriter
 from mmray.prepared.schema import REJECTED
-from mmray.rows.document import ImageRef
-from mmray.rows.encode import Sample
+from mmray.rows.image_refs import ImageRef
+from mmray.rows.sample import Sample
 from tests.mmray.preparing import Preparation, contents, other_packing
 
 # ---- Reading back ----

@@ -23,12 +23,12 @@ def make(tmp_path, processors):
         write_rows(tmp_path / name, rows)
         os.utime(tmp_path / name, (10, 10))
 
-    def make(processor=processors["qwen2_vl"], packing=None, tiling=None, loss="sampled", max_pixels=1000, **dataset):
+    def make(processor=processors["qwen2_vl"], packing=None, tiling=None, loss="sampled", data=None, **dataset):
         dataset = {"files": [str(tmp_path / name) for name in FILES], "kind": "pretrain"} | dataset
         settings = {"token_capacity": 64, "visual_capacity": 32} | (packing or {})
         return Preparation(
             processor, dataset, packing=PackingSettings(**settings), tiling=tiling,
-            loss=loss, max_image_pixels=max_pixels,
+            loss=loss, **{"max_image_pixels": 1000} | (data or {}),
         ).record  # fmt: skip
 
     return make
@@ -47,7 +47,9 @@ TILED = {"grid": (2, 2), "tile_size": (56, 56)}
         ({"tiling": TILED}, ["tiling.grid", "tiling.tile_size", "tiling.patch_multiple"]),
         ({"loss": "all"}, ["loss: 'sampled' -> 'all'"]),
         ({"loss": RoleLoss()}, ["loss: 'sampled' -> {'roles': ['assistant']"]),
-        ({"max_pixels": 999}, ["max_image_pixels: 1000 -> 999"]),
+        ({"data": {"max_image_pixels": 999}}, ["max_image_pixels: 1000 -> 999"]),
+        ({"data": {"image_frames": "reject"}}, ["image_frames: 'first' -> 'reject'"]),
+        ({"data": {"duplicate_ids": "reject"}}, ["duplicate_ids: 'keep' -> 'reject'"]),
         ({"kind": "chat"}, ["datasets[0].kind"]),
         ({"image_root": "/elsewhere"}, ["datasets[0].image_root"]),
         ({"columns": {"text": "markdown"}}, ["datasets[0].columns.text: None -> 'markdown'"]),

@@ -14,8 +14,8 @@ from mmray.masks.roles import RoleBoundary
 from mmray.packing_settings import PackingSettings
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window, pack_window, samples_table
-from mmray.rows.document import ImageRef
-from mmray.rows.encode import RejectedRow, Sample
+from mmray.rows.image_refs import ImageRef
+from mmray.rows.sample import RejectedRow, Sample
 
 MEDIA, START, END = 9, 100, 101
 LABELS = LabelMaker(
@@ -120,6 +120,8 @@ def test_bins_hold_whole_samples_each_once_within_both_capacities(case):
         "visual_tokens": sum(each["visual_tokens"] for each in bins),
         "trained_tokens": sum(each["trained_tokens"] for each in bins),
         "images": sum(len(each["images"]) for each in bins),
+        "image_notes": {},
+        "examples": {},
     }
     assert window.statistics["bins_at_least"] <= len(bins)
     assert pack(rows, settings_) == window  # to the byte

@@ -43,11 +43,14 @@ def one(folder, pattern):
 
 def test_fill_is_of_all_bins_together():
     part = {"rows_read": 3, "rows_packed": 2, "rows_rejected": 1, "rejected_by_reason": {"b": 1, "a": 0}, "bins": 1,
-            "bins_at_least": 1, "tokens": 50, "visual_tokens": 10, "trained_tokens": 30, "images": 2}  # fmt: skip
+            "bins_at_least": 1, "tokens": 50, "visual_tokens": 10, "trained_tokens": 30, "images": 2,
+            "image_notes": {"broken_exif": 2}, "examples": {"broken_exif": ["f:1", "f:2", "f:3"]}}  # fmt: skip
     total = add_statistics([part, part | {"tokens": 100}], (100, 40))
     assert (total["rows_read"], total["bins"], total["tokens"]) == (6, 2, 150)
     assert (total["token_fill"], total["visual_fill"]) == (0.75, 0.25)
     assert total["rejected_by_reason"] == {"a": 0, "b": 2}
+    assert total["image_notes"] == {"broken_exif": 4}
+    assert total["examples"] == {"broken_exif": ["f:1", "f:2", "f:3", "f:1", "f:2"]}
     assert add_statistics([], (100, 40))["token_fill"] == 0
 
 
@@ -298,7 +301,7 @@ def test_two_runs_of_the_same_job_at_once_give_one_result(preparation, prepared,
             thread.join()
         preparation.write(folder)  # whoever lost is told to run again
         assert contents(folder) == contents(prepared.path)
-        assert all("another run" in each or "removes files" in each for each in failed)
+        assert all("another run" in each or "removes files" in each for each in failed), failed
         PreparedWriter(str(folder)).clear()
 
 
@@ -322,12 +325,12 @@ def test_a_run_that_finds_the_other_done_has_its_result(begun, preparation, prep
 
 
 @pytest.mark.parametrize("left", ["plan.json", "window-00002-0123456789ab.json", ".bins-00002.parquet.0a1b2c3d"])
-def test_a_stop_right_after_the_manifest_is_tidied_by_the_next_run(prepared, preparation, left):
+def test_what_a_stop_right_after_the_manifest_leaves_is_tidied_by_the_next_run(prepared, preparation, left):
     made = contents(prepared.path)
     (Path(prepared.path) / left).write_text("left")
     plan = {"fingerprint": prepared.manifest["fingerprint"], "token": "0123456789ab"}
     (Path(prepared.path) / "plan.json").write_text(json.dumps(plan))
-    assert PreparedWriter(prepared.path).is_finished(preparation.record)
+    preparation.write(prepared.path)
     assert contents(prepared.path) == made
 
 

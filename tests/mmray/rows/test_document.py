@@ -8,7 +8,8 @@ from jinja2 import TemplateError
 
 from mmray.errors import RowError, UserError
 from mmray.families import family_of
-from mmray.rows.document import DocumentReader, ImageRef
+from mmray.rows.document import DocumentReader
+from mmray.rows.image_refs import ImageRef
 from mmray.rows.settings import DatasetSettings
 from tests.mmray.preparing import chat
 

@@ -15,8 +15,9 @@ from mmray.images import TilingPolicy, cut_tiles, load_image, plan_tiles
 from mmray.masks.labels import IGNORE_INDEX, LossRule
 from mmray.masks.settings import RoleLoss
 from mmray.packing_settings import PackingSettings
-from mmray.rows.encode import Encoder, RejectedRow, Sample
+from mmray.rows.encode import Encoder
 from mmray.rows.read import RawRow
+from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DataSettings
 from mmray.synthetic.documents import make_document
 from mmray.synthetic.processors import write_processor

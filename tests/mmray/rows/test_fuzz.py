@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmray.packing_settings import PackingSettings
-from mmray.rows.encode import RejectedRow
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.read import RawRow, read_piece
+from mmray.rows.sample import RejectedRow
 from tests.mmray.preparing import Preparation
 from tests.mmray.reasons import reasons_in_code
 

@@ -30,7 +30,7 @@ def encoder(tmp_path, processors):
 
     def encoder(cache=None, **data):
         settings = preparation.data.model_copy(update=data)
-        known = {} if cache is None else {"size_of": cache.image_size}
+        known = {} if cache is None else {"measure": cache.measured}
         return Encoder(settings, settings.train, preparation.family, preparation.policy, PACKING, **known)
 
     return encoder
