@@ -208,7 +208,7 @@ def prepare(
             log.info("%s: %d windows are there from an earlier run and are kept", context.path, len(finished))
         missing = [chunk for chunk in chunks if chunk.window not in finished]
         if missing and job.data.duplicate_ids == "reject":
-            chunks = find_duplicates(chunks, context.datasets)
+            chunks = find_duplicates(chunks, context.datasets, job.resources.prepare_labels)
             missing = [chunk for chunk in chunks if chunk.window not in finished]
         done = total - sum(chunk.num_rows for chunk in missing)
         on_progress(done, total)

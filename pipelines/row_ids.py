@@ -5,7 +5,7 @@ set aside depends on their order alone, so windows can still be made anywhere, a
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,13 +18,16 @@ from mmray.rows.settings import DatasetSettings
 from pipelines.dataset import ERROR, one_row_blocks
 
 
-def find_duplicates(chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings]) -> list[Chunk]:
+def find_duplicates(
+    chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings], labels: Mapping[str, str]
+) -> list[Chunk]:
     """The chunks, each with the positions of its rows that have an earlier row's id.
 
-    Raises UserError for a file that cannot be read.
+    labels: of the nodes to work on. Raises UserError for a file that cannot be read.
     """
     hash_ids = functools.partial(_hash_ids, tuple(datasets))
-    found = one_row_blocks([{"chunk": chunk} for chunk in chunks]).map_batches(hash_ids, batch_size=1, num_cpus=1)
+    blocks = one_row_blocks([{"chunk": chunk} for chunk in chunks], labels)
+    found = blocks.map_batches(hash_ids, batch_size=1, num_cpus=1)
     hashes = []
     for row in found.iter_rows():
         if row[ERROR]:
