@@ -84,8 +84,7 @@ class Worker:
             total_steps=self.total_steps,
             grad_accumulation=self.batches.micro_batches,
             resume_from=checkpoint,
-            shared_folder=self.run_folder,
-            node=ray.get_runtime_context().get_node_id(),
+            scratch=self.run_folder,
             ranks=self.ranks,
         )
         self._note_begin(checkpoint)

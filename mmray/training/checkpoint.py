@@ -94,7 +94,7 @@ def read_state(folder: Path) -> SavedState:
 
 @contextmanager
 def prepared(
-    resume_from: Path | None, engine: "TrainingEngine", shared_folder: Path | None, node: str
+    resume_from: Path | None, engine: "TrainingEngine", scratch: Path | None, node: str
 ) -> Iterator[ResumeSource | None]:
     """The checkpoint in the form that the engine's ranks can load, converted where needed; None without one.
 
@@ -116,8 +116,12 @@ def prepared(
     if state.world_size == engine.world_size or state.zero_stage == 0:
         yield ResumeSource(resume_from, state, resume_from, universal=False)
         return
-    parent, place = (Path(tempfile.gettempdir()), node) if shared_folder is None else (shared_folder, "shared")
-    with converted(resume_from, state.world_size, parent, place, engine.ranks) as shards_parent:
+    if scratch is None:
+        raise UserError(
+            f"{resume_from} was written by {state.world_size} workers; to resume with {engine.world_size}, give a "
+            "folder to convert it in"
+        )
+    with converted(resume_from, state.world_size, scratch, node, engine.ranks) as shards_parent:
         yield ResumeSource(resume_from, state, shards_parent, universal=True)
 
 

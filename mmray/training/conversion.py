@@ -20,20 +20,24 @@ from mmray.training.ranks import Ranks
 SHARDS = "deepspeed"
 
 
+PREFIX = "mmray-resume-"
+
+
 @contextmanager
-def converted(source: Path, num_shards: int, parent: Path, place: str, ranks: Ranks) -> Iterator[Path]:
+def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ranks) -> Iterator[Path]:
     """A temporary folder that holds `deepspeed/` in universal form, deleted when the block has ended on every rank.
 
-    source: the checkpoint; num_shards: ranks that wrote it. parent: where the folder is made. place: ranks that give
-    the same see the same `parent`, and share one conversion. Collective. Raises UserError on every rank where it failed
-    on one.
+    source: the checkpoint; num_shards: ranks that wrote it. scratch: where the folder is made; what a run that was
+    killed has left there goes. node: ranks that give the same see the same `scratch`, and share one conversion.
+    Collective. Raises UserError on every rank where it failed on one.
     """
-    places = ranks.every(place)
-    converter = places.index(place)
+    converter = ranks.every(node).index(node)
     work, problem = Path(), None
     if ranks.rank == converter:
-        parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix="mmray-resume-", dir=parent))
+        scratch.mkdir(parents=True, exist_ok=True)
+        for left in scratch.glob(f"{PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=scratch))
         problem = _convert(source, work, num_shards)
     done = ranks.every((work, problem))
     work = done[converter][0]
@@ -44,7 +48,7 @@ def converted(source: Path, num_shards: int, parent: Path, place: str, ranks: Ra
         visible = ranks.every(work.is_dir())
         if not all(visible):
             raise UserError(
-                f"workers {[rank for rank, seen in enumerate(visible) if not seen]} do not see {parent}; "
+                f"workers {[rank for rank, seen in enumerate(visible) if not seen]} do not see {scratch}; "
                 f"to resume with another number of workers, give a folder that all of them share"
             )
         yield work

@@ -83,7 +83,7 @@ class TrainingEngine:
         total_steps: int,
         grad_accumulation: int,
         resume_from: Path | None = None,
-        shared_folder: Path | None = None,
+        scratch: Path | None = None,
         node: str = "",
         ranks: Ranks | None = None,
     ) -> None:
@@ -91,10 +91,9 @@ class TrainingEngine:
 
         total_steps: optimizer steps of the whole training, for the learning rate. grad_accumulation:
         micro-batches per rank and step. resume_from: a folder that `save_state` of all ranks wrote into,
-        complete on every rank; the number of ranks may have changed. While resuming with another number, about
-        the size of the checkpoint is written into shared_folder, where all ranks see the same files, or with None
-        into each node's own temporary folder; node: ranks with the same have the same. ranks: made here where not
-        given.
+        complete on every rank; the number of ranks may have changed. scratch: a folder that belongs to this run;
+        while resuming with another number of ranks about the size of the checkpoint is written there. node: ranks that
+        give the same see the same files in scratch; all do where nothing is given. ranks: made here where not given.
 
         Raises UserError when settings, checkpoint and number of ranks do not fit together.
         """
@@ -115,7 +114,7 @@ class TrainingEngine:
 
         _agree_on_device()
         deepspeed.init_distributed()
-        with checkpoint.prepared(resume_from, self, shared_folder, node) as source:
+        with checkpoint.prepared(resume_from, self, scratch, node) as source:
             self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
             self.device: torch.device = self.deepspeed.device
             self.deepspeed.train()

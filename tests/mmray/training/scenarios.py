@@ -2,7 +2,6 @@
 
 import dataclasses
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}
 
 
 def build(case: Case, grad_accumulation: int, *, model: dict[str, Any] | None = None, **options) -> TrainingEngine:
-    """An engine for 6 steps. options: of TrainingEngine (resume_from, shared_folder, node) and of TrainingSettings."""
-    resume = {name: options.pop(name) for name in ("resume_from", "shared_folder", "node") if name in options}
+    """An engine for 6 steps. options: of TrainingEngine (resume_from, scratch, node) and of TrainingSettings."""
+    resume = {name: options.pop(name) for name in ("resume_from", "scratch", "node") if name in options}
     stage, dtype = case
     return TrainingEngine(
         tiny.model_settings(**({"dtype": dtype} | (model or {}))),
@@ -112,11 +111,10 @@ def three_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
     Rank 0 is on one node and the others on a second: each node converts for itself, into a folder of its own.
     """
     node = "first" if rank == 0 else "second"
-    tempfile.tempdir = str(folder / node)
-    Path(tempfile.tempdir).mkdir(exist_ok=True)
+    (folder / node / "mmray-resume-killed").mkdir(parents=True, exist_ok=True)
     results: dict[Any, Any] = {}
     for case in EXACT:
-        engine = build(case, 2, resume_from=folder / checkpoint_name(case), node=node)
+        engine = build(case, 2, resume_from=folder / checkpoint_name(case), scratch=folder / node, node=node)
         results[case] = train(engine, SAVED_AT + 1)
         save_state(engine, folder / "of-three" / checkpoint_name(case))
         engine.close()
@@ -132,10 +130,11 @@ def one_rank(rank: int, world_size: int, folder: Path, shared: Path) -> dict[Any
             results[stage, grad_accumulation] = train(engine, 2)
             engine.close()
     for case in EXACT:
-        engine = build(case, 4, resume_from=folder / "of-three" / checkpoint_name(case), shared_folder=shared)
+        engine = build(case, 4, resume_from=folder / "of-three" / checkpoint_name(case), scratch=shared)
         results[case] = train(engine, SAVED_AT + 2)
         save_state(engine, folder / "of-one" / checkpoint_name(case))
         engine.close()
+    results["no folder"] = refusal((2, "fp32"), resume_from=folder / checkpoint_name((2, "fp32")))
     results["other dtype"] = refusal((2, "bf16"), resume_from=folder / checkpoint_name((2, "fp32")))
     results["no checkpoint"] = refusal((2, "fp32"), resume_from=folder / "nothing")
     return results
@@ -154,7 +153,7 @@ def two_ranks_at_last(rank: int, world_size: int, folder: Path, shared: Path) ->
     """Step 6 from what one rank saved."""
     results: dict[Any, Any] = {}
     for case in EXACT:
-        engine = build(case, 2, resume_from=folder / "of-one" / checkpoint_name(case), shared_folder=shared)
+        engine = build(case, 2, resume_from=folder / "of-one" / checkpoint_name(case), scratch=shared)
         results[case] = train(engine, LAST_STEP)
         engine.close()
     return results

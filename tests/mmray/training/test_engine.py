@@ -113,5 +113,6 @@ def test_resume_with_other_world_sizes(results: Results, case: scenarios.Case) -
 
 def test_a_checkpoint_that_does_not_fit_is_refused(results: Results) -> None:
     one = results["one"][0]
+    assert one["no folder"].endswith("was written by 2 workers; to resume with 1, give a folder to convert it in")
     assert "was written with ZeRO stage 2 and fp32, this run has stage 2 and bf16" in one["other dtype"]
     assert "holds no readable checkpoint" in one["no checkpoint"]
