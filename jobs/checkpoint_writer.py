@@ -30,8 +30,8 @@ from mmray.training.place import write_place
 from mmray.training.run_checkpoints import checkpoint_name, prune
 
 COPY_CHUNK_BYTES = 64 << 20
-TORCH_WRITE_ERROR = "PytorchStreamWriter"
-"""What torch names in the RuntimeError that it makes of a full disk."""
+TORCH_WRITE_ERROR = "inline_container"
+"""The part of torch that raises a RuntimeError where a file could not be written."""
 
 
 class CheckpointWriter:
@@ -102,9 +102,12 @@ def _told(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and TORCH_WRITE_ERROR not in str(error):
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif TORCH_WRITE_ERROR in str(error):
+            reason = f"probably no space left on device (torch: {str(error).splitlines()[0]})"
+        else:
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise UserError(
             f"a checkpoint could not be written into {folder}: {reason}; make room or mend the disk, and start the "
             "same command again"
