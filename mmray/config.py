@@ -19,6 +19,7 @@ from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.masks.settings import LossSetting
 from mmray.packing_settings import PackingSettings
+from mmray.redact import holds_secret
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.settings import Settings
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
@@ -153,6 +154,17 @@ class Job(Settings):
     output: OutputSettings
     """Where results go."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, content: Any) -> Any:
+        """What a job file says is written into manifests and logs."""
+        if found := [path for path, text in _texts(content) if holds_secret(text)]:
+            raise ValueError(
+                f"{found[0]} holds a password or a token; leave it out, and give credentials to every node by its "
+                "environment, a configuration file or a role"
+            )
+        return content
+
     @model_validator(mode="after")
     def _evaluation_has_rows(self) -> "Job":
         if self.training.eval_every_steps and not self.data.eval:
@@ -208,6 +220,18 @@ class _Loader(yaml.SafeLoader):
                     problem=f"the key {key.value!r} is written twice", problem_mark=key.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a job file's content, with its path."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{path}.{number}")
+    elif isinstance(value, str):
+        yield path, value
 
 
 def _yaml_problem(error: Exception) -> str:

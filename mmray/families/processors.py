@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,19 @@ from transformers.utils.hub import cached_files
 
 from mmray.errors import UserError
 
+log = logging.getLogger("mmray")
+
 _CONFIG_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
+
+
+@functools.cache
+def warn_of_remote_code(name: str) -> None:
+    """Say, once for each source in a process, that code from there may run."""
+    log.warning(
+        "WARNING: trust_remote_code is ON: Python code that comes with %s runs here, with all your rights, files and "
+        "credentials. Leave it off unless you have read that code",
+        name,
+    )
 
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -29,6 +42,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises UserError when the folder holds no processor, or one whose class transformers does not know.
     """
     name = str(path)
+    if trust_remote_code:
+        warn_of_remote_code(name)
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~"))):
         raise UserError(f"no processor could be loaded from {name!r}: no such folder")
     try:

@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 from mmray.errors import UserError
+from mmray.families.processors import warn_of_remote_code
 from mmray.training.settings import ModelSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,6 +74,8 @@ def _read_config(settings: ModelSettings) -> PretrainedConfig:
         except ValueError as error:
             raise UserError(f"model.config: transformers knows no model_type {model_type!r}") from error
     source = Path(settings.path or settings.config or "")
+    if settings.trust_remote_code:
+        warn_of_remote_code(str(source))
     try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
