@@ -71,6 +71,14 @@ def out_of_room(error: BaseException) -> str:
     return ""
 
 
+class RenderThere(MadeThere):
+    """Under this name Ray's dashboard and process lists show the actors that decode."""
+
+
+class MaskThere(MadeThere):
+    """And those that compute labels."""
+
+
 def _in_order(dataset: Dataset, labels: Mapping[str, str], block_bytes: int | None) -> Dataset:
     """block_bytes: a block ends when it has as many, so with 1 after each row; None: with the task that makes it."""
     context = dataset.context

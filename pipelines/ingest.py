@@ -32,7 +32,7 @@ from mmray.errors import UserError
 from mmray.families import Tile
 from mmray.kept_warnings import keep_warnings
 from mmray.loader import BatchMaker, BatchPlan
-from pipelines.dataset import ERROR, MadeThere, numbers
+from pipelines.dataset import ERROR, MadeThere, MaskThere, RenderThere, numbers
 
 SEGMENT_SHARES = 32_768
 """Shares, over all ranks, of one Ray Data execution. Measured: the process that schedules it grows by 5 to 9 kB a
@@ -151,8 +151,8 @@ class Ingest:
         render = partial(Render, shares, resources.tile_cache, self.warnings)
         mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu")
         dataset = numbers(len(shares), resources.train_labels)
-        dataset = _map(dataset, render, min(resources.render_actors, len(shares)), num_cpus=1)
-        dataset = _map(dataset, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
+        dataset = _map(dataset, RenderThere, render, min(resources.render_actors, len(shares)), num_cpus=1)
+        dataset = _map(dataset, MaskThere, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
         return list(dataset.streaming_split(self.plan.world_size, equal=True))
 
     def receive(self, shard: Any, rank: int, start: int, stop: int) -> Iterator[list[MicroBatch]]:
@@ -178,10 +178,10 @@ class Ingest:
             raise RuntimeError(f"expected {expected} with bins {bins}, received {batch.place} with bins {batch.bins}")
 
 
-def _map(dataset: Dataset, make: Callable[[], Any], actors: int, **resources: Any) -> Dataset:
+def _map(dataset: Dataset, kind: type[MadeThere], make: Callable[[], Any], actors: int, **resources: Any) -> Dataset:
     """Each block through one of so many actors, each with what `make()` gives."""
     return dataset.map_batches(
-        MadeThere, batch_size=None, batch_format="pyarrow", fn_constructor_args=(pickle.dumps(make),),
+        kind, batch_size=None, batch_format="pyarrow", fn_constructor_args=(pickle.dumps(make),),
         compute=ray.data.ActorPoolStrategy(size=actors), **resources,
     )  # fmt: skip
 

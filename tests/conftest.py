@@ -154,11 +154,15 @@ class Inputs:
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """Forty pages with their rows, some bad on purpose, and a small Qwen2-VL."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def write_inputs(folder: Path) -> Inputs:
+    """What `inputs` gives, in a folder."""
     from mmray.synthetic.models import small_config
     from mmray.synthetic.pages import write_pages
     from mmray.synthetic.processors import write_processor
 
-    folder = tmp_path_factory.mktemp("inputs")
     pages = write_pages(folder / "data", num_pages=40)
     processor = write_processor(folder / "processor", "qwen2_vl")
     small_config("qwen2_vl", processor).save_pretrained(folder / "model")

@@ -1,0 +1,6 @@
+"""What breaks a run of weeks, done on purpose to a real Ray, and what mmray promises of it.
+
+`python -m tests.faults` runs every fault and writes the table of docs/reliability.md; names after it choose some.
+`python -m tests.faults soak` kills at random for as long as it takes. Few and quick ones run with the tests
+(`test_faults.py`).
+"""
