@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): once, some minutes, about 2.5 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cluster,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cluster,trackers,dev]'
 	@touch $(READY)
 
 demo: $(READY)

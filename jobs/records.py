@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from mmray.config import Job
+from mmray.tracking import TrackedRun, public_settings
 from mmray.training.engine import StepMetrics
 from mmray.training.json_lines import JsonLines
 from mmray.training.metrics import MetricsLog
@@ -13,11 +15,12 @@ from mmray.training.trained import TRAINED_FILE, TrainedStep
 class Records:
     """The numbers of each step, and the bins it trained on."""
 
-    def __init__(self, run: Path, step: int, max_skipped_share: float) -> None:
-        """step: the last that is done; numbers of later ones are forgotten."""
-        self.metrics = MetricsLog(run)
-        self.metrics.truncate_after(step)
-        self.skipped = SkippedLog(run, step, max_skipped_share)
+    def __init__(self, job: Job, commit: str | None, step: int) -> None:
+        """commit: of the code; step: the last that is done, numbers of later ones are forgotten."""
+        run = Path(job.output.run)
+        tracked = TrackedRun(job.name, run, public_settings(job), commit)
+        self.metrics = MetricsLog(tracked, step, job.tracking.trackers())
+        self.skipped = SkippedLog(run, step, job.data.max_skipped_share)
         self._trained = JsonLines(run / TRAINED_FILE)
 
     def write(

@@ -10,6 +10,7 @@ from mmray.errors import UserError
 from mmray.loader import BatchPlan
 from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
+from mmray.tracking import git_commit
 from mmray.training.model import load_config
 from mmray.training.place import place_in
 
@@ -24,6 +25,8 @@ class RunPlan:
     gpus: bool
     continue_on: bool = False
     """Where the checkpoint was trained on other data, the job's begins there."""
+    commit: str | None = None
+    """Of the code, for trackers, where it is in git."""
 
     @property
     def schedule(self) -> Schedule | BalancedSchedule:
@@ -76,4 +79,4 @@ class RunPlan:
 def run_plan(job: Job, prepared: dict[str, PreparedDataset], gpus: bool, continue_on: bool = False) -> RunPlan:
     """The plan of a run over prepared datasets."""
     shapes = {name: (len(each), each.fingerprint) for name, each in prepared.items()}
-    return RunPlan(job, shapes["train"], shapes.get("eval"), gpus, continue_on)
+    return RunPlan(job, shapes["train"], shapes.get("eval"), gpus, continue_on, git_commit(Path.cwd()))

@@ -63,6 +63,7 @@ def check_job(job: Job) -> None:
         if finding.status is Status.FAIL:
             raise UserError(f"{finding.check}: {finding.detail}")
         console.print(f"{finding.check}: {finding.detail}", markup=False, highlight=False)
+    job.tracking.check()
 
 
 def open_prepared(job: Job) -> dict[str, PreparedDataset]:

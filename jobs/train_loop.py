@@ -88,8 +88,8 @@ class Worker:
             ranks=self.ranks,
         )
         self._note_begin(checkpoint)
-        share = plan.job.data.max_skipped_share
-        with closing(Records(self.run_folder, self.cursor.step, share)) if self.rank == 0 else nullcontext() as records:
+        writing = closing(Records(plan.job, plan.commit, self.cursor.step)) if self.rank == 0 else nullcontext()
+        with writing as records:
             self._train(records)
         self.checkpoints.finish(self.engine)
         self._note("finish")

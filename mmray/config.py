@@ -22,6 +22,7 @@ from mmray.packing_settings import PackingSettings
 from mmray.redact import holds_secret
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.settings import Settings
+from mmray.tracking.settings import TrackingSettings
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
 
 
@@ -153,6 +154,8 @@ class Job(Settings):
     """Actors, workers and GPUs."""
     output: OutputSettings
     """Where results go."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Weights & Biases, MLflow."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,32 +1,39 @@
-"""The numbers of a run: `metrics.jsonl`, one line a step, mirrored to TensorBoard.
+"""The numbers of a run: `metrics.jsonl`, one line a step, mirrored to TensorBoard and other trackers.
 
-The file is the record; TensorBoard is a view. A run that resumes does some steps again, so the log is first
-cut back to the checkpoint's step: every step stands in it once, as it was finally done.
+The file is the record; trackers are views. A run that resumes does some steps again, so the log is first cut back to
+the checkpoint's step: every step stands in it once, as it was finally done.
 """
 
-import json
 import math
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from mmray.tracking.base import Tracker, TrackerSettings
+from mmray.tracking.feed import Feed
+from mmray.tracking.run import TrackedRun
+from mmray.tracking.tensorboard import TensorBoard
+from mmray.training.json_lines import JsonLines, read_json_lines, replace_json_lines
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsLog:
-    """Writes the metrics of one run into its folder. One process, rank 0, holds it."""
+    """Writes the metrics of one run into its folder, and to its trackers. One process, rank 0, holds it."""
 
-    def __init__(self, folder: Path) -> None:
-        """folder: the run's; made where absent, continued where it has metrics."""
-        self.path = folder / METRICS_FILE
-        self._tensorboard_folder = folder / TENSORBOARD_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        self._drop_torn_line()
-        self._file = self.path.open("a")
-        self._writer = SummaryWriter(str(self._tensorboard_folder))
+    def __init__(self, run: TrackedRun, step: int, trackers: Mapping[str, TrackerSettings] | None = None) -> None:
+        """Begins with the run's metrics up to `step`, the last that is done; what was logged after it is forgotten, in
+        one atomic replacement. trackers: by name, besides TensorBoard."""
+        path = run.folder / METRICS_FILE
+        logged = read_json_lines(path)
+        if any(line["step"] > step for line in logged):
+            replace_json_lines(path, (line for line in logged if line["step"] <= step))
+        self._file = JsonLines(path)
+        earlier = [(line["step"], _scalars(line)) for line in logged]
+        self._trackers: list[Tracker] = [TensorBoard(run.folder, step)]
+        self._trackers += [
+            Feed(name, settings, run, logged=earlier, kept=step) for name, settings in (trackers or {}).items()
+        ]
 
     def write(self, step: int, **values: float | int | None) -> None:
         """Append one line and hand it to the operating system: it survives the death of this process.
@@ -36,50 +43,32 @@ class MetricsLog:
         is written as null.
         """
         line = {"step": step} | {key: _finite(value) for key, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for key, value in line.items():
-            if key != "step" and value is not None:
-                self._writer.add_scalar(_tag(key), value, step)
-
-    def truncate_after(self, step: int) -> None:
-        """Forget what was logged after `step`, in one atomic replacement; TensorBoard hides it."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        self._file.close()
-        self._replace(kept)
-        self._file = self.path.open("a")
-        self._writer.close()
-        self._writer = SummaryWriter(str(self._tensorboard_folder), purge_step=step + 1)
+        self._file.append(line)
+        scalars = _scalars(line)
+        for tracker in self._trackers:
+            tracker.write(step, scalars)
 
     def close(self) -> None:
-        """Close the file and flush TensorBoard."""
+        """Close the file, and see trackers through what they have not taken yet."""
         self._file.close()
-        self._writer.close()
-
-    def _drop_torn_line(self) -> None:
-        """A process that died while writing may have left half a line, which the next would be glued to."""
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self._replace(read_metrics(self.path))
-
-    def _replace(self, lines: list[dict[str, Any]]) -> None:
-        beside = self.path.with_suffix(".jsonl.tmp")
-        with beside.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a torn last one."""
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
+    """The lines of a metrics.jsonl, without a torn last one; none where there is no file."""
+    return read_json_lines(path)
 
 
 def _finite(value: float | int | None) -> float | int | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _tag(key: str) -> str:
-    return f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """A line's numbers under the names that trackers show: `train/loss`, `eval/loss`."""
+    kind = "eval" if any(key.startswith("eval_") for key in line) else "train"
+    return {
+        f"{kind}/{key.removeprefix('eval_')}": value
+        for key, value in line.items()
+        if key != "step" and value is not None
+    }

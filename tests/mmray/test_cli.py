@@ -7,6 +7,7 @@ import pytest
 from mmray import cli
 from mmray.config import Job
 from mmray.errors import UserError
+from mmray.tracking import TrackedRun
 from mmray.training.metrics import MetricsLog
 from tests.mmray.looking import name_processor
 from tests.mmray.preparing import PACKING, Preparation, write_rows
@@ -71,7 +72,7 @@ def test_report_of_a_prepared_dataset(run, prepared):
 
 
 def write_metrics(folder, *losses):
-    log = MetricsLog(folder)
+    log = MetricsLog(TrackedRun("test", folder), 0)
     for step, loss in enumerate(losses, start=1):
         log.write(step, epoch=0, loss=loss, tokens=1000, step_seconds=0.5, data_wait_seconds=0.1)
         log.write(step, eval_loss=loss * 2)
