@@ -44,8 +44,8 @@ class CheckpointWriter:
         self._idle = threading.Event()
         self._idle.set()
         self._scratch = _scratch(run)
-        if ray.train.get_context().get_local_rank() == 0:  # what a worker that was killed here has left
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._clears = ray.train.get_context().get_local_rank() == 0
+        self._clear()  # what a worker that was killed here has left
 
     def save(self, engine: TrainingEngine, cursor: Cursor, prepared: PreparedDataset, *, wait: bool) -> str:
         """Write a checkpoint; its name. Collective. wait: until this rank's part is in the run's folder."""
@@ -72,8 +72,14 @@ class CheckpointWriter:
         """Wait until the last checkpoint is whole, and delete what is no longer kept. Collective."""
         self._idle.wait()
         engine.ranks.every(None)
+        self._clear()
         if self._rank == 0:
             prune(self._run, self._keep)
+
+    def _clear(self) -> None:
+        """One rank of each node deletes the run's folder on its disk."""
+        if self._clears:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         """Copy this rank's files into the run's folder, and after them their list."""

@@ -77,8 +77,9 @@ def _table(step: int, samples: list[TracedSample], metrics: dict[str, Any] | Non
     done = bool(samples) and samples[0].trained
     title = f"step {step}: {'done' if done else 'to come'} with {samples[0].workers if samples else 0} workers"
     if done and metrics:
-        loss, norm = (metrics[key] for key in ("loss", "grad_norm"))
-        title += f"; loss {loss}, gradient norm {norm}, learning rate {metrics['lr']:.3g}"
+        numbers = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
+        shown = (f"{name} {metrics[key]:.4g}" for key, name in numbers.items() if metrics[key] is not None)
+        title += f"; {', '.join(shown)}"
     table = Table(title=escape(title), title_justify="left")
     for name in ("rank", "micro-batch", "bin"):
         table.add_column(name, justify="right")

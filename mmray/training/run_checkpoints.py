@@ -19,6 +19,8 @@ from mmray.training.ranks import Ranks
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_"
+SMALL_BYTES = 1 << 16
+"""What a look at a checkpoint reads: a driver acts on the cursor before any worker has read it all."""
 _NAME = re.compile(r"(damaged_)?checkpoint_(\d+)_")
 
 
@@ -36,9 +38,10 @@ def checkpoint_names(run: Path) -> list[str]:
 
 
 def looks_whole(folder: Path) -> bool:
-    """Whether all ranks' files are there in their sizes: a look at names, not at contents."""
+    """Whether all ranks' files are there in their sizes, and the small ones unchanged: a look, without reading all."""
     files, problem = _contents(folder)
-    return problem is None and all(file.size_problem_in(folder) is None for file in files)
+    looks = (f.problem_in(folder) if f.size <= SMALL_BYTES else f.size_problem_in(folder) for f in files)
+    return problem is None and all(found is None for found in looks)
 
 
 def newest_looking_whole(run: Path) -> Path | None:

@@ -59,10 +59,16 @@ def write_checkpoint(run: Path, cursor: Cursor, data: PreparedDataset) -> Path:
     write_place(checkpoint, cursor, data)
     state = {"step": cursor.step, "world_size": 2, "zero_stage": 2, "dtype": "fp32", "lists": 1}
     (checkpoint / STATE_FILE).write_text(json.dumps(state))
-    files = list_files(checkpoint)
-    (checkpoint / list_name(0)).parent.mkdir()
-    (checkpoint / list_name(0)).write_text(files)
+    write_list(checkpoint)
     return checkpoint
+
+
+def write_list(checkpoint: Path) -> None:
+    path = checkpoint / list_name(0)
+    path.unlink(missing_ok=True)
+    files = list_files(checkpoint)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(files)
 
 
 def test_a_checkpoint_of_other_data_is_refused_with_the_difference(
@@ -203,6 +209,7 @@ def test_a_trace_of_data_prepared_anew_is_refused(inputs: Inputs, folder: Path, 
     path = moved_run.parent / "run" / "checkpoint_00000005_aa" / "cursor.json"
     cursor = Cursor.read(path)
     replace(cursor, earlier=(replace(cursor.earlier[0], prepared=str(folder / "new" / "train")),)).write(path)
+    write_list(path.parent)
     tracer = run_tracer(load_job(moved_run))
     with pytest.raises(UserError, match=r"the run trained on \S+ from step 1 on: it was prepared anew since"):
         list(tracer.samples(2))
