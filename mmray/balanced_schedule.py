@@ -63,6 +63,25 @@ class BalancedSchedule:
                 f"global_batch_bins ({self.order.global_batch_bins})"
             )
 
+    def _repr_html_(self) -> str:
+        from mmray.notebook import Fact, card  # pages and their templates: only where one is shown
+
+        order, balance = self.order, self.balance
+        groups = "" if balance.group_bins is None else f", in groups of {balance.group_bins:,}"
+        shapes = ", one shape in each" if balance.one_shape_per_batch else ""
+        return card(
+            f"Balanced schedule: {self.steps_per_epoch:,} steps an epoch",
+            f"data {order.fingerprint}, seed {order.seed}",
+            [
+                Fact("bins", f"{order.num_bins:,}, {order.global_batch_bins:,} of like cost a step{groups}{shapes}"),
+                Fact(
+                    "sorted by cost",
+                    f"{balance.window_batches:,} steps together, {balance.tolerance:.0%} is equal",
+                ),
+                Fact("its bins", "bound_to(prepared.loads).bins(step)"),
+            ],
+        )
+
     @property
     def num_bins(self) -> int:
         return self.order.num_bins

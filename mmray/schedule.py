@@ -76,6 +76,25 @@ class Schedule:
             value = _at_least(minimum, name, getattr(self, name))
             object.__setattr__(self, name, value)  # a numpy integer becomes an int: keys are derived from it
 
+    def _repr_html_(self) -> str:
+        from mmray.notebook import Fact, card  # pages and their templates: only where one is shown
+
+        order = "in random order" if self.shuffle else "in the order they were prepared"
+        slots = range(min(self.global_batch_bins, 12))
+        more = ", …" if self.global_batch_bins > len(slots) else ""
+
+        def bins(step: int) -> str:
+            return ", ".join("empty" if each is None else f"{each:,}" for each in self._slots(step, slots)) + more
+
+        return card(
+            f"Schedule: {self.steps_per_epoch:,} steps an epoch",
+            f"data {self.fingerprint}, seed {self.seed}",
+            [
+                Fact("bins", f"{self.num_bins:,}, {order}, {self.global_batch_bins:,} a step"),
+                *(Fact(f"step {step}", bins(step)) for step in range(min(3, self.steps_per_epoch))),
+            ],
+        )
+
     @property
     def steps_per_epoch(self) -> int:
         """Global batches of one epoch, the padded one included."""

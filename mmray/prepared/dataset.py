@@ -18,12 +18,15 @@ import pyarrow.parquet as pq
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.images.source import one_line
+from mmray.notebook import Fact, Segment, card
 from mmray.prepared.loads import Loads
 from mmray.prepared.schema import FORMAT_VERSION
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window
 from mmray.storage import Folder
 
 MANIFEST, PLAN, REJECTED_FILE = "manifest.json", "plan.json", "rejected.parquet"
+MOST_SHOWN_SAMPLES = 60
+"""Samples of a bin that a notebook shows to scale."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,30 @@ class Bin:
     sample_rules: np.ndarray
     given: np.ndarray
     images: list[dict[str, Any]]
+
+    def _repr_html_(self) -> str:
+        """Its counts, and its samples to scale, those with images in another colour."""
+        with_images = {image["sample"] for image in self.images}
+        whole, shown = max(len(self.input_ids), 1), self.sample_lengths.tolist()[:MOST_SHOWN_SAMPLES]
+        strip = [
+            Segment(length / whole, "visual" if number in with_images else "tokens", f"{name[:80]}: {length:,} tokens")
+            for number, (name, length) in enumerate(zip(self.sample_ids, shown))
+        ]
+        if rest := int(self.sample_lengths[MOST_SHOWN_SAMPLES:].sum()):
+            strip.append(Segment(rest / whole, "grey", f"the other samples: {rest:,} tokens"))
+        count = len(self.sample_ids)
+        return card(
+            f"Bin {self.index:,}: {count:,} {'sample' if count == 1 else 'samples'}",
+            f"bucket {self.bucket}",
+            [
+                Fact("tokens", f"{len(self.input_ids):,}"),
+                Fact("visual tokens", f"{self.visual_tokens:,}", self.visual_tokens / whole, "visual"),
+                Fact("trained tokens", f"{self.trained_tokens:,}", self.trained_tokens / whole, "good"),
+                Fact("images", f"{len(self.images):,}"),
+                Fact("samples", ", ".join(name[:80] for name in self.sample_ids[:5]) + (", …" if count > 5 else "")),
+            ],
+            strip=strip,
+        )
 
 
 class PreparedDataset:
@@ -83,6 +110,31 @@ class PreparedDataset:
 
     def __repr__(self) -> str:
         return f"PreparedDataset({self.path!r}, bins={len(self)}, fingerprint={self.fingerprint!r})"
+
+    def _repr_html_(self) -> str:
+        facts, packing = self.statistics, self.manifest["record"]["packing"]
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in list(facts["rejected_by_reason"].items())[:8])
+        fills = [
+            Fact(name, f"{facts[key]:.1%} of {packing[capacity]:,} a bin", facts[key], colour)
+            for name, key, capacity, colour in (
+                ("fill, tokens", "token_fill", "token_capacity", "tokens"),
+                ("fill, visual tokens", "visual_fill", "visual_capacity", "visual"),
+            )
+        ]
+        trained = facts["trained_tokens"] / max(facts["tokens"], 1)
+        return card(
+            f"Prepared dataset: {len(self):,} bins",
+            self.path,
+            [
+                Fact("rows", f"{facts['rows_packed']:,} packed of {facts['rows_read']:,} read"),
+                Fact("rejected", reasons or "none"),
+                *fills,
+                Fact("trained tokens", f"{trained:.1%} of {facts['tokens']:,} tokens", trained, "good"),
+                Fact("bins", f"{facts['bins']:,}, at least {facts['bins_at_least']:,} needed"),
+                Fact("images", f"{facts['images']:,}"),
+                Fact("fingerprint", self.fingerprint),
+            ],
+        )
 
     def bin(self, index: int) -> Bin:
         """Bin number `index`, from 0. Reads its row group."""

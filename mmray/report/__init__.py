@@ -5,8 +5,8 @@ together, `tables.py` prints.
 """
 
 from mmray.report.prepared_page import prepared_page
-from mmray.report.run import Run
+from mmray.report.run import Run, live_run
 from mmray.report.run_page import run_page
 from mmray.report.tables import prepared_table, run_table
 
-__all__ = ["Run", "prepared_page", "prepared_table", "run_page", "run_table"]
+__all__ = ["Run", "live_run", "prepared_page", "prepared_table", "run_page", "run_table"]

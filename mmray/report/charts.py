@@ -144,7 +144,8 @@ def exact(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """Values over steps, float64 [n] each; what is not known or not finite is NaN. dots: drawn as points, all."""
+    """Values over steps, float64 [n] each; what is not known or not finite is NaN. dots: drawn as points,
+    as long as these can be told apart."""
 
     name: str
     colour: str
@@ -174,7 +175,7 @@ def over_steps(
 
 
 def _curve(series: Series, x: Axis, y: Axis) -> Curve:
-    if series.dots:
+    if series.dots and len(series.steps) <= COLUMNS:
         known = np.isfinite(series.values)
         dots = zip(x.at(series.steps[known]).tolist(), (1000 - y.at(series.values[known])).tolist())
         return Curve(series.name, series.colour, dots=tuple((round(left, 1), round(top, 1)) for left, top in dots))

@@ -1,5 +1,6 @@
 """A training run as it lies in its folder, for reports and notebooks."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -11,8 +12,14 @@ import numpy as np
 from mmray.cursor import Cursor
 from mmray.errors import UserError
 from mmray.kept_warnings import WARNINGS_FILE, read_warnings
+from mmray.notebook import Fact, card, live
+from mmray.report.charts import Plot, Series, over_steps
 from mmray.training.history import HISTORY_FILE, read_history
 from mmray.training.metrics import METRICS_FILE, read_metrics
+
+MOST_MARKS = 8
+MARKS = {"resume": "resumed", "preemption": "preempted", "damaged_checkpoint": "damaged", "continue_on": "other data"}
+"""Events that have a line in the charts, and what stands there."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,63 @@ class Run:
         counted = self.column("workers")
         return np.where(np.isnan(counted), told, counted)
 
+    def _repr_html_(self) -> str:
+        if not self.steps:
+            return card("Run: no step is finished yet", str(self.folder), [])
+        state = "finished" if self.is_finished else "so far"
+        resumes = [event["step"] for event in self.history if event["event"] == "resume"]
+        facts = [Fact("loss", _from_to(self.column("loss")))]
+        if self.evaluations:
+            facts.append(Fact("evaluation loss", _from_to(self.eval_column("eval_loss"))))
+        if self.checkpoints:
+            facts.append(Fact("checkpoints", ", ".join(f"step {each.step:,}" for each in self.checkpoints[-4:])))
+        if resumes:
+            facts.append(Fact("resumed", ", ".join(f"at step {step:,}" for step in resumes[-8:])))
+        return card(f"Run: {self.last_step:,} steps, {state}", str(self.folder), facts, chart=loss_chart(self))
+
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, steps={self.last_step}, finished={self.is_finished})"
+
+
+def live_run(folder: str | Path) -> AbstractContextManager[None]:
+    """Shows a run in a notebook, anew while the block runs; also of one that is only about to begin.
+
+    >>> with live_run(job.output.run):
+    ...     train(job, open_prepared(job))
+    """
+
+    def content() -> str:
+        if not Run.is_one(folder):
+            return card("Run: has not begun yet", str(folder), [])
+        return Run(folder)._repr_html_()
+
+    return live(content)
+
+
+def loss_chart(run: Run) -> Plot:
+    """The loss of training and evaluations over steps, with what happened along the way. run: with a step."""
+    steps, trained = run.column("step"), run.column("loss")
+    series = [Series("training", "tokens", steps, trained)]
+    if run.evaluations:
+        dots = run.eval_column("step"), run.eval_column("eval_loss")
+        series.append(Series("evaluation", "warn", *dots, dots=True))
+    note = "A mean over the trained tokens of each step."
+    return over_steps("Loss", note, series, marks=marks(run), first_step=int(steps[0]), last_step=run.last_step)
+
+
+def marks(run: Run) -> list[tuple[int, str]]:
+    """(step, what happened) for the lines in charts, those of one step together; of very many the lines alone."""
+    at: dict[int, list[str]] = {}
+    for event in run.history:
+        if event["event"] in MARKS:
+            at.setdefault(event["step"], []).append(MARKS[event["event"]])
+    found = [(step, ", ".join(dict.fromkeys(names))) for step, names in sorted(at.items())]
+    return found if len(found) <= MOST_MARKS else [(step, "") for step, _ in found]
+
+
+def _from_to(values: np.ndarray) -> str:
+    first, last = ("not finite" if np.isnan(value) else f"{value:.4g}" for value in (values[0], values[-1]))
+    return f"{last}, from {first}"
 
 
 def _numbers(lines: list[dict[str, Any]], name: str) -> np.ndarray:

@@ -8,12 +8,10 @@ import numpy as np
 from mmray.html import template
 from mmray.report import charts
 from mmray.report.charts import Plot, Series
-from mmray.report.run import Run
+from mmray.report.run import Run, loss_chart, marks
 from mmray.report.words import amount, made_by, span
 
-MOST_EVENTS, MOST_MARKS, MOST_WARNINGS = 200, 8, 20
-MARKS = {"resume": "resumed", "preemption": "preempted", "damaged_checkpoint": "damaged", "continue_on": "other data"}
-"""Events that have a line in the charts, and what stands there."""
+MOST_EVENTS, MOST_WARNINGS = 200, 20
 COLOURS = {"resume": "warn", "preemption": "warn", "damaged_checkpoint": "bad", "finish": "good", "checkpoint": "grey"}
 
 
@@ -70,22 +68,18 @@ def _charts(run: Run) -> list[Plot]:
     """The charts whose values the run has."""
     steps, last = run.column("step"), run.last_step
     first = int(steps[0])
-    lines = _marks(run)
-    unnamed = [(step, "") for step, _ in lines]
+    lines = [(step, "") for step, _ in marks(run)]
 
     def chart(title: str, note: str, series: list[Series], zero: bool = False) -> Plot:
-        marks = lines if title == "Loss" else unnamed
-        return charts.over_steps(title, note, series, zero=zero, marks=marks, first_step=first, last_step=last)
+        return charts.over_steps(title, note, series, zero=zero, marks=lines, first_step=first, last_step=last)
 
     def column(name: str, colour: str, key: str) -> Series:
         return Series(name, colour, steps, run.column(key))
 
     tokens, seconds, waited = run.column("tokens"), run.column("step_seconds"), run.column("data_wait_seconds")
-    evaluation = Series("evaluation", "warn", run.eval_column("step"), run.eval_column("eval_loss"), dots=True)
     speed = tokens / np.maximum(seconds, 1e-9)
     found = [
-        chart("Loss", "A mean over the trained tokens of each step.",
-              [column("training", "tokens", "loss"), evaluation]),
+        loss_chart(run),
         chart("Learning rate", f"Highest {np.nanmax(run.column('lr')):.3g}." if _has(run, "lr") else "",
               [column("learning rate", "tokens", "lr")], True),
         chart("Gradient norm", "Before clipping.", [column("norm", "visual", "grad_norm")]),
@@ -113,16 +107,6 @@ def _charts(run: Run) -> list[Plot]:
 
 def _has(run: Run, key: str) -> bool:
     return bool(np.isfinite(run.column(key)).any())
-
-
-def _marks(run: Run) -> list[tuple[int, str]]:
-    """Lines in every chart, what happened at one step together; of very many the lines alone."""
-    at: dict[int, list[str]] = {}
-    for event in run.history:
-        if event["event"] in MARKS:
-            at.setdefault(event["step"], []).append(MARKS[event["event"]])
-    marks = [(step, ", ".join(dict.fromkeys(names))) for step, names in sorted(at.items())]
-    return marks if len(marks) <= MOST_MARKS else [(step, "") for step, _ in marks]
 
 
 def _event(event: dict[str, Any]) -> dict[str, Any]:

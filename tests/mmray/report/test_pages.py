@@ -17,46 +17,10 @@ from mmray.report import Run, prepared_page, run_page
 from mmray.report import prepared as facts
 from mmray.report.prepared import Distributions, StepSettings, step_balance
 from mmray.schedule import Schedule
-from mmray.training.history import HISTORY_FILE
-from mmray.training.metrics import METRICS_FILE
 from tests.mmray.html_page import Page, assert_needs_nothing
-from tests.mmray.looking import drawn_page, name_processor
-from tests.mmray.preparing import Preparation, chat, write_rows
+from tests.mmray.preparing import Preparation, write_rows
+from tests.mmray.report.reported import HISTORY, HOSTILE, packing, page_text, write_run
 from tests.mmray.test_docs_jobs import LEAST
-
-HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\"' {{ 7*7 }} &lt; \x1b"
-PACKING = {"token_capacity": 300, "visual_capacity": 200, "window_rows": 16}
-
-
-@pytest.fixture(scope="session")
-def written(tmp_path_factory, processor_folders, processors):
-    """Some windows of rows with images of several shapes, chats, and bad rows whose ids are hostile."""
-    folder = tmp_path_factory.mktemp("report")
-    drawn_page((170, 220)).save(folder / "page.png")
-    drawn_page((220, 170)).save(folder / "wide.png")
-    pages = [
-        {"id": f"page {number}", "text": "<image>\n" + "word " * (number % 40),
-         "images": [("page.png", "wide.png")[number % 2]]}
-        for number in range(40)
-    ]  # fmt: skip
-    bad = [{"id": f"{HOSTILE}{number}", "text": ""} for number in range(5)]
-    missing = [{"id": HOSTILE, "text": "<image>", "images": [f"{HOSTILE}.png"]}]
-    pages_file = write_rows(folder / "pages.jsonl", pages + bad + missing)
-    chats = [chat(f"Say {number} {HOSTILE}", HOSTILE, id=f"chat {number} {HOSTILE}") for number in range(9)]
-    chats_file = write_rows(folder / "chat.jsonl", chats)
-    made = Preparation(
-        processors["qwen2_vl"],
-        {"files": (pages_file,), "kind": "pretrain", "image_root": str(folder)},
-        {"files": (chats_file,), "kind": "chat"},
-        packing=packing(), tiling={"grid": (1, 2), "tile_size": (56, 56), "labels": True},
-    )  # fmt: skip
-    return name_processor(made.write(folder / "prepared"), processor_folders["qwen2_vl"], "qwen2_vl")
-
-
-def packing(**changes):
-    from mmray.packing_settings import PackingSettings
-
-    return PackingSettings(**PACKING | changes)
 
 
 @pytest.fixture(scope="session")
@@ -128,13 +92,6 @@ def test_rejected_rows_stand_with_their_reasons_and_examples(page, written):
     for row in rejected[:3] + rejected[-1:]:
         assert page_text(row["message"]) in shown
         assert page_text(row["source"]) in shown
-
-
-def page_text(text):
-    """As a browser shows text of the data."""
-    from mmray.visible import visible
-
-    return visible(text)
 
 
 def test_bins_are_shown_with_tiles_and_masks(page, written):
@@ -231,37 +188,6 @@ def test_a_processor_that_went_away_leaves_bins_out_and_a_wrong_one_is_an_error(
 
 
 # ---- A run ----
-
-
-def write_run(folder, steps, history=(), warnings="", **columns):
-    folder.mkdir(exist_ok=True)
-    lines = []
-    for step in range(1, steps + 1):
-        line = {
-            "step": step, "epoch": step / 10, "loss": 5 - step / steps, "tokens": 1000, "trained_tokens": 400,
-            "bins": 8, "lr": 1e-4, "grad_norm": 1.5, "step_seconds": 0.5, "data_wait_seconds": 0.25,
-        }  # fmt: skip
-        lines.append(line | {key: value(step) for key, value in columns.items()})
-        if step % 4 == 0:
-            lines.append({"step": step, "epoch": step / 10, "eval_loss": 6 - step / steps})
-    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if history:
-        events = [{"time": f"2026-11-25T22:00:{number:02d}+00:00"} | event for number, event in enumerate(history)]
-        (folder / HISTORY_FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
-    if warnings:
-        (folder / "warnings.log").write_text(warnings)
-    return folder
-
-
-HISTORY = (
-    {"event": "start", "step": 0, "workers": 2},
-    {"event": "checkpoint", "step": 4, "workers": 2, "name": "checkpoint_4", "seconds": 1.25},
-    {"event": "preemption", "step": 5, "workers": 2, "nodes": ["a", "b"], "deadline": None},
-    {"event": "damaged_checkpoint", "step": 4, "workers": 0, "checkpoint": "checkpoint_5", "problem": HOSTILE},
-    {"event": "resume", "step": 4, "workers": 3, "checkpoint": "checkpoint_4"},
-    {"event": "checkpoint", "step": 8, "workers": 3, "name": "checkpoint_8", "seconds": 0.75},
-    {"event": "finish", "step": 8, "workers": 3},
-)
 
 
 def hover(page, title):
