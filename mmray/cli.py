@@ -62,6 +62,25 @@ def report(
     console.print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("from-huggingface")
+def from_huggingface(
+    path: Annotated[str, typer.Argument(help="As for datasets.load_dataset: a hub name, imagefolder, json, …")],
+    target: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the Parquet files go: a folder or URI.")],
+    name: Annotated[str | None, typer.Option(help="The configuration of the dataset.")] = None,
+    split: Annotated[str, typer.Option(help="The split.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="The commit of a dataset on the hub.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="The folder of a local dataset.")] = None,
+    data_files: Annotated[str | None, typer.Option(help="The files of a local dataset, or a glob.")] = None,
+) -> None:
+    """Write a dataset of Hugging Face into Parquet row files, image bytes included. Again: goes on where it was."""
+    from mmray.rows.huggingface import write_rows
+
+    rows = write_rows(
+        target, path=path, name=name, split=split, revision=revision, data_dir=data_dir, data_files=data_files
+    )
+    Console().print(f"{target}: {rows:,} rows", markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A prepared dataset.")],

@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmray.errors import UserError
 from mmray.images.source import one_line
+from mmray.rows.huggingface import SavedRows, saved_version
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.webdataset import row_starts
 from mmray.storage import file_system, file_version
@@ -80,6 +81,9 @@ def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
     found = []
     for number, dataset in enumerate(datasets):
         for pattern in dataset.files:
+            if dataset.format == "huggingface":
+                found.append(_saved_dataset(number, pattern))
+                continue
             found += [_source_file(number, dataset, *match) for match in _matches(pattern)]
     return found
 
@@ -122,6 +126,11 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, 
     return SourceFile(number, uri, format_, int(info["size"]), file_version(info), (own_id, text, images))
 
 
+def _saved_dataset(number: int, folder: str) -> SourceFile:
+    """A folder of `Dataset.save_to_disk`; its size is its number of rows."""
+    return SourceFile(number, folder, "huggingface", len(SavedRows(folder)), saved_version(folder))
+
+
 def plan_chunks(files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int) -> list[Chunk]:
     """Deal all rows, in order, into chunks of chunk_rows and windows of window_rows (a multiple of chunk_rows).
 
@@ -158,7 +167,9 @@ def _chunk_pieces(indexed: Any, chunk_rows: int) -> Iterator[list[Piece]]:
 
 
 def _row_starts(file: SourceFile) -> np.ndarray:
-    """Where each row starts, and the end: byte offsets, of Parquet row numbers. int64 [rows + 1]."""
+    """Where each row starts, and the end: byte offsets, of tables row numbers. int64 [rows + 1]."""
+    if file.format == "huggingface":
+        return np.arange(file.size + 1, dtype=np.int64)
     try:
         system, path = file_system(file.uri)
         with system.open(path, "rb", block_size=READ_BYTES) as opened:

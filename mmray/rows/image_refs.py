@@ -35,6 +35,8 @@ def image_refs(value: dict[str, Any], source: str, dataset: DatasetSettings) -> 
     found = value.get(column)
     if found is None:
         return ()
+    if isinstance(found, dict):  # a column of single images
+        found = [found]
     if not isinstance(found, list):
         raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
     root = dataset.image_root or _folder(source.rsplit(":", 1)[0])

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from mmray.errors import RowError, UserError
 from mmray.images.source import one_line
 from mmray.rows.files import READ_BYTES, Chunk, Piece
+from mmray.rows.huggingface import SavedRows
 from mmray.rows.json_rows import parse_row
 from mmray.rows.webdataset import read_rows
 from mmray.storage import file_system
@@ -34,13 +35,16 @@ class RawRow:
 
 
 class RowReader:
-    """Reads pieces, cheapest in the order of their file. Keeps the last Parquet file open."""
+    """Reads pieces, cheapest in the order of their file. Keeps the last table open."""
 
     def __init__(self) -> None:
         self._parquet: _ParquetRows | None = None
+        self._saved: SavedRows | None = None
 
     def read(self, piece: Piece) -> Iterator[RawRow]:
         """The rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged file."""
+        if piece.format == "huggingface":
+            return self._read_saved(piece)
         if piece.format == "webdataset":
             return _read_shard(piece)
         if piece.format != "parquet":
@@ -48,6 +52,15 @@ class RowReader:
         if self._parquet is None or self._parquet.uri != piece.uri:
             self._parquet = _ParquetRows(piece.uri)
         return self._parquet.read(piece)
+
+    def _read_saved(self, piece: Piece) -> Iterator[RawRow]:
+        if self._saved is None or self._saved.folder != piece.uri:
+            self._saved = SavedRows(piece.uri)
+        row = piece.first_row
+        for table in self._saved.batches(row, row + piece.num_rows):
+            for value in _values(table):
+                yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
+                row += 1
 
 
 def read_piece(piece: Piece) -> Iterator[RawRow]:
@@ -126,7 +139,7 @@ class _ParquetRows:
             raise UserError(f"{self.uri}: rows {begin} to {end - 1} cannot be read: {error}") from error
 
 
-def _values(table: pa.RecordBatch) -> list[dict[str, Any] | RowError]:
+def _values(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any] | RowError]:
     """The rows as dictionaries; where one has a cell that Python cannot hold, its error."""
     try:
         return list(table.to_pylist())
@@ -134,7 +147,7 @@ def _values(table: pa.RecordBatch) -> list[dict[str, Any] | RowError]:
         return [_value(table.slice(row, 1)) for row in range(table.num_rows)]
 
 
-def _value(row: pa.RecordBatch) -> dict[str, Any] | RowError:
+def _value(row: pa.RecordBatch | pa.Table) -> dict[str, Any] | RowError:
     try:
         (value,) = row.to_pylist()
     except UnicodeDecodeError as error:

@@ -28,8 +28,9 @@ class DatasetSettings(Settings):
     """`pretrain` (`text`), `chat` (`messages` or ShareGPT `conversations`) or `tokenized` (`input_ids`, and
     `labels` or `sampled_mask`)."""
 
-    format: Literal["auto", "jsonl", "parquet", "webdataset"] = "auto"
-    """File format; `auto` goes by the ending: `.parquet`, `.tar` (WebDataset shards), anything else is JSON lines."""
+    format: Literal["auto", "jsonl", "parquet", "webdataset", "huggingface"] = "auto"
+    """File format; `auto` goes by the ending: `.parquet`, `.tar` (WebDataset shards), anything else is JSON lines.
+    `huggingface`: `files` are folders that `Dataset.save_to_disk` wrote."""
 
     image_root: str | None = None
     """Folder or URI that image paths are relative to, and must stay inside. Default: the folder of the row file."""

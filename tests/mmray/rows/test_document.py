@@ -398,7 +398,7 @@ def test_images_of_another_type_are_refused_and_quoted(reader, entry):
     assert "a path, a URI or bytes" in error.message
 
 
-@pytest.mark.parametrize("images", ["a.jpg", {"path": "a.jpg"}, 7, b"bytes"])
+@pytest.mark.parametrize("images", ["a.jpg", 7, b"bytes"])
 def test_images_that_are_no_list_are_refused(reader, images):
     error = error_of(reader("pretrain"), {"text": "<image>", "images": images})
     assert error.reason == "wrong_type"
