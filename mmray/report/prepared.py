@@ -5,7 +5,7 @@ spaced ones are read, and the page says how many: the footers of 128 files take 
 about 130,000 bins. Sums (rows, bins, tokens, fill, rejects) are those of the manifest, so of all bins.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,17 +76,15 @@ class StepSettings:
     def of(cls, job: Job | None) -> "StepSettings":
         if job is None:
             return cls(8, 8, 1, 0, BalanceSettings().for_attention("sdpa"), "defaults: no --job was given")
-        training, balance = job.training, (job.balance or BalanceSettings()).for_attention(job.model.attention)
-        source = f"job {job.name}" + ("" if job.balance else ", which has balance: null")
+        training = job.training
         return cls(
-            training.global_batch_bins, most_workers(job), training.micro_batch_bins, training.seed, balance, source
+            global_batch_bins=training.global_batch_bins,
+            workers=job.resources.max_workers,
+            micro_batch_bins=training.micro_batch_bins,
+            seed=training.seed,
+            balance=(job.balance or BalanceSettings()).for_attention(job.model.attention),
+            source=f"job {job.name}" + ("" if job.balance else ", which has balance: null"),
         )
-
-
-def most_workers(job: Job) -> int:
-    """The number of workers a job asks for; of a range, the largest."""
-    workers: Any = job.resources.workers
-    return int(workers[-1]) if isinstance(workers, Sequence) else int(workers)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from mmray.kept_warnings import WARNINGS_FILE, read_warnings
 from mmray.notebook import Fact, card, live
 from mmray.report.charts import Plot, Series, over_steps
 from mmray.training.history import HISTORY_FILE, read_history
+from mmray.training.json_lines import read_json_lines
 from mmray.training.metrics import METRICS_FILE, read_metrics
+from mmray.training.skipped import SKIPPED_FILE
 
 MOST_MARKS = 8
 MARKS = {"resume": "resumed", "preemption": "preempted", "damaged_checkpoint": "damaged", "continue_on": "other data"}
@@ -75,6 +77,11 @@ class Run:
     def warnings(self) -> list[str]:
         """Warnings of workers and actors."""
         return read_warnings(self.folder / WARNINGS_FILE)
+
+    @cached_property
+    def skipped(self) -> list[dict[str, Any]]:
+        """Samples that were left out of the loss (`training.skipped`), by step."""
+        return read_json_lines(self.folder / SKIPPED_FILE)
 
     @cached_property
     def checkpoints(self) -> list[SavedCheckpoint]:

@@ -11,7 +11,7 @@ from mmray.report.charts import Plot, Series
 from mmray.report.run import Run, loss_chart, marks
 from mmray.report.words import amount, made_by, span
 
-MOST_EVENTS, MOST_WARNINGS = 200, 20
+MOST_EVENTS, MOST_WARNINGS, MOST_SKIPPED = 200, 20, 10
 COLOURS = {"resume": "warn", "preemption": "warn", "damaged_checkpoint": "bad", "finish": "good", "checkpoint": "grey"}
 
 
@@ -26,6 +26,7 @@ def run_page(run: Run) -> str:
         events=[_event(event) for event in events[-MOST_EVENTS:]],
         events_note=_events_note(run, len(events)),
         warnings=run.warnings[-MOST_WARNINGS:],
+        skipped=run.skipped[-MOST_SKIPPED:],
         made=made_by(),
     )
 

@@ -10,13 +10,14 @@ import pytest
 import yaml
 
 from mmray.balanced_schedule import BalancedSchedule
-from mmray.config import load_job
+from mmray.config import ResourceSettings, load_job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.report import Run, prepared_page, run_page
 from mmray.report import prepared as facts
 from mmray.report.prepared import Distributions, StepSettings, step_balance
 from mmray.schedule import Schedule
+from mmray.training.skipped import SKIPPED_FILE
 from tests.mmray.html_page import Page, assert_needs_nothing
 from tests.mmray.preparing import Preparation, write_rows
 from tests.mmray.report.reported import HISTORY, HOSTILE, packing, page_text, write_run
@@ -135,6 +136,7 @@ def test_a_job_says_whose_steps(written, tmp_path):
     job = load_job(tmp_path / "job.yaml")
     text = words(Page(prepared_page(written, job=job)))
     assert f"4 bins a step on 2 workers (job {job.name})" in text
+    assert StepSettings.of(job.model_copy(update={"resources": ResourceSettings(workers=(2, 6))})).workers == 6
     one = job.model_copy(update={"resources": job.resources.model_copy(update={"workers": 1})})
     assert "One worker waits for no other" in words(Page(prepared_page(written, job=one)))
 
@@ -220,6 +222,21 @@ def test_a_run_is_told_step_by_step(tmp_path):
     assert [each.text for each in page.of("span") if each.is_in("flags")] == ["damaged, resumed", "preempted"]
     assert_needs_nothing(page)
     assert "<script>alert" not in page.html
+
+
+def test_samples_left_out_are_named(tmp_path):
+    folder = write_run(tmp_path / "run", 20)
+    lines = [
+        {"step": step, "split": "train", "id": f"{HOSTILE}{step}", "source": "rows.jsonl:3", "reason": "image_corrupt",
+         "message": HOSTILE}
+        for step in range(1, 13)
+    ]  # fmt: skip
+    (folder / SKIPPED_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(run_page(Run(folder)))
+    assert "12 in skipped.jsonl, the last 10 here." in words(page)
+    named = [each.text for each in page.of("b") if each.parents[-1].tag == "td"]
+    assert named == [page_text(f"{HOSTILE}{step}") for step in range(3, 13)]
+    assert_needs_nothing(page)
 
 
 def test_a_run_without_history_or_steps(tmp_path):
