@@ -122,6 +122,11 @@ class TrainingRun:
         assert self.driver is not None
         self.driver.succeed(seconds=3600)
 
+    def stop(self) -> None:
+        """End it here; nothing more is expected of it."""
+        assert self.driver is not None
+        self.driver.kill()
+
     @property
     def rank_0(self) -> psutil.Process:
         """The worker that writes the metrics."""

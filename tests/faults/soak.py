@@ -145,7 +145,7 @@ def soak(folder: Path, *, seed: int = SEED, kills: int = KILLS, steps: int = STE
     )
     return [
         Row(
-            "soak: kills at random times", f"{len(disturbed.done)} kills (seed {seed}): {killed}", audit.lost,
+            "soak", f"{len(disturbed.done)} kills at random times (seed {seed}): {killed}", audit.lost,
             audit.doubled, f"{report['steps_done_again']} steps in {len(resumes)} resumes",
             "FAILED: " + "; ".join(failed) if failed else outcome,
         )

@@ -141,6 +141,8 @@ def disturb(run: TrainingRun, whole: TrainingRun, names: list[str]) -> Iterator[
         redone = f"{at - resumed[-1]['step']} steps" if resumed else "nothing"
         notes = [f"{len(resumed)} resume"] if resumed else ["no worker noticed"]
         notes += [f"passed over {each['checkpoint']}: {each['problem']}" for each in passed_over]
+        if name.startswith("checkpoint damaged") and not passed_over:
+            notes.append("FAILED: the damage was not seen")
         yield judged(run, whole, name, what, redone, "; ".join(notes), needs=at + 3)
         done = reached
 
@@ -150,8 +152,9 @@ def judged(
     tolerance: float = TOLERANCE,
 ) -> Row:  # fmt: skip
     """The row of a fault: all that trained so far against the schedule, losses against the undisturbed run's."""
-    audit = run.audit()
-    difference = furthest_loss(run.metrics, whole.metrics)
+    audit, lines = run.audit(), run.metrics
+    whole.reach(lines[-1]["step"])
+    difference = furthest_loss(lines, whole.metrics)
     holds = audit.lost == audit.doubled == 0 and audit.step >= needs and difference <= tolerance
     losses = f"losses as undisturbed within {difference:.0e}" if difference else "losses as undisturbed to the bit"
     return Row(name, what, audit.lost, audit.doubled, redone, f"{'' if holds else 'FAILED: '}{note}; {losses}")
@@ -210,7 +213,7 @@ def come_and_go(inputs: Inputs, folder: Path, whole: TrainingRun) -> Row:
     note = f"workers {' → '.join(map(str, seen))}; checkpoint at step {saved[0]['step']} on the notice at {noticed}"
     holds = seen == [2, 3, 2, 1] and saved[0]["step"] == noticed
     return judged(
-        run, whole, "machines come and go", "workers: [1, 3]; a node comes, one dies, one goes after a notice",
+        run, whole, ELASTIC, "workers: [1, 3]; a node comes, one dies, one goes after a notice",
         f"{steps_done_again(run)} steps", f"{'' if holds else 'FAILED: '}{note}", needs=200,
     )  # fmt: skip
 
@@ -270,9 +273,10 @@ def fill_disk(inputs: Inputs, folder: Path, whole: TrainingRun) -> Row | None:
     return row
 
 
+ELASTIC = "machines come and go"
 OWN: dict[str, Callable[[Inputs, Path, TrainingRun], Row | None]] = {
     "a machine dies": lose_a_node,
-    "machines come and go": come_and_go,
+    ELASTIC: come_and_go,
     "other numbers of workers": change_workers,
     "the disk is full while a checkpoint is written": fill_disk,
 }
