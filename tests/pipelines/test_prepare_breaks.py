@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayTaskError
 
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
+from pipelines.dataset import out_of_room
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
 
@@ -95,3 +97,30 @@ def test_ids_that_stand_twice_are_rejected_on_the_cluster_too(
     assert facts["duplicate_ids"] == 0
     places = [row["source"] for row in dataset.rejected().to_pylist() if row["reason"] == "duplicate_id"]
     assert places == [f"{rows}:{line}" for line in range(25, 43, 2)]
+
+
+def caused_by(cause: BaseException) -> BaseException:
+    """An error as Ray hands it on: wrapped, and wrapped again."""
+    try:
+        try:
+            raise cause
+        except type(cause) as inner:
+            raise RayTaskError("map", "traceback", inner) from inner
+    except RayTaskError as wrapped:
+        return wrapped
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ObjectStoreFullError("full"), "object store is full"),
+        (OutOfDiskError("full"), "spills"),
+        (OutOfMemoryError("killed"), "out of memory"),
+        (caused_by(OutOfMemoryError("killed")), "out of memory"),
+        (caused_by(ValueError("a bug")), ""),
+        (RuntimeError("a bug"), ""),
+    ],
+)
+def test_what_ray_lacks_is_told_and_bugs_stay_bugs(error: BaseException, words: str) -> None:
+    assert words in out_of_room(error)
+    assert bool(out_of_room(error)) == bool(words)

@@ -1,11 +1,15 @@
-"""Whatever a row holds, encoding it gives a sample or a rejected row with a known reason, and none is lost."""
+"""Whatever a row or a file holds, preparing gives a sample or a rejected row with a known reason, and none is lost."""
 
+import copy
 import io
 import json
+import struct
+from decimal import Decimal
 from itertools import count
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +20,7 @@ from mmray.packing_settings import PackingSettings
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.read import RawRow, read_piece
 from mmray.rows.sample import RejectedRow
+from mmray.storage import Folder
 from tests.mmray.preparing import Preparation
 from tests.mmray.reasons import reasons_in_code
 
@@ -167,3 +172,109 @@ binary_and_dates = st.sampled_from([b"\xff", b""]) | st.datetimes() | st.decimal
 @settings(fuzz, max_examples=15)
 def test_rows_with_the_values_of_parquet_are_all_packed_or_rejected(preparations, kind, values):
     check(preparations[kind], [RawRow(f"rows.parquet:{number}", 0, value) for number, value in enumerate(values)])
+
+
+# ---- Whole files, through all steps ----
+
+
+def prepare_file(preparation, uri, num_rows):
+    """Encode, pack, write, join: every row of the file is in the dataset once, or set aside with its reason."""
+    dataset = preparation.data.train[0].model_copy(update={"files": (uri,)})
+    data = preparation.data.model_copy(update={"train": (dataset,)})
+    made = copy.copy(preparation)
+    made.data = data
+    output = f"memory://fuzzed-{next(fresh_names)}"
+    prepared = made.write(output)
+    facts, rejected = prepared.statistics, prepared.rejected().to_pylist()
+    assert facts["rows_read"] == num_rows == facts["rows_packed"] + facts["rows_rejected"]
+    assert facts["rows_rejected"] == len(rejected) == sum(facts["rejected_by_reason"].values())
+    assert facts["rejected_by_reason"].keys() <= REASONS
+    packed = [source for number in range(len(prepared)) for source in prepared.bin(number).sample_sources]
+    sources = packed + [row["source"] for row in rejected]
+    assert len(set(sources)) == len(sources) == num_rows
+    Folder(output).remove()
+
+
+@st.composite
+def lines(draw):
+    """Lines of a file: rows, rows with some bytes changed, or anything; blank ones too."""
+    value = json.dumps(draw(row_schema(any_letters)), ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
+    line = bytearray(draw(st.just(value) | st.just(value) | st.binary(max_size=40)))
+    for place, byte in draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=2)):
+        if place < len(line):
+            line[place] = byte
+    return bytes(line)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "chat", "tokenized"])
+@given(written=st.lists(lines(), min_size=1, max_size=9), end=st.sampled_from([b"", b"\n", b"\r\n\n"]))
+@settings(fuzz, max_examples=12)
+def test_any_file_of_lines_is_prepared(one_family, kind, written, end):
+    uri = f"memory://fuzz-lines-{next(fresh_names)}.jsonl"
+    content = b"\n".join(written) + end
+    num_rows = sum(bool(line.strip()) for line in content.split(b"\n"))
+    if num_rows:
+        with fsspec.open(uri, "wb") as file:
+            file.write(content)
+        prepare_file(one_family[kind], uri, num_rows)
+
+
+def binary_as_text():
+    """A column of text whose second value is no UTF-8."""
+    ends = pa.py_buffer(struct.pack("<4i", 0, 1, 3, 4))
+    return pa.Array.from_buffers(pa.string(), 3, [None, ends, pa.py_buffer(b"a\xff\xfeb")])
+
+
+TURNS = [{"role": "user", "content": "<image>Read."}, {"role": "assistant", "content": "Yes."}]
+PARTS = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Read."}]}]
+COLUMNS = [
+    pa.array(["<image> a", "b", "<image>"]),
+    pa.array(["<image> a", None, ""], pa.large_string()),
+    pa.array(["x", "y", "x"]).dictionary_encode(),
+    binary_as_text(),
+    pa.array([b"a", None, b"\xff"]),
+    pa.array([b"abcd"] * 3, pa.binary(4)),
+    pa.nulls(3),
+    pa.array([1, None, 2**40]),
+    pa.array([0.5, float("nan"), None]),
+    pa.array([True, False, None]),
+    pa.array([2**62, None, 0], pa.timestamp("us")),
+    pa.array([2**62, None, 0], pa.duration("s")),
+    pa.array([1, 2, 3], pa.date32()),
+    pa.array([1, 2, 3], pa.time64("us")),
+    pa.array([Decimal("1.50"), None, Decimal(2)]),
+    pa.array([["page.png"], [], None]),
+    pa.array([["page.png"], ["none.png", None], ["../page.png"]], pa.list_(pa.large_string())),
+    pa.array([[b"\x89PNG"], [b""], None]),
+    pa.array([[{"bytes": None, "path": "page.png"}], [{"bytes": b"x", "path": None}], [None]]),
+    pa.array([[3, 4, 5], [3], [-1, 2**31]], pa.list_(pa.int64())),
+    pa.array([[3, 4, 5], [3, None], []], pa.list_(pa.int16())),
+    pa.array([[3, 4], [5, 6], [7, 8]], pa.list_(pa.int32(), 2)),
+    pa.array([[1.0, 2.0], [0.0], None]),
+    pa.array([[True, False, True], [True], None]),
+    pa.array([TURNS, TURNS[:1], []]),
+    pa.array([PARTS, None, PARTS]),
+    pa.array([[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]] * 3),
+    pa.array([{"a": {"b": [1]}}] * 3),
+    pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int32())),
+]
+NAMES = ["id", "text", "images", "messages", "conversations", "input_ids", "labels", "sampled_mask", "other"]
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "chat", "tokenized"])
+@given(columns=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(COLUMNS), min_size=1))
+@settings(fuzz, max_examples=30)
+def test_any_file_of_columns_is_prepared(one_family, kind, columns):
+    uri = f"memory://fuzz-columns-{next(fresh_names)}.parquet"
+    with fsspec.open(uri, "wb") as file:
+        pq.write_table(pa.table(columns), file, row_group_size=2)
+    prepare_file(one_family[kind], uri, 3)
+
+
+@pytest.fixture(scope="session")
+def one_family(processors, folder) -> dict[str, Preparation]:
+    dataset = {"files": ("rows.jsonl",), "image_root": str(folder)}
+    return {
+        kind: Preparation(processors["qwen2_vl"], dataset | {"kind": kind}, packing=PACKING)
+        for kind in ("pretrain", "chat", "tokenized")
+    }
