@@ -1,4 +1,4 @@
-"""The judge of all faults sees what is wrong; the faults themselves take long (`make faults`)."""
+"""The quick part of the faults: one run that meets several, and that the judge of all the others sees what is wrong."""
 
 import json
 from dataclasses import replace
@@ -7,11 +7,36 @@ from pathlib import Path
 import pytest
 
 from mmray.schedule import Schedule
-from tests.conftest import Inputs
-from tests.faults import table
+from mmray.training.history import read_history
+from tests.conftest import Inputs, RayHead
+from tests.faults import pictures, table
 from tests.faults.machines import OneMachine
 from tests.faults.runs import TrainingRun, furthest_loss
 from tests.faults.table import Row
+
+
+def test_pictures_break_and_the_driver_dies(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
+    """`kill -9` of jobs/train.py in the middle of a run with broken pictures; the same command goes on to the end."""
+    machine = OneMachine(ray_head.pid, ray_head.address)
+    run = pictures.with_own_pictures(machine, inputs, tmp_path, "run", data__max_skipped_share=1.0)
+    broken = pictures.break_some(run)
+    driver = run.start()
+    at = run.reach(7)
+    driver.kill()
+    run.start()
+    run.finish()
+    row = pictures.judged(run, broken, "", "")
+    assert row.holds, row
+    assert run.audit().step == run.metrics[-1]["step"] == 20
+    (resume,) = run.resumes()
+    assert 5 <= resume["step"] <= at
+    assert [line["event"] for line in read_history(run.run)][-1] == "finish"
+    epochs, wrong = run.epochs()
+    assert epochs > 0
+    assert wrong == 0
+
+
+# ---- The judge ----
 
 
 class _Batches:
