@@ -8,7 +8,7 @@ import logging
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -168,10 +168,20 @@ class _Watch:
         lines = [line for line in lines if line.get("loss") is not None]
         if lines:
             last = lines[-1]
-            note = f"loss {last['loss']:.4f}  {last['tokens'] / max(last['step_seconds'], 1e-9):,.0f} tokens/s"
+            note = _step_note(last)
             if found := read_warnings(self._warnings, self._old_warnings):
                 note += f"  warnings: {len(found)}"
             bar.update(last["step"], self._total, note)
+
+
+def _step_note(line: dict[str, Any]) -> str:
+    """A step in a few words, by its metrics."""
+    waited, seconds = line["data_wait_seconds"], line["step_seconds"]
+    whole = max(waited + seconds, 1e-9)
+    words = [f"loss {line['loss']:.4f}", f"{line['tokens'] / whole:,.0f} tokens/s", f"data wait {waited / whole:.0%}"]
+    if workers := line.get("workers"):
+        words.append("1 worker" if workers == 1 else f"{workers} workers")
+    return "  ".join(words)
 
 
 def main(
