@@ -23,6 +23,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from mmray.cursor import Cursor
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
+from mmray.run_folder import RunFolder
 from mmray.training.checkpoint import save_state
 from mmray.training.checksums import LISTS, list_files, list_name
 from mmray.training.engine import TrainingEngine
@@ -37,7 +38,7 @@ TORCH_WRITE_ERROR = "inline_container"
 class CheckpointWriter:
     """Writes the checkpoints of one rank of a run."""
 
-    def __init__(self, run: Path, rank: int, keep: int) -> None:
+    def __init__(self, run: RunFolder, rank: int, keep: int) -> None:
         """keep: whole checkpoints that older ones are deleted for."""
         self._run, self._rank, self._keep = run, rank, keep
         self._storage = ray.train.get_context().get_storage()
@@ -67,6 +68,11 @@ class CheckpointWriter:
             delete_local_checkpoint_after_upload=True,
         )
         return name
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of this run on the node's own disk."""
+        return self._scratch
 
     def finish(self, engine: TrainingEngine) -> None:
         """Wait until the last checkpoint is whole, and delete what is no longer kept. Collective."""
@@ -120,6 +126,6 @@ def _told(folder: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _scratch(run: Path) -> Path:
+def _scratch(run: RunFolder) -> Path:
     """This run's folder on the node's own disk."""
     return Path(tempfile.gettempdir()) / f"mmray-{hashlib.blake2b(str(run).encode(), digest_size=8).hexdigest()}"

@@ -15,9 +15,9 @@ from mmray.training.trained import TRAINED_FILE, TrainedStep
 class Records:
     """The numbers of each step, and the bins it trained on."""
 
-    def __init__(self, job: Job, commit: str | None, step: int) -> None:
-        """commit: of the code; step: the last that is done, numbers of later ones are forgotten."""
-        run = Path(job.output.run)
+    def __init__(self, job: Job, run: Path, commit: str | None, step: int) -> None:
+        """run: where rank 0 writes (`RunFolder.path`); commit: of the code; step: the last that is done, numbers of
+        later ones are forgotten."""
         tracked = TrackedRun(job.name, run, public_settings(job), commit)
         self.metrics = MetricsLog(tracked, step, job.tracking.trackers())
         self.skipped = SkippedLog(run, step, job.data.max_skipped_share)

@@ -15,6 +15,7 @@ from mmray.cursor import Cursor, DataSpan
 from mmray.errors import UserError
 from mmray.loader import BatchPlan
 from mmray.prepared import PreparedDataset
+from mmray.run_folder import RunFolder
 from mmray.training.metrics import METRICS_FILE, read_metrics
 from mmray.training.place import CURSOR_FILE
 from mmray.training.run_checkpoints import newest_looking_whole
@@ -28,7 +29,7 @@ def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:
     steps: one, counted from 1 as in metrics.jsonl, or the first and the last, as in `100:105`.
     """
     first, last = _range(steps)
-    run = Path(job.output.run)
+    run = RunFolder(job.output.run).fetch()
     tracer = run_tracer(job, continue_on)
     metrics = {line["step"]: line for line in _metrics(run) if "loss" in line}
     for step in range(first, last + 1):
@@ -42,10 +43,11 @@ def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:
 
 def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
     """The tracer of a job's run. continue_on: steps to come are those of the job's data, where the run's is other."""
-    run = Path(job.output.run)
+    folder = RunFolder(job.output.run)
+    run = folder.fetch()
     prepared = PreparedDataset(job.prepared_path("train"))
     plan = run_plan(job, {"train": prepared}, gpus=False, continue_on=continue_on)
-    checkpoint = newest_looking_whole(run)
+    checkpoint = newest_looking_whole(folder)
     if checkpoint is None or continue_on:
         cursor = plan.place(checkpoint, prepared)
     else:  # that of the run, also where the job names other data by now

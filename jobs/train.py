@@ -3,8 +3,10 @@
 The same command continues a run that was stopped, from its last checkpoint, with any number of workers.
 """
 
+import contextlib
 import json
 import logging
+import posixpath
 import sys
 import threading
 from pathlib import Path
@@ -31,7 +33,8 @@ from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
 from mmray.progress import ProgressBar
 from mmray.report import Run, run_table
-from mmray.storage import Folder
+from mmray.run_folder import PUBLISH_SECONDS, RunFolder
+from mmray.storage import Folder, arrow_file_system
 from mmray.training.compatibility import job_family
 from mmray.training.metrics import METRICS_FILE
 from mmray.training.run_checkpoints import newest_looking_whole
@@ -91,14 +94,15 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     """
     gpus = uses_gpus(job)
     plan = run_plan(job, prepared, gpus, continue_on)
-    run = Path(job.output.run).absolute()
+    run = RunFolder(job.output.run)
     cursor = plan.place(newest_looking_whole(run), prepared["train"])  # a mistake is told before workers start
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
     check_cluster(job, train_needs(job, gpus), "training")
     if job.resources.is_elastic:
         check_elastic(job, gpus)
-    (run / RAY_TRAIN_MEMORY).unlink(missing_ok=True)
+    run.remove(RAY_TRAIN_MEMORY)
+    system, place = arrow_file_system(job.output.run)
     training, resources = job.training, job.resources
     trainer = TorchTrainer(
         train_worker,
@@ -113,8 +117,9 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
         ),
         run_config=RunConfig(
             worker_runtime_env={"env_vars": LEFTOVER_DATA | ({} if gpus else NO_GPU)},
-            name=run.name,
-            storage_path=str(run.parent),
+            name=posixpath.basename(place),
+            storage_path=posixpath.dirname(place),
+            storage_filesystem=None if run.shared_path else system,
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=training.max_failures,
                 max_preemption_failures=-1 if training.max_preemptions is None else training.max_preemptions,
@@ -137,9 +142,10 @@ class _Watch:
     """Shows the run's metrics as they are written: the driver reads what rank 0 appends. And how many warnings of
     workers and actors there are; at the end, the last of them."""
 
-    def __init__(self, name: str, run: Path, total_steps: int) -> None:
-        self._name, self._path, self._total = name, run / METRICS_FILE, total_steps
-        self._warnings = run / WARNINGS_FILE
+    def __init__(self, name: str, run: RunFolder, total_steps: int) -> None:
+        self._run, self._every = run, POLL_SECONDS if run.shared_path else PUBLISH_SECONDS
+        self._name, self._path, self._total = name, run.fetch() / METRICS_FILE, total_steps
+        self._warnings = run.path / WARNINGS_FILE
         self._old_warnings = self._warnings.stat().st_size if self._warnings.exists() else 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
@@ -157,7 +163,9 @@ class _Watch:
         with ProgressBar(f"{self._name}: training", "steps") as bar:
             finished = False
             while not finished:
-                finished = self._stop.wait(POLL_SECONDS)
+                finished = self._stop.wait(self._every)
+                with contextlib.suppress(OSError, UserError):  # progress is no reason to stop: it is asked again
+                    self._run.fetch()
                 if self._path.exists():
                     self._update(bar)
 
@@ -213,8 +221,6 @@ def main(
         return
     check_outputs(job)
     check_job(job)
-    if "://" in job.output.run:
-        raise UserError(f"output.run {job.output.run!r}: give a folder that all nodes share, such as an NFS path")
     prepared = open_prepared(job)
     connect(address, cpus=int(train_needs(job, gpus=False)["CPU"] + 0.5), verbose=verbose)
     train(job, prepared, continue_on=other_data is not None)

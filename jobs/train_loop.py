@@ -6,6 +6,7 @@ receive their part), because what Ray Train evaluates outside does not see the c
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -25,14 +26,15 @@ from jobs.preemption import PreemptionNotices
 from jobs.records import Records
 from jobs.run_plan import RunPlan
 from mmray.batch import MicroBatch
-from mmray.kept_warnings import WARNINGS_FILE, keep_warnings
+from mmray.kept_warnings import keep_warnings
 from mmray.loader import BatchMaker
 from mmray.prepared import PreparedDataset
+from mmray.run_folder import RunFolder
 from mmray.schedule import Schedule
 from mmray.training.engine import TrainingEngine
 from mmray.training.history import Event, add_to_history
 from mmray.training.ranks import Ranks
-from mmray.training.run_checkpoints import newest_whole, step_of
+from mmray.training.run_checkpoints import Scratch, newest_whole, step_of
 from mmray.training.skipped import Seen
 from mmray.training.trained import TrainedStep
 from pipelines.ingest import Ingest
@@ -59,8 +61,8 @@ class Worker:
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan, self.training = plan, plan.job.training
-        self.run_folder = Path(plan.job.output.run)
-        self.warnings = str(self.run_folder / WARNINGS_FILE)
+        self.run_folder = RunFolder(plan.job.output.run)
+        self.warnings = self.run_folder.warnings
         keep_warnings(self.warnings)
         self.ranks = Ranks()
         self.rank, self.world_size = self.ranks.rank, self.ranks.size
@@ -72,7 +74,15 @@ class Worker:
         """Train from the newest whole checkpoint, or from the start, to the end."""
         if self.plan.gpus:
             torch.cuda.set_device(ray.train.torch.get_device())
-        checkpoint = newest_whole(self.run_folder, self.ranks, self._note_damage)
+        if self.rank > 0:
+            self._run()
+            return
+        self.run_folder.fetch()
+        with self.run_folder.publishing():
+            self._run()
+
+    def _run(self) -> None:
+        checkpoint = newest_whole(self.run_folder, self.ranks, self._note_damage, self._scratch)
         self.cursor = self.plan.place(checkpoint, self.prepared)
         self.total_steps = self.plan.total_steps(self.cursor)
         plan, first_step = self.plan, self.cursor.first_step
@@ -84,21 +94,38 @@ class Worker:
             total_steps=self.total_steps,
             grad_accumulation=self.batches.micro_batches,
             resume_from=checkpoint,
-            scratch=self.run_folder,
+            scratch=self.run_folder.shared_path or self.checkpoints.scratch,
+            node=self._scratch.node if self._scratch else "",
             ranks=self.ranks,
         )
+        self._forget(checkpoint)
         self._note_begin(checkpoint)
-        writing = closing(Records(plan.job, plan.commit, self.cursor.step)) if self.rank == 0 else nullcontext()
-        with writing as records:
+        with closing(self._records()) if self.rank == 0 else nullcontext() as records:
             self._train(records)
         self.checkpoints.finish(self.engine)
         self._note("finish")
+
+    def _records(self) -> Records:
+        return Records(self.plan.job, self.run_folder.path, self.plan.commit, self.cursor.step)
 
     def _note(self, event: Event, step: int | None = None, **values: Any) -> None:
         """Rank 0 puts an event into the run's history. step: the steps done; the cursor's where not given."""
         if self.rank == 0:
             step = self.cursor.step if step is None else step
-            add_to_history(self.run_folder, event, step, self.world_size, **values)
+            add_to_history(self.run_folder.path, event, step, self.world_size, **values)
+
+    @cached_property
+    def _scratch(self) -> Scratch | None:
+        """Where checkpoints of an object store are copied to."""
+        if self.run_folder.shared_path is not None:
+            return None
+        return Scratch(self.checkpoints.scratch / "restored", ray.get_runtime_context().get_node_id())
+
+    def _forget(self, checkpoint: Path | None) -> None:
+        """Delete the copy that has been restored from. A collective call."""
+        self.ranks.every(None)
+        if checkpoint is not None and self._scratch is not None:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _note_damage(self, name: str, problem: str) -> None:
         self._note("damaged_checkpoint", step_of(name), checkpoint=name, problem=problem)
@@ -195,6 +222,8 @@ class Worker:
     def _save(self, wait: bool) -> None:
         """Write a checkpoint. wait: until it is in the run's folder."""
         started = time.monotonic()
+        if self.rank == 0:
+            self.run_folder.publish()
         name = self.checkpoints.save(self.engine, self.cursor, self.prepared, wait=wait)
         self._note("checkpoint", name=name, seconds=round(time.monotonic() - started, 3))
 

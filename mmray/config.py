@@ -127,7 +127,7 @@ class OutputSettings(Settings):
     """Folder or URI of the prepared dataset; `train` and `eval` are made inside. All nodes must reach it."""
 
     run: str
-    """Folder of the training run: metrics.jsonl, TensorBoard files, checkpoints. All nodes must reach it."""
+    """Folder or URI of the training run: metrics.jsonl, TensorBoard files, checkpoints. All nodes must reach it."""
 
 
 class Job(Settings):

@@ -2,27 +2,37 @@
 
 What actors and training workers print stays in files of Ray on their own machines, and jobs show it only with
 --verbose. So these processes also append their warnings to one file in the run's folder, which the driver watches.
-A warning is never worth an error: one that cannot be written is lost.
+Object stores know no appending: there each process writes a file of its own, whole with each warning, and
+`RunFolder.fetch` joins them. A warning is never worth an error: one that cannot be written is lost.
 """
 
 import contextlib
 import logging
 import os
 import socket
+import uuid
 from pathlib import Path
 
+from mmray.errors import UserError
+from mmray.storage import Folder
+
 WARNINGS_FILE = "warnings.log"
+WARNINGS_FOLDER = "warnings"
+"""Beside it, in an object store, the files of all processes."""
 
 MOST_WARNINGS = 1000
 """Warnings that one process writes at most."""
 
 
 def keep_warnings(path: str | Path) -> logging.Handler:
-    """Append mmray's warnings in this process to a file from now on, each message once; they are printed as before."""
+    """Append mmray's warnings in this process to a file from now on, each message once; they are printed as before.
+
+    path: of the file, or its URI.
+    """
     log = logging.getLogger("mmray")
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())  # what Python does by itself while there is no handler
-    handler = _Appender(Path(path))
+    handler = _Sender(str(path)) if "://" in str(path) else _Appender(Path(path))
     log.addHandler(handler)
     return handler
 
@@ -37,10 +47,11 @@ def read_warnings(path: str | Path, since: int = 0) -> list[str]:
         return []
 
 
-class _Appender(logging.Handler):
-    def __init__(self, path: Path) -> None:
+class _Keeper(logging.Handler):
+    """Hands on each message once, as one line."""
+
+    def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._path = path
         self._seen: set[str] = set()
         self.setFormatter(logging.Formatter(f"%(asctime)s {socket.gethostname()}:{os.getpid()} %(message)s"))
 
@@ -49,6 +60,30 @@ class _Appender(logging.Handler):
         if message in self._seen or len(self._seen) >= MOST_WARNINGS:
             return
         self._seen.add(message)
-        line = " ".join(self.format(record).split())
+        self.keep(" ".join(self.format(record).split()))
+
+    def keep(self, line: str) -> None:
+        raise NotImplementedError
+
+
+class _Appender(_Keeper):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def keep(self, line: str) -> None:
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
+
+
+class _Sender(_Keeper):
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self._folder = Folder(f"{uri.rpartition('/')[0]}/{WARNINGS_FOLDER}")
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.log"
+        self._lines = ""
+
+    def keep(self, line: str) -> None:
+        self._lines += f"{line}\n"
+        with contextlib.suppress(OSError, UserError):
+            self._folder.write(self._name, self._lines.encode())

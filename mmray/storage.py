@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mmray.errors import UserError
@@ -129,6 +130,21 @@ def _remedy(error: OSError) -> str:
 
 
 @dataclass(frozen=True)
+class FileState:
+    """What tells a file from what stood there before."""
+
+    size: int
+    version: str
+
+
+def arrow_file_system(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system of a path or URI for Arrow, by fsspec too, and the path in it. Raises what `file_system` does."""
+    system, path = file_system(uri)
+    inner = system._inner if isinstance(system, _Remote) else system  # Ray compares file systems
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(inner)), path
+
+
+@dataclass(frozen=True)
 class Folder:
     """A folder by local path or URI. Names inside it are relative, with forward slashes."""
 
@@ -170,6 +186,17 @@ class Folder:
         names.pop("", None)  # what consoles of object stores leave where someone made a "folder"
         return names
 
+    def files(self) -> dict[str, FileState]:
+        """All files of the folder and the folders in it, by name."""
+        system, root = self._located
+        found = system.find(root, detail=True)
+        states = {path: FileState(int(info["size"] or 0), file_version(info)) for path, info in found.items()}
+        return {path.removeprefix(root).lstrip("/"): state for path, state in sorted(states.items())}
+
+    def get(self, name: str, target: Path) -> None:
+        """Copy a file to a local path, whatever its size."""
+        self._located[0].get_file(self.path(name), str(target))
+
     def open(self, name: str) -> IO[bytes]:
         """A file to read; of a remote one each read is a request for just its range."""
         return self._located[0].open(self.path(name), "rb", cache_type="none")
@@ -209,6 +236,11 @@ class Folder:
     def remove(self, name: str = "") -> None:
         """Delete a file, or with no name the whole folder."""
         self._located[0].rm(self.path(name), recursive=True)
+
+    def remove_tree(self, name: str) -> None:
+        """Delete a file, or a folder with all in it; nothing where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self._located[0].rm(self.path(name), recursive=True)
 
     def remove_files(self, names: Iterable[str]) -> None:
         """Delete files, in few requests where the folder is remote. Those that are gone already are no error."""

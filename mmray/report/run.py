@@ -14,6 +14,8 @@ from mmray.errors import UserError
 from mmray.kept_warnings import WARNINGS_FILE, read_warnings
 from mmray.notebook import Fact, card, live
 from mmray.report.charts import Plot, Series, over_steps
+from mmray.run_folder import RunFolder
+from mmray.storage import Folder
 from mmray.training.history import HISTORY_FILE, read_history
 from mmray.training.json_lines import read_json_lines
 from mmray.training.metrics import METRICS_FILE, read_metrics
@@ -43,14 +45,15 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = RunFolder(folder).fetch()
+        """Where its files are here; of a run in an object store copies of them."""
         if not self.is_one(self.folder):
             raise UserError(f"{folder} holds no run: no {METRICS_FILE}; give output.run of a job that trains")
 
     @staticmethod
     def is_one(folder: str | Path) -> bool:
-        """Whether a folder holds a run."""
-        return any((Path(folder) / name).exists() for name in (METRICS_FILE, HISTORY_FILE))
+        """Whether a folder, by path or URI, holds a run."""
+        return any(Folder(str(folder)).exists(name) for name in (METRICS_FILE, HISTORY_FILE))
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

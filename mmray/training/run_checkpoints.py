@@ -7,20 +7,18 @@ when the run died.
 
 import logging
 import re
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmray.errors import UserError
+from mmray.run_folder import SMALL_BYTES, RunFolder
 from mmray.training.checkpoint import read_state
 from mmray.training.checksums import ListedFile, listed_files
 from mmray.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-DAMAGED = "damaged_"
-SMALL_BYTES = 1 << 16
-"""What a look at a checkpoint reads: a driver acts on the cursor before any worker has read it all."""
 _NAME = re.compile(r"(damaged_)?checkpoint_(\d+)_")
 
 
@@ -29,12 +27,9 @@ def checkpoint_name(step: int, unique: str) -> str:
     return f"checkpoint_{step:08d}_{unique}"
 
 
-def checkpoint_names(run: Path) -> list[str]:
+def checkpoint_names(run: Path | RunFolder) -> list[str]:
     """The checkpoints in a run's folder, newest first, whole or not."""
-    if not run.is_dir():
-        return []
-    names = [path.name for path in run.iterdir() if path.name.startswith("checkpoint_") and path.is_dir()]
-    return sorted(names, key=lambda name: (step_of(name), name), reverse=True)
+    return sorted(RunFolder.of(run).checkpoint_names(), key=lambda name: (step_of(name), name), reverse=True)
 
 
 def looks_whole(folder: Path) -> bool:
@@ -44,26 +39,52 @@ def looks_whole(folder: Path) -> bool:
     return problem is None and all(found is None for found in looks)
 
 
-def newest_looking_whole(run: Path) -> Path | None:
-    """The newest checkpoint that looks whole. For a look from outside; to restore one, `newest_whole` reads it all."""
-    return next((run / name for name in checkpoint_names(run) if looks_whole(run / name)), None)
+def newest_looking_whole(run: Path | RunFolder) -> Path | None:
+    """The newest checkpoint that looks whole. For a look from outside (`RunFolder.shadow`); to restore one,
+    `newest_whole` reads it all."""
+    folder = RunFolder.of(run)
+    shadows = (folder.shadow(name) for name in checkpoint_names(folder))
+    return next((shadow for shadow in shadows if looks_whole(shadow)), None)
 
 
-def newest_whole(run: Path, ranks: Ranks, on_damage: Callable[[str, str], None]) -> Path | None:
+@dataclass(frozen=True)
+class Scratch:
+    """Where the ranks of a node put a checkpoint that lies in an object store.
+
+    node: ranks that give the same see the same folder.
+    """
+
+    folder: Path
+    node: str
+
+
+def newest_whole(
+    run: Path | RunFolder, ranks: Ranks, on_damage: Callable[[str, str], None], scratch: Scratch | None = None
+) -> Path | None:
     """The newest checkpoint of a run whose every byte is as it was written; None where the run has none. Collective.
 
-    Ranks read a part of the files each. on_damage: called on rank 0 with the name and the problem of each newer
+    Ranks read a part of the files each; of a checkpoint in an object store one rank of each node first copies it to
+    `scratch`, and a node's ranks read its copy. on_damage: called on rank 0 with the name and the problem of each newer
     checkpoint that is not whole; these are renamed, and not looked at again. Raises UserError, naming each and its
     problem, where checkpoints are there but none is whole.
     """
+    run = RunFolder.of(run)
     problems: dict[str, str] = {}
-    for name in ranks.from_first(checkpoint_names(run)):
-        problem = _problem(run / name, ranks)
+    nodes = ranks.every("shared" if scratch is None else scratch.node)
+    own_node = [rank for rank, node in enumerate(nodes) if node == nodes[ranks.rank]]
+    for name in ranks.from_first(checkpoint_names(run) if ranks.rank == 0 else None):
+        folder = run.path / name
+        if scratch is not None:
+            folder = scratch.folder / name
+            if own_node[0] == ranks.rank:
+                run.restored(name, scratch.folder)
+            ranks.every(None)
+        problem = _problem(folder, ranks, own_node)
         if problem is None:
             if ranks.rank == 0:
                 _set_aside(run, problems, on_damage)
             ranks.every(None)
-            return run / name
+            return folder
         problems[name] = problem
     if problems:
         lines = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
@@ -74,29 +95,33 @@ def newest_whole(run: Path, ranks: Ranks, on_damage: Callable[[str, str], None])
     return None
 
 
-def prune(run: Path, keep: int) -> None:
+def prune(run: Path | RunFolder, keep: int) -> None:
     """Delete checkpoints, whole or not, that are older than the newest `keep` whole ones."""
-    whole = [name for name in checkpoint_names(run) if looks_whole(run / name)][:keep]
+    run = RunFolder.of(run)
+    whole = [name for name in checkpoint_names(run) if looks_whole(run.shadow(name))][:keep]
     if len(whole) < keep:
         return
-    for path in run.iterdir():
-        if _NAME.match(path.name) and path.name not in whole and step_of(path.name) <= step_of(whole[-1]):
-            shutil.rmtree(path, ignore_errors=True)
+    for name in run.all_checkpoint_names():
+        if _NAME.match(name) and name not in whole and step_of(name) <= step_of(whole[-1]):
+            run.remove(name)
 
 
-def _set_aside(run: Path, problems: dict[str, str], on_damage: Callable[[str, str], None]) -> None:
+def _set_aside(run: RunFolder, problems: dict[str, str], on_damage: Callable[[str, str], None]) -> None:
     for name, problem in problems.items():
-        log.warning("%s is passed over, it is not whole: %s", run / name, problem)
+        log.warning("%s/%s is passed over, it is not whole: %s", run, name, problem)
         on_damage(name, problem)
-        (run / name).rename(run / f"{DAMAGED}{name}")
+        run.set_aside(name)
 
 
-def _problem(folder: Path, ranks: Ranks) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank; None for nothing. Collective."""
+def _problem(folder: Path, ranks: Ranks, own_node: list[int]) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank; None for nothing. Collective.
+
+    own_node: ranks that read the same copy.
+    """
     files, unknown = ranks.from_first(_contents(folder) if ranks.rank == 0 else None)
     if unknown is not None:
         return unknown
-    mine = (file.problem_in(folder) for file in files[ranks.rank :: ranks.size])
+    mine = (file.problem_in(folder) for file in files[own_node.index(ranks.rank) :: len(own_node)])
     found = ranks.every(next((problem for problem in mine if problem is not None), None))
     return next((problem for problem in found if problem is not None), None)
 

@@ -25,6 +25,18 @@ RANKS = 2
 STATE = {"step": 0, "world_size": RANKS, "zero_stage": 2, "dtype": "fp32", "lists": RANKS}
 
 
+class Alone:
+    """The only rank."""
+
+    rank, size = 0, 1
+
+    def from_first(self, value):
+        return value
+
+    def every(self, value):
+        return [value]
+
+
 def write_checkpoint(run: Path, step: int, unique: str = "aa") -> Path:
     """A checkpoint as two ranks write it: files of their own, then the lists of these."""
     folder = run / checkpoint_name(step, unique)
@@ -175,15 +187,6 @@ def test_pruning_never_takes_the_last_whole_one(tmp_path: Path) -> None:
 
 
 def test_what_is_passed_over_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Alone:
-        rank, size = 0, 1
-
-        def from_first(self, value):
-            return value
-
-        def every(self, value):
-            return [value]
-
     write_checkpoint(tmp_path, 5)
     change_a_byte(write_checkpoint(tmp_path, 10))
     with caplog.at_level(logging.WARNING, "mmray"):

@@ -1,0 +1,84 @@
+"""Everything in an object store: rows, images, the prepared dataset and the run's folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jobs.train import open_prepared, train
+from mmray.config import Job
+from mmray.prepared import PreparedDataset
+from mmray.report import Run
+from mmray.run_folder import RunFolder
+from mmray.storage import Folder
+from mmray.training.history import read_history
+from mmray.training.trained import read_trained
+from pipelines.prepare import prepare
+from tests.conftest import Inputs, RayHead
+from tests.jobs.test_train import assert_same_steps
+from tests.s3 import PORT, SECRET
+
+
+def upload(folder: Path, uri: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            Folder(uri).write(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
+def job_in(place: str, inputs: Inputs, run: str, outputs: str | None = None, **changes: object) -> Job:
+    """The small job with its rows at `place`. run: where the run goes; outputs: all else, by default `place`."""
+    outputs = outputs or place
+    rows: list[dict[str, Any]] = [
+        {"files": f"{place}/data/pages.jsonl", "kind": "pretrain"},
+        {"files": f"{place}/data/chat.jsonl", "kind": "chat"},
+    ]
+    data = {"train": rows, "size_cache": f"{outputs}/sizes"}
+    output = {"prepared": f"{outputs}/prepared", "run": run}
+    return Job.model_validate(inputs.job(Path("/unused"), data=data, output=output, **changes))
+
+
+def run_job(job: Job) -> list[dict[str, Any]]:
+    train(job, open_prepared(job))
+    return Run(job.output.run).steps
+
+
+def test_all_in_s3_stopped_and_resumed_by_other_workers_equals_a_local_run(
+    ray_head: RayHead, inputs: Inputs, bucket: str, tmp_path: Path
+) -> None:
+    upload(inputs.folder / "data", f"{bucket}/data")
+    local = job_in(str(inputs.folder), inputs, "/unused", outputs=str(tmp_path))
+    local_prepared, _ = prepare(local, "train")
+    prepared, _ = prepare(job_in(bucket, inputs, "/unused"), "train")
+    assert isinstance(prepared, PreparedDataset)
+    assert prepared.statistics == local_prepared.statistics
+    assert [prepared.bin(number).input_ids.tolist() for number in range(len(prepared))] == [
+        local_prepared.bin(number).input_ids.tolist() for number in range(len(prepared))
+    ]
+
+    # The order of bins goes by the fingerprint, in which the rows' place counts: both runs are on these bins.
+    expected = run_job(
+        job_in(bucket, inputs, str(tmp_path / "run"), training__steps=6, training__checkpoint_every_steps=6)
+    )
+    uri = f"{bucket}/runs/one"
+    steps = {"training__checkpoint_every_steps": 2}
+    assert len(run_job(job_in(bucket, inputs, uri, training__steps=3, **steps))) == 3
+    resumed = run_job(
+        job_in(bucket, inputs, uri, training__steps=6, resources={"workers": 1, "encode_actors": 2}, **steps)
+    )
+    assert_same_steps(resumed, expected, tolerance=1e-4)
+    run = RunFolder(uri).fetch()
+    assert [step.workers for step in read_trained(run)] == [2, 2, 2, 1, 1, 1]
+    events = [(event["event"], event["step"]) for event in read_history(run)]
+    assert events == [
+        ("start", 0), ("checkpoint", 2), ("checkpoint", 3), ("finish", 3),
+        ("resume", 3), ("checkpoint", 4), ("checkpoint", 6), ("finish", 6),
+    ]  # fmt: skip
+    assert len([name for name in Folder(uri).names() if name.startswith("checkpoint_")]) == 2
+    assert any(name.startswith("tensorboard/") for name in Folder(uri).files())
+    assert [each.step for each in Run(uri).checkpoints] == [4, 6]
+
+    settings = json.dumps(prepared.manifest)
+    assert "mmray-tests" not in settings
+    assert str(PORT) not in settings
+    for name in Folder(uri).files():
+        if not name.startswith("checkpoint_"):
+            assert SECRET.encode() not in Folder(uri).read(name), name
