@@ -17,6 +17,7 @@ Publishing sends a file again from its beginning when it has grown: 300 bytes a 
 
 import atexit
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -33,12 +34,14 @@ from mmray.storage import FileState, Folder
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_"
-CHECKPOINT = "checkpoint_"
+_CHECKPOINT = re.compile(r"checkpoint_\d+_")
 PUBLISH_SECONDS = 15
 SMALL_BYTES = 1 << 16
 """What a look at a checkpoint reads: a driver acts on the cursor before any worker has read it all."""
 _TRANSFERS = 8
 _PLACE = "cursor.json"
+_RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
+"""Ray Train's own, in the same folder: no record of the run's."""
 
 
 class RunFolder:
@@ -139,11 +142,11 @@ class RunFolder:
     def checkpoint_names(self) -> list[str]:
         """The checkpoints that are there and not known to be damaged, whole or not, in no order."""
         names = set(self._names())
-        return [name for name in names if name.startswith(CHECKPOINT) and f"{DAMAGED}{name}" not in names]
+        return [name for name in names if _CHECKPOINT.match(name) and f"{DAMAGED}{name}" not in names]
 
     def all_checkpoint_names(self) -> list[str]:
         """These, and the damaged ones as they are named."""
-        return [name for name in self._names() if name.startswith((CHECKPOINT, f"{DAMAGED}{CHECKPOINT}"))]
+        return [name for name in self._names() if _CHECKPOINT.match(name.removeprefix(DAMAGED))]
 
     def _names(self) -> list[str]:
         if self._remote is not None:
@@ -212,10 +215,11 @@ class RunFolder:
 
 def _is_record(name: str) -> bool:
     top, _, rest = name.partition("/")
-    return rest == _PLACE if top.startswith(CHECKPOINT) else not top.startswith((DAMAGED, "."))
+    return rest == _PLACE if _CHECKPOINT.match(top) else not top.startswith((DAMAGED, ".")) and top != _RAY_TRAIN_MEMORY
 
 
 def _is_written_here(name: str) -> bool:
     top = name.partition("/")[0]
     hidden = any(part.startswith(".") for part in name.split("/"))
-    return not hidden and not top.startswith((CHECKPOINT, DAMAGED)) and top not in (WARNINGS_FILE, WARNINGS_FOLDER)
+    is_checkpoint = _CHECKPOINT.match(top.removeprefix(DAMAGED)) is not None
+    return not hidden and not is_checkpoint and top not in (WARNINGS_FILE, WARNINGS_FOLDER, _RAY_TRAIN_MEMORY)

@@ -11,6 +11,7 @@ from mmray.report import Run
 from mmray.run_folder import RunFolder
 from mmray.storage import Folder
 from mmray.training.history import read_history
+from mmray.training.run_checkpoints import checkpoint_names
 from mmray.training.trained import read_trained
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
@@ -72,13 +73,13 @@ def test_all_in_s3_stopped_and_resumed_by_other_workers_equals_a_local_run(
         ("start", 0), ("checkpoint", 2), ("checkpoint", 3), ("finish", 3),
         ("resume", 3), ("checkpoint", 4), ("checkpoint", 6), ("finish", 6),
     ]  # fmt: skip
-    assert len([name for name in Folder(uri).names() if name.startswith("checkpoint_")]) == 2
+    assert len(checkpoint_names(RunFolder(uri))) == 2
     assert any(name.startswith("tensorboard/") for name in Folder(uri).files())
     assert [each.step for each in Run(uri).checkpoints] == [4, 6]
 
     settings = json.dumps(prepared.manifest)
     assert "mmray-tests" not in settings
-    assert str(PORT) not in settings
+    assert f"127.0.0.1:{PORT}" not in settings
     for name in Folder(uri).files():
         if not name.startswith("checkpoint_"):
             assert SECRET.encode() not in Folder(uri).read(name), name

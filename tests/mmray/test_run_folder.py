@@ -98,6 +98,8 @@ def test_checkpoints_are_looked_at_without_their_contents_and_restored_whole(uri
     newest = newest_looking_whole(run)
     assert newest is not None
     assert newest.name == checkpoint_names(run)[0]
+    Folder(uri).write("checkpoint_manager_snapshot.json", b"{}")
+    assert len(checkpoint_names(run)) == 2, "what Ray Train keeps beside them is none"
     assert json.loads((newest / STATE_FILE).read_text())["step"] == 10
     scratch = None if run.shared_path else Scratch(tmp_path / "scratch", "node")
     restored = newest_whole(run, Alone(), lambda *_: None, scratch)
@@ -128,3 +130,4 @@ def test_a_damaged_checkpoint_is_passed_over_for_good(uri: str, tmp_path: Path) 
     send(write_checkpoint(tmp_path / "made", 20), uri)
     prune(run, keep=1)
     assert [name for name in Folder(uri).names() if "checkpoint" in name] == checkpoint_names(run)
+    assert len(checkpoint_names(run)) == 1

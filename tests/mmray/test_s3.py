@@ -188,4 +188,4 @@ def test_secrets_stand_in_no_prepared_dataset(pictures: str, processors) -> None
     folder = Folder(f"{pictures}/prepared")
     assert "mmray-tests" not in json.dumps(json.loads(folder.read("manifest.json")))
     assert all(SECRET.encode() not in folder.read(name) for name in folder.names())
-    assert str(PORT) not in folder.read("manifest.json").decode()
+    assert f"127.0.0.1:{PORT}" not in folder.read("manifest.json").decode()
