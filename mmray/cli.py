@@ -14,8 +14,15 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="A page for people instead: every setting.")] = False,
+) -> None:
     """Print the JSON Schema of the job file: for editors that complete and check YAML."""
+    if markdown:
+        from mmray.settings_reference import settings_page
+
+        print(settings_page(), end="")
+        return
     from mmray.config import Job
 
     print(json.dumps(Job.model_json_schema(), indent=2))
