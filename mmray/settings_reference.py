@@ -84,7 +84,8 @@ def _type(setting: Node) -> str:
         return f"list of {_type(setting['items'])}" if setting.get("items") else "list"
     limits = [text.format(f"{setting[key]:g}") for key, text in _LIMITS.items() if key in setting]
     names = {"object": "mapping", "string": "text", "boolean": "true, false"}
-    return " ".join([names.get(setting.get("type", "any"), setting.get("type", "any value")), *limits])
+    kind = str(setting.get("type", "any value"))
+    return " ".join([names.get(kind, kind), *limits])
 
 
 def _kinds(setting: Node) -> list[Node]:
