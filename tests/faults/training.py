@@ -119,7 +119,7 @@ FAULTS: dict[str, Fault] = {
 
 def checkpoints(run: TrainingRun) -> list[Path]:
     """Its checkpoint folders, the newest last."""
-    return sorted(run.run.glob("checkpoint_*"))
+    return sorted(run.run.glob("checkpoint_0*"))
 
 
 def _largest(checkpoint: Path) -> Path:
