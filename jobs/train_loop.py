@@ -24,6 +24,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from jobs.checkpoint_writer import CheckpointWriter
 from jobs.preemption import PreemptionNotices
 from jobs.records import Records
+from jobs.run_measures import RunMeasures
 from jobs.run_plan import RunPlan
 from mmray.batch import MicroBatch
 from mmray.kept_warnings import keep_warnings
@@ -69,6 +70,7 @@ class Worker:
         self.prepared = PreparedDataset(plan.job.prepared_path("train"))
         self.checkpoints = CheckpointWriter(self.run_folder, self.rank, self.training.keep_checkpoints)
         self.notices = PreemptionNotices()
+        self.measured = RunMeasures(plan.job.name, self.rank)
 
     def run(self) -> None:
         """Train from the newest whole checkpoint, or from the start, to the end."""
@@ -87,7 +89,7 @@ class Worker:
         self.total_steps = self.plan.total_steps(self.cursor)
         plan, first_step = self.plan, self.cursor.first_step
         self.batches = plan.batches("train", plan.schedule, self.world_size, first_step)
-        self.ingest = Ingest(BatchMaker(self.batches), plan.job.resources, plan.gpus, self.warnings)
+        self.ingest = Ingest(BatchMaker(self.batches), plan.job.resources, plan.gpus, self.warnings, plan.job.name)
         self.engine = TrainingEngine(
             plan.job.model,
             self.training,
@@ -135,12 +137,14 @@ class Worker:
             self._note("start")
             return
         self._note("resume", checkpoint=checkpoint.name)
+        self.measured.restarted()
         if self.cursor.step == self.cursor.first_step > 0:
             data = self.prepared
             self._note("continue_on", prepared=data.path, fingerprint=data.fingerprint, bins=len(data))
 
     def _train(self, records: Records | None) -> None:
         for waited, batches in self._steps(self.total_steps):
+            self.measured.waited(waited)
             started = time.monotonic()
             given = self._exchange(batches)
             if records:
@@ -150,6 +154,7 @@ class Worker:
             self.cursor = self.cursor.advance()
             if records:
                 records.write(given.trained, outcome, given.seen, epoch=self._epoch(), seconds=seconds, waited=waited)
+                self.measured.step(given.trained, outcome, given.seen, epoch=self._epoch(), seconds=seconds)
             if _due(self.cursor.step, self.training.eval_every_steps):
                 self._evaluate(records)
             notice = self.notices.ask() if given.ask else None
@@ -187,6 +192,7 @@ class Worker:
         seen = Seen(sum(counts), self.engine.gather_objects(own.skipped))
         if records:
             records.skipped.add(self.cursor.step, "eval", seen)
+            self.measured.evaluated(loss)
             records.metrics.write(
                 self.cursor.step, epoch=self._epoch(), eval_loss=loss, eval_trained_tokens=tokens,
                 eval_samples=seen.samples, eval_skipped_samples=len(seen.skipped),
@@ -225,7 +231,9 @@ class Worker:
         if self.rank == 0:
             self.run_folder.publish()
         name = self.checkpoints.save(self.engine, self.cursor, self.prepared, wait=wait)
-        self._note("checkpoint", name=name, seconds=round(time.monotonic() - started, 3))
+        seconds = time.monotonic() - started
+        self._note("checkpoint", name=name, seconds=round(seconds, 3))
+        self.measured.saved(seconds)
 
     def _epoch(self) -> float:
         """Epochs of the data it trains on."""

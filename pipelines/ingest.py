@@ -33,6 +33,7 @@ from mmray.families import Tile
 from mmray.kept_warnings import keep_warnings
 from mmray.loader import BatchMaker, BatchPlan
 from pipelines.dataset import ERROR, MadeThere, MaskThere, RenderThere, numbers
+from pipelines.measures import StageClock, clocked
 
 SEGMENT_SHARES = 32_768
 """Shares, over all ranks, of one Ray Data execution. Measured: the process that schedules it grows by 5 to 9 kB a
@@ -69,13 +70,15 @@ class Shares:
 class Render:
     """Actor: the micro-batches of one share with their pictures decoded. warnings: file in which it keeps its own."""
 
-    def __init__(self, shares: Shares, tile_cache: TileCacheSettings | None, warnings: str | None) -> None:
+    def __init__(self, shares: Shares, tile_cache: TileCacheSettings | None, warnings: str | None, job: str) -> None:
         torch.set_num_threads(1)
         if warnings:
             keep_warnings(warnings)
         self.shares = shares
         self.maker = BatchMaker(shares.plan, tile_cache=tile_cache)
+        self.clock = StageClock("render", job)
 
+    @clocked
     def __call__(self, share: pa.Table) -> pa.Table:
         places = self.shares.places(share["number"][0].as_py())
         try:
@@ -87,10 +90,12 @@ class Render:
 class Mask:
     """Actor: labels and positions of the micro-batches of one share, on `device`."""
 
-    def __init__(self, plan: BatchPlan, device: str) -> None:
+    def __init__(self, plan: BatchPlan, device: str, job: str) -> None:
         torch.set_num_threads(1)
         self.maker = BatchMaker(plan, device)
+        self.clock = StageClock("mask", job)
 
+    @clocked
     def __call__(self, share: pa.Table) -> pa.Table:
         if ERROR in share.column_names:
             return share
@@ -119,11 +124,18 @@ def parts(share: pa.Table) -> list[pa.Table]:
 
 class Ingest:
     """The way of a plan's micro-batches to its ranks. gpus: mask actors take a share of a GPU; warnings: file in which
-    actors keep theirs."""
+    actors keep theirs; job: the name under which they tell Prometheus their times."""
 
-    def __init__(self, maker: BatchMaker, resources: ResourceSettings, gpus: bool, warnings: str | None = None) -> None:
+    def __init__(
+        self,
+        maker: BatchMaker,
+        resources: ResourceSettings,
+        gpus: bool,
+        warnings: str | None = None,
+        job: str = "",
+    ) -> None:
         self.maker, self.plan, self.resources, self.gpus = maker, maker.plan, resources, gpus
-        self.warnings = warnings
+        self.warnings, self.job = warnings, job
 
     @cached_property
     def per_share(self) -> int:
@@ -148,8 +160,8 @@ class Ingest:
         """The iterators of all ranks over steps [start, stop), for `receive`."""
         resources, shares = self.resources, Shares(self.plan, start, stop, self.per_share)
         share_of_gpu = {"num_gpus": resources.gpu_share} if self.gpus else {"num_cpus": 1}
-        render = partial(Render, shares, resources.tile_cache, self.warnings)
-        mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu")
+        render = partial(Render, shares, resources.tile_cache, self.warnings, self.job)
+        mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu", self.job)
         dataset = numbers(len(shares), resources.train_labels)
         dataset = _map(dataset, RenderThere, render, min(resources.render_actors, len(shares)), num_cpus=1)
         dataset = _map(dataset, MaskThere, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)

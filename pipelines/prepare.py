@@ -43,7 +43,9 @@ from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.training.compatibility import job_family
 from mmray.training.model import load_config
+from pipelines import measures
 from pipelines.dataset import ERROR, cluster_cpus, one_row_blocks, out_of_room
+from pipelines.measures import StageClock, clocked
 from pipelines.row_ids import find_duplicates
 
 log = logging.getLogger("mmray")
@@ -117,12 +119,15 @@ class EncodeChunk:
         self.context = PrepareContext(job, split)
         self.sizes = SizeCache(ray.get(known)) if known else None
         self.reader = RowReader()
+        self.clock = StageClock("encode", job.name)
+        self.tags = {"job_name": job.name, "split": split}
 
     @cached_property
     def encoder(self) -> Encoder:
         """Made with the first chunk: what is wrong then is told like a mistake in a row."""
         return self.context.encoder(self.context.job.data, self.sizes)
 
+    @clocked
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (chunk,) = batch["chunk"]
         error, samples = None, pa.py_buffer(b"")
@@ -130,6 +135,7 @@ class EncodeChunk:
             rows = list(chunk_rows(chunk, self.reader))
             verify = [line * len(rows) // chunk.num_rows for line in chunk.verify]  # blank lines count, but are no rows
             samples = _to_buffer(samples_table(self.encoder.encode(rows, verify, chunk.duplicates)))
+            measures.add(measures.ROWS_READ, len(rows), **self.tags)
         except UserError as mistake:
             error = str(mistake)
         except OSError as failure:  # of a store that does not answer, a file that is gone
@@ -150,7 +156,10 @@ class PackWindow:
         """token: of the plan whose windows these are (`PreparedWriter.begin`)."""
         self.context = PrepareContext(job, split)
         self.writer = WindowWriter(self.context.path, token)
+        self.clock = StageClock("pack", job.name)
+        self.tags = {"job_name": job.name, "split": split}
 
+    @clocked
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
         sizes = pa.array([[cell for cell in batch["sizes"].to_pylist() if cell]], pa.list_(pa.large_binary()))
         errors = [error for error in batch[ERROR].to_pylist() if error]
@@ -161,10 +170,18 @@ class PackWindow:
             raise RuntimeError(f"chunks out of order: windows {windows}, chunks {chunks}")
         samples = pa.concat_tables(_from_buffer(value.as_buffer()) for value in batch["samples"])
         try:
-            self.writer.write(windows[0], self._packed(samples))
+            window = self._packed(samples)
+            self.writer.write(windows[0], window)
         except UserError as mistake:
             return {"window": [0], "sizes": sizes, ERROR: [str(mistake)]}
+        self._count(window.statistics)
         return {"window": [windows[0]], "sizes": sizes, ERROR: [""]}
+
+    def _count(self, facts: dict[str, Any]) -> None:
+        measures.add(measures.ROWS_PACKED, facts["rows_packed"], **self.tags)
+        measures.add(measures.BINS_WRITTEN, facts["bins"], **self.tags)
+        for reason, rows in facts["rejected_by_reason"].items():
+            measures.add(measures.ROWS_REJECTED, rows, reason=reason, **self.tags)
 
     @cached_property
     def _labels(self) -> LabelMaker:

@@ -94,7 +94,9 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
 
     from jobs.common import connect
 
-    with running_head(tmp_path_factory.mktemp("ray"), "--num-cpus=4", "--object-store-memory=1000000000") as head:
+    options = ("--num-cpus=4", "--object-store-memory=1000000000")
+    metrics = {"RAY_metrics_report_interval_ms": "1000"}
+    with running_head(tmp_path_factory.mktemp("ray"), *options, **metrics) as head:
         connect(head.address, cpus=4)
         yield head
         ray.shutdown()

@@ -18,8 +18,10 @@ from mmray.training.history import read_history
 from mmray.training.metrics import read_metrics
 from mmray.training.run_checkpoints import newest_looking_whole, step_of
 from mmray.training.trained import read_trained
+from pipelines import measures
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
+from tests.scraping import scraped, wait_until
 
 KILL_IN_STEP = 7
 
@@ -46,7 +48,7 @@ def run_job(inputs: Inputs, folder: Path, run: str, **changes: object) -> list[d
 @pytest.fixture(scope="module")
 def whole(inputs: Inputs, folder: Path) -> list[dict[str, Any]]:
     """Twelve steps in one go on two workers."""
-    return run_job(inputs, folder, "whole")
+    return run_job(inputs, folder, "whole", name="whole")
 
 
 def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
@@ -73,6 +75,23 @@ def test_a_run_writes_its_metrics_and_keeps_the_last_checkpoints(whole: list[dic
     assert [event["step"] for event in history] == [0, 5, 10, 12, 12]
     assert {event["name"] for event in history[2:4]} == {path.name for path in (folder / "whole").glob("checkpoint_0*")}
     assert_each_bin_once_an_epoch(folder / "whole")
+
+
+def test_prometheus_is_told_the_same_numbers(whole: list[dict[str, Any]]) -> None:
+    """At the node's endpoint, after the workers are gone."""
+    only: tuple[str, ...] = ()
+    wait_until(lambda: scraped(measures.STEPS, job_name="whole").get(only) == 12)
+    for measure, key in (
+        (measures.TOKENS, "tokens"), (measures.TRAINED_TOKENS, "trained_tokens"), (measures.SAMPLES, "samples"),
+        (measures.STEP_SECONDS, "step_seconds"),
+    ):  # fmt: skip
+        told = scraped(measure, job_name="whole")
+        assert told == {only: pytest.approx(sum(line[key] for line in whole))}, measure.name
+    waited = scraped(measures.DATA_WAIT_SECONDS, job_name="whole")
+    assert set(waited) == {("0",), ("1",)}
+    assert waited["0",] == pytest.approx(sum(line["data_wait_seconds"] for line in whole))
+    assert scraped(measures.CHECKPOINTS, job_name="whole") == {only: 3}
+    assert set(scraped(measures.STAGE_BUSY_SECONDS, job_name="whole")) == {("render",), ("mask",)}
 
 
 def assert_each_bin_once_an_epoch(run: Path) -> None:

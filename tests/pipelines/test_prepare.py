@@ -10,15 +10,17 @@ from mmray.config import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.rows.files import plan_chunks, source_files
+from pipelines import measures
 from pipelines.prepare import EncodeChunk, PrepareContext, _run, prepare
 from tests.conftest import Inputs, RayHead
+from tests.scraping import scraped, wait_until
 
 
 @pytest.fixture(scope="module")
 def prepared(
     ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Job, PreparedDataset]:
-    job = Job.model_validate(inputs.job(tmp_path_factory.mktemp("prepared")))
+    job = Job.model_validate(inputs.job(tmp_path_factory.mktemp("prepared"), name="prepared"))
     seen: list[tuple[int, int]] = []
     dataset, made = prepare(job, "train", on_progress=lambda done, total: seen.append((done, total)))
     assert made
@@ -44,6 +46,18 @@ def test_every_row_is_packed_or_rejected_with_its_reason(prepared: tuple[Job, Pr
     assert sorted(path.name for path in Path(dataset.path).iterdir()) == sorted(
         ["manifest.json", "rejected.parquet", *(shard["file"] for shard in dataset.manifest["shards"])]
     )
+
+
+def test_prometheus_is_told_the_same_counts(prepared: tuple[Job, PreparedDataset]) -> None:
+    """At the node's endpoint, summed over all actors, also after these are gone."""
+    facts = prepared[1].statistics
+    wait_until(lambda: ("train",) in scraped(measures.BINS_WRITTEN, job_name="prepared"))
+    assert scraped(measures.ROWS_READ, job_name="prepared") == {("train",): facts["rows_read"]}
+    assert scraped(measures.ROWS_PACKED, job_name="prepared") == {("train",): facts["rows_packed"]}
+    assert scraped(measures.BINS_WRITTEN, job_name="prepared") == {("train",): len(prepared[1])}
+    rejected = {("train", reason): rows for reason, rows in facts["rejected_by_reason"].items()}
+    assert scraped(measures.ROWS_REJECTED, job_name="prepared") == rejected
+    assert set(scraped(measures.STAGE_BUSY_SECONDS, job_name="prepared")) == {("encode",), ("pack",)}
 
 
 def test_another_number_of_actors_and_a_continued_run_give_the_same_bytes(

@@ -1,0 +1,34 @@
+"""What Ray's node tells Prometheus."""
+
+import time
+import urllib.request
+from collections.abc import Callable
+
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipelines.measures import Measure
+
+WAIT_SECONDS = 90
+
+
+def scraped(measure: Measure, **tags: str) -> dict[tuple[str, ...], float]:
+    """Values of one measure at the node's endpoint, by the measure's own tags; those with other `tags` left out."""
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    found: dict[tuple[str, ...], float] = {}
+    for family in families:
+        for sample in family.samples:
+            if sample.name == measure.exported[0] and tags.items() <= sample.labels.items():
+                key = tuple(sample.labels[tag] for tag in measure.tags)
+                found[key] = found.get(key, 0) + sample.value
+    return found
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Processes tell their node now and then: look again for a while."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.5)
