@@ -1,8 +1,8 @@
 """Progress that reads well where it is shown: a live bar in a terminal, one that is redrawn in place in a notebook, a
 line now and then in a log.
 
-The rate is that of the last minute, so that neither a slow start nor rows done by an earlier run falsify the time that
-is left.
+The rate is that of the last minute: rows done by an earlier run do not count, and a slow start falsifies the time that
+is left for no longer than that.
 """
 
 import html

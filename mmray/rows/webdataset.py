@@ -5,8 +5,8 @@
 The key is a member's name up to the first dot behind its folder. `.json` is the row, `.txt` its text, pictures are its
 images, in the order of the shard or as the row names them. Only headers, texts and JSON are read here: an image becomes
 a reference to a range of bytes of the shard (`PartOfFile`), from which it is measured now and read when training, so no
-picture is stored twice. A shard is indexed once, by one pass over its headers (15 µs a member on a local disk; a remote
-shard streams by); every later reader seeks to its rows.
+picture is stored twice. A shard is indexed once, by one pass over its headers (a remote shard streams by); every later
+reader seeks to its rows.
 
 What is wrong with a member is wrong with its row. Behind a damaged header nothing can be found any more, and the row
 before it may lack members: that row stands for the rest of the shard, and is rejected with the place.
