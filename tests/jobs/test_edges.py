@@ -12,6 +12,7 @@ from jobs.train import _Watch
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.kept_warnings import WARNINGS_FILE
+from mmray.run_folder import RunFolder
 from mmray.training.metrics import METRICS_FILE
 from tests.mmray.test_docs_jobs import LEAST
 
@@ -24,7 +25,7 @@ def test_warnings_of_actors_are_counted_and_the_last_is_shown(
     """Those of this run; not what an earlier one left."""
     warnings = tmp_path / WARNINGS_FILE
     warnings.write_text("an old one\n")
-    with caplog.at_level(logging.WARNING, "mmray"), _Watch("job", tmp_path, 3):
+    with caplog.at_level(logging.WARNING, "mmray"), _Watch("job", RunFolder(tmp_path), 3):
         with warnings.open("a") as file:
             file.write("one\ntwo\n")
         (tmp_path / METRICS_FILE).write_text(json.dumps(LINE) + "\n")
@@ -35,7 +36,7 @@ def test_warnings_of_actors_are_counted_and_the_last_is_shown(
 def test_a_run_without_warnings_says_nothing_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with _Watch("job", tmp_path, 3):
+    with _Watch("job", RunFolder(tmp_path), 3):
         (tmp_path / METRICS_FILE).write_text(json.dumps(LINE) + "\n")
     assert "3/3 steps" in (shown := capsys.readouterr().err)
     assert "warnings" not in shown
