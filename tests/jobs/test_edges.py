@@ -16,7 +16,7 @@ from mmray.run_folder import RunFolder
 from mmray.training.metrics import METRICS_FILE
 from tests.mmray.test_docs_jobs import LEAST
 
-LINE = {"step": 3, "loss": 1.5, "tokens": 100, "step_seconds": 1.0}
+LINE = {"step": 3, "loss": 1.5, "tokens": 100, "step_seconds": 1.0, "data_wait_seconds": 0.1}
 
 
 def test_warnings_of_actors_are_counted_and_the_last_is_shown(
