@@ -21,8 +21,9 @@ def test_pictures_break_and_the_driver_dies(ray_head: RayHead, inputs: Inputs, t
     run = pictures.with_own_pictures(machine, inputs, tmp_path, "run", data__max_skipped_share=1.0)
     broken = pictures.break_some(run)
     driver = run.start()
-    at = run.reach(7)
+    run.reach(7)
     driver.kill()
+    at = run.step
     run.start()
     run.finish()
     row = pictures.judged(run, broken, "", "")
