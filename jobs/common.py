@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mmray.config import Job
 from mmray.errors import UserError
+from pipelines.dataset import cluster_amount
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -117,16 +118,18 @@ def train_needs(job: Job, gpus: bool) -> dict[str, float]:
     return {"CPU": cpus, "GPU": resources.min_workers * (1 - resources.gpu_share) + shares}
 
 
-def check_cluster(job: Job, needs: dict[str, float], what: str) -> None:
+def check_cluster(job: Job, needs: dict[str, float], what: str, labels: Mapping[str, str]) -> None:
     """Raise UserError when the cluster cannot run all of a job's pools at once: it would wait forever.
 
-    With `resources.autoscaling` only a line tells of it: nodes will come.
+    labels: of the nodes that count; {}: all. With `resources.autoscaling` only a line tells of it: nodes will come.
     """
-    have = ray.cluster_resources()
+    have = {name: cluster_amount(name, labels) for name in needs}
     short = {name: amount for name, amount in needs.items() if have.get(name, 0) + 1e-6 < amount}
     if not short:
         return
     lacks = ", ".join(f"{amount:g} {name} (it has {have.get(name, 0):g})" for name, amount in short.items())
+    if labels:
+        lacks += " on nodes labelled " + ", ".join(f"{key}: {value}" for key, value in labels.items())
     if job.resources.autoscaling:
         log.warning("%s needs %s; waiting for the cluster to grow", what, lacks)
         return

@@ -19,7 +19,7 @@ def prepare_splits(job: Job, *, replace: bool = False) -> dict[str, PreparedData
     """Prepare `train` and, where the job has one, `eval`, with a progress bar and a table each."""
     from pipelines.prepare import prepare
 
-    check_cluster(job, {"CPU": 2}, "preparing")
+    check_cluster(job, {"CPU": 2}, "preparing", job.resources.prepare_labels)
     done = {}
     for split in ("train", "eval"):
         if not getattr(job.data, split):

@@ -98,7 +98,7 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     cursor = plan.place(newest_looking_whole(run), prepared["train"])  # a mistake is told before workers start
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
-    check_cluster(job, train_needs(job, gpus), "training")
+    check_cluster(job, train_needs(job, gpus), "training", job.resources.train_labels)
     if job.resources.is_elastic:
         check_elastic(job, gpus)
     run.remove(RAY_TRAIN_MEMORY)
@@ -130,6 +130,8 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     with _Watch(job.name, run, plan.total_steps(cursor)):
         try:
             trainer.fit()
+        except SystemExit as end:  # what Ray Train makes of Ctrl-C, after it has ended the workers
+            raise KeyboardInterrupt from end
         except WorkerGroupError as error:
             mistakes = [each for each in error.worker_failures.values() if isinstance(each, UserError)]
             if not mistakes:

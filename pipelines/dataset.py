@@ -35,10 +35,10 @@ def numbers(count: int, labels: Mapping[str, str]) -> Dataset:
     return _in_order(dataset, labels, block_bytes=1)
 
 
-def cluster_cpus(labels: Mapping[str, str]) -> int:
-    """CPUs, busy ones too, of the cluster's nodes that have these labels now; {}: of all nodes."""
+def cluster_amount(resource: str, labels: Mapping[str, str]) -> float:
+    """CPUs (or GPUs), busy ones too, of the cluster's nodes that have these labels now; {}: of all nodes."""
     nodes = [node for node in ray.nodes() if node["Alive"] and labels.items() <= node["Labels"].items()]
-    return int(sum(node["Resources"].get("CPU", 0) for node in nodes))
+    return float(sum(node["Resources"].get(resource, 0) for node in nodes))
 
 
 class MadeThere:

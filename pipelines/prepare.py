@@ -44,7 +44,7 @@ from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.training.compatibility import job_family
 from mmray.training.model import load_config
 from pipelines import measures
-from pipelines.dataset import ERROR, cluster_cpus, one_row_blocks, out_of_room
+from pipelines.dataset import ERROR, cluster_amount, one_row_blocks, out_of_room
 from pipelines.measures import StageClock, clocked
 from pipelines.row_ids import find_duplicates
 
@@ -290,7 +290,7 @@ def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes
     rows = Counter[int]()
     for chunk in chunks:
         rows[chunk.window] += chunk.num_rows
-    resources, cpus = job.resources, cluster_cpus(job.resources.prepare_labels)
+    resources, cpus = job.resources, int(cluster_amount("CPU", job.resources.prepare_labels))
     dataset = one_row_blocks([{"chunk": chunk} for chunk in chunks], resources.prepare_labels)
     dataset = dataset.map_batches(
         EncodeChunk, batch_size=1, fn_constructor_args=(job, split, ray.put(sizes.known) if sizes else None),

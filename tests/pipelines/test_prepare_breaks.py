@@ -47,7 +47,11 @@ def parquet_of(folder: str) -> dict[str, bytes]:
 def test_a_folder_that_breaks_in_an_actor_is_one_line_and_the_next_run_has_the_same_result(
     ray_head: RayHead, inputs: Inputs, rows: Path, tmp_path: Path
 ) -> None:
-    """A file where the folder was: the actors, not the driver, find that they cannot write."""
+    """A file where the folder was: the actors, not the driver, find that they cannot write.
+
+    Of 46 windows, so that most are still to come when the first is committed.
+    """
+    rows.write_text(rows.read_text() * 20)
     expected = prepare(job_of(inputs, tmp_path / "whole", rows), "train")[0]
     job = job_of(inputs, tmp_path / "broken", rows)
     folder, aside = Path(job.prepared_path("train")), tmp_path / "aside"
