@@ -103,7 +103,7 @@ def test_nodes_come_for_preparing_and_go(head: RayHead, inputs: Inputs, tmp_path
         time.sleep(0.5)
     output = job.communicate(timeout=WAIT_SECONDS)[0]
     assert job.returncode == 0, output
-    assert "preparing needs 2 CPU (it has 0); waiting for the cluster to grow" in output
+    assert "needs 2 CPU (it has 0) on nodes labelled mmray: prepare; waiting for the cluster to grow" in output
     assert "71 read = 60 packed + 11 rejected" in output
     assert len(PreparedDataset(f"{tmp_path}/prepared/train")) > 0
     assert len(seen) == 2
