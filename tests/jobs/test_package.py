@@ -15,7 +15,8 @@ PLANTED = {
     "rows.jsonl": 10, "more/rows.jsonl.gz": 10, "more/part-0.parquet": 10, "shards/000.tar": 10, "jobs/pages.csv": 10,
     "pages/a.png": 10, "pages/b.JPG": 10, "pages/c.tiff": 10, "mmray/page.webp": 10, "scans.pdf": 10,
     "demo_out/prepared/train/manifest.json": 10, "runs/a/metrics.json": 10, "runs/a/weights.bin": 10,
-    ".venv/bin/python": 10, ".venv-new/bin/python": 10, ".git/index": 10, ".cache/x.py": 10, "jobs/__pycache__/x.pyc": 10,
+    ".venv/bin/python": 10, ".venv-new/bin/python": 10, ".git/index": 10, ".cache/x.py": 10,
+    "jobs/__pycache__/x.pyc": 10,
     "private/weights.bin": 50 << 20,
 }  # fmt: skip
 """Files, with their bytes, that a checkout may hold beside what it is made of. The last is in .gitignore."""
