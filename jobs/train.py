@@ -36,6 +36,7 @@ from mmray.report import Run, run_table
 from mmray.run_folder import PUBLISH_SECONDS, RunFolder
 from mmray.storage import Folder, arrow_file_system
 from mmray.training.compatibility import job_family
+from mmray.training.history import read_history
 from mmray.training.metrics import METRICS_FILE
 from mmray.training.run_checkpoints import newest_looking_whole
 
@@ -95,7 +96,11 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     gpus = uses_gpus(job)
     plan = run_plan(job, prepared, gpus, continue_on)
     run = RunFolder(job.output.run)
-    cursor = plan.place(newest_looking_whole(run), prepared["train"])  # a mistake is told before workers start
+    checkpoint = newest_looking_whole(run)
+    cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
+    if checkpoint is not None and cursor.step >= plan.total_steps(cursor) and _has_finished(run, cursor.step):
+        console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
+        return plan
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
     check_cluster(job, train_needs(job, gpus), "training", job.resources.train_labels)
@@ -138,6 +143,11 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
                 raise
             raise UserError(str(mistakes[0])) from error
     return plan
+
+
+def _has_finished(run: RunFolder, step: int) -> bool:
+    history = read_history(run.fetch())
+    return bool(history) and history[-1]["event"] == "finish" and history[-1]["step"] == step
 
 
 class _Watch:
