@@ -1,11 +1,12 @@
 """Pictures that break while a run trains on them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from PIL import Image
 
+from mmray.prepared import PreparedDataset
 from mmray.training.json_lines import read_json_lines
 from tests.conftest import Inputs
 from tests.faults.machines import Machines, OneMachine
@@ -54,13 +55,9 @@ def break_some(run: TrainingRun) -> set[str]:
 
 def judged(run: TrainingRun, broken: set[str], what: str, redone: str) -> Row:
     """Samples with one of these pictures, and no others, have no weight in any step, and are listed."""
-    expected = []
-    for line in run.metrics:
-        numbers = [number for number in run.batches.order.bins(line["step"] - 1) if number is not None]
-        bins = [run.batches.dataset.bin(number) for number in numbers]
-        ids = {(each.index, image["sample"]) for each in bins for image in each.images if image["uri"] in broken}
-        expected.append(len(ids))
-    listed = read_json_lines(run.run / "skipped.jsonl")
+    steps = [line["step"] for line in run.metrics]
+    expected = [samples_with(broken, run.batches.dataset, run.batches.order.bins(step - 1)) for step in steps]
+    listed = [line for line in read_json_lines(run.run / "skipped.jsonl") if line["split"] == "train"]
     audit = run.audit()
     counted = [line["skipped_samples"] for line in run.metrics]
     reasons = sorted({line["reason"] for line in listed})
@@ -70,6 +67,12 @@ def judged(run: TrainingRun, broken: set[str], what: str, redone: str) -> Row:
         f"{'' if holds else 'FAILED: '}the run goes on; {len(listed)} times a sample without weight, as many as the "
         f"schedule holds, each listed ({', '.join(reasons)})",
     )  # fmt: skip
+
+
+def samples_with(broken: set[str], dataset: PreparedDataset, bins: Iterable[int | None]) -> int:
+    """How many samples of these bins have one of these pictures."""
+    found = (dataset.bin(number) for number in bins if number is not None)
+    return len({(each.index, image["sample"]) for each in found for image in each.images if image["uri"] in broken})
 
 
 def all_gone(machines: Machines | OneMachine, inputs: Inputs, folder: Path) -> Row:
