@@ -21,7 +21,7 @@ from mmray.masks.settings import LossSource, allows_empty, label_maker
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.encode import Encoder
-from mmray.rows.files import Piece, SourceFile, plan_chunks, source_files
+from mmray.rows.files import Piece, SourceFile, first_piece, source_files
 from mmray.rows.preflight import FIRST_ROWS, check_first_rows, first_rows, sample_labels
 from mmray.rows.read import RawRow
 from mmray.rows.sample import RejectedRow, Sample
@@ -59,20 +59,18 @@ class FirstRows:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """Of as many files of each set as the first rows need: the others need not be read through."""
+        """Those that hold the first rows of each set: the rest of its files need not be read."""
         files = source_files(getattr(self.job.data, self.split))
         own = ([file for file in files if file.dataset == number] for number in range(len(self.encoder.datasets)))
         return [piece for each in own for piece in self._first_pieces(each)]
 
     def _first_pieces(self, files: Sequence[SourceFile]) -> list[Piece]:
-        packing = self.job.packing
         pieces: list[Piece] = []
         rows = 0
         for file in files:
-            chunks = plan_chunks([file], window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
-            own = [piece for chunk in chunks for piece in chunk.pieces]
-            pieces += own
-            rows += len(first_rows(own, file.dataset))
+            piece = first_piece(file, FIRST_ROWS)
+            pieces += [piece] if piece.num_rows else []
+            rows += piece.num_rows
             if rows >= FIRST_ROWS:
                 break
         return pieces

@@ -85,13 +85,16 @@ def pack_window(
     usable = [
         index for index, reason in enumerate(columns.reasons) if reason is None and (allow_empty or trained[index])
     ]
-    bins = _pack_by_bucket(columns, usable, packing, sample_gap)
+    used = np.asarray(usable, dtype=np.int64)
+    packed = pack_by_bucket(
+        columns.lengths[used], columns.visual[used], [columns.buckets[index] for index in usable], packing, sample_gap
+    )
+    bins = [[usable[number] for number in members] for members in packed]
     table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
     rejected = pa.Table.from_pylist(
         [columns.rejected(index) for index in sorted(set(range(samples.num_rows)) - set(usable))], schema=REJECTED
     )
     loads = Loads.of(table, [int(columns.visual_pairs[list(members)].sum()) for members in bins])
-    used = np.asarray(usable, dtype=np.int64)
     statistics = {
         "rows_read": samples.num_rows,
         "rows_packed": len(usable),
@@ -222,31 +225,37 @@ class _Columns:
         return record
 
 
-def _pack_by_bucket(
-    columns: _Columns, usable: Sequence[int], packing: PackingSettings, sample_gap: int
+def pack_by_bucket(
+    lengths: np.ndarray, visual: np.ndarray, buckets: Sequence[str | None], packing: PackingSettings, sample_gap: int
 ) -> list[list[int]]:
-    """Bins as lists of row numbers: full bins of each bucket in the order of their names, then the rest mixed."""
+    """Bins as lists of samples: full bins of each bucket in the order of their names, then the rest mixed.
+
+    lengths, visual: tokens and visual tokens of each sample, int64 [n]; buckets: their shapes. A sample is a number.
+    """
     if packing.mode == "none":
-        return [[index] for index in usable]
+        return [[index] for index in range(len(lengths))]
 
     def pack(indices: Sequence[int]) -> list[list[int]]:
         chosen = np.asarray(indices, dtype=np.int64)
         packed = pack_2d(
-            columns.lengths[chosen] + sample_gap,
-            columns.visual[chosen],
+            lengths[chosen] + sample_gap,
+            visual[chosen],
             token_capacity=packing.token_capacity + sample_gap,  # no gap after the last sample
             visual_capacity=packing.visual_capacity,
         )
         return [[int(chosen[number]) for number in members] for members in packed]
 
     def fill(members: Sequence[int]) -> float:
-        tokens, visual = columns.lengths[list(members)].sum(), columns.visual[list(members)].sum()
-        return float(max(tokens / packing.token_capacity, visual / packing.visual_capacity))
+        tokens, images = lengths[list(members)].sum(), visual[list(members)].sum()
+        return float(max(tokens / packing.token_capacity, images / packing.visual_capacity))
 
     kept: list[list[int]] = []
     rest: list[int] = []
-    for bucket in sorted({str(columns.buckets[index]) for index in usable}):
-        for members in pack([index for index in usable if columns.buckets[index] == bucket]):
+    of_bucket: dict[str, list[int]] = {}
+    for index, bucket in enumerate(buckets):
+        of_bucket.setdefault(str(bucket), []).append(index)
+    for _, indices in sorted(of_bucket.items()):
+        for members in pack(indices):
             if fill(members) >= packing.bucket_fill:
                 kept.append(members)
             else:

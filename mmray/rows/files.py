@@ -9,6 +9,7 @@ every later reader seeks to its bytes.
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -166,24 +167,42 @@ def _chunk_pieces(indexed: Any, chunk_rows: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def _row_starts(file: SourceFile) -> np.ndarray:
-    """Where each row starts, and the end: byte offsets, of tables row numbers. int64 [rows + 1]."""
-    if file.format == "huggingface":
-        return np.arange(file.size + 1, dtype=np.int64)
+def first_piece(file: SourceFile, num_rows: int) -> Piece:
+    """The first rows of a file, up to num_rows with blank lines among them; no more of it is read than holds them."""
+    starts = _row_starts(file, num_rows)
+    span = int(starts[0]), int(starts[-1])
+    return Piece(file.dataset, file.uri, file.format, 0, len(starts) - 1, *span, file.fields)
+
+
+@contextmanager
+def opened_rows(file: SourceFile) -> Iterator[BinaryIO]:
+    """A row file to read. Raises UserError where it is not what its format says, or cannot be read."""
     try:
         system, path = file_system(file.uri)
         with system.open(path, "rb", block_size=READ_BYTES) as opened:
-            if file.format == "parquet":
-                return np.arange(pq.ParquetFile(opened).metadata.num_rows + 1, dtype=np.int64)
-            return row_starts(opened, file.size) if file.format == "webdataset" else _line_starts(opened)
+            yield opened
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file.uri}: cannot be read as {_NAMES[file.format]}: {error}") from error
 
 
-def _line_starts(opened: BinaryIO) -> np.ndarray:
-    breaks, offset = [np.zeros(1, dtype=np.int64)], 0
-    while block := opened.read(READ_BYTES):
+def _row_starts(file: SourceFile, most: int | None = None) -> np.ndarray:
+    """Where each row starts, and the end: byte offsets, of tables row numbers. int64 [rows + 1]. most: of so many rows,
+    the first; None: of all."""
+    if file.format == "huggingface":
+        return np.arange(file.size + 1, dtype=np.int64)[: most and most + 1]
+    with opened_rows(file) as opened:
+        if file.format == "parquet":
+            return np.arange(pq.ParquetFile(opened).metadata.num_rows + 1, dtype=np.int64)[: most and most + 1]
+        return row_starts(opened, file.size, most) if file.format == "webdataset" else _line_starts(opened, most)
+
+
+def _line_starts(opened: BinaryIO, most: int | None) -> np.ndarray:
+    breaks, found, offset = [np.zeros(1, dtype=np.int64)], 0, 0
+    while (most is None or found < most) and (block := opened.read(READ_BYTES)):
         breaks.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1 + offset)
+        found += len(breaks[-1])
         offset += len(block)
     starts = np.concatenate(breaks)
+    if most is not None and found >= most:
+        return starts[: most + 1]
     return starts if starts[-1] == offset else np.append(starts, offset)

@@ -17,6 +17,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -52,9 +53,11 @@ class _Row:
         self.members[ending] = member
 
 
-def row_starts(file: BinaryIO, size: int) -> np.ndarray:
-    """Where each row of a shard starts, and the shard's end: int64 [rows + 1]. size: bytes of the shard."""
-    return np.asarray([*(row.start for row in _rows(file, 0, size)), size], dtype=np.int64)
+def row_starts(file: BinaryIO, size: int, most: int | None = None) -> np.ndarray:
+    """Where each row of a shard starts, and the shard's end: int64 [rows + 1]. size: bytes of the shard; most: of so
+    many rows, the first, and where the next one starts; None: of all."""
+    starts = (row.start for row in _rows(file, 0, size))
+    return np.fromiter(islice(chain(starts, [size]), most and most + 1), dtype=np.int64)
 
 
 def read_rows(

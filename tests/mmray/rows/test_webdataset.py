@@ -17,7 +17,7 @@ from mmray.errors import RowError, UserError
 from mmray.images import image_size, load_image
 from mmray.images.part import PartOfFile
 from mmray.images.size_cache import SizeCache, read_sizes
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import first_piece, plan_chunks, source_files
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
 from tests.mmray.preparing import Preparation
@@ -223,6 +223,15 @@ def test_pieces_give_the_rows_of_the_whole(members: list[int], chunk_rows: int) 
     ]
     place = write(f"memory://pieces-{next(fresh_names)}/s.tar", shard(*entries))
     assert [value["text"] for value in values_of(place, chunk_rows=chunk_rows)] == [str(n) for n in range(len(members))]
+
+
+def test_the_first_rows_of_a_shard_alone(tmp_path: Path) -> None:
+    write(tmp_path / "s.tar", shard(*((f"{key}.txt", "<image>") for key in "abc")))
+    (file,) = source_files([DatasetSettings(files=(f"{tmp_path}/s.tar",), kind="pretrain")])
+    for most, ids in ((2, ["s.tar/a", "s.tar/b"]), (3, ["s.tar/a", "s.tar/b", "s.tar/c"]), (9, None)):
+        piece = first_piece(file, most)
+        assert piece.num_rows == min(most, 3)
+        assert ids is None or [row.value["id"] for row in read_piece(piece)] == ids
 
 
 def test_a_shard_is_named_as_one(tmp_path: Path) -> None:

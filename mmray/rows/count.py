@@ -1,0 +1,61 @@
+"""How many rows files hold, without reading them for longer than the answer is worth."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import pyarrow.parquet as pq
+
+from mmray.rows.files import READ_BYTES, SourceFile, opened_rows
+from mmray.rows.webdataset import row_starts
+
+
+@dataclass(frozen=True)
+class RowCount:
+    """Rows of some files. is_exact: they were all counted; else some were, and the others are as many a byte."""
+
+    rows: int
+    is_exact: bool
+
+    def __str__(self) -> str:
+        return f"{self.rows:,}" if self.is_exact else f"about {self.rows:,}"
+
+
+def count_rows(files: Sequence[SourceFile], seconds: float) -> RowCount:
+    """The rows of the files of one set, as preparing reads them. seconds: how long to count for; a little of the first
+    file is looked at in any case. Raises UserError for a file that cannot be read."""
+    deadline = time.monotonic() + seconds
+    total, rows, looked_at = sum(file.size for file in files), 0, 0
+    for file in files:
+        own_rows, own_bytes = _count(file, deadline)
+        rows, looked_at = rows + own_rows, looked_at + own_bytes
+        if time.monotonic() > deadline:
+            break
+    if looked_at == total:
+        return RowCount(rows, True)
+    return RowCount(round(rows * total / looked_at), False)
+
+
+def _count(file: SourceFile, deadline: float) -> tuple[int, int]:
+    """Rows of a file, and its bytes that hold them (as `SourceFile.size` counts)."""
+    if file.format == "huggingface":
+        return file.size, file.size
+    with opened_rows(file) as opened:
+        if file.format == "parquet":
+            return pq.ParquetFile(opened).metadata.num_rows, file.size
+        if file.format == "webdataset":
+            return len(row_starts(opened, file.size)) - 1, file.size
+        return _count_lines(opened, deadline)
+
+
+def _count_lines(opened: BinaryIO, deadline: float) -> tuple[int, int]:
+    """Lines that are not blank, and the bytes up to the end of the last."""
+    rows, offset, rest = 0, 0, b""
+    while block := opened.read(READ_BYTES):
+        offset += len(block)
+        *lines, rest = (rest + block).split(b"\n")
+        rows += sum(map(bool, map(bytes.strip, lines)))
+        if rows and time.monotonic() > deadline:
+            return rows, offset - len(rest)
+    return rows + bool(rest.strip()), offset
