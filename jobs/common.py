@@ -2,10 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import ray
@@ -54,6 +56,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
+    ends_softly = signal.getsignal(signal.SIGTERM) is _as_ctrl_c
     options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
@@ -65,6 +68,8 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
         ray.init(address=address, **options)
     else:
         ray.init("local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **options)
+    if ends_softly:  # Ray has set handlers of its own, which print a stack and abort
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
 
 
 def check_outputs(job: Job) -> None:
@@ -141,7 +146,11 @@ def check_cluster(job: Job, needs: dict[str, float], what: str, labels: Mapping[
 
 
 def run_main(main: Callable[..., None]) -> NoReturn:
-    """Run a job's command line: a mistake of the user is one red line and exit code 2, without a stack trace."""
+    """Run a job's command line: a mistake of the user is one red line and exit code 2, without a stack trace.
+
+    SIGTERM, which `ray job stop` sends, ends it as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
@@ -158,6 +167,17 @@ def run_main(main: Callable[..., None]) -> NoReturn:
     if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
         Console(stderr=True).print("interrupted; the same command continues")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _as_ctrl_c(_: int, frame: FrameType | None) -> None:
+    """Handle a signal as whoever handles Ctrl-C now would: Ray Train first ends its workers.
+
+    SIGINT itself would not arrive in a submitted job, where Ray blocks it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 def _escaped(text: str) -> str:
