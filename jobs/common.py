@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import ray
 import ray.data  # sets the level of its own loggers when imported
@@ -48,7 +48,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
             "--address auto, to run here unset RAY_ADDRESS"
         )
     os.environ.update({key: os.environ.get(key, value) for key, value in WORKER_ENVIRONMENT.items()})
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ToStderr()])
     log.setLevel(logging.INFO)
     if not verbose:
         warnings.filterwarnings("ignore")
@@ -167,6 +167,17 @@ def run_main(main: Callable[..., None]) -> NoReturn:
     if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
         Console(stderr=True).print("interrupted; the same command continues")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at the moment: a live progress bar puts itself there, and lines above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def _as_ctrl_c(_: int, frame: FrameType | None) -> None:

@@ -3,14 +3,11 @@
 The same command continues a run that was stopped, from its last checkpoint, with any number of workers.
 """
 
-import contextlib
-import json
 import logging
 import posixpath
 import sys
-import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,28 +19,24 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs.common import check_cluster, check_outputs, connect, console, run_main, train_needs, uses_gpus, worker_needs
 from jobs.elastic import check_elastic
 from jobs.run_plan import RunPlan, run_plan
+from jobs.run_watch import RunWatch
 from jobs.trace import trace
 from jobs.train_loop import train_worker
 from mmray.config import Job, load_job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
-from mmray.kept_warnings import WARNINGS_FILE, read_warnings
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
-from mmray.progress import ProgressBar
 from mmray.report import Run, run_table
-from mmray.run_folder import PUBLISH_SECONDS, RunFolder
+from mmray.run_folder import RunFolder
 from mmray.storage import Folder, arrow_file_system
 from mmray.training.compatibility import job_family
 from mmray.training.history import read_history
-from mmray.training.metrics import METRICS_FILE
 from mmray.training.run_checkpoints import newest_looking_whole
 
 log = logging.getLogger("mmray")
 
-POLL_SECONDS = 0.5
-TAIL_BYTES = 4096
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Environment of workers that train on CPUs, also on machines that have GPUs."""
 RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
@@ -66,7 +59,7 @@ def check_job(job: Job) -> None:
     for finding in examine_settings(job):
         if finding.status is Status.FAIL:
             raise UserError(f"{finding.check}: {finding.detail}")
-        console.print(f"{finding.check}: {finding.detail}", markup=False, highlight=False)
+        console.print(f"{finding.check}: {finding.detail}", markup=False, highlight=False, soft_wrap=True)
     job.tracking.check()
 
 
@@ -132,7 +125,7 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _Watch(job.name, run, plan.total_steps(cursor)):
+    with RunWatch(job.name, run, plan.total_steps(cursor)):
         try:
             trainer.fit()
         except SystemExit as end:  # what Ray Train makes of Ctrl-C, after it has ended the workers
@@ -148,60 +141,6 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
 def _has_finished(run: RunFolder, step: int) -> bool:
     history = read_history(run.fetch())
     return bool(history) and history[-1]["event"] == "finish" and history[-1]["step"] == step
-
-
-class _Watch:
-    """Shows the run's metrics as they are written: the driver reads what rank 0 appends. And how many warnings of
-    workers and actors there are; at the end, the last of them."""
-
-    def __init__(self, name: str, run: RunFolder, total_steps: int) -> None:
-        self._run, self._every = run, POLL_SECONDS if run.shared_path else PUBLISH_SECONDS
-        self._name, self._path, self._total = name, run.fetch() / METRICS_FILE, total_steps
-        self._warnings = run.path / WARNINGS_FILE
-        self._old_warnings = self._warnings.stat().st_size if self._warnings.exists() else 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._show, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if found := read_warnings(self._warnings, self._old_warnings):
-            log.warning("%s: %d warnings, the last: %s", self._warnings, len(found), found[-1])
-
-    def _show(self) -> None:
-        with ProgressBar(f"{self._name}: training", "steps") as bar:
-            finished = False
-            while not finished:
-                finished = self._stop.wait(self._every)
-                with contextlib.suppress(OSError, UserError):  # progress is no reason to stop: it is asked again
-                    self._run.fetch()
-                if self._path.exists():
-                    self._update(bar)
-
-    def _update(self, bar: ProgressBar) -> None:
-        with self._path.open("rb") as file:
-            file.seek(max(0, self._path.stat().st_size - TAIL_BYTES))
-            lines = [json.loads(line) for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
-        lines = [line for line in lines if line.get("loss") is not None]
-        if lines:
-            last = lines[-1]
-            note = _step_note(last)
-            if found := read_warnings(self._warnings, self._old_warnings):
-                note += f"  warnings: {len(found)}"
-            bar.update(last["step"], self._total, note)
-
-
-def _step_note(line: dict[str, Any]) -> str:
-    """A step in a few words, by its metrics."""
-    waited, seconds = line["data_wait_seconds"], line["step_seconds"]
-    whole = max(waited + seconds, 1e-9)
-    words = [f"loss {line['loss']:.4f}", f"{line['tokens'] / whole:,.0f} tokens/s", f"data wait {waited / whole:.0%}"]
-    if workers := line.get("workers"):
-        words.append("1 worker" if workers == 1 else f"{workers} workers")
-    return "  ".join(words)
 
 
 def main(

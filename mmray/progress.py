@@ -82,6 +82,8 @@ class ProgressBar:
     def update(self, done: int, total: int, note: str = "") -> None:
         """Set the state. note: a few words at the end of the line."""
         now = time.monotonic()
+        if self._recent and done < self._recent[-1][1]:  # it goes on from an earlier place
+            self._recent.clear()
         if not self._recent or done != self._recent[-1][1]:
             self._recent.append((now, done))
         while len(self._recent) > 2 and now - self._recent[1][0] > RATE_SECONDS:

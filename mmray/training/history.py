@@ -39,3 +39,22 @@ def add_to_history(run: Path, event: Event, step: int, workers: int, **values: A
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The events of a run, in order; none where it has no history."""
     return read_json_lines(run / HISTORY_FILE)
+
+
+def in_words(event: dict[str, Any]) -> str:
+    """An event as one line for a person; "" for a checkpoint, of which there are many."""
+    step, workers = event["step"], "1 worker" if event["workers"] == 1 else f"{event['workers']} workers"
+    match event["event"]:
+        case "start":
+            return f"started with {workers}"
+        case "resume":
+            return f"resumed from {event['checkpoint']} at step {step} with {workers}"
+        case "damaged_checkpoint":
+            return f"{event['checkpoint']} is damaged and passed over: {event['problem']}"
+        case "preemption":
+            return f"nodes {', '.join(event['nodes'])} will be taken away; a checkpoint is written at step {step}"
+        case "continue_on":
+            return f"from step {step} on it trains on {event['prepared']}, {event['bins']} bins"
+        case "finish":
+            return f"finished {step} steps"
+    return ""

@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from jobs.common import check_outputs
-from jobs.train import _Watch
+from jobs.run_watch import RunWatch
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.kept_warnings import WARNINGS_FILE
 from mmray.run_folder import RunFolder
+from mmray.training.history import add_to_history
 from mmray.training.metrics import METRICS_FILE
 from tests.mmray.test_docs_jobs import LEAST
 
@@ -25,7 +26,7 @@ def test_warnings_of_actors_are_counted_and_the_last_is_shown(
     """Those of this run; not what an earlier one left."""
     warnings = tmp_path / WARNINGS_FILE
     warnings.write_text("an old one\n")
-    with caplog.at_level(logging.WARNING, "mmray"), _Watch("job", RunFolder(tmp_path), 3):
+    with caplog.at_level(logging.WARNING, "mmray"), RunWatch("job", RunFolder(tmp_path), 3):
         with warnings.open("a") as file:
             file.write("one\ntwo\n")
         (tmp_path / METRICS_FILE).write_text(json.dumps(LINE) + "\n")
@@ -36,11 +37,34 @@ def test_warnings_of_actors_are_counted_and_the_last_is_shown(
 def test_a_run_without_warnings_says_nothing_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with _Watch("job", RunFolder(tmp_path), 3):
+    with RunWatch("job", RunFolder(tmp_path), 3):
         (tmp_path / METRICS_FILE).write_text(json.dumps(LINE) + "\n")
     assert "3/3 steps" in (shown := capsys.readouterr().err)
     assert "warnings" not in shown
     assert caplog.messages == []
+
+
+def test_what_happens_to_a_run_is_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not what happened before, and no progress until the first new step: those before it may be done again."""
+    add_to_history(tmp_path, "start", 0, 2)
+    (tmp_path / METRICS_FILE).write_text(json.dumps(LINE) + "\n")
+    with caplog.at_level(logging.INFO, "mmray"), RunWatch("job", RunFolder(tmp_path), 3):
+        add_to_history(tmp_path, "damaged_checkpoint", 2, 2, checkpoint="checkpoint_2", problem="a file is missing")
+        add_to_history(tmp_path, "resume", 1, 1, checkpoint="checkpoint_1")
+        add_to_history(tmp_path, "preemption", 2, 1, nodes=["ab", "cd"], deadline=None)
+        add_to_history(tmp_path, "checkpoint", 2, 1, name="checkpoint_2", seconds=0.1)
+        add_to_history(tmp_path, "continue_on", 2, 1, prepared="/other", fingerprint="f", bins=7)
+        add_to_history(tmp_path, "finish", 3, 1)
+    assert caplog.messages == [
+        "job: checkpoint_2 is damaged and passed over: a file is missing",
+        "job: resumed from checkpoint_1 at step 1 with 1 worker",
+        "job: nodes ab, cd will be taken away; a checkpoint is written at step 2",
+        "job: from step 2 on it trains on /other, 7 bins",
+        "job: finished 3 steps",
+    ]
+    assert "3/3 steps" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,17 @@ def test_the_rate_forgets_a_slow_start_and_what_was_done_before(clock, capsys):
     )
 
 
+def test_what_goes_on_from_an_earlier_place_begins_its_rate_anew(clock, capsys):
+    with ProgressBar("training", "steps") as bar:
+        for step in (90, 100, 50, 60):
+            bar.update(step, 200)
+            clock[0] += LOG_SECONDS
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "training: 50/200 steps (25%) in 20 s",
+        "training: 60/200 steps (30%) in 30 s, 1 steps/s, 2:20 left",
+    ]
+
+
 def test_a_notebook_has_one_bar_that_is_replaced_in_place():
     """In a real kernel, drawn from another thread as the jobs do."""
     import nbformat

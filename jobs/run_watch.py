@@ -1,0 +1,97 @@
+"""What a training shows while it runs: the driver reads what rank 0 and the actors append to the run's folder.
+
+A line for each event worth reading, the progress of the steps, how many warnings there are; at the end the last of
+them. Workers themselves print nothing that a person would have to read.
+"""
+
+import contextlib
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from mmray.errors import UserError
+from mmray.kept_warnings import WARNINGS_FILE, read_warnings
+from mmray.progress import ProgressBar
+from mmray.run_folder import PUBLISH_SECONDS, RunFolder
+from mmray.training.history import HISTORY_FILE, in_words
+from mmray.training.metrics import METRICS_FILE
+
+log = logging.getLogger("mmray")
+
+POLL_SECONDS = 0.5
+TAIL_BYTES = 4096
+
+
+class RunWatch:
+    """`with RunWatch(name, run, total_steps): …` around the training of a run."""
+
+    def __init__(self, name: str, run: RunFolder, total_steps: int) -> None:
+        self._run, self._every = run, POLL_SECONDS if run.shared_path else PUBLISH_SECONDS
+        self._name, self._path, self._total = name, run.fetch() / METRICS_FILE, total_steps
+        self._warnings, self._history = run.path / WARNINGS_FILE, run.path / HISTORY_FILE
+        self._old_warnings, self._told, self._old_metrics = map(_size, (self._warnings, self._history, self._path))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if found := read_warnings(self._warnings, self._old_warnings):
+            log.warning("%s: %d warnings, the last: %s", self._warnings, len(found), found[-1])
+
+    def _show(self) -> None:
+        with ProgressBar(f"{self._name}: training", "steps") as bar:
+            finished = False
+            while not finished:
+                finished = self._stop.wait(self._every)
+                with contextlib.suppress(OSError, UserError):  # progress is no reason to stop: it is asked again
+                    self._run.fetch()
+                self._tell_events()
+                if _size(self._path) != self._old_metrics:  # else it ends with steps that will be done again
+                    self._old_metrics = -1
+                    self._update(bar)
+
+    def _tell_events(self) -> None:
+        """A line for each event since the last look."""
+        if _size(self._history) <= self._told:
+            return
+        with self._history.open("rb") as file:
+            file.seek(self._told)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._told += len(whole)
+        for line in whole.splitlines():
+            if words := in_words(json.loads(line)):
+                log.info("%s: %s", self._name, words)
+
+    def _update(self, bar: ProgressBar) -> None:
+        with self._path.open("rb") as file:
+            file.seek(max(0, self._path.stat().st_size - TAIL_BYTES))
+            lines = [json.loads(line) for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
+        lines = [line for line in lines if line.get("loss") is not None]
+        if lines:
+            last = lines[-1]
+            note = _step_note(last)
+            if found := read_warnings(self._warnings, self._old_warnings):
+                note += f"  warnings: {len(found)}"
+            bar.update(last["step"], self._total, note)
+
+
+def _step_note(line: dict[str, Any]) -> str:
+    """A step in a few words, by its metrics."""
+    waited, seconds = line["data_wait_seconds"], line["step_seconds"]
+    whole = max(waited + seconds, 1e-9)
+    words = [f"loss {line['loss']:.4f}", f"{line['tokens'] / whole:,.0f} tokens/s", f"data wait {waited / whole:.0%}"]
+    if workers := line.get("workers"):
+        words.append("1 worker" if workers == 1 else f"{workers} workers")
+    return "  ".join(words)
+
+
+def _size(path: Path) -> int:
+    """0 where there is no file."""
+    return path.stat().st_size if path.exists() else 0
