@@ -1,11 +1,12 @@
-"""What every job does at its edges: connect to Ray, check that the cluster is large enough, one line for an error."""
+"""What every job does at its edges: connect to Ray, refuse outputs that would vanish, one line for an error."""
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -17,7 +18,6 @@ from rich.console import Console
 
 from mmray.config import Job
 from mmray.errors import UserError
-from pipelines.dataset import cluster_amount
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -35,8 +35,10 @@ QUIET_LOGGERS = ("ray.data", "ray.train", "ray._private.authentication", "transf
 """Libraries whose notes are left out of a job's output; Ray keeps all of them in its session folder."""
 
 
-def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
+def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
     """Join the cluster at `address` (or RAY_ADDRESS, which `ray job submit` sets), or start Ray on this machine.
+
+    Returns whether it has joined one. Raises UserError where none answers, or its Ray is of another version.
 
     cpus: logical CPUs a Ray started here shall have at least, so that small machines can run every pool of the job.
     verbose: show what workers and libraries print, too.
@@ -55,7 +57,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
-        return
+        return False
     ends_softly = signal.getsignal(signal.SIGTERM) is _as_ctrl_c
     options: dict[str, Any] = {
         "log_to_driver": verbose,
@@ -65,11 +67,36 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> None:
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
         options["runtime_env"] = {"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}}
     if address:
-        ray.init(address=address, **options)
+        _join(address, options)
     else:
-        ray.init("local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **options)
+        ray.init("local", num_cpus=local_cpus(cpus), include_dashboard=False, **options)
     if ends_softly:  # Ray has set handlers of its own, which print a stack and abort
         signal.signal(signal.SIGTERM, _as_ctrl_c)
+    return bool(address)
+
+
+def local_cpus(least: int) -> int:
+    """Logical CPUs of a Ray that is started on this machine."""
+    return max(least, os.cpu_count() or 1)
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray answers at {address}; start one there (ray start --head), or leave --address and RAY_ADDRESS out "
+            "to run on this machine alone"
+        ) from error
+    except RuntimeError as error:
+        versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+        if not str(error).startswith("Version mismatch") or len(versions) != 2:
+            raise
+        (theirs, their_python), (own, own_python) = versions
+        raise UserError(
+            f"the cluster at {address} runs Ray {theirs} with Python {their_python}, this process Ray {own} with "
+            f"Python {own_python}; run this where both are the same, or start the cluster from this environment"
+        ) from error
 
 
 def check_outputs(job: Job) -> None:
@@ -92,57 +119,6 @@ def check_outputs(job: Job) -> None:
 
 def _in_submitted_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def prepare_cpus(job: Job) -> int:
-    """CPUs that preparing wants when all its actors run."""
-    return job.resources.encode_actors + job.resources.pack_actors
-
-
-def uses_gpus(job: Job) -> bool:
-    """Whether training takes GPUs: as the job says, else where the cluster has any. Ray must be connected."""
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    if job.resources.use_gpu and not has_gpus and not job.resources.autoscaling:
-        raise UserError("resources.use_gpu is true but the cluster has no GPU; add GPU nodes or set it to false")
-    return has_gpus if job.resources.use_gpu is None else job.resources.use_gpu
-
-
-def worker_needs(job: Job, gpus: bool) -> dict[str, float]:
-    """What one training worker takes."""
-    resources = job.resources
-    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1 - resources.gpu_share} if gpus else {})
-
-
-def train_needs(job: Job, gpus: bool) -> dict[str, float]:
-    """CPUs and GPUs that all workers, or the fewest of an elastic run, and all actors of a training take together."""
-    resources = job.resources
-    cpus = resources.min_workers * resources.cpus_per_worker + resources.render_actors
-    if not gpus:
-        return {"CPU": cpus + resources.mask_actors}
-    shares = resources.mask_actors * resources.gpu_share
-    return {"CPU": cpus, "GPU": resources.min_workers * (1 - resources.gpu_share) + shares}
-
-
-def check_cluster(job: Job, needs: dict[str, float], what: str, labels: Mapping[str, str]) -> None:
-    """Raise UserError when the cluster cannot run all of a job's pools at once: it would wait forever.
-
-    labels: of the nodes that count; {}: all. With `resources.autoscaling` only a line tells of it: nodes will come.
-    """
-    have = {name: cluster_amount(name, labels) for name in needs}
-    short = {name: amount for name, amount in needs.items() if have.get(name, 0) + 1e-6 < amount}
-    if not short:
-        return
-    lacks = ", ".join(f"{amount:g} {name} (it has {have.get(name, 0):g})" for name, amount in short.items())
-    if labels:
-        lacks += " on nodes labelled " + ", ".join(f"{key}: {value}" for key, value in labels.items())
-    if job.resources.autoscaling:
-        log.warning("%s needs %s; waiting for the cluster to grow", what, lacks)
-        return
-    raise UserError(
-        f"{what} needs {lacks}. Lower the pools under `resources`, add nodes, or set resources.autoscaling where the "
-        "cluster grows by itself; on one machine a Ray can have more logical CPUs than cores: "
-        "ray start --head --num-cpus=N"
-    )
 
 
 def run_main(main: Callable[..., None]) -> NoReturn:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import jobs  # noqa: F401  (says what is missing)
+
+# isort: split
 import ray
 from rich.table import Table
 

@@ -5,7 +5,7 @@ Ray Train counts how many workers fit on each node and starts as many, without r
 
 import ray
 
-from jobs.common import worker_needs
+from jobs.room import worker_needs
 from mmray.config import Job
 from mmray.errors import UserError
 

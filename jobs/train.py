@@ -4,6 +4,7 @@ The same command continues a run that was stopped, from its last checkpoint, wit
 """
 
 import logging
+import math
 import posixpath
 import sys
 from pathlib import Path
@@ -11,13 +12,18 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import jobs  # noqa: F401  (says what is missing)
+
+# isort: split
 import ray
 import typer
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.common import check_cluster, check_outputs, connect, console, run_main, train_needs, uses_gpus, worker_needs
+from jobs.common import check_outputs, connect, console, run_main
 from jobs.elastic import check_elastic
+from jobs.probe import check_nodes, check_own_memory, packages_of
+from jobs.room import check_room, cluster_nodes, needs, train_pools, uses_gpus, worker_needs
 from jobs.run_plan import RunPlan, run_plan
 from jobs.run_watch import RunWatch
 from jobs.trace import trace
@@ -86,7 +92,8 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
 
     continue_on: a checkpoint trained on other data than `prepared` is continued on it.
     """
-    gpus = uses_gpus(job)
+    nodes = cluster_nodes()
+    gpus = uses_gpus(job, nodes)
     plan = run_plan(job, prepared, gpus, continue_on)
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
@@ -96,7 +103,7 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
         return plan
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
-    check_cluster(job, train_needs(job, gpus), "training", job.resources.train_labels)
+    check_room(job, train_pools(job, gpus), "training", job.resources.train_labels, nodes)
     if job.resources.is_elastic:
         check_elastic(job, gpus)
     run.remove(RAY_TRAIN_MEMORY)
@@ -143,6 +150,18 @@ def _has_finished(run: RunFolder, step: int) -> bool:
     return bool(history) and history[-1]["event"] == "finish" and history[-1]["step"] == step
 
 
+def train_cpus(job: Job) -> int:
+    """Logical CPUs that training takes where it has no GPU."""
+    return math.ceil(needs(train_pools(job, gpus=False))["CPU"])
+
+
+def check_train_nodes(job: Job) -> None:
+    """Raise UserError where a node of the cluster cannot train."""
+    nodes, outputs = cluster_nodes(), {"output.prepared": job.output.prepared, "output.run": job.output.run}
+    modules, gpus = packages_of(job, trains=True), uses_gpus(job, nodes)
+    check_nodes(job, nodes, job.resources.train_labels, outputs, modules=modules, gpus=gpus)
+
+
 def main(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
@@ -160,6 +179,7 @@ def main(
         typer.Option("--trace", metavar="STEP", help="Only list the samples of a step, or of several: 100:105."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --trace: a line of JSON for each sample.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only show the plan, and what mmray doctor finds in the job.")] = False,
     verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
 ) -> None:
@@ -170,10 +190,17 @@ def main(
     if steps is not None:
         trace(job, steps, continue_on=other_data is not None, as_json=as_json)
         return
+    if dry_run:
+        from jobs.dry_run import plan_train
+
+        raise typer.Exit(plan_train(job, address, continue_on=other_data is not None, verbose=verbose))
     check_outputs(job)
     check_job(job)
     prepared = open_prepared(job)
-    connect(address, cpus=int(train_needs(job, gpus=False)["CPU"] + 0.5), verbose=verbose)
+    if connect(address, cpus=train_cpus(job), verbose=verbose):
+        check_train_nodes(job)
+    else:
+        check_own_memory(cluster_nodes())
     train(job, prepared, continue_on=other_data is not None)
     console.print(run_table(Run(job.output.run)))
     ray.shutdown()

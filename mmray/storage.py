@@ -49,7 +49,9 @@ def file_system(uri: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{uri}: this kind of address cannot be opened here: {error}") from error
+        lacks_s3 = isinstance(error, ImportError) and uri.startswith(("s3://", "s3a://"))
+        remedy = "; on all nodes: pip install 'mmray[s3]'" if lacks_s3 else ""
+        raise UserError(f"{uri}: this kind of address cannot be opened here: {error}{remedy}") from error
     return (system, path) if isinstance(system, LocalFileSystem) else (_Remote(system), path)
 
 

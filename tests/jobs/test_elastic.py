@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs.common import train_needs
 from jobs.elastic import shared_gpu_problem, too_few_cpus_problem
+from jobs.room import train_pools
 from mmray.config import Job, load_job
 from mmray.errors import UserError
 from tests.mmray.test_docs_jobs import LEAST
@@ -18,7 +18,7 @@ def test_checks_count_the_fewest_workers(tmp_path) -> None:
     elastic = job(tmp_path, "workers=[2, 8]", "cpus_per_worker=3")
     assert (elastic.resources.min_workers, elastic.resources.max_workers) == (2, 8)
     assert elastic.resources.is_elastic
-    assert train_needs(elastic, gpus=False) == train_needs(job(tmp_path, "workers=2", "cpus_per_worker=3"), gpus=False)
+    assert train_pools(elastic, gpus=False) == train_pools(job(tmp_path, "workers=2", "cpus_per_worker=3"), gpus=False)
     fixed = job(tmp_path, "workers=5").resources
     assert (fixed.min_workers, fixed.max_workers, fixed.is_elastic) == (5, 5, False)
 

@@ -1,0 +1,286 @@
+"""`--dry-run`: the plan of a job, what the doctor finds in it, and whether the cluster has room. It writes nothing.
+
+Without an address no Ray is started: the plan is for this machine. With one the cluster is asked, as a run would ask it
+before it starts (`jobs/room.py`, `jobs/probe.py`); files of a moment in the output folders are all that is written.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.common import check_outputs, connect, console, local_cpus
+from jobs.elastic import check_elastic
+from jobs.prepare import check_prepare_nodes
+from jobs.room import (
+    Node,
+    Pool,
+    amount,
+    check_room,
+    cluster_nodes,
+    lack,
+    prepare_cpus,
+    prepare_pools,
+    train_pools,
+    uses_gpus,
+)
+from jobs.room import needs as needs_of
+from jobs.run_plan import run_plan
+from jobs.train import check_train_nodes, open_prepared, train_cpus
+from mmray.config import Job
+from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
+from mmray.doctor.findings import failed_by, passed
+from mmray.estimate import Estimate, estimate_split
+from mmray.prepared import PreparedDataset, PreparedWriter
+from mmray.prepared.dataset import MANIFEST, PLAN
+from mmray.prepared.fingerprint import prepare_record
+from mmray.report.words import amount as about
+from mmray.rows.files import source_files
+from mmray.run_folder import RunFolder
+from mmray.storage import Folder
+from mmray.training.run_checkpoints import newest_looking_whole, step_of
+
+EXIT_FAILED = 2
+Value = TypeVar("Value")
+
+
+@dataclass
+class _Plan:
+    """Lines of the plan, and findings as they come."""
+
+    job: Job
+    findings: list[Finding] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, text: str) -> None:
+        self.lines.append((name, text))
+
+    def attempt(self, check: str, run: Callable[[], Value]) -> Value | None:
+        """What a step gives; where it fails, its error is a finding, and None."""
+        try:
+            return run()
+        except Exception as error:  # noqa: BLE001 (a plan tells all that is wrong, not only the first)
+            self.findings.append(failed_by(check, error))
+            return None
+
+    def show(self, title: str) -> int:
+        """Print it; the exit code."""
+        table = Table(title=escape(title), title_justify="left", show_header=False, box=box.ROUNDED)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in self.lines:
+            table.add_row(escape(name), escape(text))
+        console.print(table, "", as_table(self.findings), "")
+        bad = has_failed(self.findings)
+        console.print(
+            "[bold red]It would not run like this: see what failed above.[/] Nothing was written or started."
+            if bad else "Nothing was written or started; without --dry-run this is done.",
+            highlight=False,
+        )  # fmt: skip
+        return EXIT_FAILED if bad else 0
+
+
+def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool) -> int:
+    """Show what `jobs/prepare.py` would do; its exit code."""
+    plan = _Plan(job)
+    rows, guesses = _examined(plan)
+    for split, guess in guesses.items():
+        _add_rows(plan, split, guess)
+        _add_bins(plan, split, guess)
+    resources = job.resources
+    plan.add("actors", f"up to {resources.encode_actors} encode, {resources.pack_actors} pack: one CPU each")
+    nodes = _nodes(plan, address, prepare_cpus(job), verbose)
+    if nodes is not None:
+        _check_room(plan, nodes, prepare_pools(), "preparing", resources.prepare_labels)
+    if nodes is not None and _address(address):
+        plan.attempt("nodes", lambda: check_prepare_nodes(job))
+    plan.attempt("outputs", lambda: check_outputs(job))
+    for split in _splits(job) if rows else ():
+        path = job.prepared_path(split)
+        state = plan.attempt("output", partial(_state, job, split, rows, replace))
+        plan.add(f"{split} output", f"{path}: {state or 'it cannot be written, see below'}")
+    return plan.show(f"{job.name}: what jobs/prepare.py would do")
+
+
+def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: bool) -> int:
+    """Show what `jobs/train.py` would do; its exit code."""
+    plan = _Plan(job)
+    is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in _splits(job))
+    _, guesses = _examined(plan, counts=not is_prepared)
+    prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
+    for split, guess in guesses.items():
+        _add_rows(plan, split, guess)
+        _add_bins(plan, split, guess)
+    for split, data in (prepared or {}).items():
+        plan.add(f"{split} bins", f"{len(data):,}, prepared: {data.path}")
+    if not is_prepared:
+        plan.add("not prepared", "bins are estimated; jobs/prepare.py must run first")
+    nodes = _nodes(plan, address, train_cpus(job), verbose)
+    gpus = plan.attempt("cluster", lambda: uses_gpus(job, nodes)) if nodes is not None else None
+    if prepared is not None:
+        _add_run(plan, prepared, bool(gpus), continue_on)
+    elif "train" in guesses and not is_prepared:
+        _add_steps(plan, guesses["train"].bins, "about ")
+    _add_workers(plan, bool(gpus))
+    if nodes is not None and gpus is not None:
+        _check_room(plan, nodes, train_pools(job, gpus), "training", job.resources.train_labels)
+        if _address(address):
+            plan.attempt("nodes", lambda: check_train_nodes(job))
+            if job.resources.is_elastic:
+                plan.attempt("cluster", lambda: check_elastic(job, gpus))
+    plan.attempt("outputs", lambda: check_outputs(job))
+    plan.attempt("tracking", job.tracking.check)
+    plan.add("output", job.output.run)
+    return plan.show(f"{job.name}: what jobs/train.py would do")
+
+
+def _splits(job: Job) -> list[str]:
+    return [split for split in ("train", "eval") if getattr(job.data, split)]
+
+
+def _address(address: str | None) -> str | None:
+    return address or os.environ.get("RAY_ADDRESS")
+
+
+def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[str, Estimate]]:
+    """What the doctor finds is put into the plan; where it can read the rows, their first, and the estimate of each
+    split. counts: whether to estimate."""
+    rows, guesses = None, {}
+    with console.status("looking at the job as mmray doctor does: up to a minute"):
+        for each in examine(plan.job):
+            if isinstance(each, FirstRows):
+                rows = each
+            else:
+                plan.findings.append(each)
+    with console.status("counting rows"):
+        for split in _splits(plan.job) if rows and counts else ():
+            found = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
+            if found is not None:
+                guesses[split] = found
+    return rows, guesses
+
+
+def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
+    assert rows is not None
+    return estimate_split(job, split, rows.family, rows.policy)
+
+
+def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
+    kinds = [each.kind for each in getattr(plan.job.data, split)]
+    plan.add(f"{split} rows", f"{guess.rows}, in {guess.windows:,} {'window' if guess.windows == 1 else 'windows'}")
+    for number, (each, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
+        files = "1 file" if each.files == 1 else f"{each.files:,} files"
+        bad = each.sampled - each.good
+        rejects = f"; {bad} of {each.sampled:,} looked at would be rejected" if bad else ""
+        plan.add(f"  data.{split}[{number}] ({kind})", f"{each.rows} in {files}{rejects}")
+
+
+def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
+    packing = plan.job.packing
+    if not guess.bins:
+        plan.add(f"{split} bins", "none: no row that was looked at can be packed")
+        return
+    fill = guess.tokens / guess.bins / packing.token_capacity
+    visual = guess.visual_tokens / guess.bins / packing.visual_capacity
+    whole = guess.rows.is_exact and guess.sampled == guess.rows.rows
+    plan.add(
+        f"{split} bins",
+        f"{'' if whole else 'about '}{guess.bins:,}: {fill:.0%} of {packing.token_capacity:,} tokens and {visual:.0%} "
+        f"of {packing.visual_capacity:,} visual tokens full; "
+        + ("all rows were looked at" if whole else f"estimated from {guess.sampled:,} rows"),
+    )
+    plan.add(f"{split} tokens", f"about {about(guess.tokens)}, of them {about(guess.visual_tokens)} visual")
+
+
+def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, continue_on: bool) -> None:
+    """Steps, and where the run begins or goes on."""
+    job, run = plan.job, RunFolder(plan.job.output.run)
+    made = run_plan(job, dict(prepared), gpus, continue_on)
+    checkpoint = plan.attempt("checkpoints", lambda: newest_looking_whole(run))
+    cursor = plan.attempt("resume", lambda: made.place(checkpoint, prepared["train"]))
+    if cursor is None:
+        return
+    total = made.total_steps(cursor)
+    left = max(0, total - cursor.step)
+    _add_steps(plan, len(prepared["train"]), total=total)
+    if checkpoint is None:
+        plan.add("begins", "at step 0: the run has no checkpoint yet")
+    elif left:
+        plan.add("goes on", f"from step {step_of(checkpoint.name):,} ({checkpoint.name}): {left:,} steps are left")
+    else:
+        plan.add("goes on", f"nowhere: {checkpoint.name} is that of the last step, nothing is left to train")
+
+
+def _add_steps(plan: _Plan, bins: int, mark: str = "", total: int | None = None) -> None:
+    """mark: before numbers that are estimates; total: steps, where they are known."""
+    training, resources = plan.job.training, plan.job.resources
+    per_epoch = max(1, math.ceil(bins / training.global_batch_bins))
+    steps = total or training.steps or max(1, round((training.epochs or 1) * per_epoch))
+    counted = "" if training.steps else mark
+    plan.add("steps", f"{counted}{steps:,}: {mark}{steps / per_epoch:.3g} epochs of {mark}{per_epoch:,} steps")
+    micro = math.ceil(training.global_batch_bins / training.micro_batch_bins / resources.min_workers)
+    most = training.global_batch_bins * plan.job.packing.token_capacity
+    plan.add(
+        "global batch",
+        f"{training.global_batch_bins:,} bins of up to {about(most)} tokens: on each worker {micro:,} micro-batches of "
+        f"{training.micro_batch_bins}",
+    )
+
+
+def _add_workers(plan: _Plan, gpus: bool) -> None:
+    job, resources, training = plan.job, plan.job.resources, plan.job.training
+    pools = train_pools(job, gpus)
+    most = f" to {resources.max_workers}" if resources.is_elastic else ""
+    for pool, more in zip(pools, (most, "", "")):
+        of = " and ".join(f"{each:g} {name}" for name, each in pool.needs.items())
+        plan.add(pool.name.removeprefix("training "), f"{pool.count}{more}, {of} each")
+    every = f"every {training.eval_every_steps:,} steps" if training.eval_every_steps else "none"
+    plan.add("evaluation", every)
+    saved = f"every {training.checkpoint_every_steps:,} steps" if training.checkpoint_every_steps else "at the end"
+    plan.add("checkpoints", f"{saved}, the newest {training.keep_checkpoints} are kept")
+
+
+def _nodes(plan: _Plan, address: str | None, cpus: int, verbose: bool) -> list[Node] | None:
+    """The nodes of the cluster at an address, None where none answers; or this machine as Ray here would have it."""
+    if _address(address):
+        joined = plan.attempt("cluster", lambda: connect(address, cpus=cpus, verbose=verbose))
+        return None if joined is None else cluster_nodes()
+    return [Node("this machine", {"CPU": local_cpus(cpus), "GPU": torch.cuda.device_count()})]
+
+
+def _check_room(plan: _Plan, nodes: list[Node], pools: list[Pool], what: str, labels: Mapping[str, str]) -> None:
+    count = f"{len(nodes)} nodes" if len(nodes) > 1 else nodes[0].address if nodes else "no node yet"
+    has = " and ".join(f"{amount(nodes, name):g} {name}" for name in ("CPU", "GPU") if amount(nodes, name))
+    asked = " and ".join(f"{each:g} {name}" for name, each in needs_of(pools).items())
+    plan.add("cluster", f"{count}: {has or 'no CPU'}; {what} takes {asked}, at least")
+    lacks = lack(pools, nodes, labels)
+    if lacks and plan.job.resources.autoscaling:
+        plan.findings.append(passed("cluster", f"{what} needs {lacks}; it waits for the cluster to grow"))
+    elif lacks:
+        plan.attempt("cluster", lambda: check_room(plan.job, pools, what, labels, nodes))
+    else:
+        plan.findings.append(passed("cluster", f"room for all that {what} needs at least"))
+
+
+def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:
+    """What is at the output of a split. Raises UserError where it is another job's."""
+    assert rows is not None
+    folder, datasets = Folder(job.prepared_path(split)), getattr(job.data, split)
+    if not (folder.exists(MANIFEST) or folder.exists(PLAN)):
+        return "nothing there yet"
+    if replace:
+        return "what is there is deleted and made anew"
+    record = prepare_record(
+        files=source_files(datasets), datasets=datasets, data=job.data, processor=rows.family.processor,
+        tiling=rows.policy, packing=job.packing, loss=job.loss,
+    )  # fmt: skip
+    if PreparedWriter(folder.uri).is_finished(record):
+        return "up to date, nothing to do"
+    return "a prepare was begun here; its finished windows are kept"

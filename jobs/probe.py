@@ -1,0 +1,206 @@
+"""What the nodes of a cluster say of themselves, before work starts: their packages, the folders of the job, memory.
+
+One small task on each node that the job may use, all at once, without CPUs: it finds a free one, or a busy node's. It
+imports nothing large. That the nodes see the same folders as this process is shown by a file of a random name, which is
+there only while they look.
+"""
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RuntimeEnvSetupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.room import Node, labelled
+from mmray.config import Job
+from mmray.errors import UserError
+from mmray.images.source import one_line
+from mmray.storage import explained
+
+log = logging.getLogger("mmray")
+
+ROOT = Path(__file__).resolve().parent.parent
+ANSWER_SECONDS = 60
+PACKAGES = ("ray", "torch", "transformers")
+"""Whose versions must be the same everywhere."""
+ROOMS = ("mmray", "pipelines", "jobs")
+LEAST_SHARED_MEMORY = 10**9
+SHARED_MEMORY = "/dev/shm"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a node says. versions: of `python` and PACKAGES, None: not there; missing: modules that are not there;
+    unseen, closed: settings whose folder lacks the mark, or may not be written in; shared_memory: bytes of /dev/shm,
+    None where a system has none."""
+
+    versions: dict[str, str | None]
+    missing: list[str]
+    unseen: list[str]
+    closed: list[str]
+    shared_memory: int | None
+
+
+def check_nodes(
+    job: Job, nodes: Sequence[Node], labels: Mapping[str, str], outputs: Mapping[str, str], *,
+    modules: Sequence[str] = (), gpus: bool = False,
+) -> None:  # fmt: skip
+    """Raise UserError where a node cannot do its part of a job.
+
+    labels: of the nodes that the job uses; outputs: folders by the name of their setting; modules: beside mmray's own,
+    what nodes must be able to import. A node that does not answer is a warning.
+    """
+    used = [node for node in labelled(nodes, labels) if node.resources.get("CPU", 0) > 0]
+    with _marks(outputs) as marks:
+        answers = _ask(used, marks, [*ROOMS, *modules])
+    own = look({}, [])
+    for node, answer in answers:
+        if found := problem(node, answer, own, outputs, gpus=gpus):
+            raise UserError(found)
+        check_shared_memory(node, answer.shared_memory)
+
+
+def packages_of(job: Job, *, trains: bool) -> list[str]:
+    """Modules that nodes need beside mmray's own: those of training, of the job's trackers and of its addresses."""
+    trackers = [each.library for each in job.tracking.trackers().values()]
+    rows = [uri for each in (*job.data.train, *job.data.eval) for uri in each.files]
+    uses_s3 = any(text.startswith(("s3://", "s3a://")) for text in (job.output.prepared, job.output.run, *rows))
+    return [*(["deepspeed", *trackers] if trains else []), *(["s3fs"] if uses_s3 else [])]
+
+
+def problem(node: Node, answer: Answer, own: Answer, outputs: Mapping[str, str], *, gpus: bool = False) -> str | None:
+    """What is wrong with a node, with its remedy, in one line. own: of this process."""
+    where = f"node {node.address}"
+    python, mine = str(answer.versions["python"]), str(own.versions["python"])
+    if python.split(".")[:2] != mine.split(".")[:2]:
+        return f"{where} runs Python {python}, this process {mine}; start its Ray with the same Python"
+    for name in PACKAGES:
+        found, wanted = answer.versions[name], own.versions[name] or ""
+        if found is None or found.split("+")[0] != wanted.split("+")[0]:
+            return (
+                f"{where} has {f'{name} {found}' if found else f'no {name}'}, this process has {wanted}; install the "
+                f"same there: pip install {name}=={wanted.split('+')[0]}"
+            )
+    if rooms := [name for name in answer.missing if name in ROOMS]:
+        return (
+            f"{where} cannot import {rooms[0]}; submit the job, `ray job submit --working-dir . -- python jobs/…`, "
+            f"which takes the code there, or put the checkout at {ROOT} there too"
+        )
+    if answer.missing:
+        return (
+            f"{where} has no {answer.missing[0]}; install there what is installed here: pip install {answer.missing[0]}"
+        )
+    for name in answer.unseen:
+        return (
+            f"{name} {outputs[name]}: {where} does not see what this process writes there; give a folder that all "
+            "nodes share, or a URI such as s3://bucket/folder"
+        )
+    for name in answer.closed:
+        return f"{name} {outputs[name]}: {where} may not write there; let the user of its Ray write, or choose another"
+    torch = answer.versions["torch"] or ""
+    if gpus and node.resources.get("GPU", 0) and torch.endswith("+cpu"):
+        return f"{where} has GPUs, and torch {torch}, which knows none; install there a torch for its GPUs"
+    return None
+
+
+def check_shared_memory(node: Node, size: int | None) -> None:
+    """Warn where Ray's object store cannot be in shared memory, or that is small. size: of /dev/shm in bytes."""
+    store = node.resources.get("object_store_memory", 0)
+    if size is not None and size < max(store, LEAST_SHARED_MEMORY):
+        log.warning(
+            "node %s: %s has %.1f GB and Ray's object store %.1f GB: it may be on the disk and slow; in a container "
+            "give --shm-size=%dg", node.address, SHARED_MEMORY, size / 1e9, store / 1e9, max(4, store // 10**9 + 1),
+        )  # fmt: skip
+
+
+def check_own_memory(nodes: Sequence[Node]) -> None:
+    """The same of the one node of a Ray that this process has started."""
+    check_shared_memory(nodes[0], look({}, []).shared_memory)
+
+
+def look(marks: Mapping[str, str], modules: Sequence[str]) -> Answer:
+    """The answer of the machine this runs on."""
+    return Answer(**_looker()(dict(marks), list(modules), PACKAGES, SHARED_MEMORY))
+
+
+def _looker() -> Callable[..., dict[str, Any]]:
+    """The task, as a function that travels whole: nodes may lack the module it stands in."""
+
+    def look(marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str) -> dict[str, Any]:
+        import importlib.metadata
+        import importlib.util
+        import os
+        import platform
+        import shutil
+
+        versions: dict[str, str | None] = {"python": platform.python_version()}
+        for name in packages:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = None
+        return {
+            "versions": versions,
+            "missing": [name for name in modules if importlib.util.find_spec(name) is None],
+            "unseen": [name for name, mark in marks.items() if not os.path.exists(mark)],
+            "closed": [name for name, mark in marks.items() if not os.access(os.path.dirname(mark), os.W_OK)],
+            "shared_memory": shutil.disk_usage(shared_memory).total if os.path.isdir(shared_memory) else None,
+        }
+
+    return look
+
+
+def _ask(nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str]) -> list[tuple[Node, Answer]]:
+    """The answers of the nodes that give one in time."""
+    task = ray.remote(num_cpus=0, max_retries=0)(_looker())
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
+            dict(marks), list(modules), PACKAGES, SHARED_MEMORY
+        ): node
+        for node in nodes
+    }
+    if not asked:
+        return []
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    answers = []
+    for reference in ready:
+        node = asked[reference]
+        try:
+            answers.append((node, Answer(**ray.get(reference))))
+        except RuntimeEnvSetupError as error:
+            raise UserError(f"node {node.address} cannot set up the job's environment: {one_line(error)}") from error
+        except RayError as error:
+            log.warning("node %s could not be asked and is not checked: %s", node.address, one_line(error))
+    for reference in late:
+        ray.cancel(reference, force=True)
+        log.warning("node %s did not answer in %d s and is not checked", asked[reference].address, ANSWER_SECONDS)
+    return answers
+
+
+@contextmanager
+def _marks(outputs: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """A file of a random name in the folder of each setting, or the nearest above that is there; URIs have none."""
+    marks = {}
+    for name, folder in outputs.items():
+        if "://" in folder:
+            continue
+        path = Path(folder).absolute()
+        nearest = next(each for each in (path, *path.parents) if each.is_dir())
+        marks[name] = str(nearest / f".mmray-{uuid.uuid4().hex}")
+    try:
+        for name, mark in marks.items():
+            with explained(f"{name} {outputs[name]}"):
+                Path(mark).touch(exist_ok=False)
+        yield marks
+    finally:
+        for mark in marks.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(mark)

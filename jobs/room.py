@@ -1,0 +1,167 @@
+"""Whether a cluster has room for all pools of a job at once. Where it has not, they wait for each other forever.
+
+Totals are not enough: a worker's CPUs, and a share of one GPU, must be free on one node. So workers and actors are put
+on the nodes as they would be, the largest first, each on the first that holds it.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ray
+
+from mmray.config import Job
+from mmray.errors import UserError
+
+log = logging.getLogger("mmray")
+
+_TINY = 1e-6
+SHOWN_NODES = 4
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of Ray. resources: all it has, busy or not."""
+
+    address: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    node_id: str = ""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Workers or actors that each take the same. name: of several of them."""
+
+    name: str
+    count: int
+    needs: Mapping[str, float]
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that are up. Ray must be connected."""
+    return [
+        Node(node["NodeManagerAddress"], node["Resources"], node["Labels"], node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def labelled(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[Node]:
+    """The nodes that have these labels; {}: all."""
+    return [node for node in nodes if labels.items() <= node.labels.items()]
+
+
+def amount(nodes: Sequence[Node], resource: str) -> float:
+    """Of a resource, on all of these nodes."""
+    return sum(node.resources.get(resource, 0) for node in nodes)
+
+
+def prepare_cpus(job: Job) -> int:
+    """CPUs that preparing wants when all its actors run."""
+    return job.resources.encode_actors + job.resources.pack_actors
+
+
+def prepare_pools() -> list[Pool]:
+    """The fewest actors that prepare rows: its pools begin with what there is room for, and grow."""
+    return [Pool("encode actors", 1, {"CPU": 1}), Pool("pack actors", 1, {"CPU": 1})]
+
+
+def uses_gpus(job: Job, nodes: Sequence[Node]) -> bool:
+    """Whether training takes GPUs: as the job says, else where the cluster has any."""
+    has_gpus = amount(nodes, "GPU") > 0
+    if job.resources.use_gpu and not has_gpus and not job.resources.autoscaling:
+        raise UserError("resources.use_gpu is true but the cluster has no GPU; add GPU nodes or set it to false")
+    return has_gpus if job.resources.use_gpu is None else job.resources.use_gpu
+
+
+def worker_needs(job: Job, gpus: bool) -> dict[str, float]:
+    """What one training worker takes."""
+    resources = job.resources
+    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1 - resources.gpu_share} if gpus else {})
+
+
+def train_pools(job: Job, gpus: bool) -> list[Pool]:
+    """All workers, or the fewest of an elastic run, and all actors of a training."""
+    resources = job.resources
+    return [
+        Pool("training workers", resources.min_workers, worker_needs(job, gpus)),
+        Pool("mask actors", resources.mask_actors, {"GPU": resources.gpu_share} if gpus else {"CPU": 1}),
+        Pool("render actors", resources.render_actors, {"CPU": 1}),
+    ]
+
+
+def needs(pools: Sequence[Pool]) -> dict[str, float]:
+    """What pools take together."""
+    total: Counter[str] = Counter()
+    for pool in pools:
+        for name, each in pool.needs.items():
+            total[name] += pool.count * each  # type: ignore[assignment]
+    return dict(total)
+
+
+def lack(pools: Sequence[Pool], nodes: Sequence[Node], labels: Mapping[str, str]) -> str:
+    """What pools need and nodes with these labels have no room for, in words; "" where all fit."""
+    own = labelled(nodes, labels)
+    on = " on nodes labelled " + ", ".join(f"{key}: {value}" for key, value in labels.items()) if labels else ""
+    short = [
+        f"{each:g} {name} (it has {amount(own, name):g})"
+        for name, each in needs(pools).items()
+        if amount(own, name) + _TINY < each
+    ]
+    if short:
+        return ", ".join(short) + on
+    free = [_Free(node) for node in own]
+    for pool in sorted(pools, key=lambda pool: (pool.needs.get("GPU", 0), pool.needs.get("CPU", 0)), reverse=True):
+        placed = sum(any(node.take(pool.needs) for node in free) for _ in range(pool.count))
+        if placed < pool.count:
+            of = ", ".join(f"{each:g} {name}" for name, each in pool.needs.items())
+            return f"nodes that hold {pool.count} {pool.name} of {of} each; its own ({_shown(own)}) hold {placed}{on}"
+    return ""
+
+
+class _Free:
+    """What is left of a node, GPU by GPU: a share must be of one."""
+
+    def __init__(self, node: Node) -> None:
+        self.cpus = node.resources.get("CPU", 0.0)
+        self.gpus = [1.0] * int(node.resources.get("GPU", 0))
+
+    def take(self, wanted: Mapping[str, float]) -> bool:
+        """Take it, if it is there."""
+        cpus, share = wanted.get("CPU", 0.0), wanted.get("GPU", 0.0)
+        gpu = next((number for number, left in enumerate(self.gpus) if left + _TINY >= share), None)
+        if self.cpus + _TINY < cpus or (share and gpu is None):
+            return False
+        self.cpus -= cpus
+        if share and gpu is not None:
+            self.gpus[gpu] -= share
+        return True
+
+
+def _shown(nodes: Sequence[Node]) -> str:
+    """`2 × 8 CPU, 16 CPU + 1 GPU`."""
+    kinds = Counter(
+        " + ".join(f"{node.resources[name]:g} {name}" for name in ("CPU", "GPU") if node.resources.get(name))
+        or "no CPU"
+        for node in nodes
+    )
+    parts = [kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.most_common(SHOWN_NODES)]
+    return ", ".join(parts) + (", …" if len(kinds) > SHOWN_NODES else "")
+
+
+def check_room(job: Job, pools: Sequence[Pool], what: str, labels: Mapping[str, str], nodes: Sequence[Node]) -> None:
+    """Raise UserError when the cluster cannot run all of these pools at once.
+
+    labels: of the nodes that count; {}: all. With `resources.autoscaling` only a line tells of it: nodes will come.
+    """
+    lacks = lack(pools, nodes, labels)
+    if lacks and job.resources.autoscaling:
+        log.warning("%s needs %s; waiting for the cluster to grow", what, lacks)
+    elif lacks:
+        raise UserError(
+            f"{what} needs {lacks}. Lower the pools under `resources`, add nodes, or set resources.autoscaling where "
+            "the cluster grows by itself; on one machine a Ray can have more logical CPUs than cores: "
+            "ray start --head --num-cpus=N"
+        )

@@ -1,0 +1,90 @@
+"""`--dry-run` tells what a run would do, as it then does it, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from jobs import dry_run, prepare, train
+from jobs.common import connect
+from mmray import doctor
+from mmray.prepared import PreparedDataset
+from tests.conftest import Inputs, RayHead
+
+
+@pytest.fixture(autouse=True)
+def wide_and_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are not broken; the doctor's small copy of the model, which takes seconds, has tests of its own."""
+    monkeypatch.setattr(dry_run.console, "_width", 400)
+    monkeypatch.setattr(doctor, "examine_model", lambda *_: iter(()))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def planned(main: object, job: dict[str, object], folder: Path, capsys: pytest.CaptureFixture[str], **options: object):
+    """The exit code and what is printed; nothing below the folder has changed."""
+    file = folder / "job.yaml"
+    file.write_text(json.dumps(job))
+    before = listing(folder)
+    with pytest.raises(typer.Exit) as exit_:
+        main(file, [], dry_run=True, **options)  # type: ignore[operator]
+    assert listing(folder) == before
+    return exit_.value.exit_code, " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.usefixtures("inputs")
+def test_the_plan_is_what_is_done(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_head: RayHead
+) -> None:
+    (tmp_path / "job").mkdir()
+    job = inputs.job(tmp_path / "job", resources={"workers": 2, "cpus_per_worker": 0.5})
+    code, shown = planned(prepare.main, job, tmp_path, capsys)
+    assert code == 0, shown
+    assert "train rows 71, in 2 windows" in shown
+    assert "data.train[0] (pretrain) 46 in 1 file; 6 of 46 looked at would be rejected" in shown
+    assert "prepared/train: nothing there yet" in shown
+    code, shown_unprepared = planned(train.main, job, tmp_path, capsys)
+    assert code == 0
+    assert "jobs/prepare.py must run first" in shown_unprepared
+    assert "begins" not in shown_unprepared
+
+    connect(ray_head.address, cpus=4)
+    prepare.main(tmp_path / "job.yaml", [])
+    capsys.readouterr()
+    made = PreparedDataset(str(tmp_path / "job" / "prepared" / "train"))
+    assert f"train bins {len(made)}: " in shown, "all rows were looked at"
+    code, shown = planned(prepare.main, job, tmp_path, capsys)
+    assert "prepared/train: up to date, nothing to do" in shown
+    code, shown = planned(train.main, job, tmp_path, capsys)
+    assert code == 0
+    assert f"train bins {len(made)}, prepared: {made.path}" in shown
+    per_epoch = -(-len(made) // 4)
+    assert f"steps 12: {12 / per_epoch:.3g} epochs of {per_epoch} steps" in shown
+    assert "global batch 4 bins of up to 2,048 tokens: on each worker 2 micro-batches of 1" in shown
+    assert "workers 2, 0.5 CPU each" in shown
+    assert "begins at step 0" in shown
+
+
+def test_all_that_is_wrong_is_told_and_the_exit_code_is_2(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "local_cpus", lambda _: 2)
+    job = inputs.job(tmp_path, packing__token_capacity=40, resources={"workers": 3, "use_gpu": False})
+    code, shown = planned(train.main, job, tmp_path, capsys)
+    assert code == 2
+    assert "capacities fail" in shown
+    assert "cluster fail training needs 5 CPU (it has 2). Lower the pools" in shown
+    assert "It would not run like this" in shown
+
+
+def test_a_cluster_is_asked_for_room(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_head: RayHead
+) -> None:
+    job = inputs.job(tmp_path, resources={"workers": 2, "cpus_per_worker": 3})
+    code, shown = planned(train.main, job, tmp_path, capsys, address=ray_head.address)
+    assert code == 2
+    assert "cluster fail training needs 8 CPU (it has 4)" in shown

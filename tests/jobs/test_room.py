@@ -1,0 +1,78 @@
+"""Whether pools fit on nodes: by totals, and node by node."""
+
+import logging
+
+import pytest
+import yaml
+
+from jobs.room import Node, Pool, check_room, lack, train_pools, uses_gpus
+from mmray.config import Job
+from mmray.errors import UserError
+from tests.mmray.test_docs_jobs import LEAST
+
+
+def nodes(*resources: dict[str, float], **labels: str) -> list[Node]:
+    return [Node(f"10.0.0.{number}", each, labels) for number, each in enumerate(resources)]
+
+
+def job(**resources: object) -> Job:
+    return Job.model_validate(yaml.safe_load(LEAST) | {"resources": resources})
+
+
+EIGHT, GPU = {"CPU": 8}, {"CPU": 8, "GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "on", "message"),
+    [
+        ({"workers": 4, "cpus_per_worker": 3}, False, [EIGHT, EIGHT], ""),
+        ({"workers": 4, "cpus_per_worker": 4}, False, [EIGHT, EIGHT], "18 CPU (it has 16)"),
+        (
+            {"workers": 2, "cpus_per_worker": 6}, False, [{"CPU": 4}] * 4,
+            "nodes that hold 2 training workers of 6 CPU each; its own (4 × 4 CPU) hold 0",
+        ),
+        (
+            {"workers": 3, "cpus_per_worker": 5}, False, [EIGHT, EIGHT, {"CPU": 4}],
+            "nodes that hold 3 training workers of 5 CPU each; its own (2 × 8 CPU, 4 CPU) hold 2",
+        ),
+        ({"workers": 2, "mask_actors": 2}, True, [GPU, GPU], ""),
+        ({"workers": 2, "mask_actors": 3}, True, [GPU, GPU], "2.1 GPU (it has 2)"),
+        # 0.6 of one GPU is the worker's; the others hold two shares of 0.4 each, and a fifth of a GPU is left over.
+        ({"workers": 1, "mask_actors": 5, "gpu_share": 0.4}, True, [{"CPU": 8, "GPU": 3}], ""),
+        (
+            {"workers": 1, "mask_actors": 6, "gpu_share": 0.4}, True, [{"CPU": 8, "GPU": 3}],
+            "nodes that hold 6 mask actors of 0.4 GPU each; its own (8 CPU + 3 GPU) hold 5",
+        ),
+        ({"workers": (1, 9), "cpus_per_worker": 6}, False, [EIGHT], ""),
+    ],
+)  # fmt: skip
+def test_pools_of_a_training(
+    resources: dict[str, object], gpus: bool, on: list[dict[str, float]], message: str
+) -> None:
+    assert lack(train_pools(job(**resources), gpus), nodes(*on), {}) == message
+
+
+def test_only_nodes_with_the_labels_count() -> None:
+    pools = [Pool("actors", 2, {"CPU": 1})]
+    both = [*nodes({"CPU": 1}, kind="cpu"), *nodes({"CPU": 9})]
+    assert lack(pools, both, {}) == ""
+    assert lack(pools, both, {"kind": "cpu"}) == "2 CPU (it has 1) on nodes labelled kind: cpu"
+
+
+def test_a_cluster_that_grows_is_waited_for_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    pools = [Pool("actors", 2, {"CPU": 4})]
+    with caplog.at_level(logging.WARNING, "mmray"):
+        check_room(job(autoscaling=True), pools, "training", {}, nodes(*[{"CPU": 3}] * 3))
+    (line,) = caplog.messages
+    assert line.endswith("(3 × 3 CPU) hold 0; waiting for the cluster to grow")
+    with pytest.raises(UserError, match=r"^training needs nodes that hold 2 actors .* Lower the pools under"):
+        check_room(job(), pools, "training", {}, nodes(*[{"CPU": 3}] * 3))
+
+
+def test_gpus_are_taken_where_there_are_any() -> None:
+    assert uses_gpus(job(), nodes(EIGHT, GPU))
+    assert not uses_gpus(job(), nodes(EIGHT))
+    assert not uses_gpus(job(use_gpu=False), nodes(GPU))
+    with pytest.raises(UserError, match="the cluster has no GPU; add GPU nodes or set it to false"):
+        uses_gpus(job(use_gpu=True), nodes(EIGHT))
+    assert uses_gpus(job(use_gpu=True, autoscaling=True), nodes(EIGHT))
