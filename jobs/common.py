@@ -69,7 +69,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
     if address:
         _join(address, options)
     else:
-        ray.init("local", num_cpus=local_cpus(cpus), include_dashboard=False, **options)
+        _start_here(local_cpus(cpus), options)
     if ends_softly:  # Ray has set handlers of its own, which print a stack and abort
         signal.signal(signal.SIGTERM, _as_ctrl_c)
     return bool(address)
@@ -96,6 +96,18 @@ def _join(address: str, options: dict[str, Any]) -> None:
         raise UserError(
             f"the cluster at {address} runs Ray {theirs} with Python {their_python}, this process Ray {own} with "
             f"Python {own_python}; run this where both are the same, or start the cluster from this environment"
+        ) from error
+
+
+def _start_here(cpus: int, options: dict[str, Any]) -> None:
+    try:
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            "Ray did not start on this machine in time. If it is busy, try again later; else its logs are in "
+            "/tmp/ray/session_latest/logs"
         ) from error
 
 

@@ -150,6 +150,11 @@ class JobProcess:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
+    def interrupt(self, number: int = signal.SIGINT) -> int:
+        """Ctrl-C, or another signal that asks it to end; its exit status."""
+        self._process.send_signal(number)
+        return self.wait()
+
     def wait(self, seconds: float = PATIENCE) -> int:
         """Its exit status when it has ended."""
         return self._process.wait(seconds)
