@@ -45,6 +45,7 @@ def test_prepare_and_train_through_ray_job_submit(ray_head: RayHead, job_file: P
 def test_a_mistake_in_the_job_file_is_one_line_and_an_exit_code(ray_head: RayHead, job_file: Path) -> None:
     done = submit(ray_head, "python", "jobs/prepare.py", str(job_file), "--set", "packing.token_capcity=7")
     assert done.returncode != 0
+    assert "failed with exit code 2" in done.stdout + done.stderr
     assert "packing.token_capcity: unknown key; did you mean 'token_capacity'?" in done.stdout
     assert "Traceback" not in done.stdout
 
