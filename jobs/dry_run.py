@@ -81,7 +81,7 @@ class _Plan:
         bad = has_failed(self.findings)
         console.print(
             "[bold red]It would not run like this: see what failed above.[/] Nothing was written or started."
-            if bad else "Nothing was written or started; without --dry-run this is done.",
+            if bad else "Nothing was written or started.",
             highlight=False,
         )  # fmt: skip
         return EXIT_FAILED if bad else 0
@@ -121,7 +121,7 @@ def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: boo
     for split, data in (prepared or {}).items():
         plan.add(f"{split} bins", f"{len(data):,}, prepared: {data.path}")
     if not is_prepared:
-        plan.add("not prepared", "bins are estimated; jobs/prepare.py must run first")
+        plan.add("not prepared", "jobs/prepare.py must run first; until then bins are estimated")
     nodes = _nodes(plan, address, train_cpus(job), verbose)
     gpus = plan.attempt("cluster", lambda: uses_gpus(job, nodes)) if nodes is not None else None
     if prepared is not None:
