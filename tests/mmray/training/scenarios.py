@@ -16,6 +16,7 @@ from tests.mmray.training import tiny
 Case = tuple[int, str]  # ZeRO stage, dtype
 
 EXACT: list[Case] = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")]
+TWO_NODES: Case = (2, "fp32")
 SAVED_AT, LAST_STEP = 3, 6
 
 # Every parameter is gathered and released, also in a model as small as this one.
@@ -108,12 +109,13 @@ def two_ranks_resumed(rank: int, world_size: int, folder: Path) -> dict[Any, Any
 def three_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
     """Step 4 from what two ranks saved, and a save; four bins fill six slots, two stay empty.
 
-    Rank 0 is on one node and the others on a second: each node converts for itself, into a folder of its own.
+    In one case rank 0 is on one node and the others on a second: each node converts for itself, into a folder of its
+    own.
     """
-    node = "first" if rank == 0 else "second"
-    (folder / node / "mmray-resume-killed").mkdir(parents=True, exist_ok=True)
     results: dict[Any, Any] = {}
     for case in EXACT:
+        node = "second" if case == TWO_NODES and rank > 0 else "first"
+        (folder / node / "mmray-resume-killed").mkdir(parents=True, exist_ok=True)
         engine = build(case, 2, resume_from=folder / checkpoint_name(case), scratch=folder / node, node=node)
         results[case] = train(engine, SAVED_AT + 1)
         save_state(engine, folder / "of-three" / checkpoint_name(case))
