@@ -172,15 +172,16 @@ def _events(run: TrainingRun, event: str) -> list[dict[str, Any]]:
 
 
 def lose_a_node(inputs: Inputs, folder: Path, whole: TrainingRun) -> Row:
-    """Two machines with a rank each; one goes, another comes."""
-    with Machines(head_cpus=3) as machines:
-        machines.add_node(cpus=1)
-        gone = machines.add_node(cpus=1)
-        run = TrainingRun(machines, inputs, folder, "node", training__steps=40)
+    """Two machines with a rank each, for a second one has no room; one goes, another comes."""
+    resources = {"workers": 2, "cpus_per_worker": 2, "encode_actors": 2}
+    with Machines(head_cpus=1) as machines:
+        machines.add_node(cpus=3)
+        gone = machines.add_node(cpus=3)
+        run = TrainingRun(machines, inputs, folder, "node", training__steps=40, resources=resources)
         run.start()
         at = run.reach(12)
         machines.kill_node(gone)
-        machines.add_node(cpus=1)
+        machines.add_node(cpus=3)
         run.finish()
     redone = at - run.resumes()[-1]["step"]
     return judged(
