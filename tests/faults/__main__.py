@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tests.conftest import write_inputs
+from tests.conftest import Inputs, write_inputs
 from tests.faults import pictures, preparing, table, training
 from tests.faults.machines import Machines
 from tests.faults.runs import TrainingRun
@@ -31,18 +31,10 @@ def rows(folder: Path, names: list[str]) -> Iterator[Row]:
         whole = TrainingRun(None, inputs, folder, "whole", training__steps=steps)
         whole.prepare()
         whole.start()  # it goes ahead on a Ray of its own; who compares waits for it
-        if on_one_run:
-            with Machines(head_cpus=6) as machines:
-                run = TrainingRun(machines, inputs, folder, "faults", training__steps=steps)
-                run.start()
-                yield from training.disturb(run, whole, on_one_run)
-                run.stop()
-        for name in alone:
-            if row := training.OWN[name](inputs, folder, whole):
-                yield row
-            else:
-                print(f"{name}: left out, this user may not mount a file system", flush=True)
-        whole.finish()
+        try:
+            yield from compared(inputs, folder, whole, on_one_run, alone)
+        finally:
+            whole.stop()
     if broken:
         with Machines(head_cpus=6) as machines:
             for name in broken:
@@ -51,6 +43,23 @@ def rows(folder: Path, names: list[str]) -> Iterator[Row]:
         yield from preparing.faults(inputs, folder, preparations)
     if SOAK in names:
         yield from soak(folder / "soak")
+
+
+def compared(
+    inputs: Inputs, folder: Path, whole: TrainingRun, on_one_run: list[str], alone: list[str]
+) -> Iterator[Row]:
+    """The rows of faults of training, whose losses are compared with those of `whole`."""
+    if on_one_run:
+        with Machines(head_cpus=6) as machines:
+            run = TrainingRun(machines, inputs, folder, "faults", training__steps=whole.job.training.steps)
+            run.start()
+            yield from training.disturb(run, whole, on_one_run)
+            run.stop()
+    for name in alone:
+        if row := training.OWN[name](inputs, folder, whole):
+            yield row
+        else:
+            print(f"{name}: left out, this user may not mount a file system", flush=True)
 
 
 def main() -> int:
