@@ -24,8 +24,8 @@ def test_cluster_yaml_passes_rays_validation() -> None:
 
 def test_cluster_yaml_is_closed_to_strangers() -> None:
     config = cluster()
-    starts = config["head_start_ray_commands"][-1:] + config["worker_start_ray_commands"][-1:]
-    assert all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert "/home/ray/.ray/auth_token" in config["file_mounts"]
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
 
 
