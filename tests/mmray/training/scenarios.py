@@ -15,7 +15,16 @@ from tests.mmray.training import tiny
 
 Case = tuple[int, str]  # ZeRO stage, dtype
 
-EXACT: list[Case] = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")]
+EXACT: list[Case] = [
+    (0, "fp32"),
+    (1, "fp32"),
+    (2, "fp32"),
+    (3, "fp32"),
+    (0, "bf16"),
+    (1, "bf16"),
+    (2, "bf16"),
+    (3, "bf16"),
+]
 TWO_NODES: Case = (2, "fp32")
 SAVED_AT, LAST_STEP = 3, 6
 
