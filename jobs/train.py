@@ -5,6 +5,7 @@ The same command continues a run that was stopped, from its last checkpoint, wit
 
 import logging
 import math
+import pickle
 import posixpath
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     training, resources = job.training, job.resources
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"plan": plan},
+        train_loop_config={"plan": pickle.dumps(plan)},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=resources.workers,  # type: ignore[arg-type]

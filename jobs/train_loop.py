@@ -6,6 +6,7 @@ receive their part), because what Ray Train evaluates outside does not see the c
 """
 
 import logging
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -43,9 +44,10 @@ from pipelines.ingest import Ingest
 log = logging.getLogger("mmray")
 
 
-def train_worker(config: dict[str, RunPlan]) -> None:
-    """The train function of one rank."""
-    Worker(config["plan"]).run()
+def train_worker(config: dict[str, bytes]) -> None:
+    """The train function of one rank. config: the plan, pickled: Ray Train's controller unpickles what it is given, and
+    would import all of mmray, transformers and torch for it, some seconds before it begins to start workers."""
+    Worker(pickle.loads(config["plan"])).run()
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmray.errors import UserError
+from mmray.training.deepspeed_config import UNUSED
 from mmray.training.ranks import Ranks
 
 SHARDS = "deepspeed"
-
-
 PREFIX = "mmray-resume-"
+CONVERTER = f"""
+import sys
+sys.modules["{UNUSED}"] = None
+from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
+main(parse_arguments())
+"""
+"""`python -m deepspeed.checkpoint.ds_to_universal`, without what DeepSpeed imports and does not need."""
 
 
 @contextmanager
@@ -66,7 +72,7 @@ def _convert(source: Path, work: Path, num_shards: int) -> str | None:
     """
     (work / "source").symlink_to((source / SHARDS).resolve())
     workers = str(max(1, min(4, os.cpu_count() or 1, num_shards)))
-    command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-P", "-c", CONVERTER, "--inject_missing_state"]
     command += ["--input_folder", "source", "--output_folder", SHARDS]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
