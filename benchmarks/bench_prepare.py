@@ -1,8 +1,8 @@
 """Preparing on Ray against a plain pool of processes, the memory of it, and reading large Parquet row groups.
 
-Rates are marginal: rows between a smaller and a larger input, over the seconds between them, so that starting counts
-for neither way. Both run the same functions on the same rows; the pool's processes take whole windows, so nothing is
-sent between them. Two encoding processes each; Ray packs in a third.
+Both ways run the same functions on the same rows; the pool's processes take whole windows, so nothing is sent between
+them. Two encoding processes each; Ray packs in a third. Rates and memory are those of the rows after the first: from
+when FIRST_ROWS are committed, to the end of the same run. So the starting of processes counts for neither way.
 
     python -m benchmarks.bench_prepare 4096 20480     # at other numbers of rows
 """
@@ -29,7 +29,7 @@ from mmray.rows.files import Chunk, Piece, source_files
 from mmray.rows.read import RowReader
 from pipelines.prepare import PrepareContext, prepare
 
-ROWS = 5_000, 50_000
+FIRST_ROWS, ROWS = 5_000, 50_000
 WINDOW_ROWS = 2_048
 POOL_SIZE = 2
 GOAL_RATE, GOAL_MEMORY = 0.9, 1.15
@@ -38,37 +38,49 @@ SAMPLE_SECONDS = 0.1
 _stages: Stages
 
 
-def run(sizes: tuple[int, int] = ROWS) -> list[Result]:
+def run(first_rows: int = FIRST_ROWS, rows: int = ROWS) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         pages = Pages(Path(folder))
-        jobs = {rows: pages.job(f"rows-{rows}", pages.rows, rows, window_rows=WINDOW_ROWS) for rows in sizes}
-        pool, ray, memory = {}, {}, {}
-        with local_ray():
-            for rows, job in jobs.items():
-                pool[rows] = through_pool(job)
-                with PeakMemory() as peak:
-                    ray[rows] = through_ray(job)
-                memory[rows] = peak.megabytes
-        return [of_row_groups(Path(folder)), of_rates(pool, ray, pages.name), *of_memory(memory)]
+        job = pages.job("rows", pages.rows, rows, window_rows=WINDOW_ROWS)
+        pool, ray = Course(first_rows), Course(first_rows)
+        through_pool(job, pool)
+        with local_ray(), ray.peaks:
+            prepare(job, "train", on_progress=lambda done, _: ray.note(done))
+        return [of_row_groups(Path(folder)), of_rates(pool, ray, pages.name), *of_memory(ray)]
 
 
-def through_ray(job: Job) -> float:
-    began = time.perf_counter()
-    prepare(job, "train")
-    return time.perf_counter() - began
+class Course:
+    """How rows were committed: the times of it, and the peaks of memory when the first rows were there."""
+
+    def __init__(self, first_rows: int) -> None:
+        self.first_rows = first_rows
+        self.times: list[tuple[int, float]] = []
+        """Rows done since the start and the time, from when the first rows were done."""
+        self.peaks = PeakMemory()
+        self.first_peaks: dict[str, float] = {}
+
+    def note(self, done: int) -> None:
+        if done >= self.first_rows:
+            self.times.append((done, time.perf_counter()))
+            self.first_peaks = self.first_peaks or dict(self.peaks.megabytes)
+
+    @property
+    def rate(self) -> float:
+        """Rows a second, after the first."""
+        (few, began), (many, ended) = self.times[0], self.times[-1]
+        return (many - few) / (ended - began)
 
 
-def through_pool(job: Job) -> float:
-    began = time.perf_counter()
+def through_pool(job: Job, course: Course) -> None:
     writer = PreparedWriter(job.prepared_path("train"))
     writer.begin(PrepareContext(job, "train").record(source_files(job.data.train)))
+    done = 0
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(POOL_SIZE, mp_context=spawn, initializer=_start, initargs=(job, writer.token)) as pool:
-        for done in as_completed([pool.submit(_window, chunks) for chunks in windows(job)]):
-            done.result()
-    seconds = time.perf_counter() - began
+        for window in as_completed([pool.submit(_window, chunks) for chunks in windows(job)]):
+            done += window.result()
+            course.note(done)
     Path(job.prepared_path("train")).rename(Path(job.prepared_path("train")).with_name("by-pool"))
-    return seconds
 
 
 def _start(job: Job, token: str) -> None:
@@ -80,12 +92,11 @@ def _window(chunks: list[Chunk]) -> int:
     return _stages.window(chunks)
 
 
-def of_rates(pool: dict[int, float], ray: dict[int, float], data: str) -> Result:
-    few, many = pool
-    rates = [(many - few) / (seconds[many] - seconds[few]) for seconds in (ray, pool)]
+def of_rates(pool: Course, ray: Course, data: str) -> Result:
+    few, many = ray.times[0][0], ray.times[-1][0]
     return Result(
-        name=f"prepare on Ray against {POOL_SIZE} plain processes, {data}", ratio=rates[0] / rates[1], goal=GOAL_RATE,
-        explanation=f"{rates[0]:,.0f} rows a second more against {rates[1]:,.0f}, from {few:,} to {many:,} rows",
+        name=f"prepare on Ray against {POOL_SIZE} plain processes, {data}", ratio=ray.rate / pool.rate, goal=GOAL_RATE,
+        explanation=f"{ray.rate:,.0f} rows a second against {pool.rate:,.0f}, from {few:,} to {many:,} rows",
     )  # fmt: skip
 
 
@@ -130,15 +141,15 @@ class PeakMemory:
         self.megabytes[name] = max(self.megabytes.get(name, 0.0), own)
 
 
-def of_memory(memory: dict[int, dict[str, float]]) -> list[Result]:
-    few, many = memory
+def of_memory(course: Course) -> list[Result]:
+    few, many = course.times[0][0], course.times[-1][0]
     return [
         Result(
-            name=f"peak memory of the {name}, {many:,} rows against {few:,}", ratio=memory[many][name] / megabytes,
-            explanation=f"{memory[many][name]:,.0f} MB against {megabytes:,.0f} MB", goal=GOAL_MEMORY,
-            lower_is_better=True,
+            name=f"peak memory of the {name}, after {many:,} rows against {few:,}", ratio=peak / first,
+            explanation=f"{peak:,.0f} MB against {first:,.0f} MB", goal=GOAL_MEMORY, lower_is_better=True,
         )
-        for name, megabytes in memory[few].items()
+        for name, first in course.first_peaks.items()
+        for peak in [course.peaks.megabytes[name]]
     ]  # fmt: skip
 
 
@@ -175,4 +186,4 @@ def of_row_groups(folder: Path, rows: int = 8_192, image_bytes: int = 4_096, chu
 if __name__ == "__main__":
     from benchmarks.__main__ import as_table
 
-    print(as_table(run((int(sys.argv[1]), int(sys.argv[2])))))
+    print(as_table(run(int(sys.argv[1]), int(sys.argv[2]))))
