@@ -156,15 +156,17 @@ class PreparedWriter:
 
     def _count_duplicates(self, statistics: dict[str, Any], commits: Sequence[dict[str, Any]]) -> None:
         """Add the number of samples whose id another one has, and some such ids, to the statistics."""
-        hashes = [base64.b64decode(commit.pop("id_hashes")) for commit in commits]
-        ends = np.cumsum([len(each) // HASH_BYTES for each in hashes])
-        later = later_ones(b"".join(hashes))
+        hashes, ends = bytearray(), []  # 16 bytes a sample, held once
+        for commit in commits:
+            hashes += base64.b64decode(commit.pop("id_hashes"))
+            ends.append(len(hashes) // HASH_BYTES)
+        later = later_ones(hashes)
         statistics["duplicate_ids"] = len(later)
         shown = later[:EXAMPLES]
         windows = np.searchsorted(ends, shown, side="right")
         ids = {number: self._sample_ids(commits[number]["bins_file"]) for number in set(windows.tolist())}
         if len(shown):
-            from_end = (shown - ends[windows]).tolist()
+            from_end = (shown - np.asarray(ends)[windows]).tolist()
             examples = [ids[number][place] for number, place in zip(windows.tolist(), from_end)]
             statistics["examples"]["duplicate_ids"] = list(dict.fromkeys(examples))
 

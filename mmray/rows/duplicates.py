@@ -37,7 +37,7 @@ def chunk_id_hashes(chunk: Chunk, datasets: Sequence[DatasetSettings], reader: R
     return id_hashes(id_of(row, datasets[row.dataset]) for row in chunk_rows(chunk, reader))
 
 
-def later_ones(hashes: bytes) -> np.ndarray:
+def later_ones(hashes: bytes | bytearray) -> np.ndarray:
     """Positions of the ids (of `id_hashes`) that stand at an earlier position too, ascending, int64 [n]."""
     high, low = np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 2).T
     order = np.lexsort((low, high))  # stable: of equal ids the earliest comes first
