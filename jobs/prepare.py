@@ -42,7 +42,7 @@ def prepare_splits(job: Job, *, replace: bool = False) -> dict[str, PreparedData
 def check_prepare_nodes(job: Job) -> None:
     """Raise UserError where a node of the cluster cannot prepare."""
     outputs = {"output.prepared": job.output.prepared}
-    check_nodes(job, cluster_nodes(), job.resources.prepare_labels, outputs, modules=packages_of(job, trains=False))
+    check_nodes(cluster_nodes(), job.resources.prepare_labels, outputs, modules=packages_of(job, trains=False))
 
 
 def main(

@@ -50,7 +50,7 @@ class Answer:
 
 
 def check_nodes(
-    job: Job, nodes: Sequence[Node], labels: Mapping[str, str], outputs: Mapping[str, str], *,
+    nodes: Sequence[Node], labels: Mapping[str, str], outputs: Mapping[str, str], *,
     modules: Sequence[str] = (), gpus: bool = False,
 ) -> None:  # fmt: skip
     """Raise UserError where a node cannot do its part of a job.
@@ -58,6 +58,8 @@ def check_nodes(
     labels: of the nodes that the job uses; outputs: folders by the name of their setting; modules: beside mmray's own,
     what nodes must be able to import. A node that does not answer is a warning.
     """
+    if ray.get_runtime_context().runtime_env.get("working_dir") and (found := shared_folder(nodes)):
+        raise UserError(found)
     used = [node for node in labelled(nodes, labels) if node.resources.get("CPU", 0) > 0]
     with _marks(outputs) as marks:
         answers = _ask(used, marks, [*ROOMS, *modules])
@@ -66,6 +68,27 @@ def check_nodes(
         if found := problem(node, answer, own, outputs, gpus=gpus):
             raise UserError(found)
         check_shared_memory(node, answer.shared_memory)
+
+
+def shared_folder(nodes: Sequence[Node]) -> str | None:
+    """What is wrong where nodes of one machine share Ray's folder, in one line.
+
+    When a node first runs something of a job, Ray 2.60 deletes what is at the place of the job's working folder and
+    unpacks it there (`overwrite=True` in its `runtime_env/working_dir.py`): under the driver, and under actors of the
+    other nodes, if the place is theirs too.
+    """
+    sockets: dict[tuple[str, str], set[str]] = {}
+    for node in nodes:  # socket: folder/session_…/sockets/raylet; a second in the same folder has another name
+        folder = os.path.dirname(os.path.dirname(os.path.dirname(node.socket)))
+        sockets.setdefault((node.address, folder), set()).add(node.socket)
+    for (address, folder), own in sockets.items():
+        if len(own) > 1:
+            return (
+                f"{len(own)} nodes on {address} share {folder}, where Ray would replace the submitted code under "
+                "processes that run from it; start each with a folder of its own: ray start --address=… "
+                f"--temp-dir={folder}-2"
+            )
+    return None
 
 
 def packages_of(job: Job, *, trains: bool) -> list[str]:

@@ -22,12 +22,13 @@ SHOWN_NODES = 4
 
 @dataclass(frozen=True)
 class Node:
-    """A node of Ray. resources: all it has, busy or not."""
+    """A node of Ray. resources: all it has, busy or not; socket: of its raylet, a path of its own within a folder."""
 
     address: str
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     node_id: str = ""
+    socket: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Pool:
 def cluster_nodes() -> list[Node]:
     """The nodes that are up. Ray must be connected."""
     return [
-        Node(node["NodeManagerAddress"], node["Resources"], node["Labels"], node["NodeID"])
+        Node(*(node[key] for key in ("NodeManagerAddress", "Resources", "Labels", "NodeID", "RayletSocketName")))
         for node in ray.nodes()
         if node["Alive"]
     ]

@@ -160,7 +160,7 @@ def check_train_nodes(job: Job) -> None:
     """Raise UserError where a node of the cluster cannot train."""
     nodes, outputs = cluster_nodes(), {"output.prepared": job.output.prepared, "output.run": job.output.run}
     modules, gpus = packages_of(job, trains=True), uses_gpus(job, nodes)
-    check_nodes(job, nodes, job.resources.train_labels, outputs, modules=modules, gpus=gpus)
+    check_nodes(nodes, job.resources.train_labels, outputs, modules=modules, gpus=gpus)
 
 
 def main(

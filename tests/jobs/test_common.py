@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import train
+from jobs import common, train
 from jobs.common import connect, run_main
 from mmray.errors import UserError
-from tests.conftest import Inputs
+from tests.conftest import Inputs, free_port
 
 
 def interrupted() -> None:
@@ -44,6 +44,14 @@ def test_exit_codes(
 def test_the_address_for_submitting_is_no_cluster_to_join() -> None:
     with pytest.raises(UserError, match=r"is the address for `ray job submit`"):
         connect("http://127.0.0.1:8265", cpus=2)
+
+
+def test_an_address_where_no_ray_answers_is_refused_at_once() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(
+        UserError, match=rf"^no Ray answers at {address}; start one there \(ray start --head\), or leave"
+    ):
+        common._join(address, {})
 
 
 @pytest.mark.parametrize(

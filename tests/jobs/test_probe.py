@@ -1,34 +1,32 @@
 """What nodes say of themselves before work starts: each thing that may be wrong there is one line."""
 
 import contextlib
+import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from jobs import probe
-from jobs.probe import Answer, check_nodes, check_shared_memory, look, packages_of, problem
+from jobs.probe import Answer, check_nodes, check_shared_memory, look, packages_of, problem, shared_folder
 from jobs.room import Node, cluster_nodes
 from mmray.config import Job
 from mmray.errors import UserError
-from tests.conftest import ROOT, RayHead
+from tests.conftest import ROOT, START_SECONDS, RayHead, running_head
 from tests.mmray.test_docs_jobs import LEAST
 
 OWN = Answer({"python": "3.11.9", "ray": "2.60.0", "torch": "2.8.0", "transformers": "5.23.0"}, [], [], [], 10**10)
 NODE = Node("10.0.0.7", {"CPU": 8, "GPU": 1, "object_store_memory": 2e9})
 OUTPUTS = {"output.run": "/shared/run"}
-
-
-def job(**output: str) -> Job:
-    content = yaml.safe_load(LEAST)
-    content["output"] |= output
-    return Job.model_validate(content)
 
 
 @pytest.mark.parametrize(
@@ -70,18 +68,30 @@ def test_packages_are_those_the_job_needs() -> None:
     content = yaml.safe_load(LEAST) | {"tracking": {"mlflow": "pages"}}
     assert packages_of(Job.model_validate(content), trains=True) == ["deepspeed", "mlflow"]
     assert packages_of(Job.model_validate(content), trains=False) == []
-    assert packages_of(job(prepared="s3://bucket/prepared"), trains=False) == ["s3fs"]
+
+
+@pytest.mark.parametrize("place", ["prepared", "run", "train", "eval"])
+def test_a_node_without_s3fs_is_told_where_the_job_has_an_address_of_s3(place: str) -> None:
+    content = yaml.safe_load(LEAST)
+    if place in content["output"]:
+        content["output"][place] = "s3://bucket/folder"
+    else:
+        content["data"][place] = [{"files": "s3a://bucket/rows.jsonl", "kind": "pretrain"}]
+    needed = packages_of(Job.model_validate(content), trains=False)
+    assert needed == ["s3fs"]
+    found = problem(NODE, replace(OWN, missing=needed), OWN, OUTPUTS)
+    assert found == "node 10.0.0.7 has no s3fs; install there what is installed here: pip install s3fs"
 
 
 def test_the_nodes_of_a_cluster_are_asked(ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder they share passes and is left as it was; one that they see otherwise, and a missing module, do not."""
     outputs = {"output.prepared": str(tmp_path / "new" / "prepared"), "output.run": "s3://bucket/run"}
     nodes = cluster_nodes()
-    check_nodes(job(), nodes, {}, outputs, modules=["deepspeed"])
+    check_nodes(nodes, {}, outputs, modules=["deepspeed"])
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=rf"^node {nodes[0].address} has no nowhere_to_be_found; install"):
-        check_nodes(job(), nodes, {}, outputs, modules=["nowhere_to_be_found"])
-    check_nodes(job(), nodes, {"kind": "other"}, outputs, modules=["nowhere_to_be_found"])
+        check_nodes(nodes, {}, outputs, modules=["nowhere_to_be_found"])
+    check_nodes(nodes, {"kind": "other"}, outputs, modules=["nowhere_to_be_found"])
 
     @contextlib.contextmanager
     def elsewhere(_: object) -> Iterator[dict[str, str]]:
@@ -89,7 +99,7 @@ def test_the_nodes_of_a_cluster_are_asked(ray_head: RayHead, tmp_path: Path, mon
 
     monkeypatch.setattr(probe, "_marks", elsewhere)
     with pytest.raises(UserError, match=rf"^output\.prepared {tmp_path}/new/prepared: node \S+ does not see what"):
-        check_nodes(job(), nodes, {}, outputs)
+        check_nodes(nodes, {}, outputs)
 
 
 def test_a_mark_is_there_only_while_nodes_look(tmp_path: Path) -> None:
@@ -100,9 +110,102 @@ def test_a_mark_is_there_only_while_nodes_look(tmp_path: Path) -> None:
     assert look(marks, []).unseen == ["output.run"]
 
 
-def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+@contextlib.contextmanager
+def joined_node(head: RayHead, log: Path, *options: str, inside: tuple[str, ...] = ()) -> Iterator[None]:
+    """`ray start --address` on this machine, for the time of the block. inside: a command that runs another."""
+    command = [*inside, sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={head.address}", "--block"]
+    command += ["--num-cpus=1", "--num-gpus=0", "--disable-usage-stats", "--dashboard-agent-listen-port=0", *options]
+    environment = {key: value for key, value in head.environment.items() if key != "RAY_ADDRESS"}
+    with log.open("wb") as output:
+        node = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield
+    finally:
+        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=5)
+
+
+ASKING = """
+import json, sys
+import ray
+from jobs.common import connect
+from jobs.probe import _ask, check_nodes
+from jobs.room import cluster_nodes
+from mmray.errors import UserError
+
+address, shared = sys.argv[1:]
+
+def told(**options):
+    outputs = {"output.run": shared + "/run"} if options.pop("writes", False) else {}
+    try:
+        check_nodes(cluster_nodes(), options.pop("labels", {}), outputs, **options)
+    except UserError as error:
+        return str(error)
+
+connect(address, cpus=1)
+found = {"missing": sorted((node.address, answer.missing) for node, answer in _ask(cluster_nodes(), {}, ["only_here"]))}
+found["package"] = told(modules=["only_here"])
+found["folder"] = told(writes=True)
+found["others"] = told(modules=["only_here"], writes=True, labels={"disk": "shared"})
+ray.shutdown()
+ray.init(address, runtime_env={"working_dir": shared}, log_to_driver=False)
+found["submitted"] = told()
+print(json.dumps(found))
+"""
+
+
+def test_each_node_of_a_cluster_is_asked(tmp_path: Path) -> None:
+    """A head, a node beside it, and one that has another disk: an empty file system is in the place of a folder."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "only_here.py").touch()
+    mount = f'mount -t tmpfs none {shared} && "$@"'
+    another_disk = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh")
+    if subprocess.run([*another_disk, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system lets no process mount a folder of its own")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())  # short, as the paths of sockets must be
+        head = stack.enter_context(running_head(tmp_path, "--num-cpus=1", "--labels=disk=shared"))
+        stack.enter_context(joined_node(head, tmp_path / "near.log", "--labels=disk=shared"))
+        far = ("--labels=disk=own", "--node-ip-address=127.0.0.3", f"--temp-dir={folder}")
+        stack.enter_context(joined_node(head, tmp_path / "far.log", *far, inside=another_disk))
+        done = python(ASKING, head.address, str(shared), PYTHONPATH=str(shared), **head.environment)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+    assert [missing for _, missing in found["missing"]] == [["only_here"], [], []]
+    assert found["package"].startswith("node 127.0.0.3 has no only_here; install")
+    assert found["folder"].startswith(f"output.run {shared}/run: node 127.0.0.3 does not see what this process writes")
+    assert found["others"] is None
+    assert "2 nodes on " in found["submitted"]
+    assert "start each with a folder of its own" in found["submitted"]
+
+
+def test_nodes_of_one_machine_have_folders_of_their_own() -> None:
+    def node(address: str, folder: str, number: str = "") -> Node:
+        return Node(address, {}, socket=f"{folder}/session_2026/sockets/raylet{number}")
+
+    head = node("10.0.0.7", "/tmp/ray")
+    assert shared_folder([head, node("10.0.0.8", "/tmp/ray"), node("10.0.0.7", "/tmp/ray-2")]) is None
+    assert shared_folder([head, node("10.0.0.7", "/tmp/ray")]) is None, "two containers, one address"
+    found = shared_folder([head, node("10.0.0.8", "/tmp/ray"), node("10.0.0.7", "/tmp/ray", ".1")])
+    assert found is not None
+    assert found.startswith("2 nodes on 10.0.0.7 share /tmp/ray, where Ray would replace the submitted code")
+    assert found.endswith("start each with a folder of its own: ray start --address=… --temp-dir=/tmp/ray-2")
+
+
+def python(code: str, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *words],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
