@@ -1,15 +1,17 @@
-"""One Ray for the whole session: a head as `ray start` makes it, with token authentication and a dashboard.
+"""One Ray for each process of tests: a head as `ray start` makes it, with token authentication and a dashboard.
 
-`make test` runs two processes of tests. All tests that need the Ray run in the same one, all others file by file in
-whichever is free.
+`make test` runs three processes: two for the tests that need a Ray, each with its own, and all others file by file in
+whichever is free. On two cores: tests with a Ray wait for processes of theirs about as often as they work.
 """
 
 import contextlib
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,12 +37,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+RAYS = {"tests/jobs/test_interrupts": 2, "tests/jobs/": 1, "tests/faults/": 2, "tests/pipelines/": 2}
+"""The Ray that tests share, by how their path begins; both are in use about as long."""
+
+
 class _Scheduling(LoadScopeScheduling):
-    """All tests that need the Ray, in one process; all others file by file."""
+    """Tests that share a Ray, in one process; all others file by file."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.split("::")[0]
-        return "ray" if path.startswith(("tests/faults/", "tests/jobs/", "tests/pipelines/")) else path
+        return next((f"Ray {number}" for begin, number in RAYS.items() if path.startswith(begin)), path)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
@@ -65,14 +71,19 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running_head(folder: Path, *options: str, port: int | None = None, **environment: str) -> Iterator[RayHead]:
-    """`ray start --head` with its dashboard on this machine, for the time of the block. folder: for its log."""
+    """`ray start --head` with its dashboard on this machine, for the time of the block. folder: for its log.
+
+    Several may run: each has a folder and ports of its own. The folder's path is short, because sockets are made there.
+    """
     port, dashboard_port = port or free_port(), free_port()
+    session = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     everything = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | environment
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-gpus=0"),
         *("--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"),
         *(f"--dashboard-port={dashboard_port}", "--disable-usage-stats"),
         *("--dashboard-agent-listen-port=0", "--ray-client-server-port", str(free_port())),
+        *(f"--temp-dir={session}", "--min-worker-port=0", "--max-worker-port=0"),
         *options,
     ]
     log = folder / "head.log"
@@ -93,6 +104,7 @@ def running_head(folder: Path, *options: str, port: int | None = None, **environ
         for process in psutil.wait_procs(processes, timeout=5)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +115,12 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
     from jobs.common import connect
 
     options = ("--num-cpus=4", "--object-store-memory=1000000000")
-    metrics = {"RAY_metrics_report_interval_ms": "1000"}
-    with running_head(tmp_path_factory.mktemp("ray"), *options, **metrics) as head:
+    environment = {
+        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_prestart_worker_first_driver": "0",  # workers without a job's environment would get no work
+        "RAY_worker_niceness": "0",  # else other tests keep them from the cores
+    }
+    with running_head(tmp_path_factory.mktemp("ray"), *options, **environment) as head:
         connect(head.address, cpus=4)
         yield head
         ray.shutdown()
@@ -149,7 +165,7 @@ class Inputs:
                 "steps": 12, "global_batch_bins": 4, "learning_rate": 2e-3, "schedule": "constant", "zero_stage": 2,
                 "checkpoint_every_steps": 5,
             },
-            "resources": {"workers": 2, "encode_actors": 2},
+            "resources": {"workers": 2, "encode_actors": 1},
             "output": {"prepared": str(folder / "prepared"), "run": str(folder / "run")},
         }  # fmt: skip
         for key, value in changes.items():
