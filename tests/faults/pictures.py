@@ -12,6 +12,7 @@ from tests.conftest import Inputs
 from tests.faults.machines import Machines, OneMachine
 from tests.faults.runs import TrainingRun
 from tests.faults.table import Row
+from tests.here import prepare_here
 
 
 def with_own_pictures(
@@ -24,7 +25,9 @@ def with_own_pictures(
         machines, own, folder, name, output__prepared=str(folder / name / "prepared"), training__steps=20,
         resources={"workers": 2, "encode_actors": 2}, **changes,
     )  # fmt: skip
-    run.prepare()
+    for split in ("train", "eval"):
+        if getattr(run.job.data, split):
+            prepare_here(run.job, split)
     return run
 
 

@@ -16,6 +16,7 @@ from tests.conftest import ROOT, Inputs, RayHead
 from tests.faults.machines import OneMachine, wait_for
 from tests.faults.preparing import Preparing, digests, many_rows
 from tests.faults.runs import TARGETS, TrainingRun
+from tests.here import prepare_here
 
 ROWS = 4000
 MESSAGE = "interrupted; the same command continues"
@@ -54,7 +55,7 @@ def test_preparing_is_interrupted_twice_and_continued(ray_head: RayHead, inputs:
     before = broken.written()
     prepare(Job.model_validate(broken.content), "train")
     assert broken.again(before) == f"0 of {len(before)} windows"
-    prepare(Job.model_validate(whole.content), "train")
+    prepare_here(Job.model_validate(whole.content))
     assert digests(broken.prepared) == digests(whole.prepared)
 
 
@@ -62,7 +63,7 @@ def test_training_is_interrupted_and_stopped_and_continued(ray_head: RayHead, in
     """First by Ctrl-C, then as a submitted job by `ray job stop`; steps done again give the same losses."""
     machine = OneMachine(ray_head.pid, ray_head.address)
     run = TrainingRun(machine, inputs, tmp_path, "run", training__steps=100_000, training__checkpoint_every_steps=7)
-    prepare(run.job, "train")
+    prepare_here(run.job)
     driver = run.start()
     run.reach(10)
     assert driver.interrupt() == 130

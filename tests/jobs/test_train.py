@@ -19,8 +19,8 @@ from mmray.training.metrics import read_metrics
 from mmray.training.run_checkpoints import newest_looking_whole, step_of
 from mmray.training.trained import read_trained
 from pipelines import measures
-from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
+from tests.here import prepare_here
 from tests.scraping import scraped, wait_until
 
 KILL_IN_STEP = 7
@@ -30,7 +30,7 @@ KILL_IN_STEP = 7
 def folder(ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the prepared datasets that all runs here train on."""
     folder = tmp_path_factory.mktemp("train")
-    prepare(Job.model_validate(job_content(inputs, folder, "any")), "train")
+    prepare_here(Job.model_validate(job_content(inputs, folder, "any")))
     return folder
 
 
@@ -193,7 +193,7 @@ def test_other_data_in_the_middle_of_a_run_is_asked_for(
     """Without the flag it is refused, with it the new data's first epoch begins; any step can be traced after."""
     other = {"output__prepared": str(folder / "other"), "packing__token_capacity": 480, "training__steps": 14}
     job = Job.model_validate(job_content(inputs, folder, "whole", **other))
-    prepare(job, "train")
+    prepare_here(job)
     new = open_prepared(job)["train"]
     difference = "the difference:.*packing.token_capacity: 512 -> 480.*--continue-on"
     with pytest.raises(UserError, match=rf"(?s)that of {new.path} is {new.fingerprint}; {difference}"):

@@ -15,6 +15,7 @@ from mmray.training.run_checkpoints import checkpoint_names
 from mmray.training.trained import read_trained
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
+from tests.here import prepare_here
 from tests.jobs.test_train import assert_same_steps
 from tests.s3 import PORT, SECRET
 
@@ -47,7 +48,7 @@ def test_all_in_s3_stopped_and_resumed_by_other_workers_equals_a_local_run(
 ) -> None:
     upload(inputs.folder / "data", f"{bucket}/data")
     local = job_in(str(inputs.folder), inputs, "/unused", outputs=str(tmp_path))
-    local_prepared, _ = prepare(local, "train")
+    local_prepared = prepare_here(local)
     prepared, _ = prepare(job_in(bucket, inputs, "/unused"), "train")
     assert isinstance(prepared, PreparedDataset)
     assert prepared.statistics == local_prepared.statistics

@@ -23,6 +23,7 @@ from mmray.schedule import Schedule
 from pipelines.ingest import Ingest
 from pipelines.prepare import kept_sizes, prepare
 from tests.conftest import Inputs, RayHead
+from tests.here import prepare_here
 from tests.mmray.preparing import blank_unseen
 
 ONE_SIZE = pa.table([[1], [2], [3], [4]], schema=SIZES)
@@ -65,7 +66,7 @@ def content_of(dataset: PreparedDataset) -> dict[str, object]:
 
 
 def test_the_size_cache_changes_nothing_and_a_second_prepare_opens_no_image(ray_head: RayHead, pages: Pages) -> None:
-    expected = content_of(prepare(pages.job("plain"), "train")[0])
+    expected = content_of(prepare_here(pages.job("plain")))
     cache = pages.folder / "cache" / "sizes.parquet"
     with pytest.raises(UserError, match="on_bad_row"):
         prepare(pages.job("strict", size_cache=str(cache), on_bad_row="error"), "train")
@@ -115,7 +116,7 @@ def test_a_size_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog
 
 def test_batches_from_the_tile_cache_are_the_same_and_warnings_reach_the_run(ray_head: RayHead, pages: Pages) -> None:
     job = pages.job("ingest")
-    dataset, _ = prepare(job, "train")
+    dataset = prepare_here(job)
     plan = BatchPlan(
         model_type=None, prepared=dataset.path, processor=job.model.processor_source, trust_remote_code=False,
         loss=job.loss, schedule=Schedule(len(dataset), 2, seed=1, fingerprint=dataset.fingerprint), world_size=1,

@@ -20,8 +20,8 @@ from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
 from pipelines import ingest
 from pipelines.ingest import Ingest, Shares
-from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
+from tests.here import prepare_here
 
 RESOURCES = ResourceSettings(render_actors=2, mask_actors=1)
 
@@ -29,8 +29,7 @@ RESOURCES = ResourceSettings(render_actors=2, mask_actors=1)
 @pytest.fixture(scope="module")
 def plan(ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> BatchPlan:
     job = Job.model_validate(inputs.job(tmp_path_factory.mktemp("ingest")))
-    dataset, _ = prepare(job, "train")
-    return plan_of(job, dataset)
+    return plan_of(job, prepare_here(job))
 
 
 def plan_of(job: Job, dataset: PreparedDataset) -> BatchPlan:
@@ -169,7 +168,7 @@ def test_an_image_that_vanished_names_its_row(ray_head: RayHead, inputs: Inputs,
     content = inputs.job(tmp_path)
     content["data"]["train"] = [{"files": str(data / "pages.jsonl"), "kind": "pretrain"}]  # type: ignore[index]
     job = Job.model_validate(content)
-    dataset, _ = prepare(job, "train")
+    dataset = prepare_here(job)
     for image in (data / "pages").iterdir():
         image.unlink()
     plan = replace(plan_of(job, dataset), world_size=1)

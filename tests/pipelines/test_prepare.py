@@ -20,7 +20,8 @@ from tests.scraping import scraped, wait_until
 def prepared(
     ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Job, PreparedDataset]:
-    job = Job.model_validate(inputs.job(tmp_path_factory.mktemp("prepared"), name="prepared"))
+    folder = tmp_path_factory.mktemp("prepared")
+    job = Job.model_validate(inputs.job(folder, name="prepared", resources__encode_actors=2))
     seen: list[tuple[int, int]] = []
     dataset, made = prepare(job, "train", on_progress=lambda done, total: seen.append((done, total)))
     assert made

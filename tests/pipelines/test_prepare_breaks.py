@@ -14,6 +14,7 @@ from mmray.prepared import PreparedDataset
 from pipelines.dataset import out_of_room
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
+from tests.here import prepare_here
 
 
 def job_of(inputs: Inputs, folder: Path, rows: Path, **data: object) -> Job:
@@ -52,7 +53,7 @@ def test_a_folder_that_breaks_in_an_actor_is_one_line_and_the_next_run_has_the_s
     Of 46 windows, so that most are still to come when the first is committed.
     """
     rows.write_text(rows.read_text() * 20)
-    expected = prepare(job_of(inputs, tmp_path / "whole", rows), "train")[0]
+    expected = prepare_here(job_of(inputs, tmp_path / "whole", rows))
     job = job_of(inputs, tmp_path / "broken", rows)
     folder, aside = Path(job.prepared_path("train")), tmp_path / "aside"
 
