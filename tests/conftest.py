@@ -1,7 +1,7 @@
 """One Ray for each process of tests: a head as `ray start` makes it, with token authentication and a dashboard.
 
 `make test` runs three processes: two for the tests that need a Ray, each with its own, and all others file by file in
-whichever is free. On two cores: tests with a Ray wait for processes of theirs about as often as they work.
+whichever is free.
 """
 
 import contextlib
