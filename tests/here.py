@@ -10,10 +10,11 @@ import pytest
 import pipelines.prepare
 from mmray.config import Job
 from mmray.errors import UserError
+from mmray.images.size_cache import SizeCache
 from mmray.prepared import PreparedDataset
 from mmray.rows.files import Chunk
 from pipelines.dataset import ERROR
-from pipelines.prepare import EncodeChunk, PackWindow, prepare
+from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare
 
 
 def prepare_here(job: Job, split: str = "train") -> PreparedDataset:
@@ -23,13 +24,16 @@ def prepare_here(job: Job, split: str = "train") -> PreparedDataset:
         return prepare(job, split)[0]
 
 
-def _run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: None = None) -> Iterator[int]:
-    """As `pipelines.prepare._run`, which it stands for; without a size cache."""
-    assert sizes is None
+def _run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
+    """As `pipelines.prepare._run`, which it stands for."""
     encode, pack = EncodeChunk(job, split), PackWindow(job, split, token)
+    if sizes:
+        encode.sizes = SizeCache(sizes.known)
     for _, each in groupby(chunks, key=lambda chunk: chunk.window):
         window = list(each)
         packed = pack(pa.concat_tables(pa.table(encode({"chunk": [chunk]})) for chunk in window))
         if packed[ERROR][0]:
             raise UserError(packed[ERROR][0])
+        if sizes:
+            sizes.measured += map(_from_buffer, packed["sizes"][0].as_py())
         yield sum(chunk.num_rows for chunk in window)
