@@ -103,6 +103,16 @@ def test_the_shared_claim_is_what_kubernetes_defines_and_every_pod_mounts_it() -
         assert {"name": pod["volumes"][0]["name"], "mountPath": "/shared"} in pod["containers"][0]["volumeMounts"]
 
 
+def test_the_volume_of_the_docs_is_one_that_the_shared_claim_can_have() -> None:
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    (volume,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(apiVersion.*?)```", text, flags=re.DOTALL))
+    kubernetes_validate.validate(volume, KUBERNETES, strict=True)
+    claim = manifest("shared.yaml")
+    assert f"`volumeName: {volume['metadata']['name']}`" in text
+    assert volume["spec"]["accessModes"] == claim["spec"]["accessModes"]
+    assert volume["spec"]["capacity"]["storage"] == claim["spec"]["resources"]["requests"]["storage"]
+
+
 MISTAKES: dict[str, Callable[[Manifest], Any]] = {
     "unknown field": lambda spec: spec.update(autoscaling=True),
     "unknown option": lambda spec: spec["autoscalerOptions"].update(idleTimeoutMinutes=5),
