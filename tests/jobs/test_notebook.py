@@ -27,7 +27,7 @@ def test_no_outputs_are_kept() -> None:
 def test_the_notebook_runs_to_its_end(
     ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    for name in ("mmray", "pipelines", "jobs", "cluster.yaml"):
+    for name in ("mmray", "pipelines", "jobs"):
         (tmp_path / name).symlink_to(ROOT / name)  # its demo_out is made beside these, and not in the checkout
     for name, value in ray_head.environment.items():
         monkeypatch.setenv(name, value)
