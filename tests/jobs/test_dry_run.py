@@ -1,6 +1,7 @@
 """`--dry-run` tells what a run would do, as it then does it, and leaves nothing behind."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,14 @@ import typer
 
 from jobs import dry_run, prepare, train
 from jobs.common import connect
+from jobs.run_plan import run_plan
 from mmray import doctor
+from mmray.config import Job
+from mmray.cursor import Cursor
 from mmray.prepared import PreparedDataset
+from mmray.training.place import write_place
 from tests.conftest import Inputs, RayHead
+from tests.mmray.training.test_run_checkpoints import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +73,18 @@ def test_the_plan_is_what_is_done(
     assert "global batch 4 bins of up to 2,048 tokens: on each worker 2 micro-batches of 1" in shown
     assert "workers 2, 0.5 CPU each" in shown
     assert "begins at step 0" in shown
+
+    schedule = run_plan(Job.model_validate(job), {"train": made}, gpus=False).schedule
+    checkpoint = write_checkpoint(tmp_path / "job" / "run", 5)
+    write_place(checkpoint, Cursor.at(schedule, 5, prepared=made.path), made)
+    code, shown = planned(train.main, job, tmp_path, capsys)
+    assert code == 0
+    assert f"goes on from step 5 ({checkpoint.name}): 7 steps are left" in shown
+    write_place(checkpoint, Cursor.at(replace(schedule, seed=7), 5, prepared=made.path), made)
+    code, shown = planned(train.main, job, tmp_path, capsys)
+    assert code == 2
+    assert "resume fail" in shown
+    assert "goes on" not in shown
 
 
 def test_all_that_is_wrong_is_told_and_the_exit_code_is_2(
