@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,23 @@ def job_file(ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPat
     return path
 
 
+def printed_twice(output: str) -> list[str]:
+    """Lines that a submitted job has printed more than once."""
+    own = output.split("Running entrypoint for job", 1)[1]
+    return [line for line, count in Counter(filter(str.strip, own.splitlines())).items() if count > 1]
+
+
 def test_prepare_and_train_through_ray_job_submit(ray_head: RayHead, job_file: Path) -> None:
     runtime_env = ("--runtime-env", "jobs/runtime_env.yaml")
     done = submit(ray_head, "python", "jobs/prepare.py", str(job_file), options=runtime_env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "71 read = 60 packed + 11 rejected" in done.stdout
-    done = submit(ray_head, "python", "jobs/train.py", str(job_file))
+    assert printed_twice(done.stdout) == []
+    words = ("python", "jobs/train.py", str(job_file), "--set", "training.steps=3")
+    done = submit(ray_head, *words, options=runtime_env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(read_metrics(job_file.parent / "run" / "metrics.jsonl")) == 2
+    assert len(read_metrics(job_file.parent / "run" / "metrics.jsonl")) == 3, "two in the file, three by --set"
+    assert printed_twice(done.stdout) == []
 
 
 def test_a_mistake_in_the_job_file_is_one_line_and_an_exit_code(ray_head: RayHead, job_file: Path) -> None:
