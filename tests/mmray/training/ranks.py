@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.mmray.training.converter import converter_at_hand
+
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.mmray.training.imported"])
 
@@ -55,13 +57,14 @@ class RankGroup:
 
 def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    try:
-        torch.save(function(rank, world_size, *arguments), f"{folder}/result-{rank}.pt")
-        # An exit closes connections that another rank may still need for its last collective.
-        while len(list(Path(folder).glob("result-*"))) < world_size:
-            time.sleep(0.05)
-    except BaseException:
-        Path(f"{folder}/error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        raise
-    dist.destroy_process_group()
+    with converter_at_hand():
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        try:
+            torch.save(function(rank, world_size, *arguments), f"{folder}/result-{rank}.pt")
+            # An exit closes connections that another rank may still need for its last collective.
+            while len(list(Path(folder).glob("result-*"))) < world_size:
+                time.sleep(0.05)
+        except BaseException:
+            Path(f"{folder}/error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+            raise
+        dist.destroy_process_group()
