@@ -128,8 +128,8 @@ def tile_cache(plan: TilePlan) -> list[Result]:
             path.write_bytes(page)
             if mean_difference(cache.render_tiles(path, plan), cache.render_tiles(path, plan)):
                 raise AssertionError("the cache gives other tiles than were stored")
-        hit = sum(best_seconds(lambda: cache.render_tiles(path, plan), repeats=8) for path in paths)  # noqa: B023
-        cut = sum(best_seconds(lambda: render_tiles(path, plan), repeats=5) for path in paths)  # noqa: B023
+        hit = sum(best_seconds(lambda: cache.render_tiles(path, plan), repeats=3) for path in paths)  # noqa: B023
+        cut = sum(best_seconds(lambda: render_tiles(path, plan), repeats=3) for path in paths)  # noqa: B023
         stored = sum(path.stat().st_size for path in cache.folder.glob("*/*.tiles")) / len(data) / 1e6
     raw = sum(3 * width * height for width, height in plan.tile_sizes) / 1e6
     return [
