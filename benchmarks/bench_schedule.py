@@ -19,7 +19,7 @@ from mmray.prepared.loads import Loads
 from mmray.schedule import Schedule, mix_many
 
 RANKS = 8
-NUM_ROWS = 40_000
+NUM_ROWS = 25_000
 DEFAULTS = BalanceSettings().for_attention("sdpa")
 PACKED_ATTENTION = BalanceSettings().for_attention("flash_attention_2")
 LENGTH_ALONE = DEFAULTS.model_copy(
