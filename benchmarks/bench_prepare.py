@@ -1,10 +1,11 @@
 """Preparing on Ray against a plain pool of processes, the memory of it, and reading large Parquet row groups.
 
-Both ways run the same functions on the same rows; the pool's processes take whole windows, so nothing is sent between
-them. Two encoding processes each; Ray packs in a third. Rates and memory are those of the rows after the first: from
-when FIRST_ROWS are committed, to the end of the same run. So the starting of processes counts for neither way.
+Both ways run the same functions on the same pages, repeated: the pool as often as its rate needs, Ray further, for its
+memory. The pool's processes take whole windows, so nothing is sent between them. Two encoding processes each; Ray packs
+in a third. Rates and memory are those of the rows after the first: from when FIRST_ROWS are committed to the end of the
+same run. So the starting of processes counts for neither way.
 
-    python -m benchmarks.bench_prepare 20480     # at another number of rows on Ray
+    python -m benchmarks.bench_prepare 20480     # at another number of rows on Ray, more than FIRST_ROWS
 """
 
 import multiprocessing
@@ -52,7 +53,7 @@ def run(rows: int = ROWS) -> list[Result]:
 
 
 class Course:
-    """How rows were committed: the times of it, and the peaks of memory when the first rows were there."""
+    """How rows were committed: the times of it in seconds, and the peaks of memory in MB when the first were there."""
 
     def __init__(self) -> None:
         self.times: list[tuple[int, float]] = []
