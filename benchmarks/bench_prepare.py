@@ -1,11 +1,13 @@
 """Preparing on Ray against a plain pool of processes, the memory of it, and reading large Parquet row groups.
 
-Both ways run the same functions on the same pages, repeated: the pool as often as its rate needs, Ray further, for its
-memory. The pool's processes take whole windows, so nothing is sent between them. Two encoding processes each; Ray packs
-in a third. Rates and memory are those of the rows after the first: from when FIRST_ROWS are committed to the end of the
-same run. So the starting of processes counts for neither way.
+Both ways run the same functions on the same pages, repeated. The pool's processes take whole windows, so nothing is
+sent between them. Two encoding processes each; Ray packs in a third.
 
-    python -m benchmarks.bench_prepare 20480     # at another number of rows on Ray, more than FIRST_ROWS
+When both have made their first rows they take turns: the processes of the one are suspended while the other's go on,
+and a way's clock runs in its turns only. So the starting of processes counts for neither, and what else slows the
+machine down for a while slows both. After RATED_ROWS of the pool Ray goes on alone, for its memory.
+
+    python -m benchmarks.bench_prepare 40960     # at another number of rows on Ray
 """
 
 import multiprocessing
@@ -13,7 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,16 @@ from mmray.rows.files import Chunk, Piece, source_files
 from mmray.rows.read import RowReader
 from pipelines.prepare import PrepareContext, prepare
 
-FIRST_ROWS, ROWS = 5_000, 50_000
-POOL_ROWS = 27_000
-"""20,000 after the first; the last window is a small one, so that neither process works alone for long at the end."""
-WINDOW_ROWS = 2_048
+FIRST_ROWS, RATED_ROWS, ROWS = 5_000, 20_000, 50_000
+POOL_ROWS = 40_000
+"""More than it makes: its processes never wait for rows."""
+WINDOW_ROWS = 1_024
+"""Small, as windows are counted when they are whole."""
 POOL_SIZE = 2
+TURN_SECONDS = 2.0
 GOAL_RATE, GOAL_MEMORY = 0.9, 1.15
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.5
+ACTORS = {"EncodeChunk": "encode actor", "PackWindow": "pack actor"}
 
 _stages: Stages
 
@@ -44,44 +50,97 @@ _stages: Stages
 def run(rows: int = ROWS) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         pages = Pages(Path(folder))
-        pool, ray = Course(), Course()
-        through_pool(pages.job("pool", pages.rows, POOL_ROWS, window_rows=WINDOW_ROWS), pool)
-        job = pages.job("ray", pages.rows, rows, window_rows=WINDOW_ROWS)
-        with local_ray(), ray.peaks:
-            prepare(job, "train", on_progress=lambda done, _: ray.note(done))
-        return [of_row_groups(Path(folder)), of_rates(pool, ray, pages.name), *of_memory(ray)]
+        pool_job = pages.job("pool", pages.rows, POOL_ROWS, window_rows=WINDOW_ROWS)
+        ray_job = pages.job("ray", pages.rows, rows, window_rows=WINDOW_ROWS)
+        pool = Way(pool_job, through_pool, pool_processes)
+        with local_ray(), PeakMemory() as memory:
+            ray = Way(ray_job, through_ray, lambda: [process for process, _ in ray_actors()])
+            first_peaks = memory.megabytes.copy()
+            take_turns(pool, ray)
+        rates = of_rates(pool, ray, pages.name)
+        return [of_row_groups(Path(folder)), rates, *of_memory(first_peaks, memory.megabytes, rows)]
 
 
-class Course:
-    """How rows were committed: the times of it in seconds, and the peaks of memory in MB when the first were there."""
+class Way:
+    """A way of preparing, suspended when its first rows are done. Its clock runs in its turns only."""
 
-    def __init__(self) -> None:
-        self.times: list[tuple[int, float]] = []
-        """Rows done since the start and the time, from when the first rows were done."""
-        self.peaks = PeakMemory()
-        self.first_peaks: dict[str, float] = {}
+    def __init__(
+        self, job: Job, work: Callable[[Job, "Way"], None], processes: Callable[[], list[psutil.Process]]
+    ) -> None:
+        """work: runs in a thread. processes: finds those that do it."""
+        self.processes = processes
+        self.done = 0
+        self.commits: list[tuple[int, float]] = []
+        """Rows done since the start and the clock's seconds, each time that rows are committed in a turn."""
+        self._seconds = 0.0
+        self._resumed: float | None = None
+        self._work = ThreadPoolExecutor(1).submit(work, job, self)
+        while self.done < FIRST_ROWS:
+            time.sleep(0.1)
+            if self._work.done():
+                self._work.result()
+        self.suspend()
 
     def note(self, done: int) -> None:
-        if done >= FIRST_ROWS:
-            self.times.append((done, time.perf_counter()))
-            self.first_peaks = self.first_peaks or dict(self.peaks.megabytes)
+        self.done = done
+        if self._resumed is not None:
+            self.commits.append((done, self._seconds + time.perf_counter() - self._resumed))
+
+    def turn(self) -> None:
+        self.resume()
+        self._resumed = time.perf_counter()
+        time.sleep(TURN_SECONDS)
+        self.suspend()
+        self._seconds, self._resumed = self._seconds + time.perf_counter() - self._resumed, None
+
+    def suspend(self) -> None:
+        for process in self.processes():
+            process.suspend()
+
+    def resume(self) -> None:
+        for process in self.processes():
+            process.resume()
+
+    def finish(self) -> None:
+        self.resume()
+        self._work.result()
+
+    @property
+    def rated(self) -> int:
+        """Rows from the first commit of its turns to the last."""
+        return self.commits[-1][0] - self.commits[0][0] if self.commits else 0
 
     @property
     def rate(self) -> float:
-        """Rows a second, after the first."""
-        (few, began), (many, ended) = self.times[0], self.times[-1]
-        return (many - few) / (ended - began)
+        """Rows a second of its turns."""
+        return self.rated / (self.commits[-1][1] - self.commits[0][1])
 
 
-def through_pool(job: Job, course: Course) -> None:
+def take_turns(pool: Way, ray: Way) -> None:
+    """Until the pool has made RATED_ROWS so; then both to their ends."""
+    while pool.rated < RATED_ROWS:
+        ray.turn()
+        pool.turn()
+    ray.resume()
+    pool.finish()
+    ray.finish()
+
+
+def through_pool(job: Job, way: Way) -> None:
+    """Until RATED_ROWS are made in turns."""
     writer = PreparedWriter(job.prepared_path("train"))
     writer.begin(PrepareContext(job, "train").record(source_files(job.data.train)))
-    done = 0
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(POOL_SIZE, mp_context=spawn, initializer=_start, initargs=(job, writer.token)) as pool:
         for window in as_completed([pool.submit(_window, chunks) for chunks in windows(job)]):
-            done += window.result()
-            course.note(done)
+            way.note(way.done + window.result())
+            if way.rated >= RATED_ROWS:
+                pool.shutdown(wait=False, cancel_futures=True)
+                return
+
+
+def pool_processes() -> list[psutil.Process]:
+    return [psutil.Process(process.pid) for process in multiprocessing.active_children()]
 
 
 def _start(job: Job, token: str) -> None:
@@ -93,11 +152,27 @@ def _window(chunks: list[Chunk]) -> int:
     return _stages.window(chunks)
 
 
-def of_rates(pool: Course, ray: Course, data: str) -> Result:
-    shown = [f"{way.rate:,.0f} rows a second from {way.times[0][0]:,} to {way.times[-1][0]:,}" for way in (ray, pool)]
+def through_ray(job: Job, way: Way) -> None:
+    prepare(job, "train", on_progress=lambda done, _: way.note(done))
+
+
+def ray_actors() -> Iterator[tuple[psutil.Process, str]]:
+    """The processes of encode and pack actors, and which of them each is."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:  # it has just ended
+            continue
+        for name, actor in ACTORS.items():
+            if name in title:
+                yield process, actor
+
+
+def of_rates(pool: Way, ray: Way, data: str) -> Result:
+    shown = [f"{way.rate:,.0f} rows a second, {way.rated:,} rows" for way in (ray, pool)]
     return Result(
         name=f"prepare on Ray against {POOL_SIZE} plain processes, {data}", ratio=ray.rate / pool.rate, goal=GOAL_RATE,
-        explanation=" against ".join(shown),
+        explanation=f"{' against '.join(shown)}, in turns of {TURN_SECONDS:.0f} s",
     )  # fmt: skip
 
 
@@ -124,33 +199,24 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        this = psutil.Process()
         while not self._ended.wait(SAMPLE_SECONDS):
-            self._note("driver", this)
-            for process in this.children(recursive=True):
+            for process, name in [(psutil.Process(), "driver"), *ray_actors()]:
                 try:
-                    title = " ".join(process.cmdline())
-                    for name, actor in (("encode actor", "EncodeChunk"), ("pack actor", "PackWindow")):
-                        if actor in title:
-                            self._note(name, process)
+                    memory = process.memory_info()
                 except psutil.Error:  # it has just ended
                     continue
-
-    def _note(self, name: str, process: psutil.Process) -> None:
-        memory = process.memory_info()
-        own = (memory.rss - memory.shared) / 1e6
-        self.megabytes[name] = max(self.megabytes.get(name, 0.0), own)
+                own = (memory.rss - memory.shared) / 1e6
+                self.megabytes[name] = max(self.megabytes.get(name, 0.0), own)
 
 
-def of_memory(course: Course) -> list[Result]:
-    few, many = course.times[0][0], course.times[-1][0]
+def of_memory(first: dict[str, float], peaks: dict[str, float], rows: int) -> list[Result]:
     return [
         Result(
-            name=f"peak memory of the {name}, after {many:,} rows against {few:,}", ratio=peak / first,
-            explanation=f"{peak:,.0f} MB against {first:,.0f} MB", goal=GOAL_MEMORY, lower_is_better=True,
+            name=f"peak memory of the {name}, after {rows:,} rows against the first {FIRST_ROWS:,}",
+            ratio=peaks[name] / first[name], explanation=f"{peaks[name]:,.0f} MB against {first[name]:,.0f} MB",
+            goal=GOAL_MEMORY, lower_is_better=True,
         )
-        for name, first in course.first_peaks.items()
-        for peak in [course.peaks.megabytes[name]]
+        for name in first
     ]  # fmt: skip
 
 
