@@ -77,50 +77,44 @@ def run() -> list[Result]:
         small_job = pages.job("small", texts, 512, window_rows=512, token_capacity=512)
         large, small = ingest_of(job), ingest_of(small_job)
         with local_ray():
-            shares = of_shares(small)
-            return [*of_steps(large, pages.name), shares]
+            return [of_steps(large, pages.name), *of_small(small)]
 
 
-def of_steps(ingest: Ingest, data: str) -> list[Result]:
-    """A step's wait, and the starts at two places. Other graphs have run before: files are in memory."""
-    near = Run(ingest, 0, FAR)
-    share = near.waited(STEPS, STEP_SECONDS) / STEPS / STEP_SECONDS
-    near.close()
-    far = Run(ingest, FAR, FAR)
-    far.close()
-    waiting = f"{1000 * share * STEP_SECONDS:.1f} ms of {STEP_SECONDS:.0f} s, mean of {STEPS} steps"
-    shown = f"{far.start_seconds:.1f} s against {near.start_seconds:.1f} s from split to the first batch of both ranks"
-    return [
-        Result(
-            name=f"wait for data of a step, {RANKS} ranks, {data}", ratio=share, explanation=waiting, goal=GOAL_WAIT,
-            lower_is_better=True,
-        ),
-        Result(
-            name=f"resume to first step at step {FAR:,} against step 0", ratio=far.start_seconds / near.start_seconds,
-            explanation=shown, goal=GOAL_START, lower_is_better=True,
-        ),
-    ]  # fmt: skip
+def of_steps(ingest: Ingest, data: str) -> Result:
+    run = Run(ingest, 0, FAR)
+    share = run.waited(STEPS, STEP_SECONDS) / STEPS / STEP_SECONDS
+    run.close()
+    return Result(
+        name=f"wait for data of a step, {RANKS} ranks, {data}", ratio=share, goal=GOAL_WAIT, lower_is_better=True,
+        explanation=f"{1000 * share * STEP_SECONDS:.1f} ms of {STEP_SECONDS:.0f} s, mean of {STEPS} steps",
+    )  # fmt: skip
 
 
-def of_shares(ingest: Ingest) -> Result:
-    """What a small micro-batch costs, alone in its block and together with others."""
+def of_small(ingest: Ingest) -> list[Result]:
+    """What a small micro-batch costs, alone in its block and together with others, and the starts at two places: of
+    single ones at step 0, of several, which takes the time to make them longer, at step FAR. Another graph has run
+    before: files are in memory."""
     per_share = ingest.per_share
-    seconds = {}
-    for count in (1, per_share):
+    starts, costs = [], []
+    for count, start in ((1, 0), (per_share, FAR)):
         ingest.per_share = count
-        through_ray = Run(ingest, 0, SMALL_STEPS)
-        seconds[count] = through_ray.waited(SMALL_STEPS - 1, 0) / (SMALL_STEPS - 1) / RANKS
-        through_ray.close()
+        run = Run(ingest, start, FAR)
+        starts.append(run.start_seconds)
+        costs.append(1000 * run.waited(SMALL_STEPS - 1, 0) / (SMALL_STEPS - 1) / RANKS)
+        run.close()
     began = time.perf_counter()
     for _ in ingest.maker.steps(0, 0, SMALL_STEPS):
         pass
-    here = (time.perf_counter() - began) / SMALL_STEPS
-    alone, together = (1000 * seconds[count] for count in (1, per_share))
-    shown = (
-        f"{alone:.1f} ms a micro-batch alone, {together:.1f} ms as one of {per_share}; "
-        f"{1000 * here:.1f} ms to make it, without Ray"
-    )
-    return Result(
-        name="small micro-batches, several in a block against one", ratio=alone / together,
-        explanation=shown, goal=2.0,
-    )  # fmt: skip
+    here = 1000 * (time.perf_counter() - began) / SMALL_STEPS
+    return [
+        Result(
+            name=f"resume to first step at step {FAR:,} against step 0", ratio=starts[1] / starts[0],
+            explanation=f"{starts[1]:.1f} s against {starts[0]:.1f} s from split to the first batch of both ranks",
+            goal=GOAL_START, lower_is_better=True,
+        ),
+        Result(
+            name="small micro-batches, several in a block against one", ratio=costs[0] / costs[1], goal=2.0,
+            explanation=f"{costs[0]:.1f} ms a micro-batch alone, {costs[1]:.1f} ms as one of {per_share}; "
+            f"{here:.1f} ms to make it, without Ray",
+        ),
+    ]  # fmt: skip

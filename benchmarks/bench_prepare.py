@@ -7,7 +7,7 @@ When both have made their first rows they take turns: the processes of the one a
 and a way's clock runs in its turns only. So the starting of processes counts for neither, and what else slows the
 machine down for a while slows both. After RATED_ROWS of the pool Ray goes on alone, for its memory.
 
-    python -m benchmarks.bench_prepare 40960     # at another number of rows on Ray
+    python -m benchmarks.bench_prepare 100000     # another number of rows on Ray
 """
 
 import multiprocessing
@@ -16,7 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ FIRST_ROWS, RATED_ROWS, ROWS = 5_000, 20_000, 50_000
 POOL_ROWS = 40_000
 """More than it makes: its processes never wait for rows."""
 WINDOW_ROWS = 1_024
-"""Small, as windows are counted when they are whole."""
+"""Few, as windows count when they are whole."""
 POOL_SIZE = 2
-TURN_SECONDS = 2.0
+TURN_SECONDS = 1.0
 GOAL_RATE, GOAL_MEMORY = 0.9, 1.15
 SAMPLE_SECONDS = 0.5
 ACTORS = {"EncodeChunk": "encode actor", "PackWindow": "pack actor"}
@@ -52,9 +53,11 @@ def run(rows: int = ROWS) -> list[Result]:
         pages = Pages(Path(folder))
         pool_job = pages.job("pool", pages.rows, POOL_ROWS, window_rows=WINDOW_ROWS)
         ray_job = pages.job("ray", pages.rows, rows, window_rows=WINDOW_ROWS)
-        pool = Way(pool_job, through_pool, pool_processes)
         with local_ray(), PeakMemory() as memory:
+            pool = Way(pool_job, through_pool, pool_processes)
             ray = Way(ray_job, through_ray, lambda: [process for process, _ in ray_actors()])
+            for way in (pool, ray):
+                way.wait()
             first_peaks = memory.megabytes.copy()
             take_turns(pool, ray)
         rates = of_rates(pool, ray, pages.name)
@@ -68,40 +71,54 @@ class Way:
         self, job: Job, work: Callable[[Job, "Way"], None], processes: Callable[[], list[psutil.Process]]
     ) -> None:
         """work: runs in a thread. processes: finds those that do it."""
-        self.processes = processes
-        self.done = 0
+        self._find = processes
+        self.done, self.is_finishing = 0, False
         self.commits: list[tuple[int, float]] = []
         """Rows done since the start and the clock's seconds, each time that rows are committed in a turn."""
         self._seconds = 0.0
         self._resumed: float | None = None
         self._work = ThreadPoolExecutor(1).submit(work, job, self)
-        while self.done < FIRST_ROWS:
-            time.sleep(0.1)
-            if self._work.done():
-                self._work.result()
-        self.suspend()
 
     def note(self, done: int) -> None:
-        self.done = done
         if self._resumed is not None:
             self.commits.append((done, self._seconds + time.perf_counter() - self._resumed))
+        elif self.done < FIRST_ROWS <= done:
+            self.suspend()
+        self.done = done
+
+    def wait(self) -> None:
+        """Until it is suspended for the first time. Raises what ended it."""
+        while self.done < FIRST_ROWS:
+            time.sleep(0.1)
+            self._check()
+
+    def _check(self) -> None:
+        if self._work.done():
+            self._work.result()
+            raise AssertionError(f"{self.done:,} rows are all, too few to take turns with the other way")
 
     def turn(self) -> None:
+        self._check()
         self.resume()
         self._resumed = time.perf_counter()
         time.sleep(TURN_SECONDS)
         self.suspend()
         self._seconds, self._resumed = self._seconds + time.perf_counter() - self._resumed, None
 
+    @cached_property
+    def processes(self) -> list[psutil.Process]:
+        return self._find()
+
     def suspend(self) -> None:
-        for process in self.processes():
+        for process in self.processes:
             process.suspend()
 
     def resume(self) -> None:
-        for process in self.processes():
+        for process in self.processes:
             process.resume()
 
     def finish(self) -> None:
+        self.is_finishing = True
         self.resume()
         self._work.result()
 
@@ -112,8 +129,9 @@ class Way:
 
     @property
     def rate(self) -> float:
-        """Rows a second of its turns."""
-        return self.rated / (self.commits[-1][1] - self.commits[0][1])
+        """Rows a second of its turns: the slope of a straight line through the commits."""
+        rows, seconds = zip(*self.commits)
+        return float(np.polyfit(seconds, rows, 1)[0])
 
 
 def take_turns(pool: Way, ray: Way) -> None:
@@ -127,15 +145,15 @@ def take_turns(pool: Way, ray: Way) -> None:
 
 
 def through_pool(job: Job, way: Way) -> None:
-    """Until RATED_ROWS are made in turns."""
+    """Until the way finishes."""
     writer = PreparedWriter(job.prepared_path("train"))
     writer.begin(PrepareContext(job, "train").record(source_files(job.data.train)))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(POOL_SIZE, mp_context=spawn, initializer=_start, initargs=(job, writer.token)) as pool:
-        for window in as_completed([pool.submit(_window, chunks) for chunks in windows(job)]):
-            way.note(way.done + window.result())
-            if way.rated >= RATED_ROWS:
-                pool.shutdown(wait=False, cancel_futures=True)
+    done = 0
+    with multiprocessing.get_context("spawn").Pool(POOL_SIZE, _start, (job, writer.token)) as pool:
+        for rows in pool.imap_unordered(_window, windows(job)):
+            done += rows
+            way.note(done)
+            if way.is_finishing:
                 return
 
 
