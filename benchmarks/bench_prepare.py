@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,15 @@ class Way:
         return self._find()
 
     def suspend(self) -> None:
-        for process in self.processes:
-            process.suspend()
+        self._tell(psutil.Process.suspend)
 
     def resume(self) -> None:
+        self._tell(psutil.Process.resume)
+
+    def _tell(self, what: Callable[[psutil.Process], None]) -> None:
         for process in self.processes:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):  # all rows are done: `_check` or `finish` tells
+                what(process)
 
     def finish(self) -> None:
         self.is_finishing = True
