@@ -3,6 +3,7 @@ ask how, and as what a prepare on Ray is compared with."""
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,14 +18,14 @@ from pipelines.dataset import ERROR
 from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare
 
 
-def prepare_here(job: Job, split: str = "train") -> PreparedDataset:
+def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedDataset:
     """All of `prepare` but its graph: the work of its actors is done in this process, chunk by chunk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines.prepare, "_run", _run_here)
-        return prepare(job, split)[0]
+        patch.setattr(pipelines.prepare, "_run", run_here)
+        return prepare(job, split, **options)[0]
 
 
-def _run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
+def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
     """As `pipelines.prepare._run`, which it stands for."""
     encode, pack = EncodeChunk(job, split), PackWindow(job, split, token)
     if sizes:

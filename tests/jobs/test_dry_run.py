@@ -7,14 +7,13 @@ import pytest
 import typer
 
 from jobs import dry_run, prepare, train
-from jobs.common import connect
 from jobs.run_plan import run_plan
 from mmray import doctor
 from mmray.config import Job
 from mmray.cursor import Cursor
-from mmray.prepared import PreparedDataset
 from mmray.training.place import write_place
 from tests.conftest import Inputs, RayHead
+from tests.here import prepare_here
 from tests.mmray.training.test_run_checkpoints import write_checkpoint
 
 
@@ -42,9 +41,7 @@ def planned(main: object, job: dict[str, object], folder: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("inputs")
-def test_the_plan_is_what_is_done(
-    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_head: RayHead
-) -> None:
+def test_the_plan_is_what_is_done(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "job").mkdir()
     job = inputs.job(tmp_path / "job", resources={"workers": 2, "cpus_per_worker": 0.5})
     code, shown = planned(prepare.main, job, tmp_path, capsys)
@@ -57,10 +54,7 @@ def test_the_plan_is_what_is_done(
     assert "jobs/prepare.py must run first" in shown_unprepared
     assert "begins" not in shown_unprepared
 
-    connect(ray_head.address, cpus=4)
-    prepare.main(tmp_path / "job.yaml", [])
-    capsys.readouterr()
-    made = PreparedDataset(str(tmp_path / "job" / "prepared" / "train"))
+    made = prepare_here(Job.model_validate(job))
     assert f"train bins {len(made)}: " in shown, "all rows were looked at"
     code, shown = planned(prepare.main, job, tmp_path, capsys)
     assert "prepared/train: up to date, nothing to do" in shown

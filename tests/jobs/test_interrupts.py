@@ -11,7 +11,6 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from jobs.train import open_prepared, train
 from mmray.config import Job
 from mmray.training.history import read_history
-from pipelines.prepare import prepare
 from tests.conftest import ROOT, Inputs, RayHead
 from tests.faults.machines import OneMachine, wait_for
 from tests.faults.preparing import Preparing, digests, many_rows
@@ -53,7 +52,7 @@ def test_preparing_is_interrupted_twice_and_continued(ray_head: RayHead, inputs:
         assert_one_line(job.output)
         assert not (broken.prepared / "manifest.json").exists()
     before = broken.written()
-    prepare(Job.model_validate(broken.content), "train")
+    prepare_here(Job.model_validate(broken.content))
     assert broken.again(before) == f"0 of {len(before)} windows"
     prepare_here(Job.model_validate(whole.content))
     assert digests(broken.prepared) == digests(whole.prepared)

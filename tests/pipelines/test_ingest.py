@@ -1,6 +1,7 @@
 """Batches through Ray Data equal those of the plain loader, in order, for every rank."""
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from mmray.loader import BatchMaker, BatchPlan
 from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
 from pipelines import ingest
-from pipelines.ingest import Ingest, Shares
+from pipelines.ingest import Ingest, Shares, joined
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
 
@@ -75,15 +77,16 @@ def check_equal(batch: MicroBatch, expected: MicroBatch) -> None:
         np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
 
 
-@pytest.mark.parametrize("per_share", [1, 3])
+@pytest.mark.parametrize(("per_share", "segments"), [(1, 1), (3, 2)])
 def test_each_rank_receives_its_batches_in_schedule_order(
-    plan: BatchPlan, monkeypatch: pytest.MonkeyPatch, per_share: int
+    plan: BatchPlan, monkeypatch: pytest.MonkeyPatch, per_share: int, segments: int
 ) -> None:
     epoch = plan.schedule.steps_per_epoch
     made = ingest_of(plan, per_share)
-    monkeypatch.setattr(ingest, "SEGMENT_SHARES", -(-4 * (epoch - 1) // per_share))
-    start, stop = 1, epoch + 2  # resumed in the middle; two segments, the second over the end of the epoch
-    assert len(list(made.segments(start, stop))) == 2
+    if segments == 2:
+        monkeypatch.setattr(ingest, "SEGMENT_SHARES", -(-4 * (epoch - 1) // per_share))
+    start, stop = 1, epoch + 2  # resumed in the middle; of two segments, the second goes over the end of the epoch
+    assert len(list(made.segments(start, stop))) == segments
     found = received(made, start, stop)
     seen: list[int] = []
     for rank in range(2):
@@ -155,12 +158,29 @@ def test_small_micro_batches_travel_together_and_large_ones_alone(plan: BatchPla
     assert large.per_share == 1
 
 
+class Shard:
+    """A rank's iterator that gives these shares."""
+
+    def __init__(self, *shares: pa.Table) -> None:
+        self.shares = shares
+
+    def iter_batches(self, **_: object) -> Iterator[pa.Table]:
+        return iter(self.shares)
+
+
 def test_a_batch_that_is_not_the_scheduled_one_is_an_error(plan: BatchPlan) -> None:
-    plan = replace(plan, world_size=1)
-    shards = ingest_of(plan, per_share=2).split(0, 1)
+    made = ingest_of(plan)
+    step = next(made.maker.steps(0, 0, 1))
+    share = joined([to_table(batch.masked) for batch in step])
+    for batch, expected in zip(next(made.receive(Shard(share), 0, 0, 1)), step, strict=True):
+        check_equal(batch, expected)
     other = ingest_of(replace(plan, schedule=replace(plan.schedule, seed=2)))
     with pytest.raises(RuntimeError, match=r"expected Place\(step=0, rank=0, micro=\d\) with bins .* received"):
-        next(other.receive(shards[0], 0, 0, 1))
+        next(other.receive(Shard(share), 0, 0, 1))
+    with pytest.raises(RuntimeError, match=r"expected Place\(step=0, rank=1, micro=0\) with bins .* received"):
+        next(made.receive(Shard(share), 1, 0, 1))
+    with pytest.raises(RuntimeError, match="step 0: the data stream gave no more batches"):
+        next(made.receive(Shard(), 0, 0, 1))
 
 
 def test_an_image_that_vanished_names_its_row(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:

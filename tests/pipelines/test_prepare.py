@@ -11,8 +11,9 @@ from mmray.errors import UserError
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.rows.files import plan_chunks, source_files
 from pipelines import measures
-from pipelines.prepare import EncodeChunk, PrepareContext, _run, prepare
+from pipelines.prepare import EncodeChunk, PrepareContext, prepare
 from tests.conftest import Inputs, RayHead
+from tests.here import prepare_here, run_here
 from tests.scraping import scraped, wait_until
 
 
@@ -71,7 +72,7 @@ def test_another_number_of_actors_and_a_continued_run_give_the_same_bytes(
     chunks = plan_chunks(files, window_rows=64, chunk_rows=64)
     writer = PreparedWriter(context.path)
     writer.begin(context.record(files))
-    assert list(_run(job, "train", writer.token, [chunk for chunk in chunks if chunk.window == 1])) == [
+    assert list(run_here(job, "train", writer.token, [chunk for chunk in chunks if chunk.window == 1])) == [
         chunks[1].num_rows
     ]
     (first,) = Path(context.path).glob("bins-00001-*.parquet")
@@ -82,21 +83,6 @@ def test_another_number_of_actors_and_a_continued_run_give_the_same_bytes(
     assert first.stat().st_mtime_ns == written
     assert again.fingerprint == dataset.fingerprint
     assert bins_of(again.path) == bins_of(dataset.path)
-
-
-def test_blank_lines_are_no_rows_but_count_as_progress(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
-    lines = (inputs.folder / "data" / "pages.jsonl").read_text().splitlines()[:3]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n\n\n".join(lines) + "\n" * 90)
-    content = inputs.job(tmp_path)
-    content["data"]["train"] = [  # type: ignore[index]
-        {"files": str(rows), "kind": "pretrain", "image_root": str(inputs.folder / "data")}
-    ]
-    job = Job.model_validate(content)
-    seen: list[tuple[int, int]] = []
-    dataset, _ = prepare(job, "train", on_progress=lambda done, total: seen.append((done, total)))
-    assert dataset.statistics["rows_read"] == dataset.statistics["rows_packed"] == 3
-    assert [done for done, _ in seen] == [0, 64, seen[0][1]]
 
 
 def test_rows_are_verified_where_most_lines_are_blank(
@@ -163,11 +149,11 @@ def test_a_loss_that_cannot_work_stops_before_anything_is_written_or_deleted(
     assert PreparedDataset(dataset.path).fingerprint == dataset.fingerprint
 
 
-def test_on_bad_row_error_stops_with_file_and_line(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
+def test_on_bad_row_error_stops_with_file_and_line(inputs: Inputs, tmp_path: Path) -> None:
     content = inputs.job(tmp_path)
     content["data"]["on_bad_row"] = "error"  # type: ignore[index]
     data = inputs.folder / "data"
     with pytest.raises(UserError, match=rf"{data}/(pages|chat)\.jsonl:\d+: (image_|placeholder|bad_json|too_long)"):
-        prepare(Job.model_validate(content), "train")
+        prepare_here(Job.model_validate(content))
     assert not (tmp_path / "prepared" / "train" / "manifest.json").exists()
     assert json.loads((tmp_path / "prepared" / "train" / "plan.json").read_text())["fingerprint"]

@@ -67,15 +67,12 @@ def test_a_folder_that_breaks_in_an_actor_is_one_line_and_the_next_run_has_the_s
     aside.rename(folder)
     committed = {path.name: path.stat().st_mtime_ns for path in folder.glob("bins-*")}
     assert 0 < len(list(folder.glob("window-*"))) <= len(committed) < len(expected.manifest["shards"])
-    again, made = prepare(job, "train")
-    assert made
+    again = prepare_here(job)
     assert parquet_of(again.path) == parquet_of(expected.path)
     assert committed.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("bins-*")}.items()
 
 
-def test_rows_that_change_while_they_are_prepared_stop_it(
-    ray_head: RayHead, inputs: Inputs, rows: Path, tmp_path: Path
-) -> None:
+def test_rows_that_change_while_they_are_prepared_stop_it(inputs: Inputs, rows: Path, tmp_path: Path) -> None:
     job = job_of(inputs, tmp_path / "job", rows)
 
     def replace() -> None:
@@ -83,19 +80,22 @@ def test_rows_that_change_while_they_are_prepared_stop_it(
         rows.write_text("".join(lines[:30]))
 
     with pytest.raises(UserError, match=f"{rows} has changed while it was being prepared; .* --replace"):
-        prepare(job, "train", on_progress=once(replace))
+        prepare_here(job, on_progress=once(replace))
     with pytest.raises(UserError, match="no prepared dataset"):
         PreparedDataset(job.prepared_path("train"))
     with pytest.raises(UserError, match=r"(?s)files\[0\]: .* -> .*--replace"):
-        prepare(job, "train")
+        prepare_here(job)
 
 
 def test_ids_that_stand_twice_are_rejected_on_the_cluster_too(
     ray_head: RayHead, inputs: Inputs, rows: Path, tmp_path: Path
 ) -> None:
     first = [{"id": f"id-{number}", "text": f"words {number}"} for number in range(12)]
-    rows.write_text("\n\n".join(map(json.dumps, [*first, *first[3:], {"id": "last", "text": "words"}])))
-    dataset, _ = prepare(job_of(inputs, tmp_path, rows, duplicate_ids="reject"), "train")
+    rows.write_text("\n\n".join(map(json.dumps, [*first, *first[3:], {"id": "last", "text": "words"}])) + "\n" * 90)
+    seen: list[tuple[int, int]] = []
+    job = job_of(inputs, tmp_path, rows, duplicate_ids="reject")
+    dataset, _ = prepare(job, "train", on_progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == [*range(0, 121, 20), seen[0][1]], "blank lines are no rows, but progress"
     facts = dataset.statistics
     assert facts["rows_read"] == 22 == facts["rows_packed"] + facts["rows_rejected"]
     assert facts["rejected_by_reason"] == {"duplicate_id": 9}
