@@ -19,6 +19,7 @@ from mmray.storage import Folder
 from mmray.training.history import HISTORY_FILE, read_history
 from mmray.training.json_lines import read_json_lines
 from mmray.training.metrics import METRICS_FILE, read_metrics
+from mmray.training.place import CURSOR_FILE
 from mmray.training.skipped import SKIPPED_FILE
 
 MOST_MARKS = 8
@@ -45,7 +46,8 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = RunFolder(folder).fetch()
+        self._run = RunFolder(folder)
+        self.folder = self._run.fetch()
         """Where its files are here; of a run in an object store copies of them."""
         if not self.is_one(self.folder):
             raise UserError(f"{folder} holds no run: no {METRICS_FILE}; give output.run of a job that trains")
@@ -90,9 +92,9 @@ class Run:
     def checkpoints(self) -> list[SavedCheckpoint]:
         """The checkpoints that are there, by step. Damaged ones are left out."""
         found = []
-        for file in self.folder.glob("checkpoint_*/cursor.json"):
+        for name in self._run.checkpoint_names():
             try:
-                found.append(SavedCheckpoint(file.parent.name, Cursor.read(file).step))
+                found.append(SavedCheckpoint(name, Cursor.read(self.folder / name / CURSOR_FILE).step))
             except UserError:
                 continue
         return sorted(found, key=lambda each: each.step)
