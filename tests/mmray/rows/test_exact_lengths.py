@@ -121,7 +121,7 @@ def test_preparing_decodes_no_pixels(preparation, no_decoding, shared_data, tmp_
     with pytest.raises(Decoded):
         load_image(shared_data / "pages/p0000.jpg")
     encode = preparation.encoder.encode
-    monkeypatch.setattr(preparation.encoder, "encode", lambda rows, **_: encode(rows, verify=range(0, len(rows), 8)))
+    monkeypatch.setattr(preparation.encoder, "encode", lambda rows, **_: encode(rows, verify=range(0, len(rows), 32)))
     facts = preparation.write(tmp_path / "prepared").statistics
     assert facts["images"] > 50
     assert facts["rows_packed"] > 80
