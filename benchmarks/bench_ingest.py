@@ -18,7 +18,7 @@ from pipelines.ingest import Ingest
 
 RANKS = 2
 STEP_SECONDS = 1.0
-STEPS = 9
+STEPS = 6
 FAR = 1_000_000
 SMALL_STEPS = 100
 GOAL_WAIT = 0.02

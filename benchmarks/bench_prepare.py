@@ -167,7 +167,7 @@ def pool_processes() -> list[psutil.Process]:
 
 def _start(job: Job, token: str) -> None:
     global _stages
-    _stages = Stages(job, token)
+    _stages = Stages(PrepareContext(job, "train"), token)
 
 
 def _window(chunks: list[Chunk]) -> int:

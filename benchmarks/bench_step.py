@@ -9,8 +9,8 @@ device. Loss and gradients are the same, or the benchmark fails.
 The model is a Qwen2-VL with random weights, small where there is no GPU, and wide for its depth: in a narrow one
 attention would outweigh all else. Its vocabulary has only the tokens that occur: of all 150,000 the logits would be
 most of a small model's time. Peak memory is what torch holds at most beside weights and inputs, in fp32: on the CPU by
-the allocations that its profiler lists, on a GPU by its own count. Time is CPU time of one thread, on a GPU the clock's
-in bf16.
+the allocations that its profiler lists, on a GPU by its own count. Time is CPU time of one thread, of that same step,
+beside which the profiler's own is nothing; on a GPU the clock's, of others in bf16.
 """
 
 import json
@@ -73,10 +73,6 @@ class Scale:
     """Of a bin."""
     text: dict[str, int]
     vision: dict[str, int]
-    dtype: torch.dtype
-    """For times."""
-    repeats: int
-    """After one step in fp32, which is not timed."""
 
 
 CPU_SCALE = Scale(
@@ -87,8 +83,6 @@ CPU_SCALE = Scale(
         "num_key_value_heads": 2,
     },
     vision={"depth": 1, "embed_dim": 64, "num_heads": 1, "mlp_ratio": 2},
-    dtype=torch.float32,
-    repeats=1,
 )  # fmt: skip
 GPU_SCALE = Scale(
     num_samples=64,
@@ -98,8 +92,6 @@ GPU_SCALE = Scale(
         "num_key_value_heads": 2,
     },
     vision={"depth": 8, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
-    dtype=torch.bfloat16,
-    repeats=5,
 )  # fmt: skip
 """The widths of Qwen2-VL-2B, a quarter of its layers."""
 
@@ -270,20 +262,28 @@ def gradient(model: torch.nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """One step in fp32. peak_bytes: what torch held at most, beside what it held before."""
+    """One step in fp32. peak_bytes: what torch held at most, beside what it held before; seconds: CPU time."""
 
     loss: float
     gradient: Tensor
     peak_bytes: int
+    seconds: float
 
     @classmethod
     def of(cls, model: torch.nn.Module, batches: Sequence[Batch]) -> "Measured":
         losses: list[float] = []
+        seconds: list[float] = []
+
+        def work() -> None:
+            began = time.process_time()
+            losses.append(step(model, batches))
+            seconds.append(time.process_time() - began)
+
         model.zero_grad(set_to_none=True)
-        peak = peak_bytes(lambda: losses.append(step(model, batches)))
+        peak = peak_bytes(work)
         whole = gradient(model)
         model.zero_grad(set_to_none=True)
-        return cls(losses[0], whole, peak)
+        return cls(losses[0], whole, peak, seconds[0])
 
     def differences(self, other: "Measured") -> tuple[float, float]:
         """Of loss and gradients, relative to the other's."""
@@ -330,12 +330,11 @@ def on_this_machine() -> list[Result]:
     equal = f"losses differ by {loss:.0e}, gradients by {slope:.0e}"
     if not (loss < LOSS_TOLERANCE and slope < GRADIENT_TOLERANCE):
         raise AssertionError(f"packed and padded are not the same: {equal}")
-    model.to(scale.dtype)
-    ways = {way: [batch.to(device, scale.dtype) for batch in batches] for way, batches in ways.items()}
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    seconds = {
-        way: best_seconds(partial(step, model, batches), scale.repeats, clock=clock) for way, batches in ways.items()
-    }
+    seconds = {way: each.seconds for way, each in measured.items()}
+    if device.type == "cuda":
+        model.to(torch.bfloat16)
+        ways = {way: [batch.to(device, torch.bfloat16) for batch in batches] for way, batches in ways.items()}
+        seconds = {way: best_seconds(partial(step, model, batches)) for way, batches in ways.items()}
     peaks = {way: each.peak_bytes / 1e6 for way, each in measured.items()}
     return results(samples, ways, seconds, peaks, equal)
 

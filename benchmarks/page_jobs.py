@@ -84,10 +84,14 @@ def windows(job: Job) -> list[list[Chunk]]:
 
 
 class Stages:
-    """The stage functions of a prepare in this process: what its actors hold. token: of the plan that was begun."""
+    """The stage functions of a prepare in this process: what its actors hold. token: of the plan that was begun.
 
-    def __init__(self, job: Job, token: str) -> None:
-        self.encode, self.pack = EncodeChunk(job, "train"), PackWindow(job, "train", token)
+    They have one processor, which takes a second to load.
+    """
+
+    def __init__(self, context: PrepareContext, token: str) -> None:
+        self.encode, self.pack = EncodeChunk(context.job, "train"), PackWindow(context.job, "train", token)
+        self.encode.context = self.pack.context = context
 
     def window(self, chunks: list[Chunk]) -> int:
         """Encodes, packs and writes one window; returns its rows."""
@@ -101,7 +105,7 @@ def prepared_here(job: Job) -> PreparedDataset:
     record = context.record(source_files(job.data.train))
     writer = PreparedWriter(context.path)
     writer.begin(record)
-    stages, planned = Stages(job, writer.token), windows(job)
+    stages, planned = Stages(context, writer.token), windows(job)
     for chunks in planned:
         stages.window(chunks)
     capacities = job.packing.token_capacity, job.packing.visual_capacity
