@@ -91,30 +91,33 @@ def of_steps(ingest: Ingest, data: str) -> Result:
 
 
 def of_small(ingest: Ingest) -> list[Result]:
-    """What a small micro-batch costs, alone in its block and together with others, and the starts at two places: of
-    single ones at step 0, of several, which takes the time to make them longer, at step FAR. Another graph has run
-    before: files are in memory."""
+    """What a small micro-batch costs, alone in its block and together with others, and the starts at two places.
+    Another graph has run before: files are in memory."""
     per_share = ingest.per_share
-    starts, costs = [], []
-    for count, start in ((1, 0), (per_share, FAR)):
+
+    def measured(count: int, start: int) -> tuple[float, float]:
         ingest.per_share = count
         run = Run(ingest, start, FAR)
-        starts.append(run.start_seconds)
-        costs.append(1000 * run.waited(SMALL_STEPS - 1, 0) / (SMALL_STEPS - 1) / RANKS)
+        cost = 1000 * run.waited(SMALL_STEPS - 1, 0) / (SMALL_STEPS - 1) / RANKS
         run.close()
+        return run.start_seconds, cost
+
+    near, alone = measured(1, 0)
+    far, together = measured(per_share, FAR)
     began = time.perf_counter()
     for _ in ingest.maker.steps(0, 0, SMALL_STEPS):
         pass
     here = 1000 * (time.perf_counter() - began) / SMALL_STEPS
     return [
         Result(
-            name=f"resume to first step at step {FAR:,} against step 0", ratio=starts[1] / starts[0],
-            explanation=f"{starts[1]:.1f} s against {starts[0]:.1f} s from split to the first batch of both ranks",
+            name=f"resume to first step at step {FAR:,} against step 0", ratio=far / near,
+            explanation=f"{far:.1f} s, with {per_share} micro-batches to make, against {near:.1f} s, with one, from "
+            "split to the first batch of both ranks",
             goal=GOAL_START, lower_is_better=True,
         ),
         Result(
-            name="small micro-batches, several in a block against one", ratio=costs[0] / costs[1], goal=2.0,
-            explanation=f"{costs[0]:.1f} ms a micro-batch alone, {costs[1]:.1f} ms as one of {per_share}; "
+            name="small micro-batches, several in a block against one", ratio=alone / together, goal=2.0,
+            explanation=f"{alone:.1f} ms a micro-batch alone, {together:.1f} ms as one of {per_share}; "
             f"{here:.1f} ms to make it, without Ray",
         ),
     ]  # fmt: skip

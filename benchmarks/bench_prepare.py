@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -43,8 +43,9 @@ WINDOW_ROWS = 1_024
 POOL_SIZE = 2
 TURN_SECONDS = 1.0
 GOAL_RATE, GOAL_MEMORY = 0.9, 1.15
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 0.1
 ACTORS = {"EncodeChunk": "encode actor", "PackWindow": "pack actor"}
+NUM_ACTORS = 3
 
 _stages: Stages
 
@@ -54,35 +55,60 @@ def run(rows: int = ROWS) -> list[Result]:
         pages = Pages(Path(folder))
         pool_job = pages.job("pool", pages.rows, POOL_ROWS, window_rows=WINDOW_ROWS)
         ray_job = pages.job("ray", pages.rows, rows, window_rows=WINDOW_ROWS)
-        with local_ray(), PeakMemory() as memory:
-            pool = Way(pool_job, through_pool, pool_processes)
-            ray = Way(ray_job, through_ray, lambda: [process for process, _ in ray_actors()])
+        pool = Way(pool_job, through_pool, pool_processes, POOL_SIZE)
+        ray = Way(ray_job, through_ray, lambda: [process for process, _ in ray_actors()], NUM_ACTORS)
+        with local_ray(), PeakMemory() as memory, pool, ray:
             for way in (pool, ray):
                 way.wait()
             first_peaks = memory.megabytes.copy()
-            take_turns(pool, ray)
+            while pool.rated < RATED_ROWS:
+                ray.turn()
+                pool.turn()
         rates = of_rates(pool, ray, pages.name)
         return [of_row_groups(Path(folder)), rates, *of_memory(first_peaks, memory.megabytes, rows)]
 
 
 class Way:
-    """A way of preparing, suspended when its first rows are done. Its clock runs in its turns only."""
+    """A way of preparing, at work in a thread from the beginning of its block, suspended when its first rows are done.
+
+    Its clock runs in its turns only. At the end of the block it goes on until it ends by itself.
+    """
 
     def __init__(
-        self, job: Job, work: Callable[[Job, "Way"], None], processes: Callable[[], list[psutil.Process]]
+        self, job: Job, work: Callable[[Job, "Way"], None], find: Callable[[], list[psutil.Process]], count: int
     ) -> None:
-        """work: runs in a thread. processes: finds those that do it."""
-        self._find = processes
-        self.done, self.is_finishing = 0, False
+        """find: gives the processes that do the work, `count` of them from the first rows to the end of the turns."""
+        self.job, self._work, self._find, self._count = job, work, find, count
+        self.done = 0
+        self.is_left = False
+        """There are no more turns."""
         self.commits: list[tuple[int, float]] = []
         """Rows done since the start and the clock's seconds, each time that rows are committed in a turn."""
+        self._failed = False
         self._seconds = 0.0
-        self._resumed: float | None = None
-        self._work = ThreadPoolExecutor(1).submit(work, job, self)
+        self._origin: float | None = None
+        """The time at which the clock would have begun to make it right; None: it stands."""
+
+    def __enter__(self) -> "Way":
+        self._running = ThreadPoolExecutor(1).submit(self._work, self.job, self)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.is_left, self._failed = True, kind is not None
+        for process in self._find():
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        wait([self._running])
+        if kind is None:
+            self._running.result()
 
     def note(self, done: int) -> None:
-        if self._resumed is not None:
-            self.commits.append((done, self._seconds + time.perf_counter() - self._resumed))
+        """Called in the thread when rows are committed."""
+        if self._failed:
+            raise RuntimeError("the benchmark was given up")
+        origin = self._origin
+        if origin is not None:
+            self.commits.append((done, time.perf_counter() - origin))
         elif self.done < FIRST_ROWS <= done:
             self.suspend()
         self.done = done
@@ -94,37 +120,30 @@ class Way:
             self._check()
 
     def _check(self) -> None:
-        if self._work.done():
-            self._work.result()
+        if self._running.done():
+            self._running.result()
             raise AssertionError(f"{self.done:,} rows are all, too few to take turns with the other way")
 
     def turn(self) -> None:
         self._check()
-        self.resume()
-        self._resumed = time.perf_counter()
+        for process in self.processes:
+            process.resume()
+        self._origin = time.perf_counter() - self._seconds
         time.sleep(TURN_SECONDS)
         self.suspend()
-        self._seconds, self._resumed = self._seconds + time.perf_counter() - self._resumed, None
+        self._seconds = time.perf_counter() - self._origin
+        self._origin = None
 
     @cached_property
     def processes(self) -> list[psutil.Process]:
-        return self._find()
+        found = self._find()
+        if len(found) != self._count:
+            raise AssertionError(f"{len(found)} processes instead of {self._count}: {found}")
+        return found
 
     def suspend(self) -> None:
-        self._tell(psutil.Process.suspend)
-
-    def resume(self) -> None:
-        self._tell(psutil.Process.resume)
-
-    def _tell(self, what: Callable[[psutil.Process], None]) -> None:
         for process in self.processes:
-            with suppress(psutil.NoSuchProcess):  # all rows are done: `_check` or `finish` tells
-                what(process)
-
-    def finish(self) -> None:
-        self.is_finishing = True
-        self.resume()
-        self._work.result()
+            process.suspend()
 
     @property
     def rated(self) -> int:
@@ -138,26 +157,18 @@ class Way:
         return float(np.polyfit(seconds, rows, 1)[0])
 
 
-def take_turns(pool: Way, ray: Way) -> None:
-    """Until the pool has made RATED_ROWS so; then both to their ends."""
-    while pool.rated < RATED_ROWS:
-        ray.turn()
-        pool.turn()
-    ray.resume()
-    pool.finish()
-    ray.finish()
-
-
 def through_pool(job: Job, way: Way) -> None:
-    """Until the way finishes."""
+    """Until the way is left."""
     writer = PreparedWriter(job.prepared_path("train"))
     writer.begin(PrepareContext(job, "train").record(source_files(job.data.train)))
     done = 0
-    with multiprocessing.get_context("spawn").Pool(POOL_SIZE, _start, (job, writer.token)) as pool:
-        for rows in pool.imap_unordered(_window, windows(job)):
-            done += rows
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(POOL_SIZE, mp_context=spawn, initializer=_start, initargs=(job, writer.token)) as pool:
+        for window in as_completed([pool.submit(_window, chunks) for chunks in windows(job)]):
+            done += window.result()
             way.note(done)
-            if way.is_finishing:
+            if way.is_left:
+                pool.shutdown(wait=False, cancel_futures=True)
                 return
 
 
@@ -221,14 +232,15 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
+        found = [(psutil.Process(), "driver")]
         while not self._ended.wait(SAMPLE_SECONDS):
-            for process, name in [(psutil.Process(), "driver"), *ray_actors()]:
-                try:
+            if len(found) <= NUM_ACTORS:  # looking for them takes much longer than asking them
+                found = [found[0], *ray_actors()]
+            for process, name in found:
+                with suppress(psutil.Error):  # it has just ended
                     memory = process.memory_info()
-                except psutil.Error:  # it has just ended
-                    continue
-                own = (memory.rss - memory.shared) / 1e6
-                self.megabytes[name] = max(self.megabytes.get(name, 0.0), own)
+                    own = (memory.rss - memory.shared) / 1e6
+                    self.megabytes[name] = max(self.megabytes.get(name, 0.0), own)
 
 
 def of_memory(first: dict[str, float], peaks: dict[str, float], rows: int) -> list[Result]:

@@ -33,8 +33,8 @@ def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptS
     for _, each in groupby(chunks, key=lambda chunk: chunk.window):
         window = list(each)
         packed = pack(pa.concat_tables(pa.table(encode({"chunk": [chunk]})) for chunk in window))
-        if packed[ERROR][0]:
-            raise UserError(packed[ERROR][0])
         if sizes:
             sizes.measured += map(_from_buffer, packed["sizes"][0].as_py())
+        if packed[ERROR][0]:
+            raise UserError(packed[ERROR][0])
         yield sum(chunk.num_rows for chunk in window)

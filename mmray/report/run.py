@@ -46,11 +46,12 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._run = RunFolder(folder)
-        self.folder = self._run.fetch()
+        run = RunFolder(folder)
+        self.folder = run.fetch()
         """Where its files are here; of a run in an object store copies of them."""
         if not self.is_one(self.folder):
             raise UserError(f"{folder} holds no run: no {METRICS_FILE}; give output.run of a job that trains")
+        self._checkpoint_names = run.checkpoint_names()
 
     @staticmethod
     def is_one(folder: str | Path) -> bool:
@@ -92,7 +93,7 @@ class Run:
     def checkpoints(self) -> list[SavedCheckpoint]:
         """The checkpoints that are there, by step. Damaged ones are left out."""
         found = []
-        for name in self._run.checkpoint_names():
+        for name in self._checkpoint_names:
             try:
                 found.append(SavedCheckpoint(name, Cursor.read(self.folder / name / CURSOR_FILE).step))
             except UserError:

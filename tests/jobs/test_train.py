@@ -120,20 +120,22 @@ def test_a_killed_worker_a_damaged_checkpoint_and_other_numbers_of_workers_chang
     killed: list[int] = []
 
     def kill_one_worker() -> None:
-        while len(read_metrics(run / "metrics.jsonl")) < KILL_IN_STEP - 1:
+        workers: list[psutil.Process] = []
+        while (done := len(read_metrics(run / "metrics.jsonl"))) < KILL_IN_STEP - 1:
+            if done and not workers:
+                processes = psutil.Process(ray_head.pid).children(recursive=True)
+                workers = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
             time.sleep(0.05)
-        processes = psutil.Process(ray_head.pid).children(recursive=True)
-        workers = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
         workers[-1].kill()
         killed.append(workers[-1].pid)
 
     killer = threading.Thread(target=kill_one_worker, daemon=True)
     killer.start()
     every = {"training__checkpoint_every_steps": 3}
-    lines = run_job(inputs, folder, "chained", training__steps=8, training__max_failures=2, **every)
+    lines = run_job(inputs, folder, "chained", training__steps=9, training__max_failures=2, **every)
     killer.join(1)
     assert len(killed) == 1
-    assert_same_steps(lines, whole[:8], tolerance=1e-6)
+    assert_same_steps(lines, whole[:9], tolerance=1e-6)
     assert resumes(run)[0] in (3, 6)
 
     newest = newest_looking_whole(run)

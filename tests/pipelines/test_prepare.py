@@ -1,4 +1,4 @@
-"""Preparing on a real Ray: the accounting, equality to the byte, continuing, refusing."""
+"""Preparing, on a real Ray where it is `prepare`: the accounting, equality to the byte, continuing, refusing."""
 
 import json
 from dataclasses import replace

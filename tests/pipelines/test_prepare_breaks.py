@@ -1,4 +1,7 @@
-"""What breaks while preparing on a real Ray reaches the user as one line, and what was committed is kept."""
+"""What breaks while preparing reaches the user as one line, and what was committed is kept.
+
+On a real Ray where it is `prepare`.
+"""
 
 import json
 import shutil
@@ -87,7 +90,7 @@ def test_rows_that_change_while_they_are_prepared_stop_it(inputs: Inputs, rows: 
         prepare_here(job)
 
 
-def test_ids_that_stand_twice_are_rejected_on_the_cluster_too(
+def test_ids_that_stand_twice_are_rejected_on_the_cluster_too_and_blank_lines_are_progress(
     ray_head: RayHead, inputs: Inputs, rows: Path, tmp_path: Path
 ) -> None:
     first = [{"id": f"id-{number}", "text": f"words {number}"} for number in range(12)]
