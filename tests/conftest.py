@@ -1,6 +1,6 @@
 """One Ray for each process of tests: a head as `ray start` makes it, with token authentication and a dashboard.
 
-`make test` runs three processes: two for the tests that need a Ray, each with its own, and all others file by file in
+`make test` runs four processes: two for the tests that need a Ray, each with its own, and all others file by file in
 whichever is free.
 """
 
