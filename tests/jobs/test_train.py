@@ -120,11 +120,11 @@ def test_a_killed_worker_a_damaged_checkpoint_and_other_numbers_of_workers_chang
     killed: list[int] = []
 
     def kill_one_worker() -> None:
-        workers: list[psutil.Process] = []
-        while (done := len(read_metrics(run / "metrics.jsonl"))) < KILL_IN_STEP - 1:
-            if done and not workers:
-                processes = psutil.Process(ray_head.pid).children(recursive=True)
-                workers = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
+        while not read_history(run):
+            time.sleep(0.05)
+        processes = psutil.Process(ray_head.pid).children(recursive=True)  # found before the first step, which is soon
+        workers = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
+        while len(read_metrics(run / "metrics.jsonl")) < KILL_IN_STEP - 1:
             time.sleep(0.05)
         workers[-1].kill()
         killed.append(workers[-1].pid)
