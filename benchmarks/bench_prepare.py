@@ -5,7 +5,9 @@ sent between them. Two encoding processes each; Ray packs in a third.
 
 When both have made their first rows they take turns: the processes of the one are suspended while the other's go on,
 and a way's clock runs in its turns only. So the starting of processes counts for neither, and what else slows the
-machine down for a while slows both. After RATED_ROWS of the pool Ray goes on alone, for its memory.
+machine down for a while slows both. Of Ray only the actors are suspended: its other processes and this one, which also
+samples memory, took 3 to 5 % of two cores in the pool's turns, in Ray's favour. After RATED_ROWS of the pool Ray goes
+on alone, for its memory.
 
     python -m benchmarks.bench_prepare 100000     # another number of rows on Ray
 """

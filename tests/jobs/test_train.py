@@ -114,15 +114,16 @@ def resumes(run: Path) -> list[int]:
 def test_a_killed_worker_a_damaged_checkpoint_and_other_numbers_of_workers_change_nothing(
     whole: list[dict[str, Any]], ray_head: RayHead, inputs: Inputs, folder: Path
 ) -> None:
-    """The global batch of 4 bins does not divide evenly by 3. After the first stop the newest checkpoint is damaged and
-    what Ray Train remembers is torn: the run goes on from the checkpoint before."""
+    """In the first part, on two workers, one is killed. After it the newest checkpoint is damaged and what Ray Train
+    remembers is torn: the run goes on from the checkpoint before, on three workers, by which the global batch of 4 bins
+    does not divide evenly, and on one."""
     run = folder / "chained"
     killed: list[int] = []
 
     def kill_one_worker() -> None:
         while not read_history(run):
             time.sleep(0.05)
-        processes = psutil.Process(ray_head.pid).children(recursive=True)  # found before the first step, which is soon
+        processes = psutil.Process(ray_head.pid).children(recursive=True)  # listed now: steps are quicker than this
         workers = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
         while len(read_metrics(run / "metrics.jsonl")) < KILL_IN_STEP - 1:
             time.sleep(0.05)
