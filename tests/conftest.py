@@ -73,6 +73,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def end_processes(root: int) -> None:
+    """Ends a process, if it still lives, and all below it."""
+    if not psutil.pid_exists(root):
+        return
+    processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(processes, timeout=5)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 @contextlib.contextmanager
 def running_head(folder: Path, *options: str, port: int | None = None, **environment: str) -> Iterator[RayHead]:
     """`ray start --head` with its dashboard on this machine, for the time of the block. folder: for its log.
@@ -101,13 +114,7 @@ def running_head(folder: Path, *options: str, port: int | None = None, **environ
         _wait_for(dashboard_port, head, log)
         yield RayHead(head.pid, address, f"http://127.0.0.1:{dashboard_port}", everything | {"RAY_ADDRESS": address})
     finally:
-        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        for process in psutil.wait_procs(processes, timeout=5)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        end_processes(head.pid)
         shutil.rmtree(session, ignore_errors=True)
 
 

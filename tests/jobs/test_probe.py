@@ -1,6 +1,7 @@
 """What nodes say of themselves before work starts: each thing that may be wrong there is one line."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -21,7 +21,7 @@ from jobs.probe import Answer, check_nodes, check_shared_memory, look, packages_
 from jobs.room import Node, cluster_nodes
 from mmray.config import Job
 from mmray.errors import UserError
-from tests.conftest import ROOT, START_SECONDS, RayHead, running_head
+from tests.conftest import ROOT, START_SECONDS, RayHead, end_processes, running_head
 from tests.mmray.test_docs_jobs import LEAST
 
 OWN = Answer({"python": "3.11.9", "ray": "2.60.0", "torch": "2.8.0", "transformers": "5.23.0"}, [], [], [], 10**10)
@@ -112,27 +112,34 @@ def test_a_mark_is_there_only_while_nodes_look(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def joined_node(head: RayHead, log: Path, *options: str, inside: tuple[str, ...] = ()) -> Iterator[None]:
-    """`ray start --address` on this machine, for the time of the block. inside: a command that runs another."""
+    """`ray start --address` on this machine, for the time of the block. inside: a command that runs another.
+
+    Started anew when it ends: `ray start` gives up after 30 s without an answer of the head, and no setting says other.
+    """
     command = [*inside, sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={head.address}", "--block"]
     command += ["--num-cpus=1", "--num-gpus=0", "--disable-usage-stats", "--dashboard-agent-listen-port=0", *options]
     environment = {key: value for key, value in head.environment.items() if key != "RAY_ADDRESS"}
     with log.open("wb") as output:
-        node = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True
+        start = functools.partial(
+            subprocess.Popen,
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent,
+            start_new_session=True,
         )
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while "Ray runtime started" not in log.read_text():
-            assert node.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield
-    finally:
-        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(processes, timeout=5)
+        node = start()
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while "Ray runtime started" not in log.read_text():
+                if node.poll() is not None:
+                    node = start()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            yield
+        finally:
+            end_processes(node.pid)
 
 
 ASKING = """
