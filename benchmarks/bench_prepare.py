@@ -5,9 +5,8 @@ sent between them. Two encoding processes each; Ray packs in a third.
 
 When both have made their first rows they take turns: the processes of the one are suspended while the other's go on,
 and a way's clock runs in its turns only. So the starting of processes counts for neither, and what else slows the
-machine down for a while slows both. Of Ray only the actors are suspended: its other processes and this one, which also
-samples memory, took 3 to 5 % of two cores in the pool's turns, in Ray's favour. After RATED_ROWS of the pool Ray goes
-on alone, for its memory.
+machine down for a while slows both. Of Ray all processes are suspended but its driver, which is this one. After
+RATED_ROWS of the pool Ray goes on alone, for its memory.
 
     python -m benchmarks.bench_prepare 100000     # another number of rows on Ray
 """
@@ -57,11 +56,12 @@ def run(rows: int = ROWS) -> list[Result]:
         pages = Pages(Path(folder))
         pool_job = pages.job("pool", pages.rows, POOL_ROWS, window_rows=WINDOW_ROWS)
         ray_job = pages.job("ray", pages.rows, rows, window_rows=WINDOW_ROWS)
-        pool = Way(pool_job, through_pool, pool_processes, POOL_SIZE)
-        ray = Way(ray_job, through_ray, lambda: [process for process, _ in ray_actors()], NUM_ACTORS)
+        pool, ray = Way(pool_job, through_pool, pool_processes), Way(ray_job, through_ray, ray_processes)
         with local_ray(), PeakMemory() as memory, pool, ray:
             for way in (pool, ray):
                 way.wait()
+            if len(pool.processes) != POOL_SIZE or len(list(ray_actors())) != NUM_ACTORS:
+                raise AssertionError(f"{pool.processes} and {list(ray_actors())} should be all that works")
             first_peaks = memory.megabytes.copy()
             while pool.rated < RATED_ROWS:
                 ray.turn()
@@ -76,11 +76,9 @@ class Way:
     Its clock runs in its turns only. At the end of the block it goes on until it ends by itself.
     """
 
-    def __init__(
-        self, job: Job, work: Callable[[Job, "Way"], None], find: Callable[[], list[psutil.Process]], count: int
-    ) -> None:
-        """find: gives the processes that do the work, `count` of them from the first rows to the end of the turns."""
-        self.job, self._work, self._find, self._count = job, work, find, count
+    def __init__(self, job: Job, work: Callable[[Job, "Way"], None], find: Callable[[], list[psutil.Process]]) -> None:
+        """find: gives the processes that do the work, the same from the first rows to the end of the turns."""
+        self.job, self._work, self._find = job, work, find
         self.done = 0
         self.is_left = False
         """There are no more turns."""
@@ -138,10 +136,7 @@ class Way:
 
     @cached_property
     def processes(self) -> list[psutil.Process]:
-        found = self._find()
-        if len(found) != self._count:
-            raise AssertionError(f"{len(found)} processes instead of {self._count}: {found}")
-        return found
+        return self._find()
 
     def suspend(self) -> None:
         for process in self.processes:
@@ -189,6 +184,12 @@ def _window(chunks: list[Chunk]) -> int:
 
 def through_ray(job: Job, way: Way) -> None:
     prepare(job, "train", on_progress=lambda done, _: way.note(done))
+
+
+def ray_processes() -> list[psutil.Process]:
+    """All below this process but the pool's."""
+    pool = pool_processes()
+    return [process for process in psutil.Process().children(recursive=True) if process not in pool]
 
 
 def ray_actors() -> Iterator[tuple[psutil.Process, str]]:

@@ -1,7 +1,8 @@
-"""Preparing without Ray, whose actors take 20 s of CPU time to start: for tests that need what is prepared and do not
-ask how, and as what a prepare on Ray is compared with."""
+"""Preparing and training without Ray, whose actors take 20 s of CPU time and more to start: for tests that need what
+is prepared and do not ask how, and as what is compared with the same on Ray."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -9,13 +10,18 @@ import pyarrow as pa
 import pytest
 
 import pipelines.prepare
+from jobs.run_plan import run_plan
 from mmray.config import Job
+from mmray.cursor import Cursor
 from mmray.errors import UserError
 from mmray.images.size_cache import SizeCache
+from mmray.loader import BatchMaker
 from mmray.prepared import PreparedDataset
 from mmray.rows.files import Chunk
+from mmray.training.engine import TrainingEngine
 from pipelines.dataset import ERROR
 from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare
+from tests.mmray.training.ranks import RankGroup
 
 
 def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedDataset:
@@ -23,6 +29,20 @@ def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedData
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipelines.prepare, "_run", run_here)
         return prepare(job, split, **options)[0]
+
+
+def train_here(job: Job) -> list[dict[str, float]]:
+    """All steps of a job on one rank: the metrics of each, under the names of metrics.jsonl."""
+    return RankGroup(1, _steps_here, job).results()[0]
+
+
+def _steps_here(_rank: int, world_size: int, job: Job) -> list[dict[str, float]]:
+    plan = run_plan(job, {"train": PreparedDataset(job.prepared_path("train"))}, gpus=False)
+    batches = plan.batches("train", plan.schedule, world_size)
+    steps = plan.total_steps(Cursor.at(plan.schedule, prepared=batches.prepared))
+    engine = TrainingEngine(job.model, job.training, total_steps=steps, grad_accumulation=batches.micro_batches)
+    found = [asdict(engine.step(each)) for each in BatchMaker(batches).steps(0, 0, steps)]
+    return [{"step": number, "lr": step.pop("learning_rate")} | step for number, step in enumerate(found, start=1)]
 
 
 def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:

@@ -51,10 +51,15 @@ def whole(inputs: Inputs, folder: Path) -> list[dict[str, Any]]:
     return run_job(inputs, folder, "whole", name="whole")
 
 
-def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
+EQUAL = ("epoch", "tokens", "trained_tokens", "bins", "lr")
+
+
+def assert_same_steps(
+    found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float, equal: tuple[str, ...] = EQUAL
+) -> None:
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        for key in ("epoch", "tokens", "trained_tokens", "bins", "lr"):
+        for key in equal:
             assert ours[key] == theirs[key], (ours["step"], key)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance), ours["step"]
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * tolerance), ours["step"]
@@ -111,12 +116,12 @@ def resumes(run: Path) -> list[int]:
     return [event["step"] for event in read_history(run) if event["event"] == "resume"]
 
 
-def test_a_killed_worker_a_damaged_checkpoint_and_other_numbers_of_workers_change_nothing(
+def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_change_nothing(
     whole: list[dict[str, Any]], ray_head: RayHead, inputs: Inputs, folder: Path
 ) -> None:
     """In the first part, on two workers, one is killed. After it the newest checkpoint is damaged and what Ray Train
     remembers is torn: the run goes on from the checkpoint before, on three workers, by which the global batch of 4 bins
-    does not divide evenly, and on one."""
+    does not divide evenly."""
     run = folder / "chained"
     killed: list[int] = []
 
@@ -144,16 +149,15 @@ def test_a_killed_worker_a_damaged_checkpoint_and_other_numbers_of_workers_chang
     shard = next(newest.glob("deepspeed/*optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     (run / "checkpoint_manager_snapshot.json").write_text('{"ray_ver')
-    for steps, workers in ((10, 3), (12, 1)):
-        resources = {"workers": workers, "cpus_per_worker": 0.5, "encode_actors": 2}
-        lines = run_job(inputs, folder, "chained", training__steps=steps, resources=resources)
+    resources = {"workers": 3, "cpus_per_worker": 0.5, "encode_actors": 2}
+    lines = run_job(inputs, folder, "chained", resources=resources)
     events = {event["event"]: event for event in read_history(run)}
     assert events["damaged_checkpoint"]["checkpoint"] == newest.name
     assert events["damaged_checkpoint"]["problem"] == f"deepspeed/{shard.name} was changed: its checksum is another"
-    assert resumes(run)[1:] == [6, 10]
+    assert resumes(run)[1:] == [6]
     assert_same_steps(lines, whole, tolerance=1e-3)
     assert_same_steps(lines[:6], whole[:6], tolerance=1e-6)
-    assert [step.workers for step in read_trained(run)] == [2] * 6 + [3] * 4 + [1] * 2
+    assert [step.workers for step in read_trained(run)] == [2] * 6 + [3] * 6
     assert_each_bin_once_an_epoch(run)
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mmray.loader import BatchMaker, BatchPlan
 from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
 from pipelines import ingest
-from pipelines.ingest import Ingest, Shares, joined
+from pipelines.ingest import Ingest, Mask, Render, Shares, joined
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
 
@@ -77,16 +78,12 @@ def check_equal(batch: MicroBatch, expected: MicroBatch) -> None:
         np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
 
 
-@pytest.mark.parametrize(("per_share", "segments"), [(1, 1), (3, 2)])
-def test_each_rank_receives_its_batches_in_schedule_order(
-    plan: BatchPlan, monkeypatch: pytest.MonkeyPatch, per_share: int, segments: int
-) -> None:
-    epoch = plan.schedule.steps_per_epoch
+def test_each_rank_receives_its_batches_in_schedule_order(plan: BatchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    epoch, per_share = plan.schedule.steps_per_epoch, 3
     made = ingest_of(plan, per_share)
-    if segments == 2:
-        monkeypatch.setattr(ingest, "SEGMENT_SHARES", -(-4 * (epoch - 1) // per_share))
+    monkeypatch.setattr(ingest, "SEGMENT_SHARES", -(-4 * (epoch - 1) // per_share))
     start, stop = 1, epoch + 2  # resumed in the middle; of two segments, the second goes over the end of the epoch
-    assert len(list(made.segments(start, stop))) == segments
+    assert len(list(made.segments(start, stop))) == 2
     found = received(made, start, stop)
     seen: list[int] = []
     for rank in range(2):
@@ -101,15 +98,17 @@ def test_each_rank_receives_its_batches_in_schedule_order(
 
 
 def test_a_run_begins_at_any_step(ray_head: RayHead, plan: BatchPlan) -> None:
-    """And asks for no more memory there: what it lists is not what a run has behind or before it."""
-    made = ingest_of(plan, per_share=2)
-    start = 1_000_001
+    """And asks for no more memory there: what it lists is not what a run has behind or before it. A share for each
+    micro-batch: blocks as small as they come, and many at once."""
+    made = ingest_of(plan, per_share=1)
+    start, few = 1_000_001, 15
     shards = made.split(start, start + 10_000)
     streams = [made.receive(shard, rank, start, start + 10_000) for rank, shard in enumerate(shards)]
     with ThreadPoolExecutor(2) as ranks:
-        for rank, batches in enumerate(ranks.map(next, streams)):
-            for batch, expected in zip(batches, next(made.maker.steps(rank, start, start + 1)), strict=True):
-                check_equal(batch, expected)
+        for rank, steps in enumerate(ranks.map(lambda stream: list(islice(stream, few)), streams)):
+            for batches, step in zip(steps, made.maker.steps(rank, start, start + few), strict=True):
+                for batch, expected in zip(batches, step, strict=True):
+                    check_equal(batch, expected)
     processes = psutil.Process(ray_head.pid).children(recursive=True)
     coordinators = [process for process in processes if "SplitCoordinator" in str(process.cmdline())]
     coordinator = max(coordinators, key=psutil.Process.create_time)
@@ -183,7 +182,8 @@ def test_a_batch_that_is_not_the_scheduled_one_is_an_error(plan: BatchPlan) -> N
         next(made.receive(Shard(), 0, 0, 1))
 
 
-def test_an_image_that_vanished_names_its_row(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
+def test_an_image_that_vanished_names_its_row(inputs: Inputs, tmp_path: Path) -> None:
+    """Past the mask actor, to the rank that would have got the batch."""
     data = shutil.copytree(inputs.folder / "data", tmp_path / "data")
     content = inputs.job(tmp_path)
     content["data"]["train"] = [{"files": str(data / "pages.jsonl"), "kind": "pretrain"}]  # type: ignore[index]
@@ -192,7 +192,7 @@ def test_an_image_that_vanished_names_its_row(ray_head: RayHead, inputs: Inputs,
     for image in (data / "pages").iterdir():
         image.unlink()
     plan = replace(plan_of(job, dataset), world_size=1)
-    made = ingest_of(plan)
-    shards = made.split(0, 1)
+    render, mask = Render(Shares(plan, 0, 1, per_share=1), None, None, ""), Mask(plan, "cpu", "")
+    share = mask(render(pa.table({"number": [0]})))
     with pytest.raises(UserError, match=r"row '.*pages\.jsonl:\d+\): image_missing"):
-        next(made.receive(shards[0], 0, 0, 1))
+        next(ingest_of(plan).receive(Shard(share), 0, 0, 1))
