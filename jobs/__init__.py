@@ -1,6 +1,8 @@
-"""What a person runs. Here only: one line where a package is missing, before any module of a job asks for it."""
+"""What a person runs. Here only what comes before any module of a job imports a package: one line where one is missing,
+and what Ray reads of the environment when it is imported."""
 
 import importlib.util
+import os
 import sys
 
 if _missing := [name for name in ("typer", "torch", "ray") if importlib.util.find_spec(name) is None]:
@@ -10,3 +12,7 @@ if _missing := [name for name in ("typer", "torch", "ray") if importlib.util.fin
         file=sys.stderr,
     )
     sys.exit(2)
+
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "killed by `ray.kill`")
+"""Lines that Ray leaves out of a driver's output: when a job is interrupted, Ray Data kills its actors, and each of
+their tasks would be told as failed."""

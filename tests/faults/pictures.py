@@ -21,10 +21,8 @@ def with_own_pictures(
     """A run over a copy of the pages, prepared while they are sound."""
     own = Inputs(folder / name / "inputs", inputs.rows, inputs.rejects)
     shutil.copytree(inputs.folder, own.folder)
-    run = TrainingRun(
-        machines, own, folder, name, output__prepared=str(folder / name / "prepared"), training__steps=20,
-        resources={"workers": 2, "encode_actors": 2}, **changes,
-    )  # fmt: skip
+    settings = {"training__steps": 20, "resources": {"workers": 2, "encode_actors": 2}, **changes}
+    run = TrainingRun(machines, own, folder, name, output__prepared=str(folder / name / "prepared"), **settings)
     for split in ("train", "eval"):
         if getattr(run.job.data, split):
             prepare_here(run.job, split)

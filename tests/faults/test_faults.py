@@ -1,4 +1,4 @@
-"""The quick part of the faults: one run that meets several, and that the judge of all the others sees what is wrong."""
+"""That the judge of all faults sees what is wrong; a run that meets several is in tests/jobs/test_interrupts.py."""
 
 import json
 from dataclasses import replace
@@ -6,52 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
-from mmray.training.history import read_history
-from mmray.training.metrics import read_metrics
-from tests.conftest import Inputs, RayHead
-from tests.faults import pictures, table
+from tests.conftest import Inputs
+from tests.faults import table
 from tests.faults.machines import OneMachine
 from tests.faults.runs import TrainingRun, furthest_loss
 from tests.faults.table import Row
-
-
-def test_pictures_break_and_the_driver_dies(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
-    """`kill -9` of jobs/train.py in the middle of a run with broken pictures; the same command goes on to the end.
-
-    The set it evaluates on has the same pictures."""
-    machine = OneMachine(ray_head.pid, ray_head.address)
-    rows = tmp_path / "run/inputs/data/pages.jsonl"
-    run = pictures.with_own_pictures(
-        machine, inputs, tmp_path, "run", data__max_skipped_share=1.0, training__eval_every_steps=10,
-        data__eval=[{"files": str(rows), "kind": "pretrain"}],
-    )  # fmt: skip
-    broken = pictures.break_some(run)
-    driver = run.start()
-    run.reach(7)
-    driver.kill()
-    at = run.step
-    run.start()
-    run.finish()
-    row = pictures.judged(run, broken, "", "")
-    assert row.holds, row
-    evaluated = PreparedDataset(run.job.prepared_path("eval"))
-    skipped = pictures.samples_with(broken, evaluated, range(len(evaluated)))
-    lines = [line for line in read_metrics(run.run / "metrics.jsonl") if "eval_loss" in line]
-    assert [(line["step"], line["eval_skipped_samples"]) for line in lines] == [(10, skipped), (20, skipped)]
-    assert skipped > 0
-    assert lines[1]["eval_loss"] < lines[0]["eval_loss"]
-    assert run.audit().step == run.metrics[-1]["step"] == 20
-    (resume,) = run.resumes()
-    assert 5 <= resume["step"] <= at
-    assert [line["event"] for line in read_history(run.run)][-1] == "finish"
-    epochs, wrong = run.epochs()
-    assert epochs > 0
-    assert wrong == 0
-
-
-# ---- The judge ----
 
 
 class _Batches:

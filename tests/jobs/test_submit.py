@@ -1,4 +1,4 @@
-"""`ray job submit`, as a user types it, against a head with token authentication."""
+"""`ray job submit`, as a user types it, against a head with token authentication; whole jobs in test_interrupts.py."""
 
 import json
 import subprocess
@@ -37,14 +37,6 @@ def printed_twice(output: str) -> list[str]:
     """Lines that a submitted job has printed more than once."""
     own = output.split("Running entrypoint for job", 1)[1]
     return [line for line, count in Counter(filter(str.strip, own.splitlines())).items() if count > 1]
-
-
-def test_prepare_through_ray_job_submit(ray_head: RayHead, job_file: Path) -> None:
-    """`jobs/train.py` is submitted in test_interrupts.py."""
-    done = submit(ray_head, "python", "jobs/prepare.py", str(job_file), options=RUNTIME_ENV)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "71 read = 60 packed + 11 rejected" in done.stdout
-    assert printed_twice(done.stdout) == []
 
 
 def test_a_mistake_in_the_job_file_is_one_line_and_an_exit_code(ray_head: RayHead, job_file: Path) -> None:
