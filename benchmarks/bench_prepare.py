@@ -11,6 +11,7 @@ RATED_ROWS of the pool Ray goes on alone, for its memory.
     python -m benchmarks.bench_prepare 100000     # another number of rows on Ray
 """
 
+import gc
 import multiprocessing
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def run(rows: int = ROWS) -> list[Result]:
         pool_job = pages.job("pool", pages.rows, POOL_ROWS, window_rows=WINDOW_ROWS)
         ray_job = pages.job("ray", pages.rows, rows, window_rows=WINDOW_ROWS)
         pool, ray = Way(pool_job, through_pool, pool_processes), Way(ray_job, through_ray, ray_processes)
+        gc.freeze()  # else Ray's driver, and it alone, would look again and again through what earlier benchmarks left
         with local_ray(), PeakMemory() as memory, pool, ray:
             for way in (pool, ray):
                 way.wait()

@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-RAYS = {"tests/jobs/test_interrupts": 2, "tests/jobs/": 1, "tests/faults/": 2, "tests/pipelines/": 2}
+RAYS = {"tests/jobs/test_interrupts": 2, "tests/jobs/test_train_s3": 2, "tests/jobs/": 1, "tests/pipelines/": 2}
 """The Ray that tests share, by how their path begins; both are in use about as long."""
 
 
