@@ -1,7 +1,7 @@
 """One Ray for each process of tests: a head as `ray start` makes it, with token authentication and a dashboard.
 
-`make test` runs four processes: two for the tests that need a Ray, each with its own, and all others file by file in
-whichever is free.
+`make test` runs two processes: each begins with half of the tests that need a Ray, on one of its own, and they share
+the others file by file. With more, on two cores, Ray's many processes and these keep each other waiting.
 """
 
 import contextlib
