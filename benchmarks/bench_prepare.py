@@ -19,8 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
-from contextlib import suppress
-from functools import cached_property
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +57,30 @@ def run(rows: int = ROWS) -> list[Result]:
         pool_job = pages.job("pool", pages.rows, POOL_ROWS, window_rows=WINDOW_ROWS)
         ray_job = pages.job("ray", pages.rows, rows, window_rows=WINDOW_ROWS)
         pool, ray = Way(pool_job, through_pool, pool_processes), Way(ray_job, through_ray, ray_processes)
-        gc.freeze()  # else Ray's driver, and it alone, would look again and again through what earlier benchmarks left
-        with local_ray(), PeakMemory() as memory, pool, ray:
+        with heap_at_rest(), local_ray(), PeakMemory() as memory, pool, ray:
             for way in (pool, ray):
                 way.wait()
             if len(pool.processes) != POOL_SIZE or len(list(ray_actors())) != NUM_ACTORS:
-                raise AssertionError(f"{pool.processes} and {list(ray_actors())} should be all that works")
+                raise AssertionError(
+                    f"{POOL_SIZE} and {NUM_ACTORS} processes expected: {pool.processes}, {list(ray_actors())}"
+                )
             first_peaks = memory.megabytes.copy()
             while pool.rated < RATED_ROWS:
                 ray.turn()
                 pool.turn()
         rates = of_rates(pool, ray, pages.name)
         return [of_row_groups(Path(folder)), rates, *of_memory(first_peaks, memory.megabytes, rows)]
+
+
+@contextmanager
+def heap_at_rest() -> Iterator[None]:
+    """Else Ray's driver, and it alone, would look again and again through what earlier benchmarks left here."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Way:
@@ -79,11 +90,13 @@ class Way:
     """
 
     def __init__(self, job: Job, work: Callable[[Job, "Way"], None], find: Callable[[], list[psutil.Process]]) -> None:
-        """find: gives the processes that do the work, the same from the first rows to the end of the turns."""
+        """find: gives the processes that do the work at the moment."""
         self.job, self._work, self._find = job, work, find
         self.done = 0
         self.is_left = False
         """There are no more turns."""
+        self.processes: list[psutil.Process] = []
+        """The suspended ones."""
         self.commits: list[tuple[int, float]] = []
         """Rows done since the start and the clock's seconds, each time that rows are committed in a turn."""
         self._failed = False
@@ -97,9 +110,7 @@ class Way:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.is_left, self._failed = True, kind is not None
-        for process in self._find():
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
+        self._resume()
         wait([self._running])
         if kind is None:
             self._running.result()
@@ -128,21 +139,23 @@ class Way:
 
     def turn(self) -> None:
         self._check()
-        for process in self.processes:
-            process.resume()
+        self._resume()
         self._origin = time.perf_counter() - self._seconds
         time.sleep(TURN_SECONDS)
         self.suspend()
         self._seconds = time.perf_counter() - self._origin
         self._origin = None
 
-    @cached_property
-    def processes(self) -> list[psutil.Process]:
-        return self._find()
-
     def suspend(self) -> None:
+        self.processes = self._find()
         for process in self.processes:
-            process.suspend()
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                process.suspend()
+
+    def _resume(self) -> None:
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
     @property
     def rated(self) -> int:

@@ -1,7 +1,7 @@
 """One Ray for each process of tests: a head as `ray start` makes it, with token authentication and a dashboard.
 
-`make test` runs two processes: each begins with half of the tests that need a Ray, on one of its own, and they share
-the others file by file. With more, on two cores, Ray's many processes and these keep each other waiting.
+`make test` runs two processes: each takes one half of the tests that need a Ray (`RAYS`), on one of its own, and they
+share the others file by file. With more, on two cores, Ray's many processes and these keep each other waiting.
 """
 
 import contextlib
@@ -74,10 +74,10 @@ def free_port() -> int:
 
 
 def end_processes(root: int) -> None:
-    """Ends a process, if it still lives, and all below it."""
-    if not psutil.pid_exists(root):
-        return
-    processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+    """Ends a process and all below it; nothing where it has ended by itself."""
+    processes: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        processes += [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()

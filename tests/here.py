@@ -41,8 +41,13 @@ def _steps_here(_rank: int, world_size: int, job: Job) -> list[dict[str, float]]
     batches = plan.batches("train", plan.schedule, world_size)
     steps = plan.total_steps(Cursor.at(plan.schedule, prepared=batches.prepared))
     engine = TrainingEngine(job.model, job.training, total_steps=steps, grad_accumulation=batches.micro_batches)
-    found = [asdict(engine.step(each)) for each in BatchMaker(batches).steps(0, 0, steps)]
-    return [{"step": number, "lr": step.pop("learning_rate")} | step for number, step in enumerate(found, start=1)]
+    found = []
+    for number, micro_batches in enumerate(BatchMaker(batches).steps(0, 0, steps), start=1):
+        metrics = asdict(engine.step(micro_batches))
+        bins = sum(len(batch.bins) for batch in micro_batches)
+        epoch = round(number / plan.schedule.steps_per_epoch, 6)
+        found.append({"step": number, "epoch": epoch, "bins": bins, "lr": metrics.pop("learning_rate")} | metrics)
+    return found
 
 
 def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:

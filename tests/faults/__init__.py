@@ -2,5 +2,5 @@
 
 `python -m tests.faults` runs every fault and writes the table of docs/reliability.md; names after it choose some.
 `python -m tests.faults soak` kills at random for as long as it takes. Few and quick ones run with the tests
-(`test_faults.py`).
+(tests/jobs/test_interrupts.py).
 """

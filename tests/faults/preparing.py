@@ -43,9 +43,9 @@ class Preparing:
                 found[path.name] = path.stat().st_mtime_ns
         return found
 
-    def begun(self, job: JobProcess, windows: int = 3) -> None:
+    def begun(self, job: JobProcess) -> None:
         """Wait until some windows are there and others are not."""
-        wait_for(lambda: len(self.written()) >= windows or job.code is not None, f"windows of {self.prepared}")
+        wait_for(lambda: len(self.written()) >= 3 or job.code is not None, f"windows of {self.prepared}")
         assert job.code is None, job.output[-3000:]
 
     def again(self, before: dict[str, int]) -> str:

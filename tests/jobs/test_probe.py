@@ -110,11 +110,14 @@ def test_a_mark_is_there_only_while_nodes_look(tmp_path: Path) -> None:
     assert look(marks, []).unseen == ["output.run"]
 
 
+NO_ANSWER = ("timed out during startup", "Failed to connect to GCS")
+
+
 @contextlib.contextmanager
 def joined_node(head: RayHead, log: Path, *options: str, inside: tuple[str, ...] = ()) -> Iterator[None]:
     """`ray start --address` on this machine, for the time of the block. inside: a command that runs another.
 
-    Started anew when it ends: `ray start` gives up after 30 s without an answer of the head, and no setting says other.
+    Started anew where `ray start` gives up for want of an answer of a busy head: within 30 s, which no setting changes.
     """
     command = [*inside, sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={head.address}", "--block"]
     command += ["--num-cpus=1", "--num-gpus=0", "--disable-usage-stats", "--dashboard-agent-listen-port=0", *options]
@@ -133,8 +136,9 @@ def joined_node(head: RayHead, log: Path, *options: str, inside: tuple[str, ...]
         try:
             deadline = time.monotonic() + START_SECONDS
             while "Ray runtime started" not in log.read_text():
-                if node.poll() is not None:
+                if node.poll() is not None and any(each in log.read_text() for each in NO_ANSWER):
                     node = start()
+                assert node.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
             yield

@@ -66,7 +66,7 @@ def test_all_in_s3_with_a_damaged_checkpoint_and_other_workers_equals_a_loop_wit
     resumed = run_job(
         job_in(bucket, inputs, uri, training__steps=6, resources={"workers": 1, "encode_actors": 2}, **every)
     )
-    assert_same_steps(resumed, expected, tolerance=1e-4, equal=("tokens", "trained_tokens", "lr"))
+    assert_same_steps(resumed, expected, tolerance=1e-4)
     run = RunFolder(uri).fetch()
     assert [step.workers for step in read_trained(run)] == [2, 2, 1, 1, 1, 1]
     events = [(event["event"], event["step"]) for event in read_history(run)]

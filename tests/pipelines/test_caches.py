@@ -67,13 +67,22 @@ def content_of(dataset: PreparedDataset) -> dict[str, object]:
 
 def test_the_size_cache_changes_nothing_and_a_second_prepare_opens_no_image(ray_head: RayHead, pages: Pages) -> None:
     expected = content_of(prepare_here(pages.job("plain")))
-    cache = pages.folder / "cache" / "sizes.parquet"
+    strict = str(pages.folder / "strict.parquet")
     with pytest.raises(UserError, match="on_bad_row"):
-        prepare_here(pages.job("strict", size_cache=str(cache), on_bad_row="error"))
-    assert 0 < len(read_sizes(str(cache))) <= len(pages.images), "what was measured by then is kept"
+        prepare_here(pages.job("strict", size_cache=strict, on_bad_row="error"))
+    assert 0 < len(read_sizes(strict)) <= len(pages.images), "what was measured by then is kept"
+
+    cache, chats = pages.folder / "cache" / "sizes.parquet", pages.folder / "data" / "chat.jsonl"
+    prepare_here(pages.job("chats", size_cache=str(cache), train=[{"files": str(chats), "kind": "chat"}]))
+    known = [path for path in pages.images if path.name in chats.read_text()]
+    assert len(read_sizes(str(cache))) == len(known) < len(pages.images)
+    for path in known:
+        blank_unseen(path)
     job = pages.job("cached", size_cache=str(cache))
-    assert content_of(prepare(job, "train")[0]) == expected
-    assert len(read_sizes(str(cache))) == len(pages.images)
+    assert content_of(prepare(job, "train")[0]) == expected, (
+        "known sizes reach the actors, and those they measure the cache"
+    )
+    assert len(read_sizes(str(cache))) == len(pages.images), "and what they measure, the cache"
 
     for path in pages.images:
         blank_unseen(path)

@@ -22,7 +22,7 @@ from mmray.loader import BatchMaker, BatchPlan
 from mmray.prepared import PreparedDataset
 from mmray.schedule import Schedule
 from pipelines import ingest
-from pipelines.ingest import Ingest, Mask, Render, Shares, joined
+from pipelines.ingest import Ingest, Shares, joined
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
 
@@ -98,8 +98,7 @@ def test_each_rank_receives_its_batches_in_schedule_order(plan: BatchPlan, monke
 
 
 def test_a_run_begins_at_any_step(ray_head: RayHead, plan: BatchPlan) -> None:
-    """And asks for no more memory there: what it lists is not what a run has behind or before it. A share for each
-    micro-batch: blocks as small as they come, and many at once."""
+    """As soon as at its begin: what lists the shares imports no torch. A share for each micro-batch."""
     made = ingest_of(plan, per_share=1)
     start, few = 1_000_001, 15
     shards = made.split(start, start + 10_000)
@@ -182,8 +181,7 @@ def test_a_batch_that_is_not_the_scheduled_one_is_an_error(plan: BatchPlan) -> N
         next(made.receive(Shard(), 0, 0, 1))
 
 
-def test_an_image_that_vanished_names_its_row(inputs: Inputs, tmp_path: Path) -> None:
-    """Past the mask actor, to the rank that would have got the batch."""
+def test_an_image_that_vanished_names_its_row(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
     data = shutil.copytree(inputs.folder / "data", tmp_path / "data")
     content = inputs.job(tmp_path)
     content["data"]["train"] = [{"files": str(data / "pages.jsonl"), "kind": "pretrain"}]  # type: ignore[index]
@@ -192,7 +190,7 @@ def test_an_image_that_vanished_names_its_row(inputs: Inputs, tmp_path: Path) ->
     for image in (data / "pages").iterdir():
         image.unlink()
     plan = replace(plan_of(job, dataset), world_size=1)
-    render, mask = Render(Shares(plan, 0, 1, per_share=1), None, None, ""), Mask(plan, "cpu", "")
-    share = mask(render(pa.table({"number": [0]})))
+    made = ingest_of(plan)
+    shards = made.split(0, 1)
     with pytest.raises(UserError, match=r"row '.*pages\.jsonl:\d+\): image_missing"):
-        next(ingest_of(plan).receive(Shard(share), 0, 0, 1))
+        next(made.receive(shards[0], 0, 0, 1))
