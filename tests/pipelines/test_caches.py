@@ -79,9 +79,7 @@ def test_the_size_cache_changes_nothing_and_a_second_prepare_opens_no_image(ray_
     for path in known:
         blank_unseen(path)
     job = pages.job("cached", size_cache=str(cache))
-    assert content_of(prepare(job, "train")[0]) == expected, (
-        "known sizes reach the actors, and those they measure the cache"
-    )
+    assert content_of(prepare(job, "train")[0]) == expected, "known sizes reach the actors"
     assert len(read_sizes(str(cache))) == len(pages.images), "and what they measure, the cache"
 
     for path in pages.images:

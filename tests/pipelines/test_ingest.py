@@ -98,7 +98,7 @@ def test_each_rank_receives_its_batches_in_schedule_order(plan: BatchPlan, monke
 
 
 def test_a_run_begins_at_any_step(ray_head: RayHead, plan: BatchPlan) -> None:
-    """As soon as at its begin: what lists the shares imports no torch. A share for each micro-batch."""
+    """A share for each micro-batch. What deals them imports no torch, which would delay every start."""
     made = ingest_of(plan, per_share=1)
     start, few = 1_000_001, 15
     shards = made.split(start, start + 10_000)
