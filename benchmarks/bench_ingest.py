@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.common import Result
 from benchmarks.page_jobs import Pages, local_ray, prepared_here
-from mmray.config import Job
-from mmray.loader import BatchMaker, BatchPlan
-from mmray.schedule import Schedule
+from mmray.batches.plan import BatchMaker, BatchPlan
+from mmray.config.job import Job
+from mmray.schedule.schedule import Schedule
 from pipelines.ingest import Ingest
 
 RANKS = 2

@@ -21,7 +21,7 @@ from benchmarks.common import Result, best_seconds
 from mmray.families import Family, family_of, load_processor
 from mmray.images import TilingPolicy, image_size, plan_tiles
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from mmray.rows.encode import Encoder
 from mmray.rows.read import RawRow
 from mmray.rows.sample import Sample

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.common import Result, best_seconds
-from mmray.packing import lower_bound, pack_2d
+from mmray.packing.pack import lower_bound, pack_2d
 
 TOKEN_CAPACITY, VISUAL_CAPACITY = 16384, 8192
 

@@ -19,11 +19,11 @@ from transformers import AutoConfig
 from benchmarks.bench_lengths import inputs, one_thread
 from benchmarks.bench_tiles import letter_size, pages
 from benchmarks.common import Result, best_seconds
-from mmray.batch import Masked, MicroBatch, Place, RenderPage, from_table, mask, render, to_table
+from mmray.batches.micro_batch import Masked, MicroBatch, Place, RenderPage, from_table, mask, render, to_table
 from mmray.families import Family, family_of
 from mmray.images import TilePlan, TilingPolicy, plan_tiles, render_tiles
-from mmray.masks.labels import LabelMaker
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import LabelMaker
+from mmray.packing.settings import PackingSettings
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.common import Result, best_seconds
 from benchmarks.page_jobs import Pages, Stages, local_ray, windows
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.prepared import PreparedWriter
 from mmray.rows.files import Chunk, Piece, source_files
 from mmray.rows.read import RowReader

@@ -13,10 +13,10 @@ import numpy as np
 
 from benchmarks.bench_packing import MIXTURES, Mixture, ocr_any_size, ocr_tiles, packed, text_only
 from benchmarks.common import Result, best_seconds
-from mmray.balance import BalanceSettings
-from mmray.balanced_schedule import BalancedSchedule, BoundSchedule, LoadsOf
-from mmray.prepared.loads import Loads
-from mmray.schedule import Schedule, mix_many
+from mmray.schedule.balance import BalanceSettings
+from mmray.schedule.balanced import BalancedSchedule, BoundSchedule, LoadsOf
+from mmray.schedule.loads import Loads
+from mmray.schedule.schedule import Schedule, mix_many
 
 RANKS = 8
 NUM_ROWS = 25_000

@@ -33,12 +33,12 @@ from transformers import PretrainedConfig
 
 from benchmarks.bench_lengths import one_thread
 from benchmarks.common import Result, best_seconds
-from mmray.batch import MicroBatch, Place, mask, render
+from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families import family_of, load_processor
 from mmray.images import TilingPolicy, load_image
-from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import RoleLoss, label_maker
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.settings import RoleLoss, label_maker
+from mmray.packing.settings import PackingSettings
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.encode import Encoder

@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 import ray.data  # sets the level of its own loggers when imported
 
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.rows.files import Chunk, plan_chunks, source_files
 from mmray.synthetic.models import small_config

@@ -20,15 +20,15 @@ import pyarrow.fs
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from mmray.cursor import Cursor
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
-from mmray.run_folder import RunFolder
+from mmray.run.checkpoints import checkpoint_name, prune
+from mmray.run.folder import RunFolder
+from mmray.run.place import write_place
+from mmray.schedule.cursor import Cursor
 from mmray.training.checkpoint import save_state
 from mmray.training.checksums import LISTS, list_files, list_name
 from mmray.training.engine import TrainingEngine
-from mmray.training.place import write_place
-from mmray.training.run_checkpoints import checkpoint_name, prune
 
 COPY_CHUNK_BYTES = 64 << 20
 TORCH_WRITE_ERROR = "inline_container"

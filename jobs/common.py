@@ -17,7 +17,7 @@ import ray.data  # sets the level of its own loggers when imported
 import typer
 from rich.console import Console
 
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,14 +22,14 @@ from rich.table import Table
 
 from jobs.common import ROOT, connect, console, run_main
 from jobs.prepare import prepare_splits
-from mmray.config import Job, load_job
+from mmray.config.job import Job, load_job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
+from mmray.run.checkpoints import newest_looking_whole, step_of
+from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.synthetic.models import small_config
 from mmray.synthetic.pages import SyntheticPages, write_pages
 from mmray.synthetic.processors import write_processor
-from mmray.training.metrics import METRICS_FILE, read_metrics
-from mmray.training.run_checkpoints import newest_looking_whole, step_of
 
 OUTPUT = Path("demo_out")
 JOB = Path("jobs/demo.yaml")

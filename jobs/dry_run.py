@@ -34,18 +34,18 @@ from jobs.room import (
 from jobs.room import needs as needs_of
 from jobs.run_plan import run_plan
 from jobs.train import check_train_nodes, open_prepared, train_cpus
-from mmray.config import Job
+from mmray.base.words import amount as about
+from mmray.config.job import Job
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
-from mmray.estimate import Estimate, estimate_split
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.dataset import MANIFEST, PLAN
+from mmray.prepared.estimate import Estimate, estimate_split
 from mmray.prepared.fingerprint import prepare_record
-from mmray.report.words import amount as about
 from mmray.rows.files import source_files
-from mmray.run_folder import RunFolder
+from mmray.run.checkpoints import newest_looking_whole, step_of
+from mmray.run.folder import RunFolder
 from mmray.storage import Folder
-from mmray.training.run_checkpoints import newest_looking_whole, step_of
 
 EXIT_FAILED = 2
 Value = TypeVar("Value")

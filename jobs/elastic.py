@@ -6,7 +6,7 @@ Ray Train counts how many workers fit on each node and starts as many, without r
 import ray
 
 from jobs.room import worker_needs
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
 
 

@@ -14,9 +14,9 @@ import typer
 from jobs.common import check_outputs, connect, console, run_main
 from jobs.probe import check_nodes, check_own_memory, packages_of
 from jobs.room import check_room, cluster_nodes, prepare_cpus, prepare_pools
-from mmray.config import Job, load_job
+from mmray.config.job import Job, load_job
+from mmray.display.progress import ProgressBar
 from mmray.prepared import PreparedDataset
-from mmray.progress import ProgressBar
 from mmray.report import prepared_table
 
 

@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.room import Node, labelled
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.images.source import one_line
 from mmray.storage import explained

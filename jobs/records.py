@@ -3,13 +3,13 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from mmray.config import Job
-from mmray.tracking import TrackedRun, public_settings
+from mmray.base.json_lines import JsonLines
+from mmray.config.job import Job
+from mmray.run.metrics import MetricsLog
+from mmray.run.skipped import Seen, SkippedLog
+from mmray.run.tracking import TrackedRun, public_settings
+from mmray.training.bins_log import TRAINED_FILE, TrainedStep
 from mmray.training.engine import StepMetrics
-from mmray.training.json_lines import JsonLines
-from mmray.training.metrics import MetricsLog
-from mmray.training.skipped import Seen, SkippedLog
-from mmray.training.trained import TRAINED_FILE, TrainedStep
 
 
 class Records:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import ray
 
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
 
 log = logging.getLogger("mmray")

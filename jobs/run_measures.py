@@ -1,8 +1,8 @@
 """What a training worker tells Prometheus. All but the wait for data is of the whole run, and rank 0 tells it."""
 
+from mmray.run.skipped import Seen
+from mmray.training.bins_log import TrainedStep
 from mmray.training.engine import StepMetrics
-from mmray.training.skipped import Seen
-from mmray.training.trained import TrainedStep
 from pipelines.measures import (
     CHECKPOINT_SECONDS,
     CHECKPOINTS,

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmray.balanced_schedule import BalancedSchedule
-from mmray.config import Job
-from mmray.cursor import Cursor
+from mmray.batches.plan import BatchPlan
+from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.loader import BatchPlan
 from mmray.prepared import PreparedDataset
-from mmray.schedule import Schedule
-from mmray.tracking import git_commit
+from mmray.run.place import place_in
+from mmray.run.tracking import git_commit
+from mmray.schedule.balanced import BalancedSchedule
+from mmray.schedule.cursor import Cursor
+from mmray.schedule.schedule import Schedule
 from mmray.training.model import load_config
-from mmray.training.place import place_in
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from mmray.display.progress import ProgressBar
 from mmray.errors import UserError
-from mmray.kept_warnings import WARNINGS_FILE, read_warnings
-from mmray.progress import ProgressBar
-from mmray.run_folder import PUBLISH_SECONDS, RunFolder
-from mmray.training.history import HISTORY_FILE, in_words
-from mmray.training.metrics import METRICS_FILE
+from mmray.run.folder import PUBLISH_SECONDS, RunFolder
+from mmray.run.history import HISTORY_FILE, in_words
+from mmray.run.metrics import METRICS_FILE
+from mmray.run.warnings import WARNINGS_FILE, read_warnings
 
 log = logging.getLogger("mmray")
 

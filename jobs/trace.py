@@ -10,17 +10,17 @@ from rich.table import Table
 
 from jobs.common import console
 from jobs.run_plan import RunPlan, run_plan
-from mmray.config import Job
-from mmray.cursor import Cursor, DataSpan
+from mmray.batches.plan import BatchPlan
+from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.loader import BatchPlan
 from mmray.prepared import PreparedDataset
-from mmray.run_folder import RunFolder
-from mmray.training.metrics import METRICS_FILE, read_metrics
-from mmray.training.place import CURSOR_FILE
-from mmray.training.run_checkpoints import newest_looking_whole
-from mmray.training.trace import TracedSample, Tracer
-from mmray.training.trained import read_trained
+from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.folder import RunFolder
+from mmray.run.metrics import METRICS_FILE, read_metrics
+from mmray.run.place import CURSOR_FILE
+from mmray.run.trace import TracedSample, Tracer
+from mmray.schedule.cursor import Cursor, DataSpan
+from mmray.training.bins_log import read_trained
 
 
 def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:

@@ -29,18 +29,18 @@ from jobs.run_plan import RunPlan, run_plan
 from jobs.run_watch import RunWatch
 from jobs.trace import trace
 from jobs.train_loop import train_worker
-from mmray.config import Job, load_job
+from mmray.config.compatibility import job_family
+from mmray.config.job import Job, load_job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
 from mmray.report import Run, run_table
-from mmray.run_folder import RunFolder
+from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.folder import RunFolder
+from mmray.run.history import read_history
 from mmray.storage import Folder, arrow_file_system
-from mmray.training.compatibility import job_family
-from mmray.training.history import read_history
-from mmray.training.run_checkpoints import newest_looking_whole
 
 log = logging.getLogger("mmray")
 
@@ -48,7 +48,7 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Environment of workers that train on CPUs, also on machines that have GPUs."""
 RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
 """What Ray Train remembers of a run's checkpoints. Torn or out of date it would not start; mmray asks the folder itself
-(`mmray/training/run_checkpoints.py`)."""
+(`mmray/run/checkpoints.py`)."""
 LEFTOVER_DATA = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
 """Seconds after which the resources that Ray Data asked for an interrupted data stream are free for the next one."""
 

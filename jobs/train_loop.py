@@ -27,18 +27,18 @@ from jobs.preemption import PreemptionNotices
 from jobs.records import Records
 from jobs.run_measures import RunMeasures
 from jobs.run_plan import RunPlan
-from mmray.batch import MicroBatch
-from mmray.kept_warnings import keep_warnings
-from mmray.loader import BatchMaker
+from mmray.batches.micro_batch import MicroBatch
+from mmray.batches.plan import BatchMaker
 from mmray.prepared import PreparedDataset
-from mmray.run_folder import RunFolder
-from mmray.schedule import Schedule
+from mmray.run.checkpoints import Scratch, newest_whole, step_of
+from mmray.run.folder import RunFolder
+from mmray.run.history import Event, add_to_history
+from mmray.run.skipped import Seen
+from mmray.run.warnings import keep_warnings
+from mmray.schedule.schedule import Schedule
+from mmray.training.bins_log import TrainedStep
 from mmray.training.engine import TrainingEngine
-from mmray.training.history import Event, add_to_history
 from mmray.training.ranks import Ranks
-from mmray.training.run_checkpoints import Scratch, newest_whole, step_of
-from mmray.training.skipped import Seen
-from mmray.training.trained import TrainedStep
 from pipelines.ingest import Ingest
 
 log = logging.getLogger("mmray")

@@ -19,11 +19,11 @@ def schema(
 ) -> None:
     """Print the JSON Schema of the job file: for editors that complete and check YAML."""
     if markdown:
-        from mmray.settings_reference import settings_page
+        from mmray.config.reference import settings_page
 
         print(settings_page(), end="")
         return
-    from mmray.config import Job
+    from mmray.config.job import Job
 
     print(json.dumps(Job.model_json_schema(), indent=2))
 
@@ -47,8 +47,8 @@ def report(
     ] = False,
 ) -> None:
     """Show what was prepared, or how a run went: a table, or a page with charts (--html)."""
-    from mmray.config import load_job
-    from mmray.html import write_html
+    from mmray.config.job import load_job
+    from mmray.display.html import write_html
     from mmray.prepared import PreparedDataset
     from mmray.report import Run, prepared_page, prepared_table, run_page, run_table
 
@@ -121,7 +121,7 @@ def doctor(
     json_only: Annotated[bool, typer.Option("--json", help="Findings as JSON, for programs.")] = False,
 ) -> None:
     """Check a job before it runs: processor, template, masks, lengths, packing, loss. Exit code 1 if anything fails."""
-    from mmray.config import load_job
+    from mmray.config.job import load_job
     from mmray.doctor import FirstRows, as_json, as_table, examine, has_failed
 
     console = Console(stderr=json_only)

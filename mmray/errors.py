@@ -4,7 +4,7 @@ Both carry a message of one line that names the value and the remedy; callers at
 stack trace. Anything else that is raised is a bug of ours. Passwords and tokens in URIs do not come through.
 """
 
-from mmray.redact import redacted
+from mmray.base.redact import redacted
 
 
 class UserError(Exception):

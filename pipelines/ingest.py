@@ -26,12 +26,12 @@ import ray
 import torch
 from ray.data import Dataset
 
-from mmray.batch import Masked, MicroBatch, Place, Rendered, from_table, mask, to_table
-from mmray.config import ResourceSettings, TileCacheSettings
+from mmray.batches.micro_batch import Masked, MicroBatch, Place, Rendered, from_table, mask, to_table
+from mmray.batches.plan import BatchMaker, BatchPlan
+from mmray.config.job import ResourceSettings, TileCacheSettings
 from mmray.errors import UserError
 from mmray.families import Tile
-from mmray.kept_warnings import keep_warnings
-from mmray.loader import BatchMaker, BatchPlan
+from mmray.run.warnings import keep_warnings
 from pipelines.dataset import ERROR, MadeThere, MaskThere, RenderThere, numbers
 from pipelines.measures import StageClock, clocked
 

@@ -24,16 +24,17 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from mmray.arrow import binary_cell
-from mmray.config import Job
+from mmray.config.compatibility import job_family
+from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.images.header import measured
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.images.source import one_line
-from mmray.masks.labels import LabelMaker
-from mmray.masks.settings import allows_empty, label_maker
+from mmray.loss.labels import LabelMaker
+from mmray.loss.settings import allows_empty, label_maker
 from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
+from mmray.prepared.arrow import binary_cell
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
 from mmray.rows.encode import Encoder
@@ -41,7 +42,6 @@ from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
 from mmray.rows.preflight import check_first_rows
 from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
-from mmray.training.compatibility import job_family
 from mmray.training.model import load_config
 from pipelines import measures
 from pipelines.dataset import ERROR, cluster_amount, one_row_blocks, out_of_room

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray.arrow import binary_cell
 from mmray.errors import UserError
+from mmray.prepared.arrow import binary_cell
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
 from mmray.rows.files import Chunk
 from mmray.rows.settings import DatasetSettings

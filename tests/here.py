@@ -11,13 +11,13 @@ import pytest
 
 import pipelines.prepare
 from jobs.run_plan import run_plan
-from mmray.config import Job
-from mmray.cursor import Cursor
+from mmray.batches.plan import BatchMaker
+from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.images.size_cache import SizeCache
-from mmray.loader import BatchMaker
 from mmray.prepared import PreparedDataset
 from mmray.rows.files import Chunk
+from mmray.schedule.cursor import Cursor
 from mmray.training.engine import TrainingEngine
 from pipelines.dataset import ERROR
 from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare

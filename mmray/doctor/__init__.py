@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterator
 import torch
 from transformers import PretrainedConfig
 
-from mmray.config import Job
+from mmray.config.compatibility import check_attention, check_packing, fitting_family
+from mmray.config.job import Job
 from mmray.doctor.findings import (
     Finding,
     Status,
@@ -27,7 +28,6 @@ from mmray.doctor.weights import CHECK as WEIGHTS
 from mmray.doctor.weights import examine_weights
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.training.compatibility import check_attention, check_packing, fitting_family
 
 __all__ = ["Finding", "FirstRows", "Status", "as_json", "as_table", "examine", "examine_settings", "has_failed"]
 

@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mmray.batch import MicroBatch, Place, mask, packed_row, render
-from mmray.config import Job
+from mmray.batches.micro_batch import MicroBatch, Place, mask, packed_row, render
+from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, failed_by, guarded, not_applicable, passed
 from mmray.doctor.shrink import shrunken
 from mmray.families import Family
 from mmray.images import TilingPolicy
-from mmray.masks.labels import LabelMaker
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import LabelMaker
+from mmray.packing.settings import PackingSettings
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table

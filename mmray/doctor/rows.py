@@ -8,16 +8,16 @@ from functools import cached_property
 import torch
 from rich.console import Console
 
-from mmray.batch import Place, mask, render
-from mmray.config import Job
+from mmray.batches.micro_batch import Place, mask, render
+from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, guarded, not_applicable, passed
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.images import TilingPolicy
 from mmray.inspect.terminal import is_plain, legend, print_sample
 from mmray.inspect.view import view_samples
-from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import LossSource, allows_empty, label_maker
+from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.settings import LossSource, allows_empty, label_maker
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.encode import Encoder

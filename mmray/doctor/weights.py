@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from mmray.batch import MicroBatch, Place, Rendered, mask, render
-from mmray.config import Job
+from mmray.batches.micro_batch import MicroBatch, Place, Rendered, mask, render
+from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, not_applicable, passed
 from mmray.doctor.rows import FirstRows
 from mmray.errors import UserError
-from mmray.masks.settings import label_maker
+from mmray.loss.settings import label_maker
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table

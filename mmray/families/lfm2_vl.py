@@ -31,7 +31,7 @@ from mmray.families.base import (
     positions_in_sample,
 )
 from mmray.images import TilingPolicy
-from mmray.masks.labels import PADDING_SEGMENT
+from mmray.loss.labels import PADDING_SEGMENT
 
 LARGEST_GRID = 10
 """Rows and columns of pieces that a vocabulary may have tokens for."""

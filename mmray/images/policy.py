@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, cast
 
 from pydantic import Field, PositiveInt, model_validator
 
-from mmray.settings import Settings
+from mmray.base.settings import Settings
 
 Size = tuple[PositiveInt, PositiveInt]
 """(width, height) in pixels."""

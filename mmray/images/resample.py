@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from mmray.compiled import compiled
+from mmray.base.compiled import compiled
 
 FloatBox = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels, parts of pixels included."""

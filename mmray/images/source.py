@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from mmray.errors import RowError, UserError
-from mmray.images.part import PartOfFile
+from mmray.images.tar_member import PartOfFile
 from mmray.storage import file_system, file_version
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO

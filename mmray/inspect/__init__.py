@@ -6,8 +6,8 @@ stretch of text is, and which tokens train.
 
 from rich.console import Console
 
+from mmray.display.html import InlinePage, write_html
 from mmray.errors import UserError
-from mmray.html import InlinePage, write_html
 from mmray.inspect.page import page_of
 from mmray.inspect.terminal import print_view
 from mmray.inspect.view import family_of_prepared, view_bin

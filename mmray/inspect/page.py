@@ -13,14 +13,14 @@ from typing import Any
 
 from PIL import Image
 
+from mmray.base.visible import visible
+from mmray.display.html import template
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.html import template
 from mmray.images import TilingPolicy, plan_tiles, render_tiles
 from mmray.images.header import MAX_PIXELS
 from mmray.images.source import describe_source
 from mmray.inspect.view import BinView, Piece, SampleView
-from mmray.visible import visible
 
 MAX_PICTURE_PIXELS = 4_000_000
 """Of all pictures of a page together, after scaling: about 1.5 MB as JPEG."""

@@ -10,8 +10,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mmray.base.visible import visible
 from mmray.inspect.view import BinView, Mark, Piece, SampleView, Turn
-from mmray.visible import visible
 
 STYLES = {Mark.TRAINED: "green", Mark.CONTEXT: "dim", Mark.MEDIA: "magenta"}
 ROLE_STYLES = ("yellow", "blue", "cyan", "red")

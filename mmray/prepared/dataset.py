@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmray.display.notebook import Fact, Segment, card
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.images.source import one_line
-from mmray.notebook import Fact, Segment, card
-from mmray.prepared.loads import Loads
 from mmray.prepared.schema import FORMAT_VERSION
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window
+from mmray.schedule.loads import Loads
 from mmray.storage import Folder
 
 MANIFEST, PLAN, REJECTED_FILE = "manifest.json", "plan.json", "rejected.parquet"

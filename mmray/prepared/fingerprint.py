@@ -10,8 +10,8 @@ from typing import Any
 
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
-from mmray.masks.settings import Loss, loss_record
-from mmray.packing_settings import PackingSettings
+from mmray.loss.settings import Loss, loss_record
+from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import FORMAT_VERSION
 from mmray.rows.files import SourceFile
 from mmray.rows.settings import DatasetSettings, DataSettings

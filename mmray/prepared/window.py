@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import RowError
-from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule
-from mmray.packing import lower_bound, pack_2d
-from mmray.packing_settings import PackingSettings
-from mmray.prepared.loads import Loads
+from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.packing.pack import lower_bound, pack_2d
+from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
 from mmray.rows.duplicates import id_hashes
 from mmray.rows.sample import RejectedRow, Sample
+from mmray.schedule.loads import Loads
 
 BINS_PER_ROW_GROUP = 8
 """Bins read together: a bin read alone costs the others of its row group, a group its share of the file's footer."""

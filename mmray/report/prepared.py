@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmray.balance import BalanceSettings
-from mmray.balanced_schedule import BalancedSchedule, BoundSchedule
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
-from mmray.prepared.loads import Loads
-from mmray.schedule import Schedule
+from mmray.schedule.balance import BalanceSettings
+from mmray.schedule.balanced import BalancedSchedule, BoundSchedule
+from mmray.schedule.loads import Loads
+from mmray.schedule.schedule import Schedule
 
 MOST_FOOTERS, MOST_FILES = 128, 16
 """Files whose footers are read, and files whose columns are."""

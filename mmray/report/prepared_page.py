@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from mmray.config import Job
+from mmray.base.words import amount, made_by
+from mmray.config.job import Job
+from mmray.display.html import template
 from mmray.errors import UserError
-from mmray.html import template
 from mmray.inspect.page import ShownBin, shown_bin
 from mmray.inspect.view import family_of_prepared, view_bin
 from mmray.prepared import PreparedDataset
@@ -19,7 +20,6 @@ from mmray.report.prepared import (
     rejects,
     step_balance,
 )  # fmt: skip
-from mmray.report.words import amount, made_by
 
 MOST_SAMPLES = 4
 """Samples shown of each bin."""

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from mmray.cursor import Cursor
+from mmray.base.json_lines import read_json_lines
+from mmray.display.notebook import Fact, card, live
 from mmray.errors import UserError
-from mmray.kept_warnings import WARNINGS_FILE, read_warnings
-from mmray.notebook import Fact, card, live
 from mmray.report.charts import Plot, Series, over_steps
-from mmray.run_folder import RunFolder
+from mmray.run.folder import RunFolder
+from mmray.run.history import HISTORY_FILE, read_history
+from mmray.run.metrics import METRICS_FILE, read_metrics
+from mmray.run.place import CURSOR_FILE
+from mmray.run.skipped import SKIPPED_FILE
+from mmray.run.warnings import WARNINGS_FILE, read_warnings
+from mmray.schedule.cursor import Cursor
 from mmray.storage import Folder
-from mmray.training.history import HISTORY_FILE, read_history
-from mmray.training.json_lines import read_json_lines
-from mmray.training.metrics import METRICS_FILE, read_metrics
-from mmray.training.place import CURSOR_FILE
-from mmray.training.skipped import SKIPPED_FILE
 
 MOST_MARKS = 8
 MARKS = {"resume": "resumed", "preemption": "preempted", "damaged_checkpoint": "damaged", "continue_on": "other data"}

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from mmray.html import template
+from mmray.base.words import amount, made_by, span
+from mmray.display.html import template
 from mmray.report import charts
 from mmray.report.charts import Plot, Series
 from mmray.report.run import Run, loss_chart, marks
-from mmray.report.words import amount, made_by, span
 
 MOST_EVENTS, MOST_WARNINGS, MOST_SKIPPED = 200, 20, 10
 COLOURS = {"resume": "warn", "preemption": "warn", "damaged_checkpoint": "bad", "finish": "good", "checkpoint": "grey"}

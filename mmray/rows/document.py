@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images.source import one_line
-from mmray.masks.settings import SAMPLED_ROLE, chat_template, marks_generated
+from mmray.loss.settings import SAMPLED_ROLE, chat_template, marks_generated
 from mmray.rows.image_refs import ImageRef, image_refs
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.typed import TypedMarkers

@@ -21,15 +21,15 @@ from mmray.families import Family
 from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
 from mmray.images.header import Measured, measured
 from mmray.images.source import one_line
-from mmray.masks.labels import LossRule, with_stop_tokens
-from mmray.masks.settings import (
+from mmray.loss.labels import LossRule, with_stop_tokens
+from mmray.loss.settings import (
     Loss,
     LossSource,
     label_maker,
     loss_source,
     turn_markers,
 )
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from mmray.rows.document import Document, DocumentReader, check_chats
 from mmray.rows.duplicates import id_of
 from mmray.rows.endings import Endings

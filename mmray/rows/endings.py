@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.masks.settings import LossSource, ending_token_ids, stop_token_ids
+from mmray.loss.settings import LossSource, ending_token_ids, stop_token_ids
 from mmray.rows.document import Document
 from mmray.rows.settings import DatasetSettings
 

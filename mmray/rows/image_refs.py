@@ -12,9 +12,9 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
+from mmray.base.redact import holds_secret
 from mmray.errors import RowError
-from mmray.images.part import PartOfFile
-from mmray.redact import holds_secret
+from mmray.images.tar_member import PartOfFile
 from mmray.rows.settings import DatasetSettings
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule
-from mmray.masks.roles import RoleBoundary
-from mmray.masks.settings import Loss, LossSource, RoleLoss, allows_empty
-from mmray.masks.turns import opened_turns
+from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.loss.roles import RoleBoundary
+from mmray.loss.settings import Loss, LossSource, RoleLoss, allows_empty
+from mmray.loss.turns import opened_turns
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece
 from mmray.rows.read import RawRow, read_piece

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmray.masks.labels import LossRule
-from mmray.redact import redacted
+from mmray.base.redact import redacted
+from mmray.loss.labels import LossRule
 from mmray.rows.image_refs import ImageRef
 
 SHOWN_LETTERS = 500

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmray.settings import Settings
+from mmray.base.settings import Settings
 
 RowKind = Literal["pretrain", "chat", "tokenized"]
 FIELDS: dict[RowKind, tuple[str, ...]] = {

@@ -8,7 +8,7 @@ import numpy as np
 from mmray.errors import RowError
 from mmray.images import TilePlan
 from mmray.images.source import one_line
-from mmray.masks.labels import IGNORE_INDEX
+from mmray.loss.labels import IGNORE_INDEX
 from mmray.rows.document import check_image_count, missing_column
 from mmray.rows.settings import DatasetSettings
 

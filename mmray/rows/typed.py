@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from mmray.errors import RowError
 from mmray.families import Family
 from mmray.families.base import RoleMarkers
-from mmray.masks.roles import RoleBoundary
-from mmray.masks.turns import opened_turns
+from mmray.loss.roles import RoleBoundary
+from mmray.loss.turns import opened_turns
 
 Content = str | list[dict[str, str]]
 _BLANKS = r"[\s\u2581]+"

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from mmray.base.settings import Settings
 from mmray.errors import UserError
-from mmray.settings import Settings
 
 # DeepSpeed keys whose value mmray decides, each with the setting that decides it.
 OWNED_DEEPSPEED_KEYS = {

@@ -1,44 +1,5 @@
-"""The proof that every bin trained once: `trained.jsonl`, one line for each step that was done.
+"""The log of trained bins under its public name; it lives in `mmray.training.bins_log`."""
 
-    {"step": 7, "data": "9f0c…", "workers": 2, "bins": [[14, 3], [9, 21]]}
+from mmray.training.bins_log import TrainedStep, read_trained
 
-`bins` are those whose micro-batches each rank was really given, read from the batches and gathered over all ranks, not
-computed from the schedule; `data` is the fingerprint of the prepared dataset. 0.4 kB a step at 64 bins.
-
-The file is only appended to. A step that is done again after a crash has a second line, and everything from that step
-on that was written before belongs to work that was lost: `read_trained` leaves it out.
-"""
-
-from dataclasses import dataclass
-from pathlib import Path
-
-from mmray.training.json_lines import read_json_lines
-
-TRAINED_FILE = "trained.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainedStep:
-    """What one step, counted from 1, trained on."""
-
-    step: int
-    data: str
-    """Fingerprint of the prepared dataset."""
-    workers: int
-    bins: list[list[int]]
-    """Of each rank, in the order it ran them; empty bins are left out."""
-
-    @property
-    def all_bins(self) -> list[int]:
-        """The bins of all ranks, sorted."""
-        return sorted(number for rank in self.bins for number in rank)
-
-
-def read_trained(run: Path) -> list[TrainedStep]:
-    """The steps of a run as they count, in order, each once; what was done again is left out."""
-    steps: list[TrainedStep] = []
-    for line in read_json_lines(run / TRAINED_FILE):
-        while steps and steps[-1].step >= line["step"]:
-            steps.pop()
-        steps.append(TrainedStep(**line))
-    return steps
+__all__ = ["TrainedStep", "read_trained"]

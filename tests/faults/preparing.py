@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
 from tests.conftest import Inputs
 from tests.faults.machines import JobProcess, Machines, kill, remount, small_disk, wait_for

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmray.schedule import Schedule
+from mmray.schedule.schedule import Schedule
 from tests.conftest import Inputs
 from tests.faults import table
 from tests.faults.machines import OneMachine

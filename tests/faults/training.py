@@ -11,8 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mmray.training.history import read_history
-from mmray.training.run_checkpoints import newest_looking_whole
+from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.history import read_history
 from tests.conftest import Inputs
 from tests.faults.machines import Machines, kill, remount, small_disk, wait_for
 from tests.faults.runs import TrainingRun, furthest_loss, steps_done_again

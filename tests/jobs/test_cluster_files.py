@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
-from mmray.config import load_job
+from mmray.config.job import load_job
 from tests.conftest import ROOT
 
 

@@ -9,12 +9,12 @@ import typer
 from jobs import dry_run, prepare, train
 from jobs.run_plan import run_plan
 from mmray import doctor
-from mmray.config import Job
-from mmray.cursor import Cursor
-from mmray.training.place import write_place
+from mmray.config.job import Job
+from mmray.run.place import write_place
+from mmray.schedule.cursor import Cursor
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
-from tests.mmray.training.test_run_checkpoints import write_checkpoint
+from tests.mmray.run.test_checkpoints import write_checkpoint
 
 
 @pytest.fixture(autouse=True)

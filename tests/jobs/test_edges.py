@@ -9,13 +9,13 @@ import yaml
 
 from jobs.common import check_outputs
 from jobs.run_watch import RunWatch
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.kept_warnings import WARNINGS_FILE
-from mmray.run_folder import RunFolder
-from mmray.training.history import add_to_history
-from mmray.training.metrics import METRICS_FILE
-from tests.mmray.test_docs_jobs import LEAST
+from mmray.run.folder import RunFolder
+from mmray.run.history import add_to_history
+from mmray.run.metrics import METRICS_FILE
+from mmray.run.warnings import WARNINGS_FILE
+from tests.mmray.config.test_docs_jobs import LEAST
 
 LINE = {"step": 3, "loss": 1.5, "tokens": 100, "step_seconds": 1.0, "data_wait_seconds": 0.1}
 

@@ -4,9 +4,9 @@ import pytest
 
 from jobs.elastic import shared_gpu_problem, too_few_cpus_problem
 from jobs.room import train_pools
-from mmray.config import Job, load_job
+from mmray.config.job import Job, load_job
 from mmray.errors import UserError
-from tests.mmray.test_docs_jobs import LEAST
+from tests.mmray.config.test_docs_jobs import LEAST
 
 
 def job(tmp_path, *overrides: str) -> Job:

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
-from mmray.training.history import read_history
-from mmray.training.metrics import read_metrics
-from mmray.training.run_checkpoints import newest_looking_whole
+from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.history import read_history
+from mmray.run.metrics import read_metrics
 from tests.conftest import ROOT, START_SECONDS, Inputs, RayHead
 from tests.faults import pictures
 from tests.faults.machines import OneMachine, wait_for

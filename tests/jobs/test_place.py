@@ -9,16 +9,16 @@ import pytest
 from jobs import train
 from jobs.run_plan import RunPlan, run_plan
 from jobs.trace import run_tracer
-from mmray.config import Job, load_job
-from mmray.cursor import Cursor
+from mmray.base.json_lines import JsonLines
+from mmray.config.job import Job, load_job
 from mmray.errors import UserError
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
+from mmray.run.place import write_place
+from mmray.schedule.cursor import Cursor
+from mmray.training.bins_log import TRAINED_FILE, TrainedStep
 from mmray.training.checkpoint import STATE_FILE
 from mmray.training.checksums import list_files, list_name
-from mmray.training.json_lines import JsonLines
-from mmray.training.place import write_place
-from mmray.training.trained import TRAINED_FILE, TrainedStep
 from tests.conftest import Inputs
 from tests.mmray.preparing import Preparation, write_rows
 

@@ -19,10 +19,10 @@ import yaml
 from jobs import probe
 from jobs.probe import Answer, check_nodes, check_shared_memory, look, packages_of, problem, shared_folder
 from jobs.room import Node, cluster_nodes
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
 from tests.conftest import ROOT, START_SECONDS, RayHead, end_processes, running_head
-from tests.mmray.test_docs_jobs import LEAST
+from tests.mmray.config.test_docs_jobs import LEAST
 
 OWN = Answer({"python": "3.11.9", "ray": "2.60.0", "torch": "2.8.0", "transformers": "5.23.0"}, [], [], [], 10**10)
 NODE = Node("10.0.0.7", {"CPU": 8, "GPU": 1, "object_store_memory": 2e9})

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from jobs.room import Node, Pool, check_room, lack, train_pools, uses_gpus
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
-from tests.mmray.test_docs_jobs import LEAST
+from tests.mmray.config.test_docs_jobs import LEAST
 
 
 def nodes(*resources: dict[str, float], **labels: str) -> list[Node]:

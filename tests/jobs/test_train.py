@@ -11,13 +11,13 @@ import pytest
 
 from jobs.trace import run_tracer
 from jobs.train import open_prepared, train
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
-from mmray.training.history import read_history
-from mmray.training.metrics import read_metrics
-from mmray.training.run_checkpoints import newest_looking_whole
-from mmray.training.trained import read_trained
+from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.history import read_history
+from mmray.run.metrics import read_metrics
+from mmray.training.bins_log import read_trained
 from pipelines import measures
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.train import open_prepared, train
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
 from mmray.report import Run
-from mmray.run_folder import RunFolder
+from mmray.run.checkpoints import checkpoint_names
+from mmray.run.folder import RunFolder
+from mmray.run.history import read_history
 from mmray.storage import Folder
-from mmray.training.history import read_history
-from mmray.training.run_checkpoints import checkpoint_names
-from mmray.training.trained import read_trained
+from mmray.training.bins_log import read_trained
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here, train_here

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmray.batch import Place, mask, render
+from mmray.batches.micro_batch import Place, mask, render
 from mmray.families import Family
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from tests.mmray.preparing import Preparation, chat, write_rows
 

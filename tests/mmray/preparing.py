@@ -13,8 +13,8 @@ from PIL import Image
 
 from mmray.families import Family, family_of
 from mmray.images import TilingPolicy
-from mmray.masks.settings import Loss, allows_empty, label_maker
-from mmray.packing_settings import PackingSettings
+from mmray.loss.settings import Loss, allows_empty, label_maker
+from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from mmray import cli
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.tracking import TrackedRun
-from mmray.training.metrics import MetricsLog
+from mmray.run.metrics import MetricsLog
+from mmray.run.tracking import TrackedRun
 from tests.mmray.looking import name_processor
 from tests.mmray.preparing import PACKING, Preparation, write_rows
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray import estimate
-from mmray.config import Job
-from mmray.estimate import estimate_split
+from mmray.config.job import Job
 from mmray.families import load_processor
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
+from mmray.prepared import estimate
+from mmray.prepared.estimate import estimate_split
 from mmray.rows import count
 from mmray.rows.count import RowCount, count_rows
 from mmray.rows.files import first_piece, source_files

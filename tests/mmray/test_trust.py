@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import mmray
-from mmray.config import load_job
+from mmray.config.job import load_job
 from mmray.errors import UserError
 from mmray.families import load_processor
 from mmray.families.processors import warn_of_remote_code

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmray.batch import Masked
-from mmray.config import Job, ResourceSettings, TileCacheSettings
+from mmray.batches.micro_batch import Masked
+from mmray.batches.plan import BatchMaker, BatchPlan
+from mmray.config.job import Job, ResourceSettings, TileCacheSettings
 from mmray.errors import RowError, UserError
 from mmray.images import image_size
 from mmray.images.size_cache import SIZES, read_sizes
-from mmray.kept_warnings import read_warnings
-from mmray.loader import BatchMaker, BatchPlan
 from mmray.prepared import PreparedDataset
-from mmray.schedule import Schedule
+from mmray.run.warnings import read_warnings
+from mmray.schedule.schedule import Schedule
 from pipelines.ingest import Ingest
 from pipelines.prepare import kept_sizes, prepare
 from tests.conftest import Inputs, RayHead

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.batch import Masked, MicroBatch, Place, to_table
-from mmray.config import Job, ResourceSettings
+from mmray.batches.micro_batch import Masked, MicroBatch, Place, to_table
+from mmray.batches.plan import BatchMaker, BatchPlan
+from mmray.config.job import Job, ResourceSettings
 from mmray.errors import UserError
-from mmray.loader import BatchMaker, BatchPlan
 from mmray.prepared import PreparedDataset
-from mmray.schedule import Schedule
+from mmray.schedule.schedule import Schedule
 from pipelines import ingest
 from pipelines.ingest import Ingest, Shares, joined
 from tests.conftest import Inputs, RayHead

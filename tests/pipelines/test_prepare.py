@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.rows.files import plan_chunks, source_files

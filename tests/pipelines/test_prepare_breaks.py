@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayTaskError
 
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from pipelines.dataset import out_of_room

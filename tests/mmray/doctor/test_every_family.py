@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.doctor import Status
 from mmray.doctor.model import ACCUMULATION, CACHE, FRESH, PACKED, examine_model
 from mmray.families import family_of, load_processor

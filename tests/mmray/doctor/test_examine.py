@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mmray import doctor
 from mmray.cli import app
-from mmray.config import Job
+from mmray.config.job import Job
 from mmray.doctor import Status, examine_settings
 from mmray.doctor import model as doctor_model
 from mmray.doctor import rows as doctor_rows

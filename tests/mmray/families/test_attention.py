@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmray.config.compatibility import check_model
 from mmray.errors import UserError
 from mmray.families import PackedRow, family_of
 from mmray.families.attention import causal_mask, given_mask, run_numbers, sample_numbers, seeing_blocks, within_window
-from mmray.masks.labels import segment_ids
-from mmray.training.compatibility import check_model
+from mmray.loss.labels import segment_ids
 from tests.mmray.families.small_models import small_model
 from tests.mmray.families.test_packed_equals_unpacked import error, logits_of
 from tests.mmray.families.zoo import ZOO

@@ -8,9 +8,9 @@ import pytest
 from mmray.errors import UserError
 from mmray.families import family_of
 from mmray.images import TilingPolicy
-from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import RoleLoss
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.settings import RoleLoss
+from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import sample_labels
 from tests.mmray.noise import noise
 from tests.mmray.preparing import Preparation

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmray.batch import MicroBatch, Place, mask, render
+from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.errors import RowError
 from mmray.families import Family, family_of
 from mmray.images import cut_tiles, load_image, plan_tiles, render_tiles
-from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import label_maker, stop_token_ids
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.settings import label_maker, stop_token_ids
+from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from mmray.training.loss import packed_loss_sum
 from tests.mmray.families.small_models import small_model

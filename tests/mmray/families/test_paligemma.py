@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from mmray.batch import MicroBatch, Place, mask, render
+from mmray.batches.micro_batch import MicroBatch, Place, mask, render
+from mmray.config.compatibility import check_model, check_packing
 from mmray.errors import UserError
 from mmray.families import family_of
-from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import LossSource
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.settings import LossSource
+from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import described
-from mmray.training.compatibility import check_model, check_packing
 from tests.mmray.families.small_models import small_model
 from tests.mmray.families.test_packed_equals_unpacked import error, logits_of
 from tests.mmray.families.zoo import ZOO

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.batch import MicroBatch, Place, mask, render
+from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families import family_of, load_processor
-from mmray.masks.labels import IGNORE_INDEX, LossRule
-from mmray.masks.settings import RoleLoss, label_maker
+from mmray.loss.labels import IGNORE_INDEX, LossRule
+from mmray.loss.settings import RoleLoss, label_maker
 from tests.mmray.families.pictures import changed_family, check_picture, many, sizes
 from tests.mmray.families.small_models import small_model
 from tests.mmray.families.test_packed_equals_unpacked import CPU, PICTURES, error, logits_of

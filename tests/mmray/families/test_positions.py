@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mmray.families import FAMILIES, PackedRow, Tile, family_of
 from mmray.families.base import positions_in_sample
-from mmray.masks.labels import segment_ids
+from mmray.loss.labels import segment_ids
 from tests.mmray.families.small_models import small_model
 from tests.mmray.families.zoo import ZOO
 

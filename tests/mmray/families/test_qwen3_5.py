@@ -13,7 +13,7 @@ from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_
 
 from mmray.families import family_of
 from mmray.families.qwen3_5 import missing_kernels
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from tests.mmray.families.small_models import small_model
 from tests.mmray.families.test_packed_equals_unpacked import (
     CHATS,

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, PretrainedConfig
 from mmray.families import PackedRow, Tile, family_of
 from mmray.families.base import positions_in_sample
 from mmray.families.text_models import PACKING_TEXT_MODELS, packing_problem, role_markers
-from mmray.masks.labels import IGNORE_INDEX, LossRule, segment_ids
-from mmray.masks.settings import RoleLoss, label_maker
+from mmray.loss.labels import IGNORE_INDEX, LossRule, segment_ids
+from mmray.loss.settings import RoleLoss, label_maker
 from mmray.training.model import build_model
 from mmray.training.settings import ModelSettings
 from tests.mmray.families.zoo import ZOO

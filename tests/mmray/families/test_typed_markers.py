@@ -5,9 +5,9 @@ import copy
 import pytest
 
 from mmray.families import family_of
-from mmray.masks.labels import IGNORE_INDEX
-from mmray.masks.settings import RoleLoss
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.settings import RoleLoss
+from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import sample_labels
 from mmray.rows.sample import RejectedRow
 from tests.mmray.preparing import Preparation, chat

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from mmray.synthetic.documents import make_document
 from tests.mmray.preparing import PICTURES, Preparation, write_pictures, write_rows

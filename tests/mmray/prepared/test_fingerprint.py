@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mmray.errors import UserError
-from mmray.masks.settings import RoleLoss
-from mmray.packing_settings import PackingSettings
+from mmray.loss.settings import RoleLoss
+from mmray.packing.settings import PackingSettings
 from mmray.prepared.fingerprint import check_settings, differences, fingerprint, processor_record
 from tests.mmray.preparing import Preparation, write_rows
 

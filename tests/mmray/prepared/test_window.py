@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmray.masks.labels import LabelMaker, LossRule
-from mmray.masks.roles import RoleBoundary
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import LabelMaker, LossRule
+from mmray.loss.roles import RoleBoundary
+from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window, pack_window, samples_table
 from mmray.rows.image_refs import ImageRef

@@ -2,10 +2,10 @@
 
 import json
 
-from mmray.packing_settings import PackingSettings
-from mmray.training.history import HISTORY_FILE
-from mmray.training.metrics import METRICS_FILE
-from mmray.visible import visible
+from mmray.base.visible import visible
+from mmray.packing.settings import PackingSettings
+from mmray.run.history import HISTORY_FILE
+from mmray.run.metrics import METRICS_FILE
 
 HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\"' {{ 7*7 }} &lt; \x1b"
 PACKING = {"token_capacity": 300, "visual_capacity": 200, "window_rows": 16}

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mmray import notebook
-from mmray.balance import BalanceSettings
-from mmray.balanced_schedule import BalancedSchedule
-from mmray.html import InlinePage
+from mmray.display import notebook
+from mmray.display.html import InlinePage
+from mmray.display.progress import ProgressBar
 from mmray.inspect import show_bin
 from mmray.prepared import Bin
-from mmray.progress import ProgressBar
 from mmray.report import Run, live_run
-from mmray.schedule import Schedule
+from mmray.schedule.balance import BalanceSettings
+from mmray.schedule.balanced import BalancedSchedule
+from mmray.schedule.schedule import Schedule
 from tests.mmray.html_page import Page
 from tests.mmray.report.reported import HISTORY, HOSTILE, page_text, write_run
 

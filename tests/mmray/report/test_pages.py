@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import yaml
 
-from mmray.balanced_schedule import BalancedSchedule
-from mmray.config import ResourceSettings, load_job
+from mmray.config.job import ResourceSettings, load_job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.report import Run, prepared_page, run_page
 from mmray.report import prepared as facts
 from mmray.report.prepared import Distributions, StepSettings, step_balance
-from mmray.schedule import Schedule
-from mmray.training.skipped import SKIPPED_FILE
+from mmray.run.skipped import SKIPPED_FILE
+from mmray.schedule.balanced import BalancedSchedule
+from mmray.schedule.schedule import Schedule
+from tests.mmray.config.test_docs_jobs import LEAST
 from tests.mmray.html_page import Page, assert_needs_nothing
 from tests.mmray.preparing import Preparation, write_rows
 from tests.mmray.report.reported import HISTORY, HOSTILE, packing, page_text, write_run
-from tests.mmray.test_docs_jobs import LEAST
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from tests.mmray.preparing import Preparation, chat
 from tests.mmray.reasons import reasons_in_code

@@ -12,9 +12,9 @@ from mmray.errors import RowError, UserError
 from mmray.families import family_of, load_processor
 from mmray.families.base import Span
 from mmray.images import TilingPolicy, cut_tiles, load_image, plan_tiles
-from mmray.masks.labels import IGNORE_INDEX, LossRule
-from mmray.masks.settings import RoleLoss
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import IGNORE_INDEX, LossRule
+from mmray.loss.settings import RoleLoss
+from mmray.packing.settings import PackingSettings
 from mmray.rows.encode import Encoder
 from mmray.rows.read import RawRow
 from mmray.rows.sample import RejectedRow, Sample

@@ -12,7 +12,7 @@ from PIL import Image
 
 import mmray.images
 from mmray.images import cut_tiles, load_image, plan_tiles
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from tests.mmray.preparing import Preparation
 
 PACKING = PackingSettings(token_capacity=16_384, visual_capacity=12_288, window_rows=32)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmray.packing_settings import PackingSettings
+from mmray.packing.settings import PackingSettings
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.read import RawRow, read_piece
 from mmray.rows.sample import RejectedRow

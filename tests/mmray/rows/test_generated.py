@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.masks.labels import LossRule
-from mmray.masks.settings import LossSource, RoleLoss, ending_token_ids, marks_generated
-from mmray.packing_settings import PackingSettings
+from mmray.loss.labels import LossRule
+from mmray.loss.settings import LossSource, RoleLoss, ending_token_ids, marks_generated
+from mmray.packing.settings import PackingSettings
 from mmray.rows.read import RawRow
 from tests.mmray.preparing import Preparation, chat, with_marked_template
 

@@ -10,8 +10,8 @@ from PIL import Image
 from mmray.errors import UserError
 from mmray.families import RoleMarkers
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.masks.settings import LossSource, RoleLoss
-from mmray.packing_settings import PackingSettings
+from mmray.loss.settings import LossSource, RoleLoss
+from mmray.packing.settings import PackingSettings
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.preflight import FIRST_ROWS, check_first_rows
 from tests.mmray.preparing import Preparation, chat, with_marked_template, write_rows

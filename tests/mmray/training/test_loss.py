@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmray.masks.labels import IGNORE_INDEX
+from mmray.loss.labels import IGNORE_INDEX
 from mmray.training import loss
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import build_model

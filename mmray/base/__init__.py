@@ -1,0 +1,1 @@
+"""What every room stands on and which needs none of them: settings, compiled loops, texts that are safe to show."""

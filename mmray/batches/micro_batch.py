@@ -1,0 +1,332 @@
+"""From bins to the micro-batches a model takes: render, mask, and on the training device pixels.
+
+A micro-batch is one packed row: the samples of its bins one after another, `[1, L]`, without padding between them.
+Where it holds no image (or no bin at all, at the end of an epoch) a sample of one small white picture is added, outside
+every loss, so that each rank runs the vision tower in every pass and no collective operation waits for a rank that
+does not come.
+
+A sample whose picture cannot be used stays in its place, outside the loss (`mmray.batches.render`).
+
+The three steps are three functions so that they can run in three places: `render` on CPU actors (decode, crop, resize;
+pictures stay uint8), `mask` on GPU actors (labels, positions), `MicroBatch.model_inputs` in the training process
+(rescale, normalise, patch layout).
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice, pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mmray.batches.render import (
+    OnBadRow,
+    Pages,
+    RenderPage,
+    SkippedSample,
+    render_pages,
+    skipped_from_array,
+    skipped_to_array,
+)
+from mmray.errors import UserError
+from mmray.families import Family, PackedRow, Tile
+from mmray.images import TilingPolicy, render_tiles
+from mmray.loss.labels import IGNORE_INDEX, LabelMaker, segment_ids
+from mmray.prepared import Bin
+from mmray.prepared.arrow import binary_cell
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which micro-batch of a run this is. step counts global batches; micro counts within the rank's step."""
+
+    step: int
+    rank: int
+    micro: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A micro-batch as arrays, pictures decoded. L: tokens; S: samples, with gaps and the added one; I: images."""
+
+    place: np.ndarray  # int64 [3]: step, rank, micro
+    bins: np.ndarray  # int64, the numbers of its bins; empty bins are left out
+    input_ids: np.ndarray  # int32 [L]
+    lengths: np.ndarray  # int32 [S]
+    padding: np.ndarray  # bool [S], True for what is no sample: gaps between samples, the added picture
+    skipped: np.ndarray  # bool [S], True for samples outside the loss: a picture of theirs cannot be used
+    problems: np.ndarray  # uint8, why: `skipped_to_array` of as many
+    rules: np.ndarray  # int8 [S], LossRule
+    given: np.ndarray  # bool [L], for LossRule.GIVEN
+    blocks: np.ndarray  # int32 [I, 2], first token and number of tokens of each image
+    trained_tokens: np.ndarray  # int64 [1], as counted when preparing
+    tiles: np.ndarray  # int32 [tiles, 4]: number of the sample, width and height in pixels, number of frames
+    frame_sizes: np.ndarray  # int32 [frames, 2], (width, height) in pixels
+    pixels: np.ndarray  # uint8, the frames one after another, each [height, width, 3]
+
+
+@dataclass(frozen=True)
+class Masked(Rendered):
+    """A micro-batch with its masks."""
+
+    labels: np.ndarray  # int64 [L]
+    position_ids: np.ndarray  # int64 [rows, L] (`Family.position_rows`)
+
+
+def render(
+    bins: Sequence[Bin | None], place: Place, family: Family, policy: TilingPolicy,
+    render_page: RenderPage = render_tiles, *, on_bad_row: OnBadRow = "error",
+) -> Rendered:  # fmt: skip
+    """Decode and tile the images of some bins and put their samples into one row. None is an empty bin.
+
+    on_bad_row: "reject" leaves a sample out of the loss when a picture of it is gone, broken or no longer what was
+    prepared; "error" raises UserError naming the row and the image.
+    """
+    present = [each for each in bins if each is not None]
+    row = _RowBuilder(family)
+    for each in present:
+        row.add(each, render_pages(each, policy, render_page, on_bad_row))
+    if sum(map(family.feature_count, row.tiles)) < family.least_features:
+        row.add_dummy()
+    _check_features(row, present)
+    return Rendered(
+        place=np.asarray([place.step, place.rank, place.micro], dtype=np.int64),
+        bins=np.asarray([each.index for each in present], dtype=np.int64),
+        input_ids=np.concatenate(row.ids).astype(np.int32),
+        lengths=np.asarray([len(ids) for ids in row.ids], dtype=np.int32),
+        padding=np.asarray(row.padding, dtype=bool),
+        skipped=np.asarray(row.skipped, dtype=bool),
+        problems=skipped_to_array(row.problems),
+        rules=np.asarray(row.rules, dtype=np.int8),
+        given=np.concatenate(row.given),
+        blocks=np.asarray(row.blocks, dtype=np.int32).reshape(-1, 2),
+        trained_tokens=np.asarray([sum(each.trained_tokens for each in present)], dtype=np.int64),
+        tiles=np.asarray(
+            [(tile.sample, *tile.size, len(tile.frame_sizes)) for tile in row.tiles], dtype=np.int32
+        ).reshape(-1, 4),
+        frame_sizes=np.asarray([_size_of(frame) for frame in row.frames], dtype=np.int32),
+        pixels=np.concatenate([frame.reshape(-1) for frame in row.frames]),
+    )
+
+
+class _RowBuilder:
+    """The samples of one row as they are put together: an entry of `ids`, `padding`, `skipped`, `rules` and
+    `given` each."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.ids: list[np.ndarray] = []
+        self.padding: list[bool] = []
+        self.skipped: list[bool] = []
+        self.problems: list[SkippedSample] = []
+        self.rules: list[int] = []
+        self.given: list[np.ndarray] = []
+        self.blocks: list[tuple[int, int]] = []
+        self.tiles: list[Tile] = []
+        self.frames: list[np.ndarray] = []
+        self.length = 0
+
+    def add(self, packed: Bin, pages: Pages) -> None:
+        """All samples of a bin with its pages."""
+        starts = np.concatenate([[0], packed.sample_lengths.cumsum()]).tolist()
+        given = packed.given if len(packed.given) else np.zeros(starts[-1], dtype=bool)
+        for number, (start, stop) in enumerate(pairwise(starts)):
+            if self.ids and self.family.sample_gap:
+                self._append(self._gap, padding=True)
+            own = [(image, tiles) for image, tiles in zip(packed.images, pages.tiles) if image["sample"] == number]
+            self.blocks += [(image["first_token"] - start + self.length, image["num_tokens"]) for image, _ in own]
+            together = sum(len(tiles) for _, tiles in own)
+            for tile in (tile for _, tiles in own for tile in tiles):
+                self._picture(tile.size, self.family.frames(tile, together))
+            self._append(
+                packed.input_ids[start:stop], skipped=number in pages.skipped, rule=packed.sample_rules[number],
+                given=given[start:stop],
+            )  # fmt: skip
+        self.problems += pages.skipped.values()
+
+    def add_dummy(self) -> None:
+        """A sample of one small picture, outside every loss."""
+        tile = self._picture(self.family.dummy_size, self.family.dummy_frames)
+        count = self.family.feature_count(tile)
+        self._append(np.full(count, self.family.image_token_id, dtype=np.int32), padding=True)
+
+    @property
+    def _gap(self) -> np.ndarray:
+        return np.full(self.family.sample_gap, self.family.padding_id, dtype=np.int32)
+
+    def _picture(self, size: tuple[int, int], frames: list[np.ndarray]) -> Tile:
+        tile = Tile(len(self.ids), size, tuple(map(_size_of, frames)))
+        self.tiles.append(tile)
+        self.frames += frames
+        return tile
+
+    def _append(
+        self, ids: np.ndarray, *, padding: bool = False, skipped: bool = False, rule: int = 0,
+        given: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.ids.append(ids)
+        self.padding.append(padding)
+        self.skipped.append(skipped)
+        self.rules.append(rule)
+        self.given.append(np.zeros(len(ids), dtype=bool) if given is None else given)
+        self.length += len(ids)
+
+
+def _size_of(frame: np.ndarray) -> tuple[int, int]:
+    return frame.shape[1], frame.shape[0]
+
+
+def _check_features(row: _RowBuilder, bins: Sequence[Bin]) -> None:
+    features = sum(map(row.family.feature_count, row.tiles))
+    tokens = sum(int((ids == row.family.image_token_id).sum()) for ids in row.ids)
+    if features != tokens:
+        raise UserError(
+            f"bins {[each.index for each in bins]}: {tokens} image tokens but {features} image features. The prepared "
+            "dataset was made with another processor or version; prepare it anew with --replace"
+        )
+
+
+def mask(rendered: Rendered, family: Family, maker: LabelMaker, device: torch.device) -> Masked:
+    """Labels and positions of a micro-batch, computed on `device`.
+
+    Raises RuntimeError when the trained tokens, those of skipped samples with them, are not as many as were counted
+    when preparing.
+    """
+    row = packed_row(rendered, device)
+    labels = maker.labels(
+        row.input_ids,
+        row.segment_ids,
+        _tensor(rendered.rules).to(device, torch.int64),
+        _tensor(rendered.given).to(device),
+        _tensor(rendered.blocks).to(device, torch.int64),
+    )
+    positions = family.position_ids(row)
+    trained, expected = int((labels != IGNORE_INDEX).sum()), int(rendered.trained_tokens[0])
+    if trained != expected:
+        raise RuntimeError(f"bins {rendered.bins.tolist()}: {trained} trained tokens, {expected} when prepared")
+    labels = labels.masked_fill(_of_skipped(rendered, device), IGNORE_INDEX)
+    rendered_arrays = {field.name: getattr(rendered, field.name) for field in fields(Rendered)}
+    return Masked(**rendered_arrays, labels=labels.cpu().numpy(), position_ids=positions.cpu().numpy())
+
+
+def _of_skipped(rendered: Rendered, device: torch.device) -> Tensor:
+    """bool [L]: the tokens of samples that are left out of the loss."""
+    lengths = _tensor(rendered.lengths).to(device, torch.int64)
+    return torch.repeat_interleave(_tensor(rendered.skipped).to(device), lengths, output_size=len(rendered.input_ids))
+
+
+def packed_row(rendered: Rendered, device: torch.device) -> PackedRow:
+    """The row of a micro-batch as its family sees it, on `device`."""
+    lengths = _tensor(rendered.lengths).to(device, torch.int64)
+    sizes = iter((int(width), int(height)) for width, height in rendered.frame_sizes)
+    return PackedRow(
+        input_ids=_tensor(rendered.input_ids).to(device, torch.int64),
+        lengths=lengths,
+        segment_ids=segment_ids(lengths, _tensor(rendered.padding).to(device), total=len(rendered.input_ids)),
+        tiles=tuple(
+            Tile(sample, (width, height), tuple(islice(sizes, count)))
+            for sample, width, height, count in rendered.tiles.tolist()
+        ),
+    )
+
+
+class MicroBatch:
+    """A micro-batch in the training process: `labels` [1, L] and the arguments of the model's forward."""
+
+    def __init__(self, masked: Masked, family: Family) -> None:
+        self.masked = masked
+        self.family = family
+        self.labels = _tensor(masked.labels)[None]
+
+    @property
+    def place(self) -> Place:
+        step, rank, micro = (int(value) for value in self.masked.place)
+        return Place(step, rank, micro)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its samples, without what is added."""
+        return int(self.masked.lengths[~self.masked.padding].sum())
+
+    @property
+    def num_samples(self) -> int:
+        """Its samples, also those that are skipped."""
+        return int((~self.masked.padding).sum())
+
+    @property
+    def skipped(self) -> list[SkippedSample]:
+        """Its samples outside the loss because a picture of theirs cannot be used."""
+        return skipped_from_array(self.masked.problems)
+
+    @property
+    def bins(self) -> list[int]:
+        """The numbers of its bins, without empty ones."""
+        return [int(number) for number in self.masked.bins]
+
+    def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
+        """The keyword arguments of the model's forward, on `device`; pixels and masks as `dtype`.
+
+        config: the model's, with the attention implementation it runs.
+        """
+        masked = self.masked
+        row = replace(packed_row(masked, device), trained=(_tensor(masked.labels) != IGNORE_INDEX).to(device))
+        pixels = _tensor(masked.pixels).to(device, non_blocking=True)
+        sizes = [size for tile in row.tiles for size in tile.frame_sizes]
+        frames = [
+            frame.reshape(height, width, 3)
+            for frame, (width, height) in zip(pixels.split([width * height * 3 for width, height in sizes]), sizes)
+        ]
+        positions = _tensor(masked.position_ids).to(device)
+        return self.family.model_inputs(row, positions, frames, dtype, config)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the array's memory. Arrays out of Arrow are read-only: torch warns of it, nothing here writes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+# -------------------------------------------------------------------- between processes
+
+
+def to_table(arrays: Rendered) -> pa.Table:
+    """A one-row Arrow table with every array as bytes; the pictures are not copied."""
+    return pa.table(
+        {field.name: binary_cell(np.ascontiguousarray(getattr(arrays, field.name))) for field in fields(arrays)}
+    )
+
+
+Arrays = TypeVar("Arrays", bound=Rendered)
+
+
+def from_table(kind: type[Arrays], table: pa.Table) -> Arrays:
+    """The inverse of `to_table`; the arrays are views of the table's memory."""
+    arrays = {field.name: _array(table[field.name], field.name) for field in fields(kind)}
+    if "position_ids" in arrays:
+        arrays["position_ids"] = arrays["position_ids"].reshape(-1, len(arrays["input_ids"]))
+    return kind(**arrays)
+
+
+_DTYPES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "place": (np.int64, (-1,)), "bins": (np.int64, (-1,)), "input_ids": (np.int32, (-1,)),
+    "lengths": (np.int32, (-1,)), "padding": (np.bool_, (-1,)), "skipped": (np.bool_, (-1,)),
+    "problems": (np.uint8, (-1,)), "rules": (np.int8, (-1,)), "given": (np.bool_, (-1,)),
+    "blocks": (np.int32, (-1, 2)), "trained_tokens": (np.int64, (-1,)), "tiles": (np.int32, (-1, 4)),
+    "frame_sizes": (np.int32, (-1, 2)), "pixels": (np.uint8, (-1,)), "labels": (np.int64, (-1,)),
+    "position_ids": (np.int64, (-1,)),
+}  # fmt: skip
+
+
+def _array(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    """The array in the one cell of a column. Not `column[0].as_buffer()`: a scalar is a copy, 0.6 ms a megabyte."""
+    (cell,) = (chunk for chunk in column.chunks if len(chunk))
+    _, offsets, data = cell.buffers()
+    start, stop = np.frombuffer(offsets, dtype=np.int64)[cell.offset : cell.offset + 2]
+    dtype, shape = _DTYPES[name]
+    return np.frombuffer(data.slice(start, stop - start), dtype=dtype).reshape(shape)

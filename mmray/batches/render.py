@@ -1,0 +1,103 @@
+"""The pages of a bin when it trains: their tiles, and what becomes of a sample whose picture cannot be used.
+
+Preparing reads headers only, and files change, vanish and rot in the weeks of a run. With `on_bad_row: reject` such a
+picture does not stop the run and nothing is changed without a word: white tiles of the planned sizes stand in its
+place, so that tokens, positions and masks of all other samples stay the same to the bit, and its sample, whole, is
+outside the loss and named. It is not cut out of its bin: the order of a run, its loads and its checks all rest on bins
+being what was prepared.
+
+Errors of storage are no such thing: see `mmray.images.retries`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from mmray.errors import RowError, UserError
+from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
+from mmray.images.header import MAX_PIXELS
+from mmray.images.retries import patiently
+from mmray.images.source import describe_source
+from mmray.prepared import Bin
+
+OnBadRow = Literal["reject", "error"]
+
+
+class RenderPage(Protocol):
+    """`render_tiles`, or that of a `TileCache`."""
+
+    def __call__(self, source: ImageSource, plan: TilePlan, *, max_pixels: int) -> list[Image.Image]: ...
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample outside the loss because a picture of it cannot be used. Named as in `rejected.parquet`."""
+
+    id: str
+    source: str
+    """Where its row was read: file:line, or file:row of Parquet."""
+    reason: str
+    """Of docs/rows.md, such as `image_corrupt`."""
+    message: str
+    """One line: the picture, what was found."""
+
+    def __str__(self) -> str:
+        return f"row {self.id!r} ({self.source}): {self.reason}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The tiles of each image of a bin, and its samples that cannot be used, by their number in the bin."""
+
+    tiles: list[list[Image.Image]]
+    skipped: dict[int, SkippedSample]
+
+
+def render_pages(packed: Bin, policy: TilingPolicy, render_page: RenderPage, on_bad_row: OnBadRow) -> Pages:
+    """Decode and cut all images of a bin.
+
+    Raises UserError naming the row and the image when a picture is gone, broken or no longer what was prepared, and
+    `on_bad_row` is "error"; and when its storage cannot be reached.
+    """
+    tiles: list[list[Image.Image]] = []
+    skipped: dict[int, SkippedSample] = {}
+    for image in packed.images:
+        size = image["width"], image["height"]
+        source = image["data"] if image["data"] is not None else image["uri"]
+        plan = plan_tiles(size, policy)
+        max_pixels = max(MAX_PIXELS, size[0] * size[1])  # checked when preparing
+        try:
+            tiles.append(patiently(partial(render_page, source, plan, max_pixels=max_pixels), source))
+        except RowError as error:
+            sample = image["sample"]
+            problem = _problem(packed, sample, source, error)
+            if on_bad_row == "error":
+                raise UserError(
+                    f"{problem}. Its header was read when preparing; put it back, or another picture of that size in "
+                    "its place (or let such samples be left out: data.on_bad_row: reject)"
+                ) from error
+            skipped.setdefault(sample, problem)
+            tiles.append([Image.new("RGB", tile_size, "white") for tile_size in plan.tile_sizes])
+    return Pages(tiles, skipped)
+
+
+def _problem(packed: Bin, sample: int, source: ImageSource, error: RowError) -> SkippedSample:
+    name = describe_source(source)
+    message = error.message if name in error.message else f"{name}: {error.message}"
+    return SkippedSample(packed.sample_ids[sample], packed.sample_sources[sample], error.reason, message)
+
+
+def skipped_to_array(skipped: Sequence[SkippedSample]) -> np.ndarray:
+    """As bytes, uint8 [n], to travel with a micro-batch."""
+    return np.frombuffer(json.dumps([asdict(each) for each in skipped]).encode(), dtype=np.uint8)
+
+
+def skipped_from_array(array: np.ndarray) -> list[SkippedSample]:
+    """The inverse of `skipped_to_array`."""
+    found: list[dict[str, Any]] = json.loads(array.tobytes())
+    return [SkippedSample(**each) for each in found]

@@ -1,0 +1,80 @@
+"""Whether model, processor and settings of a job fit together: checked before any work, on the driver."""
+
+import importlib.util
+
+import torch
+from transformers import PretrainedConfig
+
+from mmray.config.job import Job
+from mmray.errors import UserError
+from mmray.families import Family, load_family
+from mmray.packing.settings import PackingSettings
+from mmray.training.model import load_config
+from mmray.training.settings import ModelSettings
+
+
+def job_family(job: Job) -> Family:
+    """The family of a job's model and processor, which fit together and to the packing. Raises UserError."""
+    config, family = fitting_family(job)
+    check_attention(job.model)
+    check_packing(config, family, job.packing, job.training.micro_batch_bins)
+    return family
+
+
+def fitting_family(job: Job) -> tuple[PretrainedConfig, Family]:
+    """The configuration of a job's model and the family of its processor, which fit together. Raises UserError."""
+    config = load_config(job.model)
+    family = load_family(
+        job.model.processor_source,
+        tiled=job.images.is_tiled,
+        model_type=config.model_type,
+        trust_remote_code=job.model.trust_remote_code,
+    )
+    check_model(config, family)
+    return config, family
+
+
+def check_model(config: PretrainedConfig, family: Family) -> None:
+    """Raise UserError when the processor is not one of the model's, or the model would train wrongly as it is set up.
+
+    config: `load_config` of the job's model.
+    """
+    name, expected = type(family.processor).__name__, family.config_image_token_id(config)
+    if expected != family.image_token_id:
+        raise UserError(
+            f"the model's image token is {expected}, that of {name} is {family.image_token_id}; "
+            "set model.processor to the model's own"
+        )
+    problem = family.model_problem(config)
+    if problem:
+        raise UserError(f"a {config.model_type} cannot train like this: {problem}")
+
+
+def check_attention(settings: ModelSettings) -> None:
+    """Raise UserError when the attention that is asked for is not installed on a machine with a GPU.
+
+    Others need not have it: rows are prepared, and drivers run, on CPU nodes. Workers fail where it is missing.
+    """
+    if settings.attention != "flash_attention_2" or not torch.cuda.is_available():
+        return
+    if importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "model.attention is flash_attention_2, and flash_attn is not installed; install it, or set sdpa"
+        )
+
+
+def check_packing(config: PretrainedConfig, family: Family, packing: PackingSettings, micro_batch_bins: int) -> None:
+    """Raise UserError when rows of several samples would be wrong for the model: they would train all the same.
+
+    config: `load_config` of the job's model.
+    """
+    if packing.mode == "none" and micro_batch_bins == 1:
+        return
+    problem = family.packing_problem(
+        config, sample_tokens=packing.token_capacity, row_tokens=packing.token_capacity * micro_batch_bins
+    )
+    if problem:
+        raise UserError(
+            f"a {config.model_type} cannot train on packed rows: {problem}. Set packing.mode: none and "
+            "training.micro_batch_bins: 1"
+        )

@@ -1,0 +1,52 @@
+"""Web pages and pieces of them that need nothing else: no script, no file beside them, no network.
+
+Templates lie in `mmray/display/templates`; everything from the data is escaped by them. Pages also forbid scripts and
+foreign content themselves (Content-Security-Policy), should that ever fail.
+"""
+
+import html
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from mmray.base.visible import visible
+from mmray.errors import UserError
+from mmray.images.source import one_line
+
+
+@cache
+def template(name: str) -> Template:
+    """A template of `mmray/display/templates`, escaping. Filters: `visible` (text of the data), `count` (1,234)."""
+    environment = Environment(
+        loader=PackageLoader("mmray.display", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"visible": visible, "count": "{:,}".format, "percent": "{:.1%}".format}
+    return environment.get_template(name)
+
+
+def write_html(path: str | Path, page: str) -> int:
+    """Write a page; returns its bytes. Raises UserError where the file cannot be written."""
+    data = page.encode(errors="backslashreplace")
+    try:
+        return Path(path).write_bytes(data)
+    except OSError as error:
+        raise UserError(f"the page cannot be written to {path}: {one_line(error)}; choose another --html") from error
+
+
+class InlinePage:
+    """A whole page inside a notebook's output: a frame of its own, so that neither's styles touch the other's."""
+
+    def __init__(self, page: str, height: int = 640) -> None:
+        """height: of the frame, in pixels."""
+        self.page, self.height = page, height
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe sandbox srcdoc="{html.escape(self.page)}" '
+            f'style="width: 100%; height: {self.height}px; border: 0; border-radius: 8px"></iframe>'
+        )

@@ -1,0 +1,175 @@
+"""Progress that reads well where it is shown: a live bar in a terminal, one that is redrawn in place in a notebook, a
+line now and then in a log.
+
+The rate is that of the last minute: rows done by an earlier run do not count, and a slow start falsifies the time that
+is left for no longer than that.
+"""
+
+import html
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mmray.display.notebook import Shown, in_notebook
+
+LOG_SECONDS = 10
+"""Least time between two lines of a log."""
+REDRAW_SECONDS = 0.5
+"""Least time between two drawings of a notebook's bar."""
+RATE_SECONDS = 60
+"""The time over which the rate is taken."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How far something is. rate: units a second, None where it is not known yet."""
+
+    title: str
+    unit: str
+    done: int
+    total: int
+    seconds: float
+    rate: float | None
+    note: str = ""
+
+    @property
+    def part(self) -> float:
+        """Between 0 and 1; nothing to do is done."""
+        return self.done / self.total if self.total else 1.0
+
+    @property
+    def count(self) -> str:
+        """`3/10 steps (30%)`."""
+        return f"{self.done:,}/{self.total:,} {self.unit} ({self.part:.0%})"
+
+    @property
+    def pace(self) -> str:
+        """`120 rows/s, 1:10 left`; empty where it is not known yet."""
+        if not self.rate:
+            return ""
+        speed = f"{self.rate:,.0f} {self.unit}/s" if self.rate >= 10 else f"{self.rate:.2g} {self.unit}/s"
+        return f"{speed}, {_duration((self.total - self.done) / self.rate)} left" if self.done < self.total else speed
+
+
+class View(Protocol):
+    """Where progress is shown."""
+
+    def show(self, state: State) -> None:
+        """Show it; how often is for the view to decide."""
+
+    def close(self) -> None:
+        """Leave the last state standing."""
+
+
+class ProgressBar:
+    """`with ProgressBar("preparing", "rows") as bar: bar.update(done, total, note)`."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit = title, unit
+        self._started = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def __enter__(self) -> Self:
+        self._view = _view()
+        return self
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Set the state. note: a few words at the end of the line."""
+        now = time.monotonic()
+        if self._recent and done < self._recent[-1][1]:  # it goes on from an earlier place
+            self._recent.clear()
+        if not self._recent or done != self._recent[-1][1]:
+            self._recent.append((now, done))
+        while len(self._recent) > 2 and now - self._recent[1][0] > RATE_SECONDS:
+            self._recent.popleft()
+        (first, begun), (last, reached) = self._recent[0], self._recent[-1]
+        rate = (reached - begun) / (last - first) if last > first else None
+        self._view.show(State(self.title, self.unit, done, total, now - self._started, rate, note))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._view.close()
+
+
+def _view() -> View:
+    if in_notebook():
+        return _Notebook()
+    return _Terminal() if sys.stderr.isatty() else _Log()
+
+
+class _Terminal:
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(),
+            TextColumn("{task.fields[state]}", markup=False), TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=Console(stderr=True),
+        )  # fmt: skip
+        self._bar.start()
+        self._task: Any = None
+
+    def show(self, state: State) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task(state.title, total=None, state="", note="")
+        words = f"{state.count}  {state.pace}"
+        self._bar.update(self._task, completed=state.done, total=state.total, state=words, note=state.note)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class _Log:
+    def __init__(self) -> None:
+        self._last_line, self._last_done = float("-inf"), -1
+
+    def show(self, state: State) -> None:
+        if state.done == self._last_done:
+            return
+        if state.seconds - self._last_line >= LOG_SECONDS or state.done >= state.total:
+            self._last_line, self._last_done = state.seconds, state.done
+            pace = f", {state.pace}" if state.pace else ""
+            line = f"{state.title}: {state.count} in {_duration(state.seconds)}{pace}  {state.note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Notebook:
+    """HTML that Jupyter replaces in place: no widgets, so it also stands in a saved notebook."""
+
+    def __init__(self) -> None:
+        self._shown = Shown()
+        self._drawn = float("-inf")
+        self._state: State | None = None
+
+    def show(self, state: State) -> None:
+        self._state = state
+        if state.seconds - self._drawn >= REDRAW_SECONDS or state.done >= state.total:
+            self._draw(state)
+
+    def close(self) -> None:
+        if self._state:
+            self._draw(self._state)
+
+    def _draw(self, state: State) -> None:
+        self._drawn = state.seconds
+        words = "  ".join(filter(None, (state.count, state.pace, _duration(state.seconds), state.note)))
+        bar = f'<progress max="1" value="{state.part}"></progress>'
+        self._shown.replace(f"{bar} {html.escape(f'{state.title}: {words}')}")
+
+
+def _duration(seconds: float) -> str:
+    """`14 s`, `2:05`, `1:02:05`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

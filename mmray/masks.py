@@ -1,0 +1,5 @@
+"""Role boundaries under their public name; they live in `mmray.loss`."""
+
+from mmray.loss import RoleBoundary, role_keep_mask
+
+__all__ = ["RoleBoundary", "role_keep_mask"]

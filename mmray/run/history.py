@@ -1,0 +1,60 @@
+"""What happened to a run: `history.jsonl`, one line an event, never rewritten.
+
+`metrics.jsonl` has every step once, as it was finally done; here stands how it came to that: with how many workers,
+from which checkpoints, after which losses of machines. One process at a time writes: rank 0, or the driver before it
+starts any.
+
+| event | besides `time`, `step`, `workers` |
+| --- | --- |
+| `start` | a new run begins |
+| `resume` | `checkpoint`: the name of the one it continues from |
+| `checkpoint` | `name`; `seconds`: how long the step loop was held up |
+| `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
+| `preemption` | `nodes`: those that will go; `deadline`: when, or null |
+| `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
+| `finish` | the last step is done and its checkpoint whole |
+
+`step` counts the steps done when it happened; `workers` the ranks, 0 where there were none yet.
+"""
+
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from mmray.base.json_lines import JsonLines, read_json_lines
+
+HISTORY_FILE = "history.jsonl"
+
+Event = Literal["start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "continue_on", "finish"]
+
+
+def add_to_history(run: Path, event: Event, step: int, workers: int, **values: Any) -> None:
+    """Append one event to the history of the run in folder `run`, with the time it is now."""
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    with closing(JsonLines(run / HISTORY_FILE)) as lines:
+        lines.append({"time": time, "event": event, "step": step, "workers": workers} | values)
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The events of a run, in order; none where it has no history."""
+    return read_json_lines(run / HISTORY_FILE)
+
+
+def in_words(event: dict[str, Any]) -> str:
+    """An event as one line for a person; "" for a checkpoint, of which there are many."""
+    step, workers = event["step"], "1 worker" if event["workers"] == 1 else f"{event['workers']} workers"
+    match event["event"]:
+        case "start":
+            return f"started with {workers}"
+        case "resume":
+            return f"resumed from {event['checkpoint']} at step {step} with {workers}"
+        case "damaged_checkpoint":
+            return f"{event['checkpoint']} is damaged and passed over: {event['problem']}"
+        case "preemption":
+            return f"nodes {', '.join(event['nodes'])} will be taken away; a checkpoint is written at step {step}"
+        case "continue_on":
+            return f"from step {step} on it trains on {event['prepared']}, {event['bins']} bins"
+        case "finish":
+            return f"finished {step} steps"
+    return ""

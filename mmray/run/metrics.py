@@ -1,0 +1,74 @@
+"""The numbers of a run: `metrics.jsonl`, one line a step, mirrored to TensorBoard and other trackers.
+
+The file is the record; trackers are views. A run that resumes does some steps again, so the log is first cut back to
+the checkpoint's step: every step stands in it once, as it was finally done.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmray.base.json_lines import JsonLines, read_json_lines, replace_json_lines
+from mmray.run.tracking.base import Tracker, TrackerSettings
+from mmray.run.tracking.feed import Feed
+from mmray.run.tracking.run import TrackedRun
+from mmray.run.tracking.tensorboard import TensorBoard
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes the metrics of one run into its folder, and to its trackers. One process, rank 0, holds it."""
+
+    def __init__(self, run: TrackedRun, step: int, trackers: Mapping[str, TrackerSettings] | None = None) -> None:
+        """Begins with the run's metrics up to `step`, the last that is done; what was logged after it is forgotten, in
+        one atomic replacement. trackers: by name, besides TensorBoard."""
+        path = run.folder / METRICS_FILE
+        logged = read_json_lines(path)
+        if any(line["step"] > step for line in logged):
+            replace_json_lines(path, (line for line in logged if line["step"] <= step))
+        self._file = JsonLines(path)
+        earlier = [(line["step"], _scalars(line)) for line in logged]
+        self._trackers: list[Tracker] = [TensorBoard(run.folder, step)]
+        self._trackers += [
+            Feed(name, settings, run, logged=earlier, kept=step) for name, settings in (trackers or {}).items()
+        ]
+
+    def write(self, step: int, **values: float | int | None) -> None:
+        """Append one line and hand it to the operating system: it survives the death of this process.
+
+        step: from 1. values: of a training step `epoch, loss, tokens, trained_tokens, bins, lr, grad_norm,
+        step_seconds, data_wait_seconds`; of an evaluation `epoch, eval_loss, …`. A value that is not finite
+        is written as null.
+        """
+        line = {"step": step} | {key: _finite(value) for key, value in values.items()}
+        self._file.append(line)
+        scalars = _scalars(line)
+        for tracker in self._trackers:
+            tracker.write(step, scalars)
+
+    def close(self) -> None:
+        """Close the file, and see trackers through what they have not taken yet."""
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a torn last one; none where there is no file."""
+    return read_json_lines(path)
+
+
+def _finite(value: float | int | None) -> float | int | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """A line's numbers under the names that trackers show: `train/loss`, `eval/loss`."""
+    kind = "eval" if any(key.startswith("eval_") for key in line) else "train"
+    return {
+        f"{kind}/{key.removeprefix('eval_')}": value
+        for key, value in line.items()
+        if key != "step" and value is not None
+    }

@@ -1,0 +1,76 @@
+"""The place of a run in its data, as a checkpoint carries it: `cursor.json`, and in `prepared.json` what the cursor's
+fingerprint stands for.
+
+A fingerprint alone can only say that two datasets differ. With the record of what was prepared beside it, a refusal
+says in which settings or files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmray.errors import UserError
+from mmray.prepared import PreparedDataset
+from mmray.prepared.fingerprint import differences
+from mmray.schedule.balanced import BalancedSchedule
+from mmray.schedule.cursor import Cursor
+from mmray.schedule.schedule import Schedule
+
+CURSOR_FILE = "cursor.json"
+PREPARED_FILE = "prepared.json"
+
+SHOWN_DIFFERENCES = 8
+
+
+def write_place(folder: Path, cursor: Cursor, prepared: PreparedDataset) -> None:
+    """Write both files into a checkpoint. prepared: the data that the cursor stands in."""
+    cursor.write(folder / CURSOR_FILE)
+    content = {"path": prepared.path, "fingerprint": prepared.fingerprint, "record": prepared.manifest["record"]}
+    (folder / PREPARED_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def place_in(
+    checkpoint: Path, schedule: Schedule | BalancedSchedule, prepared: PreparedDataset, *, continue_on: bool
+) -> Cursor:
+    """Where a run that resumes from `checkpoint` goes on, in `prepared`, of which `schedule` is the order.
+
+    continue_on: data other than the checkpoint's is what the user wants, and begins anew; without it, raises UserError
+    that names both fingerprints, the settings that differ and the remedy. Other settings of the order are refused
+    either way.
+    """
+    cursor = Cursor.read(checkpoint / CURSOR_FILE)
+    if cursor.fingerprint == prepared.fingerprint:
+        cursor.check(schedule)
+        return cursor
+    if not continue_on:
+        raise UserError(_other_data(checkpoint, cursor, prepared))
+    moved = cursor.continue_on(schedule, prepared.path)
+    cursor.check_order(schedule)
+    return moved
+
+
+def _other_data(checkpoint: Path, cursor: Cursor, prepared: PreparedDataset) -> str:
+    saved = _record_in(checkpoint)
+    lines = (
+        differences(saved, prepared.manifest["record"]) if saved else ["(the checkpoint does not tell its settings)"]
+    )
+    if not lines:
+        lines = ["the same settings and files, but other bins came of them: an image's size has changed"]
+    hidden = len(lines) - SHOWN_DIFFERENCES
+    shown = lines[:SHOWN_DIFFERENCES] + ([f"and {hidden} more"] if hidden > 0 else [])
+    known = f" ({cursor.prepared})" if cursor.prepared else ""
+    listed = "".join(f"\n  {line}" for line in shown)
+    return (
+        f"{checkpoint} was trained to step {cursor.step} on other data: its fingerprint is {cursor.fingerprint}"
+        f"{known}, that of {prepared.path} is {prepared.fingerprint}; the difference:{listed}\n"
+        "Point output.prepared at the data of the checkpoint; or, to train on with the other data from here, give "
+        "--continue-on and its folder"
+    )
+
+
+def _record_in(checkpoint: Path) -> dict[str, Any] | None:
+    path = checkpoint / PREPARED_FILE
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())["record"]
+    return record

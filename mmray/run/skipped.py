@@ -1,0 +1,116 @@
+"""Samples that a run left out of its loss: `skipped.jsonl`, and the point at which there are too many of them.
+
+    {"step": 7, "split": "train", "id": "a#1", "source": "rows.jsonl:3", "reason": "image_corrupt", "message": "…"}
+
+One line for each such sample of each step, as it was finally done: a run that resumes cuts the file back to its
+checkpoint, as it does its metrics. So the lines of a step are as many as its `skipped_samples` in `metrics.jsonl`.
+
+Some broken pictures are no reason to stop a run of weeks. Many at once are: a share that is not mounted, a key that
+has expired, would turn all that follows into training on nothing.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from mmray.base.json_lines import JsonLines, read_json_lines, replace_json_lines
+from mmray.batches.micro_batch import MicroBatch
+from mmray.batches.render import SkippedSample
+from mmray.errors import UserError
+from mmray.run.metrics import METRICS_FILE
+
+SKIPPED_FILE = "skipped.jsonl"
+
+WINDOW = 10_000
+"""Samples that are looked back on."""
+
+FLOOR = 20
+"""Skipped samples of these that never stop a run."""
+
+EXAMPLES = 3
+
+log = logging.getLogger("mmray")
+
+
+class SkipLimit:
+    """Counts the samples of the last steps. max_share: of them that may be skipped."""
+
+    def __init__(self, max_share: float) -> None:
+        self._max_share = max_share
+        self._steps: deque[tuple[int, int]] = deque()
+        self._samples = self._skipped = 0
+
+    def count(self, samples: int, skipped: int) -> bool:
+        """Whether, with one more step of so many samples, of which so many were skipped, it is still not too many."""
+        self._steps.append((samples, skipped))
+        self._samples, self._skipped = self._samples + samples, self._skipped + skipped
+        while self._samples - self._steps[0][0] >= WINDOW:
+            samples, skipped = self._steps.popleft()
+            self._samples, self._skipped = self._samples - samples, self._skipped - skipped
+        return self._skipped <= max(FLOOR, self._max_share * self._samples)
+
+    def __str__(self) -> str:
+        return f"{self._skipped} of the last {self._samples} samples"
+
+
+@dataclass
+class Seen:
+    """What this rank was given: its samples, and those of them that are skipped."""
+
+    samples: int = 0
+    skipped: list[SkippedSample] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, batches: Iterable[MicroBatch]) -> Self:
+        """What is in these micro-batches."""
+        seen = cls()
+        for batch in batches:
+            seen.samples += batch.num_samples
+            seen.skipped += batch.skipped
+        return seen
+
+    def through(self, steps: Iterable[list[MicroBatch]]) -> Iterator[list[MicroBatch]]:
+        """The same micro-batches, counted as they pass."""
+        for batches in steps:
+            passing = Seen.of(batches)
+            self.samples += passing.samples
+            self.skipped += passing.skipped
+            yield batches
+
+
+class SkippedLog:
+    """Rank 0's record of a run's skipped samples."""
+
+    def __init__(self, run: Path, step: int, max_share: float) -> None:
+        """run: its folder, whose metrics end with `step`, the last that is done; max_share: of samples that may be
+        skipped."""
+        self._path, self._max_share = run / SKIPPED_FILE, max_share
+        self._limits = {"train": SkipLimit(max_share), "eval": SkipLimit(max_share)}
+        lines = read_json_lines(self._path)
+        if any(line["step"] > step for line in lines):
+            replace_json_lines(self._path, [line for line in lines if line["step"] <= step])
+        for line in read_json_lines(run / METRICS_FILE):
+            self._limits["train"].count(line.get("samples", 0), line.get("skipped_samples", 0))
+
+    def add(self, step: int, split: Literal["train", "eval"], seen: Seen) -> None:
+        """What all ranks saw in a step: a line and a warning for each skipped sample.
+
+        Raises UserError when there are too many of them.
+        """
+        if seen.skipped:
+            with closing(JsonLines(self._path)) as file:
+                for each in seen.skipped:
+                    file.append({"step": step, "split": split} | asdict(each))
+                    log.warning("left out of the loss: %s", each)
+        limit = self._limits[split]
+        if not limit.count(seen.samples, len(seen.skipped)):
+            examples = "; ".join(map(str, seen.skipped[:EXAMPLES]))
+            raise UserError(
+                f"{limit} of {split} have pictures that cannot be used, data.max_skipped_share is "
+                f"{self._max_share:g}: is the storage of the images there? The run stops, so that it does not go on "
+                f"without them; all are in {self._path}. {examples}"
+            )

@@ -1,0 +1,96 @@
+"""Which samples a step of a run saw, or will see, on which rank: for hunting a loss spike.
+
+Needs the job's prepared data and, of the run's folder, what is there; no cluster. For steps that were done, ranks and
+bins are those of `trained.jsonl`: what the ranks were really given. Others follow from the schedule, of the data that
+the newest checkpoint knows, and of the job's beyond it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmray.batches.plan import BatchPlan
+from mmray.errors import UserError
+from mmray.prepared import PreparedDataset
+from mmray.schedule.cursor import Cursor, DataSpan
+from mmray.training.bins_log import TrainedStep, read_trained
+
+PlanOf = Callable[[DataSpan, int], BatchPlan]
+"""The batches of the data of a span for so many ranks."""
+
+
+@dataclass(frozen=True)
+class TracedSample:
+    """One sample of one step."""
+
+    step: int
+    """From 1, as in metrics.jsonl."""
+    workers: int
+    rank: int
+    micro_batch: int
+    """Within the rank's step."""
+    bin: int
+    id: str
+    source: str
+    """File and line (or row group and row) of the row."""
+    trained: bool
+    """The step was done; False: it would be like this."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+class Tracer:
+    """Traces the steps of one run. cursor: its place; workers: ranks of steps that are not done."""
+
+    def __init__(self, run: Path, cursor: Cursor, plan_of: PlanOf, workers: int) -> None:
+        self._cursor, self._plan_of, self._workers = cursor, plan_of, workers
+        self._trained = {step.step: step for step in read_trained(run)}
+        self._opened: dict[str, PreparedDataset] = {}
+
+    def samples(self, step: int) -> Iterator[TracedSample]:
+        """The samples of one step, counted from 1, by rank and in the order they are run.
+
+        Raises UserError for a step before the first, or when its data is no longer there or was prepared anew.
+        """
+        if step < 1:
+            raise UserError(f"--trace {step}: steps are counted from 1, as in metrics.jsonl")
+        span = [span for span in self._cursor.spans if span.first_step < step][-1]
+        done = self._trained.get(step)
+        if done and done.data != span.fingerprint:
+            raise UserError(
+                f"step {step} was trained on data {done.data}, and the newest checkpoint tells of {span.fingerprint} "
+                f"({span.prepared}); its checkpoint was deleted or replaced"
+            )
+        workers = done.workers if done else self._workers
+        plan, prepared = self._plan_of(span, workers), self._prepared(span)
+        for rank in range(workers):
+            for micro, bins in enumerate(_micro_batches(plan, step, rank, done)):
+                for number in bins:
+                    found = prepared.bin(number)
+                    for id_, source in zip(found.sample_ids, found.sample_sources, strict=True):
+                        yield TracedSample(step, workers, rank, micro, number, id_, source, done is not None)
+
+    def _prepared(self, span: DataSpan) -> PreparedDataset:
+        if span.fingerprint not in self._opened:
+            prepared = PreparedDataset(span.prepared)
+            if prepared.fingerprint != span.fingerprint:
+                raise UserError(
+                    f"{span.prepared} has fingerprint {prepared.fingerprint}, and the run trained on "
+                    f"{span.fingerprint} from step {span.first_step + 1} on: it was prepared anew since"
+                )
+            self._opened[span.fingerprint] = prepared
+        return self._opened[span.fingerprint]
+
+
+def _micro_batches(plan: BatchPlan, step: int, rank: int, done: TrainedStep | None) -> list[list[int]]:
+    """The bins of a rank's micro-batches. Those of a step that is done are listed one after another; empty bins, which
+    are left out there, come last."""
+    size = plan.micro_batch_bins
+    if done:
+        bins = done.bins[rank]
+        return [bins[start : start + size] for start in range(0, len(bins), size)]
+    scheduled = plan.order.rank_bins(step - 1 - plan.first_step, rank, plan.world_size, size)
+    return [[number for number in bins if number is not None] for bins in scheduled]

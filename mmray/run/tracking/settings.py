@@ -1,0 +1,33 @@
+"""The `tracking` section of the job file: each tracker is one line."""
+
+import importlib.util
+
+from mmray.base.settings import Settings
+from mmray.errors import UserError
+from mmray.run.tracking.base import TrackerSettings
+from mmray.run.tracking.mlflow import MlflowSettings
+from mmray.run.tracking.wandb import WandbSettings
+
+
+class TrackingSettings(Settings):
+    """Where the numbers of a run go, besides `metrics.jsonl` and TensorBoard, which it always has."""
+
+    wandb: WandbSettings | None = None
+    """Weights & Biases: `wandb: my_project`, or its settings. Needs the extra `trackers`."""
+
+    mlflow: MlflowSettings | None = None
+    """MLflow: `mlflow: my_experiment`, or its settings. Needs the extra `trackers`."""
+
+    def trackers(self) -> dict[str, TrackerSettings]:
+        """The trackers that are asked for, by name."""
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: each for name, each in named.items() if each is not None}
+
+    def check(self) -> None:
+        """Raise UserError where a tracker's library is missing."""
+        for name, each in self.trackers().items():
+            if importlib.util.find_spec(each.library) is None:
+                raise UserError(
+                    f"tracking.{name}: the library {each.library} is not installed; on all nodes: "
+                    "pip install -c constraints.txt -e '.[trackers]', or leave tracking out"
+                )

@@ -1,0 +1,83 @@
+"""Weights & Biases.
+
+The numbers' axis is `step`, a value of ours: W&B's own step only counts calls, and refuses to go back. So an
+evaluation that ends late still stands at its step, and the parts of a run that was interrupted, also those of an
+offline one, which are separate folders, join to one run with one id.
+"""
+
+import os
+import secrets
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from mmray.base.settings import Settings
+from mmray.run.tracking.base import Tracker
+from mmray.run.tracking.run import TrackedRun
+
+FLUSH_SECONDS = 1.0
+"""An offline run's file is behind by as much: what a crash takes with it. W&B's own default is 15."""
+
+
+class WandbSettings(Settings):
+    """A run of Weights & Biases. The key comes the ordinary way: WANDB_API_KEY, or `wandb login` on every node."""
+
+    project: str | None = None
+    """Project; null: WANDB_PROJECT, else the job's name."""
+
+    entity: str | None = None
+    """Team or user; null: WANDB_ENTITY, else your default one."""
+
+    mode: Literal["online", "offline"] | None = None
+    """`offline` writes into the run's folder `wandb/` alone, for `wandb sync` later; null: WANDB_MODE, else online."""
+
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+
+    library: ClassVar[str] = "wandb"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _project_alone(cls, value: Any) -> Any:
+        return {"project": value} if isinstance(value, str) else value
+
+    def open(self, run: TrackedRun, run_id: str | None) -> tuple[Tracker, str]:
+        """Begin or continue the run."""
+        import wandb
+
+        run_id = run_id or secrets.token_hex(4)
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            disable_code=True,
+            disable_git=True,
+            x_transaction_log_flush_interval=FLUSH_SECONDS,
+        )
+        begun = wandb.init(
+            project=self.project or os.environ.get("WANDB_PROJECT") or run.name,
+            entity=self.entity,
+            mode=self.mode,
+            tags=self.tags or None,
+            id=run_id,
+            resume="allow",
+            name=run.name,
+            dir=str(run.folder),
+            config={**run.settings, "run_folder": str(run.folder), "git_commit": run.commit},
+            allow_val_change=True,
+            settings=settings,
+        )
+        begun.define_metric("step", hidden=True)
+        begun.define_metric("*", step_metric="step")
+        return _Wandb(begun), run_id
+
+
+class _Wandb:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()

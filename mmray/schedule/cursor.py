@@ -1,0 +1,192 @@
+"""Where a run stands: one integer, the number of global batches consumed, and what that integer refers to.
+
+Promise: a cursor that passes `check` continues with exactly the global batches not yet consumed, in the same
+order, whatever the number of workers, with nothing replayed. The schedule is a pure function of the step, so
+nothing else needs saving; the other fields are there to refuse a cursor that would mean another order. A
+cursor file exists whole or not at all.
+
+A run may be sent on with other data (`continue_on`). Its steps are counted on, the schedule of the new data begins at
+its first step; the cursor knows all data so far, so that what any step trained on can be told.
+"""
+
+import json
+import operator
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from uuid import uuid4
+
+from mmray.errors import UserError
+from mmray.schedule.balanced import BalancedSchedule
+from mmray.schedule.schedule import DEFAULT_SHUFFLE_BLOCK, DEFAULT_SHUFFLE_WINDOW, Schedule
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class DataSpan:
+    """Consecutive steps of a run that train on one prepared data set, up to where the next span begins."""
+
+    first_step: int
+    """Global batches that the run had consumed when the span began."""
+    fingerprint: str
+    num_bins: int
+    prepared: str
+    """Path of the prepared data set; "" where it is not known."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in a schedule: `Cursor.at(schedule)` is its beginning, `cursor.step` the next step to run."""
+
+    step: int
+    """Global batches consumed since the run began, over all epochs."""
+    fingerprint: str
+    """Of the prepared data set."""
+    seed: int
+    global_batch_bins: int
+    num_bins: int
+    shuffle: bool = True
+    shuffle_block: int = DEFAULT_SHUFFLE_BLOCK
+    shuffle_window: int = DEFAULT_SHUFFLE_WINDOW
+    balance: dict[str, Any] | None = None
+    """The job's `balance` settings, whole_row_attention decided; None: an order that is not balanced."""
+    prepared: str = ""
+    """Path of the prepared data set, for people; the fingerprint is what counts."""
+    first_step: int = 0
+    """Global batches that were consumed before the first of this data set."""
+    earlier: tuple[DataSpan, ...] = ()
+    """The data sets before this one."""
+
+    @classmethod
+    def at(cls, schedule: Schedule | BalancedSchedule, step: int = 0, *, prepared: str = "") -> Self:
+        """The cursor of a run over `schedule` that has consumed `step` global batches. prepared: the data's path."""
+        balance = schedule.balance.model_dump() if isinstance(schedule, BalancedSchedule) else None
+        order = schedule.order if isinstance(schedule, BalancedSchedule) else schedule
+        names = (field.name for field in fields(cls) if hasattr(order, field.name))
+        values = {name: getattr(order, name) for name in names}
+        return cls(step=step, balance=balance, prepared=prepared, **values)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step", operator.index(self.step))
+        if self.step < 0:
+            raise ValueError(f"step must be at least 0, got {self.step}")
+        starts = [span.first_step for span in self.spans]
+        if starts[0] != 0 or starts != sorted(set(starts)) or self.step < starts[-1]:
+            raise ValueError(f"step {self.step} and data sets that begin at steps {starts} do not fit together")
+
+    @property
+    def spans(self) -> tuple[DataSpan, ...]:
+        """All data of the run so far, in order; the last is what it trains on now."""
+        return *self.earlier, DataSpan(self.first_step, self.fingerprint, self.num_bins, self.prepared)
+
+    def advance(self, steps: int = 1) -> Self:
+        """The cursor after `steps` more global batches."""
+        return replace(self, step=self.step + steps)
+
+    def continue_on(self, schedule: Schedule | BalancedSchedule, prepared: str) -> Self:
+        """The cursor of the same run at the beginning of other data, of which `schedule` is the order."""
+        start = type(self).at(schedule, self.step, prepared=prepared)
+        spans = self.spans if self.step > self.first_step else self.earlier  # none on which no step was trained
+        return replace(start, first_step=self.step, earlier=spans)
+
+    def check(self, schedule: Schedule | BalancedSchedule) -> None:
+        """Raises UserError, naming both values and the remedy, if the cursor belongs to another order."""
+        job = Cursor.at(schedule)
+        for name, remedy in _DATA_REMEDIES.items():
+            self._compare(name, getattr(self, name), getattr(job, name), remedy)
+        self.check_order(schedule)
+
+    def check_order(self, schedule: Schedule | BalancedSchedule) -> None:
+        """The same for the settings of the order alone, whatever the data."""
+        job = Cursor.at(schedule)
+        for name, remedy in _ORDER_REMEDIES.items():
+            self._compare(name, getattr(self, name), getattr(job, name), remedy)
+        remedy = "set balance: null" if self.balance is None else "take balance: null out of the job file"
+        states = ["off" if each.balance is None else "on" for each in (self, job)]
+        self._compare("balance", states[0], states[1], remedy)
+        saved, given = self.balance or {}, job.balance or {}
+        for name in sorted(saved.keys() | given.keys()):
+            remedy = f"set balance.{name} to {json.dumps(saved.get(name))} in the job file"
+            self._compare(f"balance.{name}", saved.get(name), given.get(name), remedy)
+
+    def _compare(self, name: str, saved: Any, given: Any, remedy: str) -> None:
+        if saved != given:
+            raise UserError(
+                f"the checkpoint stands at step {self.step} of another order: its {name} is {saved!r}, "
+                f"this job's is {given!r}; {remedy}, or start from step 0 in a new output folder"
+            )
+
+    def to_json(self) -> str:
+        """One JSON object, with the version of its format."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The cursor that `to_json` wrote. Raises ValueError, saying what is wrong, for anything else."""
+        saved = json.loads(text)
+        version = saved.pop("format", None) if isinstance(saved, dict) else None
+        if version not in (1, FORMAT):
+            raise ValueError(f'no object with "format": {FORMAT}')
+        if version == 1:  # knew of one data set, and in its beginning of no balance
+            saved = {"balance": None, "prepared": "", "first_step": 0, "earlier": []} | saved
+        earlier = saved.get("earlier")
+        if not isinstance(earlier, list):
+            raise ValueError(f"earlier is {earlier!r}")
+        saved["earlier"] = tuple(_checked(DataSpan, span) for span in earlier)
+        return _checked(cls, saved)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the cursor's file, whole or not at all: a temporary file beside it, synced, then renamed.
+
+        Raises OSError if the folder does not exist or cannot be written; an older file then stays as it was.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """The cursor in a file. Raises UserError, naming the file, if it is missing or no cursor."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such cursor file; resume from a complete checkpoint") from None
+        except ValueError as error:
+            raise UserError(f"{path} is no cursor of this version ({error}); resume from another checkpoint") from error
+
+
+Saved = TypeVar("Saved")
+
+
+def _checked(kind: type[Saved], values: Any) -> Saved:
+    """A dataclass from plain values. Raises ValueError where one is missing, unknown or of another type."""
+    types = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(values, dict) or values.keys() != types.keys():
+        keys = sorted(values) if isinstance(values, dict) else values
+        raise ValueError(f"keys {keys}, expected {sorted(types)}")
+    for name, value in values.items():
+        expected = {"balance": dict | None, "earlier": tuple}.get(name, types[name])
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):  # type: ignore[arg-type]
+            raise ValueError(f"{name} is {value!r}")
+    return kind(**values)
+
+
+# What a step's meaning rests on, in the order in which a person should hear of it.
+_DATA_REMEDIES = {
+    "fingerprint": "point the job at the prepared data set the checkpoint was trained on",
+    "num_bins": "restore the prepared data set, which has other bins under the same fingerprint",
+}
+_ORDER_REMEDIES = {
+    name: f"put {name} back to the value of the run that wrote the checkpoint"
+    for name in ("seed", "global_batch_bins", "shuffle", "shuffle_block", "shuffle_window")
+}
