@@ -32,7 +32,6 @@ from jobs.room import (
     uses_gpus,
 )
 from jobs.room import needs as needs_of
-from jobs.run_plan import run_plan
 from jobs.train import check_train_nodes, open_prepared, train_cpus
 from mmray.config import Job
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
@@ -46,6 +45,7 @@ from mmray.rows.files import source_files
 from mmray.run_folder import RunFolder
 from mmray.storage import Folder
 from mmray.training.run_checkpoints import newest_looking_whole, step_of
+from mmray.training.run_plan import run_plan
 
 EXIT_FAILED = 2
 Value = TypeVar("Value")

@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.common import console
-from jobs.run_plan import RunPlan, run_plan
 from mmray.config import Job
 from mmray.cursor import Cursor, DataSpan
 from mmray.errors import UserError
@@ -19,6 +18,7 @@ from mmray.run_folder import RunFolder
 from mmray.training.metrics import METRICS_FILE, read_metrics
 from mmray.training.place import CURSOR_FILE
 from mmray.training.run_checkpoints import newest_looking_whole
+from mmray.training.run_plan import RunPlan, run_plan
 from mmray.training.trace import TracedSample, Tracer
 from mmray.training.trained import read_trained
 

@@ -5,9 +5,9 @@ The same command continues a run that was stopped, from its last checkpoint, wit
 
 import logging
 import math
-import pickle
 import posixpath
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +25,9 @@ from jobs.common import check_outputs, connect, console, run_main
 from jobs.elastic import check_elastic
 from jobs.probe import check_nodes, check_own_memory, packages_of
 from jobs.room import check_room, cluster_nodes, needs, train_pools, uses_gpus, worker_needs
-from jobs.run_plan import RunPlan, run_plan
 from jobs.run_watch import RunWatch
 from jobs.trace import trace
-from jobs.train_loop import train_worker
+from jobs.train_loop import train_worker, worker_config
 from mmray.config import Job, load_job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
@@ -38,9 +37,11 @@ from mmray.prepared.fingerprint import check_settings
 from mmray.report import Run, run_table
 from mmray.run_folder import RunFolder
 from mmray.storage import Folder, arrow_file_system
+from mmray.training.callback import Callback
 from mmray.training.compatibility import job_family
 from mmray.training.history import read_history
 from mmray.training.run_checkpoints import newest_looking_whole
+from mmray.training.run_plan import RunPlan, run_plan
 
 log = logging.getLogger("mmray")
 
@@ -88,10 +89,18 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
     return found
 
 
-def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool = False) -> RunPlan:
+def train(
+    job: Job,
+    prepared: dict[str, PreparedDataset],
+    *,
+    continue_on: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> RunPlan:
     """Run training to its end, resuming where a checkpoint is. Ray must be connected.
 
-    continue_on: a checkpoint trained on other data than `prepared` is continued on it.
+    Args:
+        continue_on: a checkpoint trained on other data than `prepared` is continued on it.
+        callbacks: of this run alone, beside the standard ones; they are pickled, and every rank has its copy.
     """
     nodes = cluster_nodes()
     gpus = uses_gpus(job, nodes)
@@ -112,7 +121,7 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     training, resources = job.training, job.resources
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"plan": pickle.dumps(plan)},
+        train_loop_config=worker_config(plan, callbacks),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=resources.workers,  # type: ignore[arg-type]

@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 
-from jobs.run_plan import run_plan
 from jobs.train import open_prepared
 from mmray.config import Job
 from mmray.loader import BatchPlan
 from mmray.training.history import read_history
 from mmray.training.json_lines import read_json_lines
+from mmray.training.run_plan import run_plan
 from mmray.training.trained import read_trained
 from tests.conftest import Inputs
 from tests.faults.machines import JobProcess, Machines, OneMachine, kill, wait_for

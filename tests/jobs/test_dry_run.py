@@ -7,11 +7,11 @@ import pytest
 import typer
 
 from jobs import dry_run, prepare, train
-from jobs.run_plan import run_plan
 from mmray import doctor
 from mmray.config import Job
 from mmray.cursor import Cursor
 from mmray.training.place import write_place
+from mmray.training.run_plan import run_plan
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
 from tests.mmray.training.test_run_checkpoints import write_checkpoint

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from jobs.run_plan import RunPlan, run_plan
 from jobs.trace import run_tracer
 from mmray.config import Job, load_job
 from mmray.cursor import Cursor
@@ -18,6 +17,7 @@ from mmray.training.checkpoint import STATE_FILE
 from mmray.training.checksums import list_files, list_name
 from mmray.training.json_lines import JsonLines
 from mmray.training.place import write_place
+from mmray.training.run_plan import RunPlan, run_plan
 from mmray.training.trained import TRAINED_FILE, TrainedStep
 from tests.conftest import Inputs
 from tests.mmray.preparing import Preparation, write_rows
