@@ -1,4 +1,4 @@
-"""What every job does at its edges: connect to Ray, refuse outputs that would vanish, one line for an error."""
+"""What every job does at its edges: connect to Ray, end on a signal, one line for an error."""
 
 import logging
 import os
@@ -17,7 +17,6 @@ import ray.data  # sets the level of its own loggers when imported
 import typer
 from rich.console import Console
 
-from mmray.config import Job
 from mmray.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +64,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
-    if not _in_submitted_job():  # that has its environment from jobs/runtime_env.yaml, and the checkout on its path
+    if not in_submitted_job():  # that has its environment from jobs/runtime_env.yaml, and the checkout on its path
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
         options["runtime_env"] = {"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}}
     if address:
@@ -124,25 +123,8 @@ def _start_here(cpus: int, options: dict[str, Any]) -> None:
         ) from error
 
 
-def check_outputs(job: Job) -> None:
-    """Raise UserError when results would go into Ray's copy of a submitted checkout, which vanishes with the job."""
-    here = Path.cwd()
-    cache = job.resources.tile_cache
-    shared, own = "that all nodes share", "on each node's own disk"
-    for name, path, where in (
-        ("output.prepared", job.output.prepared, shared),
-        ("output.run", job.output.run, shared),
-        ("data.size_cache", job.data.size_cache, shared),
-        ("resources.tile_cache.folder", cache and cache.folder, own),
-    ):
-        if _in_submitted_job() and path and Path(path).is_relative_to(here):
-            raise UserError(
-                f"{name} {str(Path(path).relative_to(here))!r} is relative: under `ray job submit` that is a "
-                f"temporary copy of the checkout. Give an absolute path {where}"
-            )
-
-
-def _in_submitted_job() -> bool:
+def in_submitted_job() -> bool:
+    """Whether this process was started by `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 

@@ -4,7 +4,6 @@ The same command continues a run that was stopped, from its last checkpoint, wit
 """
 
 import logging
-import math
 import posixpath
 import sys
 from collections.abc import Sequence
@@ -21,27 +20,25 @@ import typer
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.common import check_outputs, connect, console, run_main
-from jobs.elastic import check_elastic
-from jobs.probe import check_nodes, check_own_memory, packages_of
-from jobs.room import check_room, cluster_nodes, needs, train_pools, uses_gpus, worker_needs
+from jobs.capacity import train_cpus, uses_gpus, worker_needs
+from jobs.checks import check_job_settings, cluster_checks, job_checks, open_prepared, require
+from jobs.common import connect, console, run_main
+from jobs.dry_run import plan_train
 from jobs.run_watch import RunWatch
 from jobs.trace import trace
 from jobs.train_loop import train_worker, worker_config
 from mmray.config import Job, load_job
-from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
-from mmray.prepared.fingerprint import check_settings
 from mmray.report import Run, run_table
 from mmray.run_folder import RunFolder
 from mmray.storage import Folder, arrow_file_system
 from mmray.training.callback import Callback
-from mmray.training.compatibility import job_family
 from mmray.training.history import read_history
 from mmray.training.run_checkpoints import newest_looking_whole
 from mmray.training.run_plan import RunPlan, run_plan
+from pipelines.nodes import alive_nodes
 
 log = logging.getLogger("mmray")
 
@@ -62,47 +59,22 @@ def with_data(job: Job, prepared: str) -> Job:
     return job.model_copy(update={"output": job.output.model_copy(update={"prepared": path})})
 
 
-def check_job(job: Job) -> None:
-    """The cheap part of `mmray doctor`, before anything starts: a line for each check, UserError for a failed one."""
-    for finding in examine_settings(job):
-        if finding.status is Status.FAIL:
-            raise UserError(f"{finding.check}: {finding.detail}")
-        console.print(f"{finding.check}: {finding.detail}", markup=False, highlight=False, soft_wrap=True)
-    job.tracking.check()
-
-
-def open_prepared(job: Job) -> dict[str, PreparedDataset]:
-    """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
-    family = job_family(job)
-    found = {}
-    for split in ("train", "eval"):
-        if not getattr(job.data, split):
-            continue
-        prepared = PreparedDataset(job.prepared_path(split))
-        check_settings(
-            prepared.path, prepared.manifest["record"], processor=family.processor,
-            tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
-        )  # fmt: skip
-        if not len(prepared):
-            raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
-        found[split] = prepared
-    return found
-
-
 def train(
     job: Job,
     prepared: dict[str, PreparedDataset],
     *,
     continue_on: bool = False,
+    joined: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> RunPlan:
     """Run training to its end, resuming where a checkpoint is. Ray must be connected.
 
     Args:
         continue_on: a checkpoint trained on other data than `prepared` is continued on it.
+        joined: whether Ray is a cluster that others started, whose nodes are then asked first.
         callbacks: of this run alone, beside the standard ones; they are pickled, and every rank has its copy.
     """
-    nodes = cluster_nodes()
+    nodes = alive_nodes()
     gpus = uses_gpus(job, nodes)
     plan = run_plan(job, prepared, gpus, continue_on)
     run = RunFolder(job.output.run)
@@ -113,9 +85,7 @@ def train(
         return plan
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
-    check_room(job, train_pools(job, gpus), "training", job.resources.train_labels, nodes)
-    if job.resources.is_elastic:
-        check_elastic(job, gpus)
+    require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
     run.remove(RAY_TRAIN_MEMORY)
     system, place = arrow_file_system(job.output.run)
     training, resources = job.training, job.resources
@@ -160,18 +130,6 @@ def _has_finished(run: RunFolder, step: int) -> bool:
     return bool(history) and history[-1]["event"] == "finish" and history[-1]["step"] == step
 
 
-def train_cpus(job: Job) -> int:
-    """Logical CPUs that training takes where it has no GPU."""
-    return math.ceil(needs(train_pools(job, gpus=False))["CPU"])
-
-
-def check_train_nodes(job: Job) -> None:
-    """Raise UserError where a node of the cluster cannot train."""
-    nodes, outputs = cluster_nodes(), {"output.prepared": job.output.prepared, "output.run": job.output.run}
-    modules, gpus = packages_of(job, trains=True), uses_gpus(job, nodes)
-    check_nodes(nodes, job.resources.train_labels, outputs, modules=modules, gpus=gpus)
-
-
 def main(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
@@ -201,17 +159,12 @@ def main(
         trace(job, steps, continue_on=other_data is not None, as_json=as_json)
         return
     if dry_run:
-        from jobs.dry_run import plan_train
-
         raise typer.Exit(plan_train(job, address, continue_on=other_data is not None, verbose=verbose))
-    check_outputs(job)
-    check_job(job)
+    require(job_checks(job, trains=True))
+    check_job_settings(job)
     prepared = open_prepared(job)
-    if connect(address, cpus=train_cpus(job), verbose=verbose):
-        check_train_nodes(job)
-    else:
-        check_own_memory(cluster_nodes())
-    train(job, prepared, continue_on=other_data is not None)
+    joined = connect(address, cpus=train_cpus(job), verbose=verbose)
+    train(job, prepared, continue_on=other_data is not None, joined=joined)
     console.print(run_table(Run(job.output.run)))
     ray.shutdown()
 

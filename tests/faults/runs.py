@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from jobs.train import open_prepared
+from jobs.checks import open_prepared
 from mmray.config import Job
 from mmray.loader import BatchPlan
 from mmray.training.history import read_history

@@ -9,8 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs.checks import open_prepared
 from jobs.trace import run_tracer
-from jobs.train import open_prepared, train
+from jobs.train import train
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jobs.train import open_prepared, train
+from jobs.checks import open_prepared
+from jobs.train import train
 from mmray.config import Job
 from mmray.prepared import PreparedDataset
 from mmray.report import Run
