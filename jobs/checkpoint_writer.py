@@ -20,7 +20,7 @@ import pyarrow.fs
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from mmray.errors import UserError
+from mmray.errors import PassingError
 from mmray.run_folder import RunFolder
 from mmray.training.checksums import LISTS, list_files, list_name
 from mmray.training.ranks import Ranks
@@ -110,7 +110,7 @@ class CheckpointWriter:
 
 @contextmanager
 def _told(folder: Path | str) -> Iterator[None]:
-    """A disk that is full, or may not be written, as a mistake that a person can read."""
+    """A disk that is full, or may not be written, as an error that a person can read, and that may pass."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -120,7 +120,7 @@ def _told(folder: Path | str) -> Iterator[None]:
             reason = f"probably no space left on device (torch: {str(error).splitlines()[0]})"
         else:
             raise
-        raise UserError(
+        raise PassingError(
             f"a checkpoint could not be written into {folder}: {reason}; make room or mend the disk, and start the "
             "same command again"
         ) from error

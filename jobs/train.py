@@ -8,7 +8,7 @@ import posixpath
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -17,18 +17,20 @@ import jobs  # noqa: F401  (says what is missing)
 # isort: split
 import ray
 import typer
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.capacity import train_cpus, uses_gpus, worker_needs
 from jobs.checks import check_job_settings, cluster_checks, job_checks, open_prepared, require
-from jobs.common import connect, console, run_main
+from jobs.common import Stopped, connect, console, run_main
 from jobs.dry_run import plan_train
+from jobs.mistakes import EndAtMistakes
 from jobs.run_watch import RunWatch
+from jobs.stopping import run_until_stopped
 from jobs.trace import trace
 from jobs.train_loop import train_worker, worker_config
 from mmray.config import Job, load_job
-from mmray.errors import UserError
+from mmray.errors import PassingError, UserError
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.report import Run, run_table
@@ -37,7 +39,7 @@ from mmray.storage import Folder, arrow_file_system
 from mmray.training.callback import Callback
 from mmray.training.history import read_history
 from mmray.training.run_checkpoints import newest_looking_whole
-from mmray.training.run_plan import RunPlan, run_plan
+from mmray.training.run_plan import run_plan
 from pipelines.nodes import alive_nodes
 
 log = logging.getLogger("mmray")
@@ -66,13 +68,15 @@ def train(
     continue_on: bool = False,
     joined: bool = False,
     callbacks: Sequence[Callback] = (),
-) -> RunPlan:
+) -> int | None:
     """Run training to its end, resuming where a checkpoint is. Ray must be connected.
 
     Args:
         continue_on: a checkpoint trained on other data than `prepared` is continued on it.
         joined: whether Ray is a cluster that others started, whose nodes are then asked first.
         callbacks: of this run alone, beside the standard ones; they are pickled, and every rank has its copy.
+
+    Returns the step after which the run was asked to stop; None where it has done its last.
     """
     nodes = alive_nodes()
     gpus = uses_gpus(job, nodes)
@@ -80,13 +84,16 @@ def train(
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
-    if checkpoint is not None and cursor.step >= plan.total_steps(cursor) and _has_finished(run, cursor.step):
-        console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
-        return plan
+    if checkpoint is not None and cursor.step >= plan.total_steps(cursor):
+        last = _last_event(run)
+        if (last.get("event"), last.get("step")) == ("finish", cursor.step):
+            console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
+            return None
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
     require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
     run.remove(RAY_TRAIN_MEMORY)
+    run.forget_stop()
     system, place = arrow_file_system(job.output.run)
     training, resources = job.training, job.resources
     trainer = TorchTrainer(
@@ -110,24 +117,28 @@ def train(
                 max_preemption_failures=-1 if training.max_preemptions is None else training.max_preemptions,
             ),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[EndAtMistakes()],  # type: ignore[list-item]
         ),
     )
-    with RunWatch(job.name, run, plan.total_steps(cursor)):
+    with RunWatch(job.name, run, plan.total_steps(cursor)) as watch:
         try:
-            trainer.fit()
-        except SystemExit as end:  # what Ray Train makes of Ctrl-C, after it has ended the workers
-            raise KeyboardInterrupt from end
-        except WorkerGroupError as error:
-            mistakes = [each for each in error.worker_failures.values() if isinstance(each, UserError)]
-            if not mistakes:
+            run_until_stopped(trainer.fit, run, lambda: watch.has_begun, training.stop_seconds)
+        except ControllerError as error:
+            if isinstance(error.controller_failure, UserError):
+                raise UserError(str(error.controller_failure)) from error
+            raise
+        except WorkerGroupError as error:  # storage that did not come back in all tries
+            passing = [failure for failure in error.worker_failures.values() if isinstance(failure, PassingError)]
+            if not passing:
                 raise
-            raise UserError(str(mistakes[0])) from error
-    return plan
+            raise UserError(str(passing[0])) from error
+    last = _last_event(run)
+    return last["step"] if last.get("event") == "stop" else None
 
 
-def _has_finished(run: RunFolder, step: int) -> bool:
+def _last_event(run: RunFolder) -> dict[str, Any]:
     history = read_history(run.fetch())
-    return bool(history) and history[-1]["event"] == "finish" and history[-1]["step"] == step
+    return history[-1] if history else {}
 
 
 def main(
@@ -164,7 +175,9 @@ def main(
     check_job_settings(job)
     prepared = open_prepared(job)
     joined = connect(address, cpus=train_cpus(job), verbose=verbose)
-    train(job, prepared, continue_on=other_data is not None, joined=joined)
+    stopped = train(job, prepared, continue_on=other_data is not None, joined=joined)
+    if stopped is not None:
+        raise Stopped(f"stopped after step {stopped}, which is saved; the same command continues")
     console.print(run_table(Run(job.output.run)))
     ray.shutdown()
 

@@ -1,9 +1,11 @@
 """The callbacks of every run, and their order."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 
+from mmray.errors import UserError
 from mmray.loader import BatchMaker
 from mmray.schedule import Schedule
 from mmray.tracking import TrackedRun, public_settings
@@ -13,6 +15,9 @@ from mmray.training.metrics import MetricsLog
 from mmray.training.run_state import RunState
 from mmray.training.skipped import Seen, SkippedLog
 from mmray.training.trained import TRAINED_FILE
+
+STORE_LOOK_SECONDS = 5.0
+"""How often an object store is asked whether the run shall stop; a folder is before each step."""
 
 
 def standard_callbacks(
@@ -27,6 +32,7 @@ def standard_callbacks(
     """
     return [
         History(),
+        PlannedStop(run),
         Records(run),
         *watching,
         Evaluate(run),
@@ -56,6 +62,31 @@ class History(Callback):
             loop.run.note("stop", loop.step, reason=loop.stop_reason)
         else:
             loop.run.note("finish", loop.step)
+
+
+class PlannedStop(Callback):
+    """Ends the run after the step it is in when its folder says so (`RunFolder.ask_to_stop`)."""
+
+    def __init__(self, run: RunState) -> None:
+        self._folder, self._looks = run.folder, run.is_first
+        self._pause = 0.0 if run.folder.shared_path is not None else STORE_LOOK_SECONDS
+        self._next_look, self._who = 0.0, "another rank"
+
+    def flag(self) -> int:
+        """Whether to stop. Rank 0's answer counts for all."""
+        if not self._looks or time.monotonic() < self._next_look:
+            return 0
+        self._next_look = time.monotonic() + self._pause
+        try:
+            who = self._folder.asked_to_stop()
+        except (OSError, UserError):  # a store that does not answer is asked again
+            return 0
+        self._who = who or self._who
+        return int(who is not None)
+
+    def before_step(self, loop: Loop, step: Step) -> None:
+        if step.flags[self.name][0]:
+            loop.stop(self._who)
 
 
 class Records(Callback):

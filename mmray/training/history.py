@@ -12,7 +12,7 @@ starts any.
 | `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
 | `preemption` | `nodes`: those that will go; `deadline`: when, or null |
 | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
-| `stop` | `reason`: the run was asked to stop before its last step; what is done is in its last checkpoint |
+| `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
 | `finish` | the last step is done and its checkpoint whole |
 
 `step` counts the steps done when it happened; `workers` the ranks, 0 where there were none yet.
@@ -57,7 +57,7 @@ def in_words(event: dict[str, Any]) -> str:
         case "continue_on":
             return f"from step {step} on it trains on {event['prepared']}, {event['bins']} bins"
         case "stop":
-            return f"stopped after step {step} ({event['reason']}); what is done is saved"
+            return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":
             return f"finished {step} steps"
     return ""

@@ -1,0 +1,25 @@
+"""A callback that workers of Ray import: it counts the steps it was told of, and checkpoints carry the count."""
+
+from pathlib import Path
+from typing import Any
+
+from mmray.training.callback import Callback, DoneStep, Loop
+
+
+class Counting(Callback):
+    """Appends `step:count` to a file for each step, on rank 0."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.count = file, 0
+
+    def after_step(self, loop: Loop, done: DoneStep) -> None:
+        self.count += 1
+        if loop.run.is_first:
+            with self.file.open("a") as file:
+                file.write(f"{done.number}:{self.count}\n")
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
