@@ -18,9 +18,11 @@ REACH_SECONDS = 5
 
 
 def source_problem(name: str) -> str | None:
-    """What is wrong with a folder or hub name, in some words; None where it can be tried."""
+    """What is wrong with a folder, a config.json or a hub name, in some words; None where it can be tried."""
     if Path(name).exists():
         return None
+    if name.endswith(".json"):
+        return "no such file"
     if name.startswith((".", "~", "/")) or not _HUB_NAME.fullmatch(name):
         return "no such folder"
     return _hub_problem(name)

@@ -1,9 +1,21 @@
-"""A callback that workers of Ray import: it counts the steps it was told of, and checkpoints carry the count."""
+"""Callbacks that workers of Ray import: one counts the steps it was told of, and checkpoints carry the count."""
 
 from pathlib import Path
 from typing import Any
 
-from mmray.training.callback import Callback, DoneStep, Loop
+from mmray.errors import UserError
+from mmray.training.callback import Callback, DoneStep, Loop, Step
+
+
+class Mistaken(Callback):
+    """Raises a mistake of the user on one rank alone, while the others go on to the step and wait."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def before_step(self, loop: Loop, step: Step) -> None:
+        if step.number == self.step and loop.run.ranks.rank == self.rank:
+            raise UserError("this row cannot be trained on; mend it")
 
 
 class Counting(Callback):

@@ -24,7 +24,7 @@ from mmray.training.trained import read_trained
 from pipelines import measures
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
-from tests.jobs.counting import Counting
+from tests.jobs.counting import Counting, Mistaken
 from tests.scraping import scraped, wait_until
 
 KILL_IN_STEP = 5
@@ -178,6 +178,13 @@ def test_a_mistake_that_workers_find_reaches_the_user(
 ) -> None:
     with pytest.raises(UserError, match=r"its seed is 0, this job's is 5; put seed back"):
         run_job(inputs, folder, "whole", training__seed=5, training__max_failures=0)
+
+
+def test_a_mistake_of_one_worker_ends_the_run_at_once(inputs: Inputs, folder: Path) -> None:
+    """Although failures may be tried again three times, and the other rank waits for it in a collective."""
+    with pytest.raises(UserError, match=r"^this row cannot be trained on; mend it$"):
+        run_job(inputs, folder, "mistaken", [Mistaken(step=2, rank=1)], training__max_failures=3)
+    assert [event["event"] for event in read_history(folder / "mistaken")] == ["start"]
 
 
 def test_settings_that_differ_from_the_prepared_ones_are_refused(inputs: Inputs, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`training.deepspeed` is judged by DeepSpeed's own reader: what it does not know, or ignores in silence, is refused."""
+"""`training.deepspeed` is judged by DeepSpeed's own reader: what it does not know is refused."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def check(overrides: dict[str, Any], stage: int = 3) -> str | None:
         ({"wall_clock_brakedown": True}, "wall_clock_brakedown: .*did you mean wall_clock_breakdown?"),
         (
             {"activation_checkpointing": {"partition_activation": True}},
-            "activation_checkpointing.partition_activation: .*did you mean activation_checkpointing.partition_activations",
+            "checkpointing.partition_activation: .*did you mean activation_checkpointing.partition_activations",
         ),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean data_types.grad_accum_dtype?"),
         ({"aio": {"queue_dept": 8}}, "did you mean aio.queue_depth?"),

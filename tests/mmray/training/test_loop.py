@@ -9,8 +9,9 @@ import pytest
 
 from mmray.config import Job
 from mmray.prepared import PreparedDataset
+from mmray.run_folder import RunFolder
 from mmray.training.callback import Callback, DoneStep, Evaluation, Loop, Step
-from mmray.training.history import read_history
+from mmray.training.history import in_words, read_history
 from mmray.training.trained import read_trained
 from tests.conftest import Inputs
 from tests.here import prepare_here, train_here
@@ -76,6 +77,17 @@ class StopsAt(Callback):
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         if self.moment == "after" and done.number == self.step:
             loop.stop("enough")
+
+
+class AsksTheFolder(Callback):
+    """Asks the run to stop as `jobs/train.py` does on a signal, in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def before_step(self, loop: Loop, step: Step) -> None:
+        if step.number == self.step and loop.run.ranks.rank == 1:
+            loop.run.folder.ask_to_stop("SIGTERM")
 
 
 class Breaks(Callback):
@@ -195,6 +207,22 @@ def test_a_callback_may_stop_the_run_which_is_saved_and_goes_on_exactly_there(
     assert [event["step"] for event in read_history(folder / run) if event["event"] == "resume"] == [done]
     assert without_times(lines) == without_times(whole)
     assert len((folder / run / "trained.jsonl").read_text().splitlines()) == 8, "no step was done twice"
+
+
+def test_a_run_whose_folder_is_asked_to_stop_ends_the_step_it_is_in_and_goes_on_there(
+    whole: list[dict[str, Any]], inputs: Inputs, folder: Path
+) -> None:
+    """Asked in step 5, it is saved at 5. As long as the folder asks, no step is done."""
+    job, run = job_in(inputs, folder, "asked"), RunFolder(folder / "asked")
+    train_here(job, AsksTheFolder(5), ranks=2)
+    stop = read_history(run.path)[-1]
+    assert (stop["event"], stop["step"], stop["reason"]) == ("stop", 5, "SIGTERM")
+    assert in_words(stop) == "stopped after step 5 (SIGTERM); all that is done is saved"
+    train_here(job, ranks=2)
+    assert [(event["event"], event["step"]) for event in read_history(run.path)][-2:] == [("resume", 5), ("stop", 5)]
+    run.forget_stop()
+    assert without_times(train_here(job, ranks=2)) == without_times(whole)
+    assert len((run.path / "trained.jsonl").read_text().splitlines()) == 8, "no step was done twice"
 
 
 def test_two_callbacks_of_one_name_are_refused(inputs: Inputs, folder: Path) -> None:
