@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.common import console
-from jobs.run_plan import RunPlan, run_plan
 from mmray.batches.plan import BatchPlan
 from mmray.config.job import Job
 from mmray.errors import UserError
@@ -21,6 +20,7 @@ from mmray.run.place import CURSOR_FILE
 from mmray.run.trace import TracedSample, Tracer
 from mmray.schedule.cursor import Cursor, DataSpan
 from mmray.training.bins_log import read_trained
+from mmray.training.run_plan import RunPlan, run_plan
 
 
 def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from jobs.run_plan import RunPlan, run_plan
 from jobs.trace import run_tracer
 from mmray.base.json_lines import JsonLines
 from mmray.config.job import Job, load_job
@@ -19,6 +18,7 @@ from mmray.schedule.cursor import Cursor
 from mmray.training.bins_log import TRAINED_FILE, TrainedStep
 from mmray.training.checkpoint import STATE_FILE
 from mmray.training.checksums import list_files, list_name
+from mmray.training.run_plan import RunPlan, run_plan
 from tests.conftest import Inputs
 from tests.mmray.preparing import Preparation, write_rows
 
