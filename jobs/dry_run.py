@@ -31,8 +31,8 @@ from mmray.prepared.fingerprint import prepare_record
 from mmray.rows.files import source_files
 from mmray.run.checkpoints import newest_looking_whole, step_of
 from mmray.run.folder import RunFolder
+from mmray.run.plan import run_plan
 from mmray.storage import Folder
-from mmray.training.run_plan import run_plan
 from pipelines.nodes import Node, alive_nodes, amount
 
 EXIT_FAILED = 2

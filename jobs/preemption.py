@@ -12,7 +12,7 @@ from typing import Any
 
 import ray.train
 
-from mmray.training.callback import Callback, DoneStep, Loop
+from mmray.run.callback import Callback, DoneStep, Loop
 
 ASK_SECONDS = 1.0
 log = logging.getLogger("mmray")

@@ -1,6 +1,6 @@
 """What a training worker tells Prometheus. All but the wait for data is of the whole run, and rank 0 tells it."""
 
-from mmray.training.callback import Callback, DoneStep, Evaluation, Loop, Step
+from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from pipelines.measures import (
     CHECKPOINT_SECONDS,
     CHECKPOINTS,

@@ -2,7 +2,7 @@
 
 Ray Train's own answer to Ctrl-C is to end the workers where they are. So `fit` runs in a thread, where it sets no
 handler, and this process's main thread waits for signals: at the first it asks the run's folder for a stop, which rank
-0 sees before its next step (`mmray/training/callbacks.py`).
+0 sees before its next step (`mmray/run/callbacks.py`).
 """
 
 import logging

@@ -17,10 +17,10 @@ from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.folder import RunFolder
 from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.run.place import CURSOR_FILE
+from mmray.run.plan import RunPlan, run_plan
 from mmray.run.trace import TracedSample, Tracer
 from mmray.schedule.cursor import Cursor, DataSpan
 from mmray.training.bins_log import read_trained
-from mmray.training.run_plan import RunPlan, run_plan
 
 
 def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:

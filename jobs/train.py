@@ -34,12 +34,12 @@ from mmray.errors import PassingError, UserError
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.report import Run, run_table
+from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
+from mmray.run.plan import run_plan
 from mmray.storage import Folder, arrow_file_system
-from mmray.training.callback import Callback
-from mmray.training.run_plan import run_plan
 from pipelines.nodes import alive_nodes
 
 log = logging.getLogger("mmray")

@@ -1,4 +1,4 @@
-"""What every Ray Train worker runs: the loop of the library (`mmray/training/loop.py`) with what is Ray's handed in.
+"""What every Ray Train worker runs: the loop of the library (`mmray/run/loop.py`) with what is Ray's handed in.
 
 A worker knows its place from the checkpoint alone: the cursor in it says how many global batches the weights have
 seen, and the data stream is built from there. The split is made inside this function (rank 0 makes it, the others
@@ -20,14 +20,14 @@ from jobs.preemption import Preemption
 from jobs.run_measures import RunMeasures
 from mmray.batches.micro_batch import MicroBatch
 from mmray.batches.plan import BatchMaker
+from mmray.run.callback import Callback
+from mmray.run.callbacks import standard_callbacks
 from mmray.run.folder import RunFolder
+from mmray.run.loop import TrainingLoop
+from mmray.run.plan import RunPlan
+from mmray.run.state import RunState, open_run
 from mmray.run.warnings import keep_warnings
-from mmray.training.callback import Callback
-from mmray.training.callbacks import standard_callbacks
-from mmray.training.loop import TrainingLoop
 from mmray.training.ranks import Ranks
-from mmray.training.run_plan import RunPlan
-from mmray.training.run_state import RunState, open_run
 from pipelines.ingest import Ingest
 
 

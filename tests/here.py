@@ -17,15 +17,15 @@ from mmray.errors import UserError
 from mmray.images.size_cache import SizeCache
 from mmray.prepared import PreparedDataset
 from mmray.rows.files import Chunk
+from mmray.run.callback import Callback
+from mmray.run.callbacks import standard_callbacks
 from mmray.run.folder import RunFolder
+from mmray.run.folder_checkpoints import FolderCheckpoints
+from mmray.run.loop import TrainingLoop
 from mmray.run.metrics import METRICS_FILE, read_metrics
-from mmray.training.callback import Callback
-from mmray.training.callbacks import standard_callbacks
-from mmray.training.folder_checkpoints import FolderCheckpoints
-from mmray.training.loop import TrainingLoop
+from mmray.run.plan import run_plan
+from mmray.run.state import open_run
 from mmray.training.ranks import Ranks
-from mmray.training.run_plan import run_plan
-from mmray.training.run_state import open_run
 from pipelines.dataset import ERROR
 from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare
 from tests.mmray.training.ranks import RankGroup

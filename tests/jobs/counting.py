@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mmray.errors import UserError
-from mmray.training.callback import Callback, DoneStep, Loop, Step
+from mmray.run.callback import Callback, DoneStep, Loop, Step
 
 
 class Mistaken(Callback):

@@ -10,8 +10,8 @@ from jobs import dry_run, prepare, train
 from mmray import doctor
 from mmray.config.job import Job
 from mmray.run.place import write_place
+from mmray.run.plan import run_plan
 from mmray.schedule.cursor import Cursor
-from mmray.training.run_plan import run_plan
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
 from tests.mmray.run.test_checkpoints import write_checkpoint

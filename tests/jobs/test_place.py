@@ -14,11 +14,11 @@ from mmray.errors import UserError
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from mmray.run.place import write_place
+from mmray.run.plan import RunPlan, run_plan
 from mmray.schedule.cursor import Cursor
 from mmray.training.bins_log import TRAINED_FILE, TrainedStep
 from mmray.training.checkpoint import STATE_FILE
 from mmray.training.checksums import list_files, list_name
-from mmray.training.run_plan import RunPlan, run_plan
 from tests.conftest import Inputs
 from tests.mmray.preparing import Preparation, write_rows
 

@@ -16,11 +16,11 @@ from jobs.train import train
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
+from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.history import read_history
 from mmray.run.metrics import read_metrics
 from mmray.training.bins_log import read_trained
-from mmray.training.callback import Callback
 from pipelines import measures
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here

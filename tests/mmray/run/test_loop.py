@@ -9,10 +9,10 @@ import pytest
 
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
+from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from mmray.run.folder import RunFolder
 from mmray.run.history import in_words, read_history
 from mmray.training.bins_log import read_trained
-from mmray.training.callback import Callback, DoneStep, Evaluation, Loop, Step
 from tests.conftest import Inputs
 from tests.here import prepare_here, train_here
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Protocol
 
 from mmray.batches.micro_batch import MicroBatch
+from mmray.run.callback import Callback, DoneStep, Evaluation, Step
+from mmray.run.callback_states import write_callback_states
 from mmray.run.place import write_place
 from mmray.run.skipped import Seen
+from mmray.run.state import RunState
 from mmray.schedule.cursor import Cursor
 from mmray.training.bins_log import TrainedStep
-from mmray.training.callback import Callback, DoneStep, Evaluation, Step
-from mmray.training.callback_states import write_callback_states
 from mmray.training.checkpoint import save_state
-from mmray.training.run_state import RunState
 
 log = logging.getLogger("mmray")
 

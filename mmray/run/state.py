@@ -11,14 +11,14 @@ from typing import Any
 
 from mmray.batches.plan import BatchPlan
 from mmray.prepared import PreparedDataset
+from mmray.run.callback_states import read_callback_states
 from mmray.run.checkpoints import Scratch, newest_whole, step_of
 from mmray.run.folder import RunFolder
 from mmray.run.history import Event, add_to_history
+from mmray.run.plan import RunPlan
 from mmray.schedule.cursor import Cursor
-from mmray.training.callback_states import read_callback_states
 from mmray.training.engine import TrainingEngine
 from mmray.training.ranks import Ranks
-from mmray.training.run_plan import RunPlan
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from functools import cached_property
 from mmray.base.json_lines import JsonLines
 from mmray.batches.plan import BatchMaker
 from mmray.errors import UserError
+from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from mmray.run.metrics import MetricsLog
 from mmray.run.skipped import Seen, SkippedLog
+from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
 from mmray.schedule.schedule import Schedule
 from mmray.training.bins_log import TRAINED_FILE
-from mmray.training.callback import Callback, DoneStep, Evaluation, Loop, Step
-from mmray.training.run_state import RunState
 
 STORE_LOOK_SECONDS = 5.0
 """How often an object store is asked whether the run shall stop; a folder is before each step."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mmray.run.skipped import Seen
+from mmray.run.state import RunState
 from mmray.training.bins_log import TrainedStep
 from mmray.training.engine import StepMetrics
-from mmray.training.run_state import RunState
 
 
 @dataclass(frozen=True)
