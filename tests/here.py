@@ -1,9 +1,11 @@
 """Preparing and training without Ray, whose actors take 20 s of CPU time and more to start: for tests that need what
 is prepared and do not ask how, and as what is compared with the same on Ray."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,13 +14,15 @@ import pytest
 import pipelines.prepare
 from jobs.run_plan import run_plan
 from mmray.config import Job
-from mmray.cursor import Cursor
 from mmray.errors import UserError
 from mmray.images.size_cache import SizeCache
 from mmray.loader import BatchMaker
 from mmray.prepared import PreparedDataset
 from mmray.rows.files import Chunk
+from mmray.run_folder import RunFolder
 from mmray.training.engine import TrainingEngine
+from mmray.training.ranks import Ranks
+from mmray.training.run_checkpoints import newest_whole
 from pipelines.dataset import ERROR
 from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare
 from tests.mmray.training.ranks import RankGroup
@@ -31,23 +35,32 @@ def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedData
         return prepare(job, split, **options)[0]
 
 
-def train_here(job: Job) -> list[dict[str, float]]:
-    """All steps of a job on one rank: the metrics of each, under the names of metrics.jsonl."""
-    return RankGroup(1, _steps_here, job).results()[0]
+def train_here(job: Job, workers: int = 1) -> list[dict[str, float]]:
+    """The steps of a job that are left to do, from the newest checkpoint where there is one, on gloo ranks in the current
+    folder: the metrics of each, under the names of metrics.jsonl. Nothing is written."""
+    return RankGroup(workers, _steps_here, job, Path.cwd()).results()[0]
 
 
-def _steps_here(_rank: int, world_size: int, job: Job) -> list[dict[str, float]]:
-    plan = run_plan(job, {"train": PreparedDataset(job.prepared_path("train"))}, gpus=False)
+def _steps_here(rank: int, world_size: int, job: Job, folder: Path) -> list[dict[str, float]]:
+    os.chdir(folder)
+    prepared = PreparedDataset(job.prepared_path("train"))
+    plan, ranks = run_plan(job, {"train": prepared}, gpus=False), Ranks()
+    checkpoint = newest_whole(RunFolder(job.output.run), ranks, lambda name, problem: pytest.fail(f"{name}: {problem}"))
+    cursor = plan.place(checkpoint, prepared)
     batches = plan.batches("train", plan.schedule, world_size)
-    steps = plan.total_steps(Cursor.at(plan.schedule, prepared=batches.prepared))
-    engine = TrainingEngine(job.model, job.training, total_steps=steps, grad_accumulation=batches.micro_batches)
-    found = []
-    for number, micro_batches in enumerate(BatchMaker(batches).steps(0, 0, steps), start=1):
+    steps = plan.total_steps(cursor)
+    engine = TrainingEngine(
+        job.model, job.training, total_steps=steps, grad_accumulation=batches.micro_batches, resume_from=checkpoint,
+        ranks=ranks,
+    )  # fmt: skip
+    maker = BatchMaker(batches, tile_cache=job.resources.tile_cache)
+    done = []
+    for number, micro_batches in enumerate(maker.steps(rank, cursor.step, steps), start=cursor.step + 1):
         metrics = asdict(engine.step(micro_batches))
-        bins = sum(len(batch.bins) for batch in micro_batches)
+        bins = sum(ranks.every(sum(len(batch.bins) for batch in micro_batches)))
         epoch = round(number / plan.schedule.steps_per_epoch, 6)
-        found.append({"step": number, "epoch": epoch, "bins": bins, "lr": metrics.pop("learning_rate")} | metrics)
-    return found
+        done.append({"step": number, "epoch": epoch, "bins": bins, "lr": metrics.pop("learning_rate")} | metrics)
+    return done
 
 
 def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
