@@ -36,8 +36,8 @@ def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedData
 
 
 def train_here(job: Job, workers: int = 1) -> list[dict[str, float]]:
-    """The steps of a job that are left to do, from the newest checkpoint where there is one, on gloo ranks in the current
-    folder: the metrics of each, under the names of metrics.jsonl. Nothing is written."""
+    """The steps of a job that are left to do, from its newest checkpoint where there is one, on gloo ranks: the metrics
+    of each, under the names of metrics.jsonl. Nothing is written."""
     return RankGroup(workers, _steps_here, job, Path.cwd()).results()[0]
 
 
