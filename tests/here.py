@@ -2,37 +2,27 @@
 is prepared and do not ask how, and as what is compared with the same on Ray."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
-import pipelines.prepare
 from jobs.run_plan import run_plan
 from mmray.config import Job
-from mmray.errors import UserError
-from mmray.images.size_cache import SizeCache
 from mmray.loader import BatchMaker
 from mmray.prepared import PreparedDataset
-from mmray.rows.files import Chunk
+from mmray.prepared.driver import prepare
 from mmray.run_folder import RunFolder
 from mmray.training.engine import TrainingEngine
 from mmray.training.ranks import Ranks
 from mmray.training.run_checkpoints import newest_whole
-from pipelines.dataset import ERROR
-from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare
 from tests.mmray.training.ranks import RankGroup
 
 
 def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedDataset:
-    """All of `prepare` but its graph: the work of its actors is done in this process, chunk by chunk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines.prepare, "_run", run_here)
-        return prepare(job, split, **options)[0]
+    """The dataset of `driver.prepare`."""
+    return prepare(job, split, **options)[0]
 
 
 def train_here(job: Job, workers: int = 1) -> list[dict[str, float]]:
@@ -61,18 +51,3 @@ def _steps_here(rank: int, world_size: int, job: Job, folder: Path) -> list[dict
         epoch = round(number / plan.schedule.steps_per_epoch, 6)
         done.append({"step": number, "epoch": epoch, "bins": bins, "lr": metrics.pop("learning_rate")} | metrics)
     return done
-
-
-def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
-    """As `pipelines.prepare._run`, which it stands for."""
-    encode, pack = EncodeChunk(job, split), PackWindow(job, split, token)
-    if sizes:
-        encode.sizes = SizeCache(sizes.known)
-    for _, each in groupby(chunks, key=lambda chunk: chunk.window):
-        window = list(each)
-        packed = pack(pa.concat_tables(pa.table(encode({"chunk": [chunk]})) for chunk in window))
-        if sizes:
-            sizes.measured += map(_from_buffer, packed["sizes"][0].as_py())
-        if packed[ERROR][0]:
-            raise UserError(packed[ERROR][0])
-        yield sum(chunk.num_rows for chunk in window)

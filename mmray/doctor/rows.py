@@ -54,13 +54,15 @@ class FirstRows:
 
     @cached_property
     def encoder(self) -> Encoder:
-        job = self.job.model_copy(update={"data": self.job.data.model_copy(update={"on_bad_row": "reject"})})
-        return Encoder(job.data, getattr(job.data, self.split), self.family, self.policy, job.packing, loss=job.loss)
+        data, job = self.job.data, self.job
+        return Encoder(
+            data.lenient, data.splits[self.split], self.family, self.policy, job.packing, loss=job.loss
+        )  # fmt: skip
 
     @cached_property
     def pieces(self) -> list[Piece]:
         """Those that hold the first rows of each set: the rest of its files need not be read."""
-        files = source_files(getattr(self.job.data, self.split))
+        files = source_files(self.job.data.splits[self.split])
         own = ([file for file in files if file.dataset == number] for number in range(len(self.encoder.datasets)))
         return [piece for each in own for piece in self._first_pieces(each)]
 

@@ -1,6 +1,6 @@
 """The `data` part of the job file: where rows come from and what they look like."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -104,3 +104,13 @@ class DataSettings(Settings):
     verify_rows: Annotated[int, Field(ge=0)] = 16
     """Rows of each prepare, drawn by a fixed seed, whose tokens are compared with the real processor's (run on blank
     pages of the same sizes, so that nothing is decoded). A difference stops the job."""
+
+    @property
+    def splits(self) -> dict[str, tuple[DatasetSettings, ...]]:
+        """The sets of rows of `train` and, where there are any, of `eval`."""
+        return {"train": self.train} | ({"eval": self.eval} if self.eval else {})
+
+    @property
+    def lenient(self) -> Self:
+        """The same settings with bad rows rejected, for looking at rows without stopping at the first bad one."""
+        return self.model_copy(update={"on_bad_row": "reject"})
