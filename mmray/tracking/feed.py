@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from mmray.storage import replacing
 from mmray.tracking.base import Tracker, TrackerSettings
 from mmray.tracking.run import TrackedRun
 
@@ -52,9 +53,8 @@ class Told:
     def write(self, path: Path) -> None:
         """Replace the file, all at once."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(asdict(self)))
-        beside.replace(path)
+        with replacing(path, sync=False) as beside:
+            beside.write_text(json.dumps(asdict(self)))
 
     def note(self, step: int, names: Iterable[str]) -> None:
         """It has these now."""
