@@ -37,6 +37,6 @@ def _hash_ids(datasets: Sequence[DatasetSettings], batch: dict[str, Any]) -> dic
     error, hashes = None, b""
     try:
         hashes = chunk_id_hashes(batch["chunk"][0], datasets)
-    except (UserError, OSError) as mistake:
+    except UserError as mistake:
         error = str(mistake)
     return {"hashes": binary_cell(hashes), ERROR: pa.array([error], pa.string())}

@@ -2,6 +2,8 @@
 is prepared and do not ask how, and as what is compared with the same on Ray."""
 
 import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,40 @@ from mmray.run_folder import RunFolder
 from mmray.training.engine import TrainingEngine
 from mmray.training.ranks import Ranks
 from mmray.training.run_checkpoints import newest_whole
+from tests.conftest import ROOT
 from tests.mmray.training.ranks import RankGroup
 
 
 def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedDataset:
     """The dataset of `driver.prepare`."""
     return prepare(job, split, **options)[0]
+
+
+NO_RAY = """
+import logging, os, signal, sys
+
+sys.modules |= dict.fromkeys(("ray", "pipelines", "jobs"))  # importing them raises ModuleNotFoundError
+from mmray.config import load_job
+from mmray.prepared.driver import prepare
+
+def kill(done, total):
+    if done and sys.argv[2:] == ["kill"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+prepare(load_job(sys.argv[1]), on_progress=kill)
+"""
+
+
+def prepare_without_ray(job: Job, folder: Path, *, kill: bool = False) -> "subprocess.CompletedProcess[str]":
+    """Prepare a job's training rows in a process that cannot import Ray. folder: for the job file; kill: when the first
+    window is committed, by `kill -9`."""
+    job_file = folder / "without_ray.yaml"
+    job_file.write_text(job.model_dump_json(exclude_defaults=True))
+    command = [sys.executable, "-c", NO_RAY, str(job_file), *(["kill"] if kill else [])]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 def train_here(job: Job, workers: int = 1) -> list[dict[str, float]]:

@@ -14,18 +14,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import groupby
-
-import pyarrow as pa
 
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
-from mmray.prepared.stages import ChunkEncoder, PrepareContext, WindowPacker
+from mmray.prepared.stages import PrepareContext, WindowMaker
 from mmray.prepared.writer import PreparedWriter
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
-from mmray.rows.files import Chunk, SourceFile, check_unchanged, plan_chunks, source_files
+from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, source_files
 from mmray.rows.preflight import check_first_rows
 from mmray.rows.settings import DatasetSettings
 
@@ -45,16 +42,14 @@ def run_windows_here(
 ) -> Iterator[int]:
     """Make windows in this process, one after another: the `RunWindows` of who has no cluster."""
     cache = SizeCache(sizes.known) if sizes else None
-    encode, pack = ChunkEncoder(context, cache), WindowPacker(context, token)
-    for number, window in groupby(chunks, key=lambda chunk: chunk.window):
-        window_chunks = list(window)
+    make = WindowMaker(context, token, cache)
+    for window in by_window(chunks):
         try:
-            samples = pa.concat_tables([encode(chunk) for chunk in window_chunks])
+            rows = make(window)
         finally:
             if sizes and cache:
                 sizes.measured.append(cache.take_new())
-        pack(number, samples)
-        yield sum(chunk.num_rows for chunk in window_chunks)
+        yield rows
 
 
 def hash_ids_here(chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings]) -> Iterator[bytes]:

@@ -11,12 +11,10 @@ from typing import Any, Self
 import pyarrow as pa
 
 from mmray.config import Job
-from mmray.errors import UserError
 from mmray.families import Family
 from mmray.images import TilingPolicy
 from mmray.images.header import measured
 from mmray.images.size_cache import SizeCache
-from mmray.images.source import one_line
 from mmray.masks.labels import LabelMaker
 from mmray.masks.settings import Loss, allows_empty, label_maker
 from mmray.packing_settings import PackingSettings
@@ -27,6 +25,7 @@ from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, SourceFile
 from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.storage import explained
 from mmray.training.compatibility import job_family
 from mmray.training.model import load_config
 
@@ -91,13 +90,10 @@ class ChunkEncoder:
 
         Raises UserError for rows that stop the job, and where the rows or images cannot be reached.
         """
-        try:
+        with explained(f"{chunk.pieces[0].uri} or its images"):  # a store that does not answer, a file that is gone
             rows = list(chunk_rows(chunk, self._reader))
             verify = [line * len(rows) // chunk.num_rows for line in chunk.verify]  # blank lines count, but are no rows
             return samples_table(self._encoder.encode(rows, verify, chunk.duplicates))
-        except OSError as error:  # of a store that does not answer, a file that is gone
-            place = f"{chunk.pieces[0].uri} or its images"
-            raise UserError(f"{place}: {one_line(error)}; the same command continues") from error
 
 
 class WindowPacker:
@@ -124,3 +120,16 @@ class WindowPacker:
         window = self.pack(samples)
         self._writer.write(number, window)
         return window.statistics
+
+
+class WindowMaker:
+    """Makes whole windows in this process: encodes their chunks, packs and commits them."""
+
+    def __init__(self, context: PrepareContext, token: str, sizes: SizeCache | None = None) -> None:
+        """token: of the plan whose windows these are (`PreparedWriter.begin`); sizes: as for `ChunkEncoder`."""
+        self._encode, self._pack = ChunkEncoder(context, sizes), WindowPacker(context, token)
+
+    def __call__(self, chunks: Sequence[Chunk]) -> int:
+        """Make the window of these chunks; returns its number of rows, as planned. Raises UserError."""
+        self._pack(chunks[0].window, pa.concat_tables([self._encode(chunk) for chunk in chunks]))
+        return sum(chunk.num_rows for chunk in chunks)

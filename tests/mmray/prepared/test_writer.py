@@ -362,7 +362,7 @@ def raising(number):
         (errno.ENOSPC, "No space left on device; free some space there; then the same command continues"),
         (errno.EDQUOT, "free some space there"),
         (errno.EROFS, "Read-only file system; let this user write there, or choose another folder"),
-        (errno.EACCES, "Permission denied; let this user write there"),
+        (errno.EACCES, "Permission denied; let this user read and write there"),
         (errno.EIO, "Input/output error; once that is mended, the same command continues"),
     ],
 )
@@ -415,5 +415,5 @@ def test_an_output_that_is_a_file_is_told(preparation, tmp_path, below):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_closed_is_told(preparation, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied; let this user write there"):
+    with pytest.raises(UserError, match="Permission denied; let this user read and write there"):
         preparation.write(tmp_path / "prepared")
