@@ -33,6 +33,7 @@ def prepare_splits(job: Job, *, replace: bool = False) -> dict[str, PreparedData
             console.print(prepared_table(prepared))
         else:
             console.print(f"{prepared.path} is up to date (fingerprint {prepared.fingerprint}); nothing to do")
+        prepared.check_has_bins()
         done[split] = prepared
     return done
 

@@ -80,8 +80,7 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
             prepared.path, prepared.manifest["record"], processor=family.processor,
             tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
         )  # fmt: skip
-        if not len(prepared):
-            raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
+        prepared.check_has_bins()
         found[split] = prepared
     return found
 

@@ -9,7 +9,6 @@ With `data.size_cache` all actors look into one table in the object store; what 
 the windows.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -123,9 +122,6 @@ def _run_windows(
     """
     if not chunks:
         return
-    rows = Counter[int]()
-    for chunk in chunks:
-        rows[chunk.window] += chunk.num_rows
     split, resources, cpus = context.split, job.resources, int(cluster_amount("CPU", job.resources.prepare_labels))
     dataset = one_row_blocks([{"chunk": chunk} for chunk in chunks], resources.prepare_labels)
     dataset = dataset.map_batches(
@@ -143,7 +139,7 @@ def _run_windows(
                 sizes.measured += map(_from_buffer, row["sizes"])
             if row[ERROR]:
                 raise UserError(row[ERROR])
-            yield rows[row["window"]]
+            yield int(row["window"])
     except RayError as error:
         if lack := out_of_room(error):
             raise UserError(

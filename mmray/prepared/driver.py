@@ -11,9 +11,11 @@ committed is not made again, and bins are byte-equal wherever they were made.
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 from mmray.config import Job
 from mmray.errors import UserError
@@ -23,15 +25,15 @@ from mmray.prepared.stages import PrepareContext, WindowMaker
 from mmray.prepared.writer import PreparedWriter
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
 from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, source_files
-from mmray.rows.preflight import check_first_rows
+from mmray.rows.preflight import check_first_rows, set_name
+from mmray.rows.rejections import SetRows
 from mmray.rows.settings import DatasetSettings
 
 log = logging.getLogger("mmray")
 
 RunWindows = Callable[[PrepareContext, str, Sequence[Chunk], KeptSizes | None], Iterator[int]]
 """Makes and commits windows: (context, token of the plan, the chunks of whole windows in order, known sizes) to the
-number of rows, as planned, of each window when it is committed. Puts the sizes it measured into `KeptSizes.measured`.
-Raises UserError."""
+number of each window when it is committed. Puts the sizes it measured into `KeptSizes.measured`. Raises UserError."""
 
 HashIds = Callable[[Sequence[Chunk], Sequence[DatasetSettings]], Iterable[bytes]]
 """Hashes the ids of rows: (all chunks in order, their data sets) to `rows.duplicates.chunk_id_hashes` of each chunk."""
@@ -45,11 +47,11 @@ def run_windows_here(
     make = WindowMaker(context, token, cache)
     for window in by_window(chunks):
         try:
-            rows = make(window)
+            number = make(window)
         finally:
             if sizes and cache:
                 sizes.measured.append(cache.take_new())
-        yield rows
+        yield number
 
 
 def hash_ids_here(chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings]) -> Iterator[bytes]:
@@ -91,7 +93,10 @@ def prepare_files(
     chunks = _with_verification(chunks, data.verify_rows)
     if not chunks:
         raise UserError(f"data.{context.split}: the files hold no rows: {', '.join(file.uri for file in files)}")
-    total = sum(chunk.num_rows for chunk in chunks)
+    planned = Counter[int]()
+    for chunk in chunks:
+        planned[chunk.window] += chunk.num_rows
+    rejections = _Rejections(context, chunks)
     with kept_sizes(data.size_cache) if data.size_cache else nullcontext() as sizes:
         sources = _check_first_rows(context, chunks, sizes)
         if replace:
@@ -102,12 +107,15 @@ def prepare_files(
         if data.duplicate_ids == "reject" and any(chunk.window not in finished for chunk in chunks):
             chunks = list(with_duplicates(chunks, hash_ids(chunks, context.datasets)))
         missing = [chunk for chunk in chunks if chunk.window not in finished]
-        done = total - sum(chunk.num_rows for chunk in missing)
+        done, total = sum(planned[number] for number in finished), planned.total()
         on_progress(done, total)
         try:
-            for rows in run_windows(context, writer.token, missing, sizes):
-                done += rows
+            rejections.add(writer.statistics(finished))
+            for number in run_windows(context, writer.token, missing, sizes):
+                done += planned[number]
                 on_progress(done, total)
+                rejections.add(writer.statistics([number]))
+            rejections.check_all()
         except Exception:
             check_unchanged(files, context.datasets)  # what was found wrong may come of it
             raise
@@ -127,6 +135,34 @@ def prepare_files(
     )
     _warn_of_passed_over(prepared)
     return prepared, True
+
+
+class _Rejections:
+    """What windows have rejected of each set, judged by `data.max_rejected_share` as they are committed."""
+
+    def __init__(self, context: PrepareContext, chunks: Sequence[Chunk]) -> None:
+        self._max_share = context.data.max_rejected_share
+        self._names = [set_name(context.split, number, each) for number, each in enumerate(context.datasets)]
+        self._sets = [SetRows() for _ in context.datasets]
+        self._planned = [0] * len(context.datasets)
+        for piece in (piece for chunk in chunks for piece in chunk.pieces):
+            self._planned[piece.dataset] += piece.num_rows
+
+    def add(self, windows: Iterable[dict[str, Any]]) -> None:
+        """Add the statistics of windows. Raises UserError where a set has more rejected rows than all of its rows, the
+        ones to come too, allow."""
+        for statistics in windows:
+            for number, counts in statistics.get("sets", {}).items():  # an earlier mmray did not count by sets
+                self._sets[int(number)].add(counts)
+        self._check(self._planned)
+
+    def check_all(self) -> None:
+        """Judge by the rows that were read, when all windows are there: blank lines are planned, but no rows."""
+        self._check([counts.read for counts in self._sets])
+
+    def _check(self, rows: Sequence[int]) -> None:
+        for name, counts, all_rows in zip(self._names, self._sets, rows, strict=True):
+            counts.check(name, all_rows, self._max_share)
 
 
 def _warn_of_passed_over(prepared: PreparedDataset) -> None:
@@ -149,7 +185,10 @@ def _check_first_rows(context: PrepareContext, chunks: Sequence[Chunk], sizes: K
     """`check_first_rows` of a split; the names of its sources. Bad rows stop a job later, if at all."""
     encoder = context.encoder(context.data.lenient, SizeCache(sizes.known) if sizes else None)
     pieces = [piece for chunk in chunks for piece in chunk.pieces]
-    sources = check_first_rows(encoder, context.labels(), pieces, split=context.split, loss=context.loss)
+    sources = check_first_rows(
+        encoder, context.labels(), pieces, split=context.split, loss=context.loss,
+        some_good=context.data.max_rejected_share < 1,
+    )  # fmt: skip
     return [source.value for source in sources]
 
 

@@ -93,7 +93,8 @@ class ChunkEncoder:
         with explained(f"{chunk.pieces[0].uri} or its images"):  # a store that does not answer, a file that is gone
             rows = list(chunk_rows(chunk, self._reader))
             verify = [line * len(rows) // chunk.num_rows for line in chunk.verify]  # blank lines count, but are no rows
-            return samples_table(self._encoder.encode(rows, verify, chunk.duplicates))
+            results = self._encoder.encode(rows, verify, chunk.duplicates)
+        return samples_table(results, [row.dataset for row in rows])
 
 
 class WindowPacker:
@@ -130,6 +131,6 @@ class WindowMaker:
         self._encode, self._pack = ChunkEncoder(context, sizes), WindowPacker(context, token)
 
     def __call__(self, chunks: Sequence[Chunk]) -> int:
-        """Make the window of these chunks; returns its number of rows, as planned. Raises UserError."""
+        """Make the window of these chunks; returns its number. Raises UserError."""
         self._pack(chunks[0].window, pa.concat_tables([self._encode(chunk) for chunk in chunks]))
-        return sum(chunk.num_rows for chunk in chunks)
+        return chunks[0].window

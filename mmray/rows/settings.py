@@ -82,6 +82,11 @@ class DataSettings(Settings):
     be gone or broken only when training is left out of the loss, whole, and listed in the run's skipped.jsonl.
     `error`: the first one stops."""
 
+    max_rejected_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Preparing stops when more than this share of the rows of a set is rejected, and more than 20, or when none of its
+    first 64 rows can be used: a wrong column, image root or capacity rather than a few odd rows. 1: any number may be
+    rejected."""
+
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Training stops when more than this share of the last 10,000 samples was left out, and more than 20: then storage
     is away rather than some pictures broken."""

@@ -40,11 +40,11 @@ class Preparation:
         packing: PackingSettings = PACKING, loss: Loss = "sampled", **data: Any,
     ) -> None:  # fmt: skip
         settings = DataSettings(train=tuple(DatasetSettings(**each) for each in datasets), **data)
-        cuts = TilingPolicy.model_validate(tiling or {})
+        self.tiling = TilingPolicy.model_validate(tiling or {})
         known = isinstance(processor, Family)
-        family = processor if known else family_of(processor, tiled=cuts.is_tiled)
+        family = processor if known else family_of(processor, tiled=self.tiling.is_tiled)
         self.context = PrepareContext(
-            "train", "", settings.train, settings, packing, loss, family, family.resolve_tiling(cuts)
+            "train", "", settings.train, settings, packing, loss, family, family.resolve_tiling(self.tiling)
         )  # fmt: skip
         self.encoder = self.context.encoder(settings, None)
 
@@ -131,7 +131,7 @@ def committing(windows: Mapping[int, Window]) -> RunWindows:
     ) -> Iterator[int]:
         for chunk in chunks:
             WindowWriter(context.path, token).write(chunk.window, windows[chunk.window])
-            yield chunk.num_rows
+            yield chunk.window
 
     return run_windows
 
@@ -146,11 +146,13 @@ def contents(folder: Path | str) -> dict[str, bytes]:
     return data
 
 
-def other_packing(preparation: Preparation, **changes: Any) -> Preparation:
+def other_packing(preparation: Preparation, max_rejected_share: float = 0.05, **changes: Any) -> Preparation:
     """The same job with another setting of packing."""
     dataset = preparation.data.train[0].model_dump()
     packing = preparation.packing.model_copy(update=changes)
-    return Preparation(preparation.family.processor, dataset, packing=packing)
+    return Preparation(
+        preparation.family.processor, dataset, packing=packing, max_rejected_share=max_rejected_share
+    )  # fmt: skip
 
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> str:

@@ -5,7 +5,9 @@ from unittest.mock import ANY
 
 import pytest
 
+from jobs.prepare import prepare_splits
 from mmray.config import Job
+from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from pipelines import measures
 from pipelines.prepare import prepare
@@ -35,6 +37,16 @@ def test_the_library_without_ray_gives_the_same_bytes(
     job, dataset = prepared
     assert contents(prepare_here(Job.model_validate(inputs.job(tmp_path))).path) == contents(dataset.path)
     assert not prepare(job, "train")[1], "there is nothing left to do"
+
+
+def test_a_dataset_without_bins_is_a_mistake_for_the_command(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
+    """Each time that it runs."""
+    job = Job.model_validate(inputs.job(tmp_path, packing__token_capacity=1))
+    data = job.data.model_copy(update={"max_rejected_share": 1})
+    job = job.model_copy(update={"data": data})
+    assert len(prepare_here(job)) == 0
+    with pytest.raises(UserError, match="prepared/train has no bins: every row was rejected, see its rejected"):
+        prepare_splits(job)
 
 
 def test_prometheus_is_told_the_same_counts(prepared: tuple[Job, PreparedDataset]) -> None:

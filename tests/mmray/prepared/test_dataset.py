@@ -87,7 +87,7 @@ def test_rejected_rows_are_in_their_file(prepared, inputs):
 
 
 def test_a_dataset_without_bins_is_one(preparation, tmp_path):
-    hopeless = other_packing(preparation, token_capacity=1)
+    hopeless = other_packing(preparation, token_capacity=1, max_rejected_share=1)
     prepared = hopeless.write(tmp_path)
     assert len(prepared) == 0
     assert prepared.statistics["rows_rejected"] == 70
@@ -103,7 +103,9 @@ def test_windows_without_bins_stand_between_others(inputs, processors, tmp_path,
     bad = ['{"text": ""}'] * 30
     (tmp_path / "rows.jsonl").write_text("\n".join(bad + lines[:3] + bad[:27] + bad + lines[3:6]))
     dataset = {"files": (str(tmp_path / "rows.jsonl"),), "kind": "pretrain", "image_root": str(inputs)}
-    prepared = Preparation(processors["qwen2_vl"], dataset, packing=preparation.packing).write(tmp_path / "prepared")
+    prepared = Preparation(
+        processors["qwen2_vl"], dataset, packing=preparation.packing, max_rejected_share=1
+    ).write(tmp_path / "prepared")  # fmt: skip
     assert [shard["bins"] == 0 for shard in prepared.manifest["shards"]] == [True, False, True, False]
     ids = [row_id for number in range(len(prepared)) for row_id in prepared.bin(number).sample_ids]
     assert sorted(ids) == [f"row-{number}" for number in range(6)]

@@ -1,5 +1,6 @@
 """Preparing with the library alone: the accounting, continuing, refusing."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.prepared.driver import prepare
 from mmray.prepared.stages import ChunkEncoder, PrepareContext
+from mmray.report import prepared_table
 from mmray.rows.files import plan_chunks, source_files
 from tests.conftest import Inputs, write_inputs
 from tests.here import prepare_here, prepare_without_ray
@@ -78,6 +81,17 @@ def test_every_row_is_packed_or_rejected_with_its_reason(prepared: tuple[Job, Pr
     assert sorted(path.name for path in Path(dataset.path).iterdir()) == sorted(
         ["manifest.json", "rejected.parquet", *(shard["file"] for shard in dataset.manifest["shards"])]
     )
+
+
+def test_the_table_shows_a_row_of_each_reason(prepared: tuple[Job, PreparedDataset]) -> None:
+    dataset = prepared[1]
+    console = Console(width=1000, file=io.StringIO())
+    console.print(prepared_table(dataset))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    first = {row["reason"]: row for row in reversed(dataset.rejected().to_pylist())}
+    assert len(first) == 5
+    for row in first.values():
+        assert f"{row['source']}: {row['message']}" in shown
 
 
 def test_a_prepare_that_is_killed_continues_where_there_is_no_ray(
@@ -221,6 +235,91 @@ def test_rows_with_an_earlier_id_are_rejected_and_blank_lines_are_progress(
     dataset = prepare_here(job, on_progress=lambda done, total: calls.append(done))
     assert calls == [*range(0, 121, 20), 132], "blank lines are no rows, but progress"
     assert_later_ones_rejected(dataset, rows)
+
+
+# ---- How many rows may be rejected ----
+
+
+def write_pages(path: Path, good: int, bad: int) -> None:
+    """Rows without images, the good before the bad."""
+    lines = [
+        {"id": f"row-{number}", "text": f"words {number}" if number < good else ""} for number in range(good + bad)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_set_with_too_many_rejected_rows_stops_and_a_larger_share_continues(
+    inputs: Inputs, rows: Path, tmp_path: Path
+) -> None:
+    """As soon as all of its rows, those to come too, allow no fewer: of 200 rows, twenty may be bad."""
+    write_pages(rows, good=100, bad=100)
+    job = job_on(rows, inputs, tmp_path)
+    progress: list[int] = []
+    place = f"{rows}:101: text is empty"
+    told = (
+        rf"data\.train\[0\] \(pretrain\): 40 of 200 rows are rejected, 20\.0%, .* 5\.0%: 40 empty_text, such as {place}"
+    )
+    with pytest.raises(UserError, match=told):
+        prepare_here(job, on_progress=lambda done, total: progress.append(done))
+    assert progress == [0, 20, 40, 60, 80, 100, 120, 140]
+    with pytest.raises(UserError, match=told):
+        prepare_here(job, run_windows=lambda *_: pytest.fail("what is there is judged first"))
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared/train").glob("bins-*")}
+    dataset = prepare_here(job_on(rows, inputs, tmp_path, max_rejected_share=0.6))
+    assert dataset.statistics["rejected_by_reason"] == {"empty_text": 100}
+    assert written.items() <= {path: path.stat().st_mtime_ns for path in Path(dataset.path).iterdir()}.items()
+    assert "max_rejected_share" not in json.dumps(dataset.manifest)
+    assert not prepare(job)[1], "what is finished is used as it is"
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(20, False), (21, True)])
+def test_twenty_rows_may_be_rejected_whatever_their_share(
+    inputs: Inputs, rows: Path, tmp_path: Path, bad: int, stops: bool
+) -> None:
+    write_pages(rows, good=5, bad=bad)
+    job = job_on(rows, inputs, tmp_path)
+    if stops:
+        with pytest.raises(UserError, match=f"{bad} of 26 rows are rejected"):
+            prepare_here(job)
+    else:
+        assert prepare_here(job).statistics["rows_rejected"] == bad
+
+
+def test_blank_lines_make_no_share_smaller(inputs: Inputs, rows: Path, tmp_path: Path) -> None:
+    write_pages(rows, good=379, bad=21)
+    assert prepare_here(job_on(rows, inputs, tmp_path / "allowed", max_rejected_share=0.0525)).statistics["bins"] > 0
+    rows.write_text(rows.read_text() + "\n" * 100)
+    with pytest.raises(UserError, match=r"21 of 400 rows are rejected, 5\.2%, .* allows 5\.2%"):
+        prepare_here(job_on(rows, inputs, tmp_path / "refused", max_rejected_share=0.052))
+
+
+def test_each_set_is_judged_by_its_own_rows(inputs: Inputs, rows: Path, tmp_path: Path) -> None:
+    """Thirty bad rows are few of all, but many of the set that has them; the windows hold rows of both."""
+    write_pages(rows, good=70, bad=30)
+    many = tmp_path / "many.jsonl"
+    write_pages(many, good=1000, bad=0)
+    job = job_on(many, inputs, tmp_path)
+    second = job.data.train[0].model_copy(update={"files": (str(rows),)})
+    data = job.data.model_copy(update={"train": (*job.data.train, second)})
+    with pytest.raises(UserError, match=r"data\.train\[1\] \(pretrain\): 30 of 100 rows are rejected, 30\.0%"):
+        prepare_here(job.model_copy(update={"data": data}))
+
+
+def test_a_set_of_which_no_first_row_is_good_stops_before_anything_is_written(
+    inputs: Inputs, rows: Path, tmp_path: Path
+) -> None:
+    """Such as one whose text has another name: the rest of a million rows is not read."""
+    rows.write_text("".join(json.dumps({"caption": f"words {number}"}) + "\n" for number in range(100)))
+    none = (
+        r"data\.train\[0\] \(pretrain\): none of its first rows can be used, 64 looked at: 64 missing_column, such as"
+    )
+    with pytest.raises(UserError, match=none):
+        prepare_here(job_on(rows, inputs, tmp_path))
+    assert not (tmp_path / "prepared").exists()
+    dataset = prepare_here(job_on(rows, inputs, tmp_path, max_rejected_share=1))
+    assert (len(dataset), dataset.statistics["rows_rejected"]) == (0, 100)
+    with pytest.raises(UserError, match="has no bins: every row was rejected, see its rejected"):
+        dataset.check_has_bins()
 
 
 def write_twice(rows: Path) -> None:
