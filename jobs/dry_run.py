@@ -102,7 +102,7 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
     if nodes is not None and _address(address):
         plan.attempt("nodes", lambda: check_prepare_nodes(job))
     plan.attempt("outputs", lambda: check_outputs(job))
-    for split in _splits(job) if rows else ():
+    for split in job.data.splits if rows else ():
         path = job.prepared_path(split)
         state = plan.attempt("output", partial(_state, job, split, rows, replace))
         plan.add(f"{split} output", f"{path}: {state or 'it cannot be written, see below'}")
@@ -112,7 +112,7 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
 def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: bool) -> int:
     """Show what `jobs/train.py` would do; its exit code."""
     plan = _Plan(job)
-    is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in _splits(job))
+    is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits)
     _, guesses = _examined(plan, counts=not is_prepared)
     prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
     for split, guess in guesses.items():
@@ -141,10 +141,6 @@ def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: boo
     return plan.show(f"{job.name}: what jobs/train.py would do")
 
 
-def _splits(job: Job) -> list[str]:
-    return [split for split in ("train", "eval") if getattr(job.data, split)]
-
-
 def _address(address: str | None) -> str | None:
     return address or os.environ.get("RAY_ADDRESS")
 
@@ -160,7 +156,7 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
             else:
                 plan.findings.append(each)
     with console.status("counting rows"):
-        for split in _splits(plan.job) if rows and counts else ():
+        for split in plan.job.data.splits if rows and counts else ():
             found = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
             if found is not None:
                 guesses[split] = found
@@ -173,7 +169,7 @@ def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
 
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
-    kinds = [each.kind for each in getattr(plan.job.data, split)]
+    kinds = [each.kind for each in plan.job.data.splits[split]]
     plan.add(f"{split} rows", f"{guess.rows}, in {guess.windows:,} {'window' if guess.windows == 1 else 'windows'}")
     for number, (each, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
         files = "1 file" if each.files == 1 else f"{each.files:,} files"
@@ -272,7 +268,7 @@ def _check_room(plan: _Plan, nodes: list[Node], pools: list[Pool], what: str, la
 def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:
     """What is at the output of a split. Raises UserError where it is another job's."""
     assert rows is not None
-    folder, datasets = Folder(job.prepared_path(split)), getattr(job.data, split)
+    folder, datasets = Folder(job.prepared_path(split)), job.data.splits[split]
     if not (folder.exists(MANIFEST) or folder.exists(PLAN)):
         return "nothing there yet"
     if replace:

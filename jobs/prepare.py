@@ -26,15 +26,14 @@ def prepare_splits(job: Job, *, replace: bool = False) -> dict[str, PreparedData
 
     check_room(job, prepare_pools(), "preparing", job.resources.prepare_labels, cluster_nodes())
     done = {}
-    for split in ("train", "eval"):
-        if not getattr(job.data, split):
-            continue
+    for split in job.data.splits:
         with ProgressBar(f"{job.name}: preparing {split}", "rows") as bar:
             prepared, made = prepare(job, split, replace=replace, on_progress=bar.update)
         if made:
             console.print(prepared_table(prepared))
         else:
             console.print(f"{prepared.path} is up to date (fingerprint {prepared.fingerprint}); nothing to do")
+        prepared.check_has_bins()
         done[split] = prepared
     return done
 

@@ -74,16 +74,13 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
     """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
     family = job_family(job)
     found = {}
-    for split in ("train", "eval"):
-        if not getattr(job.data, split):
-            continue
+    for split in job.data.splits:
         prepared = PreparedDataset(job.prepared_path(split))
         check_settings(
             prepared.path, prepared.manifest["record"], processor=family.processor,
             tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
         )  # fmt: skip
-        if not len(prepared):
-            raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
+        prepared.check_has_bins()
         found[split] = prepared
     return found
 

@@ -103,6 +103,11 @@ class PreparedWriter:
         """What commits windows of the plan that was begun."""
         return WindowWriter(self.path, self.token)
 
+    def statistics(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """The counts of windows that are committed."""
+        with explained(self.path):
+            return [commit.get("statistics", {}) for commit in self._commits(numbers)]
+
     def finish(
         self, record: dict[str, Any], num_windows: int, *, tiling: TilingPolicy, capacities: tuple[int, int],
         facts: dict[str, Any],

@@ -6,8 +6,9 @@ number of actors. JSONL files are read through once here for their line breaks (
 every later reader seeks to its bytes.
 """
 
+import itertools
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,6 +148,11 @@ def plan_chunks(files: Sequence[SourceFile], *, window_rows: int, chunk_rows: in
             Chunk(number // per_window, number % per_window, number * chunk_rows, tuple(group))
             for number, group in enumerate(pieces)
         ]
+
+
+def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """The chunks of each window, of chunks in order."""
+    return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
 
 
 def _chunk_pieces(indexed: Any, chunk_rows: int) -> Iterator[list[Piece]]:

@@ -178,6 +178,23 @@ def test_rows_that_are_all_bad(make_job, tmp_path):
     assert "gone.jpg" in failed(content)["rows"]
 
 
+@pytest.mark.usefixtures("without_model")
+@pytest.mark.parametrize(
+    ("rows", "bad", "stops"),
+    [(46, 27, True), (46, 20, False), (90, 10, False), (4000, 20, True), (4000, 3, False)],
+)  # fmt: skip
+def test_bad_rows_are_judged_as_preparing_judges_them(make_job, tmp_path, rows, bad, stops):
+    """The bad ones come first, so of many rows the first 64 stand for more than there are."""
+    lines = [{"text": "" if number < bad else f"words {number}"} for number in range(rows)]
+    content = with_rows(make_job, tmp_path, lines, kind="pretrain")
+    found = finding(content, "rows")
+    assert found.status is (Status.FAIL if stops else Status.PASS)
+    assert f"{bad} empty_text, such as {tmp_path / 'rows.jsonl'}:1: text is empty" in found.detail
+    assert ("data.max_rejected_share" in (found.remedy or "")) == stops
+    found = finding(content | {"data": content["data"] | {"max_rejected_share": 0.6}}, "rows")
+    assert found.status is Status.PASS
+
+
 def test_a_bad_row_where_none_is_allowed(make_job):
     content = make_job()
     content["data"]["on_bad_row"] = "error"
