@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.rows.huggingface import SavedRows, saved_version
+from mmray.rows.listing import listed_files
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.webdataset import row_starts
 from mmray.storage import file_system, file_version
@@ -85,7 +85,7 @@ def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
             if dataset.format == "huggingface":
                 found.append(_saved_dataset(number, pattern))
                 continue
-            found += [_source_file(number, dataset, *match) for match in _matches(pattern)]
+            found += [_source_file(number, dataset, *match) for match in listed_files(pattern)]
     return found
 
 
@@ -99,20 +99,6 @@ def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSetti
             f"{f', and {len(changed) - 1} other files' if len(changed) > 1 else ''}; leave row files as they are, and "
             "prepare anew with --replace"
         )
-
-
-def _matches(pattern: str) -> list[tuple[Any, str, Mapping[str, Any]]]:
-    """The file system, path and state of each file, sorted by path."""
-    try:
-        system, path = file_system(pattern)
-        # A file may have the marks of a glob in its own name. One listing tells all of many files.
-        files = {path: system.info(path)} if system.isfile(path) else system.glob(path, detail=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"data files {pattern!r}: {one_line(error)}") from error
-    found = [(system, str(path), info) for path, info in sorted(files.items()) if info["type"] == "file"]
-    if not found:
-        raise UserError(f"data files {pattern!r}: no such file. Paths are relative to the current folder.")
-    return found
 
 
 def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, info: Mapping[str, Any]) -> SourceFile:
