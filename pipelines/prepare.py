@@ -28,7 +28,7 @@ from mmray.arrow import binary_cell
 from mmray.config import Job
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.images.header import measured
+from mmray.images.header import BROKEN_EXIF, measured
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.images.source import one_line
 from mmray.masks.labels import LabelMaker
@@ -41,6 +41,7 @@ from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
 from mmray.rows.preflight import check_first_rows
 from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 from mmray.training.compatibility import job_family
 from mmray.training.model import load_config
 from pipelines import measures
@@ -254,6 +255,13 @@ def prepare(
     return prepared, True
 
 
+_NOTES = {
+    BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
+    BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
+    WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
+}
+
+
 def _tell(prepared: PreparedDataset) -> None:
     """Warn of what was let pass, with examples."""
     facts = prepared.statistics
@@ -265,8 +273,7 @@ def _tell(prepared: PreparedDataset) -> None:
         )  # fmt: skip
     for note, count in facts["image_notes"].items():
         log.warning(
-            "%s: %d images with %s are taken as they are stored, such as that of row %s",
-            prepared.path, count, note, examples[note][0],
+            "%s: %d %s, such as %s", prepared.path, count, _NOTES.get(note, note), examples[note][0]
         )  # fmt: skip
 
 

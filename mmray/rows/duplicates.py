@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from mmray.rows.files import Chunk
+from mmray.rows.ids import has_id, id_text
 from mmray.rows.read import RawRow, RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings
 
@@ -21,8 +22,8 @@ HASH_BYTES = 16
 def id_of(row: RawRow, dataset: DatasetSettings) -> str:
     """The id by which a row goes, good or bad: its own, or its place."""
     found = row.value.get(dataset.column("id")) if isinstance(row.value, dict) else None
-    named = isinstance(found, (str, int)) and not isinstance(found, bool)
-    return str(found) if named else row.source
+    text = id_text(found) if has_id(found) else None
+    return row.source if text is None else text
 
 
 def id_hashes(ids: Iterable[str]) -> bytes:

@@ -269,7 +269,7 @@ class Encoder:
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
             given=generated,
             visual_pairs=_visual_pairs(tiles),
-            notes=item.notes,
+            notes=(*item.row.notes, *item.notes),
         )
         return self._checked(sample)
 
@@ -325,7 +325,7 @@ class Encoder:
             Sample(
                 id=reader.row_id(value, row.source), source=row.source, rule=source.rule, bucket=_bucket(plans),
                 visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles), notes=notes,
+                visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes),
             )
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ def listed_files(pattern: str) -> list[Listed]:
     try:
         system, path = file_system(pattern)
         if isinstance(system, LocalFileSystem):
-            found = [(system, each, _state(each)) for each in sorted(set(_local_paths(path)))]
+            found: list[Listed] = [(system, each, _state(each)) for each in sorted(set(_local_paths(path)))]
         else:
             found = [(system, each, info) for each, info in _remote_files(system, path)]
     except (OSError, ValueError) as error:
