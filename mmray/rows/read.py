@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mmray.errors import RowError, UserError
@@ -13,6 +14,9 @@ from mmray.rows.streams import RowStream
 from mmray.rows.tables import TableRows, row_values
 from mmray.rows.webdataset import read_rows
 from mmray.storage import file_system
+
+MOST_OPEN = 64
+"""Files that a reader keeps open, of tables and of streams each."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,12 @@ class RawRow:
 
 
 class RowReader:
-    """Reads pieces, cheapest in the order of their file. Keeps the last table and the last stream open."""
+    """Reads pieces, cheapest in the order of their file. Keeps the last MOST_OPEN tables and streams open."""
 
     def __init__(self) -> None:
-        self._table: TableRows | None = None
-        self._saved: SavedRows | None = None
-        self._stream: tuple[str, RowStream, Any] | None = None
+        self._table = lru_cache(maxsize=MOST_OPEN)(TableRows)
+        self._saved = lru_cache(maxsize=MOST_OPEN)(SavedRows)
+        self._streams: dict[str, RowStream] = {}
 
     def read(self, piece: Piece) -> Iterator[RawRow]:
         """The rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged file."""
@@ -45,17 +49,13 @@ class RowReader:
         return self._read_text(piece)
 
     def _read_table(self, piece: Piece) -> Iterator[RawRow]:
-        columns = piece.reading.columns
-        if self._table is None or (self._table.uri, self._table.columns) != (piece.uri, columns):
-            self._table = TableRows(piece.uri, piece.format, columns)
-        for row, value in enumerate(self._table.values(piece.first_row, piece.num_rows), start=piece.first_row):
+        table = self._table(piece.uri, piece.format, piece.reading.columns)
+        for row, value in enumerate(table.values(piece.first_row, piece.num_rows), start=piece.first_row):
             yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
 
     def _read_saved(self, piece: Piece) -> Iterator[RawRow]:
-        if self._saved is None or self._saved.folder != piece.uri:
-            self._saved = SavedRows(piece.uri)
         row = piece.first_row
-        for table in self._saved.batches(row, row + piece.num_rows):
+        for table in self._saved(piece.uri).batches(row, row + piece.num_rows):
             for value in row_values(table):
                 yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
                 row += 1
@@ -71,21 +71,20 @@ class RowReader:
     def _streamed(self, piece: Piece, form: Form) -> bytes:
         """The text of a piece of a file that cannot be entered everywhere: from where the last piece ended, or from
         its entry where that is nearer."""
-        entry = piece.entry
+        stream = self._streams.pop(piece.uri, None)
         try:
-            kept = self._stream
-            if kept is None or kept[0] != piece.uri or not entry.offset <= kept[1].offset <= piece.start:
-                if kept is not None:
-                    kept[2].close()
+            if stream is None or not piece.entry.offset <= stream.offset <= piece.start:
                 system, path = file_system(piece.uri)
                 file = system.open(path, "rb", block_size=READ_BYTES)
-                kept = piece.uri, RowStream(file, form.compression, form.encoding, entry), file
-                self._stream = kept
-            kept[1].skip_to(piece.start)
-            return kept[1].read(piece.stop - piece.start)
+                stream = RowStream(file, form.compression, form.encoding, piece.entry)
+            stream.skip_to(piece.start)
+            data = stream.read(piece.stop - piece.start)
         except OSError as error:
-            self._stream = None
             raise UserError(f"{piece.uri}: cannot be read as {NAMES[piece.format]}: {error}") from error
+        self._streams[piece.uri] = stream  # the last in the order of use
+        if len(self._streams) > MOST_OPEN:
+            del self._streams[next(iter(self._streams))]
+        return data
 
 
 def _bytes_of(piece: Piece) -> bytes:
