@@ -36,20 +36,47 @@ def image_refs(value: dict[str, Any], source: str, dataset: DatasetSettings) -> 
 
     source: place of the row, `file:line`. Raises RowError: `wrong_type`, `image_outside_root`, `image_credentials`.
     """
+    root = _root(source, dataset)
+    return tuple(entry if isinstance(entry, ImageRef) else _image(entry, root) for entry in _entries(value, dataset))
+
+
+def remote_images(value: dict[str, Any], source: str, dataset: DatasetSettings) -> list[str]:
+    """The URIs among the row's images, as `image_refs` gives them; none of a row that it refuses."""
+    try:
+        entries = _entries(value, dataset)
+        if "://" not in _root(source, dataset) and not any("://" in _place(entry) for entry in entries):
+            return []
+        return [ref.uri for ref in image_refs(value, source, dataset) if "://" in ref.uri]
+    except RowError:
+        return []
+
+
+def _root(source: str, dataset: DatasetSettings) -> str:
+    return dataset.image_root or _folder(source.rsplit(":", 1)[0])
+
+
+def _entries(value: dict[str, Any], dataset: DatasetSettings) -> list[Any]:
+    """The images of a row as they are written there."""
     column = dataset.column("images")
     found = value.get(column)
     if found is None and column == "images":
         column, found = ONE_IMAGE, value.get(ONE_IMAGE)
     if found is None or found == "":
-        return ()
+        return []
     if isinstance(found, str):
-        found = _listed(found)
-    elif isinstance(found, dict | bytes):  # a column of single images
-        found = [found]
+        return _listed(found)
+    if isinstance(found, dict | bytes):  # a column of single images
+        return [found]
     if not isinstance(found, list):
         raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
-    root = dataset.image_root or _folder(source.rsplit(":", 1)[0])
-    return tuple(entry if isinstance(entry, ImageRef) else _image(entry, root) for entry in found)
+    return found
+
+
+def _place(entry: object) -> str:
+    if isinstance(entry, ImageRef):
+        return entry.uri
+    place = entry.get("path") if isinstance(entry, dict) else entry
+    return place if isinstance(place, str) else ""
 
 
 def _listed(text: str) -> list[Any]:
