@@ -37,7 +37,7 @@ from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
 from mmray.rows.encode import Encoder
-from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
+from mmray.rows.files import Chunk, check_unchanged, plan_chunks, set_files, source_files
 from mmray.rows.preflight import check_first_rows
 from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
@@ -248,6 +248,7 @@ def prepare(
             "model_type": load_config(job.model).model_type,
             "processor_source": job.model.processor_source,
             "loss_sources": sources,
+            "set_files": set_files(files, len(context.datasets)),
             "seconds": round(time.monotonic() - started, 1),
         },
     )

@@ -8,6 +8,7 @@ every later reader seeks to its bytes.
 
 import bisect
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -134,6 +135,12 @@ def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
                 continue
             found += [_source_file(number, dataset, *match) for match in listed_files(pattern)]
     return found
+
+
+def set_files(files: Sequence[SourceFile], num_sets: int) -> list[int]:
+    """How many files each data set has."""
+    counts = Counter(file.dataset for file in files)
+    return [counts[number] for number in range(num_sets)]
 
 
 def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSettings]) -> None:

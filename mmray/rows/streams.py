@@ -109,10 +109,10 @@ def _decompressed(file: BinaryIO, compression: Compression, place: int) -> Itera
 class _Zstd:
     """A frame of zstd, decoded as `zlib.decompressobj` does it."""
 
-    unconsumed_tail = b""
-
     def __init__(self) -> None:
         self._frame: Any = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+        self.unconsumed_tail = b""
+        self._growth = 8192.0  # of the last piece: a block of 4 bytes may become 128 KB
 
     @property
     def eof(self) -> bool:
@@ -120,11 +120,16 @@ class _Zstd:
 
     @property
     def unused_data(self) -> bytes:
-        return bytes(self._frame.unused_data)
+        return bytes(self._frame.unused_data) + self.unconsumed_tail
 
     def decompress(self, data: bytes, most: int) -> bytes:
-        """most: not kept to; a block of 128 KB is what is decoded at a time."""
-        return bytes(self._frame.decompress(data)) if data else b""
+        """most: kept to as far as the last pieces foretell it; the decoder knows no bound of its own."""
+        taken = max(64, int(most / max(1.0, 4 * self._growth)))
+        piece, self.unconsumed_tail = data[:taken], data[taken:]
+        decoded = bytes(self._frame.decompress(piece)) if piece else b""
+        if decoded:
+            self._growth = max(len(decoded) / len(piece), self._growth / 4)
+        return decoded
 
 
 def _decoder(compression: Compression) -> Any:

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import tracemalloc
 from itertools import count
 from pathlib import Path
 
@@ -241,6 +242,20 @@ def test_a_broken_line_of_utf16_rejects_its_row_alone(tmp_path: Path) -> None:
     first, second, third = values_of(write(f"{tmp_path}/a.jsonl", b"\xff\xfe" + lines))
     assert (first, third) == ({"text": "a"}, {"text": "😀"})
     assert isinstance(second, RowError)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_file_that_grows_a_thousandfold_is_read_in_flat_memory(pack) -> None:
+    data, rows = pack(LINES[:-1].ljust(200 << 20) + b"\n"), 0
+    assert len(data) < 1 << 20
+    stream = streams.RowStream(io.BytesIO(data), "gzip" if pack is gzip.compress else "zstd", "utf-8")
+    tracemalloc.start()
+    while block := stream.read(1 << 20):
+        rows += block.count(b"\n")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows == 40
+    assert peak < 150 << 20, "a block decoded, and copies of it; the file has 200 MB"
 
 
 JSON = st.recursive(
