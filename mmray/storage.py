@@ -12,9 +12,9 @@ for: fsspec's own read-ahead fetches 5 to 50 MB for each jump.
 import contextlib
 import errno
 import functools
-import io
 import os
 import posixpath
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -219,9 +219,10 @@ class Folder:
         """A file to write to, which takes its name when the block ends well and leaves nothing when it does not."""
         if not self.is_local:
             # Closing a remote file commits what it holds, after an error too; so nothing is sent before the end.
-            buffer = io.BytesIO()
-            yield buffer
-            self.write(name, buffer.getvalue())
+            with tempfile.NamedTemporaryFile(prefix="mmray-") as kept:
+                yield kept
+                kept.flush()
+                self._located[0].put_file(kept.name, self.path(name))
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
