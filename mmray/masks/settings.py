@@ -17,8 +17,7 @@ from mmray.families import Family
 from mmray.families.base import RoleMarkers
 from mmray.masks.labels import LabelMaker, LossRule
 from mmray.masks.roles import RoleBoundary, TrainOnEos
-from mmray.rows.settings import RowKind
-from mmray.settings import Settings
+from mmray.settings import RowKind, Settings
 
 SAMPLED_ROLE = "assistant"
 """The role whose turns a model samples."""

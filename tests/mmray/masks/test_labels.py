@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from mmray.images import TilingPolicy
 from mmray.masks import RoleBoundary
 from mmray.masks import roles as roles_module
-from mmray.masks.labels import IGNORE_INDEX, PADDING_SEGMENT, LabelMaker, LossRule, segment_ids
+from mmray.masks.labels import IGNORE_INDEX, LabelMaker, LossRule, segment_ids
 from mmray.masks.scan import scan_tensors
 from mmray.masks.settings import Loss, LossSource, RoleLoss, label_maker
+from mmray.packing import PADDING_SEGMENT
 from mmray.packing_settings import PackingSettings
 from mmray.rows.preflight import sample_labels
 from mmray.rows.sample import Sample
