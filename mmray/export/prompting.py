@@ -6,7 +6,11 @@ trained as 64 image tokens and becomes 1,088.
 """
 
 import io
+import itertools
+import operator
+import string
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +21,17 @@ from mmray.errors import RowError, UserError
 from mmray.export.sidecar import read_sidecar
 from mmray.families import Tile, load_family
 from mmray.images import ImageSource, image_size, plan_tiles, render_tiles
-from mmray.rows.document import DocumentReader
+from mmray.masks.settings import SAMPLED_ROLE
+from mmray.rows.document import Document, DocumentReader
 from mmray.rows.encode import expanded_units
 from mmray.rows.image_refs import ImageRef
 from mmray.rows.settings import DatasetSettings
+from mmray.settings import RowKind
 from mmray.training.model import DTYPES
+
+_SOURCE = "prompt:1"
+_ANSWER = "Yes, it says so."
+"""Stands for the answer, to see what a chat's template writes before it."""
 
 Picture = ImageSource | Image.Image
 """A path, a URI, bytes of an image file, or a picture that is decoded and upright."""
@@ -60,12 +70,12 @@ class Prompt:
             raise UserError("give a prompt either text or messages")
         sources = [_source(image) for image in images]
         plans = [plan_tiles(image_size(source), self.policy) for source in sources]
-        row = {"text": text} if messages is None else {"messages": list(messages)}
-        kind = "pretrain" if messages is None else "chat"
-        dataset = DatasetSettings(files=("prompt",), kind=kind)
-        reader = DocumentReader(dataset, self.family, opens_answer=True)
+        refs = [ImageRef(data=b"")] * len(sources)
         try:
-            document = reader.read({**row, "images": [ImageRef(data=b"")] * len(sources)}, "prompt:1")
+            if messages is None:
+                document = self._reader("pretrain").read({"text": text, "images": refs}, _SOURCE)
+            else:
+                document = self._asked(list(messages), refs)
         except RowError as error:
             raise UserError(f"the prompt: {error}") from error
         rendered = expanded_units(document.text, plans, self.family.placeholder_unit)
@@ -73,7 +83,46 @@ class Prompt:
         special = document.add_special_tokens
         output = self.family.process(rendered, tiles, add_special_tokens=special, return_tensors="pt")
         inputs = {name: value for name, value in output.items() if name != "labels"}
+        if messages is not None and (melting := self._melting_tokens(rendered)):
+            length = inputs["input_ids"].shape[1]
+            inputs = {
+                name: value[:, :-melting] if value.shape == (1, length) else value for name, value in inputs.items()
+            }
         return BatchFeature(inputs | self._pixels(tiles, inputs))
+
+    def _asked(self, messages: list[dict[str, Any]], refs: list[ImageRef]) -> Document:
+        """A chat up to where the model answers, as it stands in a row with the answer.
+
+        What the template writes for a generation prompt is taken where it stands so in the row, too: some templates
+        write none, and LLaVA-OneVision's writes another than before the answers that it trained on.
+        """
+        answer = {"role": SAMPLED_ROLE, "content": _ANSWER}
+        reader = self._reader("chat")
+        answered = reader.read({"messages": [*messages, answer], "images": refs}, _SOURCE)
+        before, _, _ = answered.text.rpartition(_ANSWER)
+        asked = reader.read({"messages": messages, "images": refs}, _SOURCE)
+        if asked.is_answered or not before:
+            raise UserError("the prompt: the last message is the assistant's already; end with the user's")
+        opened = self._reader("chat", opens_answer=True).read({"messages": messages, "images": refs}, _SOURCE)
+        if opened.text != asked.text and before.startswith(opened.text):
+            return opened
+        return replace(asked, text=before)
+
+    def _melting_tokens(self, text: str) -> int:
+        """The tokens at a text's end that are white space and no tokens of their own where an answer follows: trained
+        as a part of the answer's first token, and left to the model."""
+        if not text[-1:].isspace():
+            return 0
+        tail = text.split(self.family.placeholder_unit)[-1]
+        backend = self.family.tokenizer.backend_tokenizer
+        followed = [f"{tail}{letter}" for letter in string.ascii_letters]
+        alone, *others = (each.ids for each in backend.encode_batch([tail, *followed], add_special_tokens=False))
+        same = (itertools.takewhile(bool, map(operator.eq, alone, ids)) for ids in others)
+        return len(alone) - min(sum(each) for each in same)
+
+    def _reader(self, kind: RowKind, *, opens_answer: bool = False) -> DocumentReader:
+        dataset = DatasetSettings(files=(_SOURCE,), kind=kind)
+        return DocumentReader(dataset, self.family, opens_answer=opens_answer)
 
     def decode(self, token_ids: torch.Tensor) -> str:
         """The text of generated tokens, int [n], without special ones."""
