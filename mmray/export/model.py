@@ -17,13 +17,15 @@ from mmray import __version__
 from mmray.errors import UserError
 from mmray.export.processor_files import copy_code, copy_generation_config, copy_processor
 from mmray.export.readme import readme
-from mmray.export.sidecar import SIDECAR, Sidecar
-from mmray.export.source import Dtype, SourceCheckpoint, wants_masters
+from mmray.export.sidecar import SIDECAR, Dtype, Sidecar, read_sidecar
+from mmray.export.source import SourceCheckpoint, wants_masters
 from mmray.export.target import writing_folder
 from mmray.export.weights import SavedWeights
 from mmray.families import Family, load_family
 from mmray.images import TilingPolicy
 from mmray.prepared.fingerprint import differences, processor_record
+from mmray.run_folder import MODEL_FOLDER
+from mmray.storage import Folder
 from mmray.training.model import DTYPES, empty_model
 from mmray.training.settings import ModelSettings
 
@@ -95,6 +97,17 @@ def export_model(
         (folder / "README.md").write_text(readme(checkpoint, sidecar, family), encoding="utf-8")
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return ExportedModel(out, sidecar.step, final, num_bytes)
+
+
+def export_finished(run: str, settings: ModelSettings) -> ExportedModel:
+    """Export the newest checkpoint of a finished run into the run's folder `model`; one that is there already is kept,
+    an earlier one gives way. settings: the job's `model`. Raises what `export_model` does."""
+    folder = f"{run.rstrip('/')}/{MODEL_FOLDER}"
+    if Folder(folder).exists(SIDECAR):
+        sidecar, checkpoint = read_sidecar(folder), SourceCheckpoint.find(run)
+        if (sidecar.step, sidecar.dtype) == (checkpoint.state.step, checkpoint.state.dtype):
+            return ExportedModel(folder, sidecar.step, sidecar.dtype, sum(Folder(folder).sizes().values()))
+    return export_model(run, folder, settings=settings, replace=True)
 
 
 def _check_processor(family: Family, settings: ModelSettings, record: dict[str, str]) -> None:

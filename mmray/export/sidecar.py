@@ -1,7 +1,7 @@
 """`mmray.json`, which lies beside exported weights: what they come from, and how they are prompted as in training."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -12,6 +12,7 @@ from mmray.settings import RowKind, Settings
 from mmray.storage import Folder
 
 SIDECAR = "mmray.json"
+Dtype = Literal["bf16", "fp32"]
 
 
 class Sidecar(Settings):
@@ -26,8 +27,8 @@ class Sidecar(Settings):
     model_type: str
     """`config.model_type` of the model."""
 
-    dtype: str
-    """Type of the exported weights, `bf16` or `fp32`."""
+    dtype: Dtype
+    """Type of the exported weights."""
 
     step: int
     """Optimizer steps that the weights have seen."""

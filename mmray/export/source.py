@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mmray.errors import UserError
+from mmray.export.sidecar import Dtype
 from mmray.export.weights import needed_files
 from mmray.images.source import one_line
 from mmray.run_folder import RunFolder
@@ -24,8 +25,6 @@ from mmray.training.metrics import METRICS_FILE, read_metrics
 from mmray.training.place import PREPARED_FILE
 from mmray.training.run_checkpoints import checkpoint_names, looks_whole, step_of
 from mmray.training.settings import ModelSettings, TrainingSettings
-
-Dtype = Literal["bf16", "fp32"]
 
 _TRANSFERS = 8
 
