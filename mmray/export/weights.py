@@ -6,7 +6,8 @@ all at once, which takes the memory of every group twice, and refuses the files 
 weight is put together when it is asked for: files are mapped, and mapped anew after READ_AT_ONCE bytes, so that what
 was read does not stay in memory.
 
-DeepSpeed's files are pickles: reading them runs what they say (docs/trust.md).
+DeepSpeed loads its files with whatever code they name. Here they are read as tensors and plain values, with three small
+classes of DeepSpeed's own besides: exporting a checkpoint runs no code from it.
 """
 
 import itertools
@@ -48,7 +49,7 @@ class SavedWeights:
 
         Raises UserError where files are missing or cannot be read.
         """
-        import_deepspeed()  # its classes are in the files
+        import_deepspeed()
         self._files = _MappedFiles(folder)
         names = [path.name for path in folder.glob("*.pt")]
         self._model_files = sharded_files(names, "model") if zero_stage == 3 else [_WHOLE]
@@ -144,6 +145,15 @@ def sharded_files(names: Sequence[str], kind: str) -> list[str]:
     return sorted(ranks, key=lambda name: int(ranks[name][1]))
 
 
+def _deepspeed_classes() -> list[Any]:
+    """What DeepSpeed's files hold besides tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
 class _MappedFiles:
     """Files of torch, mapped when first asked for."""
 
@@ -156,8 +166,9 @@ class _MappedFiles:
         if name not in self._mapped:
             path = self._folder / name
             try:
-                self._mapped[name] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-            except (OSError, RuntimeError, EOFError, ValueError) as error:
+                with torch.serialization.safe_globals(_deepspeed_classes()):
+                    self._mapped[name] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except Exception as error:
                 raise UserError(f"{path} cannot be read: {one_line(error)}; take another checkpoint") from error
         return self._mapped[name]
 

@@ -21,6 +21,7 @@ from mmray.errors import UserError
 from mmray.export import export_model
 from mmray.export.weights import needed_files
 from mmray.training.checkpoint import MODEL_FILE
+from mmray.training.checksums import list_files, list_name
 from tests.mmray.export.conftest import trained
 from tests.mmray.families.zoo import ZOO
 from tests.mmray.preparing import contents
@@ -263,3 +264,53 @@ def test_it_needs_no_ray(case, tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+# ---- docs/export.md ----
+
+DOCS = Path(__file__).parents[3] / "docs/export.md"
+
+
+def test_the_lines_of_the_docs_read_a_page(case, tmp_path, monkeypatch, capsys):
+    export_model(str(case.run), str(tmp_path / "out" / "model"))
+    shutil.copy(case.prepared.parent / "wide.png", tmp_path / "page.png")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    assert len(blocks) == 2
+    for code in blocks:
+        names = {}
+        exec(code.replace("max_new_tokens=512", "max_new_tokens=4"), names)
+        assert names["inputs"]["input_ids"].shape[0] == 1
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_every_file_of_the_docs_is_written(case, tmp_path):
+    export_model(str(case.run), str(tmp_path / "out"))
+    for name in ("config.json", "generation_config.json", "mmray.json", "README.md", "model.safetensors"):
+        assert (tmp_path / "out" / name).exists()
+        assert f"`{name}`" in DOCS.read_text() or name == "model.safetensors"
+
+
+def test_code_in_a_checkpoint_does_not_run(run, tmp_path):
+    """Where its list of files was written anew too, as who can write there can."""
+    trap = tmp_path / "it ran"
+    (weights,) = (checkpoint_of(run) / "deepspeed").glob("*_model_states.pt")
+    torch.save({"module": Trap(str(trap))}, weights)
+    shutil.rmtree(checkpoint_of(run) / "files")
+    listed = list_files(checkpoint_of(run))
+    (checkpoint_of(run) / "files").mkdir()
+    (checkpoint_of(run) / list_name(0)).write_text(listed)
+    assert "cannot be read" in refusal(checkpoint_of(run), tmp_path / "out")
+    assert not trap.exists()
+    torch.load(weights, weights_only=False)
+    assert trap.exists()
+
+
+class Trap:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
