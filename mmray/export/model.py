@@ -2,7 +2,8 @@
 
 The model is built without weights, as its configuration has it; each weight is put in its place as it is read; then
 transformers' own `save_pretrained` writes them, under the names of the hub. Memory: the weights in their final dtype,
-and a weight more. The folder is written beside and renamed: it is there whole or not at all.
+a shard that is written, and 1 GB (`benchmarks/bench_export.py`). The folder is written beside and renamed: it is there
+whole or not at all.
 """
 
 from collections.abc import Iterator
