@@ -33,6 +33,7 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
+from mmray.export import export_finished
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
@@ -101,6 +102,7 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
     if checkpoint is not None and cursor.step >= plan.total_steps(cursor) and _has_finished(run, cursor.step):
         console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
+        export_at_end(job)
         return plan
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
@@ -143,7 +145,14 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
             if not mistakes:
                 raise
             raise UserError(str(mistakes[0])) from error
+    export_at_end(job)
     return plan
+
+
+def export_at_end(job: Job) -> None:
+    """Write the model of a finished run, where the job says so, and tell where it is."""
+    if job.output.export.at_end:
+        console.print(f"{job.name}: finished, the model is in {export_finished(job.output.run, job.model)}")
 
 
 def _has_finished(run: RunFolder, step: int) -> bool:
