@@ -204,6 +204,10 @@ class Folder:
         """Copy a file to a local path, whatever its size."""
         self._located[0].get_file(self.path(name), str(target))
 
+    def put(self, source: Path, name: str) -> None:
+        """Copy a local file to a name, whatever its size."""
+        self._located[0].put_file(str(source), self.path(name))
+
     def open(self, name: str) -> IO[bytes]:
         """A file to read; of a remote one each read is a request for just its range."""
         return self._located[0].open(self.path(name), "rb", cache_type="none")

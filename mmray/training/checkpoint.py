@@ -4,6 +4,7 @@ A checkpoint is one folder, the union of what its ranks wrote; no two ranks writ
 may write into a local folder of its own that is merged later:
 
     training_state.json          step, ranks, ZeRO stage, dtype        rank 0
+    model.json                   settings of the model, of training    rank 0
     cursor.json, prepared.json   the place in which data               rank 0
     rng/rank-00000.pt            states of the random generators       each rank
     deepspeed/                   weights and optimizer state           each rank its shard
@@ -26,12 +27,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mmray import __version__
 from mmray.errors import UserError
+from mmray.images.source import one_line
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.ranks import Ranks
 from mmray.training.settings import ModelSettings, TrainingSettings
 
 STATE_FILE = "training_state.json"
+MODEL_FILE = "model.json"
 
 
 class Engine(Protocol):
@@ -98,6 +102,9 @@ def save_state(engine: Engine, folder: Path) -> None:
             lists=engine.world_size,
         )
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        settings = {"model": engine.model_settings, "training": engine.training_settings}
+        content = {name: value.model_dump(mode="json") for name, value in settings.items()}
+        (folder / MODEL_FILE).write_text(json.dumps({"mmray": __version__, **content}, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> SavedState:
@@ -106,6 +113,19 @@ def read_state(folder: Path) -> SavedState:
         return SavedState(**json.loads((folder / STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} holds no readable checkpoint: {error}") from error
+
+
+def read_settings(folder: Path) -> tuple[ModelSettings, TrainingSettings] | None:
+    """The settings with which the checkpoint in `folder` was trained; None where it was written before checkpoints said
+    so. Raises UserError where they cannot be read."""
+    path = folder / MODEL_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return ModelSettings(**content["model"]), TrainingSettings(**content["training"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}; it was written by another mmray") from error
 
 
 @contextmanager

@@ -56,6 +56,16 @@ def build_model(
     return model.train()
 
 
+def empty_model(settings: ModelSettings) -> PreTrainedModel:
+    """The model without weights, on the meta device, in the dtype of the settings: as its configuration has it, with
+    none of the switches that training sets. Raises UserError like `build_model`."""
+    try:
+        with torch.device("meta"):
+            return _from_config(settings)
+    except (OSError, ImportError) as error:
+        raise UserError(f"cannot build the model from {settings.path or 'model.config'}: {error}") from error
+
+
 def load_config(settings: ModelSettings) -> PretrainedConfig:
     """The model's configuration, from its path or as given, with the attention implementation of the settings.
 
@@ -92,16 +102,20 @@ def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
 
 
 def _random(settings: ModelSettings, device: torch.device, *, sharded: bool) -> PreTrainedModel:
+    if sharded:
+        return _from_config(settings)
+    with no_init_weights(), device:
+        model = _from_config(settings)
+    model.initialize_weights()
+    model.tie_weights()
+    return model
+
+
+def _from_config(settings: ModelSettings) -> PreTrainedModel:
     config = load_config(settings)
     model_class = _model_class(config)
     build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-    options = _build_options(model_class, settings)
-    if sharded:
-        return build(config, **options)
-    with no_init_weights(), device:
-        model = build(config, **options)
-    model.initialize_weights()
-    model.tie_weights()
+    model: PreTrainedModel = build(config, **_build_options(model_class, settings))
     return model
 
 

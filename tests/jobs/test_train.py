@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoModelForImageTextToText
 
 from jobs.checks import open_prepared
 from jobs.trace import run_tracer
@@ -171,6 +172,27 @@ def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inpu
     history = read_history(folder / "whole")
     assert run_job(inputs, folder, "whole") == whole
     assert read_history(folder / "whole") == history
+
+
+def test_a_run_can_end_with_its_model(
+    whole: list[dict[str, Any]], inputs: Inputs, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a run that is finished already; a model that is there is kept, one of earlier steps gives way."""
+    model = folder / "whole" / "model"
+    for _ in range(2):
+        run_job(inputs, folder, "whole", output__export={"at_end": True})
+        told = " ".join(capsys.readouterr().out.split())
+        assert "finished, the model is in" in told
+        assert "whole/model: step 12, fp32" in told
+    written = (model / "config.json").stat().st_mtime_ns
+    loaded = AutoModelForImageTextToText.from_pretrained(model)
+    assert sum(weight.numel() for weight in loaded.parameters()) > 1000
+    run_job(inputs, folder, "whole", output__export={"at_end": True})
+    assert (model / "config.json").stat().st_mtime_ns == written
+    sidecar = json.loads((model / "mmray.json").read_text())
+    (model / "mmray.json").write_text(json.dumps(sidecar | {"step": 10}))
+    run_job(inputs, folder, "whole", output__export={"at_end": True})
+    assert json.loads((model / "mmray.json").read_text()) == sidecar
 
 
 def test_a_mistake_that_workers_find_reaches_the_user(
