@@ -4,20 +4,22 @@ is prepared and do not ask how, and as what is compared with the same on Ray."""
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from jobs.run_plan import run_plan
 from mmray.batches.plan import BatchMaker
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
 from mmray.prepared.driver import prepare
-from mmray.run.checkpoints import newest_whole
+from mmray.run.callback import Callback
+from mmray.run.callbacks import standard_callbacks
 from mmray.run.folder import RunFolder
-from mmray.training.engine import TrainingEngine
+from mmray.run.folder_checkpoints import FolderCheckpoints
+from mmray.run.loop import TrainingLoop
+from mmray.run.metrics import METRICS_FILE, read_metrics
+from mmray.run.plan import run_plan
+from mmray.run.state import open_run
 from mmray.training.ranks import Ranks
 from tests.conftest import ROOT
 from tests.mmray.training.ranks import RankGroup
@@ -55,29 +57,20 @@ def prepare_without_ray(job: Job, folder: Path, *, kill: bool = False) -> "subpr
     )
 
 
-def train_here(job: Job, workers: int = 1) -> list[dict[str, float]]:
-    """The steps of a job that are left to do, from its newest checkpoint where there is one, on gloo ranks: the metrics
-    of each, under the names of metrics.jsonl. Nothing is written."""
-    return RankGroup(workers, _steps_here, job, Path.cwd()).results()[0]
+def train_here(job: Job, *callbacks: Callback, ranks: int = 1) -> list[dict[str, Any]]:
+    """Train a job as `jobs/train.py` does, from its newest checkpoint, but without Ray: the lines of metrics.jsonl."""
+    RankGroup(ranks, _train_rank, job, callbacks, Path.cwd()).results()
+    return read_metrics(Path(job.output.run) / METRICS_FILE)
 
 
-def _steps_here(rank: int, world_size: int, job: Job, folder: Path) -> list[dict[str, float]]:
-    os.chdir(folder)
-    prepared = PreparedDataset(job.prepared_path("train"))
-    plan, ranks = run_plan(job, {"train": prepared}, gpus=False), Ranks()
-    checkpoint = newest_whole(RunFolder(job.output.run), ranks, lambda name, problem: pytest.fail(f"{name}: {problem}"))
-    cursor = plan.place(checkpoint, prepared)
-    batches = plan.batches("train", plan.schedule, world_size)
-    steps = plan.total_steps(cursor)
-    engine = TrainingEngine(
-        job.model, job.training, total_steps=steps, grad_accumulation=batches.micro_batches, resume_from=checkpoint,
-        ranks=ranks,
-    )  # fmt: skip
-    maker = BatchMaker(batches, tile_cache=job.resources.tile_cache)
-    done = []
-    for number, micro_batches in enumerate(maker.steps(rank, cursor.step, steps), start=cursor.step + 1):
-        metrics = asdict(engine.step(micro_batches))
-        bins = sum(ranks.every(sum(len(batch.bins) for batch in micro_batches)))
-        epoch = round(number / plan.schedule.steps_per_epoch, 6)
-        done.append({"step": number, "epoch": epoch, "bins": bins, "lr": metrics.pop("learning_rate")} | metrics)
-    return done
+def _train_rank(
+    _rank: int, _world_size: int, job: Job, own_callbacks: tuple[Callback, ...], current_folder: Path
+) -> None:
+    os.chdir(current_folder)
+    prepared = {split: PreparedDataset(job.prepared_path(split)) for split in job.data.splits}
+    plan, folder, ranks = run_plan(job, prepared, gpus=False), RunFolder(job.output.run), Ranks()
+    run = open_run(plan, folder, ranks, scratch=folder.path)
+    checkpoints = FolderCheckpoints(folder.path, ranks, job.training.keep_checkpoints)
+    callbacks = standard_callbacks(run, asking=own_callbacks)
+    maker = BatchMaker(run.batches, tile_cache=job.resources.tile_cache)
+    TrainingLoop(run, callbacks, checkpoints).train(partial(maker.steps, ranks.rank))

@@ -19,15 +19,17 @@ from typing import Any
 
 from mmray.config.job import Job
 from mmray.errors import UserError
+from mmray.images.header import BROKEN_EXIF
 from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
 from mmray.prepared.stages import PrepareContext, WindowMaker
 from mmray.prepared.writer import PreparedWriter
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
-from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, source_files
+from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, set_files, source_files
 from mmray.rows.preflight import check_first_rows, set_name
 from mmray.rows.rejections import SetRows
 from mmray.rows.settings import DatasetSettings
+from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 
 log = logging.getLogger("mmray")
 
@@ -130,6 +132,7 @@ def prepare_files(
             "model_type": context.model_type,
             "processor_source": context.processor_source,
             "loss_sources": sources,
+            "set_files": set_files(files, len(context.datasets)),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
@@ -165,6 +168,13 @@ class _Rejections:
             counts.check(name, all_rows, self._max_share)
 
 
+_NOTES = {
+    BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
+    BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
+    WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
+}
+
+
 def _warn_of_passed_over(prepared: PreparedDataset) -> None:
     """Warn of what was let pass, with examples."""
     facts = prepared.statistics
@@ -176,8 +186,7 @@ def _warn_of_passed_over(prepared: PreparedDataset) -> None:
         )  # fmt: skip
     for note, count in facts["image_notes"].items():
         log.warning(
-            "%s: %d images with %s are taken as they are stored, such as that of row %s",
-            prepared.path, count, note, examples[note][0],
+            "%s: %d %s, such as %s", prepared.path, count, _NOTES.get(note, note), examples[note][0]
         )  # fmt: skip
 
 

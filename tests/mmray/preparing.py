@@ -22,7 +22,7 @@ from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.driver import RunWindows, prepare_files
 from mmray.prepared.stages import PrepareContext, WindowPacker
 from mmray.prepared.window import Window, samples_table
-from mmray.rows.files import Chunk, plan_chunks, source_files
+from mmray.rows.files import Chunk, plan_chunks, set_files, source_files
 from mmray.rows.read import RawRow, chunk_rows
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DatasetSettings, DataSettings
@@ -119,6 +119,7 @@ class Preparation:
         facts = {
             "model_family": type(self.family).__name__, "model_type": None, "processor_source": None,
             "loss_sources": [source.value for source in self.encoder.sources],
+            "set_files": set_files(source_files(self.data.train), len(self.data.train)),
         }  # fmt: skip
         return writer.finish(self.record, num_windows, tiling=self.policy, capacities=capacities, facts=facts)
 
