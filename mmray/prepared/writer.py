@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.ahead import in_order
+from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json

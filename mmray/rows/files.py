@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from mmray.ahead import in_order
+from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.rows.forms import NAMES, Form, format_by_name, told_form
 from mmray.rows.huggingface import SavedRows, saved_version
