@@ -28,7 +28,7 @@ from jobs.records import Records
 from jobs.run_measures import RunMeasures
 from jobs.run_plan import RunPlan
 from mmray.batch import MicroBatch
-from mmray.kept_warnings import keep_warnings
+from mmray.kept_warnings import LIBRARIES, keep_warnings
 from mmray.loader import BatchMaker
 from mmray.prepared import PreparedDataset
 from mmray.run_folder import RunFolder
@@ -66,7 +66,7 @@ class Worker:
         self.plan, self.training = plan, plan.job.training
         self.run_folder = RunFolder(plan.job.output.run)
         self.warnings = self.run_folder.warnings
-        keep_warnings(self.warnings)
+        keep_warnings(self.warnings, LIBRARIES)
         self.ranks = Ranks()
         self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.prepared = PreparedDataset(plan.job.prepared_path("train"))

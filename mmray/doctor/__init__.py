@@ -24,7 +24,7 @@ from mmray.doctor.findings import (
 from mmray.doctor.model import examine_model
 from mmray.doctor.rows import FirstRows, examine_rows
 from mmray.doctor.weights import CHECK as WEIGHTS
-from mmray.doctor.weights import examine_weights
+from mmray.doctor.weights import NAMES, examine_names, examine_weights
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.training.compatibility import check_attention, check_packing, fitting_family
@@ -75,6 +75,7 @@ def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Fami
     kind = type(family).__name__ if family.is_verified else "general rules, unverified"
     yield passed("processor", f"{name} loads, and is the {config.model_type} model's own (family: {kind})")
     yield guarded("attention", lambda: _attention(job, config, family))
+    yield guarded(NAMES, lambda: examine_names(job))
     return config, family
 
 

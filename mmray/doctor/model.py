@@ -87,8 +87,8 @@ class _Copy:
         model = build_model(
             job.model.model_copy(
                 update={
-                    "path": None, "config": small.to_dict(), "dtype": "fp32", "attention": attention,
-                    "gradient_checkpointing": False,
+                    "path": None, "allow_missing": (), "config": small.to_dict(), "dtype": "fp32",
+                    "attention": attention, "gradient_checkpointing": False,
                 }
             )
         )  # fmt: skip

@@ -61,6 +61,11 @@ class ModelSettings(Settings):
     seed: int = 0
     """Seed of random weights (all of them with config; those absent from the files with path)."""
 
+    allow_missing: tuple[str, ...] = ()
+    """Patterns of weight names, with `*` for any text, that the files of `path` need not share with the model: those
+    that the files lack are drawn at random, those that the model lacks are left out. Any other difference is an error.
+    """
+
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
 
@@ -74,6 +79,8 @@ class ModelSettings(Settings):
             raise ValueError(f"give exactly one of path (trained weights) and config (random weights); {given} given")
         if isinstance(self.config, dict) and "model_type" not in self.config:
             raise ValueError('an inline config needs its "model_type", for example "qwen2_vl"')
+        if self.allow_missing and self.path is None:
+            raise ValueError("allow_missing is about the weights of path; with config all are drawn at random")
         return self
 
     @property

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mmray import doctor
@@ -19,18 +20,21 @@ from mmray.doctor import Status, examine_settings
 from mmray.doctor import model as doctor_model
 from mmray.doctor import rows as doctor_rows
 from mmray.doctor import weights as doctor_weights
+from mmray.errors import UserError
 from mmray.families.base import positions_in_sample
 from mmray.families.qwen2_vl import Qwen2VL
+from mmray.training import model as training_model
+from mmray.training import weights as training_weights
 from mmray.training.loss import packed_loss_sum
-from mmray.training.model import build_model
+from mmray.training.model import build_model, load_config
 from mmray.training.settings import ModelSettings
 from tests.mmray.preparing import write_rows
 
 CHECKS = (
-    "processor", "attention", "rows", "capacities", "chat template", "loss", "trained tokens", "exact lengths",
-    "loss at step 0", "cache", "packed = unpacked", "accumulation steps", "loss of the weights",
+    "processor", "attention", "weights", "rows", "capacities", "chat template", "loss", "trained tokens",
+    "exact lengths", "loss at step 0", "cache", "packed = unpacked", "accumulation steps", "loss of the weights",
 )  # fmt: skip
-NOT_APPLICABLE = {"loss of the weights"}
+NOT_APPLICABLE = {"weights", "loss of the weights"}
 
 
 @pytest.fixture
@@ -95,11 +99,11 @@ def test_a_model_that_is_not_the_processor_s(make_job):
 def test_attention_that_is_not_installed(make_job, monkeypatch):
     job = Job.model_validate(make_job(model__attention="flash_attention_2"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _, without_gpu = examine_settings(job)
+    _, without_gpu, _ = examine_settings(job)
     assert without_gpu.status is Status.PASS
     assert "flash_attn is looked for where GPUs are" in without_gpu.detail
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _, with_gpu = examine_settings(job)
+    _, with_gpu, _ = examine_settings(job)
     assert with_gpu.status is Status.FAIL
     assert "flash_attn is not installed" in with_gpu.detail
 
@@ -115,7 +119,7 @@ def test_a_model_that_cannot_pack(make_job, monkeypatch):
 def test_the_cheap_part_reads_no_row(make_job):
     content = make_job(data={"train": [{"files": "/nowhere.jsonl", "kind": "pretrain"}]})
     found = list(examine_settings(Job.model_validate(content)))
-    assert [each.check for each in found] == ["processor", "attention"]
+    assert [each.check for each in found] == ["processor", "attention", "weights"]
     assert not doctor.has_failed(found)
 
 
@@ -390,12 +394,42 @@ def saved(inputs, tmp_path):
     return save
 
 
-def weights_finding(make_job, saved, steps):
+def weights_finding(make_job, saved, steps, check="loss of the weights"):
     path, files = saved(steps)
     content = make_job(data__train=[{"files": files, "kind": "tokenized"}])
     processor = content["model"]["processor"]
     content["model"] = {"path": path, "processor": processor, "dtype": "fp32"}
-    return next(each for each in findings(content) if each.check == "loss of the weights")
+    return next(each for each in findings(content) if each.check == check)
+
+
+@pytest.mark.usefixtures("without_model")
+def test_weights_that_are_not_in_the_files(make_job, saved, tmp_path):
+    whole = weights_finding(make_job, saved, 0, "weights")
+    assert whole.status is Status.PASS
+    assert whole.detail.endswith("weights hold every weight of the model, in its shape, and no other")
+    file = tmp_path / "weights/model.safetensors"
+    state = load_file(file)
+    save_file({name: weight for name, weight in state.items() if "down_proj" not in name}, file, {"format": "pt"})
+    content = make_job()
+    content["model"] = {"path": str(tmp_path / "weights"), "processor": content["model"]["processor"]}
+    found = [each for each in examine_settings(Job.model_validate(content)) if each.status is Status.FAIL]
+    assert [each.check for each in found] == ["weights"]
+    assert "2 missing from the files, which would be drawn at random: model.language_model" in found[0].detail
+
+
+def test_weights_of_the_hub(make_job, monkeypatch):
+    """Their headers are asked for; nothing is fetched."""
+    job = Job.model_validate(make_job())
+    config = load_config(job.model)
+    shapes = {name: tuple(weight.shape) for name, weight in build_model(job.model).state_dict().items()}
+    monkeypatch.setattr(training_weights, "_hub_shapes", lambda name: shapes)
+    monkeypatch.setattr(training_model, "_read_config", lambda _: config)
+    of_hub = job.model_copy(update={"model": job.model.model_copy(update={"path": "owner/model"})})
+    assert doctor_weights.examine_names(of_hub).status is Status.PASS
+    name, shape = shapes.popitem()
+    shapes[name] = (*shape, 1)
+    with pytest.raises(UserError, match=f"1 of another shape: {re.escape(name)}"):
+        doctor_weights.examine_names(of_hub)
 
 
 @pytest.mark.parametrize(("steps", "status"), [(0, Status.FAIL), (9, Status.PASS)])
