@@ -99,6 +99,10 @@ class Family(ABC):
     has_prompt: ClassVar[bool] = False
     """`pretrain` text begins with a prompt that the model sees as a whole and does not learn (`prompt_and_answer`);
     there are no chats."""
+    leaf_modules: ClassVar[tuple[str, ...]] = ()
+    """Classes of those of the model's modules that call layers as often as the data ask for, such as once a picture.
+    ZeRO-3 gathers all weights in them at once: else ranks with other data would gather other weights, and wait for each
+    other for ever."""
     least_features: ClassVar[int] = 1
     """Image features without which the model cannot run its vision tower: a row with fewer gets the dummy picture."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
+from mmray.families import leaf_modules
 from mmray.training import checkpoint
 from mmray.training.deepspeed_config import deepspeed_config, effective_zero_stage, import_deepspeed
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
@@ -203,6 +204,8 @@ class TrainingEngine:
             device=torch.device(deepspeed.get_accelerator().current_device_name()),
             zero3_config=config if self.zero_stage == 3 else None,
         )
+        if self.zero_stage == 3 and (leaves := leaf_modules(model.config.model_type)):
+            deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves))
         groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
         self.group_weight_decay = [group["weight_decay"] for group in groups]
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
