@@ -73,7 +73,10 @@ def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Fami
         return None
     name = type(family.processor).__name__
     kind = type(family).__name__ if family.is_verified else "general rules, unverified"
-    yield passed("processor", f"{name} loads, and is the {config.model_type} model's own (family: {kind})")
+    rows, ids = family.embedding_rows(config), family.num_token_ids
+    vectors = f"{ids:,} token ids have a vector" if ids <= rows else f"{rows:,} vectors become {ids:,}"
+    said = f"{name} loads, and is the {config.model_type} model's own (family: {kind}); {vectors}"
+    yield passed("processor", said)
     yield guarded("attention", lambda: _attention(job, config, family))
     yield guarded(NAMES, lambda: examine_names(job))
     return config, family

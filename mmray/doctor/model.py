@@ -88,7 +88,7 @@ class _Copy:
             job.model.model_copy(
                 update={
                     "path": None, "allow_missing": (), "config": small.to_dict(), "dtype": "fp32",
-                    "attention": attention, "gradient_checkpointing": False,
+                    "attention": attention, "gradient_checkpointing": False, "processor": job.model.processor_source,
                 }
             )
         )  # fmt: skip

@@ -133,6 +133,11 @@ class Family(ABC):
             raise ValueError(f"the tokenizer of {type(self.processor).__name__} has no token {token!r}")
         return int(found)
 
+    @functools.cached_property
+    def num_token_ids(self) -> int:
+        """One more than the largest token id that the tokenizer can give."""
+        return max(len(self.tokenizer), 1 + max(self._vocabulary.values()))
+
     @property
     def padding_id(self) -> int:
         """The token between samples: any that is no image's would do."""
@@ -257,6 +262,10 @@ class Family(ABC):
         sample_tokens, row_tokens: the most that a sample and a row will have. `config._attn_implementation` is set.
         """
         return None
+
+    def embedding_rows(self, config: PretrainedConfig) -> int:
+        """Token ids that the model has a vector for: 0 to this number less one."""
+        return int(config.get_text_config().vocab_size)
 
     def config_image_token_id(self, config: PretrainedConfig) -> int:
         """The image token of the model itself, which must be the processor's."""

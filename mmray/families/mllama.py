@@ -36,6 +36,10 @@ class Mllama(Family):
     processor_classes = ("MllamaProcessor",)
     takes_text_only = False
 
+    def embedding_rows(self, config: PretrainedConfig) -> int:
+        """With eight more than the vocabulary, which the head does not have."""
+        return super().embedding_rows(config) + 8
+
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token
         super().__init__(processor, tiled)

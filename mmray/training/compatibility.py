@@ -31,6 +31,7 @@ def fitting_family(job: Job) -> tuple[PretrainedConfig, Family]:
         trust_remote_code=job.model.trust_remote_code,
     )
     check_model(config, family)
+    check_token_ids(config, family, job.model)
     return config, family
 
 
@@ -48,6 +49,22 @@ def check_model(config: PretrainedConfig, family: Family) -> None:
     problem = family.model_problem(config)
     if problem:
         raise UserError(f"a {config.model_type} cannot train like this: {problem}")
+
+
+def check_token_ids(config: PretrainedConfig, family: Family, settings: ModelSettings) -> None:
+    """Raise UserError when the tokenizer can give an id that the model has no vector for, and is not to get one.
+
+    It would end in an index error in the middle of training, on a GPU in an assertion of the device.
+    """
+    rows, ids = family.embedding_rows(config), family.num_token_ids
+    if ids > rows and not settings.resize_embeddings:
+        tokens = [repr(family.tokenizer.convert_ids_to_tokens(number)) for number in range(rows, min(ids, rows + 3))]
+        more = ", …" if ids > rows + 3 else ""
+        raise UserError(
+            f"the tokenizer has ids up to {ids - 1}, the model has vectors up to {rows - 1}: it knows nothing of "
+            f"{', '.join(tokens)}{more}. Set model.resize_embeddings: true, which gives "
+            "them the mean of the others to begin with, or model.processor to the model's own"
+        )
 
 
 def check_attention(settings: ModelSettings) -> None:

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 from mmray.errors import UserError
+from mmray.families import load_family
 from mmray.families.processors import warn_of_remote_code
 from mmray.training.settings import ModelSettings
 from mmray.training.weights import UnknownWeights, check_fit, check_patterns, fit, stored_shapes
@@ -49,6 +50,8 @@ def build_model(
                 model = _load(settings.path, settings)
             else:
                 model = _random(settings, device, sharded=zero3_config is not None)
+            if settings.resize_embeddings:
+                _resize_embeddings(model, settings)
     except (OSError, ImportError) as error:
         source = settings.path if settings.path is not None else "model.config"
         raise UserError(f"cannot build the model from {source}: {error}") from error
@@ -132,6 +135,19 @@ def _random(settings: ModelSettings, device: torch.device, *, sharded: bool) -> 
     model.initialize_weights()
     model.tie_weights()
     return model
+
+
+def _resize_embeddings(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Rows for tokens that were added to the tokenizer; their number is then the configuration's `vocab_size`."""
+    family = load_family(
+        settings.processor_source, model_type=model.config.model_type, trust_remote_code=settings.trust_remote_code
+    )
+    if family.num_token_ids > family.embedding_rows(model.config):
+        model.resize_token_embeddings(family.num_token_ids)
+        if family.embedding_rows(model.config) != model.get_input_embeddings().num_embeddings:
+            raise UserError(
+                f"model.resize_embeddings: transformers cannot resize a {model.config.model_type} and save it"
+            )
 
 
 def _empty(settings: ModelSettings) -> PreTrainedModel:

@@ -66,6 +66,11 @@ class ModelSettings(Settings):
     that the files lack are drawn at random, those that the model lacks are left out. Any other difference is an error.
     """
 
+    resize_embeddings: bool = False
+    """Give the model a vector for each token that was added to the processor's tokenizer, the mean of the others to
+    begin with. Without it such a token is an error. Nothing is changed where all have one.
+    """
+
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
 

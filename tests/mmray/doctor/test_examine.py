@@ -5,12 +5,14 @@ import io
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from mmray import doctor
@@ -94,6 +96,18 @@ def test_a_processor_that_is_not_there_ends_it(make_job):
 def test_a_model_that_is_not_the_processor_s(make_job):
     content = make_job(model__config={"model_type": "idefics3"})
     assert "the model is a idefics3" in failed(content)["processor"]
+
+
+@pytest.mark.usefixtures("without_model")
+def test_a_token_that_was_added(make_job, tmp_path, inputs):
+    tokenizer = AutoTokenizer.from_pretrained(inputs.folder / "processor")
+    shutil.copytree(inputs.folder / "processor", tmp_path / "processor")
+    tokenizer.add_tokens(["<page>"])
+    tokenizer.save_pretrained(tmp_path / "processor")
+    content = make_job(model__processor=str(tmp_path / "processor"))
+    assert "it knows nothing of '<page>'" in failed(content)["processor"]
+    content["model"]["resize_embeddings"] = True
+    assert finding(content, "processor").detail.endswith("608 vectors become 609")
 
 
 def test_attention_that_is_not_installed(make_job, monkeypatch):

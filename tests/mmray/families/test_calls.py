@@ -67,3 +67,15 @@ def test_the_calls_that_depend_on_pictures_are_seen(zoo_folder: Any, zoo_process
     numbers = {layout: called.count("model.projector.linear_1") for layout, called in found.items()}
     assert numbers["five"] == 5
     assert numbers["one"] == numbers["none but the dummy"] == 1
+
+
+def test_the_rows_of_the_embedding_are_known_without_the_model(
+    member: Any, zoo_folder: Callable[[str], Path], zoo_processor: Callable[[str], Any]
+) -> None:
+    """Every id of the tokenizer has one."""
+    if member.missing_for_model:
+        pytest.skip(f"its model needs {', '.join(member.missing_for_model)}")
+    family = family_of(zoo_processor(member.name), model_type=member.model_type)
+    model = small_model(member.name, zoo_folder(member.name), member.attentions[0])
+    assert family.embedding_rows(model.config) == model.get_input_embeddings().num_embeddings
+    assert family.num_token_ids <= family.embedding_rows(model.config)
