@@ -33,7 +33,8 @@ from mmray.loader import BatchMaker
 from mmray.prepared import PreparedDataset
 from mmray.run_folder import RunFolder
 from mmray.schedule import Schedule
-from mmray.training.engine import TrainingEngine
+from mmray.training.engine import StepMetrics, TrainingEngine
+from mmray.training.first_loss import first_loss_problem
 from mmray.training.history import Event, add_to_history
 from mmray.training.ranks import Ranks
 from mmray.training.run_checkpoints import Scratch, newest_whole, step_of
@@ -157,6 +158,8 @@ class Worker:
             if records:
                 records.write(given.trained, outcome, given.seen, epoch=self._epoch(), seconds=seconds, waited=waited)
                 self.measured.step(given.trained, outcome, given.seen, epoch=self._epoch(), seconds=seconds)
+            if self.cursor.step == 1:
+                self._judge(outcome)
             if _due(self.cursor.step, self.training.eval_every_steps):
                 self._evaluate(records)
             notice = self.notices.ask() if given.ask else None
@@ -167,6 +170,14 @@ class Worker:
                 self._save(wait=True)
             elif _due(self.cursor.step, self.training.checkpoint_every_steps):
                 self._save(wait=False)
+
+    def _judge(self, first: StepMetrics) -> None:
+        """Say loudly where the first loss is not one of the weights that were given."""
+        config = self.engine.model.config
+        problem = first_loss_problem(first.loss, first.trained_tokens, self.plan.job.model, config)
+        if problem and self.rank == 0:
+            log.warning("%s", problem)
+            self._note("first_loss", loss=first.loss, problem=problem)
 
     def _exchange(self, batches: list[MicroBatch]) -> "Given":
         """What all ranks are given in the next step, by the batches themselves. A collective call."""
