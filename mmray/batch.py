@@ -246,6 +246,13 @@ class MicroBatch:
         return int(self.masked.lengths[~self.masked.padding].sum())
 
     @property
+    def trained_segments(self) -> Tensor:
+        """int64 [L]: the number of each token's sample; -1 outside samples, and in those that are skipped."""
+        masked = self.masked
+        left_out = _tensor(masked.padding | masked.skipped)
+        return segment_ids(_tensor(masked.lengths), left_out, total=len(masked.input_ids))
+
+    @property
     def num_samples(self) -> int:
         """Its samples, also those that are skipped."""
         return int((~self.masked.padding).sum())

@@ -6,6 +6,7 @@ to use instead.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,6 +35,10 @@ OWNED_DEEPSPEED_KEYS = {
     "zero_optimization.stage": "training.zero_stage",
     "checkpoint.load_universal": "nothing: it follows from the checkpoint that is resumed",
 }
+
+
+RouterLoss = Literal["model"] | float | None
+"""Factor of the balancing loss of a mixture of experts; "model" for that of its configuration."""
 
 
 class ModelSettings(Settings):
@@ -148,6 +153,12 @@ class TrainingSettings(Settings):
     ignored; keys that mmray decides are errors.
     """
 
+    router_loss: RouterLoss = "model"
+    """Factor of the balancing loss of a mixture of experts, which keeps its routers from sending all tokens to a few:
+    a number, "model" for `router_aux_loss_coef` of its configuration, null for none. A resumed run with "model" goes on
+    with what it began with.
+    """
+
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What the workers share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights. With bf16,
     0 runs as 1: DeepSpeed accumulates in fp32 only from stage 1 on.
@@ -177,6 +188,13 @@ class TrainingSettings(Settings):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
         return betas
+
+    @field_validator("router_loss")
+    @classmethod
+    def _router_loss_in_range(cls, value: RouterLoss) -> RouterLoss:
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            raise ValueError(f'router_loss is a number from 0 on, "model" or null, got {value}')
+        return value
 
     @field_validator("deepspeed")
     @classmethod

@@ -49,4 +49,9 @@ def test_ranks_with_other_numbers_of_pictures_train_as_one(name: str, zoo_folder
     for found, expected in zip(ranks[0], alone, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["trained_tokens"] == expected["trained_tokens"] > 0
+        if name == "qwen3_vl_moe":
+            assert found["router_loss"] == pytest.approx(expected["router_loss"], rel=1e-5)
+            assert 1 < found["router_loss"] < 4
+        else:
+            assert found["router_loss"] is None
     assert alone[-1]["loss"] < alone[0]["loss"] - 0.1
