@@ -51,10 +51,11 @@ def examine(job: Job) -> Iterator[Finding | FirstRows]:
     except UserError as error:
         yield failed("images", str(error))
         return
-    training = FirstRows(job, "train", family, policy)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    training = FirstRows(job, "train", family, policy, positions)
     are_read = yield from _rows(training)
     if job.data.eval:
-        yield from _rows(FirstRows(job, "eval", family, policy))
+        yield from _rows(FirstRows(job, "eval", family, policy, positions))
     if are_read:
         yield training
     yield from examine_model(job, family, policy, config)

@@ -65,12 +65,13 @@ def deepspeed_config(
     Gradient scaling is not left to DeepSpeed: the batch sizes here only tell it when a step is complete.
     load_universal: the checkpoint to resume was converted for another number of workers.
     """
+    stage = effective_zero_stage(model, training)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch_bins,
         "gradient_accumulation_steps": grad_accumulation,
         "train_batch_size": training.micro_batch_bins * grad_accumulation * world_size,
-        "gradient_clipping": training.max_grad_norm or 0.0,
-        "zero_optimization": {"stage": effective_zero_stage(model, training)},
+        "gradient_clipping": (training.max_grad_norm or 0.0) if stage else 0.0,  # at stage 0 the engine clips
+        "zero_optimization": {"stage": stage},
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": None,
         "optimizer": {

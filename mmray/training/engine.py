@@ -29,7 +29,7 @@ from mmray.training import checkpoint
 from mmray.training.deepspeed_config import deepspeed_config, effective_zero_stage, import_deepspeed
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import DTYPES, build_model
-from mmray.training.optim import learning_rate, parameter_groups
+from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from mmray.training.ranks import Ranks
 from mmray.training.router_loss import Routers, router_coefficient
 from mmray.training.settings import ModelSettings, TrainingSettings
@@ -147,6 +147,8 @@ class TrainingEngine:
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
         """One optimizer step on this rank's part of a global batch: `grad_accumulation` micro-batches.
 
+        A global batch without a trained token leaves weights and optimizer as they are, and is warned of.
+
         Raises UserError when the loss or the gradient is not finite; before the weights change, except for a
         gradient under ZeRO.
         """
@@ -156,6 +158,8 @@ class TrainingEngine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
         trained, tokens = self._global_counts(micro_batches)
+        if not trained:
+            return self._nothing_trained(tokens, rate)
         balanced = self._balanced_tokens(micro_batches)
         scales = self.world_size / max(1, trained), self.world_size / max(1, balanced)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -169,6 +173,14 @@ class TrainingEngine:
         grad_norm = self._apply_gradients()
         self.step_count += 1
         return StepMetrics(loss, trained, tokens, grad_norm, rate, router_loss if self.routers else None)
+
+    def _nothing_trained(self, tokens: int, rate: float) -> StepMetrics:
+        """A step that is counted and does nothing: with gradients of zero, AdamW would still move every weight, by its
+        running means and its decay."""
+        self.step_count += 1
+        if self.rank == 0:
+            logger.warning("step %d has no trained token: the weights stay as they are", self.step_count)
+        return StepMetrics(0.0, 0, tokens, 0.0, rate)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> tuple[float, int]:
         """Mean cross-entropy over the trained tokens of all batches of all ranks, and their number.
@@ -266,11 +278,12 @@ class TrainingEngine:
         return torch.stack([loss_sum.detach(), balancing.detach()])
 
     def _apply_gradients(self) -> float:
-        """Let DeepSpeed clip and update; the norm before clipping."""
+        """Clip and update; the norm before clipping. At stage 0 DeepSpeed would clip by a norm in fp32."""
         if self.zero_stage == 0:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            grad_norm = gradient_norm(gradients)
             self._require_finite(grad_norm, "gradient norm")
+            clip_gradients(gradients, grad_norm, self.training_settings.max_grad_norm)
             self.deepspeed.step()
             return grad_norm
         self.deepspeed.step()

@@ -48,6 +48,7 @@ def test_ranks_with_other_numbers_of_pictures_train_as_one(name: str, zoo_folder
     assert ranks[0] == ranks[1] == ranks[2]
     for found, expected in zip(ranks[0], alone, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert found["trained_tokens"] == expected["trained_tokens"] > 0
         if name == "qwen3_vl_moe":
             assert found["router_loss"] == pytest.approx(expected["router_loss"], rel=1e-5)
