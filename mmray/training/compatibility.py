@@ -9,7 +9,8 @@ from mmray.config import Job
 from mmray.errors import UserError
 from mmray.families import Family, load_family
 from mmray.packing_settings import PackingSettings
-from mmray.training.model import load_config
+from mmray.training.flash_attention import flash_problem
+from mmray.training.model import empty_model, load_config
 from mmray.training.settings import ModelSettings
 
 
@@ -68,11 +69,15 @@ def check_token_ids(config: PretrainedConfig, family: Family, settings: ModelSet
 
 
 def check_attention(settings: ModelSettings) -> None:
-    """Raise UserError when the attention that is asked for is not installed on a machine with a GPU.
+    """Raise UserError when the attention that is asked for cannot run the model, or is not installed where a GPU is.
 
     Others need not have it: rows are prepared, and drivers run, on CPU nodes. Workers fail where it is missing.
     """
-    if settings.attention != "flash_attention_2" or not torch.cuda.is_available():
+    if settings.attention != "flash_attention_2":
+        return
+    if problem := flash_problem(empty_model(settings.model_copy(update={"attention": "eager"})), settings):
+        raise UserError(f"model.attention is flash_attention_2, which cannot run this model: {problem}; set sdpa")
+    if not torch.cuda.is_available():
         return
     if importlib.util.find_spec("flash_attn") is None:
         raise UserError(

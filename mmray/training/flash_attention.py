@@ -10,7 +10,7 @@ MAX_HEAD_SIZE = 256
 
 
 def flash_problem(model: PreTrainedModel, settings: ModelSettings) -> str | None:
-    """Why `flash_attention_2` cannot run a model of these settings; None where it can. model: with or without memory."""
+    """Why `flash_attention_2` cannot run a model of these settings; None where it can."""
     if settings.dtype != "bf16":
         return f"its kernels take bf16, and model.dtype is {settings.dtype}"
     refusing = {

@@ -75,7 +75,7 @@ def check_weights(settings: ModelSettings, *, download: bool = False) -> str:
     if getattr(config, "quantization_config", None):
         raise UnknownWeights(f"{settings.path} is quantised: transformers judges its weights while it loads them")
     stored = stored_shapes(settings.path, download=download)
-    empty = _empty(settings)
+    empty = empty_model(settings)
     names = {*stored, *empty.state_dict()}
     found = fit(empty, stored)
     check_patterns(settings.allow_missing, {*names, *found.unexpected})
@@ -150,13 +150,16 @@ def _resize_embeddings(model: PreTrainedModel, settings: ModelSettings) -> None:
             )
 
 
-def _empty(settings: ModelSettings) -> PreTrainedModel:
-    """The model on the meta device: names and shapes, no memory."""
+def empty_model(settings: ModelSettings) -> PreTrainedModel:
+    """The model on the meta device: names and shapes, no memory. Raises UserError where it cannot be built."""
     config = load_config(settings)
     model_class = _model_class(config)
     build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-    with no_init_weights(), torch.device("meta"):
-        return build(config, **_build_options(model_class, settings))
+    try:
+        with no_init_weights(), torch.device("meta"):
+            return build(config, **_build_options(model_class, settings))
+    except ImportError as error:
+        raise UserError(f"cannot build a {config.model_type}: {error}") from error
 
 
 def _build_options(model_class: Any, settings: ModelSettings) -> dict[str, Any]:
@@ -203,7 +206,7 @@ def _zero3(config: dict[str, Any] | None, settings: ModelSettings) -> Iterator[N
     if config is None:
         yield
         return
-    empty = _empty(settings)
+    empty = empty_model(settings)
     holder = _Zero3Config(config)  # transformers keeps a weak reference
     transformers_deepspeed.set_hf_deepspeed_config(holder)
     try:

@@ -111,7 +111,7 @@ def test_a_token_that_was_added(make_job, tmp_path, inputs):
 
 
 def test_attention_that_is_not_installed(make_job, monkeypatch):
-    job = Job.model_validate(make_job(model__attention="flash_attention_2"))
+    job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     _, without_gpu, _ = examine_settings(job)
     assert without_gpu.status is Status.PASS
@@ -221,6 +221,15 @@ def test_the_part_of_rows_that_fit_no_bin_is_told(one_long_row):
     found = finding(one_long_row(), "capacities")
     assert found.status is Status.PASS
     assert "1 of the first 40 rows of data.train, 2.5%, fit no bin and will be rejected" in found.detail
+
+
+@pytest.mark.usefixtures("without_model")
+def test_rows_longer_than_the_model_s_positions_are_told(make_job, inputs):
+    config = json.loads((inputs.folder / "model/config.json").read_text())
+    assert "positions" not in finding(make_job(), "capacities").detail
+    config["text_config"]["max_position_embeddings"] = 30
+    said = finding(make_job(model__config=config), "capacities").detail
+    assert re.search(r"; [1-9]\d* rows have more tokens than the model's 30 positions$", said), said
 
 
 @pytest.mark.usefixtures("without_model")
