@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from mmray.errors import UserError
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
 
@@ -45,6 +47,26 @@ def _absent(package: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[package]
+
+
+@contextmanager
+def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Raise UserError where a block, DeepSpeed's initialising, changes the types of the model's buffers.
+
+    DeepSpeed before 0.19.2 made rotary frequencies bf16: at position 1,500 their cosine is then off by 0.27.
+    """
+    before = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    yield
+    changed = [
+        f"{name} from {before[name]} to {buffer.dtype}"
+        for name, buffer in model.named_buffers()
+        if name in before and buffer.dtype != before[name]
+    ]
+    if changed:
+        raise UserError(
+            f"DeepSpeed changed the type of {len(changed)} buffers of the model, {changed[0]}, which makes positions "
+            "wrong: install deepspeed 0.19.2 or later"
+        )
 
 
 def effective_zero_stage(model: ModelSettings, training: TrainingSettings) -> int:

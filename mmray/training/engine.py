@@ -26,7 +26,7 @@ from mmray.errors import UserError
 from mmray.families import leaf_modules
 from mmray.masks.labels import PADDING_SEGMENT
 from mmray.training import checkpoint
-from mmray.training.deepspeed_config import deepspeed_config, effective_zero_stage, import_deepspeed
+from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
@@ -237,7 +237,8 @@ class TrainingEngine:
             deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves))
         groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
         self.group_weight_decay = [group["weight_decay"] for group in groups]
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        with buffers_kept(model):
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         return engine
 
     def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
