@@ -22,6 +22,8 @@ from mmray.doctor.findings import (
     passed,
 )
 from mmray.doctor.model import examine_model
+from mmray.doctor.pixels import CHECK as PIXELS
+from mmray.doctor.pixels import examine_pixels
 from mmray.doctor.rows import FirstRows, examine_rows
 from mmray.doctor.weights import CHECK as WEIGHTS
 from mmray.doctor.weights import NAMES, examine_names, examine_weights
@@ -58,6 +60,8 @@ def examine(job: Job) -> Iterator[Finding | FirstRows]:
         yield from _rows(FirstRows(job, "eval", family, policy, positions))
     if are_read:
         yield training
+    if are_read:
+        yield guarded(PIXELS, lambda: examine_pixels(training, config))
     yield from examine_model(job, family, policy, config)
     if are_read:
         yield guarded(WEIGHTS, lambda: examine_weights(job, training))

@@ -99,6 +99,8 @@ class Family(ABC):
     has_prompt: ClassVar[bool] = False
     """`pretrain` text begins with a prompt that the model sees as a whole and does not learn (`prompt_and_answer`);
     there are no chats."""
+    looks_ahead: ClassVar[bool] = False
+    """Tokens see a picture that comes after them, as the model was made."""
     leaf_modules: ClassVar[tuple[str, ...]] = ()
     """Classes of those of the model's modules that call layers as often as the data ask for, such as once a picture.
     ZeRO-3 gathers all weights in them at once: else ranks with other data would gather other weights, and wait for each

@@ -35,6 +35,7 @@ class Mllama(Family):
     model_types = ("mllama",)
     processor_classes = ("MllamaProcessor",)
     takes_text_only = False
+    looks_ahead = True  # what no token of a row of the mask may see is not masked in its attention
 
     def embedding_rows(self, config: PretrainedConfig) -> int:
         """With eight more than the vocabulary, which the head does not have."""

@@ -6,8 +6,10 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from mmray import doctor
+from mmray.batch import mask
 from mmray.cli import app
 from mmray.config import Job
 from mmray.doctor import Status, examine_settings
@@ -34,7 +37,8 @@ from tests.mmray.preparing import write_rows
 
 CHECKS = (
     "processor", "attention", "weights", "rows", "capacities", "chat template", "loss", "trained tokens",
-    "exact lengths", "loss at step 0", "cache", "packed = unpacked", "accumulation steps", "loss of the weights",
+    "exact lengths", "pixels", "loss at step 0", "cache", "pictures are seen", "labels",
+    "packed = unpacked", "accumulation steps", "loss of the weights",
 )  # fmt: skip
 NOT_APPLICABLE = {"weights", "loss of the weights"}
 
@@ -352,6 +356,70 @@ def test_a_cache_that_the_text_model_s_configuration_asks_for(make_job, monkeypa
 
     monkeypatch.setattr(doctor_model, "build_model", caching)
     assert "use_cache is on in the configuration of the text model" in failed(make_job())["cache"]
+
+
+def pixels_changed(monkeypatch, change):
+    """The patches of all pictures are changed before the model gets them."""
+
+    def changed(self, tiles, frames, dtype):
+        inputs = pixel_inputs(self, tiles, frames, dtype)
+        return inputs | {"pixel_values": change(inputs["pixel_values"])}
+
+    pixel_inputs = Qwen2VL.pixel_inputs
+    monkeypatch.setattr(Qwen2VL, "pixel_inputs", changed)
+
+
+@pytest.mark.usefixtures("without_model")
+@pytest.mark.parametrize(
+    "change",
+    [lambda pixels: pixels.flip(0), torch.ones_like, lambda pixels: pixels + 0.03, lambda pixels: pixels * 1.02],
+    ids=["patches in reverse order", "all pixels one", "another mean", "another deviation"],
+)
+def test_pixels_that_are_not_the_processor_s(make_job, monkeypatch, change):
+    pixels_changed(monkeypatch, change)
+    found = failed(make_job())
+    assert found.keys() == {"pixels"}
+    assert re.search(r"pixel_values of row '.*' \(.*jsonl:\d+\) differs from the processor's by", found["pixels"])
+
+
+def test_pictures_that_the_model_does_not_see(make_job, monkeypatch):
+    pixels_changed(monkeypatch, torch.ones_like)
+    assert "does not see its pictures" in failed(make_job())["pictures are seen"]
+
+
+def test_tokens_that_see_what_comes_after_them(make_job, monkeypatch):
+    def looking_ahead(self, inputs):
+        logits = all_logits(self, inputs)
+        return logits + 0.1 * logits.mean(dim=0)
+
+    all_logits = doctor_model._Copy.logits
+    monkeypatch.setattr(doctor_model._Copy, "logits", looking_ahead)
+    assert "see what comes after them" in failed(make_job())["pictures are seen"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda ids: np.roll(ids, 1), lambda ids: (ids * 7 + 3) % 600], ids=["shifted", "random"]
+)
+def test_labels_that_are_not_the_tokens(make_job, monkeypatch, wrong):
+    """The loss of random weights is the same."""
+
+    def mislabelled(rendered, family, labels, device):
+        masked = mask(rendered, family, labels, device)
+        kept = masked.labels != -100
+        return replace(masked, labels=np.where(kept, wrong(masked.input_ids.astype(np.int64)), -100))
+
+    monkeypatch.setattr(doctor_model, "mask", mislabelled)
+    found = failed(make_job())
+    assert "labels are not the token in their place" in found["labels"]
+    assert "loss at step 0" not in found
+
+
+def test_a_loss_that_is_shifted(make_job, monkeypatch):
+    def shifted(model, inputs, labels):
+        return packed_loss_sum(model, inputs, labels.roll(1, dims=1))
+
+    monkeypatch.setattr(doctor_model, "packed_loss_sum", shifted)
+    assert "labels are shifted against logits" in failed(make_job())["labels"]
 
 
 def test_a_gradient_that_is_a_mean_of_means(make_job, monkeypatch):
