@@ -33,6 +33,7 @@ class Records:
             epoch=epoch,
             loss=outcome.loss,
             tokens=outcome.tokens,
+            **({} if outcome.router_loss is None else {"router_loss": outcome.router_loss}),
             trained_tokens=outcome.trained_tokens,
             bins=len(trained.all_bins),
             workers=trained.workers,

@@ -34,10 +34,11 @@ from mmray.run.checkpoints import Scratch, newest_whole, step_of
 from mmray.run.folder import RunFolder
 from mmray.run.history import Event, add_to_history
 from mmray.run.skipped import Seen
-from mmray.run.warnings import keep_warnings
+from mmray.run.warnings import LIBRARIES, keep_warnings
 from mmray.schedule.schedule import Schedule
 from mmray.training.bins_log import TrainedStep
-from mmray.training.engine import TrainingEngine
+from mmray.training.engine import StepMetrics, TrainingEngine
+from mmray.training.first_loss import first_loss_problem
 from mmray.training.ranks import Ranks
 from pipelines.ingest import Ingest
 
@@ -66,7 +67,7 @@ class Worker:
         self.plan, self.training = plan, plan.job.training
         self.run_folder = RunFolder(plan.job.output.run)
         self.warnings = self.run_folder.warnings
-        keep_warnings(self.warnings)
+        keep_warnings(self.warnings, LIBRARIES)
         self.ranks = Ranks()
         self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.prepared = PreparedDataset(plan.job.prepared_path("train"))
@@ -157,6 +158,8 @@ class Worker:
             if records:
                 records.write(given.trained, outcome, given.seen, epoch=self._epoch(), seconds=seconds, waited=waited)
                 self.measured.step(given.trained, outcome, given.seen, epoch=self._epoch(), seconds=seconds)
+            if self.cursor.step == 1:
+                self._judge(outcome)
             if _due(self.cursor.step, self.training.eval_every_steps):
                 self._evaluate(records)
             notice = self.notices.ask() if given.ask else None
@@ -167,6 +170,14 @@ class Worker:
                 self._save(wait=True)
             elif _due(self.cursor.step, self.training.checkpoint_every_steps):
                 self._save(wait=False)
+
+    def _judge(self, first: StepMetrics) -> None:
+        """Say loudly where the first loss is not one of the weights that were given."""
+        config = self.engine.model.config
+        problem = first_loss_problem(first.loss, first.trained_tokens, self.plan.job.model, config)
+        if problem and self.rank == 0:
+            log.warning("%s", problem)
+            self._note("first_loss", loss=first.loss, problem=problem)
 
     def _exchange(self, batches: list[MicroBatch]) -> "Given":
         """What all ranks are given in the next step, by the batches themselves. A collective call."""

@@ -18,6 +18,7 @@ class PaddleOCRVL(RotaryFamily):
     """PaddleOCR-VL 0.9B and 1.5."""
 
     model_types = ("paddleocr_vl",)
+    leaf_modules = ("PaddleOCRProjector",)  # once a picture
     processor_classes = ("PaddleOCRVLProcessor",)
     placeholder = "<|IMAGE_PLACEHOLDER|>"
     placeholder_unit = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"

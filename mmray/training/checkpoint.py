@@ -49,6 +49,8 @@ class SavedState:
     """ "bf16" or "fp32"."""
     lists: int
     """Lists of files (`checksums.py`) that belong to it."""
+    router_loss: float | None = None
+    """Factor of the balancing loss; None for none, as in all checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ def save_state(engine: "TrainingEngine", folder: Path) -> None:
             zero_stage=engine.zero_stage,
             dtype=engine.model_settings.dtype,
             lists=engine.world_size,
+            router_loss=engine.router_loss,
         )
-        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        written = {name: value for name, value in asdict(state).items() if value is not None}
+        (folder / STATE_FILE).write_text(json.dumps(written, indent=2) + "\n")
 
 
 def read_state(folder: Path) -> SavedState:

@@ -1,6 +1,7 @@
 """A prepare in one process, without Ray: what pipelines/prepare.py does on actors, for tests."""
 
 import copy
+import io
 import itertools
 import json
 import os
@@ -28,6 +29,13 @@ from mmray.storage import Folder
 
 PACKING = PackingSettings(token_capacity=512, visual_capacity=256)
 PICTURES = {"page.png": (170, 220), "wide.png": (220, 170), "small.png": (40, 60), "strip.png": (30, 400)}
+
+
+def png(picture: Image.Image) -> dict[str, bytes]:
+    """A picture as rows hold it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return {"bytes": buffer.getvalue()}
 
 
 class Preparation:
