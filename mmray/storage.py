@@ -27,7 +27,7 @@ import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mmray.errors import UserError
+from mmray.errors import PassingError, UserError
 
 _VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call the state of a file, the surest first."""
@@ -109,6 +109,10 @@ def file_version(info: Mapping[str, Any]) -> str:
     return str(next((info[key] for key in _VERSION_KEYS if info.get(key)), ""))
 
 
+_LASTING = (PermissionError, FileExistsError, NotADirectoryError, FileNotFoundError)
+"""Errors that a new try would meet again."""
+
+
 @contextmanager
 def explained(place: str) -> Iterator[None]:
     """Errors of a file system, inside, as a UserError: the place, what is wrong, the remedy."""
@@ -116,7 +120,8 @@ def explained(place: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = " ".join(str(error.strerror or error or type(error).__name__).split())
-        raise UserError(f"{place}: {reason}; {_remedy(error)}") from error
+        lasts = isinstance(error, _LASTING) or error.errno == errno.EROFS
+        raise (UserError if lasts else PassingError)(f"{place}: {reason}; {_remedy(error)}") from error
 
 
 def _remedy(error: OSError) -> str:

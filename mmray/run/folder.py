@@ -40,6 +40,8 @@ SMALL_BYTES = 1 << 16
 """What a look at a checkpoint reads: a driver acts on the cursor before any worker has read it all."""
 _TRANSFERS = 8
 _PLACE = "cursor.json"
+_STOP = ".stop"
+"""Hidden, so it is no record."""
 _RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
 """Ray Train's own, in the same folder: no record of the run's."""
 
@@ -192,6 +194,26 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         else:
             (self.path / name).unlink(missing_ok=True)
+
+    # ---------------------------------------------------------------- a planned stop
+
+    def ask_to_stop(self, who: str) -> None:
+        """Ask the run to stop after the step it is in. who: asks, for its history."""
+        if self._remote is not None:
+            self._remote.write(_STOP, who.encode())
+        else:
+            (self.path / _STOP).write_text(who)
+
+    def asked_to_stop(self) -> str | None:
+        """Who has asked the run to stop; None where nobody has."""
+        try:
+            return (self._remote.read(_STOP) if self._remote is not None else (self.path / _STOP).read_bytes()).decode()
+        except FileNotFoundError:
+            return None
+
+    def forget_stop(self) -> None:
+        """Nobody has asked it to stop."""
+        self.remove(_STOP)
 
     @staticmethod
     def _download(source: Folder, target: Path, names: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ starts any.
 | `preemption` | `nodes`: those that will go; `deadline`: when, or null |
 | `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
 | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
+| `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
 | `finish` | the last step is done and its checkpoint whole |
 
 `step` counts the steps done when it happened; `workers` the ranks, 0 where there were none yet.
@@ -28,7 +29,7 @@ from mmray.base.json_lines import JsonLines, read_json_lines
 HISTORY_FILE = "history.jsonl"
 
 Event = Literal[
-    "start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "first_loss", "continue_on", "finish"
+    "start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "first_loss", "continue_on", "stop", "finish"
 ]
 
 
@@ -60,6 +61,8 @@ def in_words(event: dict[str, Any]) -> str:
             return str(event["problem"])
         case "continue_on":
             return f"from step {step} on it trains on {event['prepared']}, {event['bins']} bins"
+        case "stop":
+            return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":
             return f"finished {step} steps"
     return ""

@@ -21,18 +21,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from mmray.errors import UserError
 from mmray.training.conversion import SHARDS, converted
-
-if TYPE_CHECKING:
-    from mmray.training.engine import TrainingEngine
+from mmray.training.ranks import Ranks
+from mmray.training.settings import ModelSettings, TrainingSettings
 
 STATE_FILE = "training_state.json"
+
+
+class Engine(Protocol):
+    """What of an engine a checkpoint holds, and puts back."""
+
+    deepspeed: Any
+    """DeepSpeed's engine, with model and optimizer."""
+    rank: int
+    world_size: int
+    ranks: Ranks
+    zero_stage: int
+    model_settings: ModelSettings
+    training_settings: TrainingSettings
+    group_weight_decay: list[float]
+    """The weight decay of each group of the optimizer."""
+    step_count: int
+    """Optimizer steps done."""
+    router_loss: float | None
+    """Factor of the balancing loss of a mixture of experts; None for none."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class ResumeSource:
     """Whether the shards were converted."""
 
 
-def save_state(engine: "TrainingEngine", folder: Path) -> None:
+def save_state(engine: Engine, folder: Path) -> None:
     """Write this rank's part of a checkpoint into `folder`, which all ranks may share or not; collective.
 
     Complete only when every rank has returned and the folders are merged: commit it after that.
@@ -98,7 +116,7 @@ def read_state(folder: Path) -> SavedState:
 
 @contextmanager
 def prepared(
-    resume_from: Path | None, engine: "TrainingEngine", scratch: Path | None, node: str
+    resume_from: Path | None, engine: Engine, scratch: Path | None, node: str
 ) -> Iterator[ResumeSource | None]:
     """The checkpoint in the form that the engine's ranks can load, converted where needed; None without one.
 
@@ -129,7 +147,7 @@ def prepared(
         yield ResumeSource(resume_from, state, shards_parent, universal=True)
 
 
-def load_state(engine: "TrainingEngine", source: ResumeSource) -> None:
+def load_state(engine: Engine, source: ResumeSource) -> None:
     """Put weights, optimizer state, step and RNG back; collective. The engine must be new.
 
     RNG states belong to a rank: with another number of ranks they are seeded anew from seed, step and rank.
@@ -147,7 +165,7 @@ def load_state(engine: "TrainingEngine", source: ResumeSource) -> None:
         seed_rng(engine.training_settings.seed, engine.rank, source.state.step)
 
 
-def _restore_own_settings(engine: "TrainingEngine") -> None:
+def _restore_own_settings(engine: Engine) -> None:
     """Undo what DeepSpeed takes from a checkpoint but the present settings decide, and one slip of its own.
 
     Optimizer groups come back with the hyperparameters they were saved with (from a universal checkpoint of

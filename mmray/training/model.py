@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers.integrations import deepspeed as transformers_deepspeed
 
 from mmray.errors import UserError
 from mmray.families import load_family
+from mmray.families.model_source import source_problem
 from mmray.families.processors import warn_of_remote_code
 from mmray.training.settings import ModelSettings
 from mmray.training.weights import UnknownWeights, check_fit, check_patterns, fit, stored_shapes
@@ -52,9 +52,10 @@ def build_model(
                 model = _random(settings, device, sharded=zero3_config is not None)
             if settings.resize_embeddings:
                 _resize_embeddings(model, settings)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:
         source = settings.path if settings.path is not None else "model.config"
-        raise UserError(f"cannot build the model from {source}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot build the model from {source}: {reason}") from error
     _switch_off_cache(model.config)
     if settings.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -109,11 +110,14 @@ def _read_config(settings: ModelSettings) -> PretrainedConfig:
             return AutoConfig.for_model(model_type, **values)
         except ValueError as error:
             raise UserError(f"model.config: transformers knows no model_type {model_type!r}") from error
-    source = Path(settings.path or settings.config or "")
+    source = settings.path or settings.config or ""
+    if problem := source_problem(source):
+        setting = "model.path" if settings.path else "model.config"
+        raise UserError(f"{setting}: cannot read a model configuration from {source}: {problem}")
     if settings.trust_remote_code:
-        warn_of_remote_code(str(source))
+        warn_of_remote_code(source)
     try:
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a model configuration from {source}: {error}") from error
 
