@@ -1,6 +1,7 @@
 """Rows, windows and prepared datasets of a processor, for tests that have no job."""
 
 import copy
+import io
 import itertools
 import json
 import os
@@ -30,6 +31,13 @@ from mmray.storage import Folder
 
 PACKING = PackingSettings(token_capacity=512, visual_capacity=256)
 PICTURES = {"page.png": (170, 220), "wide.png": (220, 170), "small.png": (40, 60), "strip.png": (30, 400)}
+
+
+def png(picture: Image.Image) -> dict[str, bytes]:
+    """A picture as rows hold it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return {"bytes": buffer.getvalue()}
 
 
 class Preparation:
