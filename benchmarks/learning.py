@@ -137,7 +137,7 @@ class Trial:
     def learned(self, arm: str) -> dict[str, Any]:
         """Train one arm; what came of it."""
         settings = TrainingSettings(
-            steps=self.size.steps, global_batch_bins=GLOBAL_BATCH_BINS, learning_rate=3e-3, warmup_steps=10, seed=self.seed
+            steps=self.size.steps, global_batch_bins=GLOBAL_BATCH_BINS, learning_rate=3e-3, warmup_ratio=0.02, seed=self.seed
         )  # fmt: skip
         config = small_config("qwen2_vl", self.processor, text_config={"initializer_range": 0.1},
                               vision_config={"initializer_range": 0.1}, initializer_range=0.1)  # fmt: skip

@@ -281,6 +281,7 @@ def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:
         files=source_files(datasets), datasets=datasets, data=job.data, processor=rows.family.processor,
         tiling=rows.policy, packing=job.packing, loss=job.loss,
     )  # fmt: skip
-    if PreparedWriter(folder.uri).is_finished(record):
+    writer = PreparedWriter(folder.uri)
+    if writer.is_finished(writer.as_begun(record)):
         return "up to date, nothing to do"
     return "a prepare was begun here; its finished windows are kept"

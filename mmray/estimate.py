@@ -19,6 +19,7 @@ from mmray.masks.labels import IGNORE_INDEX
 from mmray.masks.settings import allows_empty, label_maker
 from mmray.prepared.window import pack_by_bucket
 from mmray.rows.count import RowCount, count_rows
+from mmray.rows.dealing import dealt, first_rows
 from mmray.rows.encode import Encoder
 from mmray.rows.files import SourceFile, first_piece, source_files
 from mmray.rows.preflight import FIRST_ROWS, sample_labels
@@ -29,6 +30,8 @@ SAMPLE_ROWS = 512
 """Rows that are encoded, of all sets of a split together; of each set FIRST_ROWS at least."""
 SAMPLE_FILES = 8
 COUNT_SECONDS = 10.0
+MOST_KINDS = 8
+"""Windows that are packed one by one: with more, those of sets that are dealt alike are packed once."""
 
 Windows = Counter[tuple[tuple[int, int], ...]]
 """How many windows there are of each kind; a kind is how many rows it has of which set."""
@@ -131,26 +134,21 @@ def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int
 
 
 def _windows(rows_of_sets: Sequence[int], window_rows: int) -> Windows:
-    """The windows of sets that follow one another."""
-    found: Windows = Counter()
-    window: list[tuple[int, int]] = []
-    room = window_rows
-    for number, rows in enumerate(rows_of_sets):
-        left = rows
-        while left:
-            if room == window_rows and left >= window_rows:
-                found[((number, window_rows),)] += left // window_rows
-                left %= window_rows
-                continue
-            taken = min(left, room)
-            window.append((number, taken))
-            left, room = left - taken, room - taken
-            if not room:
-                found[tuple(window)] += 1
-                window, room = [], window_rows
-    if window:
-        found[tuple(window)] += 1
-    return found
+    """The windows of sets that are dealt side by side. Where they are many, whole ones are taken to be alike: a set's
+    rows in each differ by one."""
+    total = sum(rows_of_sets)
+    whole = total // window_rows
+    if whole <= MOST_KINDS:
+        return Counter(_kind(rows) for rows in dealt(rows_of_sets, window_rows))
+    rest = [
+        rows - taken for rows, taken in zip(rows_of_sets, first_rows(rows_of_sets, whole * window_rows), strict=True)
+    ]
+    windows = Counter({_kind(first_rows(rows_of_sets, window_rows)): whole})
+    return windows + Counter([_kind(rest)] if any(rest) else [])
+
+
+def _kind(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((number, count) for number, count in enumerate(rows) if count)
 
 
 def _window_rows(

@@ -13,6 +13,7 @@ from mmray.images import TilingPolicy
 from mmray.masks.settings import Loss, loss_record
 from mmray.packing_settings import PackingSettings
 from mmray.prepared.schema import FORMAT_VERSION
+from mmray.rows.dealing import DEALING
 from mmray.rows.files import SourceFile
 from mmray.rows.settings import DatasetSettings, DataSettings
 
@@ -44,6 +45,7 @@ def prepare_record(
     """Everything that changes the result of a prepare, as plain JSON."""
     return {
         "format_version": FORMAT_VERSION,
+        **({"dealing": DEALING} if len(files) > 1 else {}),  # one file is dealt as it always was
         "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
         "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
         "max_image_pixels": data.max_image_pixels,

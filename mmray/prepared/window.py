@@ -2,7 +2,8 @@
 
 Pure: the same samples give the same bytes, so a window can be made again anywhere. Samples that share an image shape
 are packed together first; the bins of a shape that stay emptier than `bucket_fill` are taken apart, and the samples of
-all shapes' leftovers are packed together. Bins keep the order in which they were made; the schedule shuffles.
+all shapes' leftovers are packed together. Bins keep the order in which they were made, or come in one drawn by chance:
+the schedule shuffles, but blocks of neighbouring bins, of which each then has every kind of bin at its share.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from mmray.prepared.loads import Loads
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
 from mmray.rows.duplicates import id_hashes
 from mmray.rows.sample import RejectedRow, Sample
+from mmray.schedule import mix_many
 
 BINS_PER_ROW_GROUP = 8
 """Bins read together: a bin read alone costs the others of its row group, a group its share of the file's footer."""
@@ -73,12 +75,13 @@ def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
 
 
 def pack_window(
-    samples: pa.Table, packing: PackingSettings, labels: LabelMaker, sample_gap: int = 0, allow_empty: bool = False
-) -> Window:
+    samples: pa.Table, packing: PackingSettings, labels: LabelMaker, sample_gap: int = 0, allow_empty: bool = False,
+    *, mixed: bool = False,
+) -> Window:  # fmt: skip
     """Pack a window's samples (`schema.SAMPLES`, in row order) into bins. Deterministic to the byte.
 
     sample_gap: tokens that will stand between the samples of a bin (`Family.sample_gap`); allow_empty: samples without
-    a trained token are packed too, else they are rejected.
+    a trained token are packed too, else they are rejected; mixed: bins in an order drawn by chance, always the same.
     """
     columns = _Columns.of(samples)
     trained = columns.trained_tokens(labels)
@@ -90,6 +93,8 @@ def pack_window(
         columns.lengths[used], columns.visual[used], [columns.buckets[index] for index in usable], packing, sample_gap
     )
     bins = [[usable[number] for number in members] for members in packed]
+    if mixed:
+        bins = [bins[number] for number in _drawn_order(len(bins), seed=int(columns.lengths.sum()))]
     table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
     rejected = pa.Table.from_pylist(
         [columns.rejected(index) for index in sorted(set(range(samples.num_rows)) - set(usable))], schema=REJECTED
@@ -115,6 +120,12 @@ def pack_window(
     ids = id_hashes(row_id for members in table["sample_ids"].to_pylist() for row_id in members)
     bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
     return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
+
+
+def _drawn_order(count: int, seed: int) -> list[int]:
+    """The numbers below count in an order that never changes between versions of numpy."""
+    draws = mix_many(mix_many(np.arange(1, count + 1, dtype=np.uint64)) ^ np.uint64(seed))
+    return np.argsort(draws, kind="stable").tolist()
 
 
 def _image_notes(noted: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
