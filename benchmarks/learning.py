@@ -1,7 +1,7 @@
 """What the order of bins does to learning: the same model, rows and steps, and the evaluation loss of each order.
 
     python -m benchmarks.learning                            # every arm, one seed: half an hour of one core
-    python -m benchmarks.learning --arms default --seeds 0 1 2 --steps 450
+    python -m benchmarks.learning --arms default --seeds 1 --seeds 2
 
 Not part of `make bench`, which is to end in minutes. Every change of the order of bins, or of how bins are packed, is
 to be judged by it: what equal work saves in seconds must not be lost in what a step teaches.
@@ -24,6 +24,8 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import typer
 from PIL import Image, ImageDraw, ImageFont
@@ -119,14 +121,13 @@ class Trial:
 
     def _batches(self, windows: Sequence[Window]) -> list[MicroBatch]:
         bins = [each for window in windows for each in window_bins(window)]
-        return [
-            MicroBatch(mask(render([each], Place(0, 0, 0), self.family, WHOLE), self.family, self.labels, CPU), self.family)
-            for each in bins
-        ]  # fmt: skip
+        rendered = (render([each], Place(0, 0, 0), self.family, WHOLE) for each in bins)
+        return [MicroBatch(mask(each, self.family, self.labels, CPU), self.family) for each in rendered]
 
     @cached_property
     def loads(self) -> Loads:
-        return Loads.joined([Loads.from_footer(window_file(window)) for window in self.windows])
+        files = (pq.ParquetFile(pa.BufferReader(window.bins)) for window in self.windows)
+        return Loads.joined([Loads.from_footer(file) for file in files])
 
     def order(self, balance: BalanceSettings | None) -> Schedule | BoundSchedule:
         plain = Schedule(len(self.train), GLOBAL_BATCH_BINS, self.seed, "learning")
@@ -136,9 +137,10 @@ class Trial:
 
     def learned(self, arm: str) -> dict[str, Any]:
         """Train one arm; what came of it."""
+        steps = self.size.steps
         settings = TrainingSettings(
-            steps=self.size.steps, global_batch_bins=GLOBAL_BATCH_BINS, learning_rate=3e-3, warmup_ratio=0.02, seed=self.seed
-        )  # fmt: skip
+            steps=steps, global_batch_bins=GLOBAL_BATCH_BINS, learning_rate=3e-3, warmup_ratio=0.02, seed=self.seed
+        )
         config = small_config("qwen2_vl", self.processor, text_config={"initializer_range": 0.1},
                               vision_config={"initializer_range": 0.1}, initializer_range=0.1)  # fmt: skip
         torch.manual_seed(self.seed)
@@ -146,9 +148,9 @@ class Trial:
         optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), settings.weight_decay))
         order, visual = self.order(BALANCE[arm]), []
         began = time.monotonic()
-        for step in range(self.size.steps):
+        for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, self.size.steps, settings)
+                group["lr"] = learning_rate(step, steps, settings)
             bins = [number for number in order.bins(step) if number is not None]
             visual.append(int(self.loads.visual_tokens[bins].sum()))
             batches = [self.train[number] for number in bins]
@@ -158,20 +160,19 @@ class Trial:
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - began
         return {
-            "arm": arm, "seed": self.seed, "steps": self.size.steps, "bins": len(self.train),
+            "arm": arm,
+            "seed": self.seed,
+            "steps": steps,
+            "bins": len(self.train),
             "text_bins": round(float((self.loads.visual_tokens == 0).mean()), 3),
-            "eval_loss": round(evaluated(model, self.eval), 4), "chance": round(CHANCE, 4),
-            "visual_tokens_a_step": round(float(np.mean(visual)), 1), "their_deviation": round(float(np.std(visual)), 1),
-            "seconds": round(time.monotonic() - began),
-        }  # fmt: skip
-
-
-def window_file(window: Window) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(pa.BufferReader(window.bins))
+            "eval_loss": round(evaluated(model, self.eval), 4),
+            "chance": round(CHANCE, 4),
+            "visual_tokens_a_step": round(float(np.mean(visual)), 1),
+            "their_deviation": round(float(np.std(visual)), 1),
+            "seconds": round(seconds),
+        }
 
 
 def loss_sum(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:

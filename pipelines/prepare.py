@@ -36,8 +36,8 @@ from mmray.masks.settings import allows_empty, label_maker
 from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
-from mmray.rows.encode import Encoder
 from mmray.rows.dealing import dealing_of
+from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
 from mmray.rows.preflight import check_first_rows
 from mmray.rows.read import RowReader, chunk_rows
