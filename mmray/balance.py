@@ -107,6 +107,19 @@ class BalanceSettings(Settings):
             return self
         return self.model_copy(update={"whole_row_attention": implementation != "flash_attention_2"})
 
+    def cost_record(self) -> dict[str, Any]:
+        """The settings that say what a bin costs, as plain JSON."""
+        names = {"token_pair", "whole_row_attention", "trained_token", "visual_token", "visual_pair"}
+        return self.model_dump(include=names)
+
+    def sample_costs(self, samples: Loads) -> tuple[np.ndarray, float]:
+        """What each sample adds to the cost of its bin, float64 [n], and what the bin costs beside per token squared.
+
+        samples: their loads, as if each had a bin of its own.
+        """
+        costs, pair_cost = self.costs(samples), 2.0 * self.token_pair if self.whole_row_attention else 0.0
+        return costs - pair_cost * samples.tokens.astype(np.float64) ** 2, pair_cost
+
     def costs(self, loads: Loads) -> np.ndarray:
         """The cost of each bin, float64 [n]. Elementwise on purpose: the same on every machine, which a BLAS is not."""
         if self.whole_row_attention is None:

@@ -183,6 +183,21 @@ class Job(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _costs_are_known(self) -> "Job":
+        if self.packing.mode == "equal_cost" and self.balance is None:
+            raise ValueError("packing.mode equal_cost packs by the costs of balance: take balance: null out")
+        if self.packing.mode == "equal_cost" and self.balance and self.balance.one_shape_per_batch:
+            raise ValueError("packing.mode equal_cost mixes shapes: leave out balance.one_shape_per_batch")
+        return self
+
+    @property
+    def packing_costs(self) -> BalanceSettings | None:
+        """What samples cost, where bins are packed to equal cost."""
+        if self.packing.mode != "equal_cost" or self.balance is None:
+            return None
+        return self.balance.for_attention(self.model.attention)
+
     def prepared_path(self, split: str) -> str:
         """The prepared dataset of `train` or `eval`."""
         return f"{self.output.prepared.rstrip('/')}/{split}"

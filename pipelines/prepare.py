@@ -84,6 +84,7 @@ class PrepareContext:
         return prepare_record(
             files=files, datasets=self.datasets, data=self.job.data, processor=self.family.processor,
             tiling=self.policy, packing=self.job.packing, loss=self.job.loss,
+            costs=costs.cost_record() if (costs := self.job.packing_costs) else None,
         )  # fmt: skip
 
 
@@ -191,7 +192,11 @@ class PackWindow:
 
     def _packed(self, samples: pa.Table) -> Window:
         job, gap = self.context.job, self.context.family.sample_gap
-        return pack_window(samples, job.packing, self._labels, gap, allows_empty(job.loss), mixed=self.mixed)
+        costs = job.packing_costs
+        return pack_window(
+            samples, job.packing, self._labels, gap, allows_empty(job.loss),
+            mixed=self.mixed, sample_costs=costs.sample_costs if costs else None,
+        )  # fmt: skip
 
 
 def prepare(

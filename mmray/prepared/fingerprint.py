@@ -40,11 +40,13 @@ def processor_record(processor: Any) -> dict[str, str]:
 
 def prepare_record(
     *, files: Sequence[SourceFile], datasets: Sequence[DatasetSettings], data: DataSettings, processor: Any,
-    tiling: TilingPolicy, packing: PackingSettings, loss: Loss,
+    tiling: TilingPolicy, packing: PackingSettings, loss: Loss, costs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that changes the result of a prepare, as plain JSON."""
+    """Everything that changes the result of a prepare, as plain JSON. costs: of `BalanceSettings.cost_record`; they
+    count where bins are packed to equal cost."""
     return {
         "format_version": FORMAT_VERSION,
+        **({"costs": costs} if packing.mode == "equal_cost" else {}),
         **({"dealing": DEALING} if len(files) > 1 else {}),  # one file is dealt as it always was
         "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
         "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
