@@ -52,7 +52,8 @@ from mmray.training.model import build_model
 from mmray.training.optim import learning_rate, parameter_groups
 from mmray.training.settings import ModelSettings, TrainingSettings
 
-PICTURE_SIZE = (112, 56)
+CELL = 28
+"""Pixels of a side of a digit's cell, and of what becomes one visual token."""
 CHANCE = 4 * math.log(10) / 9
 GLOBAL_BATCH_BINS = 8
 WHOLE = TilingPolicy()
@@ -94,18 +95,19 @@ class Trial:
         self.train = self._batches(self.windows)
 
     def _picture(self, name: str) -> dict[str, Any]:
-        """Four digits at a random place, and their transcript."""
-        digits = " ".join(str(self.random.randrange(10)) for _ in range(4))
-        image = Image.new("L", PICTURE_SIZE, 255)
-        place = (self.random.randint(4, 20), self.random.randint(8, 22))
-        ImageDraw.Draw(image).text(place, digits.replace(" ", ""), fill=0, font=ImageFont.load_default(28))
+        """Four digits, each somewhere in its cell, and their transcript."""
+        digits = [str(self.random.randrange(10)) for _ in range(4)]
+        image = Image.new("L", (4 * CELL, CELL), 255)
+        for place, digit in enumerate(digits):
+            corner = (place * CELL + self.random.randint(5, 9), self.random.randint(-4, 0))
+            ImageDraw.Draw(image).text(corner, digit, fill=0, font=ImageFont.load_default(CELL))
         path = self.pictures / f"{name}.png"
         image.save(path)
-        return {"id": name, "text": f"<image>\n{digits}", "images": [str(path)]}
+        return {"id": name, "text": f"<image>\n{' '.join(digits)}", "images": [str(path)]}
 
     def _series(self) -> dict[str, Any]:
         start, step = self.random.randint(0, 400), self.random.randint(1, 40)
-        return {"text": " ".join(str(start + step * number) for number in range(self.random.randint(8, 14)))}
+        return {"text": " ".join(str(start + step * number) for number in range(self.random.randint(6, 10)))}
 
     @cached_property
     def _encoder(self) -> Encoder:

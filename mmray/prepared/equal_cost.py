@@ -2,13 +2,13 @@
 
 With one bin a rank a step takes as long as its costliest bin, and bins filled to the same capacities differ by a factor
 of two in time. Here a window's samples, the costliest first, each go into the bin that costs least so far and has room
-(Graham, "Bounds on Multiprocessing Timing Anomalies", 1969). How many bins there are is what `pack_2d` needs, or up to a
-quarter more where with these the costs are closer: the fewest with which the costliest of 8 bins drawn by chance is at
-most 5 % over the mean. Where no number gives that, the one with which steps of 8 such bins take the least time in all.
+(Graham, "Bounds on Multiprocessing Timing Anomalies", 1969). How many bins there are is what `pack_2d` needs, or up
+to a quarter more where with these the costs are closer: the fewest with which the costliest of 8 bins drawn by chance
+is at most 5 % over the mean. Where no number gives that, the one with which steps of 8 such bins take the least time.
 
-On the mixtures of benchmarks/bench_schedule.py, one bin a rank and 8 ranks, steps take 2 to 21 % less time than with
-the fewest bins. Given up: shapes are mixed, bins are not filled to the last token, and costs must be the model's. What
-a single sample costs more than a bin of others can hold stays unequal: give bins room for more than the longest row.
+Given up: shapes are mixed, bins are not filled to the last token, and costs must be the model's. What a single sample
+costs more than a bin of others can hold stays unequal: give bins room for more than the longest row. Each window finds
+its number of bins by itself; windows of rows of a few sizes may find numbers that are some percent apart.
 """
 
 import numpy as np
