@@ -272,8 +272,8 @@ def shares(num_bins: int = 10**6, window_bins: int = 900, steps: int = 1000) -> 
                 name=f"any {steps:,} steps' bins of a set of {name} against its share, 10^6 bins",
                 ratio=far,
                 explanation=f"the worst, in standard deviations of a full shuffle, which has {far_chance:.1f}; sets "
-                f"one after another {far_before:.0f}. Longest stretch without it: {longest:,} bins, {chance:,} in a full "
-                f"shuffle, {longest_before:,} one after another",
+                f"one after another {far_before:.0f}. Longest stretch without it: {longest:,} bins, {chance:,} in a "
+                f"full shuffle, {longest_before:,} one after another",
                 goal=4.0,
                 lower_is_better=True,
             )

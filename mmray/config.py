@@ -149,7 +149,7 @@ class Job(Settings):
     training: TrainingSettings
     """Steps, optimizer, DeepSpeed, evaluation and checkpoints."""
     balance: BalanceSettings | None = BalanceSettings()
-    """How global batches are put together so that ranks have equal work; null: bins in plain shuffled order."""
+    """How ranks are given equal work; null: bins are dealt in plain shuffled order."""
     resources: ResourceSettings = ResourceSettings()
     """Actors, workers and GPUs."""
     output: OutputSettings
