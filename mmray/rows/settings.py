@@ -87,8 +87,9 @@ class DataSettings(Settings):
     is away rather than some pictures broken."""
 
     duplicate_ids: Literal["keep", "reject"] = "keep"
-    """Rows whose id a row of the split has that is dealt earlier. `keep`: they train too, as in files listed twice on purpose; the
-    manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read once more."""
+    """Rows whose id a row of the split has that is dealt earlier. `keep`: they train too, as in files listed twice on
+    purpose; the manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read
+    once more."""
 
     image_frames: Literal["first", "reject"] = "first"
     """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image.
