@@ -33,8 +33,8 @@ COUNT_SECONDS = 10.0
 MOST_KINDS = 8
 """Windows that are packed one by one: with more, those of sets that are dealt alike are packed once."""
 
-Windows = Counter[tuple[tuple[int, int], ...]]
-"""How many windows there are of each kind; a kind is how many rows it has of which set."""
+Windows = Counter[tuple[tuple[int, int, int], ...]]
+"""How many windows there are of each kind; a kind is which rows it has of which set: number, first row, rows."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class _Sampled:
     visual: np.ndarray
     buckets: np.ndarray
 
-    def repeated(self, rows: int) -> np.ndarray:
-        """Which of the sample stand for so many rows, the usable ones."""
-        numbers = np.resize(np.arange(len(self.usable)), rows)
+    def repeated(self, first: int, rows: int) -> np.ndarray:
+        """Which of the sample stand for so many rows of the set from the first on, the usable ones."""
+        numbers = (first + np.arange(rows)) % len(self.usable)
         return numbers[self.usable[numbers]]
 
 
@@ -139,23 +139,29 @@ def _windows(rows_of_sets: Sequence[int], window_rows: int) -> Windows:
     total = sum(rows_of_sets)
     whole = total // window_rows
     if whole <= MOST_KINDS:
-        return Counter(_kind(rows) for rows in dealt(rows_of_sets, window_rows))
+        windows = list(dealt(rows_of_sets, window_rows))
+        first = [[sum(column) for column in zip(*windows[:number])] for number in range(1, len(windows))]
+        none = [0] * len(rows_of_sets)
+        return Counter(_kind(start, rows) for start, rows in zip([none, *first], windows, strict=False))
     rest = [
         rows - taken for rows, taken in zip(rows_of_sets, first_rows(rows_of_sets, whole * window_rows), strict=True)
     ]
-    windows = Counter({_kind(first_rows(rows_of_sets, window_rows)): whole})
-    return windows + Counter([_kind(rest)] if any(rest) else [])
+    none = [0] * len(rest)
+    kinds = Counter({_kind(none, first_rows(rows_of_sets, window_rows)): whole})
+    return kinds + Counter([_kind(none, rest)] if any(rest) else [])
 
 
-def _kind(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((number, count) for number, count in enumerate(rows) if count)
+def _kind(first: Sequence[int], rows: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((number, start, count) for number, (start, count) in enumerate(zip(first, rows, strict=True)) if count)
 
 
 def _window_rows(
-    samples: Sequence[_Sampled], kind: Sequence[tuple[int, int]]
+    samples: Sequence[_Sampled], kind: Sequence[tuple[int, int, int]]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Tokens, visual tokens and shapes of a window's rows."""
-    parts = [(samples[number], samples[number].repeated(rows)) for number, rows in kind if len(samples[number].usable)]
+    parts = [
+        (samples[number], samples[number].repeated(*rows)) for number, *rows in kind if len(samples[number].usable)
+    ]
     lengths = [sample.lengths[chosen] for sample, chosen in parts]
     visual = [sample.visual[chosen] for sample, chosen in parts]
     buckets = [str(bucket) for sample, chosen in parts for bucket in sample.buckets[chosen]]
