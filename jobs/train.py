@@ -99,6 +99,8 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
+    if job.balance and job.balance.across_batches is None and cursor.balance is not None:
+        console.print(f"{run} began with batches of bins of like cost and goes on so (balance.across_batches)")
     if checkpoint is not None and cursor.step >= plan.total_steps(cursor) and _has_finished(run, cursor.step):
         console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
         return plan

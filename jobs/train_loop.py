@@ -90,7 +90,7 @@ class Worker:
         self.cursor = self.plan.place(checkpoint, self.prepared)
         self.total_steps = self.plan.total_steps(self.cursor)
         plan, first_step = self.plan, self.cursor.first_step
-        self.batches = plan.batches("train", plan.schedule, self.world_size, first_step)
+        self.batches = plan.batches("train", plan.schedule_at(self.cursor), self.world_size, first_step)
         self.ingest = Ingest(BatchMaker(self.batches), plan.job.resources, plan.gpus, self.warnings, plan.job.name)
         self.engine = TrainingEngine(
             plan.job.model,

@@ -37,6 +37,7 @@ from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.arrow import binary_cell
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
+from mmray.rows.dealing import dealing_of
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
 from mmray.rows.preflight import check_first_rows
@@ -83,6 +84,7 @@ class PrepareContext:
         return prepare_record(
             files=files, datasets=self.datasets, data=self.job.data, processor=self.family.processor,
             tiling=self.policy, packing=self.job.packing, loss=self.job.loss,
+            costs=costs.cost_record() if (costs := self.job.packing_costs) else None,
         )  # fmt: skip
 
 
@@ -152,10 +154,11 @@ class EncodeChunk:
 class PackWindow:
     """Actor: packs the chunks of one window and commits its files. Hands on the sizes."""
 
-    def __init__(self, job: Job, split: str, token: str) -> None:
-        """token: of the plan whose windows these are (`PreparedWriter.begin`)."""
+    def __init__(self, job: Job, split: str, token: str, dealing: int) -> None:
+        """token: of the plan whose windows these are (`PreparedWriter.begin`); dealing: the way its rows are dealt."""
         self.context = PrepareContext(job, split)
         self.writer = WindowWriter(self.context.path, token)
+        self.mixed = dealing > 1
         self.clock = StageClock("pack", job.name)
         self.tags = {"job_name": job.name, "split": split}
 
@@ -189,7 +192,11 @@ class PackWindow:
 
     def _packed(self, samples: pa.Table) -> Window:
         job, gap = self.context.job, self.context.family.sample_gap
-        return pack_window(samples, job.packing, self._labels, gap, allows_empty(job.loss))
+        costs = job.packing_costs
+        return pack_window(
+            samples, job.packing, self._labels, gap, allows_empty(job.loss),
+            mixed=self.mixed, sample_costs=costs.sample_costs if costs else None,
+        )  # fmt: skip
 
 
 def prepare(
@@ -206,11 +213,14 @@ def prepare(
     files = source_files(context.datasets)
     record = context.record(files)
     writer = PreparedWriter(context.path)
+    record = record if replace else writer.as_begun(record)
     if not replace and writer.is_finished(record):
         writer.tidy()
         return PreparedDataset(context.path), False
     chunks = _with_verification(
-        plan_chunks(files, window_rows=job.packing.window_rows, chunk_rows=job.packing.chunk_rows),
+        plan_chunks(
+            files, window_rows=job.packing.window_rows, chunk_rows=job.packing.chunk_rows, dealing=dealing_of(record)
+        ),
         job.data.verify_rows,
     )
     if not chunks:
@@ -230,7 +240,7 @@ def prepare(
         done = total - sum(chunk.num_rows for chunk in missing)
         on_progress(done, total)
         try:
-            for rows in _run(job, split, writer.token, missing, sizes):
+            for rows in _run(job, split, writer.token, missing, sizes, dealing_of(record)):
                 done += rows
                 on_progress(done, total)
         except Exception:
@@ -280,10 +290,12 @@ def _check_first_rows(context: PrepareContext, chunks: list[Chunk], split: str, 
     return [source.value for source in sources]
 
 
-def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
+def _run(
+    job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None, dealing: int = 1
+) -> Iterator[int]:
     """Execute the graph over these chunks; yields the rows of each window, as planned, when it is committed.
 
-    token: of the plan. Raises UserError for what actors find, and where Ray has no room.
+    token, dealing: of the plan. Raises UserError for what actors find, and where Ray has no room.
     """
     if not chunks:
         return
@@ -298,7 +310,7 @@ def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes
     )  # fmt: skip
     dataset = dataset.map_batches(
         PackWindow, batch_size=job.packing.window_rows // job.packing.chunk_rows, batch_format="pyarrow",
-        fn_constructor_args=(job, split, token),
+        fn_constructor_args=(job, split, token, dealing),
         compute=_pool(resources.pack_actors, room=cpus - resources.encode_actors), num_cpus=1,
     )  # fmt: skip
     try:

@@ -50,9 +50,11 @@ def _steps_here(_rank: int, world_size: int, job: Job) -> list[dict[str, float]]
     return found
 
 
-def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
+def run_here(
+    job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None, dealing: int = 1
+) -> Iterator[int]:
     """As `pipelines.prepare._run`, which it stands for."""
-    encode, pack = EncodeChunk(job, split), PackWindow(job, split, token)
+    encode, pack = EncodeChunk(job, split), PackWindow(job, split, token, dealing)
     if sizes:
         encode.sizes = SizeCache(sizes.known)
     for _, each in groupby(chunks, key=lambda chunk: chunk.window):

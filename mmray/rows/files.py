@@ -7,7 +7,8 @@ every later reader seeks to its bytes.
 """
 
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmray.errors import UserError
 from mmray.images.source import one_line
+from mmray.rows.dealing import DEALING, dealt, lanes_of
 from mmray.rows.huggingface import SavedRows, saved_version
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.webdataset import row_starts
@@ -132,29 +134,51 @@ def _saved_dataset(number: int, folder: str) -> SourceFile:
     return SourceFile(number, folder, "huggingface", len(SavedRows(folder)), saved_version(folder))
 
 
-def plan_chunks(files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int) -> list[Chunk]:
-    """Deal all rows, in order, into chunks of chunk_rows and windows of window_rows (a multiple of chunk_rows).
+def plan_chunks(
+    files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int, dealing: int = DEALING
+) -> list[Chunk]:
+    """Deal all rows into chunks of chunk_rows and windows of window_rows (a multiple of chunk_rows).
 
-    Only the last chunk may be shorter. Line breaks are looked up with a few threads; the order is the files'.
+    Every window has every file at its share (`dealing.py`); dealing 1: the files one after another. Only the last chunk
+    may be shorter. Line breaks are looked up with a few threads.
     """
     if window_rows % chunk_rows:
         raise ValueError(f"window_rows {window_rows} is no multiple of chunk_rows {chunk_rows}")
     with ThreadPoolExecutor(4) as pool:
-        indexed = pool.map(_row_starts, files)
-        pieces = _chunk_pieces(zip(files, indexed), chunk_rows)
-        per_window = window_rows // chunk_rows
-        return [
-            Chunk(number // per_window, number % per_window, number * chunk_rows, tuple(group))
-            for number, group in enumerate(pieces)
-        ]
+        starts = list(pool.map(_row_starts, files))
+    per_window = window_rows // chunk_rows
+    return [
+        Chunk(number // per_window, number % per_window, number * chunk_rows, tuple(group))
+        for number, group in enumerate(_chunk_pieces(_dealt_rows(files, starts, window_rows, dealing), chunk_rows))
+    ]
 
 
-def _chunk_pieces(indexed: Any, chunk_rows: int) -> Iterator[list[Piece]]:
+def _dealt_rows(
+    files: Sequence[SourceFile], starts: Sequence[np.ndarray], window_rows: int, dealing: int
+) -> Iterator[tuple[SourceFile, np.ndarray, int, int]]:
+    """Stretches of rows in the order in which windows take them: a file, its row starts, the first row and the stop."""
+    rows = [len(each) - 1 for each in starts]
+    lanes = lanes_of(rows, [file.dataset for file in files], dealing)
+    ends = [np.cumsum([rows[file] for file in lane]).tolist() for lane in lanes]
+    done = [0] * len(lanes)
+    for window in dealt([end[-1] for end in ends if end], window_rows):
+        for lane, count in enumerate(window):
+            stop = done[lane] + count
+            while done[lane] < stop:
+                place = bisect_right(ends[lane], done[lane])  # the file of the lane that holds the next row
+                file, end = lanes[lane][place], min(stop, ends[lane][place])
+                before = ends[lane][place] - rows[file]
+                yield files[file], starts[file], done[lane] - before, end - before
+                done[lane] = end
+
+
+def _chunk_pieces(
+    stretches: Iterable[tuple[SourceFile, np.ndarray, int, int]], chunk_rows: int
+) -> Iterator[list[Piece]]:
     """Pieces of exactly chunk_rows rows together (the last group may be shorter)."""
     group: list[Piece] = []
     room = chunk_rows
-    for file, starts in indexed:
-        row, total = 0, len(starts) - 1
+    for file, starts, row, total in stretches:
         while row < total:
             taken = min(room, total - row)
             span = int(starts[row]), int(starts[row + taken])

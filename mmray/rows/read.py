@@ -7,6 +7,7 @@ each chunk, and holds a few rows at a time, never a row group.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from mmray.rows.json_rows import parse_row
 from mmray.rows.webdataset import read_rows
 from mmray.storage import file_system
 
-_BATCH_ROWS = 64
+MOST_OPEN = 64
+"""Tables that a reader keeps open: as many as are read side by side (`dealing.py`), and some that are done with."""
+_BATCH_ROWS = 16
 _BUFFER_BYTES = 1 << 20
 
 
@@ -35,11 +38,11 @@ class RawRow:
 
 
 class RowReader:
-    """Reads pieces, cheapest in the order of their file. Keeps the last table open."""
+    """Reads pieces, cheapest in the order of their file. Keeps the last MOST_OPEN tables open."""
 
     def __init__(self) -> None:
-        self._parquet: _ParquetRows | None = None
-        self._saved: SavedRows | None = None
+        self._parquet = lru_cache(maxsize=MOST_OPEN)(_ParquetRows)
+        self._saved = lru_cache(maxsize=MOST_OPEN)(SavedRows)
 
     def read(self, piece: Piece) -> Iterator[RawRow]:
         """The rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged file."""
@@ -49,15 +52,11 @@ class RowReader:
             return _read_shard(piece)
         if piece.format != "parquet":
             return _read_jsonl(piece)
-        if self._parquet is None or self._parquet.uri != piece.uri:
-            self._parquet = _ParquetRows(piece.uri)
-        return self._parquet.read(piece)
+        return self._parquet(piece.uri).read(piece)
 
     def _read_saved(self, piece: Piece) -> Iterator[RawRow]:
-        if self._saved is None or self._saved.folder != piece.uri:
-            self._saved = SavedRows(piece.uri)
         row = piece.first_row
-        for table in self._saved.batches(row, row + piece.num_rows):
+        for table in self._saved(piece.uri).batches(row, row + piece.num_rows):
             for value in _values(table):
                 yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
                 row += 1

@@ -18,6 +18,7 @@ from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
+from mmray.rows.dealing import dealing_of
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
 from mmray.rows.encode import Encoder
 from mmray.rows.files import plan_chunks, source_files
@@ -40,6 +41,8 @@ class Preparation:
         self.tiling = TilingPolicy.model_validate(tiling or {})
         self.data = DataSettings(train=tuple(DatasetSettings(**each) for each in datasets), **data)
         self.packing, self.loss = packing, loss
+        self.dealing: int | None = None
+        """The way its rows are dealt, known with its windows."""
         known = isinstance(processor, Family)
         self.family = processor if known else family_of(processor, tiled=self.tiling.is_tiled)
         self.policy = self.family.resolve_tiling(self.tiling)
@@ -66,7 +69,8 @@ class Preparation:
 
     def window(self, results: Iterable[Sample | RejectedRow]) -> Window:
         table, empty = samples_table(list(results)), allows_empty(self.loss)
-        return pack_window(table, self.packing, self.labels, self.family.sample_gap, empty)
+        mixed = self.dealing is not None and self.dealing > 1
+        return pack_window(table, self.packing, self.labels, self.family.sample_gap, empty, mixed=mixed)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -77,9 +81,11 @@ class Preparation:
 
     def windows(self) -> Iterator[tuple[int, list[Sample | RejectedRow]]]:
         """The encoded rows of each window of the files."""
+        self.dealing = self.dealing or dealing_of(self.record)
         chunks = plan_chunks(
-            source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows
-        )
+            source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows,
+            dealing=self.dealing,
+        )  # fmt: skip
         if self.data.duplicate_ids == "reject":
             chunks = list(with_duplicates(chunks, [chunk_id_hashes(chunk, self.data.train) for chunk in chunks]))
         for number, window in itertools.groupby(chunks, lambda chunk: chunk.window):
@@ -88,12 +94,14 @@ class Preparation:
 
     def write(self, path: Path | str) -> PreparedDataset:
         """Prepare the files into a folder, as a job does: only what is missing."""
-        writer, record = PreparedWriter(str(path)), self.record
+        writer = PreparedWriter(str(path))
+        record = writer.as_begun(self.record)
         if writer.is_finished(record):
             writer.tidy()
             return PreparedDataset(str(path))
         finished = writer.begin(record)
         number = -1
+        self.dealing = dealing_of(record)
         for number, results in self.windows():
             if number not in finished:
                 writer.windows().write(number, self.window(results))
@@ -102,7 +110,9 @@ class Preparation:
     def finish(self, writer: PreparedWriter, num_windows: int) -> PreparedDataset:
         capacities = (self.packing.token_capacity, self.packing.visual_capacity)
         facts = {"seconds": 1.5}
-        return writer.finish(self.record, num_windows, tiling=self.policy, capacities=capacities, facts=facts)
+        return writer.finish(
+            writer.as_begun(self.record), num_windows, tiling=self.policy, capacities=capacities, facts=facts
+        )
 
 
 def contents(folder: Path | str) -> dict[str, bytes]:
