@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.bench_packing import MIXTURES, Mixture, Sizes, few_sizes, ocr_any_size, ocr_tiles, packed, text_only
 from benchmarks.common import Result, best_seconds
-from mmray.prepared.equal_cost import pack_equal_cost
+from mmray.packing.equal_cost import pack_equal_cost
 from mmray.rows.dealing import dealt
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule, BoundSchedule, LoadsOf

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from mmray.errors import RowError
 from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.packing.equal_cost import pack_equal_cost
 from mmray.packing.pack import lower_bound, pack_2d
 from mmray.packing.settings import PackingSettings
-from mmray.prepared.equal_cost import pack_equal_cost
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
 from mmray.rows.duplicates import id_hashes
 from mmray.rows.sample import RejectedRow, Sample

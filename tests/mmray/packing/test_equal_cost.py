@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.config.job import Job
+from mmray.packing.equal_cost import DRAWN, EQUAL, MOST_BINS, expected_costliest, pack_equal_cost
 from mmray.packing.pack import pack_2d
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.dataset import window_bins
-from mmray.prepared.equal_cost import DRAWN, EQUAL, MOST_BINS, expected_costliest, pack_equal_cost
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import pack_window, samples_table
 from mmray.schedule.balance import BalanceSettings
