@@ -28,7 +28,7 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.images.header import measured
+from mmray.images.header import BROKEN_EXIF, measured
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.images.source import one_line
 from mmray.loss.labels import LabelMaker
@@ -39,10 +39,11 @@ from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
 from mmray.rows.dealing import dealing_of
 from mmray.rows.encode import Encoder
-from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
+from mmray.rows.files import Chunk, check_unchanged, plan_chunks, set_files, source_files
 from mmray.rows.preflight import check_first_rows
 from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 from mmray.training.model import load_config
 from pipelines import measures
 from pipelines.dataset import ERROR, cluster_amount, one_row_blocks, out_of_room
@@ -257,11 +258,19 @@ def prepare(
             "model_type": load_config(job.model).model_type,
             "processor_source": job.model.processor_source,
             "loss_sources": sources,
+            "set_files": set_files(files, len(context.datasets)),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
     _tell(prepared)
     return prepared, True
+
+
+_NOTES = {
+    BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
+    BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
+    WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
+}
 
 
 def _tell(prepared: PreparedDataset) -> None:
@@ -275,8 +284,7 @@ def _tell(prepared: PreparedDataset) -> None:
         )  # fmt: skip
     for note, count in facts["image_notes"].items():
         log.warning(
-            "%s: %d images with %s are taken as they are stored, such as that of row %s",
-            prepared.path, count, note, examples[note][0],
+            "%s: %d %s, such as %s", prepared.path, count, _NOTES.get(note, note), examples[note][0]
         )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def prepare_record(
         **({"costs": costs} if packing.mode == "equal_cost" else {}),
         **({"dealing": DEALING} if len(files) > 1 else {}),  # one file is dealt as it always was
         "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
-        "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
+        "datasets": [dataset.record() for dataset in datasets],
         "max_image_pixels": data.max_image_pixels,
         "image_frames": data.image_frames,
         "duplicate_ids": data.duplicate_ids,

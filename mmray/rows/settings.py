@@ -1,17 +1,19 @@
 """The `data` part of the job file: where rows come from and what they look like."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmray.base.settings import Settings
+from mmray.base.settings import RowKind, Settings
 
-RowKind = Literal["pretrain", "chat", "tokenized"]
 FIELDS: dict[RowKind, tuple[str, ...]] = {
     "pretrain": ("id", "text", "images"),
     "chat": ("id", "messages", "conversations", "images"),
     "tokenized": ("id", "input_ids", "labels", "sampled_mask", "images"),
 }
+
+ONE_IMAGE = "image"
+"""What LLaVA and its children call the image of a row; read where a row has no `images`."""
 
 
 def _as_tuple(value: object) -> object:
@@ -28,9 +30,14 @@ class DatasetSettings(Settings):
     """`pretrain` (`text`), `chat` (`messages` or ShareGPT `conversations`) or `tokenized` (`input_ids`, and
     `labels` or `sampled_mask`)."""
 
-    format: Literal["auto", "jsonl", "parquet", "webdataset", "huggingface"] = "auto"
-    """File format; `auto` goes by the ending: `.parquet`, `.tar` (WebDataset shards), anything else is JSON lines.
-    `huggingface`: `files` are folders that `Dataset.save_to_disk` wrote."""
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "arrow", "webdataset", "huggingface"] = "auto"
+    """File format; `auto` goes by the first bytes of a file, and by its ending where they say nothing: `.csv`, `.tsv`,
+    `.parquet`, `.arrow`, `.tar` (WebDataset shards), anything else is JSON lines or a JSON array. `huggingface`:
+    `files` are folders that `Dataset.save_to_disk` wrote."""
+
+    members: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Members of a WebDataset shard that are read, by what stands behind the key: `[jpg, txt]`, or with `*` for
+    numbers, `["*.jpg", json]`. Masks and second encodings are left out so. Default: all."""
 
     image_root: str | None = None
     """Folder or URI that image paths are relative to, and must stay inside. Default: the folder of the row file."""
@@ -62,6 +69,18 @@ class DatasetSettings(Settings):
         if not self.placeholder:
             raise ValueError("placeholder must not be empty")
         return self
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain JSON, for what a prepared dataset depends on. `members` came later: without it the
+        record is that of earlier versions."""
+        values = self.model_dump(mode="json")
+        return values if self.members else {name: value for name, value in values.items() if name != "members"}
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """Names in the file of all that rows are made of."""
+        names = [self.column(field) for field in FIELDS[self.kind]]
+        return (*names, ONE_IMAGE) if self.column("images") == "images" else tuple(names)
 
     def column(self, field: str) -> str:
         """The name in the file of one of mmray's fields."""
