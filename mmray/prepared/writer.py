@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.ahead import in_order
+from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json
@@ -114,6 +114,12 @@ class PreparedWriter:
     def windows(self) -> WindowWriter:
         """What commits windows of the plan that was begun."""
         return WindowWriter(self.path, self.token)
+
+    def statistics(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The counts of windows that are committed, in order."""
+        with explained(self.path):
+            for commit in self._commits(numbers):
+                yield commit.get("statistics", {})
 
     def finish(
         self, record: dict[str, Any], num_windows: int, *, tiling: TilingPolicy, capacities: tuple[int, int],

@@ -7,6 +7,7 @@ every later reader seeks to its bytes.
 """
 
 import bisect
+import itertools
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from mmray.ahead import in_order
+from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.rows.dealing import DEALING, dealt, lanes_of
 from mmray.rows.forms import NAMES, Form, format_by_name, told_form
@@ -211,6 +212,11 @@ def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> 
                 before = ends[lane][place] - index.num_rows
                 yield index, done[lane] - before, end - before
                 done[lane] = end
+
+
+def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """The chunks of each window, of chunks in order."""
+    return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
 
 
 def _chunk_pieces(stretches: Iterable[tuple[RowIndex, int, int]], chunk_rows: int) -> Iterator[list[Piece]]:
