@@ -134,6 +134,12 @@ def pack_window(
     return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
 
 
+def _drawn_order(count: int, seed: int) -> list[int]:
+    """The numbers below count in an order that never changes between versions of numpy."""
+    draws = mix_many(mix_many(np.arange(1, count + 1, dtype=np.uint64)) ^ np.uint64(seed))
+    return np.argsort(draws, kind="stable").tolist()
+
+
 def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """The rows of each set (`SetRows`), by its number as JSON has it. rejected: records of rows by their index."""
     sets = {str(number): SetRows(count) for number, count in Counter(datasets).items() if number is not None}
@@ -141,12 +147,6 @@ def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any
         if (number := datasets[index]) is not None:
             sets[str(number)].reject(record["reason"], record["source"], record["message"])
     return {number: counts.to_json() for number, counts in sets.items()}
-
-
-def _drawn_order(count: int, seed: int) -> list[int]:
-    """The numbers below count in an order that never changes between versions of numpy."""
-    draws = mix_many(mix_many(np.arange(1, count + 1, dtype=np.uint64)) ^ np.uint64(seed))
-    return np.argsort(draws, kind="stable").tolist()
 
 
 def _image_notes(noted: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
