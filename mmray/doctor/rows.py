@@ -1,5 +1,6 @@
 """What the first rows of each set show: that they can be read, are as long as the processor says, and train."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,8 @@ class FirstRows:
     split: str
     family: Family
     policy: TilingPolicy
+    positions: int | None = None
+    """The model's `max_position_embeddings`, where it has such."""
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -117,7 +120,8 @@ class FirstRows:
         labels = label_maker(self.job.loss, self.family)
         for number in numbers[:SHOWN_SETS]:
             shortest = min(self.good(number), key=lambda sample: len(sample.input_ids))
-            (shown,) = window_bins(pack_window(samples_table([shortest]), self.job.packing, labels, 0, True))
+            alone = self.job.packing.model_copy(update={"mode": "none"})
+            (shown,) = window_bins(pack_window(samples_table([shortest]), alone, labels, 0, True))
             roles, (view,) = view_samples(shown, self.family, self.job.loss)
             print_sample(console, f"the shortest of the first rows of {self.name(number)}: {view.id}", view, roles)
         if numbers:
@@ -167,6 +171,8 @@ def _capacities(rows: FirstRows) -> Finding:
     large = [result for results in of_sets for result in results]
     samples = rows.samples()
     looked_at = sum(map(len, rows.results))
+    beyond = sum(len(sample.input_ids) > (rows.positions or math.inf) for sample in samples)
+    longer = f"; {beyond} rows have more tokens than the model's {rows.positions:,} positions" if beyond else ""
     part = f"{len(large)} of the first {looked_at} rows of data.{rows.split}, {len(large) / max(1, looked_at):.1%},"
     if large and rows.job.data.on_bad_row == "error":
         return failed(check, f"{part} fit no bin, and on_bad_row is error: {large[0].source}", large[0].message)
@@ -184,7 +190,8 @@ def _capacities(rows: FirstRows) -> Finding:
             f"{part} fit no bin and will be rejected: {large[0].source}, {large[0].message}"
             if large
             else f"all of {looked_at} rows fit"
-        ),
+        )
+        + longer,
     )
 
 

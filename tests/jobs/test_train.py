@@ -23,6 +23,8 @@ from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.history import read_history
 from mmray.run.metrics import read_metrics
 from mmray.training.bins_log import read_trained
+from mmray.training.model import build_model
+from mmray.training.settings import ModelSettings
 from pipelines import measures
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
@@ -168,6 +170,18 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
     assert len(counted) > 12, "steps were done again"
     assert {step for step, _ in counted} == set(range(1, 13))
     assert all(step == count for step, count in counted)
+
+
+def test_a_first_loss_as_of_random_weights_is_told(inputs: Inputs, folder: Path) -> None:
+    """And what transformers warns of in workers is kept."""
+    config = str(inputs.folder / "model")
+    build_model(ModelSettings(config=config, dtype="fp32")).save_pretrained(folder / "untrained")
+    model = {"path": str(folder / "untrained"), "processor": str(inputs.folder / "processor"), "dtype": "fp32"}
+    (line,) = run_job(inputs, folder, "untrained-run", model=model, training__steps=1)
+    events = {event["event"]: event for event in read_history(folder / "untrained-run")}
+    assert events["first_loss"]["loss"] == line["loss"]
+    assert "as random weights: ln(vocabulary) is 6.41" in events["first_loss"]["problem"]
+    assert events["first_loss"]["problem"] in (folder / "untrained-run/warnings.log").read_text()
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
