@@ -19,6 +19,7 @@ from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images.source import one_line
 from mmray.loss.settings import SAMPLED_ROLE, chat_template, marks_generated
+from mmray.rows.ids import has_id, id_text
 from mmray.rows.image_refs import ImageRef, image_refs
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.typed import TypedMarkers
@@ -92,11 +93,12 @@ class DocumentReader:
     def row_id(self, value: dict[str, Any], source: str) -> str:
         """The row's id; its source position when it has none."""
         found = value.get(self.dataset.column("id"))
-        if found is None:
+        if not has_id(found):
             return source
-        if not isinstance(found, (str, int)) or isinstance(found, bool):
+        text = id_text(found)
+        if text is None:
             raise RowError("wrong_type", f"id must be a string, not {type(found).__name__} {found!r:.60}")
-        return str(found)
+        return text
 
     def _string(self, value: dict[str, Any], field: str) -> str:
         column = self.dataset.column(field)

@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from tokenizers import Encoding
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
-from mmray.images.header import Measured, measured
+from mmray.images import TilePlan, TilingPolicy, plan_tiles
+from mmray.images.header import measured
+from mmray.images.measure_ahead import Measure, MeasureAhead
 from mmray.images.source import one_line
 from mmray.loss.labels import LossRule, with_stop_tokens
 from mmray.loss.settings import (
@@ -33,7 +34,7 @@ from mmray.packing.settings import PackingSettings
 from mmray.rows.document import Document, DocumentReader, check_chats
 from mmray.rows.duplicates import id_of
 from mmray.rows.endings import Endings
-from mmray.rows.image_refs import ImageRef, image_refs
+from mmray.rows.image_refs import ImageRef, image_refs, remote_images
 from mmray.rows.read import RawRow
 from mmray.rows.sample import RejectedRow, Sample, shown
 from mmray.rows.settings import DatasetSettings, DataSettings
@@ -55,12 +56,6 @@ class _Pending:
     """What the model generates of the text that the tokenizer gets; None where the chat template is not asked."""
 
 
-class Measure(Protocol):
-    """`measured`, or that of a `SizeCache`."""
-
-    def __call__(self, source: ImageSource, *, max_pixels: int, one_frame: bool) -> Measured: ...
-
-
 class Encoder:
     """Encodes the rows of a job. Holds the tokenizer; safe to build once per actor."""
 
@@ -69,7 +64,9 @@ class Encoder:
         packing: PackingSettings, *, loss: Loss = "sampled", measure: Measure = measured,
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
-        self._measure = measure
+        self._measure = MeasureAhead(
+            measure, max_pixels=data.max_image_pixels, one_frame=data.image_frames == "reject"
+        )  # fmt: skip
         for dataset in datasets:
             check_chats(dataset, family)
         self.sources = [loss_source(loss, dataset.kind, family) for dataset in datasets]
@@ -98,6 +95,7 @@ class Encoder:
         an earlier row has their id. Raises UserError when a verified row differs, and for the first bad row under
         `on_bad_row: error`.
         """
+        self._measure.expect(uri for row in rows for uri in self._remote_images(row))
         prepared = [
             self._guard(row, self._refuse_duplicate if number in duplicates else self._prepare, row)
             for number, row in enumerate(rows)
@@ -153,15 +151,14 @@ class Encoder:
             self._markers.check(found, expected, document.typed)
         return _Pending(row, document, plans, sizes, notes, text, generated)
 
+    def _remote_images(self, row: RawRow) -> list[str]:
+        if isinstance(row.value, RowError):
+            return []
+        return remote_images(row.value, row.source, self.datasets[row.dataset])
+
     def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
         """The sizes of images, and the notes on them."""
-        found = [
-            self._measure(
-                image.uri if image.data is None else image.data,
-                max_pixels=self.data.max_image_pixels, one_frame=self.data.image_frames == "reject",
-            )
-            for image in images
-        ]  # fmt: skip
+        found = [self._measure(image.uri if image.data is None else image.data) for image in images]
         return tuple(each.size for each in found), tuple(each.note for each in found if each.note)
 
     def _expanded(self, text: str, plans: Sequence[TilePlan]) -> str:
@@ -262,7 +259,7 @@ class Encoder:
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
             given=generated,
             visual_pairs=_visual_pairs(tiles),
-            notes=item.notes,
+            notes=(*item.row.notes, *item.notes),
         )
         return self._checked(sample)
 
@@ -318,7 +315,7 @@ class Encoder:
             Sample(
                 id=reader.row_id(value, row.source), source=row.source, rule=source.rule, bucket=_bucket(plans),
                 visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles), notes=notes,
+                visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes),
             )
         )  # fmt: skip
 
