@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from mmray.base.json_lines import read_json_lines
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
+from mmray.export import export_model
 from mmray.images.size_cache import read_sizes
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.run.checkpoints import newest_looking_whole
@@ -124,6 +127,17 @@ def test_a_run_resumes_from_its_oldest_checkpoint_by_the_tiles_of_its_cache(stat
     shutil.rmtree(newest)
     blank_images(state)
     same_numbers(train_here(job_of(), ranks=2), first=6)
+
+
+def test_a_checkpoint_is_exported_with_its_job(state: Path) -> None:
+    """It does not say which model it is of; the weights are those that DeepSpeed wrote."""
+    with pytest.raises(UserError, match=r"give --job JOB\.yaml"):
+        export_model("run", "model-of-5", step=5)
+    export_model("run", "model-of-5", step=5, settings=job_of().model)
+    (saved,) = (state / "run").glob("checkpoint_00000005_*/deepspeed/mp_rank_00_model_states.pt")
+    expected = torch.load(saved, weights_only=False)["module"]
+    model = AutoModelForImageTextToText.from_pretrained("model-of-5", dtype="auto")
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
 def test_other_settings_are_refused_by_name(state: Path) -> None:
