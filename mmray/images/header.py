@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
 
 from mmray.errors import RowError
+from mmray.images import jpeg
+from mmray.images.contents import CONTENTS_BYTES, contents
+from mmray.images.readers import TiffReader, UnknownKindError, open_picture
 from mmray.images.source import (
     HEADER_BLOCK_BYTES,
     PASSING_ERRORS,
@@ -35,15 +37,11 @@ from mmray.images.source import (
     one_line,
 )
 
-FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "AVIF"]
-"""Formats that are opened, in Pillow's names. Others Pillow knows are guessed without a signature (TGA),
-run an interpreter (EPS) or hold sizes that decoding changes (ICO)."""
-
 MAX_PIXELS = 250_000_000
 """Pixels of the largest image that is opened: a sheet of A0 at 400 dpi has 245 million."""
 
-_WIDTH_TAG, _HEIGHT_TAG, _ORIENTATION_TAG = 256, 257, 274
-_INTEGER_KINDS = {1: "B", 3: "H", 4: "I"}
+_ORIENTATION_TAG = 274
+_INTEGER_KINDS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 _BROKEN = -1
 """Stands for the orientation that EXIF would have said, had it been readable."""
 BROKEN_EXIF = "broken_exif"
@@ -121,7 +119,7 @@ def opened_image(
     block_bytes: as in `open_image`.
     """
     with image_file(source, block_bytes=block_bytes) as file, _pillow_limit_lifted:
-        image, header = _identify(file, source)
+        image, header = _identify(file if block_bytes == HEADER_BLOCK_BYTES else _held(file, source), source)
         if min(header.size) < 1:
             raise RowError("image_unreadable", f"{describe_source(source)}: has no pixels; store it anew")
         num_pixels = header.width * header.height
@@ -132,6 +130,20 @@ def opened_image(
             )
             raise RowError("image_too_large", message)
         yield image, header
+
+
+def _held(file: BinaryIO, source: ImageSource) -> BinaryIO:
+    """A file whose pixels are wanted; a JPEG in memory, as its bytes are looked at too (`mmray.images.jpeg`)."""
+    try:
+        file.seek(0)
+        head = file.read(len(jpeg.SIGNATURE))
+        rest = file.read() if head == jpeg.SIGNATURE else b""
+        file.seek(0)
+    except PASSING_ERRORS:
+        raise
+    except OSError as error:
+        raise RowError("image_unreadable", f"{describe_source(source)}: {one_line(error)}; store it anew") from error
+    return io.BytesIO(head + rest) if rest else file
 
 
 class _PillowLimitLifted:
@@ -164,14 +176,15 @@ _pillow_limit_lifted = _PillowLimitLifted()
 
 def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile, ImageHeader]:
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = open_picture(file)
         return image, _header_of(image, file)
     except PASSING_ERRORS:
         raise
+    except UnknownKindError as error:
+        raise RowError("image_unreadable", f"{describe_source(source)}: {error}") from error
     except UnidentifiedImageError as error:
         file.seek(0)
-        found = "no image of a known format" if file.read(1) else "the file is empty"
-        message = f"{describe_source(source)}: {found}; store it as one of {', '.join(FORMATS)}"
+        message = f"{describe_source(source)}: {contents(file.read(CONTENTS_BYTES))}"
         raise RowError("image_unreadable", message) from error
     except Exception as error:  # a parser of foreign bytes may raise anything
         message = f"{describe_source(source)}: {one_line(error)}; store the image anew"
@@ -179,7 +192,7 @@ def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile,
 
 
 def _header_of(image: ImageFile.ImageFile, file: BinaryIO) -> ImageHeader:
-    width, height = _stored_size(image)
+    width, height = image.size
     found = _orientation(image, file)
     orientation, note = (found, "") if 1 <= found <= 8 else (1, BROKEN_EXIF if found else "")
     if orientation >= 5:
@@ -187,15 +200,8 @@ def _header_of(image: ImageFile.ImageFile, file: BinaryIO) -> ImageHeader:
     return ImageHeader(width, height, str(image.format), image.mode, orientation, _num_frames(image), note)
 
 
-def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
-    """(width, height) before the orientation. Pillow swaps a TIFF's size by itself, and not in every case."""
-    if isinstance(image, TiffImageFile):
-        return image.tag_v2[_WIDTH_TAG], image.tag_v2[_HEIGHT_TAG]
-    return image.size
-
-
 def _num_frames(image: ImageFile.ImageFile) -> int | None:
-    if image.format == "GIF" or (isinstance(image, TiffImageFile) and image.is_animated):
+    if image.format == "GIF" or (isinstance(image, TiffReader) and image.is_animated):
         return None
     return getattr(image, "n_frames", 1)
 
@@ -220,7 +226,7 @@ def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
 
     Two places are left out: XMP that stands behind the pixels of a PNG, and EXIF there that more than 128 KB follow.
     """
-    if isinstance(image, TiffImageFile):
+    if isinstance(image, TiffReader):
         tag = image.tag_v2.get(_ORIENTATION_TAG)
         found = tag if tag is None or isinstance(tag, int) else _BROKEN
     else:

@@ -11,7 +11,7 @@ from PIL import Image
 from mmray.config import load_job
 from mmray.errors import UserError
 from mmray.images import ALLOWED_SCHEMES
-from mmray.images.header import FORMATS
+from mmray.images.readers import FORMATS
 from mmray.packing_settings import PackingSettings
 from mmray.rows.document import _ROLES
 from mmray.rows.files import plan_chunks, source_files
