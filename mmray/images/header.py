@@ -12,6 +12,7 @@ What a header says is checked here: an image too large to decode safely is refus
 """
 
 import io
+import os
 import re
 import struct
 import threading
@@ -19,13 +20,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.GifImagePlugin import GifImageFile
 
 from mmray.errors import RowError
 from mmray.images import jpeg
 from mmray.images.contents import CONTENTS_BYTES, contents
+from mmray.images.paged import MOST_PAGES, PageOfFile
+from mmray.images.pdf import num_pages, pdf_size
 from mmray.images.readers import TiffReader, UnknownKindError, open_picture
 from mmray.images.source import (
     HEADER_BLOCK_BYTES,
@@ -46,6 +50,15 @@ _BROKEN = -1
 """Stands for the orientation that EXIF would have said, had it been readable."""
 BROKEN_EXIF = "broken_exif"
 """The note on an image whose EXIF cannot be read, or says an orientation there is not: it is taken as it is stored."""
+SEVERAL_FRAMES = "several_frames"
+"""The note on a file of several pages or frames, of which the first alone is the image."""
+NOTES = {
+    BROKEN_EXIF: "taken as they are stored",
+    SEVERAL_FRAMES: "the first page or frame alone is the image (data.image_frames)",
+}
+"""What becomes of images with a note."""
+_ONE_PICTURE = ("JPEG", "MPO", "HEIF")
+"""Formats that hold one photograph, if in several views."""
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _PNG_TAIL_BYTES = HEADER_BLOCK_BYTES
 """How much of a PNG's end is searched for EXIF: one request. EXIF itself has at most 64 KB."""
@@ -60,7 +73,7 @@ class ImageHeader:
     height: int
     """Height in pixels, upright."""
     format: str
-    """One of FORMATS, or "MPO" (a JPEG of several pictures)."""
+    """One of FORMATS, "HEIF", "MPO" (a JPEG of several pictures), or "PDF"."""
     mode: str
     """Pillow's mode of the stored pixels, for example "RGB", "CMYK", "I;16"."""
     orientation: int
@@ -68,7 +81,7 @@ class ImageHeader:
     num_frames: int | None
     """Pages or frames in the file, of which the first is used. None: only reading on would tell."""
     note: str = ""
-    """What was passed over: BROKEN_EXIF, or nothing."""
+    """What was passed over: a word of NOTES, or nothing."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -86,13 +99,31 @@ class Measured(NamedTuple):
 def measured(source: ImageSource, *, max_pixels: int = MAX_PIXELS, one_frame: bool = False) -> Measured:
     """The size of an image, and what was passed over. Errors as `read_header`.
 
-    one_frame: raise RowError `image_frames` for a file of several pages or frames.
+    one_frame: raise RowError `image_frames` for a file of several pages or frames, of which the source names none.
     """
+    page = page_of(source)
+    if page and page.is_pdf:
+        return Measured(pdf_size(page, max_pixels))
     with opened_image(source, max_pixels, block_bytes=HEADER_BLOCK_BYTES) as (image, header):
-        if one_frame and _has_several(image, header, source):
+        if page is None and len(_frames(image, source, is_any_enough=True)) > 1:
+            if not one_frame:
+                return Measured(header.size, header.note or SEVERAL_FRAMES)
             message = f"{describe_source(source)}: has several pages or frames; split it, or set data.image_frames"
-            raise RowError("image_frames", f"{message}: first")
+            raise RowError("image_frames", f"{message}: first, or all")
         return Measured(header.size, header.note)
+
+
+def frames_of(source: ImageSource) -> list[int]:
+    """The numbers, from 1, of the pages or frames of an image; previews and masks, and the further views of
+    photographs, are none. Errors as `read_header`, but for size."""
+    with image_file(source, block_bytes=HEADER_BLOCK_BYTES) as file:
+        image, _ = _identify(file, source)
+        return _frames(image, source)
+
+
+def page_of(source: ImageSource) -> PageOfFile | None:
+    """The page that a source names, if it is a path or URI and names one."""
+    return PageOfFile.written(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
 
 
 def image_size(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -104,8 +135,12 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHe
     """Read an image's header; no pixel is decoded.
 
     Raises RowError: those of `open_image`; `image_unreadable` where the file is empty or no image of FORMATS;
-    `image_too_large` above `max_pixels` pixels (width times height).
+    `image_too_large` above `max_pixels` pixels (width times height); `image_page` for a page that there is not; of
+    PDFs those of `pdf_size`.
     """
+    page = page_of(source)
+    if page and page.is_pdf:
+        return ImageHeader(*pdf_size(page, max_pixels), "PDF", "RGB", 1, num_pages(page.file))
     with opened_image(source, max_pixels, block_bytes=HEADER_BLOCK_BYTES) as (_, header):
         return header
 
@@ -119,7 +154,10 @@ def opened_image(
     block_bytes: as in `open_image`.
     """
     with image_file(source, block_bytes=block_bytes) as file, _pillow_limit_lifted:
-        image, header = _identify(file if block_bytes == HEADER_BLOCK_BYTES else _held(file, source), source)
+        is_decoded = block_bytes != HEADER_BLOCK_BYTES
+        image, header = _identify(_held(file, source) if is_decoded else file, source)
+        if page := page_of(source):
+            header = _at_page(image, page, source, is_decoded)
         if min(header.size) < 1:
             raise RowError("image_unreadable", f"{describe_source(source)}: has no pixels; store it anew")
         num_pixels = header.width * header.height
@@ -191,7 +229,7 @@ def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile,
         raise RowError("image_unreadable", message) from error
 
 
-def _header_of(image: ImageFile.ImageFile, file: BinaryIO) -> ImageHeader:
+def _header_of(image: ImageFile.ImageFile, file: IO[bytes]) -> ImageHeader:
     width, height = image.size
     found = _orientation(image, file)
     orientation, note = (found, "") if 1 <= found <= 8 else (1, BROKEN_EXIF if found else "")
@@ -206,21 +244,64 @@ def _num_frames(image: ImageFile.ImageFile) -> int | None:
     return getattr(image, "n_frames", 1)
 
 
-def _has_several(image: ImageFile.ImageFile, header: ImageHeader, source: ImageSource) -> bool:
-    """Whether a file holds more pages or frames than one. The further views of a photograph (MPO) are none."""
-    if header.format == "MPO":
-        return False
-    if header.format != "GIF":
-        return header.num_frames != 1
+def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: bool = False) -> list[int]:
+    """As `frames_of`; the image is then at its first frame again. is_any_enough: the second is not looked behind."""
     try:
-        return bool(getattr(image, "is_animated", False))
-    except PASSING_ERRORS:
+        if isinstance(image, TiffReader):
+            return _tiff_pages(image, is_any_enough)
+        if image.format in _ONE_PICTURE:
+            return [1]
+        if is_any_enough and isinstance(image, GifImageFile):
+            return [1, 2] if image.is_animated else [1]
+        return list(range(1, min(getattr(image, "n_frames", 1), MOST_PAGES) + 1))
+    except (*PASSING_ERRORS, RowError):
         raise
+    except UnknownKindError as error:
+        raise RowError("image_unreadable", f"{describe_source(source)}: page {image.tell() + 1}: {error}") from error
     except Exception as error:  # a parser of foreign bytes may raise anything
         raise RowError("image_unreadable", f"{describe_source(source)}: {one_line(error)}; store it anew") from error
 
 
-def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
+def _tiff_pages(image: TiffReader, is_any_enough: bool) -> list[int]:
+    pages = [1]
+    for number in range(2, MOST_PAGES + 1):
+        try:
+            image.seek(number - 1)
+        except EOFError:
+            break
+        except UnknownKindError:
+            if not is_any_enough:
+                raise
+            pages.append(number)
+            break
+        if not image.is_preview:
+            pages.append(number)
+            if is_any_enough:
+                break
+    image.seek(0)
+    return pages
+
+
+def _at_page(image: ImageFile.ImageFile, page: PageOfFile, source: ImageSource, is_decoded: bool) -> ImageHeader:
+    """Turn to a page of an opened image; its header. Pictures of animations are of one size, which nobody decodes."""
+    name = describe_source(source)
+    is_cropped = isinstance(image, GifImageFile) and image.dispose_extent != (0, 0, *image.size)
+    if page.page > 1 and is_cropped:
+        raise RowError("image_unreadable", f"{name}: its first frame fills a part of the canvas alone; store it anew")
+    try:
+        num_frames = 1 if image.format in _ONE_PICTURE else getattr(image, "n_frames", 1)
+        if not 1 <= page.page <= num_frames or image.fp is None:
+            raise RowError("image_page", f"{name}: the file has {num_frames} pages; count from 1")
+        if page.page > 1 and (is_decoded or isinstance(image, TiffReader)):
+            image.seek(page.page - 1)
+        return _header_of(image, image.fp)
+    except (*PASSING_ERRORS, RowError):
+        raise
+    except Exception as error:  # a parser of foreign bytes may raise anything
+        raise RowError("image_unreadable", f"{name}: {one_line(error)}; store the image anew") from error
+
+
+def _orientation(image: ImageFile.ImageFile, file: IO[bytes]) -> int:
     """EXIF orientation, else that of XMP, else 1: what `ImageOps.exif_transpose` would find after decoding. Any other
     number than 1 to 8 means the same as 1; 0 is what some cameras write, others are broken.
 
@@ -236,7 +317,7 @@ def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
     return found
 
 
-def _exif_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> bytes:
+def _exif_bytes(image: ImageFile.ImageFile, file: IO[bytes]) -> bytes:
     exif = image.info.get("exif")
     if isinstance(exif, bytes):
         return exif
@@ -251,7 +332,7 @@ def _exif_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> bytes:
     return b""
 
 
-def _png_exif(file: BinaryIO) -> bytes:
+def _png_exif(file: IO[bytes]) -> bytes:
     """The eXIf chunk behind the pixels of a PNG: Pillow's header ends where they begin.
 
     Looked for at the file's end, by its checksum. Going there from chunk to chunk would take thousands of steps and,

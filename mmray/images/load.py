@@ -14,7 +14,8 @@ from PIL.GifImagePlugin import GifImageFile
 
 from mmray.errors import RowError
 from mmray.images import jpeg
-from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image
+from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image, page_of
+from mmray.images.pdf import render_pdf
 from mmray.images.readers import PngReader, TiffReader
 from mmray.images.source import PASSING_ERRORS, ImageSource, describe_source, one_line
 
@@ -32,7 +33,8 @@ _UPRIGHT = {
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image: mode RGB, upright, of the size `image_size` tells; of several frames the first.
+    """Decode an image, or render a page of a PDF: mode RGB, upright, of the size `image_size` tells; of several frames
+    the first, unless the source names another.
 
     Transparency is laid over white, and so is what a first frame leaves of its canvas. Grey above 8 bits is scaled
     from its depth, up to 16 bits. Grey of 32 bits (integer or float), and signed grey, carries no range in the file:
@@ -43,6 +45,9 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     Raises RowError: those of `read_header`; `image_corrupt` where the pixels cannot be decoded (truncated
     files too).
     """
+    page = page_of(source)
+    if page and page.is_pdf:
+        return render_pdf(page, max_pixels)
     with opened_image(source, max_pixels) as (image, header):
         return decoded(image, header, source)
 

@@ -7,10 +7,11 @@ later.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, PositiveInt, model_validator
 
+from mmray.images.paged import DEFAULT_PDF_DPI
 from mmray.settings import Settings
 
 Size = tuple[PositiveInt, PositiveInt]
@@ -24,6 +25,12 @@ Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 PRESET_TILE_SIZE = (512, 512)
 """Tile size of a preset where the policy names none, (width, height) in pixels."""
+
+
+_OF_WHOLE_PAGES = ("patch_multiple", "pdf_dpi")
+"""Settings with an effect also where nothing is cut."""
+_LATER = ("pdf_dpi",)
+"""Settings that came after the first version of prepared datasets."""
 
 
 class ShapeBucket(Settings):
@@ -112,6 +119,9 @@ class TilingPolicy(Settings):
     differ by 0.3 of 255 on average (1.5 on a sheet full of small print); other tiles are the same but for rounding.
     Tokens do not depend on it, what the model sees does: like every setting here it stays as it was prepared."""
 
+    pdf_dpi: Annotated[int, Field(ge=18, le=1200)] = DEFAULT_PDF_DPI
+    """Pixels an inch of pages of PDFs, unless a set of rows has its own. Pages of pictures have their own pixels."""
+
     patch_multiple: PositiveInt = 1
     """Pixels that tile widths and heights are a multiple of. Set by the model family."""
 
@@ -172,6 +182,13 @@ class TilingPolicy(Settings):
             )
         return self._with(tile_size=size, overview=self.overview and size)
 
+    def record(self) -> dict[str, Any]:
+        """The settings as plain JSON, for a prepared dataset's record. Keys that came after its first version stand
+        there only where they say something."""
+        fields = type(self).model_fields
+        unsaid = {name for name in _LATER if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude=unsaid)
+
     def _with(self, **changes: object) -> Self:
         return self.model_validate({**self.model_dump(), **changes})
 
@@ -195,7 +212,7 @@ class TilingPolicy(Settings):
     def _check_nothing_is_set(self) -> None:
         fields = type(self).model_fields
         names = [name for name, field in fields.items() if getattr(self, name) != field.default]
-        without_effect = [name for name in names if name != "patch_multiple"]
+        without_effect = [name for name in names if name not in _OF_WHOLE_PAGES]
         if without_effect:
             listed = ", ".join(without_effect)
             raise ValueError(f"{listed}: without effect, as pages are not cut; remove, or set preset, grid or buckets")

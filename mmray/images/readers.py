@@ -28,7 +28,7 @@ _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _COLOR_MAP, _EXTRA, _SAMPLE_FORMAT = 258, 259, 262, 284, 320, 338, 339
 _SUBFILE_TYPE, _SUB_IFDS, _SUBSAMPLING = 254, 330, 530
-_REDUCED_IMAGE = 1
+_REDUCED_IMAGE, _MASK = 1, 4
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _YCBCR = 0, 1, 6
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _SEPARATE_PLANES = 2
@@ -60,8 +60,12 @@ class TiffReader(TiffImageFile):
     is_alpha_named: bool
     """ExtraSamples calls the fourth channel transparency; otherwise Pillow only guesses that."""
 
+    is_preview: bool
+    """A smaller version of another page of the file, or a mask for one."""
+
     def _setup(self) -> None:
         tags = self.tag_v2
+        self.is_preview = bool(tags.get(_SUBFILE_TYPE, 0) & (_REDUCED_IMAGE | _MASK))
         bits, formats = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
         photometric, compression = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), tags.get(_COMPRESSION, 1)
         self.bits, self.is_signed = max(bits), formats[0] == _SIGNED
@@ -82,7 +86,7 @@ class TiffReader(TiffImageFile):
             raise UnknownKindError(
                 f"a TIFF of {kind} cannot be shown right; store it as grey or RGB of 8 bits"
             ) from error
-        if tags.get(_SUBFILE_TYPE, 0) & _REDUCED_IMAGE and _SUB_IFDS in tags:
+        if self.is_preview and _SUB_IFDS in tags:
             raise UnknownKindError(
                 "the first picture is a small preview of another one (SubIFDs), as in camera raw files; store the "
                 "picture itself"

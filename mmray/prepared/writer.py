@@ -145,7 +145,7 @@ class PreparedWriter:
             "fingerprint": fingerprint(record),
             "content": joined_content(part["content"] for part in parts),
             "record": record,
-            "tiling": tiling.model_dump(mode="json"),
+            "tiling": tiling.record(),
             "shards": [
                 {"file": commit["bins_file"], "bins": part["bins"]} for commit, part in zip(commits, parts)
             ],

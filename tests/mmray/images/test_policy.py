@@ -133,7 +133,7 @@ def test_all_settings_without_tiles_are_named() -> None:
 def test_the_list_above_is_whole() -> None:
     """A new field is refused for uncut pages too, or stands here as one that means something for them."""
     refused = {field for field, _ in SETTINGS_OF_TILES}
-    assert set(TilingPolicy.model_fields) - refused == {"preset", "grid", "buckets", "patch_multiple"}
+    assert set(TilingPolicy.model_fields) - refused == {"preset", "grid", "buckets", "patch_multiple", "pdf_dpi"}
 
 
 def test_defaults_written_out_are_no_contradiction() -> None:

@@ -50,9 +50,9 @@ BAD = {
     "missing file": Bad("pretrain", page("gone.png"), "image_missing", ("gone.png: no such file", "image_root")),
     "a folder": Bad("pretrain", page("folder"), "image_unreadable", ("folder: is a folder",)),
     "zero bytes": Bad("pretrain", page("empty.jpg"), "image_unreadable", ("empty.jpg: the file is empty",)),
-    "text named .jpg": Bad("pretrain", page("text.jpg"), "image_unreadable", ("text.jpg: no image of a known format",)),
+    "text named .jpg": Bad("pretrain", page("text.jpg"), "image_unreadable", ("text.jpg: text, which begins",)),
     "a header cut off": Bad("pretrain", page("cut.jpg"), "image_unreadable", ("cut.jpg",)),
-    "a PDF": Bad("pretrain", page("scan.pdf"), "image_unreadable", ("scan.pdf: no image of a known format",)),
+    "a PDF": Bad("pretrain", page("scan.pdf"), "image_unreadable", ("scan.pdf: a PDF; name a page of it",)),
     "decompression bomb": Bad(
         "pretrain", page("bomb.png"), "image_too_large",
         ("bomb.png: 60000 x 60000 = 3600000000 pixels, more than 250000000", "data.max_image_pixels"),
@@ -253,8 +253,10 @@ def test_odd_images_are_taken_and_what_was_passed_over_is_noted(
     prepared = prepare(processors["qwen2_vl"], tmp_path, tmp_path, "pretrain", rows, image_frames=image_frames)
     facts = prepared.statistics
     assert facts["rejected_by_reason"] == ({} if image_frames == "first" else {"image_frames": 1})
-    assert facts["image_notes"] == {"broken_exif": 2}
-    assert facts["examples"] == {"broken_exif": [f"{tmp_path}/rows.jsonl:{line}" for line in (4, 5)]}
+    broken = {"broken_exif": [f"{tmp_path}/rows.jsonl:{line}" for line in (4, 5)]}
+    several = {"several_frames": [f"{tmp_path}/rows.jsonl:6"]} if image_frames == "first" else {}
+    assert facts["image_notes"] == {"broken_exif": 2} | dict.fromkeys(several, 1)
+    assert facts["examples"] == broken | several
     images = [image for number in range(len(prepared)) for image in prepared.bin(number).images]
     assert {(image["width"], image["height"]) for image in images} == {(60, 80)}
 
