@@ -118,6 +118,35 @@ def from_pdf(
 
 
 @app.command()
+def verify(
+    path: Annotated[str, typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job's.")],
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that decode; default: one for each CPU.")
+    ] = None,
+) -> None:
+    """Decode every picture of a prepared dataset once, and list what is broken, blank or not what was prepared.
+
+    Exit code 1 where a picture is broken. Again, after a stop: goes on where it was.
+    """
+    from mmray.config import load_job
+    from mmray.prepared.verify import verify as verify_pictures
+    from mmray.progress import ProgressBar
+    from mmray.report.tables import verified_table
+
+    paths = [path]
+    if path.endswith((".yaml", ".yml")):
+        job = load_job(path)
+        paths = [job.prepared_path(split) for split in ("train", "eval") if getattr(job.data, split)]
+    broken = 0
+    for each in paths:
+        with ProgressBar(f"pictures of {each}", "bins") as bar:
+            verified = verify_pictures(each, processes=processes, on_progress=bar.update)
+        Console().print(verified_table(each, verified))
+        broken += verified.broken
+    sys.exit(1 if broken else 0)
+
+
+@app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A prepared dataset.")],
     bin_number: Annotated[int, typer.Option("--bin", help="Which bin, from 0.")] = 0,

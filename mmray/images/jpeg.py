@@ -7,7 +7,7 @@ lost bytes, as file systems leave them, are mostly valid code; what they decode 
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """What ends the compressed pixels of a scan."""
 _REFINEMENT_FREE_FRAMES = {0xC0, 0xC1, 0xC2}
 """Frames in Huffman code: baseline, extended, progressive."""
+_SCAN, _PROGRESSIVE = 0xDA, 0xC2
 _TAILS = (b"", b"\x55" * 1024, b"\xaa" * 1024)
 
 
@@ -31,30 +32,34 @@ def hole(data: bytes) -> int | None:
     """
     if _HOLE not in data:
         return None
-    at, frame, tables = 2, 0, dict[int, int]()
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    frame, tables = 0, dict[int, int]()
+    for marker, segment, start, stop in _segments(data):
+        if marker == 0xC4:
+            tables |= _first_symbols(segment)
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC):
+            frame = marker
+        elif marker == _SCAN:
+            zeros = data.find(_HOLE, start, stop)
+            is_end_lost = stop == len(data) and data.endswith(_HOLE)
+            if zeros >= 0 and (is_end_lost or not _zeros_are_blank(segment, frame, tables)):
+                return zeros
+    return None
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes, int, int]]:
+    """(marker, its segment, where what follows begins, where the next marker stands) up to the end of the picture."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _END[1]:
         marker = data[at + 1]
         if marker == 0xFF:
             at += 1
             continue
         length = int.from_bytes(data[at + 2 : at + 4], "big")
-        segment = data[at + 4 : at + 2 + length]
-        at += 2 + length
-        if marker == 0xD9:
-            return None
-        if marker == 0xC4:
-            tables |= _first_symbols(segment)
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC):
-            frame = marker
-        elif marker == 0xDA:
-            end = _MARKER.search(data, at)
-            stop = end.start() if end else len(data)
-            zeros = data.find(_HOLE, at, stop)
-            is_end_lost = end is None and data.endswith(_HOLE)
-            if zeros >= 0 and (is_end_lost or not _zeros_are_blank(segment, frame, tables)):
-                return zeros
-            at = stop
-    return None
+        start = at + 2 + length
+        end = _MARKER.search(data, start) if marker == _SCAN else None
+        stop = start if marker != _SCAN else end.start() if end else len(data)
+        yield marker, data[at + 4 : start], start, stop
+        at = stop
 
 
 def _first_symbols(segment: bytes) -> dict[int, int]:
@@ -98,3 +103,23 @@ def completed(data: bytes, load: Callable[[Image.Image], object] = Image.Image.l
         pictures.append(picture)
     first, *others = (np.asarray(picture) for picture in pictures)
     return pictures[0] if all(np.array_equal(first, other) for other in others) else None
+
+
+def lacks_pixels(data: bytes) -> bool:
+    """Whether a JPEG that can be decoded ends before its pixels do, end marker or not.
+
+    Decodes it three times, at an eighth of its size where that shows all, so it is for looking at pictures once and
+    not for training.
+    """
+    segments = [(marker, stop) for marker, _, _, stop in _segments(data)]
+    stops = [stop for marker, stop in segments if marker == _SCAN]
+    if not stops:
+        return True
+    is_progressive = any(marker == _PROGRESSIVE for marker, _ in segments)
+
+    def load(picture: Image.Image) -> None:
+        if not is_progressive:
+            picture.draft(None, (picture.width // 8, picture.height // 8))
+        picture.load()
+
+    return completed(data[: stops[-1]], load) is None

@@ -7,6 +7,7 @@ Pages of one document follow each other when preparing and are shuffled apart wh
 documents that it used last open. PDFium allows one thread at a time.
 """
 
+import atexit
 import math
 import os
 import threading
@@ -91,6 +92,7 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
+atexit.register(lambda: _documents.close())
 
 
 def pdf_size(page: PageOfFile, max_pixels: int) -> tuple[int, int]:

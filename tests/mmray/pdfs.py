@@ -6,6 +6,15 @@ from typing import Any
 import pypdfium2
 import pypdfium2.raw as pdfium
 
+ENCRYPTED = b"""%%PDF-1.4
+1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj
+2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj
+3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 100 100]>>endobj
+4 0 obj<</Filter/Standard/V 1/R 2/O<%s>/U<%s>/P -4>>endobj
+trailer<</Root 1 0 R/Encrypt 4 0 R/ID[<00><00>]>>
+%%%%EOF""" % (b"41" * 32, b"42" * 32)
+"""A PDF that asks for a password that nobody knows."""
+
 
 def pdf_of(path: Path | str, pages: list[dict[str, Any]]) -> str:
     """A PDF whose pages have a coloured square of 40 points at the lower left of the media box, unrotated, and text.

@@ -16,7 +16,7 @@ from mmray.images import TilingPolicy, cut_tiles, image_size, load_image, pdf, p
 from mmray.images.paged import PageOfFile, each_page
 from mmray.images.size_cache import SizeCache, read_sizes
 from mmray.images.tile_cache import TileCache
-from tests.mmray.pdfs import pdf_of
+from tests.mmray.pdfs import ENCRYPTED, pdf_of
 
 
 @pytest.fixture(autouse=True)
@@ -113,15 +113,6 @@ def test_a_page_that_is_too_large(scan: str) -> None:
     found, message = reason(f"{scan}#page=1&dpi=72", max_pixels=59_999)
     assert found == "image_too_large"
     assert "60000 pixels at 72 dpi" in message
-
-
-ENCRYPTED = b"""%%PDF-1.4
-1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj
-2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj
-3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 100 100]>>endobj
-4 0 obj<</Filter/Standard/V 1/R 2/O<%s>/U<%s>/P -4>>endobj
-trailer<</Root 1 0 R/Encrypt 4 0 R/ID[<00><00>]>>
-%%%%EOF""" % (b"41" * 32, b"42" * 32)
 
 
 def test_an_encrypted_document(tmp_path: Path) -> None:
