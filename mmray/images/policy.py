@@ -9,7 +9,8 @@ later.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, PositiveInt, model_validator
+from PIL import ImageColor
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from mmray.images.paged import DEFAULT_PDF_DPI
 from mmray.settings import Settings
@@ -20,16 +21,37 @@ Size = tuple[PositiveInt, PositiveInt]
 Grid = tuple[PositiveInt, PositiveInt]
 """(columns, rows)."""
 
+
+def _square(value: object) -> object:
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _color(value: object) -> object:
+    """A colour by its name in HTML, or as #rrggbb, in channels."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ImageColor.getrgb(value)
+    except ValueError as error:
+        raise ValueError(f"no colour {value!r}; write a name such as white, #rrggbb, or [red, green, blue]") from error
+
+
+SquareOrSize = Annotated[Size, BeforeValidator(_square, json_schema_input_type=PositiveInt | Size)]
+"""(width, height) in pixels; one number for both."""
+
 Channel = Annotated[int, Field(ge=0, le=255)]
+_Channels = tuple[Channel, Channel, Channel]
+Color = Annotated[_Channels, BeforeValidator(_color, json_schema_input_type=str | _Channels)]
+"""(red, green, blue) of 0 to 255, or the name of a colour."""
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 PRESET_TILE_SIZE = (512, 512)
 """Tile size of a preset where the policy names none, (width, height) in pixels."""
 
 
-_OF_WHOLE_PAGES = ("patch_multiple", "pdf_dpi")
+_OF_WHOLE_PAGES = ("patch_multiple", "pdf_dpi", "max_pixels", "min_pixels")
 """Settings with an effect also where nothing is cut."""
-_LATER = ("pdf_dpi",)
+_LATER = ("pdf_dpi", "max_pixels", "min_pixels", "max_tile_pixels")
 """Settings that came after the first version of prepared datasets."""
 
 
@@ -81,13 +103,24 @@ class TilingPolicy(Settings):
     """Grids by the page's shape, by ascending max_ratio; the last one has max_ratio null. Excludes preset
     and grid."""
 
-    tile_size: Size | None = None
-    """The size of every tile, (width, height) in pixels. A crop is scaled to fit, keeping its aspect ratio,
-    and padded at the right or the bottom. Excludes native_resolution."""
+    tile_size: SquareOrSize | None = None
+    """The size of every tile, (width, height) in pixels, or one number for both. A crop is scaled to fit, keeping its
+    aspect ratio, and padded at the right or the bottom. Excludes native_resolution."""
 
     native_resolution: bool = False
     """Tiles keep the page's own pixels and are only padded, at the right and the bottom, to multiples of
     patch_multiple. Excludes tile_size."""
+
+    max_tile_pixels: PositiveInt | None = None
+    """With native_resolution: tiles of more square pixels (width times height) are scaled down to fit. null: none."""
+
+    max_pixels: PositiveInt | None = None
+    """Where pages are not cut: a page of more square pixels (width times height) is scaled down to fit, before the
+    model's processor sizes it. null: as the processor has it."""
+
+    min_pixels: PositiveInt | None = None
+    """Where pages are not cut: a page of fewer square pixels is enlarged to as many, before the model's processor sizes
+    it. null: as the processor has it."""
 
     overlap: Annotated[float, Field(ge=0, le=0.49)] = 0.0
     """Fraction of a cell's width and height added to its tile on each side, ending at the page's edge."""
@@ -102,8 +135,8 @@ class TilingPolicy(Settings):
     no_upscale: bool = False
     """A crop smaller than its tile keeps its scale and is padded instead of enlarged."""
 
-    pad_color: tuple[Channel, Channel, Channel] = (255, 255, 255)
-    """Colour of the padding, (red, green, blue) of 0 to 255."""
+    pad_color: Color = (255, 255, 255)
+    """Colour of the padding: (red, green, blue) of 0 to 255, or a name (`white`, `"#f0f0f0"`)."""
 
     reading_order: Literal["ltr", "rtl"] = "ltr"
     """Order of the tiles in a row, left to right or right to left. Rows go from top to bottom."""
@@ -197,6 +230,10 @@ class TilingPolicy(Settings):
         grids = [name for name in ("preset", "grid", "buckets") if getattr(self, name) is not None]
         if len(grids) > 1:
             raise ValueError(f"{' and '.join(grids)} exclude each other; keep one of them")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) is more than max_pixels ({self.max_pixels}); lower it")
+        if grids and (self.max_pixels or self.min_pixels):
+            raise ValueError("max_pixels and min_pixels size pages that are not cut; set tile_size or max_tile_pixels")
         if not grids:
             self._check_nothing_is_set()
             return self
@@ -222,6 +259,8 @@ class TilingPolicy(Settings):
             raise ValueError("tile_size and native_resolution exclude each other; keep one of them")
         if not self.tile_size and not self.native_resolution:
             raise ValueError(f"tile_size: {grid} needs it; set it, or native_resolution: true")
+        if self.max_tile_pixels and not self.native_resolution:
+            raise ValueError("max_tile_pixels: without effect, as tile_size sizes tiles; remove it")
         if self.no_upscale and self.native_resolution and not self.overview:
             raise ValueError("no_upscale: without effect, as native_resolution scales nothing; remove it")
 
