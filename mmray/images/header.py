@@ -17,9 +17,9 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, BinaryIO, NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -45,7 +45,10 @@ MAX_PIXELS = 250_000_000
 """Pixels of the largest image that is opened: a sheet of A0 at 400 dpi has 245 million."""
 
 _ORIENTATION_TAG = 274
-_INTEGER_KINDS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
+_INTEGER_KINDS = {1: "B", 3: "H", 4: "I"}
+_SIGNED_KINDS = {6: "b", 8: "h", 9: "i"}
+IMAGE_READING = 2
+"""Raised when the size of some image is read otherwise than before. 2: orientations of signed kinds count."""
 _BROKEN = -1
 """Stands for the orientation that EXIF would have said, had it been readable."""
 BROKEN_EXIF = "broken_exif"
@@ -244,6 +247,16 @@ def _num_frames(image: ImageFile.ImageFile) -> int | None:
     return getattr(image, "n_frames", 1)
 
 
+def as_prepared(image: ImageFile.ImageFile, header: ImageHeader, size: tuple[int, int]) -> ImageHeader:
+    """The header of an image that was prepared with a size, before signed orientations counted (IMAGE_READING 1): it is
+    taken as it is stored, as it was measured. Any other header is as it is."""
+    exif = image.info.get("exif")
+    if header.size == size or header.size[::-1] != size or not isinstance(exif, bytes):
+        return header
+    was_read = _exif_orientation(exif, _INTEGER_KINDS)
+    return header if was_read != _BROKEN else replace(header, width=size[0], height=size[1], orientation=1)
+
+
 def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: bool = False) -> list[int]:
     """As `frames_of`; the image is then at its first frame again. is_any_enough: the second is not looked behind."""
     try:
@@ -353,7 +366,7 @@ def _png_exif(file: IO[bytes]) -> bytes:
     return b""
 
 
-def _exif_orientation(exif: bytes) -> int | None:
+def _exif_orientation(exif: bytes, kinds: Mapping[int, str] = _INTEGER_KINDS | _SIGNED_KINDS) -> int | None:
     """The orientation in EXIF bytes, which are a TIFF header and directory (EXIF 2.32, 4.6.2); None where they have
     none.
 
@@ -374,8 +387,8 @@ def _exif_orientation(exif: bytes) -> int | None:
     is_broken = stop > len(exif)
     for at in range(first, min(stop, len(exif) - 11), 12):
         tag, kind, count = struct.unpack_from(order + "HHI", exif, at)
-        if tag == _ORIENTATION_TAG and count == 1 and kind in _INTEGER_KINDS:
-            (value,) = struct.unpack_from(order + _INTEGER_KINDS[kind], exif, at + 8)
+        if tag == _ORIENTATION_TAG and count == 1 and kind in kinds:
+            (value,) = struct.unpack_from(order + kinds[kind], exif, at + 8)
             return int(value)
         is_broken |= tag == _ORIENTATION_TAG
     return _BROKEN if is_broken else None

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
+from mmray.images.header import IMAGE_READING
 from mmray.images.source import one_line
 from mmray.notebook import Fact, Segment, card
 from mmray.prepared.loads import Loads
@@ -104,6 +105,11 @@ class PreparedDataset:
     def tiling(self) -> TilingPolicy:
         """The tiling policy the samples were measured with, as resolved for the family."""
         return TilingPolicy.model_validate(self.manifest["tiling"])
+
+    @property
+    def is_read_otherwise(self) -> bool:
+        """Whether an earlier mmray measured its images and reads the size of some otherwise (`IMAGE_READING`)."""
+        return bool(self.statistics["images"]) and self.manifest.get("image_reading", 1) < IMAGE_READING
 
     def __len__(self) -> int:
         return int(self._first_bin[-1])
