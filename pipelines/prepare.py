@@ -28,7 +28,7 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.images.header import measured
+from mmray.images.header import NOTES, measured
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.images.source import one_line
 from mmray.loss.labels import LabelMaker
@@ -265,8 +265,8 @@ def _tell(prepared: PreparedDataset) -> None:
         )  # fmt: skip
     for note, count in facts["image_notes"].items():
         log.warning(
-            "%s: %d images with %s are taken as they are stored, such as that of row %s",
-            prepared.path, count, note, examples[note][0],
+            "%s: %d images with %s: %s, such as that of row %s",
+            prepared.path, count, note, NOTES.get(note, "taken as they are stored"), examples[note][0],
         )  # fmt: skip
 
 

@@ -45,12 +45,12 @@ def prepare_record(
     return {
         "format_version": FORMAT_VERSION,
         "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
-        "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
+        "datasets": [dataset.record() for dataset in datasets],
         "max_image_pixels": data.max_image_pixels,
         "image_frames": data.image_frames,
         "duplicate_ids": data.duplicate_ids,
         "processor": processor_record(processor),
-        "tiling": tiling.model_dump(mode="json"),
+        "tiling": tiling.record(),
         "packing": packing.model_dump(mode="json"),
         "loss": loss_record(loss),
     }
@@ -66,7 +66,7 @@ def check_settings(
     """
     now = {
         "processor": processor_record(processor),
-        "tiling": tiling.model_dump(mode="json"),
+        "tiling": tiling.record(),
         "packing": packing.model_dump(mode="json"),
         "loss": loss_record(loss),
     }

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
+from mmray.images.header import IMAGE_READING
 from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json
 from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
@@ -145,7 +146,8 @@ class PreparedWriter:
             "fingerprint": fingerprint(record),
             "content": joined_content(part["content"] for part in parts),
             "record": record,
-            "tiling": tiling.model_dump(mode="json"),
+            "tiling": tiling.record(),
+            "image_reading": IMAGE_READING,
             "shards": [
                 {"file": commit["bins_file"], "bins": part["bins"]} for commit, part in zip(commits, parts)
             ],

@@ -8,7 +8,7 @@ of it is rendered twice (`TypedMarkers`).
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,12 @@ class Document:
 class DocumentReader:
     """Reads the `pretrain` and `chat` rows of one data set for one family."""
 
-    def __init__(self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None) -> None:
-        """markers: by which the turns of chat rows will be found; None: they are not looked for.
+    def __init__(
+        self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None,
+        with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
+    ) -> None:  # fmt: skip
+        """markers: by which the turns of chat rows will be found; None: they are not looked for. with_pages: gives the
+        images of a row, where each page or frame that it names is one.
 
         Raises UserError for chat rows that the model has no use for (`check_chats`).
         """
@@ -63,14 +67,14 @@ class DocumentReader:
         self.family = family
         accepted = {dataset.placeholder, family.placeholder_unit, family.placeholder}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
-        self._markers = markers
+        self._markers, self._with_pages = markers, with_pages
         special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._marks_generated = marks_generated(family.processor)
 
     def read(self, value: dict[str, Any], source: str) -> Document:
         """The row as a document. Raises RowError with the field, the value and the remedy."""
-        images = image_refs(value, source, self.dataset)
+        images = self._with_pages(image_refs(value, source, self.dataset))
         row_id = self.row_id(value, source)
         if self.dataset.kind == "chat":
             document, count = self._chat(value, row_id, images)

@@ -8,7 +8,7 @@ result equals tokenising the expanded text; `verify` compares it with the real p
 import functools
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,8 @@ from tokenizers import Encoding
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
-from mmray.images.header import Measured, measured
+from mmray.images.header import Measured, frames_of, measured
+from mmray.images.paged import PageOfFile, each_page
 from mmray.images.source import one_line
 from mmray.loss.labels import LossRule, with_stop_tokens
 from mmray.loss.settings import (
@@ -77,7 +78,12 @@ class Encoder:
         if LossRule.ROLES in {source.rule for source in self.sources}:
             self._markers = TypedMarkers(family, turn_markers(loss, family), label_maker(loss, family).boundaries)
         self._readers = [
-            DocumentReader(dataset, family, self._markers if source.rule == LossRule.ROLES else None)
+            DocumentReader(
+                dataset,
+                family,
+                self._markers if source.rule == LossRule.ROLES else None,
+                functools.partial(self._with_pages, dataset=dataset),
+            )
             for dataset, source in zip(datasets, self.sources)
         ]
         self._endings = Endings(datasets, self.sources, family)
@@ -153,12 +159,31 @@ class Encoder:
             self._markers.check(found, expected, document.typed)
         return _Pending(row, document, plans, sizes, notes, text, generated)
 
+    def _with_pages(self, images: Sequence[ImageRef], dataset: DatasetSettings) -> tuple[ImageRef, ...]:
+        """Each page that the images name as an image, of PDFs with its resolution; of pictures of several all, where
+        `data.image_frames` says so."""
+        pages: list[str | ImageRef] = []
+        for image in images:
+            if image.data is not None:
+                pages.append(image)
+                continue
+            for text in each_page(image.uri):
+                page = PageOfFile.written(text)
+                if page and page.is_pdf:
+                    text = str(replace(page, dpi=page.dpi or dataset.pdf_dpi or self.policy.pdf_dpi))
+                if page is None and self.data.image_frames == "all" and PageOfFile.written(f"{text}#page=1"):
+                    numbers = frames_of(text)
+                    pages += [f"{text}#page={number}" for number in numbers] if len(numbers) > 1 else [text]
+                else:
+                    pages.append(text)
+        return tuple(ImageRef(uri=page) if isinstance(page, str) else page for page in pages)
+
     def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
         """The sizes of images, and the notes on them."""
         found = [
             self._measure(
                 image.uri if image.data is None else image.data,
-                max_pixels=self.data.max_image_pixels, one_frame=self.data.image_frames == "reject",
+                max_pixels=self.data.max_image_pixels, one_frame=self.data.image_frames != "first",
             )
             for image in images
         ]  # fmt: skip
@@ -316,7 +341,7 @@ class Encoder:
         source = self.sources[row.dataset]
         ids = own_ids(value, dataset, self._vocabulary_size)
         given = own_mask(value, dataset, ids) if source is LossSource.ROW else np.zeros(0, dtype=bool)
-        images = image_refs(value, row.source, dataset)
+        images = self._with_pages(image_refs(value, row.source, dataset), dataset)
         sizes, notes = self._measured(images)
         plans = tuple(self._plan(size) for size in sizes)
         tiles = self._tile_tokens(plans)

@@ -1,6 +1,6 @@
 """The `data` part of the job file: where rows come from and what they look like."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -12,6 +12,10 @@ FIELDS: dict[RowKind, tuple[str, ...]] = {
     "chat": ("id", "messages", "conversations", "images"),
     "tokenized": ("id", "input_ids", "labels", "sampled_mask", "images"),
 }
+
+
+_LATER = ("pdf_dpi",)
+"""Settings that came after the first version of prepared datasets."""
 
 
 def _as_tuple(value: object) -> object:
@@ -52,6 +56,15 @@ class DatasetSettings(Settings):
     """That token; default: the tokenizer's eos_token. Of Qwen's chat models that is the end of a turn, `<|im_end|>`;
     they were pre-trained with `<|endoftext|>`."""
 
+    pdf_dpi: Annotated[int, Field(ge=18, le=1200)] | None = None
+    """Pixels an inch of pages of PDFs in this set. Default: `images.pdf_dpi`."""
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain JSON, for a prepared dataset's record. Keys that came after its first version stand
+        there only where they say something."""
+        unsaid = {name for name in _LATER if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=unsaid)
+
     @model_validator(mode="after")
     def _known_columns(self) -> "DatasetSettings":
         for name in self.columns:
@@ -90,9 +103,10 @@ class DataSettings(Settings):
     """Rows whose id an earlier row of the split has. `keep`: they train too, as in files listed twice on purpose; the
     manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read once more."""
 
-    image_frames: Literal["first", "reject"] = "first"
-    """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image.
-    `reject`: the row is set aside with the reason `image_frames`."""
+    image_frames: Literal["first", "all", "reject"] = "first"
+    """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image; the
+    manifest counts such files. `all`: each is an image with a placeholder of its own, for which every file is opened
+    once more. `reject`: the row is set aside with the reason `image_frames`."""
 
     max_image_pixels: Annotated[int, Field(gt=0)] = 250_000_000
     """Images with more pixels (width × height, from the header) are refused."""
