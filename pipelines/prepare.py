@@ -28,7 +28,7 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.images.header import NOTES, measured
+from mmray.images.header import BROKEN_EXIF, SEVERAL_FRAMES, measured
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.images.source import one_line
 from mmray.loss.labels import LabelMaker
@@ -38,10 +38,11 @@ from mmray.prepared.arrow import binary_cell
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
 from mmray.rows.encode import Encoder
-from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
+from mmray.rows.files import Chunk, check_unchanged, plan_chunks, set_files, source_files
 from mmray.rows.preflight import check_first_rows
 from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 from mmray.training.model import load_config
 from pipelines import measures
 from pipelines.dataset import ERROR, cluster_amount, one_row_blocks, out_of_room
@@ -247,11 +248,20 @@ def prepare(
             "model_type": load_config(job.model).model_type,
             "processor_source": job.model.processor_source,
             "loss_sources": sources,
+            "set_files": set_files(files, len(context.datasets)),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
     _tell(prepared)
     return prepared, True
+
+
+_NOTES = {
+    BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
+    SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
+    BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
+    WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
+}
 
 
 def _tell(prepared: PreparedDataset) -> None:
@@ -265,8 +275,7 @@ def _tell(prepared: PreparedDataset) -> None:
         )  # fmt: skip
     for note, count in facts["image_notes"].items():
         log.warning(
-            "%s: %d images with %s: %s, such as that of row %s",
-            prepared.path, count, note, NOTES.get(note, "taken as they are stored"), examples[note][0],
+            "%s: %d %s, such as %s", prepared.path, count, _NOTES.get(note, note), examples[note][0]
         )  # fmt: skip
 
 

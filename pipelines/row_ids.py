@@ -5,7 +5,7 @@ set aside depends on their order alone, so windows can still be made anywhere, a
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -28,12 +28,14 @@ def find_duplicates(
     hash_ids = functools.partial(_hash_ids, tuple(datasets))
     blocks = one_row_blocks([{"chunk": chunk} for chunk in chunks], labels)
     found = blocks.map_batches(hash_ids, batch_size=1, num_cpus=1)
-    hashes = []
-    for row in found.iter_rows():
+    return list(with_duplicates(chunks, _checked(found.iter_rows())))
+
+
+def _checked(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    for row in rows:
         if row[ERROR]:
             raise UserError(row[ERROR])
-        hashes.append(row["hashes"])
-    return list(with_duplicates(chunks, hashes))
+        yield row["hashes"]
 
 
 def _hash_ids(datasets: Sequence[DatasetSettings], batch: dict[str, Any]) -> dict[str, Any]:

@@ -2,23 +2,30 @@
 is prepared and do not ask how, and as what is compared with the same on Ray."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 import pipelines.prepare
-from jobs.run_plan import run_plan
 from mmray.batches.plan import BatchMaker
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.images.size_cache import SizeCache
 from mmray.prepared import PreparedDataset
 from mmray.rows.files import Chunk
-from mmray.schedule.cursor import Cursor
-from mmray.training.engine import TrainingEngine
+from mmray.run.callback import Callback
+from mmray.run.callbacks import standard_callbacks
+from mmray.run.folder import RunFolder
+from mmray.run.folder_checkpoints import FolderCheckpoints
+from mmray.run.loop import TrainingLoop
+from mmray.run.metrics import METRICS_FILE, read_metrics
+from mmray.run.plan import run_plan
+from mmray.run.state import open_run
+from mmray.training.ranks import Ranks
 from pipelines.dataset import ERROR
 from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare
 from tests.mmray.training.ranks import RankGroup
@@ -31,23 +38,21 @@ def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedData
         return prepare(job, split, **options)[0]
 
 
-def train_here(job: Job) -> list[dict[str, float]]:
-    """All steps of a job on one rank: the metrics of each, under the names of metrics.jsonl."""
-    return RankGroup(1, _steps_here, job).results()[0]
+def train_here(job: Job, *callbacks: Callback, ranks: int = 1) -> list[dict[str, Any]]:
+    """Train a job as `jobs/train.py` does, from its newest checkpoint, but without Ray: the lines of metrics.jsonl."""
+    RankGroup(ranks, _train_rank, job, callbacks).results()
+    return read_metrics(Path(job.output.run) / METRICS_FILE)
 
 
-def _steps_here(_rank: int, world_size: int, job: Job) -> list[dict[str, float]]:
-    plan = run_plan(job, {"train": PreparedDataset(job.prepared_path("train"))}, gpus=False)
-    batches = plan.batches("train", plan.schedule, world_size)
-    steps = plan.total_steps(Cursor.at(plan.schedule, prepared=batches.prepared))
-    engine = TrainingEngine(job.model, job.training, total_steps=steps, grad_accumulation=batches.micro_batches)
-    found = []
-    for number, micro_batches in enumerate(BatchMaker(batches).steps(0, 0, steps), start=1):
-        metrics = asdict(engine.step(micro_batches))
-        bins = sum(len(batch.bins) for batch in micro_batches)
-        epoch = round(number / plan.schedule.steps_per_epoch, 6)
-        found.append({"step": number, "epoch": epoch, "bins": bins, "lr": metrics.pop("learning_rate")} | metrics)
-    return found
+def _train_rank(_rank: int, _world_size: int, job: Job, own_callbacks: tuple[Callback, ...]) -> None:
+    prepared = {
+        split: PreparedDataset(job.prepared_path(split)) for split in ("train", "eval") if getattr(job.data, split)
+    }
+    plan, folder, ranks = run_plan(job, prepared, gpus=False), RunFolder(job.output.run), Ranks()
+    run = open_run(plan, folder, ranks, scratch=folder.path)
+    checkpoints = FolderCheckpoints(folder.path, ranks, job.training.keep_checkpoints)
+    callbacks = standard_callbacks(run, asking=own_callbacks)
+    TrainingLoop(run, callbacks, checkpoints).train(partial(BatchMaker(run.batches).steps, ranks.rank))
 
 
 def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:

@@ -28,6 +28,8 @@ from mmray.doctor.weights import CHECK as WEIGHTS
 from mmray.doctor.weights import examine_weights
 from mmray.errors import UserError
 from mmray.families import Family
+from mmray.training.deepspeed_check import check_deepspeed
+from mmray.training.settings import load_deepspeed_overrides
 
 __all__ = ["Finding", "FirstRows", "Status", "as_json", "as_table", "examine", "examine_settings", "has_failed"]
 
@@ -75,6 +77,8 @@ def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Fami
     kind = type(family).__name__ if family.is_verified else "general rules, unverified"
     yield passed("processor", f"{name} loads, and is the {config.model_type} model's own (family: {kind})")
     yield guarded("attention", lambda: _attention(job, config, family))
+    if job.training.deepspeed:
+        yield guarded("deepspeed", lambda: _deepspeed(job))
     return config, family
 
 
@@ -86,6 +90,13 @@ def _attention(job: Job, config: PretrainedConfig, family: Family) -> Finding:
     unseen = job.model.attention == "flash_attention_2" and not torch.cuda.is_available()
     note = "; flash_attn is looked for where GPUs are" if unseen else ""
     return passed("attention", f"{job.model.attention}: a {config.model_type} {how}{note}")
+
+
+def _deepspeed(job: Job) -> Finding:
+    if note := check_deepspeed(job.model, job.training):
+        return not_applicable("deepspeed", note)
+    keys = ", ".join(load_deepspeed_overrides(job.training.deepspeed))
+    return passed("deepspeed", f"training.deepspeed: DeepSpeed knows all keys and takes their values ({keys})")
 
 
 def _rows(rows: FirstRows) -> Generator[Finding, None, bool]:

@@ -11,6 +11,7 @@ import functools
 from torch import Tensor
 
 from mmray.families.base import RoleMarkers
+from mmray.families.parts import Parts
 from mmray.families.rotary import RotaryFamily
 
 
@@ -19,6 +20,7 @@ class PaddleOCRVL(RotaryFamily):
 
     model_types = ("paddleocr_vl",)
     processor_classes = ("PaddleOCRVLProcessor",)
+    module_names = Parts(vision=("model.visual",), projector=("model.projector",))
     placeholder = "<|IMAGE_PLACEHOLDER|>"
     placeholder_unit = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
     media_tokens = (

@@ -55,11 +55,6 @@ BROKEN_EXIF = "broken_exif"
 """The note on an image whose EXIF cannot be read, or says an orientation there is not: it is taken as it is stored."""
 SEVERAL_FRAMES = "several_frames"
 """The note on a file of several pages or frames, of which the first alone is the image."""
-NOTES = {
-    BROKEN_EXIF: "taken as they are stored",
-    SEVERAL_FRAMES: "the first page or frame alone is the image (data.image_frames)",
-}
-"""What becomes of images with a note."""
 _ONE_PICTURE = ("JPEG", "MPO", "HEIF")
 """Formats that hold one photograph, if in several views."""
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -84,7 +79,7 @@ class ImageHeader:
     num_frames: int | None
     """Pages or frames in the file, of which the first is used. None: only reading on would tell."""
     note: str = ""
-    """What was passed over: a word of NOTES, or nothing."""
+    """What was passed over: BROKEN_EXIF, or nothing."""
 
     @property
     def size(self) -> tuple[int, int]:

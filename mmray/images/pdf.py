@@ -4,7 +4,8 @@ A page of w x h points has ceil(w * dpi / 72) x ceil(h * dpi / 72) pixels, after
 rendered into a bitmap of just that size. A size takes 0.1 ms where the document is open, a page of text about 20 ms.
 
 Pages of one document follow each other when preparing and are shuffled apart when training, so each process keeps the
-documents that it used last open. PDFium allows one thread at a time.
+documents that it used last open. PDFium allows one thread at a time; those that wait for object storage do not wait
+for each other.
 """
 
 import atexit
@@ -48,34 +49,66 @@ class _Open:
 
 
 class Documents:
-    """Open PDFs of a process, the last used last. Use it under its lock."""
+    """Open PDFs of a process, the last used last. Threads share them: they fetch at the same time, each document once,
+    and use PDFium one after another."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
         self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._fetching: dict[str, threading.Lock] = {}
 
-    def get(self, file: str) -> pypdfium2.PdfDocument:
-        """The document of a path or URI. Raises RowError: those of `open_image`, `pdf_encrypted`, `pdf_damaged`."""
-        is_local = "://" not in file
-        entry = self._open.pop(file, None)
-        if entry and (
-            entry.state != source_state(file) if is_local else time.monotonic() - entry.since > FRESH_SECONDS
-        ):
-            entry.document.close()
-            entry = None
-        if entry is None:
-            state = source_state(file)
-            document, num_bytes = _opened(file, by_path=is_local and PartOfFile.written(file) is None)
-            entry = _Open(document, state, num_bytes, time.monotonic())
-        self._open[file] = entry
-        while len(self._open) > 1 and (len(self._open) > MOST_DOCUMENTS or self._num_bytes > MOST_BYTES):
-            self._open.popitem(last=False)[1].document.close()
-        return entry.document
+    @contextmanager
+    def using(self, file: str) -> Iterator[pypdfium2.PdfDocument]:
+        """The document of a path or URI, for this thread alone.
+
+        Raises RowError: those of `open_image`, `pdf_encrypted`, `pdf_damaged`.
+        """
+        while True:
+            with self._lock:
+                entry = self._fresh(file)
+                if entry:
+                    yield entry.document
+                    return
+                fetching = self._fetching.setdefault(file, threading.Lock())
+            with fetching:
+                self._fetch(file)
+
+    def _fetch(self, file: str) -> None:
+        """Open a document, unless another thread has meanwhile; its bytes come while others use PDFium."""
+        try:
+            with self._lock:
+                is_there = self._fresh(file) is not None
+            if not is_there:
+                state, data = source_state(file), _fetched(file)
+                with self._lock:
+                    self._add(file, state, data)
+        finally:
+            with self._lock:
+                self._fetching.pop(file, None)
 
     def close(self) -> None:
         """Close all of them."""
-        while self._open:
-            self._open.popitem()[1].document.close()
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].document.close()
+
+    def _fresh(self, file: str) -> _Open | None:
+        """The open document, as long as it is the one that the file holds."""
+        entry = self._open.pop(file, None)
+        if entry is None:
+            return None
+        is_remote = "://" in file
+        if time.monotonic() - entry.since > FRESH_SECONDS if is_remote else entry.state != source_state(file):
+            entry.document.close()
+            return None
+        self._open[file] = entry
+        return entry
+
+    def _add(self, file: str, state: tuple[str, str] | None, data: bytes | None) -> None:
+        document = _opened(file, data)
+        self._open[file] = _Open(document, state, len(data or b""), time.monotonic())
+        while len(self._open) > 1 and (len(self._open) > MOST_DOCUMENTS or self._num_bytes > MOST_BYTES):
+            self._open.popitem(last=False)[1].document.close()
 
     @property
     def _num_bytes(self) -> int:
@@ -98,8 +131,8 @@ atexit.register(lambda: _documents.close())
 def pdf_size(page: PageOfFile, max_pixels: int) -> tuple[int, int]:
     """(width, height) in pixels of a rendered page.
 
-    Raises RowError: those of `Documents.get`; `pdf_page` where the document has no such page; `pdf_empty_page` for one
-    without area; `image_too_large` above `max_pixels`.
+    Raises RowError: those of `Documents.using`; `pdf_page` where the document has no such page; `pdf_empty_page` for
+    one without area; `image_too_large` above `max_pixels`.
     """
     with _explained(page) as document:
         return _size(page, document, max_pixels)
@@ -124,7 +157,7 @@ def render_pdf(page: PageOfFile, max_pixels: int) -> Image.Image:
 
 
 def num_pages(file: str) -> int:
-    """Pages of a PDF by path or URI. Raises what `Documents.get` does."""
+    """Pages of a PDF by path or URI. Raises what `Documents.using` does."""
     with _explained(PageOfFile(file, 1)) as document:
         return len(document)
 
@@ -147,28 +180,32 @@ def page_text(page: PageOfFile) -> str:
 @contextmanager
 def _explained(page: PageOfFile) -> Iterator[pypdfium2.PdfDocument]:
     """The page's document, for one thread; errors of PDFium as a RowError that names the page."""
-    with _documents.lock:
-        try:
-            yield _documents.get(page.file)
-        except (*PASSING_ERRORS, RowError):
-            raise
-        except Exception as error:  # a parser of foreign bytes may raise anything
-            raise RowError("pdf_damaged", f"{describe_source(str(page))}: {one_line(error)}; store it anew") from error
-
-
-def _opened(file: str, *, by_path: bool) -> tuple[pypdfium2.PdfDocument, int]:
-    """The document, and the bytes of it that are held in memory."""
-    with image_file(file) as opened:
-        data = b"" if by_path else opened.read()
     try:
-        document = pypdfium2.PdfDocument(Path(file) if by_path else data)
+        with _documents.using(page.file) as document:
+            yield document
+    except (*PASSING_ERRORS, RowError):
+        raise
+    except Exception as error:  # a parser of foreign bytes may raise anything
+        raise RowError("pdf_damaged", f"{describe_source(str(page))}: {one_line(error)}; store it anew") from error
+
+
+def _fetched(file: str) -> bytes | None:
+    """The bytes of a document that PDFium does not read from its path; None for one that it does."""
+    by_path = "://" not in file and PartOfFile.written(file) is None
+    with image_file(file) as opened:
+        return None if by_path else opened.read()
+
+
+def _opened(file: str, data: bytes | None) -> pypdfium2.PdfDocument:
+    try:
+        document = pypdfium2.PdfDocument(Path(file) if data is None else data)
         document.init_forms()
     except pypdfium2.PdfiumError as error:
         if error.err_code in (pdfium.FPDF_ERR_PASSWORD, pdfium.FPDF_ERR_SECURITY):
             message = f"{describe_source(file)}: the PDF is encrypted; store it without a password"
             raise RowError("pdf_encrypted", message) from error
         raise RowError("pdf_damaged", f"{describe_source(file)}: {one_line(error)}; store the PDF anew") from error
-    return document, len(data)
+    return document
 
 
 def _check_page(page: PageOfFile, document: pypdfium2.PdfDocument) -> None:

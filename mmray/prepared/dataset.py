@@ -79,8 +79,7 @@ class PreparedDataset:
         self.path = path
         self._folder = Folder(path)
         if not self._folder.exists(MANIFEST):
-            started = " (a prepare was begun here but did not finish)" if self._folder.exists(PLAN) else ""
-            raise UserError(f"{path} is no prepared dataset{started}: it has no {MANIFEST}. Run jobs/prepare.py first")
+            raise UserError(f"{path} is no prepared dataset: it has no {MANIFEST}. {self._remedy()}")
         self.manifest: dict[str, Any] = read_json(self._folder, MANIFEST)
         if self.manifest.get("format_version") != FORMAT_VERSION:
             raise UserError(
@@ -90,6 +89,16 @@ class PreparedDataset:
         self._first_bin = np.cumsum([0] + [shard["bins"] for shard in self.manifest["shards"]])
         self._open_file = functools.lru_cache(maxsize=128)(self._parquet_file)
         self._file_loads = functools.lru_cache(maxsize=256)(lambda file: Loads.from_footer(self._open_file(file)))
+
+    def _remedy(self) -> str:
+        """What to do where a folder holds something else."""
+        inside = [name for name in ("train", "eval") if Folder(f"{self.path.rstrip('/')}/{name}").exists(MANIFEST)]
+        if inside:
+            return f"It holds {' and '.join(inside)}: give {self.path.rstrip('/')}/{inside[0]}"
+        if self._folder.exists("metrics.jsonl"):
+            return f"It is the folder of a training run: mmray report {self.path} shows it"
+        begun = "A prepare was begun here but did not finish; run" if self._folder.exists(PLAN) else "Run"
+        return f"{begun} jobs/prepare.py first"
 
     @property
     def fingerprint(self) -> str:

@@ -19,6 +19,7 @@ from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images.source import one_line
 from mmray.loss.settings import SAMPLED_ROLE, chat_template, marks_generated
+from mmray.rows.ids import has_id, id_text
 from mmray.rows.image_refs import ImageRef, image_refs
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.typed import TypedMarkers
@@ -54,11 +55,12 @@ class DocumentReader:
     """Reads the `pretrain` and `chat` rows of one data set for one family."""
 
     def __init__(
-        self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None,
-        with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
+        self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None, *,
+        opens_answer: bool = False, with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
     ) -> None:  # fmt: skip
-        """markers: by which the turns of chat rows will be found; None: they are not looked for. with_pages: gives the
-        images of a row, where each page or frame that it names is one.
+        """markers: by which the turns of chat rows will be found; None: they are not looked for. opens_answer: chats
+        end where the model is to answer, with what its template writes before that. with_pages: gives the images of a
+        row, where each page or frame that it names is one.
 
         Raises UserError for chat rows that the model has no use for (`check_chats`).
         """
@@ -68,6 +70,7 @@ class DocumentReader:
         accepted = {dataset.placeholder, family.placeholder_unit, family.placeholder}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
         self._markers, self._with_pages = markers, with_pages
+        self._opens_answer = opens_answer
         special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._marks_generated = marks_generated(family.processor)
@@ -91,11 +94,12 @@ class DocumentReader:
     def row_id(self, value: dict[str, Any], source: str) -> str:
         """The row's id; its source position when it has none."""
         found = value.get(self.dataset.column("id"))
-        if found is None:
+        if not has_id(found):
             return source
-        if not isinstance(found, (str, int)) or isinstance(found, bool):
+        text = id_text(found)
+        if text is None:
             raise RowError("wrong_type", f"id must be a string, not {type(found).__name__} {found!r:.60}")
-        return str(found)
+        return text
 
     def _string(self, value: dict[str, Any], field: str) -> str:
         column = self.dataset.column(field)
@@ -207,12 +211,14 @@ class DocumentReader:
         """
         processor = self.family.processor
         if not self._marks_generated:
-            return processor.apply_chat_template(messages, tokenize=False), ()
+            options = {"tokenize": False, "add_generation_prompt": self._opens_answer}
+            return processor.apply_chat_template(messages, **options), ()
         rendered: Any = render_jinja_template(
             [messages],
             chat_template=chat_template(processor),
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
+            add_generation_prompt=self._opens_answer,
         )
         (text,), (generated,) = rendered
         return text, tuple(generated)

@@ -5,11 +5,12 @@ tokens its tile becomes. A placeholder is a special token, so tokenisers split t
 result equals tokenising the expanded text; `verify` compares it with the real processor all the same.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from tokenizers import Encoding
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
-from mmray.images.header import Measured, frames_of, measured
+from mmray.images import TilePlan, TilingPolicy, plan_tiles
+from mmray.images.header import frames_of, measured
+from mmray.images.measure_ahead import Measure, MeasureAhead
 from mmray.images.paged import PageOfFile, each_page
 from mmray.images.source import one_line
 from mmray.loss.labels import LossRule, with_stop_tokens
@@ -34,7 +36,7 @@ from mmray.packing.settings import PackingSettings
 from mmray.rows.document import Document, DocumentReader, check_chats
 from mmray.rows.duplicates import id_of
 from mmray.rows.endings import Endings
-from mmray.rows.image_refs import ImageRef, image_refs
+from mmray.rows.image_refs import ImageRef, image_refs, remote_images
 from mmray.rows.read import RawRow
 from mmray.rows.sample import RejectedRow, Sample, shown
 from mmray.rows.settings import DatasetSettings, DataSettings
@@ -56,12 +58,6 @@ class _Pending:
     """What the model generates of the text that the tokenizer gets; None where the chat template is not asked."""
 
 
-class Measure(Protocol):
-    """`measured`, or that of a `SizeCache`."""
-
-    def __call__(self, source: ImageSource, *, max_pixels: int, one_frame: bool) -> Measured: ...
-
-
 class Encoder:
     """Encodes the rows of a job. Holds the tokenizer; safe to build once per actor."""
 
@@ -70,7 +66,9 @@ class Encoder:
         packing: PackingSettings, *, loss: Loss = "sampled", measure: Measure = measured,
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
-        self._measure = measure
+        self._measure = MeasureAhead(
+            measure, max_pixels=data.max_image_pixels, one_frame=data.image_frames != "first"
+        )  # fmt: skip
         for dataset in datasets:
             check_chats(dataset, family)
         self.sources = [loss_source(loss, dataset.kind, family) for dataset in datasets]
@@ -82,7 +80,7 @@ class Encoder:
                 dataset,
                 family,
                 self._markers if source.rule == LossRule.ROLES else None,
-                functools.partial(self._with_pages, dataset=dataset),
+                with_pages=functools.partial(self._with_pages, dataset=dataset),
             )
             for dataset, source in zip(datasets, self.sources)
         ]
@@ -104,6 +102,7 @@ class Encoder:
         an earlier row has their id. Raises UserError when a verified row differs, and for the first bad row under
         `on_bad_row: error`.
         """
+        self._measure.expect(uri for row in rows for uri in self._remote_images(row))
         prepared = [
             self._guard(row, self._refuse_duplicate if number in duplicates else self._prepare, row)
             for number, row in enumerate(rows)
@@ -152,52 +151,53 @@ class Encoder:
         document = self._readers[row.dataset].read(row.value, row.source)
         sizes, notes = self._measured(document.images)
         plans = tuple(self._plan(size) for size in sizes)
-        text, generated = self._expand_units(document.text, plans), self._generated(row, document, plans)
+        text, generated = self._expanded(document.text, plans), self._generated(row, document, plans)
         if document.typed and self._markers is not None:
-            blanked = self._expand_units(document.blanked, plans)
+            blanked = self._expanded(document.blanked, plans)
             found, expected = (self.family.tokenizer_text(each, _tile_sizes(plans)) for each in (text, blanked))
             self._markers.check(found, expected, document.typed)
         return _Pending(row, document, plans, sizes, notes, text, generated)
 
+    def _remote_images(self, row: RawRow) -> list[str]:
+        if isinstance(row.value, RowError):
+            return []
+        dataset = self.datasets[row.dataset]
+        uris = remote_images(row.value, row.source, dataset)
+        with contextlib.suppress(RowError):
+            return [page for uri in uris for page in self._pages(uri, dataset)]
+        return []
+
+    def _pages(self, uri: str, dataset: DatasetSettings) -> list[str]:
+        """The pages that an image names, of PDFs with their resolution; any other image is itself."""
+        pages = []
+        for text in each_page(uri):
+            page = PageOfFile.written(text)
+            if page and page.is_pdf:
+                text = str(replace(page, dpi=page.dpi or dataset.pdf_dpi or self.policy.pdf_dpi))
+            pages.append(text)
+        return pages
+
     def _with_pages(self, images: Sequence[ImageRef], dataset: DatasetSettings) -> tuple[ImageRef, ...]:
-        """Each page that the images name as an image, of PDFs with its resolution; of pictures of several all, where
-        `data.image_frames` says so."""
-        pages: list[str | ImageRef] = []
+        """Each page that the images name as an image; of pictures of several all, where `data.image_frames` says so."""
+        refs: list[ImageRef] = []
         for image in images:
             if image.data is not None:
-                pages.append(image)
+                refs.append(image)
                 continue
-            for text in each_page(image.uri):
-                page = PageOfFile.written(text)
-                if page and page.is_pdf:
-                    text = str(replace(page, dpi=page.dpi or dataset.pdf_dpi or self.policy.pdf_dpi))
-                if page is None and self.data.image_frames == "all" and PageOfFile.written(f"{text}#page=1"):
+            for text in self._pages(image.uri, dataset):
+                numbers = [1]
+                if self.data.image_frames == "all" and PageOfFile.written(f"{text}#page=1"):
                     numbers = frames_of(text)
-                    pages += [f"{text}#page={number}" for number in numbers] if len(numbers) > 1 else [text]
-                else:
-                    pages.append(text)
-        return tuple(ImageRef(uri=page) if isinstance(page, str) else page for page in pages)
+                refs += [ImageRef(f"{text}#page={n}") for n in numbers] if len(numbers) > 1 else [ImageRef(text)]
+        return tuple(refs)
 
     def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
         """The sizes of images, and the notes on them."""
-        found = [
-            self._measure(
-                image.uri if image.data is None else image.data,
-                max_pixels=self.data.max_image_pixels, one_frame=self.data.image_frames != "first",
-            )
-            for image in images
-        ]  # fmt: skip
+        found = [self._measure(image.uri if image.data is None else image.data) for image in images]
         return tuple(each.size for each in found), tuple(each.note for each in found if each.note)
 
-    def _expand_units(self, text: str, plans: Sequence[TilePlan]) -> str:
-        """Each image's unit, repeated for its tiles, each after its label and a newline."""
-        unit = self.family.placeholder_unit
-        head, *tails = text.split(unit)
-        pieces = [head]
-        for plan, tail in zip(plans, tails, strict=True):
-            pieces += [f"{label}\n{unit}" if label else unit for label in plan.labels]
-            pieces.append(tail)
-        return "".join(pieces)
+    def _expanded(self, text: str, plans: Sequence[TilePlan]) -> str:
+        return expanded_units(text, plans, self.family.placeholder_unit)
 
     def _generated(
         self, row: RawRow, document: Document, plans: Sequence[TilePlan]
@@ -209,7 +209,7 @@ class Encoder:
         def grown(place: int) -> int:
             before = document.text[:place]
             own = plans[: before.count(self.family.placeholder_unit)]
-            return len(self.family.tokenizer_text(self._expand_units(before, own), _tile_sizes(own)))
+            return len(self.family.tokenizer_text(self._expanded(before, own), _tile_sizes(own)))
 
         return tuple((grown(start), grown(stop)) for start, stop in document.generated)
 
@@ -294,7 +294,7 @@ class Encoder:
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
             given=generated,
             visual_pairs=_visual_pairs(tiles),
-            notes=item.notes,
+            notes=(*item.row.notes, *item.notes),
         )
         return self._checked(sample)
 
@@ -350,7 +350,7 @@ class Encoder:
             Sample(
                 id=reader.row_id(value, row.source), source=row.source, rule=source.rule, bucket=_bucket(plans),
                 visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles), notes=notes,
+                visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes),
             )
         )  # fmt: skip
 
@@ -369,6 +369,17 @@ class Encoder:
                 f"by {type(self.family.processor).__name__}. The lengths of this model cannot be trusted; please "
                 "report the processor's files and the image sizes"
             )
+
+
+def expanded_units(text: str, plans: Sequence[TilePlan], unit: str) -> str:
+    """A text with each image's unit repeated for its tiles, each after its label and a newline. unit: what the chat
+    template writes for an image (`Family.placeholder_unit`); plans: of the text's images, in order."""
+    head, *tails = text.split(unit)
+    pieces = [head]
+    for plan, tail in zip(plans, tails, strict=True):
+        pieces += [f"{label}\n{unit}" if label else unit for label in plan.labels]
+        pieces.append(tail)
+    return "".join(pieces)
 
 
 def _bucket(plans: Sequence[TilePlan]) -> str:

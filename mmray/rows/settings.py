@@ -4,17 +4,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmray.base.settings import Settings
+from mmray.base.settings import RowKind, Settings
 
-RowKind = Literal["pretrain", "chat", "tokenized"]
 FIELDS: dict[RowKind, tuple[str, ...]] = {
     "pretrain": ("id", "text", "images"),
     "chat": ("id", "messages", "conversations", "images"),
     "tokenized": ("id", "input_ids", "labels", "sampled_mask", "images"),
 }
 
+ONE_IMAGE = "image"
+"""What LLaVA and its children call the image of a row; read where a row has no `images`."""
 
-_LATER = ("pdf_dpi",)
+
+_LATER = ("members", "pdf_dpi")
 """Settings that came after the first version of prepared datasets."""
 
 
@@ -32,9 +34,14 @@ class DatasetSettings(Settings):
     """`pretrain` (`text`), `chat` (`messages` or ShareGPT `conversations`) or `tokenized` (`input_ids`, and
     `labels` or `sampled_mask`)."""
 
-    format: Literal["auto", "jsonl", "parquet", "webdataset", "huggingface"] = "auto"
-    """File format; `auto` goes by the ending: `.parquet`, `.tar` (WebDataset shards), anything else is JSON lines.
-    `huggingface`: `files` are folders that `Dataset.save_to_disk` wrote."""
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "arrow", "webdataset", "huggingface"] = "auto"
+    """File format; `auto` goes by the first bytes of a file, and by its ending where they say nothing: `.csv`, `.tsv`,
+    `.parquet`, `.arrow`, `.tar` (WebDataset shards), anything else is JSON lines or a JSON array. `huggingface`:
+    `files` are folders that `Dataset.save_to_disk` wrote."""
+
+    members: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Members of a WebDataset shard that are read, by what stands behind the key: `[jpg, txt]`, or with `*` for
+    numbers, `["*.jpg", json]`. Masks and second encodings are left out so. Default: all."""
 
     image_root: str | None = None
     """Folder or URI that image paths are relative to, and must stay inside. Default: the folder of the row file."""
@@ -59,12 +66,6 @@ class DatasetSettings(Settings):
     pdf_dpi: Annotated[int, Field(ge=18, le=1200)] | None = None
     """Pixels an inch of pages of PDFs in this set. Default: `images.pdf_dpi`."""
 
-    def record(self) -> dict[str, Any]:
-        """The settings as plain JSON, for a prepared dataset's record. Keys that came after its first version stand
-        there only where they say something."""
-        unsaid = {name for name in _LATER if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude=unsaid)
-
     @model_validator(mode="after")
     def _known_columns(self) -> "DatasetSettings":
         for name in self.columns:
@@ -75,6 +76,17 @@ class DatasetSettings(Settings):
         if not self.placeholder:
             raise ValueError("placeholder must not be empty")
         return self
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain JSON, for what a prepared dataset depends on. Keys that came after its first version
+        stand there only where they say something."""
+        return self.model_dump(mode="json", exclude={name for name in _LATER if not getattr(self, name)})
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """Names in the file of all that rows are made of."""
+        names = [self.column(field) for field in FIELDS[self.kind]]
+        return (*names, ONE_IMAGE) if self.column("images") == "images" else tuple(names)
 
     def column(self, field: str) -> str:
         """The name in the file of one of mmray's fields."""

@@ -12,7 +12,8 @@ the learning rate is a function of the step, set before each one.
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
+from mmray.images.source import one_line
 from mmray.training import checkpoint
 from mmray.training.deepspeed_config import deepspeed_config, effective_zero_stage, import_deepspeed
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
@@ -205,7 +207,8 @@ class TrainingEngine:
         )
         groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
         self.group_weight_decay = [group["weight_decay"] for group in groups]
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        with _told():
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         return engine
 
     def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
@@ -248,6 +251,15 @@ class TrainingEngine:
                 f"the {name} of step {self.step_count + 1} is {value}; lower training.learning_rate or "
                 f"max_grad_norm, or look at the bins of this step, and resume from the last checkpoint"
             )
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What DeepSpeed refuses of its configuration, as a mistake that a person can mend."""
+    try:
+        yield
+    except (ValueError, AssertionError) as error:  # also of its pydantic models
+        raise UserError(f"DeepSpeed cannot be set up for this model and training: {one_line(error)}") from error
 
 
 def _agree_on_device() -> None:

@@ -9,7 +9,6 @@ here.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 from mmray.errors import UserError
+from mmray.families.model_source import source_problem
 from mmray.families.processors import warn_of_remote_code
 from mmray.training.settings import ModelSettings
 
@@ -43,9 +43,10 @@ def build_model(
                 model = _load(settings.path, settings)
             else:
                 model = _random(settings, device, sharded=zero3_config is not None)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:
         source = settings.path if settings.path is not None else "model.config"
-        raise UserError(f"cannot build the model from {source}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot build the model from {source}: {reason}") from error
     _switch_off_cache(model.config)
     if settings.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -53,6 +54,16 @@ def build_model(
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def empty_model(settings: ModelSettings) -> PreTrainedModel:
+    """The model without weights, on the meta device, in the dtype of the settings: as its configuration has it, with
+    none of the switches that training sets. Raises UserError like `build_model`."""
+    try:
+        with torch.device("meta"):
+            return _from_config(settings)
+    except (OSError, ImportError) as error:
+        raise UserError(f"cannot build the model from {settings.path or 'model.config'}: {error}") from error
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
@@ -73,11 +84,14 @@ def _read_config(settings: ModelSettings) -> PretrainedConfig:
             return AutoConfig.for_model(model_type, **values)
         except ValueError as error:
             raise UserError(f"model.config: transformers knows no model_type {model_type!r}") from error
-    source = Path(settings.path or settings.config or "")
+    source = settings.path or settings.config or ""
+    if problem := source_problem(source):
+        setting = "model.path" if settings.path else "model.config"
+        raise UserError(f"{setting}: cannot read a model configuration from {source}: {problem}")
     if settings.trust_remote_code:
-        warn_of_remote_code(str(source))
+        warn_of_remote_code(source)
     try:
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a model configuration from {source}: {error}") from error
 
@@ -88,16 +102,20 @@ def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
 
 
 def _random(settings: ModelSettings, device: torch.device, *, sharded: bool) -> PreTrainedModel:
+    if sharded:
+        return _from_config(settings)
+    with no_init_weights(), device:
+        model = _from_config(settings)
+    model.initialize_weights()
+    model.tie_weights()
+    return model
+
+
+def _from_config(settings: ModelSettings) -> PreTrainedModel:
     config = load_config(settings)
     model_class = _model_class(config)
     build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-    options = _build_options(model_class, settings)
-    if sharded:
-        return build(config, **options)
-    with no_init_weights(), device:
-        model = build(config, **options)
-    model.initialize_weights()
-    model.tie_weights()
+    model: PreTrainedModel = build(config, **_build_options(model_class, settings))
     return model
 
 

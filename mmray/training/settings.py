@@ -159,6 +159,11 @@ class TrainingSettings(Settings):
     max_preemptions: int | None = Field(default=None, ge=0)
     """The same after a node was taken away with notice, which is no failure; null: always."""
 
+    stop_seconds: float = Field(default=120.0, ge=0)
+    """How long, in seconds, a run that is asked to stop (Ctrl-C, SIGTERM, `ray job stop`) may take to end the step it
+    is in and to save it; after that it ends without.
+    """
+
     @field_validator("betas")
     @classmethod
     def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:

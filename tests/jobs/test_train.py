@@ -3,17 +3,21 @@
 import json
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoModelForImageTextToText
 
+from jobs.checks import open_prepared
 from jobs.trace import run_tracer
-from jobs.train import open_prepared, train
+from jobs.train import train
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
+from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.history import read_history
 from mmray.run.metrics import read_metrics
@@ -21,6 +25,7 @@ from mmray.training.bins_log import read_trained
 from pipelines import measures
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
+from tests.jobs.counting import Counting, Mistaken
 from tests.scraping import scraped, wait_until
 
 KILL_IN_STEP = 5
@@ -38,10 +43,12 @@ def job_content(inputs: Inputs, folder: Path, run: str, **changes: object) -> di
     return inputs.job(folder, **{"output__run": str(folder / run), **changes})  # type: ignore[arg-type]
 
 
-def run_job(inputs: Inputs, folder: Path, run: str, **changes: object) -> list[dict[str, Any]]:
+def run_job(
+    inputs: Inputs, folder: Path, run: str, callbacks: Sequence[Callback] = (), **changes: object
+) -> list[dict[str, Any]]:
     """Train a job to its end; the lines of its metrics."""
     job = Job.model_validate(job_content(inputs, folder, run, **changes))
-    train(job, open_prepared(job))
+    train(job, open_prepared(job), callbacks=callbacks)
     return read_metrics(folder / run / "metrics.jsonl")
 
 
@@ -116,8 +123,8 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
 ) -> None:
     """In the first part, on two workers, one is killed. After it the newest checkpoint is damaged and what Ray Train
     remembers is torn: the run goes on from the checkpoint before, on three workers, by which the global batch of 4 bins
-    does not divide evenly."""
-    run = folder / "chained"
+    does not divide evenly. A callback of the test's own has its count carried through all of it."""
+    run, counting = folder / "chained", Counting(folder / "counted")
     killed: list[int] = []
 
     def kill_one_worker() -> None:
@@ -133,7 +140,7 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
     killer = threading.Thread(target=kill_one_worker, daemon=True)
     killer.start()
     every = {"training__checkpoint_every_steps": 3}
-    lines = run_job(inputs, folder, "chained", training__steps=9, training__max_failures=2, **every)
+    lines = run_job(inputs, folder, "chained", [counting], training__steps=9, training__max_failures=2, **every)
     killer.join(1)
     assert len(killed) == 1
     assert_same_steps(lines, whole[:9], tolerance=1e-6)
@@ -145,7 +152,7 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     (run / "checkpoint_manager_snapshot.json").write_text('{"ray_ver')
     resources = {"workers": 3, "cpus_per_worker": 0.5, "encode_actors": 2}
-    lines = run_job(inputs, folder, "chained", resources=resources)
+    lines = run_job(inputs, folder, "chained", [counting], resources=resources)
     events = {event["event"]: event for event in read_history(run)}
     assert events["damaged_checkpoint"]["checkpoint"] == newest.name
     assert events["damaged_checkpoint"]["problem"] == f"deepspeed/{shard.name} was changed: its checksum is another"
@@ -154,6 +161,10 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
     assert_same_steps(lines[:6], whole[:6], tolerance=1e-6)
     assert [step.workers for step in read_trained(run)] == [2] * 6 + [3] * 6
     assert_each_bin_once_an_epoch(run)
+    counted = [tuple(map(int, line.split(":"))) for line in counting.file.read_text().splitlines()]
+    assert len(counted) > 12, "steps were done again"
+    assert {step for step, _ in counted} == set(range(1, 13))
+    assert all(step == count for step, count in counted)
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
@@ -163,11 +174,39 @@ def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inpu
     assert read_history(folder / "whole") == history
 
 
+def test_a_run_can_end_with_its_model(
+    whole: list[dict[str, Any]], inputs: Inputs, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a run that is finished already; a model that is there is kept, one of earlier steps gives way."""
+    model = folder / "whole" / "model"
+    for _ in range(2):
+        run_job(inputs, folder, "whole", output__export={"at_end": True})
+        told = " ".join(capsys.readouterr().out.split())
+        assert "finished, the model is in" in told
+        assert "whole/model: step 12, fp32" in told
+    written = (model / "config.json").stat().st_mtime_ns
+    loaded = AutoModelForImageTextToText.from_pretrained(model)
+    assert sum(weight.numel() for weight in loaded.parameters()) > 1000
+    run_job(inputs, folder, "whole", output__export={"at_end": True})
+    assert (model / "config.json").stat().st_mtime_ns == written
+    sidecar = json.loads((model / "mmray.json").read_text())
+    (model / "mmray.json").write_text(json.dumps(sidecar | {"step": 10}))
+    run_job(inputs, folder, "whole", output__export={"at_end": True})
+    assert json.loads((model / "mmray.json").read_text()) == sidecar
+
+
 def test_a_mistake_that_workers_find_reaches_the_user(
     whole: list[dict[str, Any]], inputs: Inputs, folder: Path
 ) -> None:
     with pytest.raises(UserError, match=r"its seed is 0, this job's is 5; put seed back"):
         run_job(inputs, folder, "whole", training__seed=5, training__max_failures=0)
+
+
+def test_a_mistake_of_one_worker_ends_the_run_at_once(inputs: Inputs, folder: Path) -> None:
+    """Although failures may be tried again three times, and the other rank waits for it in a collective."""
+    with pytest.raises(UserError, match=r"^this row cannot be trained on; mend it$"):
+        run_job(inputs, folder, "mistaken", [Mistaken(step=2, rank=1)], training__max_failures=3)
+    assert [event["event"] for event in read_history(folder / "mistaken")] == ["start"]
 
 
 def test_settings_that_differ_from_the_prepared_ones_are_refused(inputs: Inputs, folder: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,18 @@ def test_documents_of_remote_storage(scan: str, remote) -> None:
     assert [image_size(source) for source in sources] == [(200, 300), (300, 200), (100, 80)]
     assert np.array_equal(np.asarray(load_image(sources[1])), np.asarray(load_image(f"{scan}#page=2&dpi=72")))
     assert len(type(remote).ranges) == 1, "the document is fetched once"
+
+
+def test_threads_fetch_at_the_same_time_and_each_document_once(scan: str, remote) -> None:
+    for number in range(3):
+        type(remote).contents[f"{number}.pdf"] = Path(scan).read_bytes()
+    sources = [f"counted://{number}.pdf#page={page}&dpi=72" for number in range(3) for page in (1, 2, 3)] * 3
+    with ThreadPoolExecutor(9) as threads:
+        sizes = list(threads.map(image_size, sources))
+        pages = list(threads.map(load_image, sources))
+    assert sizes == [page.size for page in pages] == [(200, 300), (300, 200), (100, 80)] * 9
+    assert len(type(remote).ranges) == 3
+    assert pdf._documents._fetching == {}
 
 
 def test_caches_know_pages(scan: str, tmp_path: Path) -> None:
