@@ -97,6 +97,12 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
             prepared.path, prepared.manifest["record"], processor=family.processor,
             tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
         )  # fmt: skip
+        if prepared.is_read_otherwise:
+            console.print(
+                f"{prepared.path} was prepared before orientations of signed kinds in EXIF counted: such pictures go "
+                "on as they are stored, with the sizes they were prepared with; prepare anew to have them turned",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
         prepared.check_has_bins()
         datasets[split] = prepared
     return datasets

@@ -19,7 +19,7 @@ from typing import Any
 
 from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.images.header import BROKEN_EXIF
+from mmray.images.header import BROKEN_EXIF, SEVERAL_FRAMES
 from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
 from mmray.prepared.stages import PrepareContext, WindowMaker
@@ -173,6 +173,7 @@ class _Rejections:
 
 _NOTES = {
     BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
+    SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
     BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
     WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
 }

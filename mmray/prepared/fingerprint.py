@@ -54,7 +54,7 @@ def prepare_record(
         "image_frames": data.image_frames,
         "duplicate_ids": data.duplicate_ids,
         "processor": processor_record(processor),
-        "tiling": tiling.model_dump(mode="json"),
+        "tiling": tiling.record(),
         "packing": packing.model_dump(mode="json"),
         "loss": loss_record(loss),
     }
@@ -70,7 +70,7 @@ def check_settings(
     """
     now = {
         "processor": processor_record(processor),
-        "tiling": tiling.model_dump(mode="json"),
+        "tiling": tiling.record(),
         "packing": packing.model_dump(mode="json"),
         "loss": loss_record(loss),
     }

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
+from mmray.images.header import IMAGE_READING
 from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json
 from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
@@ -174,7 +175,8 @@ class PreparedWriter:
             "fingerprint": fingerprint(record),
             "content": joined_content(contents),
             "record": record,
-            "tiling": tiling.model_dump(mode="json"),
+            "tiling": tiling.record(),
+            "image_reading": IMAGE_READING,
             "shards": shards,
             "statistics": statistics,
             **facts,

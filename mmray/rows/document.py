@@ -8,7 +8,7 @@ of it is rendered twice (`TypedMarkers`).
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +56,11 @@ class DocumentReader:
 
     def __init__(
         self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None, *,
-        opens_answer: bool = False,
+        opens_answer: bool = False, with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
     ) -> None:  # fmt: skip
         """markers: by which the turns of chat rows will be found; None: they are not looked for. opens_answer: chats
-        end where the model is to answer, with what its template writes before that.
+        end where the model is to answer, with what its template writes before that. with_pages: gives the images of a
+        row, where each page or frame that it names is one.
 
         Raises UserError for chat rows that the model has no use for (`check_chats`).
         """
@@ -68,7 +69,7 @@ class DocumentReader:
         self.family = family
         accepted = {dataset.placeholder, family.placeholder_unit, family.placeholder}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
-        self._markers = markers
+        self._markers, self._with_pages = markers, with_pages
         self._opens_answer = opens_answer
         special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
@@ -76,7 +77,7 @@ class DocumentReader:
 
     def read(self, value: dict[str, Any], source: str) -> Document:
         """The row as a document. Raises RowError with the field, the value and the remedy."""
-        images = image_refs(value, source, self.dataset)
+        images = self._with_pages(image_refs(value, source, self.dataset))
         row_id = self.row_id(value, source)
         if self.dataset.kind == "chat":
             document, count = self._chat(value, row_id, images)

@@ -5,10 +5,11 @@ tokens its tile becomes. A placeholder is a special token, so tokenisers split t
 result equals tokenising the expanded text; `verify` compares it with the real processor all the same.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from tokenizers import Encoding
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images import TilePlan, TilingPolicy, plan_tiles
-from mmray.images.header import measured
+from mmray.images.header import frames_of, measured
 from mmray.images.measure_ahead import Measure, MeasureAhead
+from mmray.images.paged import PageOfFile, each_page
 from mmray.images.source import one_line
 from mmray.loss.labels import LossRule, with_stop_tokens
 from mmray.loss.settings import (
@@ -65,7 +67,7 @@ class Encoder:
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
         self._measure = MeasureAhead(
-            measure, max_pixels=data.max_image_pixels, one_frame=data.image_frames == "reject"
+            measure, max_pixels=data.max_image_pixels, one_frame=data.image_frames != "first"
         )  # fmt: skip
         for dataset in datasets:
             check_chats(dataset, family)
@@ -74,7 +76,12 @@ class Encoder:
         if LossRule.ROLES in {source.rule for source in self.sources}:
             self._markers = TypedMarkers(family, turn_markers(loss, family), label_maker(loss, family).boundaries)
         self._readers = [
-            DocumentReader(dataset, family, self._markers if source.rule == LossRule.ROLES else None)
+            DocumentReader(
+                dataset,
+                family,
+                self._markers if source.rule == LossRule.ROLES else None,
+                with_pages=functools.partial(self._with_pages, dataset=dataset),
+            )
             for dataset, source in zip(datasets, self.sources)
         ]
         self._endings = Endings(datasets, self.sources, family)
@@ -154,7 +161,35 @@ class Encoder:
     def _remote_images(self, row: RawRow) -> list[str]:
         if isinstance(row.value, RowError):
             return []
-        return remote_images(row.value, row.source, self.datasets[row.dataset])
+        dataset = self.datasets[row.dataset]
+        uris = remote_images(row.value, row.source, dataset)
+        with contextlib.suppress(RowError):
+            return [page for uri in uris for page in self._pages(uri, dataset)]
+        return []
+
+    def _pages(self, uri: str, dataset: DatasetSettings) -> list[str]:
+        """The pages that an image names, of PDFs with their resolution; any other image is itself."""
+        pages = []
+        for text in each_page(uri):
+            page = PageOfFile.written(text)
+            if page and page.is_pdf:
+                text = str(replace(page, dpi=page.dpi or dataset.pdf_dpi or self.policy.pdf_dpi))
+            pages.append(text)
+        return pages
+
+    def _with_pages(self, images: Sequence[ImageRef], dataset: DatasetSettings) -> tuple[ImageRef, ...]:
+        """Each page that the images name as an image; of pictures of several all, where `data.image_frames` says so."""
+        refs: list[ImageRef] = []
+        for image in images:
+            if image.data is not None:
+                refs.append(image)
+                continue
+            for text in self._pages(image.uri, dataset):
+                numbers = [1]
+                if self.data.image_frames == "all" and PageOfFile.written(f"{text}#page=1"):
+                    numbers = frames_of(text)
+                refs += [ImageRef(f"{text}#page={n}") for n in numbers] if len(numbers) > 1 else [ImageRef(text)]
+        return tuple(refs)
 
     def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
         """The sizes of images, and the notes on them."""
@@ -306,7 +341,7 @@ class Encoder:
         source = self.sources[row.dataset]
         ids = own_ids(value, dataset, self._vocabulary_size)
         given = own_mask(value, dataset, ids) if source is LossSource.ROW else np.zeros(0, dtype=bool)
-        images = image_refs(value, row.source, dataset)
+        images = self._with_pages(image_refs(value, row.source, dataset), dataset)
         sizes, notes = self._measured(images)
         plans = tuple(self._plan(size) for size in sizes)
         tiles = self._tile_tokens(plans)

@@ -17,6 +17,8 @@ from typing import Any
 
 from mmray.base.redact import holds_secret
 from mmray.errors import RowError
+from mmray.images.paged import file_of
+from mmray.images.source import base64_bytes, embedded_picture
 from mmray.images.tar_member import PartOfFile
 from mmray.rows.settings import ONE_IMAGE, DatasetSettings
 
@@ -90,11 +92,14 @@ def _listed(text: str) -> list[Any]:
 
 def _image(entry: object, root: str) -> ImageRef:
     if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
-        entry = entry.get("bytes") or entry.get("path")
+        data = entry.get("bytes")
+        entry = (base64_bytes(data) if isinstance(data, str) else data) or entry.get("path")
     if isinstance(entry, bytes):
         return ImageRef(data=entry)
     if not isinstance(entry, str) or not entry:
         raise RowError("wrong_type", f"an image must be a path, a URI or bytes, not {entry!r:.60}")
+    if (data := embedded_picture(entry)) is not None:
+        return ImageRef(data=data)
     if holds_secret(entry):
         raise RowError(
             "image_credentials",
@@ -126,8 +131,9 @@ def _is_below(top: str, joined: str, path: str) -> bool:
 
 def _leads_inside(folder: str, joined: str) -> bool:
     """Whether a local path lies in the folder once all links are followed. Neither need exist."""
-    part = PartOfFile.written(joined)
-    place = os.path.abspath(part.file if part else joined)
+    file = file_of(joined)
+    part = PartOfFile.written(file)
+    place = os.path.abspath(part.file if part else file)
     with contextlib.suppress(ValueError):  # a name that no file system takes; opening it says so
         place = os.path.join(_resolved(os.path.dirname(place)), os.path.basename(place))
         if os.path.islink(place):

@@ -16,6 +16,10 @@ ONE_IMAGE = "image"
 """What LLaVA and its children call the image of a row; read where a row has no `images`."""
 
 
+_LATER = ("members", "pdf_dpi")
+"""Settings that came after the first version of prepared datasets."""
+
+
 def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
@@ -59,6 +63,9 @@ class DatasetSettings(Settings):
     """That token; default: the tokenizer's eos_token. Of Qwen's chat models that is the end of a turn, `<|im_end|>`;
     they were pre-trained with `<|endoftext|>`."""
 
+    pdf_dpi: Annotated[int, Field(ge=18, le=1200)] | None = None
+    """Pixels an inch of pages of PDFs in this set. Default: `images.pdf_dpi`."""
+
     @model_validator(mode="after")
     def _known_columns(self) -> "DatasetSettings":
         for name in self.columns:
@@ -71,10 +78,9 @@ class DatasetSettings(Settings):
         return self
 
     def record(self) -> dict[str, Any]:
-        """The settings as plain JSON, for what a prepared dataset depends on. `members` came later: without it the
-        record is that of earlier versions."""
-        values = self.model_dump(mode="json")
-        return values if self.members else {name: value for name, value in values.items() if name != "members"}
+        """The settings as plain JSON, for what a prepared dataset depends on. Keys that came after its first version
+        stand there only where they say something."""
+        return self.model_dump(mode="json", exclude={name for name in _LATER if not getattr(self, name)})
 
     @property
     def used_columns(self) -> tuple[str, ...]:
@@ -115,9 +121,10 @@ class DataSettings(Settings):
     purpose; the manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read
     once more."""
 
-    image_frames: Literal["first", "reject"] = "first"
-    """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image.
-    `reject`: the row is set aside with the reason `image_frames`."""
+    image_frames: Literal["first", "all", "reject"] = "first"
+    """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image; the
+    manifest counts such files. `all`: each is an image with a placeholder of its own, for which every file is opened
+    once more. `reject`: the row is set aside with the reason `image_frames`."""
 
     max_image_pixels: Annotated[int, Field(gt=0)] = 250_000_000
     """Images with more pixels (width × height, from the header) are refused."""

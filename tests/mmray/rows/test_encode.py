@@ -263,7 +263,7 @@ def test_an_image_stored_turned_is_measured_upright(prepare, tmp_path, orientati
     ("images", "reason", "words"),
     [
         (["nowhere.png"], "image_missing", ["nowhere.png", "image_root"]),
-        (["notes.txt"], "image_unreadable", ["notes.txt", "no image of a known format"]),
+        (["notes.txt"], "image_unreadable", ["notes.txt", "text, which begins"]),
         (["empty.jpg"], "image_unreadable", ["empty.jpg", "the file is empty"]),
         (["../page.png"], "image_outside_root", ["'../page.png'", "image_root"]),
         (["http://host/page.png"], "image_scheme", ["http://host/page.png", "local paths or of"]),
