@@ -35,9 +35,8 @@ SHOWN_SETS = 3
 TRAINS = {
     LossSource.EVERY_TOKEN: "every token trains",
     LossSource.ROW: "each row's own mask or labels",
-    LossSource.TEMPLATE: "what the chat template marks as generated",
+    LossSource.MESSAGES: "what the assistant says, by the messages",
     LossSource.ANSWER: "what follows each row's prompt",
-    LossSource.BOUNDARIES: "the family's markers of the assistant's turns, all found",
     LossSource.ROLES: "the markers of the roles, all found",
 }
 TOO_LARGE = ("too_long", "too_many_visual_tokens")

@@ -41,8 +41,8 @@ def check_first_rows(
         name = f"data.{split}[{number}] ({dataset.kind})"
         samples = [row for row in encoder.encode(first_rows(pieces, number)) if isinstance(row, Sample)]
         seen = _Seen(name, samples, encoder.family)
-        is_sampled = source in (LossSource.TEMPLATE, LossSource.BOUNDARIES)
-        open_ends = seen.open_ends(labels, encoder.ending_token_ids) if samples and is_sampled else ""
+        is_chat = source in (LossSource.MESSAGES, LossSource.ROLES) and dataset.kind == "chat"
+        open_ends = seen.open_ends(labels, encoder.ending_token_ids) if samples and is_chat else ""
         log.info("%s: loss on %s%s", name, described(source, labels, encoder.ending_token_ids), open_ends)
         if not samples:
             continue
@@ -83,13 +83,10 @@ def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence
             return "every token but media"
         case LossSource.ROW:
             return "what each row's sampled_mask or labels say"
-        case LossSource.TEMPLATE:
-            return f"what the chat template marks as generated, and what ends it: {list(ending_token_ids)}"
+        case LossSource.MESSAGES:
+            return f"what the assistant says in each message, and what ends it: {list(ending_token_ids)}"
         case LossSource.ANSWER:
             return "what follows each row's prompt"
-        case LossSource.BOUNDARIES:
-            stops = f", stop {list(labels.stop_token_ids)}" if labels.stop_token_ids else ""
-            return f"the family's {_turns(labels, labels.roles_to_train[0])}{stops}"
         case LossSource.ROLES:
             turns = "; ".join(_turns(labels, role) for role in labels.roles_to_train) or "no turns"
             return f"{turns} (train_on_eos: {labels.train_on_eos})"
