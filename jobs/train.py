@@ -32,9 +32,11 @@ from jobs.train_loop import train_worker
 from mmray.config import Job, load_job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
+from mmray.masks.settings import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
+from mmray.prepared.versions import check_labels, check_new_run
 from mmray.report import Run, run_table
 from mmray.run_folder import RunFolder
 from mmray.storage import Folder, arrow_file_system
@@ -82,6 +84,7 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
             prepared.path, prepared.manifest["record"], processor=family.processor,
             tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
         )  # fmt: skip
+        check_labels(prepared, label_maker(job.loss, family))
         if not len(prepared):
             raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
         found[split] = prepared
@@ -98,6 +101,9 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     plan = run_plan(job, prepared, gpus, continue_on)
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
+    if checkpoint is None or continue_on:
+        for each in prepared.values():
+            check_new_run(each)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
     if checkpoint is not None and cursor.step >= plan.total_steps(cursor) and _has_finished(run, cursor.step):
         console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")

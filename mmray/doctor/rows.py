@@ -182,7 +182,7 @@ def _template(rows: FirstRows) -> Finding:
 def _loss(rows: FirstRows) -> Finding:
     try:
         labels = label_maker(rows.job.loss, rows.family)
-        sources = check_first_rows(rows.encoder, labels, rows.pieces, split=rows.split, loss=rows.job.loss)
+        sources = check_first_rows(rows.encoder, labels, rows.pieces, split=rows.split)
     except UserError as error:
         return failed("loss", str(error))
     judged = [bool(rows.good(number)) for number in range(len(sources))]

@@ -36,6 +36,7 @@ class Gemma4(Family):
 
     model_types = ("gemma4",)
     processor_classes = ("Gemma4Processor",)
+    stop_tokens = ("<|tool_response>",)
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token

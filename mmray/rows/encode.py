@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import Encoding
 
@@ -20,6 +21,7 @@ from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
 from mmray.images.header import Measured, measured
 from mmray.images.source import one_line
 from mmray.masks.labels import LossRule
+from mmray.masks.roles import role_keep_mask
 from mmray.masks.settings import (
     Loss,
     LossSource,
@@ -30,6 +32,7 @@ from mmray.masks.settings import (
 )
 from mmray.packing_settings import PackingSettings
 from mmray.rows.chat_labels import ChatLabels, ChatSpans
+from mmray.rows.columns import watched_columns
 from mmray.rows.document import Document, DocumentReader, check_chats
 from mmray.rows.duplicates import id_of
 from mmray.rows.endings import Endings
@@ -39,7 +42,7 @@ from mmray.rows.sample import RejectedRow, Sample, shown
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.rows.templates import ChatTemplate
 from mmray.rows.token_places import TokenPlaces
-from mmray.rows.tokenized import image_blocks, own_ids, own_mask
+from mmray.rows.tokenized import attended_tokens, image_blocks, own_ids, own_mask
 from mmray.rows.typed import TypedMarkers
 
 
@@ -73,6 +76,7 @@ class Encoder:
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
         self._measure = measure
+        self._compares = True
         self.tells_messages = False
         """Samples say of each token whose message it is (`Sample.messages`), for who looks at rows."""
         for dataset in datasets:
@@ -99,14 +103,17 @@ class Encoder:
         self._vocabulary_size = len(family.tokenizer)
 
     def encode(
-        self, rows: Sequence[RawRow], verify: Sequence[int] = (), duplicates: Collection[int] = ()
-    ) -> list[Sample | RejectedRow]:
+        self, rows: Sequence[RawRow], verify: Sequence[int] = (), duplicates: Collection[int] = (), *,
+        compare: bool = True,
+    ) -> list[Sample | RejectedRow]:  # fmt: skip
         """One sample or rejected row for each row, in order.
 
         verify: positions in `rows` to compare with the real processor; duplicates: positions of rows to reject, since
-        an earlier row has their id. Raises UserError when a verified row differs, and for the first bad row under
+        an earlier row has their id; compare: rows are refused whose turns by the job's own boundaries are not those of
+        their messages. Raises UserError when a verified row differs, and for the first bad row under
         `on_bad_row: error`.
         """
+        self._compares = compare
         prepared = [
             self._guard(row, self._refuse_duplicate if number in duplicates else self._prepare, row)
             for number, row in enumerate(rows)
@@ -136,7 +143,12 @@ class Encoder:
                 f"{row.source}: {error}. (on_bad_row: reject would set such rows aside in rejected.parquet)"
             ) from error
         row_id = id_of(row, self.datasets[row.dataset])
-        return RejectedRow(row_id, row.source, error.reason, error.message, shown(row.value))
+        return RejectedRow(
+            row_id, row.source, error.reason, error.message, shown(row.value), row.dataset, self._columns(row)
+        )
+
+    def _columns(self, row: RawRow) -> tuple[str, ...]:
+        return watched_columns(row.value, self.datasets[row.dataset])
 
     def _refuse_duplicate(self, row: RawRow) -> None:
         row_id = id_of(row, self.datasets[row.dataset])
@@ -254,7 +266,7 @@ class Encoder:
         assert labels is not None
         assert spans is not None
         placed = self._places.of(item.tokenizer_text, ids, add_special_tokens=item.document.add_special_tokens)
-        rule, trained = labels.tokens(spans, ids, placed)
+        rule, trained = labels.tokens(spans, ids, placed, compare=self._compares)
         if not self.tells_messages:
             return rule, trained, _NO_MESSAGES
         messages = np.full(len(ids), -1, dtype=np.int32)
@@ -306,6 +318,7 @@ class Encoder:
             dataset=item.row.dataset,
             messages=messages,
             roles=_roles(item.document),
+            columns=self._columns(item.row),
         )
         return self._checked(sample)
 
@@ -349,9 +362,8 @@ class Encoder:
     def _ready_made(self, row: RawRow, value: dict[str, Any]) -> Sample:
         """A `tokenized` row: its ids hold every image token already, and must hold the right number."""
         dataset, reader = self.datasets[row.dataset], self._readers[row.dataset]
-        source = self.sources[row.dataset]
         ids = own_ids(value, dataset, self._vocabulary_size)
-        given = own_mask(value, dataset, ids) if source is LossSource.ROW else np.zeros(0, dtype=bool)
+        rule, given = self._ready_made_labels(row, value, ids)
         images = image_refs(value, row.source, dataset)
         sizes, notes = self._measured(images)
         plans = tuple(self._plan(size) for size in sizes)
@@ -359,11 +371,29 @@ class Encoder:
         blocks, visual_tokens = image_blocks(ids, plans, tiles, self.family.image_token_id)
         return self._checked(
             Sample(
-                id=reader.row_id(value, row.source), source=row.source, rule=source.rule, bucket=_bucket(plans),
+                id=reader.row_id(value, row.source), source=row.source, rule=rule, bucket=_bucket(plans),
                 visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles), notes=notes,
+                visual_pairs=_visual_pairs(tiles), notes=notes, dataset=row.dataset, columns=self._columns(row),
             )
         )  # fmt: skip
+
+    def _ready_made_labels(self, row: RawRow, value: dict[str, Any], ids: np.ndarray) -> tuple[LossRule, np.ndarray]:
+        """The rule of a `tokenized` row, and which tokens train where the rule is GIVEN, bool [n]."""
+        dataset, source = self.datasets[row.dataset], self.sources[row.dataset]
+        attended = attended_tokens(value, dataset, len(ids))
+        if source is LossSource.ROW:
+            return LossRule.GIVEN, own_mask(value, dataset, ids) & attended
+        is_job_wide = dataset.loss is None or source is LossSource.EVERY_TOKEN
+        if attended.all() and is_job_wide:
+            return source.rule, np.zeros(0, dtype=bool)
+        if source is LossSource.EVERY_TOKEN:
+            return LossRule.GIVEN, attended
+        maker = label_maker(self.losses[row.dataset], self.family)
+        scanned = role_keep_mask(
+            torch.from_numpy(ids), maker.boundaries,
+            roles_to_train=maker.roles_to_train, train_on_eos=maker.train_on_eos,
+        )  # fmt: skip
+        return LossRule.GIVEN, scanned.numpy() & attended
 
     # ---------------------------------------------------------------- verification
 

@@ -43,6 +43,8 @@ class Sample:
     """The message of each token, int32 [n] (-1: of none), where the encoder was asked for it (`tells_messages`)."""
     roles: tuple[str, ...] = ()
     """Of a chat's messages."""
+    columns: tuple[str, ...] = ()
+    """Of its row, those that its set is judged by (`mmray.rows.columns`)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class RejectedRow:
     reason: str
     message: str
     row: str
+    dataset: int = 0
+    columns: tuple[str, ...] = ()
 
 
 def shown(value: object) -> str:

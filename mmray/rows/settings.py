@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from mmray.masks.loss import LossSetting, loss_record
+from mmray.masks.loss import LossSetting, RoleLoss, loss_record
 from mmray.settings import Settings
 
 RowKind = Literal["pretrain", "chat", "tokenized"]
@@ -117,6 +117,8 @@ class DatasetSettings(Settings):
             raise ValueError("join_documents is the text between documents of pretrain rows; it must not be empty")
         if self.loss is not None and self.kind == "pretrain":
             raise ValueError("loss: every token of pretrain rows trains; leave it out")
+        if isinstance(self.loss, RoleLoss) and self.loss.allow_empty:
+            raise ValueError("loss: allow_empty is for the job's loss; leave it out here")
         return self
 
     def column(self, field: str) -> str:

@@ -169,7 +169,8 @@ class Writer:
                 key.append("text")
                 entries.append({"type": "text", "text": self._text(part.text, number, "content", key, place)})
         text_only = all(entry["type"] == "text" for entry in entries)
-        if message.is_text or (text_only and self._forms.of(message.role) == {str}):
+        is_joined = self._forms.of(message.role) == {str} or message.role in self._forms.single
+        if message.is_text or (text_only and is_joined):
             return self._of_form("".join(entry["text"] for entry in entries), message, number)
         key.append("parts")
         return entries
@@ -225,6 +226,8 @@ class Forms:
     """The forms of content that a template writes, by role; what it wants of arguments."""
 
     by_role: dict[str, set[type]]
+    single: set[str]
+    """Roles of whose text parts only the first is written."""
     wants_argument_text: bool = False
 
     def of(self, role: str) -> set[type]:

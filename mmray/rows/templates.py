@@ -9,7 +9,7 @@ kinds of content, whatever the texts.
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
@@ -77,12 +77,6 @@ class RenderedChat:
         start = self.filled.piece_starts[occurrence] + len(self.plan.skeleton.pieces[occurrence])
         return start, start + len(self.filled.texts[occurrence])
 
-    def spans_of(self, message: int) -> Iterator[tuple[int, int]]:
-        """The letters of each leaf of a message."""
-        for number, occurrence in enumerate(self.plan.skeleton.occurrences):
-            if self.leaves[occurrence.leaf].message == message:
-                yield self.span(number)
-
 
 class ChatTemplate:
     """The chat template of a family's processor."""
@@ -104,7 +98,7 @@ class ChatTemplate:
 
         count_images: image parts of the chat.
         """
-        written = self._written(chat, masked=False, blanks=True)
+        written = self._written(chat, _LOOKS[0], masked=False)
         text, generated = self.template_text(written.messages, chat)
         rendered_images = text.count(self.family.placeholder_unit)
         if rendered_images != count_images:
@@ -113,10 +107,10 @@ class ChatTemplate:
                 f"the chat template wrote {rendered_images} images where the messages have {count_images} image parts; "
                 "put the images into user messages",
             )
-        for blanks in (True, False):
-            written = written if blanks else self._written(chat, masked=False, blanks=False)
+        for look in _LOOKS:
+            written = written if look is _LOOKS[0] else self._written(chat, look, masked=False)
             for is_fresh in (False, True)[: 1 + self._writes_the_date]:
-                plan = self._known_plan(chat, written, blanks, is_fresh)
+                plan = self._known_plan(chat, written, look, is_fresh)
                 filled = plan.skeleton.filled(written.leaves)
                 if filled.text == text and not plan.skeleton.broken:
                     return RenderedChat(text, chat, written.leaves, plan, filled, generated)
@@ -130,7 +124,7 @@ class ChatTemplate:
 
     def plain_text(self, chat: Chat) -> str:
         """The text of a conversation alone. Raises RowError where the template refuses it."""
-        return self.template_text(self._written(chat, masked=False, blanks=True).messages, chat)[0]
+        return self.template_text(self._written(chat, _LOOKS[0], masked=False).messages, chat)[0]
 
     def template_text(
         self, messages: list[dict[str, Any]], chat: Chat, *, prompt: bool = False
@@ -173,7 +167,8 @@ class ChatTemplate:
     @functools.cached_property
     def variables(self) -> frozenset[str]:
         """The names that the template reads from outside: what `chat_template_kwargs` may set."""
-        return frozenset(meta.find_undeclared_variables(self._syntax)) if self._syntax else frozenset()
+        found = meta.find_undeclared_variables(self._syntax) if self._syntax else set()
+        return frozenset(found) - {"raise_exception", "strftime_now", "namespace", "dict", "range"}
 
     @functools.cached_property
     def _syntax(self) -> nodes.Template | None:
@@ -184,13 +179,13 @@ class ChatTemplate:
             return None
 
     @functools.cached_property
-    def _words(self) -> re.Pattern[str]:
-        """What the template looks for in texts: `</think>`, `/nothink`. Plain words are names of keys."""
-        found = {"<think>", "</think>"}
-        for constant in _looked_for(self._syntax) if self._syntax else ():
-            if constant.strip() and not constant.replace("_", "").isalnum():
-                found.add(constant.strip())
-        return re.compile(f"({_alternatives(sorted(found, key=len, reverse=True)).pattern})")
+    def _words(self) -> dict[bool, re.Pattern[str]]:
+        """What the template looks for in texts: `</think>`, `/nothink`. Plain words are mostly names of keys; with them
+        (True) few conversations have the same form."""
+        found = {constant.strip() for constant in _looked_for(self._syntax)} if self._syntax else set()
+        found = (found | {"<think>", "</think>"}) - {""}
+        marked = {constant for constant in found if not constant.replace("_", "").isalnum()}
+        return {is_wide: _split_at(words) for is_wide, words in ((False, marked), (True, found))}
 
     @functools.cached_property
     def forms(self) -> Forms:
@@ -207,18 +202,22 @@ class ChatTemplate:
         }
         by_role: dict[str, set[type]] = {}
         both: tuple[type, ...] = (str, list)
+        single: set[str] = set()
         for role, chats in tries.items():
             by_role[role] = {form for form in both for chat in chats if self._writes(*chat, form)}
-        forms = Forms(by_role)
+            if list in by_role[role] and not any(self._writes(*chat, list, parts=2) for chat in chats):
+                single.add(role)
+        forms = Forms(by_role, single)
         forms.wants_argument_text = not self._writes_call([user, call, tool], forms)
         return forms
 
-    def _writes(self, messages: Sequence[Message], place: int, form: type) -> bool:
+    def _writes(self, messages: Sequence[Message], place: int, form: type, parts: int = 1) -> bool:
+        """Whether the template writes a message's text in some form: all of so many text parts."""
         written = []
         for number, message in enumerate(messages):
             content: Any = message.text
-            if (number == place and form is list) or (number != place and self._lists_only):
-                content = [{"type": "text", "text": message.text}]
+            if (form is list) if number == place else self._lists_only:
+                content = [{"type": "text", "text": message.text}] * (parts if number == place else 1)
             entry: dict[str, Any] = {"role": message.role, "content": content} | dict(message.extra)
             if message.calls:
                 entry["tool_calls"] = [_openai_call(call, call.arguments) for call in message.calls]
@@ -227,7 +226,7 @@ class ChatTemplate:
             text, _ = self._rendered(written, [], {}, prompt=False)
         except Exception:  # noqa: BLE001, what a template does with a form it does not know is its own
             return False
-        return _PROBE in text and "'type'" not in text and '"type"' not in text.split(_PROBE)[0][-40:]
+        return text.count(_PROBE) >= parts and "'type'" not in text and '"type"' not in text.split(_PROBE)[0][-40:]
 
     @functools.cached_property
     def _lists_only(self) -> bool:
@@ -239,7 +238,7 @@ class ChatTemplate:
 
     def _writes_call(self, messages: Sequence[Message], forms: Forms) -> bool:
         """Whether arguments given as an object are not written as Python would."""
-        written = Writer(self._words, forms, masked=False, blanks=False).write(Chat(tuple(messages)))
+        written = Writer(self._words[False], forms, masked=False, blanks=False).write(Chat(tuple(messages)))
         try:
             text, _ = self._rendered(written.messages, [], {}, prompt=False)
         except Exception:  # noqa: BLE001
@@ -248,12 +247,12 @@ class ChatTemplate:
 
     # ---------------------------------------------------------------- plans
 
-    def _written(self, chat: Chat, *, masked: bool, blanks: bool) -> Written:
-        return Writer(self._words, self.forms, masked=masked, blanks=blanks).write(chat)
+    def _written(self, chat: Chat, look: "Look", *, masked: bool) -> Written:
+        return Writer(self._words[look.at_all_words], self.forms, masked=masked, blanks=look.at_blanks).write(chat)
 
-    def _known_plan(self, chat: Chat, written: Written, blanks: bool, is_fresh: bool) -> Plan:
+    def _known_plan(self, chat: Chat, written: Written, look: "Look", is_fresh: bool) -> Plan:
         """The plan of a conversation's form. is_fresh: made anew, for templates that write today's date."""
-        key = (written.keys, blanks, repr(chat.tools), repr(chat.options))
+        key = (written.keys, look, repr(chat.tools), repr(chat.options))
         self._making = (chat, written)
         if is_fresh:
             self._plan.cache_clear()
@@ -263,7 +262,7 @@ class ChatTemplate:
     def _make_plan(self, key: tuple[Any, ...]) -> Plan:
         assert self._making is not None
         chat, _ = self._making
-        masked = self._written(chat, masked=True, blanks=key[1])
+        masked = self._written(chat, key[1], masked=True)
         text, _ = self.template_text(masked.messages, chat)
         skeleton = skeleton_of(text, masked.marks)
         there = {occurrence.leaf for occurrence in skeleton.occurrences}
@@ -295,7 +294,7 @@ class ChatTemplate:
         except RowError:
             prompted = text
         skeleton = skeleton_of(text, masked.marks)
-        anchors = [n for n, each in enumerate(skeleton.occurrences) if masked.leaves[each.leaf].message is not None]
+        anchors = [n for n, message in enumerate(_messages_of(masked.leaves, skeleton)) if message is not None]
         last = skeleton.occurrences[anchors[-1]].leaf if anchors else -1
         tail = _text_between(skeleton, masked.marks, anchors[-1] if anchors else -1, None)
         prompt = prompted[len(text) :] if prompted.startswith(text) else None
@@ -305,8 +304,8 @@ class ChatTemplate:
     def plain_turn(self) -> "PlainTurn":
         """What the template writes before an answer in the simplest of conversations."""
         chat = Chat((Message("user", (Part("Who?"),), True), Message("assistant", (Part("I."),), True)))
-        masked = self._written(chat, masked=True, blanks=True)
-        key = (masked.keys, True, "plain", "")
+        masked = self._written(chat, _LOOKS[0], masked=True)
+        key = (masked.keys, _LOOKS[0], "plain", "")
         beginning = self.beginning(chat, masked, 1, key)
         try:
             text, _ = self.template_text(masked.messages, chat)
@@ -342,6 +341,31 @@ class ChatTemplate:
         return _alternatives(sorted((text for text in texts if text.strip()), key=len, reverse=True))
 
 
+class Look(NamedTuple):
+    """How the texts of a conversation are masked. at_blanks: a message without text has a mark, too; at_all_words: also
+    plain words that the template looks for stay as they are."""
+
+    at_blanks: bool
+    at_all_words: bool
+
+
+_LOOKS = (Look(True, False), Look(False, False), Look(True, True), Look(False, True))
+"""In the order in which they are tried: most conversations are known at the first."""
+
+
+def _messages_of(leaves: Sequence[Leaf], skeleton: Skeleton) -> list[int | None]:
+    """The message of each occurrence. Of the name of a call only the first is of the message that calls: Gemma 4 writes
+    it before the tool's answer, too."""
+    found: list[int | None] = []
+    called: set[int] = set()
+    for occurrence in skeleton.occurrences:
+        leaf = leaves[occurrence.leaf]
+        found.append(None if occurrence.leaf in called else leaf.message)
+        if leaf.kind == "call name":
+            called.add(occurrence.leaf)
+    return found
+
+
 class Beginning(NamedTuple):
     """The first messages of a conversation as the template writes them alone, with marks for their leaves. last: the
     leaf that stands last; tail: the text behind it; prompt: what `add_generation_prompt` adds, None where it changes
@@ -368,7 +392,7 @@ class _Turns:
     ) -> None:
         self.template, self.chat, self.masked, self.skeleton = template, chat, masked, skeleton
         self.text, self.key = text, key
-        self._message: list[int | None] = [masked.leaves[each.leaf].message for each in skeleton.occurrences]
+        self._message = _messages_of(masked.leaves, skeleton)
         self._anchors = [number for number, message in enumerate(self._message) if message is not None]
 
     def found(self) -> tuple[tuple[Run, ...], tuple[int, ...]]:
@@ -503,6 +527,10 @@ class _Gap:
 
 def _text_between(skeleton: Skeleton, marks: Sequence[str], first: int, last: int | None) -> str:
     return _Gap(skeleton, marks, first, last).text
+
+
+def _split_at(words: Iterable[str]) -> re.Pattern[str]:
+    return re.compile(f"({_alternatives(sorted(words, key=len, reverse=True)).pattern})")
 
 
 def _alternatives(texts: Sequence[str]) -> re.Pattern[str]:

@@ -35,7 +35,7 @@ def check(tmp_path, processors, caplog):
         chunks = plan_chunks(source_files(preparation.data.train), window_rows=32, chunk_rows=32)
         pieces = [piece for chunk in chunks for piece in chunk.pieces]
         with caplog.at_level(logging.INFO, logger="mmray"):
-            found = check_first_rows(preparation.encoder, preparation.labels, pieces, split="train", loss=loss)
+            found = check_first_rows(preparation.encoder, preparation.labels, pieces, split="train")
         return found, caplog.messages
 
     return check
