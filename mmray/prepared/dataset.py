@@ -220,9 +220,7 @@ def _to_bin(index: int, row: pa.Table) -> Bin:
         sample_ids=row["sample_ids"][0].as_py(),
         sample_sources=row["sample_sources"][0].as_py(),
         sample_rules=array("sample_rules", np.int8),
-        sample_sets=array("sample_sets", np.int32)
-        if "sample_sets" in row.column_names
-        else np.full(samples, -1, np.int32),
+        sample_sets=array("sample_sets", np.int32) if tells_sets else np.full(samples, -1, dtype=np.int32),
         given=array("given", np.bool_),
         images=row["images"][0].as_py(),
     )

@@ -30,8 +30,8 @@ def check_new_run(prepared: PreparedDataset) -> None:
     """Raise UserError where no run should begin on a dataset, since an earlier version found what trains of it."""
     if chats := old_chats(prepared.manifest):
         raise UserError(
-            f"{prepared.path} was prepared by an earlier version (format {prepared.manifest['format_version']}), and its "
-            f"set {chats[0]} holds chats, of which some rows may train otherwise or be refused now: prepare it anew "
+            f"{prepared.path} was prepared by an earlier version (format {prepared.manifest['format_version']}), and "
+            f"its set {chats[0]} holds chats, of which some rows may train otherwise or be refused now: prepare it anew "
             "(jobs/prepare.py --replace). A run that has begun on it goes on with it"
         )
 
@@ -62,8 +62,8 @@ def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
         wrong = sorted(key for key in recorded.keys() | now.keys() if recorded.get(key) != now.get(key))
         if wrong:
             raise UserError(
-                f"{prepared.path}: this version of mmray finds what trains in another way than the one that prepared it "
-                f"({', '.join(wrong)} of the model family): prepare it anew (jobs/prepare.py --replace)"
+                f"{prepared.path}: this version of mmray finds what trains in another way than the one that prepared "
+                f"it ({', '.join(wrong)} of the model family): prepare it anew (jobs/prepare.py --replace)"
             )
         return
     count = len(prepared)
@@ -71,8 +71,8 @@ def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
         shown = prepared.bin(number)
         if trained_tokens(shown, labels) != shown.trained_tokens:
             raise UserError(
-                f"{prepared.path}: bin {number} trains other tokens than were counted when preparing (loss): prepare it "
-                "anew (jobs/prepare.py --replace)"
+                f"{prepared.path}: bin {number} trains other tokens than were counted when preparing (loss): prepare "
+                "it anew (jobs/prepare.py --replace)"
             )
 
 
