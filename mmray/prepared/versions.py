@@ -31,8 +31,8 @@ def check_new_run(prepared: PreparedDataset) -> None:
     if chats := old_chats(prepared.manifest):
         raise UserError(
             f"{prepared.path} was prepared by an earlier version (format {prepared.manifest['format_version']}), and "
-            f"its set {chats[0]} holds chats, of which some rows may train otherwise or be refused now: prepare it anew "
-            "(jobs/prepare.py --replace). A run that has begun on it goes on with it"
+            f"its set {chats[0]} holds chats, of which some rows may train otherwise or be refused now: prepare it "
+            "anew (jobs/prepare.py --replace). A run that has begun on it goes on with it"
         )
 
 

@@ -31,7 +31,7 @@ BINS_PER_ROW_GROUP = 8
 EXAMPLES = 5
 """Places that statistics name of each kind."""
 
-_NOTHING_TRAINED = RowError(
+NOTHING_TRAINED = RowError(
     "nothing_trained", "no token of the row is trained; see `loss` in the job file, and the row's roles or labels"
 )
 
@@ -236,7 +236,7 @@ class _Columns:
     def rejected(self, index: int) -> dict[str, Any]:
         record = {name: self.table[name][index].as_py() for name in ("id", "reason", "message", "source", "row")}
         if record["reason"] is None:
-            record |= {"reason": _NOTHING_TRAINED.reason, "message": _NOTHING_TRAINED.message}
+            record |= {"reason": NOTHING_TRAINED.reason, "message": NOTHING_TRAINED.message}
         return record
 
 
