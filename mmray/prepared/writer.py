@@ -145,9 +145,9 @@ class PreparedWriter:
         parts = [commit["statistics"] for commit in commits]
         statistics = add_statistics(parts, capacities)
         self._count_duplicates(statistics, commits)
-        for number, facts in statistics["sets"].items():
+        for number, own in statistics["sets"].items():
             dataset = record["datasets"][int(number)]
-            if problem := columns_problem(f"data set {number}", dataset, facts["images"], facts["columns"]):
+            if problem := columns_problem(f"data set {number}", dataset, own["images"], own["columns"]):
                 raise UserError(f"{self.path}: {problem}")
         if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
             raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
@@ -262,11 +262,11 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     examples: dict[str, list[str]] = {}
     sets: dict[str, dict[str, Any]] = {}
     for part in parts:
-        for number, facts in part["sets"].items():
+        for number, counts in part["sets"].items():
             own = sets.setdefault(number, {"rows": 0, "images": 0, "columns": []})
-            own["rows"] += facts["rows"]
-            own["images"] += facts["images"]
-            own["columns"] = sorted({*own["columns"], *facts["columns"]})
+            own["rows"] += counts["rows"]
+            own["images"] += counts["images"]
+            own["columns"] = sorted({*own["columns"], *counts["columns"]})
         reasons.update(part["rejected_by_reason"])
         notes.update(part["image_notes"])
         for name, places in part["examples"].items():

@@ -195,8 +195,8 @@ class MessageReader:
     def _message(self, message: object, where: str, to_image: Callable[[object], ImageRef]) -> Message:
         if not isinstance(message, dict):
             raise RowError("wrong_type", f"{where} must be an object, not {type(message).__name__} {message!r:.60}")
+        name = self._role_name({key: entry for key, entry in message.items() if entry is not None}, where)
         named = self._known(message, (*_MESSAGE_KEYS, *_HARMLESS), where)
-        name = self._role_name(named, where)
         role = self._roles[name]
         calls = self._calls(named, where)
         content = _one_of(named, ("content", "value"), where)

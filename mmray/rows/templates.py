@@ -332,6 +332,11 @@ class ChatTemplate:
         return self._ends_of[role]
 
     @functools.cached_property
+    def units(self) -> re.Pattern[str]:
+        """The images that a message begins with, before its text."""
+        return re.compile(rf"(?:{re.escape(self.family.placeholder_unit)}\s*)+$")
+
+    @functools.cached_property
     def special_texts(self) -> re.Pattern[str]:
         """Special tokens of the vocabulary that are no media."""
         tokenizer = self.family.tokenizer
@@ -421,6 +426,9 @@ class _Turns:
         after = min((n for n in self._anchors if n > last), default=None)
         behind = _Gap(self.skeleton, self.masked.marks, last, after)
         if self.chat.messages[message].role != SAMPLED_ROLE:
+            shown = self.template.units.search(_Gap(self.skeleton, self.masked.marks, before, first).text)
+            if shown:
+                start = _Gap(self.skeleton, self.masked.marks, before, first).place(shown.start())
             match = self.template.ends_of(self.chat.messages[message].role).search(behind.text)
             return Run(message, start, stop, behind.place(match.end()) if match else stop, first, last)
         if is_first:
