@@ -1,11 +1,11 @@
 """Where tokens stand in their text, without asking the tokenizer for it.
 
 The tokenizer tells places only by a call that takes half as long again, and as long once more to hand them over. The
-bytes of each token of the vocabulary are known, and joined they are the text's: then places are a running sum. Where
-they are not (a tokenizer that normalises its text), the tokenizer is asked after all.
+bytes of each token of the vocabulary are known, and joined they are the text's, or the text as it is normalised: then places are a running sum. Where they
+are not, the tokenizer is asked after all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,23 +23,37 @@ class TokenPlaces:
 
     def of(self, text: str, ids: np.ndarray, *, add_special_tokens: bool) -> "PlacedTokens":
         """The places of the tokens of a text. ids: int [n], as the tokenizer gave them."""
-        written, joined = text.encode(), b"".join([self._bytes[number] for number in ids.tolist()])
-        if joined.endswith(written):
-            stops = self._lengths[ids].cumsum() - (len(joined) - len(written))
-            starts = np.maximum(stops - self._lengths[ids], 0)
-            return PlacedTokens(text, written, starts, np.maximum(stops, 0))
+        joined = b"".join(map(self._bytes.__getitem__, ids.tolist()))
+        for normalise in (_as_it_is, self._normalised):
+            written = normalise(text).encode()
+            if joined.endswith(written):
+                lengths = self._lengths[ids]
+                stops = lengths.cumsum() - (len(joined) - len(written))
+                return PlacedTokens(text, written, np.maximum(stops - lengths, 0), np.maximum(stops, 0), normalise)
         offsets = self._backend.encode(text, add_special_tokens=add_special_tokens).offsets
         starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
         return PlacedTokens(text, None, starts, stops)
+
+    def _normalised(self, text: str) -> str:
+        """A text as the tokenizer composes its letters and accents. A space is one however it is written."""
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text)).replace("\u2581", " ")
+
+
+def _as_it_is(text: str) -> str:
+    return text
 
 
 class PlacedTokens:
     """Tokens of one text with their places: of bytes where `written` holds them, else of letters."""
 
-    def __init__(self, text: str, written: bytes | None, starts: np.ndarray, stops: np.ndarray) -> None:
-        self._text, self._starts, self._stops = text, starts, stops
+    def __init__(
+        self, text: str, written: bytes | None, starts: np.ndarray, stops: np.ndarray,
+        normalise: Callable[[str], str] = _as_it_is,
+    ) -> None:  # fmt: skip
+        self._text, self._starts, self._stops, self._normalise = text, starts, stops, normalise
         self._written: str | bytes = text if written is None else written
-        self._in_bytes = written is not None and len(written) != len(text)
+        self._in_bytes = written is not None and (len(written) != len(text) or normalise is not _as_it_is)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -84,7 +98,7 @@ class PlacedTokens:
         scaled: dict[int, int] = {}
         letters = place = 0
         for border in sorted({border for span in spans for border in span}):
-            place += len(self._text[letters:border].encode())
+            place += len(self._normalise(self._text[letters:border]).encode())
             letters = border
             scaled[border] = place
         return [(scaled[start], scaled[stop]) for start, stop in spans]
