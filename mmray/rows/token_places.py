@@ -1,8 +1,8 @@
 """Where tokens stand in their text, without asking the tokenizer for it.
 
 The tokenizer tells places only by a call that takes half as long again, and as long once more to hand them over. The
-bytes of each token of the vocabulary are known, and joined they are the text's, or the text as it is normalised: then places are a running sum. Where they
-are not, the tokenizer is asked after all.
+bytes of each token of the vocabulary are known, and joined they are the text's, or the text as it is normalised: then
+places are a running sum. Where they are not, the tokenizer is asked after all.
 """
 
 from collections.abc import Callable, Sequence
