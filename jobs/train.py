@@ -36,8 +36,9 @@ from mmray.masks.settings import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
-from mmray.prepared.versions import check_labels, check_new_run
+from mmray.prepared.versions import check_labels, check_new_run, old_chats
 from mmray.report import Run, run_table
+from mmray.rows.encode import Encoder
 from mmray.run_folder import RunFolder
 from mmray.storage import Folder, arrow_file_system
 from mmray.training.compatibility import job_family
@@ -91,6 +92,17 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
     return found
 
 
+def check_old_chats(job: Job, split: str, prepared: PreparedDataset) -> None:
+    """Raise UserError where a new run would begin on chats of an earlier version that train otherwise now."""
+    if old_chats(prepared.manifest):
+        family = job_family(job)
+        lenient = job.data.model_copy(update={"on_bad_row": "reject"})
+        encoder = Encoder(
+            lenient, getattr(job.data, split), family, family.resolved_tiling(job.images), job.packing, loss=job.loss
+        )
+        check_new_run(prepared, encoder, label_maker(job.loss, family))
+
+
 def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool = False) -> RunPlan:
     """Run training to its end, resuming where a checkpoint is. Ray must be connected.
 
@@ -102,8 +114,8 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
     if checkpoint is None or continue_on:
-        for each in prepared.values():
-            check_new_run(each)
+        for split, each in prepared.items():
+            check_old_chats(job, split, each)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
     if checkpoint is not None and cursor.step >= plan.total_steps(cursor) and _has_finished(run, cursor.step):
         console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")

@@ -21,6 +21,7 @@ from mmray.rows.settings import RowKind
 
 __all__ = [
     "SAMPLED_ROLE",
+    "BoundarySettings",
     "Loss",
     "LossSetting",
     "LossSource",

@@ -30,7 +30,6 @@ from mmray.images import TilingPolicy
 from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json
 from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
-from mmray.prepared.versions import check_new_run
 from mmray.prepared.window import EXAMPLES, Window
 from mmray.rows.columns import columns_problem
 from mmray.rows.duplicates import HASH_BYTES, later_ones
@@ -88,11 +87,8 @@ class PreparedWriter:
             return self._folder.exists(MANIFEST)
 
     def _is_of_version_2(self, manifest: dict[str, Any], record: dict[str, Any]) -> bool:
-        """Whether the earlier version made the same dataset. Raises UserError where its chats are in it."""
-        if manifest.get("fingerprint") != fingerprint(record | {"format_version": 2}):
-            return False
-        check_new_run(PreparedDataset(self.path))
-        return True
+        """Whether the earlier version made the same dataset. Whether a run may begin on it is asked when training."""
+        return bool(manifest.get("fingerprint") == fingerprint(record | {"format_version": 2}))
 
     def begin(self, record: dict[str, Any]) -> set[int]:
         """Note what is being prepared; returns the windows that an earlier run of the same plan finished."""
@@ -262,7 +258,7 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     examples: dict[str, list[str]] = {}
     sets: dict[str, dict[str, Any]] = {}
     for part in parts:
-        for number, counts in part["sets"].items():
+        for number, counts in part.get("sets", {}).items():
             own = sets.setdefault(number, {"rows": 0, "images": 0, "columns": []})
             own["rows"] += counts["rows"]
             own["images"] += counts["images"]
