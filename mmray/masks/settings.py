@@ -15,7 +15,16 @@ from mmray.errors import UserError
 from mmray.families import Family
 from mmray.families.base import RoleMarkers
 from mmray.masks.labels import LabelMaker, LossRule
-from mmray.masks.loss import SAMPLED_ROLE, Loss, LossSetting, RoleLoss, allows_empty, loss_of_record, loss_record
+from mmray.masks.loss import (
+    SAMPLED_ROLE,
+    BoundarySettings,
+    Loss,
+    LossSetting,
+    RoleLoss,
+    allows_empty,
+    loss_of_record,
+    loss_record,
+)
 from mmray.masks.roles import RoleBoundary
 from mmray.rows.settings import RowKind
 

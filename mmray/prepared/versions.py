@@ -51,9 +51,8 @@ def check_new_run(prepared: PreparedDataset, encoder: Encoder, labels: LabelMake
         try:
             rows = _first_rows(encoder, number)
         except (UserError, OSError) as error:
-            raise UserError(
-                f"{name} the rows cannot be read to see whether all train as they should ({error}): {remedy}"
-            )
+            problem = f"the rows cannot be read to see whether all train as they should ({error})"
+            raise UserError(f"{name} {problem}: {remedy}") from error
         results = dict(zip((row.source for row in rows), encoder.encode(rows)))
         for source, ids, trained in _stored(prepared, labels, set(results)):
             found = results[source]

@@ -21,7 +21,9 @@ Kind = Literal["content", "thought", "call name", "arguments", "id"]
 
 _PADDED, _BARE = "zqx", "zqn"
 """What marks begin with: those with blanks and quotes around them, which show changes, and those of names."""
-_PAD = "\n \n"
+_BLANK = "\u2003"
+_PAD = 5 * "\n" + _BLANK
+"""Before a mark, and behind it the other way round: more line breaks than templates write, and a blank of its own."""
 _PROBE = '"\u00e9'
 _LEAST_ID = 9
 """Ids of calls shorter than this are part of the structure: some templates ask for nine letters."""
@@ -55,7 +57,7 @@ class Change:
         return text if self.encoding == "none" else json.dumps(text, ensure_ascii=self.encoding == "ascii")[1:-1]
 
 
-_CUTS: tuple[tuple[Literal["kept", "lines", "cut"], str], ...] = (("kept", "\n \n"), ("lines", " \n"), ("cut", ""))
+_CUTS: tuple[tuple[Literal["kept", "lines", "cut"], str], ...] = (("kept", _PAD), ("lines", _BLANK), ("cut", ""))
 _AS_IT_IS = Change("none", "kept", "kept")
 
 
@@ -201,7 +203,7 @@ class Writer:
         self._marks.append(mark)
         if not self._masked:
             return leaf.text
-        return mark if bare else f"{_PAD}{mark}{_PROBE}{_PAD}"
+        return mark if bare else f"{_PAD}{mark}{_PROBE}{_PAD[::-1]}"
 
     def _id(self, value: str, key: list[Any]) -> str:
         if len(value) < _LEAST_ID or not value.isascii():

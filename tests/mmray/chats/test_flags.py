@@ -106,7 +106,7 @@ def test_own_boundaries_that_train_another_role_are_refused_with_the_piece(qwen)
         True,
         True,
     )
-    boundary = {"role": "assistant", "start": "<|im_start|>assistant\n", "end": "stop"}
+    boundary = {"role": "assistant", "start": "<|im_start|>assistant\n", "end": " stop"}
     found = qwen(row(USER, say("assistant", "Go stop here")), RoleLoss.model_validate({"boundaries": [boundary]}))
     assert (found.reason, "leaves out" in found.message) == ("turns_differ", True)
 
@@ -138,7 +138,9 @@ def test_thoughts_that_the_template_drops_are_let_pass_where_the_set_says_so(pub
     assert published(*arguments, allow_dropped=["reasoning"]) == f"One{END}AHA\n</think>\n\nTwo{END}"
 
 
-@pytest.mark.parametrize(("reasoning", "expected"), [("all", f"AHA\n</think>\n\nTwo{END}"), ("none", f"Two{END}")])
+@pytest.mark.parametrize(
+    ("reasoning", "expected"), [("all", f"<think>\nAHA\n</think>\n\nTwo{END}"), ("none", f"Two{END}")]
+)
 def test_thoughts_train_or_not(published, reasoning, expected):
     thinks = row(USER, THINKS["messages"][3])
     found = published("trl_qwen3_5_think", "qwen3_5", thinks, RoleLoss(reasoning=reasoning))
