@@ -106,8 +106,8 @@ def test_own_boundaries_that_train_another_role_are_refused_with_the_piece(qwen)
         True,
         True,
     )
-    boundary = {"role": "assistant", "start": "<|im_start|>assistant\n", "end": " stop"}
-    found = qwen(row(USER, say("assistant", "Go stop here")), RoleLoss.model_validate({"boundaries": [boundary]}))
+    boundary = {"role": "assistant", "start": "<|im_start|>assistant\nGo", "end": END}
+    found = qwen(row(USER, say("assistant", "Go on")), RoleLoss.model_validate({"boundaries": [boundary]}))
     assert (found.reason, "leaves out" in found.message) == ("turns_differ", True)
 
 
