@@ -73,13 +73,13 @@ class ShownRow:
             text = f"rejected, {result.reason}: {result.message}"
             turns = (Turn(None, (Piece(0, (), text, Mark.CONTEXT),)),)
             return SampleView(result.id, result.source, "rejected", start, 0, 0, 0, (), turns)
-        images = tuple(
+        images: tuple[dict[str, Any], ...] = tuple(
             {"uri": image.uri or None, "data": image.data, "width": width, "height": height, "num_tokens": int(tokens)}
             for image, (width, height), (_, tokens) in zip(result.images, result.sizes, result.blocks)
         )
         return SampleView(
             result.id, result.source, result.rule.name.lower(), start, len(result.input_ids),
-            sum(image["num_tokens"] for image in images), self.trained, images, tuple(self._turns(result.roles)),
+            sum(int(image["num_tokens"]) for image in images), self.trained, images, tuple(self._turns(result.roles)),
         )  # fmt: skip
 
     def _turns(self, roles: Sequence[str]) -> Iterator[Turn]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import TemplateError, meta, nodes
@@ -559,7 +559,7 @@ def _openai_call(call: Call, arguments: Any) -> dict[str, Any]:
 class _GenerationBlocks(jinja2.ext.Extension):
     """Lets `{% generation %}` blocks be parsed."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node:
         number = next(parser.stream).lineno

@@ -12,7 +12,7 @@ from tests.mmray.chats.oracle import SHARED, preparation_of
 ROWS = SHARED / "oddities/rows/chat"
 pytestmark = pytest.mark.skipif(not ROWS.exists(), reason="the shared data is not here")
 
-COLOURS = {(220, 30, 30): "red", (30, 180, 30): "green", (30, 30, 200): "blue"}
+COLOURS = {(220, 30, 30): "red", (200, 30, 30): "red", (30, 180, 30): "green", (30, 30, 200): "blue"}
 EXPECTED = {
     "openai_url_noimages": ["red"],
     "openai_b64": ["red"],
