@@ -1,6 +1,7 @@
 """Rows of a job file, looked at before anything is prepared."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -92,7 +93,7 @@ def test_rows_in_the_terminal_and_as_a_page(job_file, tmp_path):
     for text in ("train.1: good", "⟦Anna.<|im_end|>⟧", "rejected, unknown_field: message 0 has the key 'mood'"):
         assert text in shown.replace("\n", "").replace("  ", "") or text in shown
     run(job_file, "--rows", 3, "--html", tmp_path / "rows.html")
-    page = (tmp_path / "rows.html").read_text()
+    page = re.sub(r"<[^>]*>", "", (tmp_path / "rows.html").read_text())  # each token has a tag of its own
     assert "Anna." in page
     assert "unknown_field" in page
 
