@@ -33,10 +33,13 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
+from mmray.loss.settings import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.fingerprint import check_settings
+from mmray.prepared.versions import check_labels, check_new_run, old_chats
 from mmray.report import Run, run_table
+from mmray.rows.encode import Encoder
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
@@ -82,10 +85,22 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
             prepared.path, prepared.manifest["record"], processor=family.processor,
             tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
         )  # fmt: skip
+        check_labels(prepared, label_maker(job.loss, family))
         if not len(prepared):
             raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
         found[split] = prepared
     return found
+
+
+def check_old_chats(job: Job, split: str, prepared: PreparedDataset) -> None:
+    """Raise UserError where a new run would begin on chats of an earlier version that train otherwise now."""
+    if old_chats(prepared.manifest):
+        family = job_family(job)
+        lenient = job.data.model_copy(update={"on_bad_row": "reject"})
+        encoder = Encoder(
+            lenient, getattr(job.data, split), family, family.resolved_tiling(job.images), job.packing, loss=job.loss
+        )
+        check_new_run(prepared, encoder, label_maker(job.loss, family))
 
 
 def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool = False) -> RunPlan:
@@ -98,6 +113,9 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
     plan = run_plan(job, prepared, gpus, continue_on)
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
+    if checkpoint is None or continue_on:
+        for split, each in prepared.items():
+            check_old_chats(job, split, each)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
     if checkpoint is not None and cursor.step >= plan.total_steps(cursor) and _has_finished(run, cursor.step):
         console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")

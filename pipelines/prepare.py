@@ -36,7 +36,9 @@ from mmray.loss.settings import allows_empty, label_maker
 from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.arrow import binary_cell
 from mmray.prepared.fingerprint import prepare_record
+from mmray.prepared.versions import labels_record
 from mmray.prepared.window import Window, pack_window, samples_table
+from mmray.rows.document import DROPPED_THOUGHTS
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, check_unchanged, plan_chunks, source_files
 from mmray.rows.preflight import check_first_rows
@@ -247,6 +249,7 @@ def prepare(
             "model_type": load_config(job.model).model_type,
             "processor_source": job.model.processor_source,
             "loss_sources": sources,
+            "labels": labels_record(context.labels(), sources),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
@@ -264,6 +267,12 @@ def _tell(prepared: PreparedDataset) -> None:
             prepared.path, facts["duplicate_ids"], examples["duplicate_ids"][0],
         )  # fmt: skip
     for note, count in facts["image_notes"].items():
+        if note == DROPPED_THOUGHTS:
+            log.warning(
+                "%s: of %d chats the template leaves thoughts out (allow_dropped), such as those of row %s",
+                prepared.path, count, examples[note][0],
+            )  # fmt: skip
+            continue
         log.warning(
             "%s: %d images with %s are taken as they are stored, such as that of row %s",
             prepared.path, count, note, examples[note][0],
@@ -276,7 +285,7 @@ def _check_first_rows(context: PrepareContext, chunks: list[Chunk], split: str, 
     lenient = job.data.model_copy(update={"on_bad_row": "reject"})  # bad rows stop it later, if at all
     encoder = context.encoder(lenient, SizeCache(sizes.known) if sizes else None)
     pieces = [piece for chunk in chunks for piece in chunk.pieces]
-    sources = check_first_rows(encoder, context.labels(), pieces, split=split, loss=job.loss)
+    sources = check_first_rows(encoder, context.labels(), pieces, split=split)
     return [source.value for source in sources]
 
 

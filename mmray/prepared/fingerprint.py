@@ -45,7 +45,7 @@ def prepare_record(
     return {
         "format_version": FORMAT_VERSION,
         "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
-        "datasets": [dataset.model_dump(mode="json") for dataset in datasets],
+        "datasets": [dataset.record() for dataset in datasets],
         "max_image_pixels": data.max_image_pixels,
         "image_frames": data.image_frames,
         "duplicate_ids": data.duplicate_ids,

@@ -31,7 +31,7 @@ BINS_PER_ROW_GROUP = 8
 EXAMPLES = 5
 """Places that statistics name of each kind."""
 
-_NOTHING_TRAINED = RowError(
+NOTHING_TRAINED = RowError(
     "nothing_trained", "no token of the row is trained; see `loss` in the job file, and the row's roles or labels"
 )
 
@@ -54,12 +54,12 @@ def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
         if isinstance(row, RejectedRow):
             return {
                 "id": row.id, "source": row.source, "reason": row.reason, "message": row.message, "row": row.row,
-                "images": [],
+                "images": [], "dataset": row.dataset, "columns": row.columns,
             }  # fmt: skip
         return {
             "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
             "visual_tokens": row.visual_tokens, "visual_pairs": row.visual_pairs, "input_ids": row.input_ids,
-            "given": row.given, "notes": row.notes,
+            "given": row.given, "notes": row.notes, "dataset": row.dataset, "columns": row.columns,
             "images": [
                 {
                     "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
@@ -110,6 +110,7 @@ def pack_window(
         "visual_tokens": int(columns.visual[used].sum()),
         "trained_tokens": int(trained[used].sum()),
         "images": sum(len(columns.images[index]) for index in usable),
+        "sets": columns.sets(),
         **_image_notes([(samples["source"][index].as_py(), columns.notes[index]) for index in usable]),
     }  # fmt: skip
     ids = id_hashes(row_id for members in table["sample_ids"].to_pylist() for row_id in members)
@@ -155,6 +156,7 @@ class _Columns:
     images: list[list[dict[str, Any]]]
     given: np.ndarray
     notes: list[list[str]]
+    datasets: np.ndarray
 
     @classmethod
     def of(cls, table: pa.Table) -> "_Columns":
@@ -177,7 +179,19 @@ class _Columns:
             images=table["images"].to_pylist(),
             given=given,
             notes=[notes or [] for notes in table["notes"].to_pylist()],
+            datasets=table["dataset"].combine_chunks().to_numpy(zero_copy_only=False),
         )
+
+    def sets(self) -> dict[str, dict[str, Any]]:
+        """Of each set of rows: its rows and images, good or not, and the columns by which it is judged."""
+        found: dict[str, dict[str, Any]] = {}
+        named = self.table["columns"].to_pylist()
+        for number, images, names in zip(self.datasets.tolist(), self.images, named):
+            facts = found.setdefault(str(number), {"rows": 0, "images": 0, "columns": []})
+            facts["rows"] += 1
+            facts["images"] += len(images)
+            facts["columns"] += [name for name in names or () if name not in facts["columns"]]
+        return found
 
     def tokens(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
@@ -214,6 +228,7 @@ class _Columns:
             "sample_ids": [self.table["id"][index].as_py() for index in members],
             "sample_sources": [self.table["source"][index].as_py() for index in members],
             "sample_rules": self.rules[list(members)],
+            "sample_sets": self.datasets[list(members)],
             "given": np.concatenate(given) if any_given else [],
             "images": images,
         }
@@ -221,7 +236,7 @@ class _Columns:
     def rejected(self, index: int) -> dict[str, Any]:
         record = {name: self.table[name][index].as_py() for name in ("id", "reason", "message", "source", "row")}
         if record["reason"] is None:
-            record |= {"reason": _NOTHING_TRAINED.reason, "message": _NOTHING_TRAINED.message}
+            record |= {"reason": NOTHING_TRAINED.reason, "message": NOTHING_TRAINED.message}
         return record
 
 

@@ -5,6 +5,8 @@ Rows come from people. Whether a local path stays inside the image root is decid
 row costs one look at each image's own name, 7 µs.
 """
 
+import base64
+import binascii
 import contextlib
 import functools
 import os
@@ -39,23 +41,42 @@ def image_refs(value: dict[str, Any], source: str, dataset: DatasetSettings) -> 
         found = [found]
     if not isinstance(found, list):
         raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
-    root = dataset.image_root or _folder(source.rsplit(":", 1)[0])
-    return tuple(entry if isinstance(entry, ImageRef) else _image(entry, root) for entry in found)
+    root = image_folder(source, dataset)
+    return tuple(entry if isinstance(entry, ImageRef) else image_ref(entry, root) for entry in found)
 
 
-def _image(entry: object, root: str) -> ImageRef:
+def image_folder(source: str, dataset: DatasetSettings) -> str:
+    """What the image paths of a row are relative to. source: place of the row, `file:line`."""
+    return dataset.image_root or _folder(source.rsplit(":", 1)[0])
+
+
+def image_ref(entry: object, root: str) -> ImageRef:
+    """One image as a row names it, in its column or in a part of a message. Raises RowError."""
     if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
         entry = entry.get("bytes") or entry.get("path")
     if isinstance(entry, bytes):
         return ImageRef(data=entry)
     if not isinstance(entry, str) or not entry:
         raise RowError("wrong_type", f"an image must be a path, a URI or bytes, not {entry!r:.60}")
+    if entry.startswith("data:"):
+        return ImageRef(data=_data_of_uri(entry))
     if holds_secret(entry):
         raise RowError(
             "image_credentials",
             f"image {entry!r:.200} holds a password or a token; give credentials by the environment of the cluster",
         )
     return ImageRef(uri=entry if "://" in entry else _inside(root, entry))
+
+
+def _data_of_uri(uri: str) -> bytes:
+    """The bytes that a `data:` URI holds in base64."""
+    head, _, content = uri.partition(",")
+    if not head.endswith(";base64"):
+        raise RowError("wrong_type", f"image {uri!r:.60} is a data URI without ;base64; write its bytes in base64")
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowError("wrong_type", f"image {uri!r:.60} is not base64: {error}; write its bytes anew") from error
 
 
 def _inside(root: str, path: str) -> str:
