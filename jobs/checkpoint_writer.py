@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -20,15 +20,11 @@ import pyarrow.fs
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from mmray.errors import UserError
-from mmray.prepared import PreparedDataset
+from mmray.errors import PassingError
 from mmray.run.checkpoints import checkpoint_name, prune
 from mmray.run.folder import RunFolder
-from mmray.run.place import write_place
-from mmray.schedule.cursor import Cursor
-from mmray.training.checkpoint import save_state
 from mmray.training.checksums import LISTS, list_files, list_name
-from mmray.training.engine import TrainingEngine
+from mmray.training.ranks import Ranks
 
 COPY_CHUNK_BYTES = 64 << 20
 TORCH_WRITE_ERROR = "inline_container"
@@ -36,11 +32,11 @@ TORCH_WRITE_ERROR = "inline_container"
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one rank of a run."""
+    """Takes the checkpoints of one rank to the run's folder, as a `CheckpointStore` of the loop."""
 
-    def __init__(self, run: RunFolder, rank: int, keep: int) -> None:
+    def __init__(self, run: RunFolder, ranks: Ranks, keep: int) -> None:
         """keep: whole checkpoints that older ones are deleted for."""
-        self._run, self._rank, self._keep = run, rank, keep
+        self._run, self._ranks, self._keep = run, ranks, keep
         self._storage = ray.train.get_context().get_storage()
         self._idle = threading.Event()
         self._idle.set()
@@ -48,19 +44,23 @@ class CheckpointWriter:
         self._clears = ray.train.get_context().get_local_rank() == 0
         self._clear()  # what a worker that was killed here has left
 
-    def save(self, engine: TrainingEngine, cursor: Cursor, prepared: PreparedDataset, *, wait: bool) -> str:
-        """Write a checkpoint; its name. Collective. wait: until this rank's part is in the run's folder."""
+    def save(self, write: Callable[[Path], None], step: int, *, wait: bool) -> str:
+        """Have a checkpoint written and take it to the run's folder; its name. Collective.
+
+        Args:
+            write: writes this rank's files into an empty folder.
+            step: steps done.
+            wait: until this rank's part is in the run's folder.
+        """
         self._idle.wait()
         self._scratch.mkdir(parents=True, exist_ok=True)
         with _told(self._scratch):
             folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch))
-            save_state(engine, folder)
-            if self._rank == 0:
-                write_place(folder, cursor, prepared)
+            write(folder)
         self._idle.clear()
-        name: str = engine.ranks.from_first(checkpoint_name(cursor.step, uuid4().hex[:8]))
+        name: str = self._ranks.from_first(checkpoint_name(step, uuid4().hex[:8]))
         ray.train.report(
-            {"step": cursor.step},
+            {"step": step},
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
@@ -74,12 +74,12 @@ class CheckpointWriter:
         """A folder of this run on the node's own disk."""
         return self._scratch
 
-    def finish(self, engine: TrainingEngine) -> None:
+    def finish(self) -> None:
         """Wait until the last checkpoint is whole, and delete what is no longer kept. Collective."""
         self._idle.wait()
-        engine.ranks.every(None)
+        self._ranks.every(None)
         self._clear()
-        if self._rank == 0:
+        if self._ranks.rank == 0:
             prune(self._run, self._keep)
 
     def _clear(self) -> None:
@@ -92,7 +92,7 @@ class CheckpointWriter:
         target, system = self._storage.build_checkpoint_path_from_name(name), self._storage.storage_filesystem
         threads = not isinstance(system, pyarrow.fs.S3FileSystem)  # uploads to S3 from threads can hang in Arrow
         try:
-            if self._rank == 0:
+            if self._ranks.rank == 0:
                 prune(self._run, self._keep)
             files = list_files(Path(checkpoint.path))
             with _told(target):
@@ -101,7 +101,7 @@ class CheckpointWriter:
                     checkpoint.path, target, destination_filesystem=system, chunk_size=COPY_CHUNK_BYTES,
                     use_threads=threads,
                 )  # fmt: skip
-                with system.open_output_stream(f"{target}/{list_name(self._rank)}") as stream:
+                with system.open_output_stream(f"{target}/{list_name(self._ranks.rank)}") as stream:
                     stream.write(files.encode())
             return Checkpoint(path=target, filesystem=system)
         finally:
@@ -110,7 +110,7 @@ class CheckpointWriter:
 
 @contextmanager
 def _told(folder: Path | str) -> Iterator[None]:
-    """A disk that is full, or may not be written, as a mistake that a person can read."""
+    """A disk that is full, or may not be written, as an error that a person can read, and that may pass."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -120,7 +120,7 @@ def _told(folder: Path | str) -> Iterator[None]:
             reason = f"probably no space left on device (torch: {str(error).splitlines()[0]})"
         else:
             raise
-        raise UserError(
+        raise PassingError(
             f"a checkpoint could not be written into {folder}: {reason}; make room or mend the disk, and start the "
             "same command again"
         ) from error

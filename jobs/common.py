@@ -1,5 +1,6 @@
-"""What every job does at its edges: connect to Ray, refuse outputs that would vanish, one line for an error."""
+"""What every job does at its edges: connect to Ray, end on a signal, one line for an error."""
 
+import functools
 import logging
 import os
 import re
@@ -7,17 +8,18 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import ray
+import ray._private.services as ray_services
 import ray.data  # sets the level of its own loggers when imported
 import typer
 from rich.console import Console
 
-from mmray.config.job import Job
 from mmray.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +67,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
-    if not _in_submitted_job():  # that has its environment from jobs/runtime_env.yaml, and the checkout on its path
+    if not in_submitted_job():  # that has its environment from jobs/runtime_env.yaml, and the checkout on its path
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
         options["runtime_env"] = {"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}}
     if address:
@@ -114,7 +116,8 @@ def _reach(address: str) -> None:
 
 def _start_here(cpus: int, options: dict[str, Any]) -> None:
     try:
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+        with _own_process_groups():
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
     except Exception as error:
         if "timed out during startup" not in str(error):
             raise
@@ -124,32 +127,31 @@ def _start_here(cpus: int, options: dict[str, Any]) -> None:
         ) from error
 
 
-def check_outputs(job: Job) -> None:
-    """Raise UserError when results would go into Ray's copy of a submitted checkout, which vanishes with the job."""
-    here = Path.cwd()
-    cache = job.resources.tile_cache
-    shared, own = "that all nodes share", "on each node's own disk"
-    for name, path, where in (
-        ("output.prepared", job.output.prepared, shared),
-        ("output.run", job.output.run, shared),
-        ("data.size_cache", job.data.size_cache, shared),
-        ("resources.tile_cache.folder", cache and cache.folder, own),
-    ):
-        if _in_submitted_job() and path and Path(path).is_relative_to(here):
-            raise UserError(
-                f"{name} {str(Path(path).relative_to(here))!r} is relative: under `ray job submit` that is a "
-                f"temporary copy of the checkout. Give an absolute path {where}"
-            )
+@contextmanager
+def _own_process_groups() -> Iterator[None]:
+    """Ray's processes that are started here get process groups of their own.
+
+    A terminal's hang-up, or a supervisor that ends a job, signals the whole group: Ray would be gone before the work
+    could be saved, and this process would wait a minute for it. They end when this process does, by Ray's own doing.
+    """
+    services: Any = ray_services
+    start = services.ConsolePopen
+    services.ConsolePopen = functools.partial(start, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = start
 
 
-def _in_submitted_job() -> bool:
+def in_submitted_job() -> bool:
+    """Whether this process was started by `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def run_main(main: Callable[..., None]) -> NoReturn:
     """Run a job's command line: a mistake of the user is one red line and exit code 2, without a stack trace.
 
-    SIGTERM, which `ray job stop` sends, ends it as Ctrl-C does.
+    SIGTERM, which `ray job stop` sends, ends it as Ctrl-C does. Either is exit code 130.
     """
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -159,6 +161,9 @@ def run_main(main: Callable[..., None]) -> NoReturn:
     except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_USER_ERROR)
+    except Stopped as stop:
+        Console(stderr=True).print(_escaped(str(stop)), highlight=False, soft_wrap=True)
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         usage = getattr(error, "show", None)  # click's own messages about the command line
         if usage is None:
@@ -168,6 +173,10 @@ def run_main(main: Callable[..., None]) -> NoReturn:
     if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
         Console(stderr=True).print("interrupted; the same command continues")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class Stopped(Exception):
+    """The work was asked to stop and is saved so far; the message says where."""
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):

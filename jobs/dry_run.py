@@ -1,12 +1,12 @@
 """`--dry-run`: the plan of a job, what the doctor finds in it, and whether the cluster has room. It writes nothing.
 
 Without an address no Ray is started: the plan is for this machine. With one the cluster is asked, as a run would ask it
-before it starts (`jobs/room.py`, `jobs/probe.py`); files of a moment in the output folders are all that is written.
+before it starts (`jobs/checks.py`); files of a moment in the output folders are all that is written.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -16,24 +16,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.common import check_outputs, connect, console, local_cpus
-from jobs.elastic import check_elastic
-from jobs.prepare import check_prepare_nodes
-from jobs.room import (
-    Node,
-    Pool,
-    amount,
-    check_room,
-    cluster_nodes,
-    lack,
-    prepare_cpus,
-    prepare_pools,
-    train_pools,
-    uses_gpus,
-)
-from jobs.room import needs as needs_of
-from jobs.run_plan import run_plan
-from jobs.train import check_train_nodes, open_prepared, train_cpus
+from jobs.capacity import Pool, prepare_cpus, prepare_pools, train_cpus, train_pools, uses_gpus
+from jobs.capacity import needs as needs_of
+from jobs.checks import Check, cluster_checks, job_checks, open_prepared
+from jobs.common import connect, console, local_cpus
 from mmray.base.words import amount as about
 from mmray.config.job import Job
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
@@ -45,7 +31,9 @@ from mmray.prepared.fingerprint import prepare_record
 from mmray.rows.files import source_files
 from mmray.run.checkpoints import newest_looking_whole, step_of
 from mmray.run.folder import RunFolder
+from mmray.run.plan import run_plan
 from mmray.storage import Folder
+from pipelines.nodes import Node, alive_nodes, amount
 
 EXIT_FAILED = 2
 Value = TypeVar("Value")
@@ -69,6 +57,14 @@ class _Plan:
         except Exception as error:  # noqa: BLE001 (a plan tells all that is wrong, not only the first)
             self.findings.append(failed_by(check, error))
             return None
+
+    def check(self, checks: Iterable[Check]) -> None:
+        """Run checks; each that fails, or has something to say, is a finding."""
+        for check in checks:
+            failures = len(self.findings)
+            note = self.attempt(check.name, check.run)
+            if len(self.findings) == failures and (text := note or check.passed):
+                self.findings.append(passed(check.name, text))
 
     def show(self, title: str) -> int:
         """Print it; the exit code."""
@@ -98,11 +94,10 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
     plan.add("actors", f"up to {resources.encode_actors} encode, {resources.pack_actors} pack: one CPU each")
     nodes = _nodes(plan, address, prepare_cpus(job), verbose)
     if nodes is not None:
-        _check_room(plan, nodes, prepare_pools(), "preparing", resources.prepare_labels)
-    if nodes is not None and _address(address):
-        plan.attempt("nodes", lambda: check_prepare_nodes(job))
-    plan.attempt("outputs", lambda: check_outputs(job))
-    for split in _splits(job) if rows else ():
+        _add_cluster(plan, nodes, prepare_pools(), "preparing")
+        plan.check(cluster_checks(job, nodes, trains=False, joined=True if _address(address) else None))
+    plan.check(job_checks(job, trains=False))
+    for split in job.data.splits if rows else ():
         path = job.prepared_path(split)
         state = plan.attempt("output", partial(_state, job, split, rows, replace))
         plan.add(f"{split} output", f"{path}: {state or 'it cannot be written, see below'}")
@@ -112,7 +107,7 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
 def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: bool) -> int:
     """Show what `jobs/train.py` would do; its exit code."""
     plan = _Plan(job)
-    is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in _splits(job))
+    is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits)
     _, guesses = _examined(plan, counts=not is_prepared)
     prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
     for split, guess in guesses.items():
@@ -130,19 +125,12 @@ def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: boo
         _add_steps(plan, guesses["train"].bins, "about ")
     _add_workers(plan, bool(gpus))
     if nodes is not None and gpus is not None:
-        _check_room(plan, nodes, train_pools(job, gpus), "training", job.resources.train_labels)
-        if _address(address):
-            plan.attempt("nodes", lambda: check_train_nodes(job))
-            if job.resources.is_elastic:
-                plan.attempt("cluster", lambda: check_elastic(job, gpus))
-    plan.attempt("outputs", lambda: check_outputs(job))
-    plan.attempt("tracking", job.tracking.check)
+        _add_cluster(plan, nodes, train_pools(job, gpus), "training")
+        joined = True if _address(address) else None
+        plan.check(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
+    plan.check(job_checks(job, trains=True))
     plan.add("output", job.output.run)
     return plan.show(f"{job.name}: what jobs/train.py would do")
-
-
-def _splits(job: Job) -> list[str]:
-    return [split for split in ("train", "eval") if getattr(job.data, split)]
 
 
 def _address(address: str | None) -> str | None:
@@ -160,7 +148,7 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
             else:
                 plan.findings.append(each)
     with console.status("counting rows"):
-        for split in _splits(plan.job) if rows and counts else ():
+        for split in plan.job.data.splits if rows and counts else ():
             found = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
             if found is not None:
                 guesses[split] = found
@@ -173,7 +161,7 @@ def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
 
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
-    kinds = [each.kind for each in getattr(plan.job.data, split)]
+    kinds = [each.kind for each in plan.job.data.splits[split]]
     plan.add(f"{split} rows", f"{guess.rows}, in {guess.windows:,} {'window' if guess.windows == 1 else 'windows'}")
     for number, (each, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
         files = "1 file" if each.files == 1 else f"{each.files:,} files"
@@ -251,28 +239,21 @@ def _nodes(plan: _Plan, address: str | None, cpus: int, verbose: bool) -> list[N
     """The nodes of the cluster at an address, None where none answers; or this machine as Ray here would have it."""
     if _address(address):
         joined = plan.attempt("cluster", lambda: connect(address, cpus=cpus, verbose=verbose))
-        return None if joined is None else cluster_nodes()
+        return None if joined is None else alive_nodes()
     return [Node("this machine", {"CPU": local_cpus(cpus), "GPU": torch.cuda.device_count()})]
 
 
-def _check_room(plan: _Plan, nodes: list[Node], pools: list[Pool], what: str, labels: Mapping[str, str]) -> None:
+def _add_cluster(plan: _Plan, nodes: Sequence[Node], pools: Sequence[Pool], what: str) -> None:
     count = f"{len(nodes)} nodes" if len(nodes) > 1 else nodes[0].address if nodes else "no node yet"
     has = " and ".join(f"{amount(nodes, name):g} {name}" for name in ("CPU", "GPU") if amount(nodes, name))
-    asked = " and ".join(f"{each:g} {name}" for name, each in needs_of(pools).items())
+    asked = " and ".join(f"{need:g} {name}" for name, need in needs_of(pools).items())
     plan.add("cluster", f"{count}: {has or 'no CPU'}; {what} takes {asked}, at least")
-    lacks = lack(pools, nodes, labels)
-    if lacks and plan.job.resources.autoscaling:
-        plan.findings.append(passed("cluster", f"{what} needs {lacks}; it waits for the cluster to grow"))
-    elif lacks:
-        plan.attempt("cluster", lambda: check_room(plan.job, pools, what, labels, nodes))
-    else:
-        plan.findings.append(passed("cluster", f"room for all that {what} needs at least"))
 
 
 def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:
     """What is at the output of a split. Raises UserError where it is another job's."""
     assert rows is not None
-    folder, datasets = Folder(job.prepared_path(split)), getattr(job.data, split)
+    folder, datasets = Folder(job.prepared_path(split)), job.data.splits[split]
     if not (folder.exists(MANIFEST) or folder.exists(PLAN)):
         return "nothing there yet"
     if replace:

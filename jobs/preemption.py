@@ -5,27 +5,38 @@ all ranks and goes through an actor (3 ms with two). So ranks ask at most once a
 it decided travels with the numbers that ranks exchange before each step anyway (0.4 ms).
 """
 
+import logging
 import time
 from datetime import UTC, datetime
 from typing import Any
 
 import ray.train
 
+from mmray.run.callback import Callback, DoneStep, Loop
+
 ASK_SECONDS = 1.0
+log = logging.getLogger("mmray")
 
 
-class PreemptionNotices:
-    """The notices a run gets; each is told once."""
+class Preemption(Callback):
+    """Asks for a checkpoint, once for each notice, after the step in which the notice arrives."""
 
     def __init__(self) -> None:
         self._asked = time.monotonic()
         self._known: set[str] = set()
 
-    def is_due(self) -> bool:
+    def flag(self) -> int:
         """Whether it is time to ask. Rank 0's answer counts for all."""
-        return time.monotonic() - self._asked >= ASK_SECONDS
+        return int(time.monotonic() - self._asked >= ASK_SECONDS)
 
-    def ask(self) -> dict[str, Any] | None:
+    def after_step(self, loop: Loop, done: DoneStep) -> None:
+        notice = self._ask() if done.step.flags[self.name][0] else None
+        if notice:
+            log.warning("nodes %s will be taken away; writing a checkpoint", ", ".join(notice["nodes"]))
+            loop.run.note("preemption", loop.step, **notice)
+            loop.save(wait=True)
+
+    def _ask(self) -> dict[str, Any] | None:
         """`nodes` and `deadline` (ISO 8601, or None) of a notice that names a node not named before. Collective."""
         info = ray.train.get_preemption_info()
         self._asked = time.monotonic()

@@ -11,38 +11,36 @@ import jobs  # noqa: F401  (says what is missing)
 # isort: split
 import typer
 
-from jobs.common import check_outputs, connect, console, run_main
-from jobs.probe import check_nodes, check_own_memory, packages_of
-from jobs.room import check_room, cluster_nodes, prepare_cpus, prepare_pools
+from jobs.capacity import prepare_cpus
+from jobs.checks import cluster_checks, job_checks, require
+from jobs.common import connect, console, run_main
+from jobs.dry_run import plan_prepare
 from mmray.config.job import Job, load_job
 from mmray.display.progress import ProgressBar
 from mmray.prepared import PreparedDataset
 from mmray.report import prepared_table
+from pipelines.nodes import alive_nodes
 
 
-def prepare_splits(job: Job, *, replace: bool = False) -> dict[str, PreparedDataset]:
-    """Prepare `train` and, where the job has one, `eval`, with a progress bar and a table each."""
+def prepare_splits(job: Job, *, replace: bool = False, joined: bool = False) -> dict[str, PreparedDataset]:
+    """Prepare `train` and, where the job has one, `eval`, with a progress bar and a table each.
+
+    joined: whether Ray is a cluster that others started, whose nodes are then asked first.
+    """
     from pipelines.prepare import prepare
 
-    check_room(job, prepare_pools(), "preparing", job.resources.prepare_labels, cluster_nodes())
+    require(cluster_checks(job, alive_nodes(), trains=False, joined=joined))
     done = {}
-    for split in ("train", "eval"):
-        if not getattr(job.data, split):
-            continue
+    for split in job.data.splits:
         with ProgressBar(f"{job.name}: preparing {split}", "rows") as bar:
             prepared, made = prepare(job, split, replace=replace, on_progress=bar.update)
         if made:
             console.print(prepared_table(prepared))
         else:
             console.print(f"{prepared.path} is up to date (fingerprint {prepared.fingerprint}); nothing to do")
+        prepared.check_has_bins()
         done[split] = prepared
     return done
-
-
-def check_prepare_nodes(job: Job) -> None:
-    """Raise UserError where a node of the cluster cannot prepare."""
-    outputs = {"output.prepared": job.output.prepared}
-    check_nodes(cluster_nodes(), job.resources.prepare_labels, outputs, modules=packages_of(job, trains=False))
 
 
 def main(
@@ -56,15 +54,10 @@ def main(
     """Turn rows into a prepared dataset: exact lengths, packed bins, rejected rows with their reasons."""
     job = load_job(job_file, overrides)
     if dry_run:
-        from jobs.dry_run import plan_prepare
-
         raise typer.Exit(plan_prepare(job, address, replace=replace, verbose=verbose))
-    check_outputs(job)
-    if connect(address, cpus=prepare_cpus(job), verbose=verbose):
-        check_prepare_nodes(job)
-    else:
-        check_own_memory(cluster_nodes())
-    prepare_splits(job, replace=replace)
+    require(job_checks(job, trains=False))
+    joined = connect(address, cpus=prepare_cpus(job), verbose=verbose)
+    prepare_splits(job, replace=replace, joined=joined)
 
 
 if __name__ == "__main__":

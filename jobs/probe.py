@@ -19,11 +19,11 @@ import ray
 from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.room import Node, labelled
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.images.source import one_line
 from mmray.storage import explained
+from pipelines.nodes import Node, labelled
 
 log = logging.getLogger("mmray")
 
@@ -145,7 +145,7 @@ def check_shared_memory(node: Node, size: int | None) -> None:
 
 
 def check_own_memory(nodes: Sequence[Node]) -> None:
-    """The same of the one node of a Ray that this process has started."""
+    """Warn where the shared memory of this machine is small, whose one node this process has started."""
     check_shared_memory(nodes[0], look({}, []).shared_memory)
 
 

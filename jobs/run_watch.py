@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mmray.display.progress import ProgressBar
 from mmray.errors import UserError
@@ -33,10 +33,13 @@ class RunWatch:
         self._warnings, self._history = run.path / WARNINGS_FILE, run.path / HISTORY_FILE
         self._old_warnings, self._told, self._old_metrics = map(_size, (self._warnings, self._history, self._path))
         self._stop = threading.Event()
+        self.has_begun = False
+        """Whether workers have started, or started again, since."""
         self._thread = threading.Thread(target=self._show, daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -66,7 +69,9 @@ class RunWatch:
         whole = text[: text.rfind(b"\n") + 1]
         self._told += len(whole)
         for line in whole.splitlines():
-            if words := in_words(json.loads(line)):
+            event = json.loads(line)
+            self.has_begun |= event["event"] in ("start", "resume")
+            if words := in_words(event):
                 log.info("%s: %s", self._name, words)
 
     def _update(self, bar: ProgressBar) -> None:

@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.common import console
-from jobs.run_plan import RunPlan, run_plan
 from mmray.batches.plan import BatchPlan
 from mmray.config.job import Job
 from mmray.errors import UserError
@@ -18,6 +17,7 @@ from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.folder import RunFolder
 from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.run.place import CURSOR_FILE
+from mmray.run.plan import RunPlan, run_plan
 from mmray.run.trace import TracedSample, Tracer
 from mmray.schedule.cursor import Cursor, DataSpan
 from mmray.training.bins_log import read_trained

@@ -4,12 +4,11 @@ The same command continues a run that was stopped, from its last checkpoint, wit
 """
 
 import logging
-import math
-import pickle
 import posixpath
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,32 +17,35 @@ import jobs  # noqa: F401  (says what is missing)
 # isort: split
 import ray
 import typer
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.common import check_outputs, connect, console, run_main
-from jobs.elastic import check_elastic
-from jobs.probe import check_nodes, check_own_memory, packages_of
-from jobs.room import check_room, cluster_nodes, needs, train_pools, uses_gpus, worker_needs
-from jobs.run_plan import RunPlan, run_plan
+from jobs.capacity import train_cpus, uses_gpus, worker_needs
+from jobs.checks import check_job_settings, cluster_checks, job_checks, open_prepared, require
+from jobs.common import Stopped, connect, console, run_main
+from jobs.dry_run import plan_train
+from jobs.mistakes import EndAtMistakes
 from jobs.run_watch import RunWatch
+from jobs.stopping import run_until_stopped
 from jobs.trace import trace
-from jobs.train_loop import train_worker
+from jobs.train_loop import train_worker, worker_config
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
-from mmray.doctor import Status, examine_settings
-from mmray.errors import UserError
+from mmray.errors import PassingError, UserError
+from mmray.export import export_finished
 from mmray.loss.settings import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
-from mmray.prepared.fingerprint import check_settings
-from mmray.prepared.versions import check_labels, check_new_run, old_chats
+from mmray.prepared.versions import check_new_run, old_chats
 from mmray.report import Run, run_table
 from mmray.rows.encode import Encoder
+from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
+from mmray.run.plan import run_plan
 from mmray.storage import Folder, arrow_file_system
+from pipelines.nodes import alive_nodes
 
 log = logging.getLogger("mmray")
 
@@ -64,51 +66,39 @@ def with_data(job: Job, prepared: str) -> Job:
     return job.model_copy(update={"output": job.output.model_copy(update={"prepared": path})})
 
 
-def check_job(job: Job) -> None:
-    """The cheap part of `mmray doctor`, before anything starts: a line for each check, UserError for a failed one."""
-    for finding in examine_settings(job):
-        if finding.status is Status.FAIL:
-            raise UserError(f"{finding.check}: {finding.detail}")
-        console.print(f"{finding.check}: {finding.detail}", markup=False, highlight=False, soft_wrap=True)
-    job.tracking.check()
-
-
-def open_prepared(job: Job) -> dict[str, PreparedDataset]:
-    """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
-    family = job_family(job)
-    found = {}
-    for split in ("train", "eval"):
-        if not getattr(job.data, split):
-            continue
-        prepared = PreparedDataset(job.prepared_path(split))
-        check_settings(
-            prepared.path, prepared.manifest["record"], processor=family.processor,
-            tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
-        )  # fmt: skip
-        check_labels(prepared, label_maker(job.loss, family))
-        if not len(prepared):
-            raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
-        found[split] = prepared
-    return found
-
-
 def check_old_chats(job: Job, split: str, prepared: PreparedDataset) -> None:
     """Raise UserError where a new run would begin on chats of an earlier version that train otherwise now."""
     if old_chats(prepared.manifest):
         family = job_family(job)
-        lenient = job.data.model_copy(update={"on_bad_row": "reject"})
         encoder = Encoder(
-            lenient, getattr(job.data, split), family, family.resolved_tiling(job.images), job.packing, loss=job.loss
+            job.data.lenient,
+            job.data.splits[split],
+            family,
+            family.resolved_tiling(job.images),
+            job.packing,
+            loss=job.loss,
         )
         check_new_run(prepared, encoder, label_maker(job.loss, family))
 
 
-def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool = False) -> RunPlan:
+def train(
+    job: Job,
+    prepared: dict[str, PreparedDataset],
+    *,
+    continue_on: bool = False,
+    joined: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> int | None:
     """Run training to its end, resuming where a checkpoint is. Ray must be connected.
 
-    continue_on: a checkpoint trained on other data than `prepared` is continued on it.
+    Args:
+        continue_on: a checkpoint trained on other data than `prepared` is continued on it.
+        joined: whether Ray is a cluster that others started, whose nodes are then asked first.
+        callbacks: of this run alone, beside the standard ones; they are pickled, and every rank has its copy.
+
+    Returns the step after which the run was asked to stop; None where it has done its last.
     """
-    nodes = cluster_nodes()
+    nodes = alive_nodes()
     gpus = uses_gpus(job, nodes)
     plan = run_plan(job, prepared, gpus, continue_on)
     run = RunFolder(job.output.run)
@@ -117,20 +107,22 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
         for split, each in prepared.items():
             check_old_chats(job, split, each)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
-    if checkpoint is not None and cursor.step >= plan.total_steps(cursor) and _has_finished(run, cursor.step):
-        console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
-        return plan
+    if checkpoint is not None and cursor.step >= plan.total_steps(cursor):
+        last = _last_event(run)
+        if (last.get("event"), last.get("step")) == ("finish", cursor.step):
+            console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
+            export_at_end(job)
+            return None
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
-    check_room(job, train_pools(job, gpus), "training", job.resources.train_labels, nodes)
-    if job.resources.is_elastic:
-        check_elastic(job, gpus)
+    require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
     run.remove(RAY_TRAIN_MEMORY)
+    run.forget_stop()
     system, place = arrow_file_system(job.output.run)
     training, resources = job.training, job.resources
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"plan": pickle.dumps(plan)},
+        train_loop_config=worker_config(plan, callbacks),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=resources.workers,  # type: ignore[arg-type]
@@ -149,36 +141,37 @@ def train(job: Job, prepared: dict[str, PreparedDataset], *, continue_on: bool =
                 max_preemption_failures=-1 if training.max_preemptions is None else training.max_preemptions,
             ),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[EndAtMistakes()],  # type: ignore[list-item]
         ),
     )
-    with RunWatch(job.name, run, plan.total_steps(cursor)):
+    with RunWatch(job.name, run, plan.total_steps(cursor)) as watch:
         try:
-            trainer.fit()
-        except SystemExit as end:  # what Ray Train makes of Ctrl-C, after it has ended the workers
-            raise KeyboardInterrupt from end
-        except WorkerGroupError as error:
-            mistakes = [each for each in error.worker_failures.values() if isinstance(each, UserError)]
-            if not mistakes:
+            run_until_stopped(trainer.fit, run, lambda: watch.has_begun, training.stop_seconds)
+        except ControllerError as error:
+            if isinstance(error.controller_failure, UserError):
+                raise UserError(str(error.controller_failure)) from error
+            raise
+        except WorkerGroupError as error:  # storage that did not come back in all tries
+            passing = [failure for failure in error.worker_failures.values() if isinstance(failure, PassingError)]
+            if not passing:
                 raise
-            raise UserError(str(mistakes[0])) from error
-    return plan
+            raise UserError(str(passing[0])) from error
+    last = _last_event(run)
+    if last.get("event") == "stop":
+        return last["step"]
+    export_at_end(job)
+    return None
 
 
-def _has_finished(run: RunFolder, step: int) -> bool:
+def export_at_end(job: Job) -> None:
+    """Write the model of a finished run, where the job says so, and tell where it is."""
+    if job.output.export.at_end:
+        console.print(f"{job.name}: finished, the model is in {export_finished(job.output.run, job.model)}")
+
+
+def _last_event(run: RunFolder) -> dict[str, Any]:
     history = read_history(run.fetch())
-    return bool(history) and history[-1]["event"] == "finish" and history[-1]["step"] == step
-
-
-def train_cpus(job: Job) -> int:
-    """Logical CPUs that training takes where it has no GPU."""
-    return math.ceil(needs(train_pools(job, gpus=False))["CPU"])
-
-
-def check_train_nodes(job: Job) -> None:
-    """Raise UserError where a node of the cluster cannot train."""
-    nodes, outputs = cluster_nodes(), {"output.prepared": job.output.prepared, "output.run": job.output.run}
-    modules, gpus = packages_of(job, trains=True), uses_gpus(job, nodes)
-    check_nodes(nodes, job.resources.train_labels, outputs, modules=modules, gpus=gpus)
+    return history[-1] if history else {}
 
 
 def main(
@@ -210,17 +203,14 @@ def main(
         trace(job, steps, continue_on=other_data is not None, as_json=as_json)
         return
     if dry_run:
-        from jobs.dry_run import plan_train
-
         raise typer.Exit(plan_train(job, address, continue_on=other_data is not None, verbose=verbose))
-    check_outputs(job)
-    check_job(job)
+    require(job_checks(job, trains=True))
+    check_job_settings(job)
     prepared = open_prepared(job)
-    if connect(address, cpus=train_cpus(job), verbose=verbose):
-        check_train_nodes(job)
-    else:
-        check_own_memory(cluster_nodes())
-    train(job, prepared, continue_on=other_data is not None)
+    joined = connect(address, cpus=train_cpus(job), verbose=verbose)
+    stopped = train(job, prepared, continue_on=other_data is not None, joined=joined)
+    if stopped is not None:
+        raise Stopped(f"stopped after step {stopped}, which is saved; the same command continues")
     console.print(run_table(Run(job.output.run)))
     ray.shutdown()
 

@@ -1,6 +1,7 @@
 """The `mmray` command: what needs no cluster."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +9,51 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import mmray
 from mmray.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+ALL_TO_THE_JOB = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Of a command whose arguments are those of a job's script, `--help` too."""
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"mmray {mmray.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=ALL_TO_THE_JOB)
+def prepare(context: typer.Context) -> None:
+    """Prepare a job's rows: runs jobs/prepare.py of the checkout, with the same arguments."""
+    _run_job("prepare", context.args)
+
+
+@app.command(context_settings=ALL_TO_THE_JOB)
+def train(context: typer.Context) -> None:
+    """Train a job: runs jobs/train.py of the checkout, with the same arguments."""
+    _run_job("train", context.args)
+
+
+def _run_job(name: str, arguments: list[str]) -> None:
+    """Become the script of a job. Raises UserError where there is no checkout."""
+    script = Path(mmray.__file__).parents[1] / "jobs" / f"{name}.py"
+    if not script.exists():
+        raise UserError(
+            f"jobs/{name}.py is not beside this installation of mmray; in a checkout of mmray type: "
+            f"python jobs/{name}.py {' '.join(arguments) or 'JOB.yaml'}"
+        )
+    os.execv(sys.executable, [sys.executable, str(script), *arguments])
 
 
 @app.command()
@@ -158,6 +201,29 @@ def _inspect_rows(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or a checkpoint in it.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write: a path or URI.")],
+    step: Annotated[int | None, typer.Option(help="Of which step; default: the newest whole checkpoint.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: that of the training.")] = None,
+    job_file: Annotated[
+        Path | None,
+        typer.Option("--job", metavar="JOB.yaml", help="The run's job, for checkpoints that do not name their model."),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in OUT.")] = False,
+) -> None:
+    """Write a checkpoint as a model folder that transformers loads, with its processor and how to prompt it."""
+    if dtype not in (None, "bf16", "fp32"):
+        raise UserError(f"--dtype {dtype}: give bf16 or fp32")
+    from mmray.config.job import load_job
+    from mmray.export import export_model
+
+    settings = None if job_file is None else load_job(job_file).model
+    exported = export_model(source, out, step=step, dtype=dtype, settings=settings, replace=replace)  # type: ignore[arg-type]
+    Console().print(str(exported), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
@@ -189,3 +255,7 @@ def main() -> Any:
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """The two ways a user's input can be wrong: one row of it, or the job as a whole.
 
-Both carry a message of one line that names the value and the remedy; callers at the edge print it without a
+They carry a message of one line that names the value and the remedy; callers at the edge print it without a
 stack trace. Anything else that is raised is a bug of ours. Passwords and tokens in URIs do not come through.
 """
 
@@ -12,6 +12,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))
+
+
+class PassingError(UserError):
+    """Storage or a disk failed in a way that may pass: a training tries again before it tells it to a person."""
 
 
 class RowError(Exception):

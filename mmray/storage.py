@@ -12,9 +12,9 @@ for: fsspec's own read-ahead fetches 5 to 50 MB for each jump.
 import contextlib
 import errno
 import functools
-import io
 import os
 import posixpath
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mmray.errors import UserError
+from mmray.errors import PassingError, UserError
 
 _VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems call the state of a file, the surest first."""
@@ -109,6 +109,10 @@ def file_version(info: Mapping[str, Any]) -> str:
     return str(next((info[key] for key in _VERSION_KEYS if info.get(key)), ""))
 
 
+_LASTING = (PermissionError, FileExistsError, NotADirectoryError, FileNotFoundError)
+"""Errors that a new try would meet again."""
+
+
 @contextmanager
 def explained(place: str) -> Iterator[None]:
     """Errors of a file system, inside, as a UserError: the place, what is wrong, the remedy."""
@@ -116,19 +120,42 @@ def explained(place: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = " ".join(str(error.strerror or error or type(error).__name__).split())
-        raise UserError(f"{place}: {reason}; {_remedy(error)}") from error
+        lasts = isinstance(error, _LASTING) or error.errno == errno.EROFS
+        raise (UserError if lasts else PassingError)(f"{place}: {reason}; {_remedy(error)}") from error
 
 
 def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space there; then the same command continues"
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+    if error.errno == errno.EROFS:
         return "let this user write there, or choose another folder"
+    if isinstance(error, PermissionError):
+        return "let this user read and write there, or choose another folder"
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return "a file stands where a folder should be; move it, or choose another folder"
     if isinstance(error, FileNotFoundError):
         return "something else removes files there while this runs; the same command continues"
     return "once that is mended, the same command continues"
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """A local file to write beside `path`, which takes that name when the block ends well: whoever reads `path` finds
+    the older file or the whole new one.
+
+    sync: write it to the disk first, so that this holds for a machine that loses its power too. When the block raises,
+    the older file stays and nothing is left beside it; the name of what a killed process leaves begins with a dot.
+    Raises OSError where the folder is not there or cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield beside
+        if sync:
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -199,6 +226,10 @@ class Folder:
         """Copy a file to a local path, whatever its size."""
         self._located[0].get_file(self.path(name), str(target))
 
+    def put(self, source: Path, name: str) -> None:
+        """Copy a local file to a name, whatever its size."""
+        self._located[0].put_file(str(source), self.path(name))
+
     def open(self, name: str) -> IO[bytes]:
         """A file to read; of a remote one each read is a request for just its range."""
         return self._located[0].open(self.path(name), "rb", cache_type="none")
@@ -219,21 +250,15 @@ class Folder:
         """A file to write to, which takes its name when the block ends well and leaves nothing when it does not."""
         if not self.is_local:
             # Closing a remote file commits what it holds, after an error too; so nothing is sent before the end.
-            buffer = io.BytesIO()
-            yield buffer
-            self.write(name, buffer.getvalue())
+            with tempfile.NamedTemporaryFile(prefix="mmray-") as kept:
+                yield kept
+                kept.flush()
+                self._located[0].put_file(kept.name, self.path(name))
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with beside.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(target) as beside, beside.open("wb") as file:
+            yield file
 
     def remove(self, name: str = "") -> None:
         """Delete a file, or with no name the whole folder."""

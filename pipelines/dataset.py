@@ -11,6 +11,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError
 
+from pipelines.nodes import alive_nodes, amount, labelled
+
 ERROR = "error"
 """Column in which an actor hands on the message of a UserError. As an exception it would arrive inside wrappers of Ray
 that lose what they wrap when they travel on."""
@@ -37,8 +39,7 @@ def numbers(count: int, labels: Mapping[str, str]) -> Dataset:
 
 def cluster_amount(resource: str, labels: Mapping[str, str]) -> float:
     """CPUs (or GPUs), busy ones too, of the cluster's nodes that have these labels now; {}: of all nodes."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and labels.items() <= node["Labels"].items()]
-    return float(sum(node["Resources"].get(resource, 0) for node in nodes))
+    return amount(labelled(alive_nodes(), labels), resource)
 
 
 class MadeThere:

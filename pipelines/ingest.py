@@ -29,11 +29,14 @@ from ray.data import Dataset
 from mmray.batches.micro_batch import Masked, MicroBatch, Place, Rendered, from_table, mask, to_table
 from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import ResourceSettings, TileCacheSettings
-from mmray.errors import UserError
+from mmray.errors import PassingError, UserError
 from mmray.families import Tile
 from mmray.run.warnings import keep_warnings
 from pipelines.dataset import ERROR, MadeThere, MaskThere, RenderThere, numbers
 from pipelines.measures import StageClock, clocked
+
+PASSES = "passes"
+"""Column beside ERROR: whether that is a PassingError."""
 
 SEGMENT_SHARES = 32_768
 """Shares, over all ranks, of one Ray Data execution. Measured: the process that schedules it grows by 5 to 9 kB a
@@ -84,7 +87,7 @@ class Render:
         try:
             return joined([to_table(self.maker.render(place)) for place in places])
         except UserError as error:
-            return pa.table({ERROR: [str(error)]})
+            return pa.table({ERROR: [str(error)], PASSES: [isinstance(error, PassingError)]})
 
 
 class Mask:
@@ -204,5 +207,6 @@ def _next(shares: Iterator[pa.Table], step: int) -> pa.Table:
         found = "no more batches" if share is None else f"a block of {share.num_rows} rows"
         raise RuntimeError(f"step {step}: the data stream gave {found}")
     if ERROR in share.column_names:
-        raise UserError(share[ERROR][0].as_py())
+        kind = PassingError if share[PASSES][0].as_py() else UserError
+        raise kind(share[ERROR][0].as_py())
     return share

@@ -1,65 +1,76 @@
 """Preparing and training without Ray, whose actors take 20 s of CPU time and more to start: for tests that need what
 is prepared and do not ask how, and as what is compared with the same on Ray."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
-from itertools import groupby
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pytest
-
-import pipelines.prepare
-from jobs.run_plan import run_plan
 from mmray.batches.plan import BatchMaker
 from mmray.config.job import Job
-from mmray.errors import UserError
-from mmray.images.size_cache import SizeCache
 from mmray.prepared import PreparedDataset
-from mmray.rows.files import Chunk
-from mmray.schedule.cursor import Cursor
-from mmray.training.engine import TrainingEngine
-from pipelines.dataset import ERROR
-from pipelines.prepare import EncodeChunk, KeptSizes, PackWindow, _from_buffer, prepare
+from mmray.prepared.driver import prepare
+from mmray.run.callback import Callback
+from mmray.run.callbacks import standard_callbacks
+from mmray.run.folder import RunFolder
+from mmray.run.folder_checkpoints import FolderCheckpoints
+from mmray.run.loop import TrainingLoop
+from mmray.run.metrics import METRICS_FILE, read_metrics
+from mmray.run.plan import run_plan
+from mmray.run.state import open_run
+from mmray.training.ranks import Ranks
+from tests.conftest import ROOT
 from tests.mmray.training.ranks import RankGroup
 
 
 def prepare_here(job: Job, split: str = "train", **options: Any) -> PreparedDataset:
-    """All of `prepare` but its graph: the work of its actors is done in this process, chunk by chunk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines.prepare, "_run", run_here)
-        return prepare(job, split, **options)[0]
+    """The dataset of `driver.prepare`."""
+    return prepare(job, split, **options)[0]
 
 
-def train_here(job: Job) -> list[dict[str, float]]:
-    """All steps of a job on one rank: the metrics of each, under the names of metrics.jsonl."""
-    return RankGroup(1, _steps_here, job).results()[0]
+NO_RAY = """
+import logging, os, signal, sys
+
+sys.modules |= dict.fromkeys(("ray", "pipelines", "jobs"))  # importing them raises ModuleNotFoundError
+from mmray.config.job import load_job
+from mmray.prepared.driver import prepare
+
+def kill(done, total):
+    if done and sys.argv[2:] == ["kill"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+prepare(load_job(sys.argv[1]), on_progress=kill)
+"""
 
 
-def _steps_here(_rank: int, world_size: int, job: Job) -> list[dict[str, float]]:
-    plan = run_plan(job, {"train": PreparedDataset(job.prepared_path("train"))}, gpus=False)
-    batches = plan.batches("train", plan.schedule, world_size)
-    steps = plan.total_steps(Cursor.at(plan.schedule, prepared=batches.prepared))
-    engine = TrainingEngine(job.model, job.training, total_steps=steps, grad_accumulation=batches.micro_batches)
-    found = []
-    for number, micro_batches in enumerate(BatchMaker(batches).steps(0, 0, steps), start=1):
-        metrics = asdict(engine.step(micro_batches))
-        bins = sum(len(batch.bins) for batch in micro_batches)
-        epoch = round(number / plan.schedule.steps_per_epoch, 6)
-        found.append({"step": number, "epoch": epoch, "bins": bins, "lr": metrics.pop("learning_rate")} | metrics)
-    return found
+def prepare_without_ray(job: Job, folder: Path, *, kill: bool = False) -> "subprocess.CompletedProcess[str]":
+    """Prepare a job's training rows in a process that cannot import Ray. folder: for the job file; kill: when the first
+    window is committed, by `kill -9`."""
+    job_file = folder / "without_ray.yaml"
+    job_file.write_text(job.model_dump_json(exclude_defaults=True))
+    command = [sys.executable, "-c", NO_RAY, str(job_file), *(["kill"] if kill else [])]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
-def run_here(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
-    """As `pipelines.prepare._run`, which it stands for."""
-    encode, pack = EncodeChunk(job, split), PackWindow(job, split, token)
-    if sizes:
-        encode.sizes = SizeCache(sizes.known)
-    for _, each in groupby(chunks, key=lambda chunk: chunk.window):
-        window = list(each)
-        packed = pack(pa.concat_tables(pa.table(encode({"chunk": [chunk]})) for chunk in window))
-        if sizes:
-            sizes.measured += map(_from_buffer, packed["sizes"][0].as_py())
-        if packed[ERROR][0]:
-            raise UserError(packed[ERROR][0])
-        yield sum(chunk.num_rows for chunk in window)
+def train_here(job: Job, *callbacks: Callback, ranks: int = 1) -> list[dict[str, Any]]:
+    """Train a job as `jobs/train.py` does, from its newest checkpoint, but without Ray: the lines of metrics.jsonl."""
+    RankGroup(ranks, _train_rank, job, callbacks, Path.cwd()).results()
+    return read_metrics(Path(job.output.run) / METRICS_FILE)
+
+
+def _train_rank(
+    _rank: int, _world_size: int, job: Job, own_callbacks: tuple[Callback, ...], current_folder: Path
+) -> None:
+    os.chdir(current_folder)
+    prepared = {split: PreparedDataset(job.prepared_path(split)) for split in job.data.splits}
+    plan, folder, ranks = run_plan(job, prepared, gpus=False), RunFolder(job.output.run), Ranks()
+    run = open_run(plan, folder, ranks, scratch=folder.path)
+    checkpoints = FolderCheckpoints(folder.path, ranks, job.training.keep_checkpoints)
+    callbacks = standard_callbacks(run, asking=own_callbacks)
+    maker = BatchMaker(run.batches, tile_cache=job.resources.tile_cache)
+    TrainingLoop(run, callbacks, checkpoints).train(partial(maker.steps, ranks.rank))

@@ -26,7 +26,8 @@ from mmray.families.attention import (
     seeing_blocks,
     within_window,
 )
-from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame, normalised
+from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame, header_ends, normalised
+from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 
@@ -35,7 +36,7 @@ def turn_markers() -> tuple[RoleMarkers, ...]:
     tokenizer makes one token of the two breaks."""
     return tuple(
         RoleMarkers(role, f"<|turn>{name}{line_break}", "<turn|>")
-        for line_break in ("\n", "")
+        for line_break in header_ends()
         for role, name in (("system", "system"), ("user", "user"), ("assistant", "model"))
     )
 
@@ -47,6 +48,16 @@ class Gemma4(Family):
     model_types = ("gemma4",)
     processor_classes = ("Gemma4Processor",)
     stop_tokens = ("<|tool_response>",)
+    module_names = Parts(
+        vision=("model.vision_tower",),
+        projector=("model.embed_vision",),
+        embeddings=(
+            "model.language_model.embed_tokens",
+            "model.language_model.embed_tokens_per_layer",
+            "lm_head",
+        ),
+        audio=("model.audio_tower", "model.embed_audio"),
+    )
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token

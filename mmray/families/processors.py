@@ -20,6 +20,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.hub import cached_files
 
 from mmray.errors import UserError
+from mmray.families.model_source import source_problem
 
 log = logging.getLogger("mmray")
 
@@ -44,8 +45,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     name = str(path)
     if trust_remote_code:
         warn_of_remote_code(name)
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"no processor could be loaded from {name!r}: no such folder")
+    if problem := source_problem(name):
+        raise UserError(f"no processor could be loaded from {name!r}: {problem}")
     try:
         if importlib.util.find_spec("torchvision") is not None:
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -64,8 +65,6 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 def _processor_class(name: str) -> Any:
     """The class the folder's files name; else the one transformers maps its model type to."""
     files = cached_files(name, list(_CONFIG_FILES), _raise_exceptions_for_missing_entries=False)
-    if files is None and not Path(name).is_dir():
-        raise ValueError("no such folder, and the Hugging Face hub has no such model or cannot be reached")
     for file in map(Path, files or ()):
         settings = json.loads(file.read_text(encoding="utf-8"))
         class_name = settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(settings.get("model_type"))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from mmray.errors import UserError
+from mmray.errors import PassingError
 from mmray.images.source import ImageSource, describe_source, one_line
 
 log = logging.getLogger("mmray")
@@ -43,7 +43,7 @@ def is_passing(error: BaseException, source: ImageSource) -> bool:
 def patiently(read: Callable[[], Result], source: ImageSource) -> Result:
     """What `read` gives of `source`, tried again where the error is a passing one.
 
-    Raises what it raises; after the last try of a passing error UserError.
+    Raises what it raises; after the last try of a passing error PassingError.
     """
     for pause in PAUSES:
         try:
@@ -58,7 +58,7 @@ def patiently(read: Callable[[], Result], source: ImageSource) -> Result:
     except Exception as error:
         if not is_passing(error, source):
             raise
-        raise UserError(
+        raise PassingError(
             f"{describe_source(source)}: {one_line(error)}, also after {len(PAUSES)} more tries within "
             f"{sum(PAUSES):g} s; the picture may be sound, so nothing is left out: see to the storage and start again"
         ) from error

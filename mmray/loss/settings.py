@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 
+from mmray.base.settings import RowKind
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.families.base import RoleMarkers
@@ -26,7 +27,6 @@ from mmray.loss.loss import (
     loss_record,
 )
 from mmray.loss.roles import RoleBoundary
-from mmray.rows.settings import RowKind
 
 __all__ = [
     "SAMPLED_ROLE",

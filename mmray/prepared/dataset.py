@@ -80,8 +80,7 @@ class PreparedDataset:
         self.path = path
         self._folder = Folder(path)
         if not self._folder.exists(MANIFEST):
-            started = " (a prepare was begun here but did not finish)" if self._folder.exists(PLAN) else ""
-            raise UserError(f"{path} is no prepared dataset{started}: it has no {MANIFEST}. Run jobs/prepare.py first")
+            raise UserError(f"{path} is no prepared dataset: it has no {MANIFEST}. {self._remedy()}")
         self.manifest: dict[str, Any] = read_json(self._folder, MANIFEST)
         if self.manifest.get("format_version") not in READ_VERSIONS:
             raise UserError(
@@ -91,6 +90,16 @@ class PreparedDataset:
         self._first_bin = np.cumsum([0] + [shard["bins"] for shard in self.manifest["shards"]])
         self._open_file = functools.lru_cache(maxsize=128)(self._parquet_file)
         self._file_loads = functools.lru_cache(maxsize=256)(lambda file: Loads.from_footer(self._open_file(file)))
+
+    def _remedy(self) -> str:
+        """What to do where a folder holds something else."""
+        inside = [name for name in ("train", "eval") if Folder(f"{self.path.rstrip('/')}/{name}").exists(MANIFEST)]
+        if inside:
+            return f"It holds {' and '.join(inside)}: give {self.path.rstrip('/')}/{inside[0]}"
+        if self._folder.exists("metrics.jsonl"):
+            return f"It is the folder of a training run: mmray report {self.path} shows it"
+        begun = "A prepare was begun here but did not finish; run" if self._folder.exists(PLAN) else "Run"
+        return f"{begun} jobs/prepare.py first"
 
     @property
     def fingerprint(self) -> str:
@@ -109,6 +118,11 @@ class PreparedDataset:
 
     def __len__(self) -> int:
         return int(self._first_bin[-1])
+
+    def check_has_bins(self) -> None:
+        """Raise UserError where there is no bin to train on."""
+        if not len(self):
+            raise UserError(f"{self.path} has no bins: every row was rejected, see its rejected.parquet")
 
     def __repr__(self) -> str:
         return f"PreparedDataset({self.path!r}, bins={len(self)}, fingerprint={self.fingerprint!r})"

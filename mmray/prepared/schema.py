@@ -53,6 +53,7 @@ SAMPLES = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
+        ("dataset", pa.int32()),  # number of its set of rows; null where no one counts by sets
         ("rule", pa.int8()),
         ("bucket", pa.string()),
         ("visual_tokens", pa.int32()),
@@ -64,7 +65,6 @@ SAMPLES = pa.schema(
         ("reason", pa.string()),  # not null: a rejected row
         ("message", pa.string()),
         ("row", pa.string()),
-        ("dataset", pa.int32()),
         ("columns", pa.list_(pa.string())),  # of the row: those that its set is judged by
     ]
 )

@@ -18,13 +18,14 @@ import json
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json
@@ -32,7 +33,7 @@ from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
 from mmray.prepared.window import EXAMPLES, Window
 from mmray.rows.columns import columns_problem
-from mmray.rows.duplicates import HASH_BYTES, later_ones
+from mmray.rows.duplicates import HASH_BYTES, DuplicateIds
 from mmray.storage import Folder, explained
 
 _COMMIT_PREFIX = "window-"
@@ -41,6 +42,8 @@ _OWN_PREFIXES = ("bins-", _COMMIT_PREFIX, "rejected-", ".bins-", f".{_COMMIT_PRE
 
 _READERS = 16
 """Threads that read commits: in object storage each is a request."""
+_REJECTED_BYTES = 16 << 20
+"""Of rejected rows that are written together."""
 
 
 class WindowWriter:
@@ -110,6 +113,12 @@ class PreparedWriter:
         """What commits windows of the plan that was begun."""
         return WindowWriter(self.path, self.token)
 
+    def statistics(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The counts of windows that are committed, in order."""
+        with explained(self.path):
+            for commit in self._commits(numbers):
+                yield commit.get("statistics", {})
+
     def finish(
         self, record: dict[str, Any], num_windows: int, *, tiling: TilingPolicy, capacities: tuple[int, int],
         facts: dict[str, Any],
@@ -137,48 +146,51 @@ class PreparedWriter:
                 f"{self.path}: another run of jobs/prepare.py has begun anew in this folder; wait for it, or give this "
                 "job another output.prepared"
             )
-        commits = self._commits(range(num_windows))
-        parts = [commit["statistics"] for commit in commits]
-        statistics = add_statistics(parts, capacities)
-        self._count_duplicates(statistics, commits)
-        for number, own in statistics["sets"].items():
-            dataset = record["datasets"][int(number)]
-            if problem := columns_problem(f"data set {number}", dataset, own["images"], own["columns"]):
-                raise UserError(f"{self.path}: {problem}")
-        if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
-            raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
+        ids = _WindowIds(num_windows)
+        shards: list[dict[str, Any]] = []
+        contents: list[str] = []
         with self._folder.writing(REJECTED_FILE) as file, pq.ParquetWriter(file, REJECTED) as writer:
-            for commit in commits:
-                with self._folder.open(commit["rejected_file"]) as part:
-                    writer.write_table(pq.read_table(part))
+            rejected = _RejectedRows(writer)
+
+            def joined() -> Iterator[dict[str, Any]]:
+                """The statistics of each window, whose other parts are taken on the way: one is held at a time."""
+                for commit in self._commits(range(num_windows)):
+                    ids.add(base64.b64decode(commit["id_hashes"]))
+                    with self._folder.open(commit["rejected_file"]) as part:
+                        rejected.add(pq.read_table(part))
+                    shards.append({"file": commit["bins_file"], "bins": commit["statistics"]["bins"]})
+                    contents.append(commit["statistics"]["content"])
+                    yield commit["statistics"]
+
+            statistics = add_statistics(joined(), capacities)
+            rejected.write()
+            for number, own in statistics["set_columns"].items():
+                dataset = record["datasets"][int(number)]
+                if problem := columns_problem(f"data set {number}", dataset, own["images"], own["columns"]):
+                    raise UserError(f"{self.path}: {problem}")
+            if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
+                raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
+        self._count_duplicates(statistics, ids, shards)
         manifest = {
             "format_version": FORMAT_VERSION,
             "fingerprint": fingerprint(record),
-            "content": joined_content(part["content"] for part in parts),
+            "content": joined_content(contents),
             "record": record,
             "tiling": tiling.model_dump(mode="json"),
-            "shards": [
-                {"file": commit["bins_file"], "bins": part["bins"]} for commit, part in zip(commits, parts)
-            ],
+            "shards": shards,
             "statistics": statistics,
             **facts,
-        }  # fmt: skip
+        }
         self._folder.write(MANIFEST, _json(manifest))
 
-    def _count_duplicates(self, statistics: dict[str, Any], commits: Sequence[dict[str, Any]]) -> None:
+    def _count_duplicates(
+        self, statistics: dict[str, Any], ids: "_WindowIds", shards: Sequence[dict[str, Any]]
+    ) -> None:  # fmt: skip
         """Add the number of samples whose id another one has, and some such ids, to the statistics."""
-        hashes, ends = bytearray(), []  # 16 bytes a sample, held once
-        for commit in commits:
-            hashes += base64.b64decode(commit.pop("id_hashes"))
-            ends.append(len(hashes) // HASH_BYTES)
-        later = later_ones(hashes)
-        statistics["duplicate_ids"] = len(later)
-        shown = later[:EXAMPLES]
-        windows = np.searchsorted(ends, shown, side="right")
-        ids = {number: self._sample_ids(commits[number]["bins_file"]) for number in set(windows.tolist())}
-        if len(shown):
-            from_end = (shown - np.asarray(ends)[windows]).tolist()
-            examples = [ids[number][place] for number, place in zip(windows.tolist(), from_end)]
+        statistics["duplicate_ids"], places = ids.duplicates()
+        own = {window: self._sample_ids(shards[window]["file"]) for window in {window for window, _ in places}}
+        if places:
+            examples = [own[window][place] for window, place in places]
             statistics["examples"]["duplicate_ids"] = list(dict.fromkeys(examples))
 
     def _sample_ids(self, bins_file: str) -> list[str]:
@@ -216,8 +228,8 @@ class PreparedWriter:
     def _read(self, name: str) -> dict[str, Any]:
         return read_json(self._folder, name)
 
-    def _commits(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
-        """The commits of windows in order; {} for one that is no whole JSON."""
+    def _commits(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The commits of windows in order, some read ahead; {} for one that is no whole JSON."""
 
         def read(number: int) -> dict[str, Any]:
             try:
@@ -226,8 +238,54 @@ class PreparedWriter:
                 return {}
             return found if isinstance(found, dict) else {}
 
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(read, numbers))
+        return in_order(read, numbers, threads=_READERS, ahead=2 * _READERS)
+
+
+class _WindowIds:
+    """The ids of the samples of windows, as they follow one another."""
+
+    def __init__(self, num_windows: int) -> None:
+        self._num_windows = num_windows
+        self._ends: list[int] = []
+        self._ids: DuplicateIds | None = None
+
+    def add(self, hashes: bytes) -> None:
+        """Those of the next window (`rows.duplicates.id_hashes`)."""
+        count = len(hashes) // HASH_BYTES
+        self._ids = self._ids or DuplicateIds(count * self._num_windows)
+        self._ids.add(hashes)
+        self._ends.append((self._ends[-1] if self._ends else 0) + count)
+
+    def duplicates(self) -> tuple[int, list[tuple[int, int]]]:
+        """How many have the id of an earlier one; of the first such, the window and the position from its end."""
+        count, first = 0, np.zeros(0, dtype=np.int64)
+        for positions in self._ids.later() if self._ids else ():
+            count += len(positions)
+            first = np.sort(np.concatenate([first, positions]))[:EXAMPLES]
+        windows = np.searchsorted(self._ends, first, side="right").tolist()
+        return count, [(window, position - self._ends[window]) for window, position in zip(windows, first.tolist())]
+
+
+class _RejectedRows:
+    """The rejected rows of windows, written together once they are many: a row group for each window would make the
+    file's footer the largest part of it."""
+
+    def __init__(self, writer: pq.ParquetWriter) -> None:
+        self._writer = writer
+        self._tables: list[pa.Table] = []
+        self._bytes = 0
+
+    def add(self, rows: pa.Table) -> None:
+        if rows.num_rows:
+            self._tables.append(rows)
+            self._bytes += rows.nbytes
+        if self._bytes > _REJECTED_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        if self._tables:
+            self._writer.write_table(pa.concat_tables(self._tables))
+        self._tables, self._bytes = [], 0
 
 
 def _commit_name(window: int, token: str) -> str:
@@ -258,9 +316,8 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     examples: dict[str, list[str]] = {}
     sets: dict[str, dict[str, Any]] = {}
     for part in parts:
-        for number, counts in part.get("sets", {}).items():
-            own = sets.setdefault(number, {"rows": 0, "images": 0, "columns": []})
-            own["rows"] += counts["rows"]
+        for number, counts in part.get("set_columns", {}).items():
+            own = sets.setdefault(number, {"images": 0, "columns": []})
             own["images"] += counts["images"]
             own["columns"] = sorted({*own["columns"], *counts["columns"]})
         reasons.update(part["rejected_by_reason"])
@@ -273,7 +330,7 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
             "trained_tokens", "images")  # fmt: skip
     return {
         **{key: total[key] for key in keys},
-        "sets": dict(sorted(sets.items(), key=lambda entry: int(entry[0]))),
+        "set_columns": dict(sorted(sets.items(), key=lambda entry: int(entry[0]))),
         "rejected_by_reason": dict(sorted(reasons.items())),
         "image_notes": dict(sorted(notes.items())),
         "examples": examples,

@@ -8,24 +8,7 @@ finished.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mmray.rows.settings import DatasetSettings
-
-_LIKE_IMAGES = frozenset(
-    f"{stem}{ending}"
-    for stem in (
-        "image",
-        "img",
-        "picture",
-        "pic",
-        "photo",
-        "page_image",
-        "scan",
-        "image_path",
-        "image_file",
-        "image_url",
-    )
-    for ending in ("", "s")
-)
+from mmray.rows.settings import LIKE_IMAGES, DatasetSettings
 
 
 def watched_columns(value: object, dataset: DatasetSettings) -> tuple[str, ...]:
@@ -35,7 +18,7 @@ def watched_columns(value: object, dataset: DatasetSettings) -> tuple[str, ...]:
     named = dataset.columns.values()
     return tuple(
         name for name in value
-        if name in named or (isinstance(name, str) and name.lower() in _LIKE_IMAGES and value[name])
+        if name in named or (isinstance(name, str) and name.lower() in LIKE_IMAGES and value[name])
     )  # fmt: skip
 
 
@@ -49,7 +32,7 @@ def columns_problem(name: str, dataset: Mapping[str, Any], images: int, seen: Co
     if missing:
         return f"{name}.columns has {missing[0]!r}, and no row has that column; mend the name or leave it out"
     own = dataset["columns"].get("images", "images")
-    others = sorted(column for column in seen if column != own and column.lower() in _LIKE_IMAGES)
+    others = sorted(column for column in seen if column != own and column.lower() in LIKE_IMAGES)
     if not images and others:
         return (
             f"{name}: no row has an image, and rows have the column {others[0]!r}; name it, columns: {{images: "

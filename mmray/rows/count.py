@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import pyarrow.parquet as pq
-
-from mmray.rows.files import READ_BYTES, SourceFile, opened_rows
-from mmray.rows.webdataset import row_starts
+from mmray.rows.files import SourceFile, opened_rows
+from mmray.rows.forms import Form
+from mmray.rows.records import READ_BYTES, RecordScan
+from mmray.rows.streams import RowStream
+from mmray.rows.tables import num_table_rows
+from mmray.rows.webdataset import index_shard
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ def _count(file: SourceFile, deadline: float) -> tuple[int, int]:
     """Rows of a file, and its bytes that hold them (as `SourceFile.size` counts)."""
     if file.format == "huggingface":
         return file.size, file.size
-    with opened_rows(file) as opened:
-        if file.format == "parquet":
-            return pq.ParquetFile(opened).metadata.num_rows, file.size
-        if file.format == "webdataset":
-            return len(row_starts(opened, file.size)) - 1, file.size
-        return _count_lines(opened, deadline)
+    with opened_rows(file) as (opened, form):
+        if form.format in ("parquet", "arrow"):
+            return num_table_rows(opened, form.format), file.size
+        if form.format == "webdataset":
+            return len(index_shard(opened, file.size).starts) - 1, file.size
+        if form == Form("jsonl"):
+            return _count_lines(opened, deadline)
+        return _count_records(opened, form, file.size, deadline)
 
 
 def _count_lines(opened: BinaryIO, deadline: float) -> tuple[int, int]:
@@ -59,3 +63,14 @@ def _count_lines(opened: BinaryIO, deadline: float) -> tuple[int, int]:
         if rows and time.monotonic() > deadline:
             return rows, offset - len(rest)
     return rows + bool(rest.strip()), offset
+
+
+def _count_records(opened: BinaryIO, form: Form, size: int, deadline: float) -> tuple[int, int]:
+    """Rows of another text, and the bytes that were read for them: blank lines count, and the last row may be cut."""
+    read = opened.read if form.is_plain else RowStream(opened, form.compression, form.encoding).read
+    scan, rows, last = RecordScan(read, form.format), 0, -1
+    for starts in scan.blocks():
+        rows, last = rows + len(starts), int(starts[-1]) if len(starts) else last
+        if rows > 1 and time.monotonic() > deadline:
+            return rows, min(opened.tell(), size)
+    return rows - (last == scan.end), size

@@ -14,6 +14,7 @@ from typing import Any
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.loss.loss import SAMPLED_ROLE
+from mmray.rows.ids import has_id, id_text
 from mmray.rows.image_refs import ImageRef, image_folder, image_ref, image_refs
 from mmray.rows.messages import Chat, MessageReader, missing_column, placed_images
 from mmray.rows.settings import DatasetSettings
@@ -52,10 +53,11 @@ class DocumentReader:
 
     def __init__(
         self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None,
-        template: ChatTemplate | None = None,
+        template: ChatTemplate | None = None, *, opens_answer: bool = False,
     ) -> None:  # fmt: skip
         """markers: by which the turns of chat rows will be found; None: they are not looked for. template: the
-        family's; made anew without it.
+        family's; made anew without it. opens_answer: chats end where the model is to answer, with what its template
+        writes before that.
 
         Raises UserError for chat rows that the model has no use for (`check_chats`), and for variables of the set that
         the chat template does not read.
@@ -72,6 +74,7 @@ class DocumentReader:
         accepted = {dataset.placeholder, *(own if dataset.own_token_text is None else ())}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
         self._markers = markers
+        self._opens_answer = opens_answer
         special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._template = template or ChatTemplate(family)
@@ -127,11 +130,12 @@ class DocumentReader:
     def row_id(self, value: dict[str, Any], source: str) -> str:
         """The row's id; its source position when it has none."""
         found = value.get(self.dataset.column("id"))
-        if found is None:
+        if not has_id(found):
             return source
-        if not isinstance(found, (str, int)) or isinstance(found, bool):
+        text = id_text(found)
+        if text is None:
             raise RowError("wrong_type", f"id must be a string, not {type(found).__name__} {found!r:.60}")
-        return str(found)
+        return text
 
     def _string(self, value: dict[str, Any], field: str) -> str:
         column = self.dataset.column(field)
@@ -171,6 +175,10 @@ class DocumentReader:
         check_image_count(count, len(images), self._remedy)
         rendered = self._template.render(chat, count_images=count)
         notes = self._check_written(rendered)
+        if self._opens_answer:
+            text = self._template.prompt_text(chat)
+            special = not (self.family.tokenizer.bos_token and text.startswith(self.family.tokenizer.bos_token))
+            return Document(row_id, text, images, special)
         typed, blanked = self._typed(chat)
         bos = self.family.tokenizer.bos_token
         begins = bool(bos and rendered.text.startswith(bos))

@@ -8,7 +8,7 @@ result equals tokenising the expanded text; `verify` compares it with the real p
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from tokenizers import Encoding
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
-from mmray.images.header import Measured, measured
+from mmray.images import TilePlan, TilingPolicy, plan_tiles
+from mmray.images.header import measured
+from mmray.images.measure_ahead import Measure, MeasureAhead
 from mmray.images.source import one_line
 from mmray.loss.labels import LossRule
 from mmray.loss.roles import role_keep_mask
@@ -36,7 +37,7 @@ from mmray.rows.columns import watched_columns
 from mmray.rows.document import Document, DocumentReader, check_chats
 from mmray.rows.duplicates import id_of
 from mmray.rows.endings import Endings
-from mmray.rows.image_refs import ImageRef, image_refs
+from mmray.rows.image_refs import ImageRef, image_refs, remote_images
 from mmray.rows.read import RawRow
 from mmray.rows.sample import RejectedRow, Sample, shown
 from mmray.rows.settings import DatasetSettings, DataSettings
@@ -61,12 +62,6 @@ class _Pending:
     """Of a chat whose messages say what trains: whose text is whose, in the text that the tokenizer gets."""
 
 
-class Measure(Protocol):
-    """`measured`, or that of a `SizeCache`."""
-
-    def __call__(self, source: ImageSource, *, max_pixels: int, one_frame: bool) -> Measured: ...
-
-
 class Encoder:
     """Encodes the rows of a job. Holds the tokenizer; safe to build once per actor."""
 
@@ -75,7 +70,9 @@ class Encoder:
         packing: PackingSettings, *, loss: Loss = "sampled", measure: Measure = measured,
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
-        self._measure = measure
+        self._measure = MeasureAhead(
+            measure, max_pixels=data.max_image_pixels, one_frame=data.image_frames == "reject"
+        )  # fmt: skip
         self._compares = True
         self.tells_messages = False
         """Samples say of each token whose message it is (`Sample.messages`), for who looks at rows."""
@@ -114,6 +111,7 @@ class Encoder:
         `on_bad_row: error`.
         """
         self._compares = compare
+        self._measure.expect(uri for row in rows for uri in self._remote_images(row))
         prepared = [
             self._guard(row, self._refuse_duplicate if number in duplicates else self._prepare, row)
             for number, row in enumerate(rows)
@@ -167,37 +165,29 @@ class Encoder:
         document = self._readers[row.dataset].read(row.value, row.source)
         sizes, notes = self._measured(document.images)
         plans = tuple(self._plan(size) for size in sizes)
-        text = self._expand_units(document.text, plans)
+        text = self._expanded(document.text, plans)
         tokenizer_text = self.family.tokenizer_text(text, _tile_sizes(plans))
         markers = self._markers[row.dataset]
         if document.typed and markers is not None:
-            blanked = self._expand_units(document.blanked, plans)
+            blanked = self._expanded(document.blanked, plans)
             markers.check(tokenizer_text, self.family.tokenizer_text(blanked, _tile_sizes(plans)), document.typed)
         spans, labels = None, self._chats[row.dataset]
         if document.rendered is not None and labels is not None:
             spans = labels.spans(document.rendered).moved(self._mover(document.text, tokenizer_text, plans))
         return _Pending(row, document, plans, sizes, notes, text, tokenizer_text, spans)
 
+    def _remote_images(self, row: RawRow) -> list[str]:
+        if isinstance(row.value, RowError):
+            return []
+        return remote_images(row.value, row.source, self.datasets[row.dataset])
+
     def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
         """The sizes of images, and the notes on them."""
-        found = [
-            self._measure(
-                image.uri if image.data is None else image.data,
-                max_pixels=self.data.max_image_pixels, one_frame=self.data.image_frames == "reject",
-            )
-            for image in images
-        ]  # fmt: skip
+        found = [self._measure(image.uri if image.data is None else image.data) for image in images]
         return tuple(each.size for each in found), tuple(each.note for each in found if each.note)
 
-    def _expand_units(self, text: str, plans: Sequence[TilePlan]) -> str:
-        """Each image's unit, repeated for its tiles, each after its label and a newline."""
-        unit = self.family.placeholder_unit
-        head, *tails = text.split(unit)
-        pieces = [head]
-        for plan, tail in zip(plans, tails, strict=True):
-            pieces += [f"{label}\n{unit}" if label else unit for label in plan.labels]
-            pieces.append(tail)
-        return "".join(pieces)
+    def _expanded(self, text: str, plans: Sequence[TilePlan]) -> str:
+        return expanded_units(text, plans, self.family.placeholder_unit)
 
     def _mover(self, text: str, tokenizer_text: str, plans: Sequence[TilePlan]) -> Callable[[int], int]:
         """From a place in a document's text to that in the text that the tokenizer gets, where images have grown."""
@@ -214,7 +204,7 @@ class Encoder:
                 return place + shift
             before = text[:place]
             own = plans[: before.count(unit)]
-            return len(self.family.tokenizer_text(self._expand_units(before, own), _tile_sizes(own)))
+            return len(self.family.tokenizer_text(self._expanded(before, own), _tile_sizes(own)))
 
         return moved
 
@@ -314,7 +304,7 @@ class Encoder:
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
             given=given,
             visual_pairs=_visual_pairs(tiles),
-            notes=item.notes + item.document.notes,
+            notes=(*item.row.notes, *item.notes, *item.document.notes),
             dataset=item.row.dataset,
             messages=messages,
             roles=_roles(item.document),
@@ -373,7 +363,8 @@ class Encoder:
             Sample(
                 id=reader.row_id(value, row.source), source=row.source, rule=rule, bucket=_bucket(plans),
                 visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles), notes=notes, dataset=row.dataset, columns=self._columns(row),
+                visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes), dataset=row.dataset,
+                columns=self._columns(row),
             )
         )  # fmt: skip
 
@@ -410,6 +401,17 @@ class Encoder:
                 f"by {type(self.family.processor).__name__}. The lengths of this model cannot be trusted; please "
                 "report the processor's files and the image sizes"
             )
+
+
+def expanded_units(text: str, plans: Sequence[TilePlan], unit: str) -> str:
+    """A text with each image's unit repeated for its tiles, each after its label and a newline. unit: what the chat
+    template writes for an image (`Family.placeholder_unit`); plans: of the text's images, in order."""
+    head, *tails = text.split(unit)
+    pieces = [head]
+    for plan, tail in zip(plans, tails, strict=True):
+        pieces += [f"{label}\n{unit}" if label else unit for label in plan.labels]
+        pieces.append(tail)
+    return "".join(pieces)
 
 
 def _bucket(plans: Sequence[TilePlan]) -> str:

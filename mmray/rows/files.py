@@ -6,49 +6,66 @@ number of actors. JSONL files are read through once here for their line breaks (
 every later reader seeks to its bytes.
 """
 
+import bisect
+import itertools
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from mmray.base.ahead import in_order
 from mmray.errors import UserError
-from mmray.images.source import one_line
+from mmray.rows.forms import NAMES, Form, format_by_name, told_form
 from mmray.rows.huggingface import SavedRows, saved_version
+from mmray.rows.listing import listed_files
+from mmray.rows.records import READ_BYTES, RecordScan, row_starts
 from mmray.rows.settings import DatasetSettings
-from mmray.rows.webdataset import row_starts
+from mmray.rows.streams import BEGINNING, Entry, RowStream
+from mmray.rows.tables import num_table_rows
+from mmray.rows.webdataset import ALL_MEMBERS, ShardRules, index_shard, is_member
 from mmray.storage import file_system, file_version
 
-READ_BYTES = 8 << 20
-_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
-_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
-_NAMES = {"jsonl": "JSON lines", "parquet": "Parquet", "webdataset": "a WebDataset shard"}
-_WEBDATASET_FIELDS = ("id", "text", "images")
+REFUSED_ENDINGS = (".tar.gz", ".tar.zst", ".tgz", ".bz2", ".xz", ".zip")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a file are read. form: None before the file was opened; columns: of tables, those that are used,
+    () for all; header: of CSV and TSV; shard: what members of a shard become."""
+
+    form: Form | None = None
+    columns: tuple[str, ...] = ()
+    header: tuple[str, ...] = ()
+    shard: ShardRules = ALL_MEMBERS
+
+
+UNOPENED = Reading()
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One row file. version: modification time or etag; what tells a replaced file from the one prepared. fields: what
-    its rows call `id`, `text` and `images`."""
+    """One row file. format: by its name or, with is_said, by the job; size: in bytes; version: modification time or
+    etag, what tells a replaced file from the one prepared."""
 
     dataset: int
     uri: str
     format: str
     size: int
     version: str
-    fields: tuple[str, str, str] = _WEBDATASET_FIELDS
+    reading: Reading = UNOPENED
+    is_said: bool = False
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [first_row, first_row + num_rows) of a file; they start in bytes [start, stop) but for Parquet. fields: as
-    in `SourceFile`."""
+    """Rows [first_row, first_row + num_rows) of a file; those of text and shards start in bytes [start, stop) of it, of
+    a compressed file of its text. entry: where to enter such a text; refused: rows of a shard that are none."""
 
     dataset: int
     uri: str
@@ -57,7 +74,39 @@ class Piece:
     num_rows: int
     start: int = 0
     stop: int = 0
-    fields: tuple[str, str, str] = _WEBDATASET_FIELDS
+    reading: Reading = UNOPENED
+    entry: Entry = BEGINNING
+    refused: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """What one pass over a file finds. starts: of each row, and the end, int64 [rows + 1]; entries: of a text that
+    cannot be entered everywhere; refused: rows of a shard that are none; endings: of a shard's members."""
+
+    file: SourceFile
+    format: str
+    reading: Reading
+    starts: np.ndarray
+    entries: tuple[Entry, ...] = ()
+    refused: tuple[int, ...] = ()
+    endings: frozenset[str] = frozenset()
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts) - 1
+
+    def piece(self, row: int, num_rows: int) -> Piece:
+        """Rows [row, row + num_rows)."""
+        start, stop = int(self.starts[row]), int(self.starts[row + num_rows])
+        entry = BEGINNING
+        if self.entries:
+            entry = self.entries[bisect.bisect_right(self.entries, start, key=lambda each: each.offset) - 1]
+        first, last = (bisect.bisect_left(self.refused, end) for end in (row, row + num_rows))
+        return Piece(
+            self.file.dataset, self.file.uri, self.format, row, num_rows, start, stop, self.reading, entry,
+            self.refused[first:last],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,8 +134,14 @@ def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
             if dataset.format == "huggingface":
                 found.append(_saved_dataset(number, pattern))
                 continue
-            found += [_source_file(number, dataset, *match) for match in _matches(pattern)]
+            found += [_source_file(number, dataset, *match) for match in listed_files(pattern)]
     return found
+
+
+def set_files(files: Sequence[SourceFile], num_sets: int) -> list[int]:
+    """How many files each data set has."""
+    counts = Counter(file.dataset for file in files)
+    return [counts[number] for number in range(num_sets)]
 
 
 def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSettings]) -> None:
@@ -101,30 +156,21 @@ def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSetti
         )
 
 
-def _matches(pattern: str) -> list[tuple[Any, str, Mapping[str, Any]]]:
-    """The file system, path and state of each file, sorted by path."""
-    try:
-        system, path = file_system(pattern)
-        # A file may have the marks of a glob in its own name. One listing tells all of many files.
-        files = {path: system.info(path)} if system.isfile(path) else system.glob(path, detail=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"data files {pattern!r}: {one_line(error)}") from error
-    found = [(system, str(path), info) for path, info in sorted(files.items()) if info["type"] == "file"]
-    if not found:
-        raise UserError(f"data files {pattern!r}: no such file. Paths are relative to the current folder.")
-    return found
-
-
 def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, info: Mapping[str, Any]) -> SourceFile:
     uri = path if isinstance(system, LocalFileSystem) else system.unstrip_protocol(path)
     suffix = posixpath.splitext(path)[1].lower()
-    if suffix in _COMPRESSED:
-        raise UserError(f"{uri}: compressed row files cannot be read from the middle; decompress it, or use Parquet")
-    format_ = _FORMATS.get(suffix, "jsonl") if dataset.format == "auto" else dataset.format
+    if path.lower().endswith(REFUSED_ENDINGS):
+        raise UserError(f"{uri}: {suffix} files cannot be read as rows; decompress it, or write rows with gzip or zstd")
+    is_said = dataset.format != "auto"
+    format_ = dataset.format if is_said else format_by_name(path)
     if (format_ == "webdataset") != (suffix == ".tar"):
         raise UserError(f"{uri}: a WebDataset shard ends with .tar and nothing else does; here format is {format_}")
-    own_id, text, images = map(dataset.column, _WEBDATASET_FIELDS)
-    return SourceFile(number, uri, format_, int(info["size"]), file_version(info), (own_id, text, images))
+    if dataset.members and format_ != "webdataset":
+        raise UserError(f"{uri}: members are chosen of WebDataset shards, this is {NAMES[format_]}; leave members out")
+    row_id, text, images = map(dataset.column, ("id", "text", "images"))
+    shard = ShardRules(row_id, text, images, dataset.members)
+    reading = Reading(columns=dataset.used_columns, shard=shard)
+    return SourceFile(number, uri, format_, int(info["size"]), file_version(info), reading, is_said)
 
 
 def _saved_dataset(number: int, folder: str) -> SourceFile:
@@ -139,70 +185,85 @@ def plan_chunks(files: Sequence[SourceFile], *, window_rows: int, chunk_rows: in
     """
     if window_rows % chunk_rows:
         raise ValueError(f"window_rows {window_rows} is no multiple of chunk_rows {chunk_rows}")
-    with ThreadPoolExecutor(4) as pool:
-        indexed = pool.map(_row_starts, files)
-        pieces = _chunk_pieces(zip(files, indexed), chunk_rows)
-        per_window = window_rows // chunk_rows
-        return [
-            Chunk(number // per_window, number % per_window, number * chunk_rows, tuple(group))
-            for number, group in enumerate(pieces)
-        ]
+    pieces = _chunk_pieces(in_order(index_rows, files, threads=4, ahead=16), chunk_rows)
+    per_window = window_rows // chunk_rows
+    return [
+        Chunk(number // per_window, number % per_window, number * chunk_rows, tuple(group))
+        for number, group in enumerate(pieces)
+    ]
 
 
-def _chunk_pieces(indexed: Any, chunk_rows: int) -> Iterator[list[Piece]]:
+def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """The chunks of each window, of chunks in order."""
+    return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
+
+
+def _chunk_pieces(indexed: Iterable[RowIndex], chunk_rows: int) -> Iterator[list[Piece]]:
     """Pieces of exactly chunk_rows rows together (the last group may be shorter)."""
     group: list[Piece] = []
     room = chunk_rows
-    for file, starts in indexed:
-        row, total = 0, len(starts) - 1
-        while row < total:
-            taken = min(room, total - row)
-            span = int(starts[row]), int(starts[row + taken])
-            group.append(Piece(file.dataset, file.uri, file.format, row, taken, *span, file.fields))
+    endings: dict[tuple[int, tuple[str, ...]], frozenset[str]] = {}
+    for index in indexed:
+        if members := index.reading.shard.members:
+            key = index.file.dataset, members
+            endings[key] = endings.get(key, frozenset()) | index.endings
+        row = 0
+        while row < index.num_rows:
+            taken = min(room, index.num_rows - row)
+            group.append(index.piece(row, taken))
             row, room = row + taken, room - taken
             if not room:
                 yield group
                 group, room = [], chunk_rows
     if group:
         yield group
+    for (number, members), found in endings.items():
+        for pattern in members:
+            if not any(is_member(ending, pattern) for ending in found):
+                raise UserError(
+                    f"members: {pattern!r} chooses no member of the shards of data set {number}; their endings are "
+                    f"{', '.join(sorted(found)):.200}"
+                )
 
 
 def first_piece(file: SourceFile, num_rows: int) -> Piece:
     """The first rows of a file, up to num_rows with blank lines among them; no more of it is read than holds them."""
-    starts = _row_starts(file, num_rows)
-    span = int(starts[0]), int(starts[-1])
-    return Piece(file.dataset, file.uri, file.format, 0, len(starts) - 1, *span, file.fields)
+    index = index_rows(file, num_rows)
+    return index.piece(0, index.num_rows)
 
 
 @contextmanager
-def opened_rows(file: SourceFile) -> Iterator[BinaryIO]:
-    """A row file to read. Raises UserError where it is not what its format says, or cannot be read."""
+def opened_rows(file: SourceFile) -> Iterator[tuple[BinaryIO, Form]]:
+    """A row file to read, and what it is. Raises UserError where it is not what its format says, or cannot be read."""
+    form = Form(file.format)
     try:
         system, path = file_system(file.uri)
         with system.open(path, "rb", block_size=READ_BYTES) as opened:
-            yield opened
+            form = told_form(opened, file.uri, file.format, is_said=file.is_said)
+            if (form.format == "webdataset") != (file.format == "webdataset"):
+                raise UserError(f"{file.uri}: is {NAMES[form.format]} by its first bytes; a shard must end with .tar")
+            yield opened, form
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file.uri}: cannot be read as {_NAMES[file.format]}: {error}") from error
+        raise UserError(f"{file.uri}: cannot be read as {NAMES[form.format]}: {error}") from error
 
 
-def _row_starts(file: SourceFile, most: int | None = None) -> np.ndarray:
-    """Where each row starts, and the end: byte offsets, of tables row numbers. int64 [rows + 1]. most: of so many rows,
-    the first; None: of all."""
+def index_rows(file: SourceFile, most: int | None = None) -> RowIndex:
+    """Where the rows of a file are. most: of so many rows, the first; None: of all. Raises as `opened_rows`."""
     if file.format == "huggingface":
-        return np.arange(file.size + 1, dtype=np.int64)[: most and most + 1]
-    with opened_rows(file) as opened:
-        if file.format == "parquet":
-            return np.arange(pq.ParquetFile(opened).metadata.num_rows + 1, dtype=np.int64)[: most and most + 1]
-        return row_starts(opened, file.size, most) if file.format == "webdataset" else _line_starts(opened, most)
+        return RowIndex(file, file.format, file.reading, _numbers(file.size, most))
+    with opened_rows(file) as (opened, form):
+        reading = replace(file.reading, form=form)
+        if form.format in ("parquet", "arrow"):
+            return RowIndex(file, form.format, reading, _numbers(num_table_rows(opened, form.format), most))
+        if form.format == "webdataset":
+            shard = index_shard(opened, file.size, most)
+            return RowIndex(file, form.format, reading, shard.starts, (), shard.refused, shard.endings)
+        stream = None if form.is_plain else RowStream(opened, form.compression, form.encoding)
+        scan = RecordScan((stream or opened).read, form.format)
+        starts = row_starts(scan, most)
+        entries = tuple(stream.entries) if stream else ()
+        return RowIndex(file, form.format, replace(reading, header=scan.header), starts, entries)
 
 
-def _line_starts(opened: BinaryIO, most: int | None) -> np.ndarray:
-    breaks, found, offset = [np.zeros(1, dtype=np.int64)], 0, 0
-    while (most is None or found < most) and (block := opened.read(READ_BYTES)):
-        breaks.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1 + offset)
-        found += len(breaks[-1])
-        offset += len(block)
-    starts = np.concatenate(breaks)
-    if most is not None and found >= most:
-        return starts[: most + 1]
-    return starts if starts[-1] == offset else np.append(starts, offset)
+def _numbers(rows: int, most: int | None) -> np.ndarray:
+    return np.arange((rows if most is None else min(rows, most)) + 1, dtype=np.int64)

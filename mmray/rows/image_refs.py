@@ -1,7 +1,8 @@
 """Which images a row names: a path inside the image root, a URI of an allowed scheme, or bytes.
 
 Rows come from people. Whether a local path stays inside the image root is decided where it leads in the end, behind
-`..` and symbolic links: a link to `/etc` is no way out. The folders of images are resolved once and remembered, so a
+`..` and symbolic links: a link to `/etc` is no way out. The one exception is how the hub's cache stores a repository:
+links in its `snapshots` to its own `blobs`. The folders of images are resolved once and remembered, so a
 row costs one look at each image's own name, 7 µs.
 """
 
@@ -9,15 +10,19 @@ import base64
 import binascii
 import contextlib
 import functools
+import json
 import os
 import posixpath
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from mmray.base.redact import holds_secret
 from mmray.errors import RowError
 from mmray.images.tar_member import PartOfFile
-from mmray.rows.settings import DatasetSettings
+from mmray.rows.settings import ONE_IMAGE, DatasetSettings
+
+_SNAPSHOT = re.compile(r"(?P<repository>.*/(datasets|models|spaces)--[^/]+)/snapshots/[^/]+/.+", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,52 @@ def image_refs(value: dict[str, Any], source: str, dataset: DatasetSettings) -> 
 
     source: place of the row, `file:line`. Raises RowError: `wrong_type`, `image_outside_root`, `image_credentials`.
     """
+    root = image_folder(source, dataset)
+    return tuple(entry if isinstance(entry, ImageRef) else image_ref(entry, root) for entry in _entries(value, dataset))
+
+
+def remote_images(value: dict[str, Any], source: str, dataset: DatasetSettings) -> list[str]:
+    """The URIs among the row's images, as `image_refs` gives them; none of a row that it refuses."""
+    try:
+        entries = _entries(value, dataset)
+        if "://" not in image_folder(source, dataset) and not any("://" in _place(entry) for entry in entries):
+            return []
+        return [ref.uri for ref in image_refs(value, source, dataset) if "://" in ref.uri]
+    except RowError:
+        return []
+
+
+def _entries(value: dict[str, Any], dataset: DatasetSettings) -> list[Any]:
+    """The images of a row as they are written there."""
     column = dataset.column("images")
     found = value.get(column)
-    if found is None:
-        return ()
-    if isinstance(found, dict):  # a column of single images
-        found = [found]
+    if found is None and column == "images":
+        column, found = ONE_IMAGE, value.get(ONE_IMAGE)
+    if found is None or found == "":
+        return []
+    if isinstance(found, str):
+        return _listed(found)
+    if isinstance(found, dict | bytes):  # a column of single images
+        return [found]
     if not isinstance(found, list):
         raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
-    root = image_folder(source, dataset)
-    return tuple(entry if isinstance(entry, ImageRef) else image_ref(entry, root) for entry in found)
+    return found
+
+
+def _place(entry: object) -> str:
+    if isinstance(entry, ImageRef):
+        return entry.uri
+    place = entry.get("path") if isinstance(entry, dict) else entry
+    return place if isinstance(place, str) else ""
+
+
+def _listed(text: str) -> list[Any]:
+    """The images in a text: one, or several as a JSON list, which is how a cell of CSV holds them."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(text) if text.startswith("[") else None
+        if isinstance(found, list):
+            return found
+    return [text]
 
 
 def image_folder(source: str, dataset: DatasetSettings) -> str:
@@ -107,8 +148,16 @@ def _leads_inside(folder: str, joined: str) -> bool:
     with contextlib.suppress(ValueError):  # a name that no file system takes; opening it says so
         place = os.path.join(_resolved(os.path.dirname(place)), os.path.basename(place))
         if os.path.islink(place):
-            place = os.path.realpath(place)
+            target = os.path.realpath(place)
+            place = place if _is_blob_of_snapshot(place, target) else target
     return f"{place}/".startswith(f"{_resolved(folder).rstrip('/')}/")
+
+
+def _is_blob_of_snapshot(place: str, target: str) -> bool:
+    """Whether a link of a hub cache, in a repository's `snapshots/COMMIT`, ends at a file right inside the `blobs` of
+    the same repository. Both are paths without links but the last of `place`."""
+    found = _SNAPSHOT.fullmatch(place)
+    return found is not None and os.path.dirname(target) == f"{found['repository']}/blobs"
 
 
 @functools.lru_cache(maxsize=65_536)

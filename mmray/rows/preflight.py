@@ -22,6 +22,7 @@ from mmray.rows.columns import columns_problem, watched_columns
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece
 from mmray.rows.read import RawRow, read_piece
+from mmray.rows.rejections import SetRows
 from mmray.rows.sample import Sample
 from mmray.rows.settings import DatasetSettings
 
@@ -32,18 +33,20 @@ log = logging.getLogger("mmray")
 
 
 def check_first_rows(
-    encoder: Encoder, job_labels: LabelMaker, pieces: Sequence[Piece], *, split: str
+    encoder: Encoder, job_labels: LabelMaker, pieces: Sequence[Piece], *, split: str, some_good: bool = False
 ) -> list[LossSource]:
     """Log for each set of rows what its loss comes from; returns these sources in order.
 
     job_labels: by the job's `loss`; pieces: of all rows, in order; split: `train` or `eval`. Raises UserError, with the
     beginning of a row as the tokenizer reads it, for a set whose first rows lack the markers of a role to train, or
-    train no token, and for one that names a column they do not have. A set whose first rows are all bad is not judged:
-    they are rejected later, each with its reason.
+    train no token, and for one that names a column they do not have. A set whose first rows are all bad is an
+    error with some_good, and is not judged without.
     """
     for number, (dataset, source) in enumerate(zip(encoder.datasets, encoder.sources, strict=True)):
-        name = f"data.{split}[{number}] ({dataset.kind})"
+        name = set_name(split, number, dataset)
         rows = first_rows(pieces, number)
+        if some_good:
+            SetRows.of(encoder.encode(rows, compare=False)).check_some_good(name)
         # First without the rows' messages: what is wrong with boundaries is wrong with every row.
         samples = [row for row in encoder.encode(rows, compare=False) if isinstance(row, Sample)]
         check_columns(name, dataset, rows, samples)
@@ -73,6 +76,11 @@ def check_columns(name: str, dataset: DatasetSettings, rows: Sequence[RawRow], s
     problem = columns_problem(name, dataset.model_dump(mode="json"), images, seen) if values else None
     if problem:
         raise UserError(problem)
+
+
+def set_name(split: str, number: int, dataset: DatasetSettings) -> str:
+    """What messages call a set of rows: `data.train[0] (chat)`."""
+    return f"data.{split}[{number}] ({dataset.kind})"
 
 
 def first_rows(pieces: Iterable[Piece], dataset: int) -> list[RawRow]:

@@ -1,45 +1,42 @@
-"""Rows of a piece, each with its place in the source; a row that cannot be read carries its error instead.
-
-Parquet can be entered only at the start of a row group, and a row group may hold many chunks of rows. So a `RowReader`
-goes on where its last piece ended: an actor that reads every second chunk of a file decodes the file once, not once for
-each chunk, and holds a few rows at a time, never a row group.
-"""
+"""Rows of a piece, each with its place in the source; a row that cannot be read carries its error instead."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mmray.errors import RowError, UserError
-from mmray.images.source import one_line
-from mmray.rows.files import READ_BYTES, Chunk, Piece
+from mmray.rows.files import Chunk, Piece
+from mmray.rows.forms import NAMES, Form
 from mmray.rows.huggingface import SavedRows
-from mmray.rows.json_rows import parse_row
+from mmray.rows.records import READ_BYTES, records
+from mmray.rows.streams import RowStream
+from mmray.rows.tables import TableRows, row_values
 from mmray.rows.webdataset import read_rows
 from mmray.storage import file_system
 
-_BATCH_ROWS = 64
-_BUFFER_BYTES = 1 << 20
+MOST_OPEN = 64
+"""Files that a reader keeps open, of tables and of streams each."""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as written. source: `file:line` (JSONL, lines from 1) or `file:row` (other formats, rows from 0)."""
+    """One row as written. source: `file:line` (JSON lines, from 1) or `file:row` (other formats, from 0); notes: what
+    is to be counted of it (`webdataset`)."""
 
     source: str
     dataset: int
     value: dict[str, Any] | RowError
+    notes: tuple[str, ...] = ()
 
 
 class RowReader:
-    """Reads pieces, cheapest in the order of their file. Keeps the last table open."""
+    """Reads pieces, cheapest in the order of their file. Keeps the last MOST_OPEN tables and streams open."""
 
     def __init__(self) -> None:
-        self._parquet: _ParquetRows | None = None
-        self._saved: SavedRows | None = None
+        self._table = lru_cache(maxsize=MOST_OPEN)(TableRows)
+        self._saved = lru_cache(maxsize=MOST_OPEN)(SavedRows)
+        self._streams: dict[str, RowStream] = {}
 
     def read(self, piece: Piece) -> Iterator[RawRow]:
         """The rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged file."""
@@ -47,20 +44,61 @@ class RowReader:
             return self._read_saved(piece)
         if piece.format == "webdataset":
             return _read_shard(piece)
-        if piece.format != "parquet":
-            return _read_jsonl(piece)
-        if self._parquet is None or self._parquet.uri != piece.uri:
-            self._parquet = _ParquetRows(piece.uri)
-        return self._parquet.read(piece)
+        if piece.format in ("parquet", "arrow"):
+            return self._read_table(piece)
+        return self._read_text(piece)
+
+    def _read_table(self, piece: Piece) -> Iterator[RawRow]:
+        table = self._table(piece.uri, piece.format, piece.reading.columns)
+        for row, value in enumerate(table.values(piece.first_row, piece.num_rows), start=piece.first_row):
+            yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
 
     def _read_saved(self, piece: Piece) -> Iterator[RawRow]:
-        if self._saved is None or self._saved.folder != piece.uri:
-            self._saved = SavedRows(piece.uri)
         row = piece.first_row
-        for table in self._saved.batches(row, row + piece.num_rows):
-            for value in _values(table):
+        for table in self._saved(piece.uri).batches(row, row + piece.num_rows):
+            for value in row_values(table):
                 yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
                 row += 1
+
+    def _read_text(self, piece: Piece) -> Iterator[RawRow]:
+        form, reading = piece.reading.form or Form(piece.format), piece.reading
+        data = self._streamed(piece, form) if not form.is_plain else _bytes_of(piece)
+        first = piece.first_row + (piece.format == "jsonl")
+        for number, value in records(data, piece.format, reading.header):
+            if number < piece.num_rows:
+                yield RawRow(f"{piece.uri}:{first + number}", piece.dataset, _named(value, piece))
+
+    def _streamed(self, piece: Piece, form: Form) -> bytes:
+        """The text of a piece of a file that cannot be entered everywhere: from where the last piece ended, or from
+        its entry where that is nearer."""
+        stream = self._streams.pop(piece.uri, None)
+        try:
+            if stream is None or not piece.entry.offset <= stream.offset <= piece.start:
+                system, path = file_system(piece.uri)
+                file = system.open(path, "rb", block_size=READ_BYTES)
+                stream = RowStream(file, form.compression, form.encoding, piece.entry)
+            stream.skip_to(piece.start)
+            data = stream.read(piece.stop - piece.start)
+        except OSError as error:
+            raise UserError(f"{piece.uri}: cannot be read as {NAMES[piece.format]}: {error}") from error
+        self._streams[piece.uri] = stream  # the last in the order of use
+        if len(self._streams) > MOST_OPEN:
+            del self._streams[next(iter(self._streams))]
+        return data
+
+
+def _bytes_of(piece: Piece) -> bytes:
+    system, path = file_system(piece.uri)
+    data: bytes = system.cat_file(path, start=piece.start, end=piece.stop)
+    return data
+
+
+def _named(value: dict[str, Any] | RowError, piece: Piece) -> dict[str, Any] | RowError:
+    """A row of CSV without an id has an empty cell there."""
+    row_id = piece.reading.shard.id
+    if piece.format in ("csv", "tsv") and isinstance(value, dict) and value.get(row_id) == "":
+        del value[row_id]
+    return value
 
 
 def read_piece(piece: Piece) -> Iterator[RawRow]:
@@ -75,83 +113,10 @@ def chunk_rows(chunk: Chunk, reader: RowReader | None = None) -> Iterator[RawRow
         yield from reader.read(piece)
 
 
-def _read_jsonl(piece: Piece) -> Iterator[RawRow]:
-    system, path = file_system(piece.uri)
-    lines = system.cat_file(path, start=piece.start, end=piece.stop).split(b"\n")
-    for number, line in enumerate(lines[: piece.num_rows], start=piece.first_row + 1):
-        if line.strip():
-            yield RawRow(f"{piece.uri}:{number}", piece.dataset, parse_row(line))
-
-
 def _read_shard(piece: Piece) -> Iterator[RawRow]:
     system, path = file_system(piece.uri)
+    refused = {row - piece.first_row for row in piece.refused}
     with system.open(path, "rb", block_size=READ_BYTES) as file:
-        values = read_rows(file, piece.uri, piece.start, piece.stop, piece.fields)
-        for row, value in enumerate(values, start=piece.first_row):
-            yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
-
-
-class _ParquetRows:
-    """The rows of one Parquet file, read forwards; going back, or over a row group's end, starts at a row group."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        # Unbuffered, Arrow holds whole column chunks: all images of a row group.
-        system, path = file_system(uri)
-        file = system.open(path, "rb", cache_type="none")  # else each jump to another column fetches megabytes more
-        self._file = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-        metadata = self._file.metadata
-        self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-        self._group = -1
-        self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._next_row = 0  # of the file, the first that _batches will give
-        self._rest: pa.RecordBatch | None = None  # rows just before _next_row, decoded but not asked for yet
-
-    def read(self, piece: Piece) -> Iterator[RawRow]:
-        row, stop = piece.first_row, piece.first_row + piece.num_rows
-        while row < stop:
-            batch = self._rows_from(row, stop)
-            for value in _values(batch):
-                yield RawRow(f"{self.uri}:{row}", piece.dataset, value)
-                row += 1
-
-    def _rows_from(self, row: int, stop: int) -> pa.RecordBatch:
-        """Rows from `row` on, at least one, none at or after `stop`."""
-        group = int(np.searchsorted(self._ends, row, side="right"))
-        if group != self._group or row < self._next_row - (self._rest.num_rows if self._rest else 0):
-            self._group, self._rest = group, None
-            self._next_row = int(self._ends[group - 1]) if group else 0
-            self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=[group])
-        while row >= self._next_row:
-            self._rest = self._next_batch()
-            self._next_row += self._rest.num_rows
-        assert self._rest is not None
-        ahead = self._rest.slice(self._rest.num_rows - (self._next_row - row))
-        self._rest = ahead.slice(stop - row)
-        return ahead.slice(0, stop - row)
-
-    def _next_batch(self) -> pa.RecordBatch:
-        try:
-            return next(self._batches)
-        except (OSError, pa.ArrowException, StopIteration) as error:
-            begin, end = (int(self._ends[self._group - 1]) if self._group else 0), int(self._ends[self._group])
-            self._group = -1
-            raise UserError(f"{self.uri}: rows {begin} to {end - 1} cannot be read: {error}") from error
-
-
-def _values(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any] | RowError]:
-    """The rows as dictionaries; where one has a cell that Python cannot hold, its error."""
-    try:
-        return list(table.to_pylist())
-    except (ValueError, OverflowError, NotImplementedError):
-        return [_value(table.slice(row, 1)) for row in range(table.num_rows)]
-
-
-def _value(row: pa.RecordBatch | pa.Table) -> dict[str, Any] | RowError:
-    try:
-        (value,) = row.to_pylist()
-    except UnicodeDecodeError as error:
-        return RowError("not_utf8", f"a text of the row is not UTF-8 ({error.reason}); write the file as UTF-8")
-    except (ValueError, OverflowError, NotImplementedError) as error:
-        return RowError("wrong_type", f"a cell of the row cannot be read: {one_line(error)}; write it as another type")
-    return value
+        values = read_rows(file, piece.uri, piece.start, piece.stop, piece.reading.shard, refused)
+        for row, (value, notes) in enumerate(values, start=piece.first_row):
+            yield RawRow(f"{piece.uri}:{row}", piece.dataset, value, notes)

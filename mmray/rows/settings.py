@@ -1,22 +1,31 @@
 """The `data` part of the job file: where rows come from and what they look like."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from mmray.base.settings import Settings
+from mmray.base.settings import RowKind, Settings
 from mmray.loss.loss import LossSetting, RoleLoss, loss_record
 
-RowKind = Literal["pretrain", "chat", "tokenized"]
 FIELDS: dict[RowKind, tuple[str, ...]] = {
     "pretrain": ("id", "text", "images"),
     "chat": ("id", "messages", "conversations", "images", "system", "tools", "chat_template_kwargs"),
     "tokenized": ("id", "input_ids", "labels", "sampled_mask", "attention_mask", "images"),
 }
 
+ONE_IMAGE = "image"
+"""What LLaVA and its children call the image of a row; read where a row has no `images`."""
+
+
+LIKE_IMAGES = tuple(
+    f"{stem}{ending}"
+    for stem in ("image", "img", "picture", "pic", "photo", "page_image", "scan", "image_path", "image_file")
+    for ending in ("", "s")
+)
+"""Columns, in small letters, that look like images (`mmray.rows.columns`)."""
 
 _OF_CHATS = ("roles", "ignore_message_keys", "allow_dropped", "chat_template_kwargs")
-_LATER = (*_OF_CHATS, "own_token_text", "join_documents", "loss")
+_LATER = (*_OF_CHATS, "own_token_text", "join_documents", "loss", "members")
 """Settings that came after the first version of prepared datasets."""
 
 
@@ -34,9 +43,14 @@ class DatasetSettings(Settings):
     """`pretrain` (`text`), `chat` (`messages` or ShareGPT `conversations`) or `tokenized` (`input_ids`, and
     `labels` or `sampled_mask`)."""
 
-    format: Literal["auto", "jsonl", "parquet", "webdataset", "huggingface"] = "auto"
-    """File format; `auto` goes by the ending: `.parquet`, `.tar` (WebDataset shards), anything else is JSON lines.
-    `huggingface`: `files` are folders that `Dataset.save_to_disk` wrote."""
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "arrow", "webdataset", "huggingface"] = "auto"
+    """File format; `auto` goes by the first bytes of a file, and by its ending where they say nothing: `.csv`, `.tsv`,
+    `.parquet`, `.arrow`, `.tar` (WebDataset shards), anything else is JSON lines or a JSON array. `huggingface`:
+    `files` are folders that `Dataset.save_to_disk` wrote."""
+
+    members: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Members of a WebDataset shard that are read, by what stands behind the key: `[jpg, txt]`, or with `*` for
+    numbers, `["*.jpg", json]`. Masks and second encodings are left out so. Default: all."""
 
     image_root: str | None = None
     """Folder or URI that image paths are relative to, and must stay inside. Default: the folder of the row file."""
@@ -121,6 +135,12 @@ class DatasetSettings(Settings):
             raise ValueError("loss: allow_empty is for the job's loss; leave it out here")
         return self
 
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """Names in the file of all that rows are made of, and those by which a set is judged."""
+        names = [self.column(field) for field in FIELDS[self.kind]]
+        return tuple(dict.fromkeys((*names, *(LIKE_IMAGES if self.column("images") == "images" else ()))))
+
     def column(self, field: str) -> str:
         """The name in the file of one of mmray's fields."""
         return self.columns.get(field, field)
@@ -139,6 +159,11 @@ class DataSettings(Settings):
     """`reject`: a row that cannot be used goes to rejected.parquet with its reason; a sample whose picture is found to
     be gone or broken only when training is left out of the loss, whole, and listed in the run's skipped.jsonl.
     `error`: the first one stops."""
+
+    max_rejected_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Preparing stops when more than this share of the rows of a set is rejected, and more than 20, or when none of its
+    first 64 rows can be used: a wrong column, image root or capacity rather than a few odd rows. 1: any number may be
+    rejected."""
 
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Training stops when more than this share of the last 10,000 samples was left out, and more than 20: then storage
@@ -162,3 +187,13 @@ class DataSettings(Settings):
     verify_rows: Annotated[int, Field(ge=0)] = 16
     """Rows of each prepare, drawn by a fixed seed, whose tokens are compared with the real processor's (run on blank
     pages of the same sizes, so that nothing is decoded). A difference stops the job."""
+
+    @property
+    def splits(self) -> dict[str, tuple[DatasetSettings, ...]]:
+        """The sets of rows of `train` and, where there are any, of `eval`."""
+        return {"train": self.train} | ({"eval": self.eval} if self.eval else {})
+
+    @property
+    def lenient(self) -> Self:
+        """The same settings with bad rows rejected, for looking at rows without stopping at the first bad one."""
+        return self.model_copy(update={"on_bad_row": "reject"})

@@ -122,6 +122,10 @@ class ChatTemplate:
             "there, or mend the template",
         )
 
+    def prompt_text(self, chat: Chat) -> str:
+        """The text of a conversation and what stands before the model's answer. Raises RowError."""
+        return self.template_text(self._written(chat, _LOOKS[0], masked=False).messages, chat, prompt=True)[0]
+
     def plain_text(self, chat: Chat) -> str:
         """The text of a conversation alone. Raises RowError where the template refuses it."""
         return self.template_text(self._written(chat, _LOOKS[0], masked=False).messages, chat)[0]

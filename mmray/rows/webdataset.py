@@ -3,21 +3,25 @@
     0007.jpg 0007.txt | 0008.0.jpg 0008.1.jpg 0008.json | …
 
 The key is a member's name up to the first dot behind its folder. `.json` is the row, `.txt` its text, pictures are its
-images, in the order of the shard or as the row names them. Only headers, texts and JSON are read here: an image becomes
-a reference to a range of bytes of the shard (`PartOfFile`), from which it is measured now and read when training, so no
-picture is stored twice. A shard is indexed once, by one pass over its headers (a remote shard streams by); every later
-reader seeks to its rows.
+images: as the row names them, by number where all are numbered (`0008.2.jpg` before `0008.10.jpg`, which names sort
+the other way), else in the order of the shard. `members` chooses some of them. Only headers, texts and JSON are read
+here: an image becomes a reference to a range of bytes of the shard (`PartOfFile`), from which it is measured now and
+read when training, so no picture is stored twice. A shard is indexed once, by one pass over its headers (a remote
+shard streams by); every later reader seeks to its rows.
 
-What is wrong with a member is wrong with its row. Behind a damaged header nothing can be found any more, and the row
-before it may lack members: that row stands for the rest of the shard, and is rejected with the place.
+What is wrong with a member is wrong with its row. So it is with a key that comes back later in the shard: its members
+are spread, and each row made of a part of them would train a text without its picture. Behind a damaged header nothing
+can be found any more, and the row before it may lack members: that row stands for the rest of the shard, and is
+rejected with the place.
 """
 
+import fnmatch
 import io
 import posixpath
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,9 +31,40 @@ from mmray.images.source import one_line
 from mmray.images.tar_member import PartOfFile
 from mmray.rows.image_refs import ImageRef
 from mmray.rows.json_rows import parse_row
+from mmray.rows.settings import ONE_IMAGE
 
 IMAGE_ENDINGS = frozenset("jpg jpeg png webp tif tiff jp2 j2k gif bmp ppm pgm pbm avif".split())  # noqa: SIM905
 """Endings of the members that are images, in any case."""
+
+_NUMBERED = re.compile(r"(?P<name>.*?)(?P<number>\d+)\.[^.]+")
+BY_NUMBER = "image_order"
+"""The note on a row whose images are stored in another order than that of their numbers, by which they are taken."""
+WITHOUT_IMAGE = "missing_image"
+"""The note on a text that has no image in a shard."""
+
+
+@dataclass(frozen=True)
+class ShardRules:
+    """What the members of a shard become. id, text, images: names of these fields in a row; members: patterns of the
+    endings that are read, () for all."""
+
+    id: str = "id"
+    text: str = "text"
+    images: str = "images"
+    members: tuple[str, ...] = ()
+
+
+ALL_MEMBERS = ShardRules()
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """starts: where each row starts, and the shard's end, int64 [rows + 1]; refused: numbers of rows whose key is
+    another row's too; endings: of the members, their numbers as one."""
+
+    starts: np.ndarray
+    refused: tuple[int, ...]
+    endings: frozenset[str]
 
 
 @dataclass
@@ -52,27 +87,55 @@ class _Row:
             self.problem = RowError("bad_tar", f"member {member.name!r} is there twice; store each member once")
         self.members[ending] = member
 
+    def chosen(self, members: tuple[str, ...]) -> dict[str, tarfile.TarInfo]:
+        """Those whose endings are among `members`; () for all."""
+        if not members:
+            return self.members
+        return {name: each for name, each in self.members.items() if any(is_member(name, one) for one in members)}
 
-def row_starts(file: BinaryIO, size: int, most: int | None = None) -> np.ndarray:
-    """Where each row of a shard starts, and the shard's end: int64 [rows + 1]. size: bytes of the shard; most: of so
-    many rows, the first, and where the next one starts; None: of all."""
-    starts = (row.start for row in _rows(file, 0, size))
-    return np.fromiter(islice(chain(starts, [size]), most and most + 1), dtype=np.int64)
+
+def is_member(ending: str, pattern: str) -> bool:
+    """Whether a pattern of `ShardRules.members` chooses an ending, in any case."""
+    return fnmatch.fnmatchcase(ending.lower(), pattern.lower())
+
+
+def index_shard(file: BinaryIO, size: int, most: int | None = None) -> ShardIndex:
+    """Where the rows of a shard are, from one pass over its headers. size: bytes of the shard; most: of so many rows,
+    the first; None: of all."""
+    starts: list[int] = []
+    numbers: dict[str, list[int]] = {}
+    endings: set[str] = set()
+    for row in _rows(file, 0, size):
+        if len(starts) == most:
+            size = row.start
+            break
+        numbers.setdefault(row.key, []).append(len(starts))
+        starts.append(row.start)
+        endings |= {re.sub(r"\d+", "0", ending.lower()) for ending in row.members}
+    refused = sorted(number for same in numbers.values() if len(same) > 1 for number in same)
+    return ShardIndex(np.asarray([*starts, size], dtype=np.int64), tuple(refused), frozenset(endings))
 
 
 def read_rows(
-    file: BinaryIO, uri: str, start: int, stop: int, fields: tuple[str, str, str]
-) -> Iterator[dict[str, Any] | RowError]:
-    """The rows of a shard that start in bytes [start, stop), in order.
+    file: BinaryIO, uri: str, start: int, stop: int, rules: ShardRules, refused: Collection[int] = ()
+) -> Iterator[tuple[dict[str, Any] | RowError, tuple[str, ...]]]:
+    """The rows of a shard that start in bytes [start, stop), in order, each with the notes on it.
 
-    fields: what they call `id`, `text` and `images`. The id of a row whose JSON has none is `SHARD/KEY`: keys often
-    begin anew in each shard.
+    refused: numbers of those, from 0, whose key another row of the shard has (`ShardIndex.refused`). The id of a row
+    whose JSON has none is `SHARD/KEY`: keys often begin anew in each shard.
     """
-    for row in _rows(file, start, stop):
+    for number, row in enumerate(_rows(file, start, stop)):
+        if number in refused:
+            message = (
+                f"key {row.key!r} stands in several places of the shard, so no row can be made of its members; store "
+                "the members of a sample one behind another (tar --sort=name)"
+            )
+            yield RowError("bad_tar", message), ()
+            continue
         try:
-            yield _value(row, file, uri, fields)
+            yield _value(row, file, uri, rules)
         except RowError as error:
-            yield error
+            yield error, ()
 
 
 def _rows(file: BinaryIO, start: int, stop: int) -> Iterator[_Row]:
@@ -137,40 +200,82 @@ def _end_problem(file: BinaryIO, end: int) -> str | None:
     return None
 
 
-def _value(row: _Row, file: BinaryIO, uri: str, fields: tuple[str, str, str]) -> dict[str, Any]:
+def _value(
+    row: _Row, file: BinaryIO, uri: str, rules: ShardRules
+) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
     if row.problem is not None:
         raise row.problem
-    own_id, text, images = fields
+    members = row.chosen(rules.members)
+    content, caption = _only(members, "json", rules), _only(members, "txt", rules)
     value: dict[str, Any] = {}
-    if "json" in row.members:
-        parsed = parse_row(_content(row.members["json"], file))
+    if content:
+        parsed = parse_row(_content(content, file))
         if isinstance(parsed, RowError):
             raise parsed
         value = parsed
-    elif "txt" not in row.members:
+    elif not caption:
         names = ", ".join(member.name for member in row.members.values())
-        raise RowError("missing_column", f"the sample has no .json and no .txt; its members are {names:.200}")
-    if "txt" in row.members:
-        value.setdefault(text, _text(row.members["txt"], file))
-    value.setdefault(own_id, f"{posixpath.basename(uri)}/{row.key}")
-    value[images] = _images(row, uri, value.get(images))
-    return value
+        chosen = f"; members are {', '.join(rules.members)}" if rules.members else ""
+        raise RowError("missing_column", f"the sample has no .json and no .txt; its members are {names:.200}{chosen}")
+    if caption:
+        value.setdefault(rules.text, _text(caption, file))
+    value.setdefault(rules.id, f"{posixpath.basename(uri)}/{row.key}")
+    named = value.get(rules.images)
+    if named is None and rules.images == "images":
+        named = value.get(ONE_IMAGE)
+    images = [named] if isinstance(named, str) and named else named
+    value[rules.images] = _image_refs(members, uri, images)
+    return value, _notes(members) if named is None else ()
 
 
-def _images(row: _Row, uri: str, named: object) -> object:
+def _only(members: dict[str, tarfile.TarInfo], ending: str, rules: ShardRules) -> tarfile.TarInfo | None:
+    """The member that is the row's JSON or text: of that very ending or, where members are chosen, the one that ends
+    so. Raises RowError where several do."""
+    if ending in members or not rules.members:
+        return members.get(ending)
+    chosen = [member for name, member in members.items() if name.lower().rpartition(".")[2] == ending]
+    if len(chosen) > 1:
+        names = ", ".join(member.name for member in chosen)
+        raise RowError("bad_tar", f"members chooses {len(chosen)} .{ending} of the sample, {names:.200}; choose one")
+    return chosen[0] if chosen else None
+
+
+def _images(members: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
+    """The images, as they follow one another: by number where all have one, else as in the shard."""
+    images = {ending: each for ending, each in members.items() if ending.lower().rpartition(".")[2] in IMAGE_ENDINGS}
+    found = [_NUMBERED.fullmatch(ending) for ending in images]
+    numbered = [match for match in found if match]
+    numbers = [int(match["number"]) for match in numbered]
+    if numbers == sorted(numbers):
+        return images
+    if len(numbered) < len(images) or len({match["name"] for match in numbered}) > 1:
+        raise RowError(
+            "bad_tar", f"the images {', '.join(images):.200} are neither stored in the order of their numbers nor all "
+            "numbered alike; name them in the sample's JSON, or choose some by members"
+        )  # fmt: skip
+    return dict(sorted(images.items(), key=lambda item: int(_NUMBERED.fullmatch(item[0])["number"])))  # type: ignore[index]
+
+
+def _notes(members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:
+    """What is to be counted of a row whose JSON names no images."""
+    images = _images(members)
+    if not images:
+        return (WITHOUT_IMAGE,)
+    return (BY_NUMBER,) if list(images) != [ending for ending in members if ending in images] else ()
+
+
+def _image_refs(members: dict[str, tarfile.TarInfo], uri: str, named: object) -> object:
     """The images of a row: those its JSON names, by ending or name of a member; all where it names none."""
+    if named is not None and not isinstance(named, list):
+        return named
     refs: dict[str, ImageRef] = {}
-    every = []
-    for ending, member in row.members.items():
+    for ending, member in members.items():
         if ending.lower().rpartition(".")[2] in IMAGE_ENDINGS:
             name = posixpath.basename(member.name)
             ref = ImageRef(str(PartOfFile(uri, name, member.offset_data, member.size)))
-            every.append(ref)
             refs |= dict.fromkeys((ending, name, member.name), ref)
     if named is None:
-        return every
-    if not isinstance(named, list):
-        return named
+        return [refs[ending] for ending in _images(members)]
     return [refs.get(each, each) if isinstance(each, str) else each for each in named]
 
 

@@ -4,6 +4,7 @@ A checkpoint is one folder, the union of what its ranks wrote; no two ranks writ
 may write into a local folder of its own that is merged later:
 
     training_state.json          step, ranks, ZeRO stage, dtype        rank 0
+    model.json                   settings of the model, of training    rank 0
     cursor.json, prepared.json   the place in which data               rank 0
     rng/rank-00000.pt            states of the random generators       each rank
     deepspeed/                   weights and optimizer state           each rank its shard
@@ -21,18 +22,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from mmray import __version__
 from mmray.errors import UserError
+from mmray.images.source import one_line
 from mmray.training.conversion import SHARDS, converted
-
-if TYPE_CHECKING:
-    from mmray.training.engine import TrainingEngine
+from mmray.training.ranks import Ranks
+from mmray.training.settings import ModelSettings, TrainingSettings
 
 STATE_FILE = "training_state.json"
+MODEL_FILE = "model.json"
+
+
+class Engine(Protocol):
+    """What of an engine a checkpoint holds, and puts back."""
+
+    deepspeed: Any
+    """DeepSpeed's engine, with model and optimizer."""
+    rank: int
+    world_size: int
+    ranks: Ranks
+    zero_stage: int
+    model_settings: ModelSettings
+    training_settings: TrainingSettings
+    group_weight_decay: list[float]
+    """The weight decay of each group of the optimizer."""
+    step_count: int
+    """Optimizer steps done."""
+    router_loss: float | None
+    """Factor of the balancing loss of a mixture of experts; None for none."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,8 @@ class SavedState:
     """ "bf16" or "fp32"."""
     lists: int
     """Lists of files (`checksums.py`) that belong to it."""
+    router_loss: float | None = None
+    """Factor of the balancing loss; None for none, as in all checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +88,7 @@ class ResumeSource:
     """Whether the shards were converted."""
 
 
-def save_state(engine: "TrainingEngine", folder: Path) -> None:
+def save_state(engine: Engine, folder: Path) -> None:
     """Write this rank's part of a checkpoint into `folder`, which all ranks may share or not; collective.
 
     Complete only when every rank has returned and the folders are merged: commit it after that.
@@ -80,8 +104,13 @@ def save_state(engine: "TrainingEngine", folder: Path) -> None:
             zero_stage=engine.zero_stage,
             dtype=engine.model_settings.dtype,
             lists=engine.world_size,
+            router_loss=engine.router_loss,
         )
-        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        written = {name: value for name, value in asdict(state).items() if value is not None}
+        (folder / STATE_FILE).write_text(json.dumps(written, indent=2) + "\n")
+        settings = {"model": engine.model_settings, "training": engine.training_settings}
+        content = {name: value.model_dump(mode="json") for name, value in settings.items()}
+        (folder / MODEL_FILE).write_text(json.dumps({"mmray": __version__, **content}, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> SavedState:
@@ -92,9 +121,22 @@ def read_state(folder: Path) -> SavedState:
         raise UserError(f"{folder} holds no readable checkpoint: {error}") from error
 
 
+def read_settings(folder: Path) -> tuple[ModelSettings, TrainingSettings] | None:
+    """The settings with which the checkpoint in `folder` was trained; None where it was written before checkpoints said
+    so. Raises UserError where they cannot be read."""
+    path = folder / MODEL_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return ModelSettings(**content["model"]), TrainingSettings(**content["training"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}; it was written by another mmray") from error
+
+
 @contextmanager
 def prepared(
-    resume_from: Path | None, engine: "TrainingEngine", scratch: Path | None, node: str
+    resume_from: Path | None, engine: Engine, scratch: Path | None, node: str
 ) -> Iterator[ResumeSource | None]:
     """The checkpoint in the form that the engine's ranks can load, converted where needed; None without one.
 
@@ -125,7 +167,7 @@ def prepared(
         yield ResumeSource(resume_from, state, shards_parent, universal=True)
 
 
-def load_state(engine: "TrainingEngine", source: ResumeSource) -> None:
+def load_state(engine: Engine, source: ResumeSource) -> None:
     """Put weights, optimizer state, step and RNG back; collective. The engine must be new.
 
     RNG states belong to a rank: with another number of ranks they are seeded anew from seed, step and rank.
@@ -143,7 +185,7 @@ def load_state(engine: "TrainingEngine", source: ResumeSource) -> None:
         seed_rng(engine.training_settings.seed, engine.rank, source.state.step)
 
 
-def _restore_own_settings(engine: "TrainingEngine") -> None:
+def _restore_own_settings(engine: Engine) -> None:
     """Undo what DeepSpeed takes from a checkpoint but the present settings decide, and one slip of its own.
 
     Optimizer groups come back with the hyperparameters they were saved with (from a universal checkpoint of

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.conftest import Inputs, write_inputs
-from tests.faults import pictures, preparing, table, training
+from tests.faults import pictures, preparing, stops, table, training
 from tests.faults.machines import Machines
 from tests.faults.runs import TrainingRun
 from tests.faults.soak import soak
 from tests.faults.table import Row
 
 SOAK = "soak"
-NAMES = [*training.FAULTS, *training.OWN, *pictures.FAULTS, *preparing.NAMES, SOAK]
+NAMES = [*training.FAULTS, *training.OWN, *stops.FAULTS, *pictures.FAULTS, *preparing.NAMES, SOAK]
+ALONE = training.OWN | stops.FAULTS
+"""Faults that have a run of their own."""
 STEPS_PER_FAULT = 40
 """Steps of the runs, for each fault of one of them: more than it takes to be met, to recover, and to be judged."""
 
@@ -24,7 +26,7 @@ def rows(folder: Path, names: list[str]) -> Iterator[Row]:
     """The row of each of these faults, as it is known."""
     inputs = write_inputs(folder / "inputs")
     on_one_run = [name for name in training.FAULTS if name in names]
-    alone = [name for name in training.OWN if name in names]
+    alone = [name for name in ALONE if name in names]
     broken = [name for name in pictures.FAULTS if name in names]
     if on_one_run or alone:
         steps = max(40, 200 * bool(training.ELASTIC in alone), STEPS_PER_FAULT * len(on_one_run))
@@ -56,7 +58,7 @@ def compared(
             yield from training.disturb(run, whole, on_one_run)
             run.stop()
     for name in alone:
-        if row := training.OWN[name](inputs, folder, whole):
+        if row := ALONE[name](inputs, folder, whole):
             yield row
         else:
             print(f"{name}: left out, this user may not mount a file system", flush=True)

@@ -133,8 +133,9 @@ class JobProcess:
         command += ["--address", address] if address else []
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, stdin=subprocess.DEVNULL
-            )
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, stdin=subprocess.DEVNULL,
+                start_new_session=address is None,
+            )  # fmt: skip
 
     @property
     def code(self) -> int | None:
@@ -153,6 +154,11 @@ class JobProcess:
     def interrupt(self, number: int = signal.SIGINT) -> int:
         """Ctrl-C, or another signal that asks it to end; its exit status."""
         self._process.send_signal(number)
+        return self.wait()
+
+    def interrupt_group(self, number: int) -> int:
+        """A signal to all processes of its group, where it has one of its own (without an address); its exit status."""
+        os.killpg(self._process.pid, number)
         return self.wait()
 
     def wait(self, seconds: float = PATIENCE) -> int:

@@ -7,10 +7,10 @@ import pytest
 import typer
 
 from jobs import dry_run, prepare, train
-from jobs.run_plan import run_plan
 from mmray import doctor
 from mmray.config.job import Job
 from mmray.run.place import write_place
+from mmray.run.plan import run_plan
 from mmray.schedule.cursor import Cursor
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here

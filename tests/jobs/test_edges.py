@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.common import check_outputs
+from jobs.checks import check_outputs
 from jobs.run_watch import RunWatch
 from mmray.config.job import Job
 from mmray.errors import UserError

@@ -2,10 +2,10 @@
 
 import pytest
 
-from jobs.elastic import shared_gpu_problem, too_few_cpus_problem
-from jobs.room import train_pools
+from jobs.capacity import shared_gpu_problem, too_few_cpus_problem, train_pools
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
+from pipelines.nodes import Node
 from tests.mmray.config.test_docs_jobs import LEAST
 
 
@@ -47,7 +47,8 @@ def test_numbers_of_workers_that_mean_nothing_are_refused(tmp_path, workers: str
     ],
 )
 def test_workers_must_leave_cpus_for_the_actors_that_feed_them(tmp_path, nodes, problem: str | None) -> None:
-    found = too_few_cpus_problem(job(tmp_path, "workers=[1, 8]", "cpus_per_worker=3"), nodes, gpus=False)
+    cluster = [Node("here", resources) for resources in nodes]
+    found = too_few_cpus_problem(job(tmp_path, "workers=[1, 8]", "cpus_per_worker=3"), cluster, gpus=False)
     assert (found is None) if problem is None else (problem in found)
 
 
@@ -57,7 +58,7 @@ def test_workers_must_leave_cpus_for_the_actors_that_feed_them(tmp_path, nodes, 
 def test_a_node_never_counts_for_more_workers_than_it_has_gpus(
     tmp_path, share: float, gpus: int, refused: bool
 ) -> None:
-    nodes = [{"CPU": 64, "GPU": float(gpus)}, {"CPU": 8}]
+    nodes = [Node("one", {"CPU": 64, "GPU": float(gpus)}), Node("two", {"CPU": 8})]
     elastic = job(tmp_path, "workers=[1, 16]", f"gpu_share={share}")
     assert (gpus // (1 - share) > gpus) == refused, "what Ray Train would count"
     found = shared_gpu_problem(elastic, nodes)

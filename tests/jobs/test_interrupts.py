@@ -20,6 +20,7 @@ from tests.faults import pictures
 from tests.faults.machines import OneMachine, wait_for
 from tests.faults.preparing import Preparing, digests, many_rows
 from tests.faults.runs import TARGETS, TrainingRun
+from tests.faults.stops import STOPPED
 from tests.here import prepare_here
 from tests.jobs.test_submit import RUNTIME_ENV, printed_twice, submit
 
@@ -37,12 +38,12 @@ def _ctrl_c_arrives() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def assert_one_line(output: str) -> None:
+def assert_one_line(output: str, message: str = MESSAGE) -> None:
     """An interrupted job's output is ours, ends with one line, and says nothing twice."""
     lines = [line for line in output.strip().splitlines() if BUSY not in line]
-    assert lines[-1] == MESSAGE
+    assert lines[-1] == message, output
     assert len(lines) == len(set(lines)), output
-    assert not [line for line in lines if "Traceback" in line or "SIGTERM" in line or "SIGINT" in line], output
+    assert not [line for line in lines if "Traceback" in line or "*** SIG" in line or "Received SIG" in line], output
 
 
 KILLING = """
@@ -113,7 +114,8 @@ def test_training_with_broken_pictures_is_killed_interrupted_and_stopped_and_con
     ray_head: RayHead, inputs: Inputs, tmp_path: Path
 ) -> None:
     """First by `kill -9` of its driver, then by Ctrl-C, then as a submitted job by `ray job stop`, then to its end as
-    one submitted with `--set`; steps done again give the same losses. The set it evaluates on has the same pictures."""
+    one submitted with `--set`; steps done again give the same losses, and after a planned stop none is done again. The
+    set it evaluates on has the same pictures."""
     machine = OneMachine(ray_head.pid, ray_head.address)
     rows = [{"files": str(tmp_path / "run/inputs/data/pages.jsonl"), "kind": "pretrain"}]
     run = pictures.with_own_pictures(
@@ -128,10 +130,12 @@ def test_training_with_broken_pictures_is_killed_interrupted_and_stopped_and_con
     first = _losses(run)
 
     driver = run.start()
+    wait_for(run.resumes, "the resume")  # for a while the workers of the killed driver may go on
     run.reach(max(first) + 5)
     assert driver.interrupt() == 130
-    assert_one_line(driver.output)
     second = _losses_when_stopped(run)
+    assert_stopped(run, max(second), "Ctrl-C")
+    assert_one_line(driver.output, STOPPED.format(max(second)))
     (resume,) = run.resumes()
     assert resume["step"] >= 5
 
@@ -144,10 +148,12 @@ def test_training_with_broken_pictures_is_killed_interrupted_and_stopped_and_con
     wait_for(lambda: client.get_job_status(submitted).is_terminal(), "the end of the job")
     output = client.get_job_logs(submitted)
     assert client.get_job_status(submitted) == JobStatus.STOPPED, output
-    assert_one_line(output)
     resume = run.resumes()[-1]
+    assert resume["step"] == max(second)
     assert f"resumed from {resume['checkpoint']} at step {resume['step']} with 2 workers" in output
     third = _losses_when_stopped(run)
+    assert_stopped(run, max(third), "SIGTERM")
+    assert_one_line(output, STOPPED.format(max(third)))
 
     steps = max(third) + 3
     done = submit(ray_head, *command, "--set", f"training.steps={steps}", options=RUNTIME_ENV)
@@ -155,7 +161,7 @@ def test_training_with_broken_pictures_is_killed_interrupted_and_stopped_and_con
     assert printed_twice(done.stdout) == []
     assert [each["event"] for each in read_history(run.run)][-1] == "finish"
     assert len(run.resumes()) == 3
-    assert run.resumes()[-1]["step"] > resume["step"]
+    assert run.resumes()[-1]["step"] == max(third)
     row = pictures.judged(run, broken, "", "")
     assert row.holds, row
     assert run.audit().step == steps
@@ -166,6 +172,14 @@ def test_training_with_broken_pictures_is_killed_interrupted_and_stopped_and_con
     for before in (first, second, third):
         assert before == {step: losses[step] for step in before}
     assert_evaluated(run, broken, steps)
+
+
+def assert_stopped(run: TrainingRun, step: int, who: str) -> None:
+    """Its history ends with a planned stop, whose checkpoint is whole."""
+    *_, checkpoint, stop = read_history(run.run)
+    assert (checkpoint["event"], checkpoint["step"]) == ("checkpoint", step)
+    assert (stop["event"], stop["step"], stop["reason"]) == ("stop", step, who)
+    assert newest_looking_whole(run.run) == run.run / checkpoint["name"]
 
 
 def assert_evaluated(run: TrainingRun, broken: set[str], steps: int) -> None:

@@ -39,7 +39,7 @@ def test_the_notebook_runs_to_its_end(
 
     kinds = {output.output_type for cell in notebook.cells for output in cell.get("outputs", [])}
     assert "error" not in kinds
-    progress, dataset = outputs(notebook, "prepare_splits(job)")[-3::2]
+    progress, dataset = outputs(notebook, "prepare_splits(job, ")[-3::2]
     assert re.search(r"<progress max=\"1\" value=\"1.0\"></progress> demo: preparing eval", progress)
     assert "Prepared dataset: " in dataset
     (strip,) = outputs(notebook, "prepared.bin(0)")[:1]

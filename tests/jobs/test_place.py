@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from jobs.run_plan import RunPlan, run_plan
 from jobs.trace import run_tracer
 from mmray.base.json_lines import JsonLines
 from mmray.config.job import Job, load_job
@@ -15,6 +14,7 @@ from mmray.errors import UserError
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from mmray.run.place import write_place
+from mmray.run.plan import RunPlan, run_plan
 from mmray.schedule.cursor import Cursor
 from mmray.training.bins_log import TRAINED_FILE, TrainedStep
 from mmray.training.checkpoint import STATE_FILE

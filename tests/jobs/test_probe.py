@@ -18,9 +18,9 @@ import yaml
 
 from jobs import probe
 from jobs.probe import Answer, check_nodes, check_shared_memory, look, packages_of, problem, shared_folder
-from jobs.room import Node, cluster_nodes
 from mmray.config.job import Job
 from mmray.errors import UserError
+from pipelines.nodes import Node, alive_nodes
 from tests.conftest import ROOT, START_SECONDS, RayHead, end_processes, running_head
 from tests.mmray.config.test_docs_jobs import LEAST
 
@@ -86,7 +86,7 @@ def test_a_node_without_s3fs_is_told_where_the_job_has_an_address_of_s3(place: s
 def test_the_nodes_of_a_cluster_are_asked(ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder they share passes and is left as it was; one that they see otherwise, and a missing module, do not."""
     outputs = {"output.prepared": str(tmp_path / "new" / "prepared"), "output.run": "s3://bucket/run"}
-    nodes = cluster_nodes()
+    nodes = alive_nodes()
     check_nodes(nodes, {}, outputs, modules=["deepspeed"])
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=rf"^node {nodes[0].address} has no nowhere_to_be_found; install"):
@@ -151,7 +151,7 @@ import json, sys
 import ray
 from jobs.common import connect
 from jobs.probe import _ask, check_nodes
-from jobs.room import cluster_nodes
+from pipelines.nodes import alive_nodes
 from mmray.errors import UserError
 
 address, shared = sys.argv[1:]
@@ -159,12 +159,12 @@ address, shared = sys.argv[1:]
 def told(**options):
     outputs = {"output.run": shared + "/run"} if options.pop("writes", False) else {}
     try:
-        check_nodes(cluster_nodes(), options.pop("labels", {}), outputs, **options)
+        check_nodes(alive_nodes(), options.pop("labels", {}), outputs, **options)
     except UserError as error:
         return str(error)
 
 connect(address, cpus=1)
-found = {"missing": sorted((node.address, answer.missing) for node, answer in _ask(cluster_nodes(), {}, ["only_here"]))}
+found = {"missing": sorted((node.address, answer.missing) for node, answer in _ask(alive_nodes(), {}, ["only_here"]))}
 found["package"] = told(modules=["only_here"])
 found["folder"] = told(writes=True)
 found["others"] = told(modules=["only_here"], writes=True, labels={"disk": "shared"})

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jobs.train import open_prepared, train
+from jobs.checks import open_prepared
+from jobs.train import train
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
 from mmray.report import Run
@@ -57,7 +58,7 @@ def test_all_in_s3_with_a_damaged_checkpoint_and_other_workers_equals_a_loop_wit
     ]
 
     # The order of bins goes by the fingerprint, in which the rows' place counts: both runs are on these bins.
-    expected = train_here(job_in(bucket, inputs, "/unused", training__steps=6))
+    expected = train_here(job_in(bucket, inputs, str(tmp_path / "run"), training__steps=6))
     uri, every = f"{bucket}/runs/one", {"training__checkpoint_every_steps": 2}
     assert len(run_job(job_in(bucket, inputs, uri, training__steps=4, **every))) == 4
     newest = checkpoint_names(RunFolder(uri))[0]

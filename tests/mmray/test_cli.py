@@ -1,9 +1,14 @@
 """The `mmray` command: what it prints, and that a mistake is one line on stderr and exit code 2."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import mmray
 from mmray import cli
 from mmray.config.job import Job
 from mmray.errors import UserError
@@ -183,3 +188,42 @@ def test_help_names_the_commands(run):
     code, out, _ = run("--help")
     assert code == 0
     assert all(name in out for name in ("schema", "report", "inspect"))
+
+
+def test_version(run):
+    assert run("--version") == (0, f"mmray {mmray.__version__}\n", "")
+
+
+@pytest.mark.parametrize("module", ["mmray", "mmray.cli"])
+def test_as_a_module(module):
+    """`python -m` does what the command does, a wrong word included."""
+    ends = [
+        subprocess.run([sys.executable, "-m", module, word], capture_output=True, text=True, check=False)
+        for word in ("--version", "reprot")
+    ]
+    assert [end.returncode for end in ends] == [0, 2]
+    assert ends[0].stdout == f"mmray {mmray.__version__}\n"
+    assert "reprot" in ends[1].stderr
+
+
+def test_prepare_and_train_are_the_jobs_of_the_checkout(run, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, words: (started.append(words), sys.exit(0)))
+    checkout = Path(mmray.__file__).parents[1]
+    for name in ("prepare", "train"):
+        assert run(name, "job.yaml", "--set", "a=1", "--help")[0] == 0
+        script = checkout / "jobs" / f"{name}.py"
+        assert script.exists()
+        assert started.pop() == [sys.executable, str(script), "job.yaml", "--set", "a=1", "--help"]
+    monkeypatch.setattr(mmray, "__file__", str(tmp_path / "site-packages" / "mmray" / "__init__.py"))
+    check_error(run("train", "job.yaml"), "python jobs/train.py job.yaml", "checkout")
+    assert not started
+
+
+def test_a_folder_of_prepared_datasets_or_a_run_says_what_is_inside(run, prepared, tmp_path):
+    outer = tmp_path / "prepared"
+    outer.mkdir()
+    shutil.copytree(prepared.path, outer / "train")
+    for command in ("report", "inspect"):
+        check_error(run(command, outer), "It holds train", f"{outer}/train")
+    check_error(run("inspect", write_metrics(tmp_path / "run", 3.0)), "training run", f"mmray report {tmp_path}/run")

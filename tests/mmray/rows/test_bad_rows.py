@@ -80,7 +80,7 @@ BAD = {
     "a password": Bad("pretrain", page("s3://me:hunter2@bucket/a.png"), "image_credentials", ("s3://me:…@bucket",)),
     "a token": Bad("pretrain", page("s3://b/a.png?X-Amz-Signature=hunter2"), "image_credentials", ("Signature=…",)),
     "an image of another type": Bad("pretrain", {"text": "<image>", "images": [7]}, "wrong_type", ("not 7",)),
-    "images that are text": Bad("pretrain", {"text": "<image>", "images": "page.png"}, "wrong_type", ("str 'page",)),
+    "images that are a number": Bad("pretrain", {"text": "<image>", "images": 7}, "wrong_type", ("not int 7",)),
     "thousands of images": Bad(
         "pretrain", page(*["page.png"] * 3000, text="<image>" * 3000), "too_long", ("packing.token_capacity is 900",)
     ),
@@ -235,7 +235,10 @@ def test_a_bad_row_is_set_aside_alone(processors: dict[str, Any], folder: Path, 
 
 def test_every_reason_that_preparing_gives_is_in_the_table() -> None:
     """Beside those that have tests of their own: of families, of templates, of training."""
-    elsewhere = {"bad_tar", "needs_image", "template", "image_tokens", "image_corrupt", "image_changed", "turns_differ"}
+    elsewhere = {
+        "bad_tar", "bad_csv", "needs_image", "template", "image_tokens", "image_corrupt", "image_changed",
+        "turns_differ",
+    }  # fmt: skip
     assert {bad.reason for bad in BAD.values()} == reasons_in_code() - elsewhere
 
 

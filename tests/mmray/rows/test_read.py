@@ -107,7 +107,8 @@ def test_half_a_character_is_rejected(path, where):
 @given(st.lists(st.binary(max_size=30).filter(lambda line: b"\n" not in line), max_size=5))
 @settings(deadline=None, max_examples=200)
 def test_any_bytes_are_rows_or_errors(tmp_path_factory, lines):
-    path = tmp_path_factory.getbasetemp() / "any-bytes.jsonl"
+    """Behind a first row: how a file begins says what it is."""
+    path, lines = tmp_path_factory.getbasetemp() / "any-bytes.jsonl", [b"{}", *lines]
     rows = read_lines(path, *lines)
     assert [row.source for row in rows] == [f"{path}:{n}" for n, line in enumerate(lines, start=1) if line.strip()]
     assert all(isinstance(row.value, dict | RowError) for row in rows)
@@ -176,7 +177,7 @@ def test_a_piece_that_is_not_read_to_its_end_loses_nothing(tmp_path):
 def test_cells_of_all_kinds_are_python_values(tmp_path):
     path = tmp_path / "rows.parquet"
     when = datetime(2024, 5, 6)
-    value = {"text": "a", "images": [{"bytes": b"\xff", "path": None}], "when": when, "none": None}
+    value = {"text": "a", "images": [{"bytes": b"\xff", "path": None}], "id": when, "image": None}
     pq.write_table(pa.Table.from_pylist([value]), path)
     assert [row.value for row in read(path)] == [value]
 

@@ -20,6 +20,7 @@ from mmray.images.tar_member import PartOfFile
 from mmray.rows.files import first_piece, plan_chunks, source_files
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
+from tests.mmray.oddities import ODD_ROWS
 from tests.mmray.preparing import Preparation
 
 fresh_names = count()
@@ -295,3 +296,97 @@ def test_a_shard_that_is_gone_is_a_missing_image(tmp_path: Path) -> None:
     for place in (f"{tmp_path}/gone.tar", f"memory://gone-{next(fresh_names)}/s.tar"):
         with pytest.raises(RowError, match="image_missing"):
             image_size(f"{place}#a.png@512+100")
+
+
+# ---- Orders that people have ----
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_a_key_that_comes_back_refuses_every_row_of_it_and_no_other(place: str, chunk_rows: int) -> None:
+    write(
+        place,
+        shard(
+            ("0.png", A), ("1.png", B), ("1.txt", "One"), ("2.png", C), ("0.txt", "Nought"), ("3.txt", "Three"),
+            ("2.txt", "Two"), ("0.json", "{}"),
+        ),
+    )  # fmt: skip
+    rows = rows_of(place, chunk_rows)
+    assert [row.value.reason if isinstance(row.value, RowError) else row.value["text"] for row in rows] == [
+        "bad_tar", "One", "bad_tar", "bad_tar", "Three", "bad_tar", "bad_tar",
+    ]  # fmt: skip
+    assert "key '0' stands in several places of the shard" in rows[0].value.message
+
+
+def test_numbered_images_are_taken_by_number_and_that_is_noted(place: str) -> None:
+    numbers = ["0", "1", "10", "11", "2", "9"]
+    write(
+        place,
+        shard(
+            *((f"a.{number}.png", B) for number in numbers), ("a.txt", "A"),
+            *((f"b.page-{number}.png", B) for number in numbers), ("b.txt", "B"),
+            ("c.0.png", A), ("c.1.png", A), ("c.txt", "C"),
+            *((f"d.{number}.png", B) for number in numbers), ("d.json", '{"text": "D", "images": ["10.png", "2.png"]}'),
+            *((f"e.{number}.png", B) for number in numbers), ("e.main.png", B), ("e.txt", "E"),
+            ("f.0.png", A), ("f.1.png", A), ("f.main.png", A), ("f.txt", "F"),
+        ),
+    )  # fmt: skip
+    rows = rows_of(place)
+    names = [None if isinstance(row.value, RowError) else shown(row.value)["images"] for row in rows]
+    assert names == [
+        [f"a.{number}.png" for number in (0, 1, 2, 9, 10, 11)],
+        [f"b.page-{number}.png" for number in (0, 1, 2, 9, 10, 11)],
+        ["c.0.png", "c.1.png"],
+        ["d.10.png", "d.2.png"],
+        None,
+        ["f.0.png", "f.1.png", "f.main.png"],
+    ]
+    assert [row.notes for row in rows] == [("image_order",), ("image_order",), (), (), (), ()]
+    assert "neither stored in the order of their numbers nor all numbered alike" in rows[4].value.message
+
+
+def test_members_are_chosen_and_the_others_are_nothing(place: str) -> None:
+    write(
+        place,
+        shard(
+            ("a.jpg", A), ("a.png", B), ("a.mask.png", C), ("a.caption.txt", "A"), ("a.old.txt", "x"),
+            ("b.0.JPG", A), ("b.1.jpg", B), ("b.caption.txt", "B"), ("b.meta.json", '{"n": 1}'),
+        ),
+    )  # fmt: skip
+    chosen = ["jpg", "*.jpg", "caption.txt"]
+    assert values_of(place, members=chosen) == [
+        {"id": "s-0.tar/a", "text": "A", "images": ["a.jpg"]},
+        {"id": "s-0.tar/b", "text": "B", "images": ["b.0.JPG", "b.1.jpg"]},
+    ]
+    assert values_of(place, members=[*chosen, "meta.json"])[1]["n"] == 1
+    assert values_of(place, members=["jpg", "*.txt"])[0] == "bad_tar", "two texts are chosen"
+    with pytest.raises(UserError, match=r"'webp' chooses no member of the shards .* their endings are .*mask\.png"):
+        rows_of(place, members=[*chosen, "webp"])
+
+
+def test_members_are_of_shards_alone(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", b"{}\n")
+    with pytest.raises(UserError, match="leave members out"):
+        rows_of(str(tmp_path / "rows.jsonl"), members="jpg")
+
+
+def test_a_text_whose_picture_is_missing_is_counted_with_its_place(processors, tmp_path: Path) -> None:
+    place = write(tmp_path / "s.tar", shard(
+        ("a.png", A), ("a.txt", "Page a"), ("b.txt", "No picture"), ("c.0.png", C), ("c.10.png", C), ("c.9.png", C),
+        ("c.txt", "Three"), ("d.json", '{"text": "Said", "images": []}'), ("e.json", '{"text": "Unsaid"}'),
+    ))  # fmt: skip
+    job = Preparation(processors["qwen2_vl"], {"files": place, "kind": "pretrain", "images_first": True})
+    facts = job.write(tmp_path / "prepared").statistics
+    assert facts["rows_packed"] == 5
+    assert facts["image_notes"] == {"image_order": 1, "missing_image": 2}
+    assert facts["examples"]["missing_image"] == [f"{place}:1", f"{place}:4"]
+
+
+@pytest.mark.skipif(ODD_ROWS is None, reason="the shared data is not here")
+def test_the_shards_that_people_have(tmp_path: Path) -> None:
+    assert values_of(str(ODD_ROWS / "unsorted/s-0000.tar")) == ["bad_tar"] * 4
+    rows = rows_of(str(ODD_ROWS / "missing/s-0000.tar"))
+    assert [isinstance(row.value, RowError) or len(row.value["images"]) for row in rows] == [True, 1, 0]
+    assert [row.notes for row in rows] == [(), (), ("missing_image",)]
+    (row,) = rows_of(str(ODD_ROWS / "tenth/s-0000.tar"))
+    assert shown(row.value)["images"] == [f"0001.{number}.png" for number in range(12)]
+    assert row.notes == ("image_order",)

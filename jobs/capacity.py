@@ -4,59 +4,26 @@ Totals are not enough: a worker's CPUs, and a share of one GPU, must be free on 
 on the nodes as they would be, the largest first, each on the first that holds it.
 """
 
-import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-import ray
+from dataclasses import dataclass
 
 from mmray.config.job import Job
 from mmray.errors import UserError
-
-log = logging.getLogger("mmray")
+from pipelines.nodes import Node, amount, labelled
 
 _TINY = 1e-6
 SHOWN_NODES = 4
 
 
 @dataclass(frozen=True)
-class Node:
-    """A node of Ray. resources: all it has, busy or not; socket: of its raylet, a path of its own within a folder."""
-
-    address: str
-    resources: Mapping[str, float]
-    labels: Mapping[str, str] = field(default_factory=dict)
-    node_id: str = ""
-    socket: str = ""
-
-
-@dataclass(frozen=True)
 class Pool:
-    """Workers or actors that each take the same. name: of several of them."""
+    """A group of identical workers or actors. name: of several of them; needs: resources that each of them takes."""
 
     name: str
     count: int
     needs: Mapping[str, float]
-
-
-def cluster_nodes() -> list[Node]:
-    """The nodes that are up. Ray must be connected."""
-    return [
-        Node(*(node[key] for key in ("NodeManagerAddress", "Resources", "Labels", "NodeID", "RayletSocketName")))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-
-
-def labelled(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[Node]:
-    """The nodes that have these labels; {}: all."""
-    return [node for node in nodes if labels.items() <= node.labels.items()]
-
-
-def amount(nodes: Sequence[Node], resource: str) -> float:
-    """Of a resource, on all of these nodes."""
-    return sum(node.resources.get(resource, 0) for node in nodes)
 
 
 def prepare_cpus(job: Job) -> int:
@@ -93,8 +60,13 @@ def train_pools(job: Job, gpus: bool) -> list[Pool]:
     ]
 
 
+def train_cpus(job: Job) -> int:
+    """Logical CPUs that training takes where it has no GPU."""
+    return math.ceil(needs(train_pools(job, gpus=False))["CPU"])
+
+
 def needs(pools: Sequence[Pool]) -> dict[str, float]:
-    """What pools take together."""
+    """Resources that pools take in all."""
     total: Counter[str] = Counter()
     for pool in pools:
         for name, each in pool.needs.items():
@@ -152,17 +124,62 @@ def _shown(nodes: Sequence[Node]) -> str:
     return ", ".join(parts) + (", …" if len(kinds) > SHOWN_NODES else "")
 
 
-def check_room(job: Job, pools: Sequence[Pool], what: str, labels: Mapping[str, str], nodes: Sequence[Node]) -> None:
+def check_capacity(
+    job: Job, pools: Sequence[Pool], what: str, labels: Mapping[str, str], nodes: Sequence[Node]
+) -> str | None:
     """Raise UserError when the cluster cannot run all of these pools at once.
 
-    labels: of the nodes that count; {}: all. With `resources.autoscaling` only a line tells of it: nodes will come.
+    Args:
+        what: the work, for the message.
+        labels: of the nodes that count; {}: all.
+
+    Returns what it waits for, where with `resources.autoscaling` nodes will come.
     """
     lacks = lack(pools, nodes, labels)
-    if lacks and job.resources.autoscaling:
-        log.warning("%s needs %s; waiting for the cluster to grow", what, lacks)
-    elif lacks:
-        raise UserError(
-            f"{what} needs {lacks}. Lower the pools under `resources`, add nodes, or set resources.autoscaling where "
-            "the cluster grows by itself; on one machine a Ray can have more logical CPUs than cores: "
-            "ray start --head --num-cpus=N"
-        )
+    if not lacks:
+        return None
+    if job.resources.autoscaling:
+        return f"{what} needs {lacks}; waiting for the cluster to grow"
+    raise UserError(
+        f"{what} needs {lacks}. Lower the pools under `resources`, add nodes, or set resources.autoscaling where "
+        "the cluster grows by itself; on one machine a Ray can have more logical CPUs than cores: "
+        "ray start --head --num-cpus=N"
+    )
+
+
+def check_elastic(job: Job, gpus: bool, nodes: Sequence[Node]) -> None:
+    """Raise UserError where the workers of an elastic run would leave too little for the actors that feed them.
+
+    Ray Train counts how many workers fit on each node and starts as many, without regard to what else the run needs.
+    """
+    problem = shared_gpu_problem(job, nodes) if gpus else None
+    problem = problem or too_few_cpus_problem(job, nodes, gpus)
+    if problem:
+        raise UserError(problem)
+
+
+def shared_gpu_problem(job: Job, nodes: Sequence[Node]) -> str | None:
+    """Ray Train divides a node's GPUs by a worker's part of one: with large shares it counts one worker too many."""
+    share, most = job.resources.gpu_share, max(int(node.resources.get("GPU", 0)) for node in nodes)
+    if share * (most + 1) < 1:
+        return None
+    return (
+        f"resources.gpu_share is {share:g}: Ray Train would count more workers than the {most} GPUs of a node; with "
+        f"resources.workers [min, max] set it below {1 / (most + 1):.3f}"
+    )
+
+
+def too_few_cpus_problem(job: Job, nodes: Sequence[Node], gpus: bool) -> str | None:
+    """As many workers as fit would leave no CPUs for the actors that render images, and wait for them forever."""
+    wanted, resources = worker_needs(job, gpus), job.resources
+    fit = sum(int(min(node.resources.get(name, 0) // need for name, need in wanted.items())) for node in nodes)
+    workers = min(fit, resources.max_workers)
+    actors = resources.render_actors + (0 if gpus else resources.mask_actors)
+    left = amount(nodes, "CPU") - workers * wanted["CPU"]
+    if left >= actors or workers == 0:
+        return None
+    return (
+        f"resources.workers [{resources.min_workers}, {resources.max_workers}]: {workers} workers fit and leave "
+        f"{left:g} CPUs, but rendering and masking take {actors}; lower the maximum, or set cpus_per_worker so that "
+        "nodes have CPUs left over beside their workers"
+    )

@@ -1,13 +1,12 @@
 """Whether pools fit on nodes: by totals, and node by node."""
 
-import logging
-
 import pytest
 import yaml
 
-from jobs.room import Node, Pool, check_room, lack, train_pools, uses_gpus
+from jobs.capacity import Pool, check_capacity, lack, train_pools, uses_gpus
 from mmray.config.job import Job
 from mmray.errors import UserError
+from pipelines.nodes import Node
 from tests.mmray.config.test_docs_jobs import LEAST
 
 
@@ -59,14 +58,15 @@ def test_only_nodes_with_the_labels_count() -> None:
     assert lack(pools, both, {"kind": "cpu"}) == "2 CPU (it has 1) on nodes labelled kind: cpu"
 
 
-def test_a_cluster_that_grows_is_waited_for_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
-    pools = [Pool("actors", 2, {"CPU": 4})]
-    with caplog.at_level(logging.WARNING, "mmray"):
-        check_room(job(autoscaling=True), pools, "training", {}, nodes(*[{"CPU": 3}] * 3))
-    (line,) = caplog.messages
+def test_a_cluster_that_grows_is_waited_for_with_a_line() -> None:
+    pools, three = [Pool("actors", 2, {"CPU": 4})], nodes(*[{"CPU": 3}] * 3)
+    line = check_capacity(job(autoscaling=True), pools, "training", {}, three)
+    assert line is not None
+    assert line.startswith("training needs nodes that hold 2 actors")
     assert line.endswith("(3 × 3 CPU) hold 0; waiting for the cluster to grow")
+    assert check_capacity(job(), pools, "training", {}, nodes({"CPU": 8})) is None
     with pytest.raises(UserError, match=r"^training needs nodes that hold 2 actors .* Lower the pools under"):
-        check_room(job(), pools, "training", {}, nodes(*[{"CPU": 3}] * 3))
+        check_capacity(job(), pools, "training", {}, three)
 
 
 def test_gpus_are_taken_where_there_are_any() -> None:

@@ -1,0 +1,123 @@
+"""What must hold before work starts, checked alike by prepare, train and the dry run.
+
+    job_checks       what a job and its settings tell without a cluster
+    open_prepared    the prepared datasets, which must be of these settings
+    cluster_checks   whether the nodes have room, and can do their part
+
+A run raises the first mistake (`require`); a dry run tells all of them.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from jobs.capacity import check_capacity, check_elastic, prepare_pools, train_pools
+from jobs.common import console, in_submitted_job
+from jobs.probe import check_nodes, check_own_memory, packages_of
+from mmray.config.compatibility import job_family
+from mmray.config.job import Job
+from mmray.doctor import Status, examine_settings
+from mmray.errors import UserError
+from mmray.loss.settings import label_maker
+from mmray.prepared import PreparedDataset
+from mmray.prepared.fingerprint import check_settings
+from mmray.prepared.versions import check_labels
+from pipelines.nodes import Node
+
+log = logging.getLogger("mmray")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold."""
+
+    name: str
+    """As a dry run's table calls it."""
+    run: Callable[[], str | None]
+    """Raises UserError where it does not hold; returns a note for a person, or None."""
+    passed: str = ""
+    """What a dry run says where it holds without a note; "": nothing."""
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Run checks one after another; notes are logged. Raises UserError of the first that fails."""
+    for check in checks:
+        if note := check.run():
+            log.warning("%s", note)
+
+
+def job_checks(job: Job, *, trains: bool) -> Iterator[Check]:
+    """What a job and its settings tell without a cluster."""
+    yield Check("outputs", partial(check_outputs, job))
+    if trains:
+        yield Check("tracking", job.tracking.check)
+
+
+def cluster_checks(
+    job: Job, nodes: Sequence[Node], *, trains: bool, gpus: bool = False, joined: bool | None
+) -> Iterator[Check]:
+    """Whether the nodes have room for a job, and can do their part.
+
+    Args:
+        gpus: whether training uses them.
+        joined: whether this process has joined a cluster, whose nodes are asked, or started Ray here; None for a
+            machine on which no Ray runs.
+    """
+    what = "training" if trains else "preparing"
+    labels = job.resources.train_labels if trains else job.resources.prepare_labels
+    pools = train_pools(job, gpus) if trains else prepare_pools()
+    yield Check(
+        "cluster", partial(check_capacity, job, pools, what, labels, nodes), f"room for all that {what} needs at least"
+    )
+    if trains and joined is not None and job.resources.is_elastic:
+        yield Check("cluster", partial(check_elastic, job, gpus, nodes))
+    if joined:
+        outputs = {"output.prepared": job.output.prepared} | ({"output.run": job.output.run} if trains else {})
+        modules = packages_of(job, trains=trains)
+        yield Check("nodes", partial(check_nodes, nodes, labels, outputs, modules=modules, gpus=gpus))
+    elif joined is not None:
+        yield Check("nodes", partial(check_own_memory, nodes))
+
+
+def check_job_settings(job: Job) -> None:
+    """The cheap part of `mmray doctor`, before anything starts: a line for each check, UserError for a failed one."""
+    for finding in examine_settings(job):
+        if finding.status is Status.FAIL:
+            raise UserError(f"{finding.check}: {finding.detail}")
+        console.print(f"{finding.check}: {finding.detail}", markup=False, highlight=False, soft_wrap=True)
+
+
+def open_prepared(job: Job) -> dict[str, PreparedDataset]:
+    """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
+    family = job_family(job)
+    datasets = {}
+    for split in job.data.splits:
+        prepared = PreparedDataset(job.prepared_path(split))
+        check_settings(
+            prepared.path, prepared.manifest["record"], processor=family.processor,
+            tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
+        )  # fmt: skip
+        prepared.check_has_bins()
+        check_labels(prepared, label_maker(job.loss, family))
+        datasets[split] = prepared
+    return datasets
+
+
+def check_outputs(job: Job) -> None:
+    """Raise UserError when results would go into Ray's copy of a submitted checkout, which vanishes with the job."""
+    here = Path.cwd()
+    cache = job.resources.tile_cache
+    shared, local = "that all nodes share", "on each node's own disk"
+    for name, path, where in (
+        ("output.prepared", job.output.prepared, shared),
+        ("output.run", job.output.run, shared),
+        ("data.size_cache", job.data.size_cache, shared),
+        ("resources.tile_cache.folder", cache and cache.folder, local),
+    ):
+        if in_submitted_job() and path and Path(path).is_relative_to(here):
+            raise UserError(
+                f"{name} {str(Path(path).relative_to(here))!r} is relative: under `ray job submit` that is a "
+                f"temporary copy of the checkout. Give an absolute path {where}"
+            )

@@ -1,0 +1,124 @@
+"""What a file of rows is: by its first bytes, and by its name where these say nothing.
+
+Names lie: Parquet is called `.jsonl`, a JSON array `.json`, a page of an error `.jsonl.gz`. Tables, archives and
+compressed files begin with bytes of their own, and UTF-16 with its mark. Text is JSON lines, a JSON array (it begins
+with `[{`) or, by its name alone, CSV or TSV.
+"""
+
+import posixpath
+import re
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from mmray.errors import UserError
+from mmray.rows.streams import Compression, Encoding, RowStream
+
+HEAD_BYTES = 4096
+COMPRESSED_ENDINGS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+ENDINGS = {
+    ".parquet": "parquet", ".pq": "parquet",
+    ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
+    ".csv": "csv", ".tsv": "tsv", ".tab": "tsv",
+    ".tar": "webdataset",
+}  # fmt: skip
+NAMES = {
+    "jsonl": "JSON lines", "json": "a JSON array", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet", "arrow": "Arrow",
+    "webdataset": "a WebDataset shard", "huggingface": "a saved dataset",
+}  # fmt: skip
+_BINARY = {"parquet", "arrow", "webdataset"}
+_REFUSED = {
+    b"BZh": "compressed with bzip2; write it with gzip or zstd, or decompress it",
+    b"\xfd7zXZ\0": "compressed with xz; write it with gzip or zstd, or decompress it",
+    b"PK\x03\x04": "a ZIP archive; unpack it",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; get it with git lfs pull",
+    b"\xff\xfe\0\0": "UTF-32; save it as UTF-8",
+    b"\0\0\xfe\xff": "UTF-32; save it as UTF-8",
+}
+_UTF16: dict[bytes, Encoding] = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+_ROW_LIST = re.compile(r"\[\s*\{")
+_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
+_LINK = re.compile(rb"(\.\.?/)+[^\s\0]+")
+"""A path and nothing else: what git writes for a link where it may not make one."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """format: a key of NAMES; compression and encoding: around and in the text."""
+
+    format: str
+    compression: Compression = ""
+    encoding: Encoding = "utf-8"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether bytes of the file are bytes of its rows, so that any can be entered."""
+        return not self.compression and self.encoding == "utf-8"
+
+
+def format_by_name(path: str) -> str:
+    """The format of a file by its ending, before that of its compression."""
+    stem, ending = posixpath.splitext(path.lower())
+    if ending in COMPRESSED_ENDINGS:
+        ending = posixpath.splitext(stem)[1]
+    return ENDINGS.get(ending, "jsonl")
+
+
+def told_form(opened: BinaryIO, uri: str, expected: str, *, is_said: bool) -> Form:
+    """The form of an opened file, which is left at its beginning.
+
+    expected: the format by name or, with is_said, by the job. Raises UserError for what holds no rows, and where a
+    format that the job says is another one.
+    """
+    head = _head(opened)
+    compression: Compression = ""
+    if head.startswith(b"\x1f\x8b"):
+        compression = "gzip"
+    elif head.startswith(b"\x28\xb5\x2f\xfd") or re.match(rb"[\x50-\x5f]\x2a\x4d\x18", head):
+        compression = "zstd"
+    if compression:
+        head = RowStream(opened, compression, "utf-8").read(HEAD_BYTES)
+        opened.seek(0)
+    for mark, what in _REFUSED.items():
+        if head.startswith(mark):
+            raise UserError(f"{uri}: is {what}")
+    if _PAGE.match(head):
+        raise UserError(f"{uri}: is a web page or XML, no rows; was it downloaded without an error?")
+    if len(head) < HEAD_BYTES and _LINK.fullmatch(head):
+        raise UserError(
+            f"{uri}: holds only the path {head.decode(errors='replace')!r}: a link that was copied as text; copy the "
+            "file it led to, or the link as a link"
+        )
+    found = _binary_format(head)
+    if compression and (found or expected in _BINARY):
+        raise UserError(f"{uri}: {NAMES[found or expected]}, compressed as a whole; decompress it")
+    if found and is_said and found != expected:
+        raise UserError(f"{uri}: is {NAMES[found]} by its first bytes, and format is {expected}; leave format out")
+    if found:
+        return Form(found)
+    encoding: Encoding = _UTF16.get(head[:2], "utf-8")
+    return Form(_text_format(head, expected, encoding, is_said), compression, encoding)
+
+
+def _head(opened: BinaryIO) -> bytes:
+    head = b""
+    while len(head) < HEAD_BYTES and (block := opened.read(HEAD_BYTES - len(head))):
+        head += block
+    opened.seek(0)
+    return head
+
+
+def _binary_format(head: bytes) -> str:
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith((b"ARROW1\0\0", b"\xff\xff\xff\xff")):
+        return "arrow"
+    return "webdataset" if head[257:262] == b"ustar" else ""
+
+
+def _text_format(head: bytes, expected: str, encoding: Encoding, is_said: bool) -> str:
+    if is_said and expected != "jsonl":
+        return expected
+    text = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
+    if _ROW_LIST.match(text):
+        return "json"
+    return "jsonl" if text.startswith("{") else expected

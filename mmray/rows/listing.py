@@ -1,0 +1,180 @@
+"""The files behind the names of a job: paths, globs and URIs, with no file left out without a word.
+
+Links to files and folders are followed, as people link shards together instead of copying them. A link that leads
+nowhere or in a circle, a pipe or a device is an error that names it. Local globs are walked here: fsspec's leave out
+links, and do not enter linked folders. A folder whose own name has brackets, as `scans [2024]`, is taken by its name.
+"""
+
+import fnmatch
+import functools
+import logging
+import os
+import posixpath
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from mmray.errors import UserError
+from mmray.images.source import one_line
+from mmray.storage import file_system
+
+_MARKS = re.compile(r"[*?\[]")
+_SAVED_DATASET = ("state.json", "dataset_dict.json")
+"""What `Dataset.save_to_disk` leaves in a folder."""
+
+Listed = tuple[Any, str, Mapping[str, Any]]
+"""File system, path in it and state (fsspec's `info`) of a file; of a link, the state of what it leads to."""
+
+log = logging.getLogger("mmray")
+
+
+def listed_files(pattern: str) -> list[Listed]:
+    """The files that a path, glob or URI names, sorted by path. Raises UserError where there is none, for a folder
+    (with what to write), and for what is no file and leads to none."""
+    try:
+        system, path = file_system(pattern)
+        if isinstance(system, LocalFileSystem):
+            found: list[Listed] = [(system, each, _state(each)) for each in sorted(set(_local_paths(path)))]
+        else:
+            found = [(system, each, info) for each, info in _remote_files(system, path)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"data files {pattern!r}: {one_line(error)}") from error
+    if "**" not in pattern:
+        _warn_of_folders(pattern, tuple(path for _, path, info in found if info["type"] == "directory"))
+    files = [each for each in found if each[2]["type"] == "file"]
+    if not files and len(found) == 1 and not _has_marks(path):
+        raise UserError(f"data files {pattern!r}: {_folder_remedy(system, path)}")
+    if not files:
+        raise UserError(f"data files {pattern!r}: no such file. Paths are relative to the current folder.")
+    return files
+
+
+def _has_marks(path: str) -> bool:
+    return _MARKS.search(path) is not None
+
+
+# ---------------------------------------------------------------- local
+
+
+def _state(path: str) -> dict[str, Any]:
+    """`info` of a local path, links followed. Raises UserError for what is neither a file nor a folder."""
+    try:
+        info: dict[str, Any] = LocalFileSystem().info(path)
+    except FileNotFoundError as error:
+        target = os.readlink(path) if os.path.islink(path) else ""
+        raise UserError(
+            f"{path} is a link to {target!r}, where nothing is; mend or delete the link, or name the files without it"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: {one_line(error)}; mend or delete the link, or let this user read it") from error
+    if info["type"] == "other":
+        kind = next((name for test, name in _KINDS if test(info["mode"])), "no plain file")
+        raise UserError(f"{path} is {kind}, which cannot be read twice; name plain files of rows")
+    return info
+
+
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def _local_paths(path: str) -> Iterator[str]:
+    """The paths that a local path or glob names: files, folders and links, whatever they lead to."""
+    if not _has_marks(path):
+        if os.path.lexists(path):
+            yield path
+        return
+    head, *parts = path.split("/")
+    yield from _expanded(head or "/", parts, ())
+
+
+def _expanded(folder: str, parts: list[str], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """The paths below a folder that match `parts`, a glob's. above: device and number of the folders that `**` came
+    through."""
+    part, *rest = parts
+    if part == "**":
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in above:
+            raise UserError(f"{folder} leads back to a folder above it, so ** has no end; name the folders instead")
+        above = (*above, (status.st_dev, status.st_ino))
+        if rest:
+            yield from _expanded(folder, rest, above)
+        for name in os.listdir(folder):
+            below = os.path.join(folder, name)
+            if os.path.isdir(below):
+                yield from _expanded(below, parts, above)
+            elif not rest or _may_have_led_to_a_folder(below):
+                yield below
+        return
+    literal = os.path.join(folder, part)
+    if not _has_marks(part) or (not re.search("[*?]", part) and os.path.lexists(literal)):
+        names = [part] if part in ("", "..", ".") or os.path.lexists(literal) else []
+    elif os.path.isdir(folder):
+        matches = re.compile(fnmatch.translate(part)).match
+        names = [name for name in os.listdir(folder) if matches(name)]
+    else:
+        names = []
+    for name in names:
+        below = os.path.join(folder, name)
+        if not rest or _may_have_led_to_a_folder(below):
+            yield below
+        elif os.path.isdir(below):
+            yield from _expanded(below, rest, above)
+
+
+def _may_have_led_to_a_folder(path: str) -> bool:
+    """Whether a path is a broken link of a name like a folder's: below it files may be missing."""
+    return "." not in os.path.basename(path) and os.path.islink(path) and not os.path.exists(path)
+
+
+# ---------------------------------------------------------------- object storage
+
+
+def _remote_files(system: Any, path: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Path and state of what a path or glob of a remote file system names."""
+    if not re.search("[*?]", path) and (system.isfile(path) or not _has_marks(path)):
+        return [(path, system.info(path))] if system.exists(path) else []
+    # One listing tells all of many files.
+    found = system.glob(_escaped(system, path), detail=True)
+    return sorted((str(name), info) for name, info in found.items())
+
+
+def _escaped(system: Any, path: str) -> str:
+    """The glob with the brackets of folders that are called so as `[[]`."""
+    parts: list[str] = []
+    literal = ""
+    for part in path.split("/"):
+        literal = f"{literal}/{part}" if parts else part
+        named = "[" in part and not re.search("[*?]", part) and system.exists(literal)
+        parts.append(part.replace("[", "[[]") if named else part)
+    return "/".join(parts)
+
+
+# ---------------------------------------------------------------- folders
+
+
+@functools.lru_cache
+def _warn_of_folders(pattern: str, folders: tuple[str, ...]) -> None:
+    """Said once in a process, which lists its files several times."""
+    if folders and _has_marks(pattern):
+        log.warning("data files %r: folders are left out, such as %s; ** goes into folders", pattern, folders[0])
+
+
+def _folder_remedy(system: Any, path: str) -> str:
+    """What to write instead of a folder."""
+    names = [posixpath.basename(str(each).rstrip("/")) for each in system.ls(path, detail=False)]
+    place = path if isinstance(system, LocalFileSystem) else system.unstrip_protocol(path)
+    place = place.rstrip("/")
+    if any(name in names for name in _SAVED_DATASET):
+        return f"no such file, but a folder of Dataset.save_to_disk; set format: huggingface for {place}"
+    endings = Counter(posixpath.splitext(name)[1] for name in names)
+    endings.pop("", None)
+    shown = [f"{place}/*{ending} ({count})" for ending, count in endings.most_common(3)]
+    return f"no such file, but a folder; name its files, such as {', '.join(shown) if shown else f'{place}/**/*.jsonl'}"

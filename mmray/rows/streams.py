@@ -1,0 +1,152 @@
+"""Compressed and UTF-16 files as streams of UTF-8, read forwards in flat memory.
+
+Offsets of rows are those of the decoded stream. It can be entered at its beginning and, where the file has several,
+at each member of gzip (bgzip) or frame of zstd (pzstd), in UTF-16 everywhere: such places are noted in the one
+pass that looks for rows, and a reader enters at the last one before its rows. A file of one member is read from its
+beginning by each reader, once, at some 200 MB/s of text.
+
+What is cut off or damaged raises OSError: a checksum is looked at to the end of each member.
+"""
+
+import codecs
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import zstandard
+
+Compression = Literal["", "gzip", "zstd"]
+Encoding = Literal["utf-8", "utf-16-le", "utf-16-be"]
+
+ENTRY_BYTES = 16 << 20
+"""Of the decoded stream, between places to enter at."""
+_COMPRESSED_BYTES = 1 << 17
+_DECODED_BYTES = 8 << 20
+_MAX_WINDOW = 1 << 31
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A place where a stream can be entered. offset: of the decoded stream; place: byte of the file."""
+
+    offset: int = 0
+    place: int = 0
+
+
+BEGINNING = Entry()
+
+
+class RowStream:
+    """The decoded bytes of a file from an entry on. offset: of the next byte that `read` gives; entries: those that
+    were passed."""
+
+    def __init__(self, file: BinaryIO, compression: Compression, encoding: Encoding, entry: Entry = BEGINNING) -> None:
+        self.offset = entry.offset
+        self.entries = [entry]
+        self._rest = b""
+        self._blocks = _decoded(file, compression, encoding, entry.place)
+
+    def read(self, size: int) -> bytes:
+        """Up to so many bytes, fewer only at the end. Raises OSError for a damaged file."""
+        pieces, length = [self._rest], len(self._rest)
+        try:
+            while length < size and (found := next(self._blocks, None)) is not None:
+                block, place = found
+                if place is not None and self.offset + length >= self.entries[-1].offset + ENTRY_BYTES:
+                    self.entries.append(Entry(self.offset + length, place))
+                pieces.append(block)
+                length += len(block)
+        except (zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError) as error:
+            raise OSError(f"damaged behind byte {self.offset + length} of its text: {error}") from error
+        data = b"".join(pieces)
+        self._rest = data[size:]
+        self.offset += min(size, length)
+        return data[:size]
+
+    def skip_to(self, offset: int) -> None:
+        """Read on to an offset, which is not before this one."""
+        while self.offset < offset and self.read(min(_DECODED_BYTES, offset - self.offset)):
+            pass
+
+
+def _decoded(
+    file: BinaryIO, compression: Compression, encoding: Encoding, place: int
+) -> Iterator[tuple[bytes, int | None]]:
+    """Pieces of the stream, each with the place of the file where it could be entered, or None."""
+    file.seek(place)
+    blocks = _decompressed(file, compression, place) if compression else _plain(file, place)
+    return blocks if encoding == "utf-8" else _transcoded(blocks, encoding, place, enterable=not compression)
+
+
+def _plain(file: BinaryIO, place: int) -> Iterator[tuple[bytes, int | None]]:
+    while block := file.read(_DECODED_BYTES):
+        yield block, place
+        place += len(block)
+
+
+def _decompressed(file: BinaryIO, compression: Compression, place: int) -> Iterator[tuple[bytes, int | None]]:
+    data = b""
+    while data := data or file.read(_COMPRESSED_BYTES):
+        if compression == "gzip" and data[0] == 0:  # zeros pad an archive's end
+            place, data = place + len(data) - len(data.lstrip(b"\0")), data.lstrip(b"\0")
+            continue
+        yield b"", place
+        decoder = _decoder(compression)
+        while not decoder.eof:
+            block, rest = decoder.decompress(data, _DECODED_BYTES), decoder.unconsumed_tail
+            if decoder.eof:
+                rest = decoder.unused_data
+            place, data = place + len(data) - len(rest), rest
+            if block:
+                yield block, None
+            if not (data or block or decoder.eof):
+                data = file.read(_COMPRESSED_BYTES)
+                if not data:
+                    raise EOFError("the end of the file is missing; copy it anew")
+
+
+class _Zstd:
+    """A frame of zstd, decoded as `zlib.decompressobj` does it."""
+
+    def __init__(self) -> None:
+        self._frame: Any = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+        self.unconsumed_tail = b""
+        self._growth = 8192.0  # of the last piece: a block of 4 bytes may become 128 KB
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._frame.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self._frame.unused_data) + self.unconsumed_tail
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        """most: kept to as far as the last pieces foretell it; the decoder knows no bound of its own."""
+        taken = max(64, int(most / max(1.0, 4 * self._growth)))
+        piece, self.unconsumed_tail = data[:taken], data[taken:]
+        decoded = bytes(self._frame.decompress(piece)) if piece else b""
+        if decoded:
+            self._growth = max(len(decoded) / len(piece), self._growth / 4)
+        return decoded
+
+
+def _decoder(compression: Compression) -> Any:
+    return zlib.decompressobj(16 + zlib.MAX_WBITS) if compression == "gzip" else _Zstd()
+
+
+def _transcoded(
+    blocks: Iterator[tuple[bytes, int | None]], encoding: Encoding, place: int, *, enterable: bool
+) -> Iterator[tuple[bytes, int | None]]:
+    """UTF-16 as UTF-8, without its mark. Half a surrogate pair becomes bytes that are no UTF-8: that row says so."""
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    is_first = place == 0
+    for block, at in blocks:
+        is_whole = not decoder.getstate()[0]  # no character has begun in the block before
+        text = decoder.decode(block)
+        if is_first and text:
+            text, is_first = text.removeprefix("\ufeff"), False
+        yield text.encode("utf-8", "surrogatepass"), at if enterable and at and is_whole else None
+    if decoder.getstate()[0]:
+        raise EOFError("it ends inside a character; copy it anew")

@@ -1,0 +1,158 @@
+"""Rows of Parquet and Arrow files, read forwards, a few at a time, and only the columns that rows are made of.
+
+Parquet can be entered only at the start of a row group, and a row group may hold many chunks of rows; Arrow at the
+start of a record batch, and its streams only at their beginning. So a reader goes on where its last piece ended: an
+actor that reads every second chunk of a file decodes the file once, and holds a few rows, never a row group.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from mmray.errors import RowError, UserError
+from mmray.images.source import one_line
+from mmray.storage import file_system
+
+BATCH_ROWS = 64
+_BUFFER_BYTES = 1 << 20
+_NO_CONTENT = {"id", "images", "image"}
+
+
+def num_table_rows(opened: BinaryIO, format_: str) -> int:
+    """The rows of an opened Parquet or Arrow file."""
+    if format_ == "parquet":
+        return int(pq.ParquetFile(opened).metadata.num_rows)
+    return sum(batch.num_rows for batch in _arrow_batches(opened))
+
+
+def row_values(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any] | RowError]:
+    """The rows as dictionaries; where one has a cell that Python cannot hold, its error."""
+    try:
+        return list(table.to_pylist())
+    except (ValueError, OverflowError, NotImplementedError):
+        return [_value(table.slice(row, 1)) for row in range(table.num_rows)]
+
+
+def _value(row: pa.RecordBatch | pa.Table) -> dict[str, Any] | RowError:
+    try:
+        (value,) = row.to_pylist()
+    except UnicodeDecodeError as error:
+        return RowError("not_utf8", f"a text of the row is not UTF-8 ({error.reason}); write the file as UTF-8")
+    except (ValueError, OverflowError, NotImplementedError) as error:
+        return RowError("wrong_type", f"a cell of the row cannot be read: {one_line(error)}; write it as another type")
+    return value
+
+
+class _Groups(Protocol):
+    """A table in groups of rows, any of which can be begun with. ends: the row behind each group."""
+
+    ends: np.ndarray
+
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a group and, if it likes, of those behind it."""
+
+
+class TableRows:
+    """The rows of one file, read forwards; going back, or over a group's end, starts at a group."""
+
+    def __init__(self, uri: str, format_: str, columns: Sequence[str]) -> None:
+        """columns: that are used; () for all."""
+        self.uri, self.columns = uri, tuple(columns)
+        self._groups: _Groups = (_ParquetGroups if format_ == "parquet" else _ArrowGroups)(uri, self.columns)
+        self._group = -1
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._next_row = 0  # of the file, the first that _batches will give
+        self._rest: pa.RecordBatch | None = None  # rows just before _next_row, decoded but not asked for yet
+
+    def values(self, first: int, num_rows: int) -> Iterator[dict[str, Any] | RowError]:
+        """Rows [first, first + num_rows)."""
+        row, stop = first, first + num_rows
+        while row < stop:
+            batch = self._rows_from(row, stop)
+            yield from row_values(batch)
+            row += batch.num_rows
+
+    def _rows_from(self, row: int, stop: int) -> pa.RecordBatch:
+        """Rows from `row` on, at least one, none at or after `stop`."""
+        group = int(np.searchsorted(self._groups.ends, row, side="right"))
+        if group != self._group or row < self._next_row - (self._rest.num_rows if self._rest else 0):
+            self._group, self._rest = group, None
+            self._next_row = int(self._groups.ends[group - 1]) if group else 0
+            self._batches = self._groups.batches(group)
+        while row >= self._next_row:
+            self._rest = self._next_batch()
+            self._next_row += self._rest.num_rows
+        assert self._rest is not None
+        ahead = self._rest.slice(self._rest.num_rows - (self._next_row - row))
+        taken = min(stop - row, BATCH_ROWS)
+        self._rest = ahead.slice(taken)
+        return ahead.slice(0, taken)
+
+    def _next_batch(self) -> pa.RecordBatch:
+        try:
+            return next(self._batches)
+        except (OSError, pa.ArrowException, StopIteration) as error:
+            ends = self._groups.ends
+            begin, end = (int(ends[self._group - 1]) if self._group else 0), int(ends[self._group])
+            self._group = -1
+            raise UserError(f"{self.uri}: rows {begin} to {end - 1} cannot be read: {error}") from error
+
+
+class _ParquetGroups:
+    """The row groups of a Parquet file."""
+
+    def __init__(self, uri: str, columns: Sequence[str]) -> None:
+        # Unbuffered, Arrow holds whole column chunks: all images of a row group.
+        system, path = file_system(uri)
+        file = system.open(path, "rb", cache_type="none")  # else each jump to another column fetches megabytes more
+        self._file = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        metadata = self._file.metadata
+        self.ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+        self._columns = _used(self._file.schema_arrow.names, columns)
+
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        return iter(self._file.iter_batches(BATCH_ROWS, row_groups=[group], columns=self._columns))
+
+
+class _ArrowGroups:
+    """The record batches of an Arrow file as one group: batches that are passed over are not decoded."""
+
+    def __init__(self, uri: str, columns: Sequence[str]) -> None:
+        self._uri = uri
+        with _opened(uri) as file:
+            *_, rows = accumulate((batch.num_rows for batch in _arrow_batches(file)), initial=0)
+        self.ends = np.asarray([rows])
+        self._columns = columns
+
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        with _opened(self._uri) as file:
+            for batch in _arrow_batches(file):
+                names = _used(batch.schema.names, self._columns)
+                yield batch.select(names) if names is not None else batch
+
+
+def _opened(uri: str) -> Any:
+    system, path = file_system(uri)
+    return pa.memory_map(path) if isinstance(system, LocalFileSystem) else system.open(path, "rb")
+
+
+def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
+    """The batches of Arrow's file format or of its stream, which `datasets` writes."""
+    begins_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    if begins_file:
+        reader = pa.ipc.open_file(file)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(file)
+
+
+def _used(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
+    """Which columns to read; None for all, where there are none of what rows are made of: the error names them."""
+    used = [name for name in names if name in columns]
+    return used if set(used) - _NO_CONTENT else None

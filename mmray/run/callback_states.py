@@ -1,0 +1,32 @@
+"""What callbacks have a checkpoint carry: `callbacks.json`, an object of each callback's state by its name.
+
+A checkpoint whose callbacks remember nothing has no such file.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmray.errors import UserError
+
+CALLBACKS_FILE = "callbacks.json"
+
+
+def write_callback_states(folder: Path, states: Mapping[str, dict[str, Any]]) -> None:
+    """Write the states that hold something into a checkpoint; no file where none does."""
+    kept = {name: state for name, state in states.items() if state}
+    if kept:
+        (folder / CALLBACKS_FILE).write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def read_callback_states(folder: Path) -> dict[str, dict[str, Any]]:
+    """The states in a checkpoint, by callback; none where it has none. Raises UserError where they cannot be read."""
+    path = folder / CALLBACKS_FILE
+    if not path.exists():
+        return {}
+    try:
+        states: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
+    return states

@@ -1,0 +1,215 @@
+"""The callbacks of every run, and their order."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+
+from mmray.base.json_lines import JsonLines
+from mmray.batches.plan import BatchMaker
+from mmray.errors import UserError
+from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
+from mmray.run.metrics import MetricsLog
+from mmray.run.skipped import Seen, SkippedLog
+from mmray.run.state import RunState
+from mmray.run.tracking import TrackedRun, public_settings
+from mmray.schedule.schedule import Schedule
+from mmray.training.bins_log import TRAINED_FILE
+from mmray.training.first_loss import first_loss_problem
+
+log = logging.getLogger("mmray")
+
+STORE_LOOK_SECONDS = 5.0
+"""How often an object store is asked whether the run shall stop; a folder is before each step."""
+
+
+def standard_callbacks(
+    run: RunState, *, watching: Sequence[Callback] = (), asking: Sequence[Callback] = ()
+) -> list[Callback]:
+    """The callbacks of a run in the order in which they are called; it stands here alone.
+
+    Args:
+        watching: those that only look on; they are told of a step when it is in the records, before an evaluation.
+        asking: those that ask the loop to save or to stop; they come when a step is evaluated, before the periodic
+            checkpoint is asked for.
+    """
+    return [
+        History(),
+        PlannedStop(run),
+        Records(run),
+        FirstLoss(),
+        *watching,
+        Evaluate(run),
+        *asking,
+        PeriodicCheckpoints(run.plan.job.training.checkpoint_every_steps),
+    ]
+
+
+class History(Callback):
+    """Writes what happens to the run into its `history.jsonl`."""
+
+    def at_start(self, loop: Loop) -> None:
+        run = loop.run
+        if run.checkpoint is None:
+            run.note("start", loop.step)
+            return
+        run.note("resume", loop.step, checkpoint=run.checkpoint)
+        if loop.step == run.start.first_step > 0:
+            data = run.prepared
+            run.note("continue_on", loop.step, prepared=data.path, fingerprint=data.fingerprint, bins=len(data))
+
+    def on_checkpoint(self, loop: Loop, name: str, seconds: float) -> None:
+        loop.run.note("checkpoint", loop.step, name=name, seconds=round(seconds, 3))
+
+    def at_end(self, loop: Loop) -> None:
+        if loop.stop_reason is not None and loop.step < loop.run.total_steps:
+            loop.run.note("stop", loop.step, reason=loop.stop_reason)
+        else:
+            loop.run.note("finish", loop.step)
+
+
+class FirstLoss(Callback):
+    """Says loudly, in log and history, where the first loss is not one of the weights that were given."""
+
+    def after_step(self, loop: Loop, done: DoneStep) -> None:
+        run, metrics = loop.run, done.metrics
+        if done.number > 1 or not run.is_first:
+            return
+        config = run.engine.model.config
+        problem = first_loss_problem(metrics.loss, metrics.trained_tokens, run.plan.job.model, config)
+        if problem:
+            log.warning("%s", problem)
+            run.note("first_loss", done.number, loss=metrics.loss, problem=problem)
+
+
+class PlannedStop(Callback):
+    """Ends the run after the step it is in when its folder says so (`RunFolder.ask_to_stop`)."""
+
+    def __init__(self, run: RunState) -> None:
+        self._folder, self._looks = run.folder, run.is_first
+        self._pause = 0.0 if run.folder.shared_path is not None else STORE_LOOK_SECONDS
+        self._next_look, self._who = 0.0, "another rank"
+
+    def flag(self) -> int:
+        """Whether to stop. Rank 0's answer counts for all."""
+        if not self._looks or time.monotonic() < self._next_look:
+            return 0
+        self._next_look = time.monotonic() + self._pause
+        try:
+            who = self._folder.asked_to_stop()
+        except (OSError, UserError):  # a store that does not answer is asked again
+            return 0
+        self._who = who or self._who
+        return int(who is not None)
+
+    def before_step(self, loop: Loop, step: Step) -> None:
+        if step.flags[self.name][0]:
+            loop.stop(self._who)
+
+
+class Records(Callback):
+    """Rank 0 writes the numbers of each step (`metrics.jsonl`, trackers), the bins it trained on (`trained.jsonl`) and
+    the samples it left out (`skipped.jsonl`).
+
+    It stops the run before a step where too many samples are left out.
+    """
+
+    def __init__(self, run: RunState) -> None:
+        """Numbers of steps that will be done again are forgotten."""
+        self._skipped: SkippedLog | None = None
+        if not run.is_first:
+            return
+        job, folder = run.plan.job, run.folder.path
+        tracked = TrackedRun(job.name, folder, public_settings(job), run.plan.commit)
+        self._metrics = MetricsLog(tracked, run.start.step, job.tracking.trackers())
+        self._skipped = SkippedLog(folder, run.start.step, job.data.max_skipped_share)
+        self._trained = JsonLines(folder / TRAINED_FILE)
+
+    def before_step(self, loop: Loop, step: Step) -> None:
+        if self._skipped:
+            self._skipped.add(step.number, "train", step.seen)
+
+    def after_step(self, loop: Loop, done: DoneStep) -> None:
+        if not self._skipped:
+            return
+        trained, metrics, seen = done.step.trained, done.metrics, done.step.seen
+        self._trained.append(asdict(trained))
+        self._metrics.write(
+            done.number,
+            epoch=done.epoch,
+            loss=metrics.loss,
+            tokens=metrics.tokens,
+            **({} if metrics.router_loss is None else {"router_loss": metrics.router_loss}),
+            trained_tokens=metrics.trained_tokens,
+            bins=len(trained.all_bins),
+            workers=trained.workers,
+            samples=seen.samples,
+            skipped_samples=len(seen.skipped),
+            lr=metrics.learning_rate,
+            grad_norm=metrics.grad_norm,
+            step_seconds=done.seconds,
+            data_wait_seconds=done.step.waited,
+        )
+
+    def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:
+        if not self._skipped:
+            return
+        seen = evaluation.seen
+        self._skipped.add(evaluation.step, "eval", seen)
+        self._metrics.write(
+            evaluation.step, epoch=evaluation.epoch, eval_loss=evaluation.loss,
+            eval_trained_tokens=evaluation.trained_tokens, eval_samples=seen.samples,
+            eval_skipped_samples=len(seen.skipped),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        if self._skipped:
+            self._trained.close()
+            self._metrics.close()
+
+
+class Evaluate(Callback):
+    """Evaluates the job's eval set every `training.eval_every_steps` steps, where it has one."""
+
+    def __init__(self, run: RunState) -> None:
+        self._run = run
+
+    def after_step(self, loop: Loop, done: DoneStep) -> None:
+        maker = self._maker if is_due(done.number, self._run.plan.job.training.eval_every_steps) else None
+        if maker is None:
+            return
+        run, seen_here = self._run, Seen()
+        steps = maker.plan.schedule.steps_per_epoch
+        loss, tokens = run.engine.evaluate(seen_here.through(maker.steps(run.ranks.rank, 0, steps)))
+        counts = run.ranks.every(seen_here.samples)
+        seen = Seen(sum(counts), run.engine.gather_objects(seen_here.skipped))
+        loop.evaluated(Evaluation(done.number, done.epoch, loss, tokens, seen))
+
+    @cached_property
+    def _maker(self) -> BatchMaker | None:
+        """Makes the batches of the eval set, whose few bins are rendered in this process."""
+        plan, ranks = self._run.plan, self._run.ranks
+        if plan.eval is None:
+            return None
+        bins, fingerprint = plan.eval
+        per_step = ranks.size * plan.job.training.micro_batch_bins
+        schedule = Schedule(bins, global_batch_bins=per_step, seed=0, fingerprint=fingerprint, shuffle=False)
+        return BatchMaker(plan.batches("eval", schedule, ranks.size), tile_cache=plan.job.resources.tile_cache)
+
+
+class PeriodicCheckpoints(Callback):
+    """Asks for a checkpoint every so many steps. The loop itself saves the last."""
+
+    def __init__(self, every_steps: int | None) -> None:
+        """every_steps: None for the last checkpoint only."""
+        self._every_steps = every_steps
+
+    def after_step(self, loop: Loop, done: DoneStep) -> None:
+        if is_due(done.number, self._every_steps):
+            loop.save()
+
+
+def is_due(step: int, every_steps: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one; None: never."""
+    return every_steps is not None and step % every_steps == 0

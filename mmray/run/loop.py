@@ -1,0 +1,184 @@
+"""The loop of a run: batches in schedule order, step after step, and its callbacks around each.
+
+    run = open_run(plan, folder, ranks, …)                what a rank is
+    callbacks = standard_callbacks(run, …)                what happens beside the steps, in order
+    TrainingLoop(run, callbacks, checkpoints).train(batches)
+
+It knows no Ray: where batches come from and how checkpoints reach the run's folder is handed in. `jobs/train_loop.py`
+hands in Ray Data and Ray Train; `BatchMaker.steps` and `FolderCheckpoints` need neither.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from mmray.batches.micro_batch import MicroBatch
+from mmray.run.callback import Callback, DoneStep, Evaluation, Step
+from mmray.run.callback_states import write_callback_states
+from mmray.run.place import write_place
+from mmray.run.skipped import Seen
+from mmray.run.state import RunState
+from mmray.schedule.cursor import Cursor
+from mmray.training.bins_log import TrainedStep
+from mmray.training.checkpoint import save_state
+
+log = logging.getLogger("mmray")
+
+BatchSource = Callable[[int, int], Iterator[list[MicroBatch]]]
+"""This rank's micro-batches of the steps [start, stop) of a run, step by step."""
+
+
+class CheckpointStore(Protocol):
+    """Brings checkpoints into the folder of a run. Its methods are collective."""
+
+    def save(self, write: Callable[[Path], None], step: int, *, wait: bool) -> str:
+        """Have this rank's part written into a folder and take it to the run's; the checkpoint's name.
+
+        Args:
+            write: writes this rank's files into an empty folder.
+            step: steps done.
+            wait: until this rank's part is in the run's folder.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole, and delete those that are no longer kept."""
+        ...
+
+
+class TrainingLoop:
+    """Trains one rank of a run to its end, or until a callback asks it to stop."""
+
+    def __init__(self, run: RunState, callbacks: Sequence[Callback], checkpoints: CheckpointStore) -> None:
+        """callbacks: called in this order, on every rank the same."""
+        names = [callback.name for callback in callbacks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"callbacks of one run need different names, got {', '.join(names)}")
+        self.run = run
+        self.cursor: Cursor = run.start
+        self.stop_reason: str | None = None
+        self._callbacks, self._checkpoints = list(callbacks), checkpoints
+        self._saved_step: int | None = run.start.step if run.checkpoint else None
+        self._save_asked = self._wait_asked = False
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.cursor.step
+
+    @property
+    def epoch(self) -> float:
+        """Epochs of the data that are done."""
+        return self.run.epoch(self.cursor.step)
+
+    def save(self, *, wait: bool = False) -> None:
+        """Ask for a checkpoint when all callbacks have been told of the step. wait: until it is whole."""
+        self._save_asked, self._wait_asked = True, self._wait_asked or wait
+
+    def stop(self, reason: str) -> None:
+        """Ask the run to end: in `before_step` without doing that step, else after this one. It is saved first."""
+        self.stop_reason = self.stop_reason or reason
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Tell all callbacks of an evaluation."""
+        for callback in self._callbacks:
+            callback.on_evaluation(self, evaluation)
+
+    def train(self, batches: BatchSource) -> None:
+        """Do all steps that are left. Collective; raises what a step or a callback raises."""
+        with ExitStack() as closing:
+            for callback in self._callbacks:
+                closing.callback(callback.close)
+            self._restore()
+            for callback in self._callbacks:
+                callback.at_start(self)
+            if self.stop_reason is None:
+                self._steps(batches)
+            self._checkpoints.finish()
+            for callback in self._callbacks:
+                callback.at_end(self)
+
+    def _restore(self) -> None:
+        states = dict(self.run.callback_states)
+        for callback in self._callbacks:
+            if (state := states.pop(callback.name, None)) is not None:
+                callback.restore(state)
+        if states and self.run.is_first:
+            log.warning(
+                "%s carries the state of %s, which this run does not have: it is left out of the next checkpoints",
+                self.run.checkpoint, ", ".join(states),
+            )  # fmt: skip
+
+    def _steps(self, batches: BatchSource) -> None:
+        started = time.monotonic()
+        for micro_batches in batches(self.step, self.run.total_steps):
+            waited, started = time.monotonic() - started, time.monotonic()
+            step = self._exchange(micro_batches, waited)
+            self._before(step)
+            if self.stop_reason is not None:
+                break
+            self._do(step, micro_batches, started)
+            if self.stop_reason is not None:
+                break
+            started = time.monotonic()
+        if self.stop_reason is not None and self._saved_step != self.step > 0:
+            self._save(wait=True)
+
+    def _before(self, step: Step) -> None:
+        for callback in self._callbacks:
+            callback.before_step(self, step)
+            if self.stop_reason is not None:
+                return
+
+    def _do(self, step: Step, micro_batches: list[MicroBatch], started: float) -> None:
+        metrics = self.run.engine.step(micro_batches)
+        seconds = time.monotonic() - started
+        self.cursor = self.cursor.advance()
+        done = DoneStep(step, metrics, seconds, self.epoch)
+        for callback in self._callbacks:
+            callback.after_step(self, done)
+        if self._save_asked or self.step == self.run.total_steps:
+            self._save(wait=self._wait_asked or self.step == self.run.total_steps)
+
+    def _exchange(self, micro_batches: list[MicroBatch], waited: float) -> Step:
+        """What all ranks are given in the next step, by the batches themselves. Collective."""
+        run, here = self.run, Seen.of(micro_batches)
+        bins = [number for batch in micro_batches for number in batch.bins]
+        padding = [-1] * (run.batches.micro_batches * run.batches.micro_batch_bins - len(bins))
+        flags = [int(callback.flag()) for callback in self._callbacks]
+        rows = run.engine.gather([here.samples, len(here.skipped), *flags, *bins, *padding])
+        skipped = run.engine.gather_objects(here.skipped) if any(count for _, count, *_ in rows) else []
+        first_bin = 2 + len(flags)
+        trained = TrainedStep(
+            step=self.step + 1,
+            data=self.cursor.fingerprint,
+            workers=run.ranks.size,
+            bins=[[number for number in row[first_bin:] if number >= 0] for row in rows],
+        )
+        return Step(
+            trained,
+            Seen(sum(row[0] for row in rows), skipped),
+            waited,
+            {callback.name: [row[2 + index] for row in rows] for index, callback in enumerate(self._callbacks)},
+        )
+
+    def _save(self, wait: bool) -> None:
+        self._save_asked = self._wait_asked = False
+        started = time.monotonic()
+        if self.run.is_first:
+            self.run.folder.publish()
+        name = self._checkpoints.save(self._write, self.step, wait=wait)
+        seconds = time.monotonic() - started
+        self._saved_step = self.step
+        for callback in self._callbacks:
+            callback.on_checkpoint(self, name, seconds)
+
+    def _write(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint."""
+        save_state(self.run.engine, folder)
+        if self.run.is_first:
+            write_place(folder, self.cursor, self.run.prepared)
+            write_callback_states(folder, {callback.name: callback.state() for callback in self._callbacks})

@@ -1,0 +1,110 @@
+"""What one rank of a run is: its plan, place, data and engine, built once and never changed.
+
+What moves (the cursor) is the loop's (`loop.py`); what callbacks remember is theirs (`callback.py`).
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmray.batches.plan import BatchPlan
+from mmray.prepared import PreparedDataset
+from mmray.run.callback_states import read_callback_states
+from mmray.run.checkpoints import Scratch, newest_whole, step_of
+from mmray.run.folder import RunFolder
+from mmray.run.history import Event, add_to_history
+from mmray.run.plan import RunPlan
+from mmray.schedule.cursor import Cursor
+from mmray.training.engine import TrainingEngine
+from mmray.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One rank of a run, ready to train."""
+
+    plan: RunPlan
+    """What the driver decided."""
+    folder: RunFolder
+    """The run's folder as this process sees it."""
+    ranks: Ranks
+    """All ranks of the run."""
+    prepared: PreparedDataset
+    """The data it trains on."""
+    start: Cursor
+    """Where it begins or goes on."""
+    checkpoint: str | None
+    """Name of the checkpoint it goes on from; None at the beginning of a run."""
+    callback_states: Mapping[str, dict[str, Any]]
+    """What callbacks had the checkpoint carry, by their names."""
+    total_steps: int
+    """Steps of the whole run."""
+    batches: BatchPlan
+    """The micro-batches of all steps."""
+    engine: TrainingEngine
+    """Model and optimizer."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes the records."""
+        return self.ranks.rank == 0
+
+    def note(self, event: Event, step: int, **values: Any) -> None:
+        """Rank 0 puts an event into the run's history. step: the steps done."""
+        if self.is_first:
+            add_to_history(self.folder.path, event, step, self.ranks.size, **values)
+
+    def epoch(self, step: int) -> float:
+        """Epochs of the data it trains on that are done after `step` steps of the run."""
+        return round((step - self.start.first_step) / self.plan.schedule.steps_per_epoch, 6)
+
+
+def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, node: str = "") -> RunState:
+    """Restore a rank from the newest whole checkpoint of the run, or build it anew where there is none. Collective.
+
+    Args:
+        scratch: a folder of this run on the node's own disk. A checkpoint of an object store is copied there and
+            deleted when it is restored; where ranks share no folder, a conversion for another number of ranks goes
+            there, too.
+        node: ranks that give the same see the same `scratch`.
+
+    Raises UserError where the checkpoint does not fit the plan, or checkpoints are there and none is whole.
+    """
+
+    def note_damage(name: str, problem: str) -> None:
+        add_to_history(folder.path, "damaged_checkpoint", step_of(name), ranks.size, checkpoint=name, problem=problem)
+
+    prepared = PreparedDataset(plan.job.prepared_path("train"))
+    copies = None if folder.shared_path is not None else Scratch(scratch / "restored", node)
+    checkpoint = newest_whole(folder, ranks, note_damage, copies)
+    start = plan.place(checkpoint, prepared)
+    total_steps = plan.total_steps(start)
+    batches = plan.batches("train", plan.schedule, ranks.size, start.first_step)
+    engine = TrainingEngine(
+        plan.job.model,
+        plan.job.training,
+        total_steps=total_steps,
+        grad_accumulation=batches.micro_batches,
+        resume_from=checkpoint,
+        scratch=folder.shared_path or scratch,
+        node=copies.node if copies else "",
+        ranks=ranks,
+    )
+    states = read_callback_states(checkpoint) if checkpoint else {}
+    ranks.every(None)
+    if checkpoint is not None and copies is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return RunState(
+        plan=plan,
+        folder=folder,
+        ranks=ranks,
+        prepared=prepared,
+        start=start,
+        checkpoint=checkpoint.name if checkpoint else None,
+        callback_states=states,
+        total_steps=total_steps,
+        batches=batches,
+        engine=engine,
+    )

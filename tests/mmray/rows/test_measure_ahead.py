@@ -1,0 +1,109 @@
+"""Images in object storage are measured by many requests at a time: the same rows, in their order, and soon."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from mmray.images import measure_ahead
+from mmray.images.header import measured
+from mmray.images.measure_ahead import AHEAD, MeasureAhead
+from mmray.rows.image_refs import remote_images
+from mmray.rows.read import RawRow
+from mmray.rows.settings import DatasetSettings
+from tests.mmray.preparing import Preparation
+
+DELAY = 0.02
+
+
+class FarAway(MemoryFileSystem):
+    """An object store in memory, which takes DELAY to open something. most: opened at a time."""
+
+    protocol = "far"
+    cachable = False
+    lock = threading.Lock()
+    now = most = 0
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> object:
+        if mode == "rb":
+            with FarAway.lock:
+                FarAway.now += 1
+                FarAway.most = max(FarAway.most, FarAway.now)
+            time.sleep(DELAY)
+            with FarAway.lock:
+                FarAway.now -= 1
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture
+def store(pictures: Path) -> Iterator[str]:
+    """The folder of 400 pictures far away, of four sizes, some of them missing or broken."""
+    fsspec.register_implementation("memory", FarAway, clobber=True)
+    try:
+        system, names = FarAway(), ("page.png", "wide.png", "small.png")
+        for number in range(400):
+            if number % 10 == 3:
+                continue
+            content = b"no picture" if number % 10 == 7 else (pictures / names[number % 3]).read_bytes()
+            system.pipe_file(f"/far-pages/{number}.png", content)
+        FarAway.now = FarAway.most = 0
+        yield "memory://far-pages"
+    finally:
+        fsspec.register_implementation("memory", MemoryFileSystem, clobber=True)
+        MemoryFileSystem().rm("/far-pages", recursive=True)
+
+
+def test_rows_are_those_of_asking_one_after_another_and_come_soon(
+    store: str, processors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [{"id": str(number), "text": "<image> a page", "images": [f"{number}.png"]} for number in range(400)]
+    rows = [RawRow(f"/rows.jsonl:{number}", 0, value) for number, value in enumerate(values)]
+    rows[5] = RawRow("/rows.jsonl:5", 0, {"id": "5", "text": "<image><image>", "images": ["5.png", "6.png"]})
+    job = Preparation(processors["qwen2_vl"], {"files": "x", "kind": "pretrain", "image_root": store})
+    job.encoder.encode(rows[:2])
+    seconds, results = {}, {}
+    for ahead in (AHEAD, 1):
+        monkeypatch.setattr(measure_ahead, "AHEAD", ahead)
+        started = time.perf_counter()
+        results[ahead] = job.encoder.encode(rows)
+        seconds[ahead] = time.perf_counter() - started
+    assert list(map(repr, results[AHEAD])) == list(map(repr, results[1]))
+    assert {row.reason for row in results[1] if hasattr(row, "reason")} == {"image_missing", "image_unreadable"}
+    assert FarAway.most == AHEAD
+    assert seconds[1] > 6 * seconds[AHEAD], seconds  # 20 times on a machine of one's own: benchmarks/bench_latency.py
+
+
+def test_an_error_comes_at_its_images_turn_and_no_more_are_asked_for_than_the_window(store: str) -> None:
+    asked = []
+
+    def measure(source: str, **options: object):
+        asked.append(source)
+        if source.endswith("/5.png"):
+            raise ConnectionError("the store is away")
+        return measured(source, **options)
+
+    sizes = MeasureAhead(measure, max_pixels=10**9, one_frame=False)
+    uris = [f"{store}/{number}.png" for number in range(0, 400, 5)]
+    sizes.expect([*uris, *uris])
+    assert sizes(uris[0]).size == (170, 220)
+    with pytest.raises(ConnectionError, match="away"):
+        sizes(uris[1])
+    assert sizes(uris[2]).size == sizes(uris[2]).size == (220, 170)
+    assert len(asked) == len(set(asked)) <= AHEAD + 2
+    sizes.expect([])
+    assert sizes(uris[2]).size == (220, 170), "asked for when it is named"
+    assert asked.count(uris[2]) == 2
+
+
+def test_what_is_local_is_not_asked_for_early(tmp_path: Path) -> None:
+    dataset = DatasetSettings(files="x", kind="pretrain")
+    row = {"images": ["a.png", {"path": "b.png"}, b"bytes", 7]}
+    assert remote_images(row, f"{tmp_path}/rows.jsonl:1", dataset) == []
+    row["images"] = ["a.png", "s3://bucket/b.png"]
+    assert remote_images(row, f"{tmp_path}/rows.jsonl:1", dataset) == ["s3://bucket/b.png"]
+    assert remote_images({"images": ["a.png"]}, "s3://bucket/rows.jsonl:1", dataset) == ["s3://bucket/a.png"]
+    assert remote_images({"images": ["../../a.png", "s3://x/b.png"]}, "/data/rows.jsonl:1", dataset) == []
