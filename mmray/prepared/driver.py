@@ -23,8 +23,10 @@ from mmray.images.header import BROKEN_EXIF, SEVERAL_FRAMES
 from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
 from mmray.prepared.stages import PrepareContext, WindowMaker
+from mmray.prepared.versions import labels_record
 from mmray.prepared.writer import PreparedWriter
 from mmray.rows.dealing import dealing_of
+from mmray.rows.document import DROPPED_THOUGHTS
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
 from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, set_files, source_files
 from mmray.rows.preflight import check_first_rows, set_name
@@ -135,6 +137,7 @@ def prepare_files(
             "model_type": context.model_type,
             "processor_source": context.processor_source,
             "loss_sources": sources,
+            "labels": labels_record(context.labels(), sources),
             "set_files": set_files(files, len(context.datasets)),
             "seconds": round(time.monotonic() - started, 1),
         },
@@ -175,6 +178,7 @@ _NOTES = {
     BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
     SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
     BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
+    DROPPED_THOUGHTS: "chats have thoughts that the chat template leaves out (allow_dropped)",
     WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
 }
 
@@ -199,7 +203,7 @@ def _check_first_rows(context: PrepareContext, chunks: Sequence[Chunk], sizes: K
     encoder = context.encoder(context.data.lenient, SizeCache(sizes.known) if sizes else None)
     pieces = [piece for chunk in chunks for piece in chunk.pieces]
     sources = check_first_rows(
-        encoder, context.labels(), pieces, split=context.split, loss=context.loss,
+        encoder, context.labels(), pieces, split=context.split,
         some_good=context.data.max_rejected_share < 1,
     )  # fmt: skip
     return [source.value for source in sources]
