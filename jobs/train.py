@@ -31,6 +31,7 @@ from jobs.trace import trace
 from jobs.train_loop import train_worker, worker_config
 from mmray.config.job import Job, load_job
 from mmray.errors import PassingError, UserError
+from mmray.export import export_finished
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.report import Run, run_table
@@ -88,6 +89,7 @@ def train(
         last = _last_event(run)
         if (last.get("event"), last.get("step")) == ("finish", cursor.step):
             console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
+            export_at_end(job)
             return None
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
@@ -133,7 +135,16 @@ def train(
                 raise
             raise UserError(str(passing[0])) from error
     last = _last_event(run)
-    return last["step"] if last.get("event") == "stop" else None
+    if last.get("event") == "stop":
+        return last["step"]
+    export_at_end(job)
+    return None
+
+
+def export_at_end(job: Job) -> None:
+    """Write the model of a finished run, where the job says so, and tell where it is."""
+    if job.output.export.at_end:
+        console.print(f"{job.name}: finished, the model is in {export_finished(job.output.run, job.model)}")
 
 
 def _last_event(run: RunFolder) -> dict[str, Any]:

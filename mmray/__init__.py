@@ -5,4 +5,21 @@ format, the schedule and its cursor, and the DeepSpeed engine. `pipelines` and `
 a Ray cluster.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmray.export.prompting import Prompt
+
 __version__ = "0.1.0"
+
+
+def prompt(folder: str, *, trust_remote_code: bool = False) -> "Prompt":
+    """What makes a model's inputs of pages and text as training made them, for a folder that `mmray export` wrote.
+
+    >>> inputs = mmray.prompt("out/model")("<image>", images=["page.png"])
+
+    Raises UserError for another folder.
+    """
+    from mmray.export.prompting import Prompt  # transformers and torch, which importing mmray does not need
+
+    return Prompt(folder, trust_remote_code=trust_remote_code)

@@ -158,6 +158,29 @@ def inspect(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or a checkpoint in it.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write: a path or URI.")],
+    step: Annotated[int | None, typer.Option(help="Of which step; default: the newest whole checkpoint.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: that of the training.")] = None,
+    job_file: Annotated[
+        Path | None,
+        typer.Option("--job", metavar="JOB.yaml", help="The run's job, for checkpoints that do not name their model."),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in OUT.")] = False,
+) -> None:
+    """Write a checkpoint as a model folder that transformers loads, with its processor and how to prompt it."""
+    if dtype not in (None, "bf16", "fp32"):
+        raise UserError(f"--dtype {dtype}: give bf16 or fp32")
+    from mmray.config.job import load_job
+    from mmray.export import export_model
+
+    settings = None if job_file is None else load_job(job_file).model
+    exported = export_model(source, out, step=step, dtype=dtype, settings=settings, replace=replace)  # type: ignore[arg-type]
+    Console().print(str(exported), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006

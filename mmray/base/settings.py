@@ -4,7 +4,12 @@ The docstring under a field is its description in the JSON Schema (`mmray schema
 setting is documented exactly once.
 """
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+RowKind = Literal["pretrain", "chat", "tokenized"]
+"""What a row is: text, a chat, or ready-made token ids (`DatasetSettings.kind`)."""
 
 
 class Settings(BaseModel):

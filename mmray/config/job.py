@@ -120,6 +120,14 @@ class ResourceSettings(Settings):
         return not isinstance(self.workers, int)
 
 
+class ExportSettings(Settings):
+    """The model folder that a run ends with."""
+
+    at_end: bool = False
+    """Write the model when training is finished, as `mmray export` does, into the folder `model` of the run. The driver
+    does it: its machine needs memory for the weights."""
+
+
 class OutputSettings(Settings):
     """Where results go."""
 
@@ -128,6 +136,9 @@ class OutputSettings(Settings):
 
     run: str
     """Folder or URI of the training run: metrics.jsonl, TensorBoard files, checkpoints. All nodes must reach it."""
+
+    export: ExportSettings = ExportSettings()
+    """Whether the run ends with a folder that transformers loads."""
 
 
 class Job(Settings):

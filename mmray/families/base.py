@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
+from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 Size = tuple[int, int]
@@ -87,6 +88,8 @@ class Family(ABC):
     """`config.model_type` of the models this file serves."""
     processor_classes: ClassVar[tuple[str, ...]]
     """Class names of the processors this file serves."""
+    module_names: ClassVar[Parts]
+    """The modules of each part of the models, those of all of them together (`parts`)."""
     is_verified: ClassVar[bool] = True
     """False: works by general rules that no test has proven for this model."""
     position_rows: ClassVar[int] = 1
@@ -99,6 +102,12 @@ class Family(ABC):
     has_prompt: ClassVar[bool] = False
     """`pretrain` text begins with a prompt that the model sees as a whole and does not learn (`prompt_and_answer`);
     there are no chats."""
+    looks_ahead: ClassVar[bool] = False
+    """Tokens see a picture that comes after them, as the model was made."""
+    leaf_modules: ClassVar[tuple[str, ...]] = ()
+    """Classes of those of the model's modules that call layers as often as the data ask for, such as once a picture.
+    ZeRO-3 gathers all weights in them at once: else ranks with other data would gather other weights, and wait for each
+    other for ever."""
     least_features: ClassVar[int] = 1
     """Image features without which the model cannot run its vision tower: a row with fewer gets the dummy picture."""
 
@@ -128,6 +137,11 @@ class Family(ABC):
         if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise ValueError(f"the tokenizer of {type(self.processor).__name__} has no token {token!r}")
         return int(found)
+
+    @functools.cached_property
+    def num_token_ids(self) -> int:
+        """One more than the largest token id that the tokenizer can give."""
+        return max(len(self.tokenizer), 1 + max(self._vocabulary.values()))
 
     @property
     def padding_id(self) -> int:
@@ -254,6 +268,15 @@ class Family(ABC):
         """
         return None
 
+    def parts(self, model: PreTrainedModel) -> Parts:
+        """Which modules of a loaded model are its vision tower, its projector, its language model, and its embeddings
+        with the head: disjoint, and all parameters of the model. Raises UserError where a weight belongs to none."""
+        return self.module_names.of(model)
+
+    def embedding_rows(self, config: PretrainedConfig) -> int:
+        """Token ids that the model has a vector for: 0 to this number less one."""
+        return int(config.get_text_config().vocab_size)
+
     def config_image_token_id(self, config: PretrainedConfig) -> int:
         """The image token of the model itself, which must be the processor's."""
         return int(config.image_token_id)
@@ -283,6 +306,12 @@ class Family(ABC):
         if self.position_rows:
             inputs["position_ids"] = position_ids[:, None] if self.position_rows > 1 else position_ids
         return inputs | self.pixel_inputs(row.tiles, frames, dtype) | self.attention_inputs(row, dtype, config)
+
+
+def header_ends(line_breaks: str = "\n") -> tuple[str, str]:
+    """What stands between a turn's header and its text, as role markers need it: the line breaks of the template, or
+    nothing, for turns that begin with a line break themselves: tokenizers make one token of all of them."""
+    return line_breaks, ""
 
 
 def positions_in_sample(lengths: Tensor) -> Tensor:

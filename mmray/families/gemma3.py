@@ -28,8 +28,9 @@ from mmray.families.attention import (
     seeing_blocks,
     within_window,
 )
-from mmray.families.base import PackedRow, RoleMarkers, Size, Span
+from mmray.families.base import PackedRow, RoleMarkers, Size, Span, header_ends
 from mmray.families.one_size import OneSize
+from mmray.families.parts import Parts
 
 
 class GemmaText(OneSize):
@@ -42,11 +43,10 @@ class GemmaText(OneSize):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        """A system message stands at the head of the first user turn. The second header is for turns that begin with
-        a line break: the tokenizer makes one token of the two breaks."""
+        """A system message stands at the head of the first user turn."""
         return tuple(
             RoleMarkers(role, f"<start_of_turn>{name}{line_break}", "<end_of_turn>")
-            for line_break in ("\n", "")
+            for line_break in header_ends()
             for role, name in (("user", "user"), ("assistant", "model"))
         )
 
@@ -64,6 +64,7 @@ class Gemma3(GemmaText):
 
     model_types = ("gemma3",)
     processor_classes = ("Gemma3Processor",)
+    module_names = Parts(vision=("model.vision_tower",), projector=("model.multi_modal_projector",))
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.boi_token

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from mmray.families.gemma3 import GemmaText
+from mmray.families.parts import Parts
 
 
 class Gemma3n(GemmaText):
@@ -14,6 +15,16 @@ class Gemma3n(GemmaText):
 
     model_types = ("gemma3n",)
     processor_classes = ("Gemma3nProcessor",)
+    module_names = Parts(
+        vision=("model.vision_tower",),
+        projector=("model.embed_vision",),
+        embeddings=(
+            "model.language_model.embed_tokens",
+            "model.language_model.embed_tokens_per_layer",
+            "lm_head",
+        ),
+        audio=("model.audio_tower", "model.embed_audio"),
+    )
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token

@@ -26,7 +26,8 @@ from mmray.families.attention import (
     seeing_blocks,
     within_window,
 )
-from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame, normalised
+from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame, header_ends, normalised
+from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 
@@ -36,6 +37,16 @@ class Gemma4(Family):
 
     model_types = ("gemma4",)
     processor_classes = ("Gemma4Processor",)
+    module_names = Parts(
+        vision=("model.vision_tower",),
+        projector=("model.embed_vision",),
+        embeddings=(
+            "model.language_model.embed_tokens",
+            "model.language_model.embed_tokens_per_layer",
+            "lm_head",
+        ),
+        audio=("model.audio_tower", "model.embed_audio"),
+    )
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token
@@ -58,10 +69,9 @@ class Gemma4(Family):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        # The second header is for turns that begin with a line break: the tokenizer makes one token of the two breaks.
         return tuple(
             RoleMarkers(role, f"<|turn>{name}{line_break}", "<turn|>")
-            for line_break in ("\n", "")
+            for line_break in header_ends()
             for role, name in (("system", "system"), ("user", "user"), ("assistant", "model"))
         )
 

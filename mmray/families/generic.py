@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
 from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame
+from mmray.families.parts import Parts, parts_by_rules
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor makes of the text beside the pictures."""
@@ -68,6 +69,10 @@ class Generic(Family):
     @functools.cached_property
     def structure_tokens(self) -> tuple[str, ...]:
         return self.structure_names
+
+    def parts(self, model: PreTrainedModel) -> Parts:
+        """By what transformers says of the model; the rest is its projector. Raises UserError where it says nothing."""
+        return parts_by_rules(model)
 
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         return f"no test has shown how a {config.model_type} keeps samples apart"

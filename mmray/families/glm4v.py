@@ -10,7 +10,8 @@ Turns have no end of their own. The model stops with the token that opens the ne
 import functools
 from typing import Any
 
-from mmray.families.base import RoleMarkers
+from mmray.families.base import RoleMarkers, header_ends
+from mmray.families.parts import Parts
 from mmray.families.rotary import RotaryFamily
 
 _ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"}
@@ -21,6 +22,7 @@ class Glm4v(RotaryFamily):
 
     model_types = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")
     processor_classes = ("Glm4vProcessor", "Glm46VProcessor")
+    module_names = Parts(vision=("model.visual",), projector=("model.visual.merger",))
     placeholder = "<|image|>"
     placeholder_unit = "<|begin_of_image|><|image|><|end_of_image|>"
     stop_tokens = ("<|user|>", "<|observation|>")
@@ -32,10 +34,9 @@ class Glm4v(RotaryFamily):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        # The second header is for turns that begin with a line break: the tokenizer makes one token of the two breaks.
         return tuple(
             RoleMarkers(role, header + line_break, include_end=False, until_next=True)
-            for line_break in ("\n", "")
+            for line_break in header_ends()
             for role, header in _ROLES.items()
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, channels_first, normalised
+from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 LARGEST_GRID = 16
@@ -29,6 +30,12 @@ class GraniteDocling(Family):
 
     model_types = ("granite_docling",)
     processor_classes = ("GraniteDoclingProcessor",)
+    module_names = Parts(
+        vision=("model.vision_model",),
+        projector=("model.vision_model.connector", "model.density_router"),
+        language=("model.text_model",),
+        embeddings=("model.text_model.embed_tokens", "lm_head"),
+    )
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 
 from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, channels_first, normalised
+from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 
@@ -24,6 +25,12 @@ class Idefics3(Family):
 
     model_types = ("idefics3", "smolvlm")
     processor_classes = ("Idefics3Processor", "SmolVLMProcessor")
+    module_names = Parts(
+        vision=("model.vision_model",),
+        projector=("model.connector",),
+        language=("model.text_model",),
+        embeddings=("model.text_model.embed_tokens", "lm_head"),
+    )
     placeholder = "<image>"
     placeholder_unit = "<image>"
 

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from mmray.families.base import Size, Span, Tile, as_frame, channels_first, normalised
 from mmray.families.llava import channels_last, frame_size
+from mmray.families.parts import Parts
 from mmray.families.text_models import OnTextModel
 from mmray.images import TilingPolicy
 
@@ -25,6 +26,7 @@ class InternVL(OnTextModel):
 
     model_types = ("internvl",)
     processor_classes = ("InternVLProcessor",)
+    module_names = Parts(vision=("model.vision_tower",), projector=("model.multi_modal_projector",))
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = str(processor.image_token)

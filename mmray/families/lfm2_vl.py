@@ -27,11 +27,13 @@ from mmray.families.base import (
     Span,
     Tile,
     as_frame,
+    header_ends,
     normalised,
     positions_in_sample,
 )
+from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
-from mmray.loss.labels import PADDING_SEGMENT
+from mmray.packing.pack import PADDING_SEGMENT
 
 LARGEST_GRID = 10
 """Rows and columns of pieces that a vocabulary may have tokens for."""
@@ -43,6 +45,7 @@ class Lfm2VL(Family):
 
     model_types = ("lfm2_vl",)
     processor_classes = ("Lfm2VlProcessor",)
+    module_names = Parts(vision=("model.vision_tower",), projector=("model.multi_modal_projector",))
     sample_gap = 2
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
@@ -61,10 +64,9 @@ class Lfm2VL(Family):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        # The second header is for turns that begin with a line break: the tokenizer makes one token of the two breaks.
         return tuple(
             RoleMarkers(role, f"<|im_start|>{role}{line_break}", "<|im_end|>")
-            for line_break in ("\n", "")
+            for line_break in header_ends()
             for role in ("system", "user", "assistant", "tool")
         )
 

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, channels_first, normalised
+from mmray.families.base import Family, RoleMarkers, Size, Span, Tile, as_frame, channels_first, header_ends, normalised
+from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
@@ -29,6 +30,12 @@ class Llama4(Family):
 
     model_types = ("llama4",)
     processor_classes = ("Llama4Processor",)
+    module_names = Parts(
+        vision=("vision_model",),
+        projector=("multi_modal_projector",),
+        language=("language_model",),
+        embeddings=("language_model.model.embed_tokens", "language_model.lm_head"),
+    )
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         # Needs torchvision, and a processor of this kind cannot exist without.
@@ -52,10 +59,9 @@ class Llama4(Family):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        # The second header is for turns that begin with a line break: the tokenizer makes one token of all of them.
         return tuple(
             RoleMarkers(role, f"<|header_start|>{header}<|header_end|>{line_breaks}", "<|eot|>")
-            for line_breaks in ("\n\n", "")
+            for line_breaks in header_ends("\n\n")
             for role, header in HEADERS.items()
         )
 

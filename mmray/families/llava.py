@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from mmray.errors import UserError
 from mmray.families.base import Family, Size, Span, Tile, as_frame, channels_first, normalised
+from mmray.families.parts import Parts
 from mmray.families.text_models import OnTextModel
 from mmray.images import TilingPolicy
 
@@ -28,6 +29,7 @@ class Llava(OnTextModel):
 
     model_types = ("llava",)
     processor_classes = ("LlavaProcessor",)
+    module_names = Parts(vision=("model.vision_tower",), projector=("model.multi_modal_projector",))
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         """Raises UserError for a processor that does not know its vision tower."""

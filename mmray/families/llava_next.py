@@ -25,6 +25,7 @@ from mmray.families.llava import (
     frame_size,
     vision_problem,
 )
+from mmray.families.parts import Parts
 from mmray.families.text_models import OnTextModel
 from mmray.images import TilingPolicy
 
@@ -35,6 +36,9 @@ class LlavaNext(OnTextModel):
 
     model_types = ("llava_next",)
     processor_classes = ("LlavaNextProcessor",)
+    module_names = Parts(
+        vision=("model.vision_tower",), projector=("model.multi_modal_projector", "model.image_newline")
+    )
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         """Raises UserError for a processor that does not know its vision tower."""

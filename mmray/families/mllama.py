@@ -21,7 +21,8 @@ from transformers import PretrainedConfig
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 from transformers.models.mllama.processing_mllama import build_string_from_input
 
-from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame, normalised
+from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame, header_ends, normalised
+from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
@@ -34,7 +35,13 @@ class Mllama(Family):
 
     model_types = ("mllama",)
     processor_classes = ("MllamaProcessor",)
+    module_names = Parts(vision=("model.vision_model",), projector=("model.multi_modal_projector",))
     takes_text_only = False
+    looks_ahead = True  # what no token of a row of the mask may see is not masked in its attention
+
+    def embedding_rows(self, config: PretrainedConfig) -> int:
+        """With eight more than the vocabulary, which the head does not have."""
+        return super().embedding_rows(config) + 8
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token
@@ -50,10 +57,9 @@ class Mllama(Family):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        # The second header is for turns that begin with a line break: the tokenizer makes one token of all of them.
         return tuple(
             RoleMarkers(role, f"<|start_header_id|>{header}<|end_header_id|>{line_breaks}", "<|eot_id|>")
-            for line_breaks in ("\n\n", "")
+            for line_breaks in header_ends("\n\n")
             for role, header in HEADERS.items()
         )
 

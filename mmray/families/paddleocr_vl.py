@@ -11,6 +11,7 @@ import functools
 from torch import Tensor
 
 from mmray.families.base import RoleMarkers
+from mmray.families.parts import Parts
 from mmray.families.rotary import RotaryFamily
 
 
@@ -18,7 +19,9 @@ class PaddleOCRVL(RotaryFamily):
     """PaddleOCR-VL 0.9B and 1.5."""
 
     model_types = ("paddleocr_vl",)
+    leaf_modules = ("PaddleOCRProjector",)  # once a picture
     processor_classes = ("PaddleOCRVLProcessor",)
+    module_names = Parts(vision=("model.visual",), projector=("model.projector",))
     placeholder = "<|IMAGE_PLACEHOLDER|>"
     placeholder_unit = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
     media_tokens = (

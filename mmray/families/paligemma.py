@@ -31,6 +31,7 @@ from transformers import PretrainedConfig
 from mmray.families.attention import causal_mask, given_mask, mask_problem, sample_numbers, seeing_blocks
 from mmray.families.base import PackedRow, RoleMarkers, Size, Span
 from mmray.families.one_size import OneSize
+from mmray.families.parts import Parts
 
 
 class PaliGemma(OneSize):
@@ -39,7 +40,8 @@ class PaliGemma(OneSize):
 
     model_types = ("paligemma",)
     processor_classes = ("PaliGemmaProcessor",)
-    has_prompt = True
+    module_names = Parts(vision=("model.vision_tower",), projector=("model.multi_modal_projector",))
+    has_prompt = looks_ahead = True
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token

@@ -18,6 +18,7 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 
 from mmray.families.base import RoleMarkers, Size, Span, Tile, as_frame, normalised
+from mmray.families.parts import Parts
 from mmray.families.text_models import OnTextModel
 
 
@@ -124,6 +125,7 @@ class Pixtral(PixtralVision):
 
     model_types = ("llava", "mistral3")
     processor_classes = ("PixtralProcessor",)
+    module_names = Parts(vision=("model.vision_tower",), projector=("model.multi_modal_projector",))
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
@@ -157,6 +159,7 @@ class LightOnOcr(PixtralVision):
 
     model_types = ("lighton_ocr",)
     processor_classes = ("LightOnOcrProcessor",)
+    module_names = Parts(vision=("model.vision_encoder",), projector=("model.vision_projection",))
 
     @property
     def _resize_multiple(self) -> tuple[int, int]:

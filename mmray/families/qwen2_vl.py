@@ -3,7 +3,8 @@
 import functools
 from typing import ClassVar
 
-from mmray.families.base import RoleMarkers
+from mmray.families.base import RoleMarkers, header_ends
+from mmray.families.parts import Parts
 from mmray.families.rotary import RotaryFamily
 
 
@@ -12,15 +13,15 @@ class Qwen2VL(RotaryFamily):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
     processor_classes: ClassVar[tuple[str, ...]] = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
+    module_names: ClassVar[Parts] = Parts(vision=("model.visual",), projector=("model.visual.merger",))
     placeholder = "<|image_pad|>"
     placeholder_unit = "<|vision_start|><|image_pad|><|vision_end|>"
     media_tokens = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        # The second header is for turns that begin with a line break: the tokenizer makes one token of the two breaks.
         return tuple(
             RoleMarkers(role, f"<|im_start|>{role}{line_break}", "<|im_end|>")
-            for line_break in ("\n", "")
+            for line_break in header_ends()
             for role in ("system", "user", "assistant")
         )

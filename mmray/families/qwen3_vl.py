@@ -4,6 +4,7 @@ Features of inner vision layers are added to text layers at the picture's tokens
 which has time stamps as text here, is not read.
 """
 
+from mmray.families.parts import Parts
 from mmray.families.qwen2_vl import Qwen2VL
 
 
@@ -12,3 +13,6 @@ class Qwen3VL(Qwen2VL):
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     processor_classes = ("Qwen3VLProcessor",)
+    module_names = Parts(
+        vision=("model.visual",), projector=("model.visual.merger", "model.visual.deepstack_merger_list")
+    )

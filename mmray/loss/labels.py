@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from mmray.loss.roles import RoleBoundary, role_keep_mask
+from mmray.packing.pack import PADDING_SEGMENT
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained, as PyTorch's cross-entropy has it."""
-
-PADDING_SEGMENT = -1
-"""The segment of tokens that belong to no sample."""
 
 
 class LossRule(IntEnum):

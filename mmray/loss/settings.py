@@ -12,13 +12,12 @@ from typing import Annotated, Any, Literal
 from jinja2 import Environment, TemplateSyntaxError
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from mmray.base.settings import Settings
+from mmray.base.settings import RowKind, Settings
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.families.base import RoleMarkers
 from mmray.loss.labels import LabelMaker, LossRule
 from mmray.loss.roles import RoleBoundary, TrainOnEos
-from mmray.rows.settings import RowKind
 
 SAMPLED_ROLE = "assistant"
 """The role whose turns a model samples."""

@@ -24,6 +24,8 @@ import numpy as np
 
 from mmray.base.compiled import compiled
 
+PADDING_SEGMENT = -1
+"""In a packed row, the segment of tokens that belong to no sample."""
 _MAX_CAPACITY = 2**31 - 1
 _NUM_LEVELS = 15
 """With the most visual room, a node is 16 numbers of 4 bytes: one cache line."""

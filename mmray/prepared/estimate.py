@@ -88,9 +88,8 @@ def estimate_split(
 
     Duplicate ids are not looked for. Raises UserError for files that cannot be read.
     """
-    datasets = getattr(job.data, split)
-    lenient = job.data.model_copy(update={"on_bad_row": "reject"})
-    encoder = Encoder(lenient, datasets, family, policy, job.packing, loss=job.loss)
+    datasets = job.data.splits[split]
+    encoder = Encoder(job.data.lenient, datasets, family, policy, job.packing, loss=job.loss)
     files = source_files(datasets)
     own = [[file for file in files if file.dataset == number] for number in range(len(datasets))]
     counts = [count_rows(each, seconds / len(own)) for each in own]

@@ -8,7 +8,7 @@ all shapes' leftovers are packed together. Bins keep the order in which they wer
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from mmray.packing.pack import lower_bound, pack_2d
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
 from mmray.rows.duplicates import id_hashes
+from mmray.rows.rejections import SetRows
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.schedule.loads import Loads
 
@@ -47,8 +48,8 @@ class Window:
     id_hashes: bytes = b""
 
 
-def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
-    """Encoded rows as an Arrow table (`schema.SAMPLES`), for the way to the packer."""
+def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] | None = None) -> pa.Table:
+    """Encoded rows as an Arrow table (`schema.SAMPLES`), for the way to the packer. datasets: the set of each row."""
 
     def record(row: Sample | RejectedRow) -> dict[str, Any]:
         if isinstance(row, RejectedRow):
@@ -69,7 +70,9 @@ def samples_table(rows: Sequence[Sample | RejectedRow]) -> pa.Table:
             ],
         }  # fmt: skip
 
-    return pa.Table.from_pylist([record(row) for row in rows], schema=SAMPLES)
+    sets = [None] * len(rows) if datasets is None else datasets
+    records = [record(row) | {"dataset": number} for row, number in zip(rows, sets, strict=True)]
+    return pa.Table.from_pylist(records, schema=SAMPLES)
 
 
 def pack_window(
@@ -91,9 +94,8 @@ def pack_window(
     )
     bins = [[usable[number] for number in members] for members in packed]
     table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
-    rejected = pa.Table.from_pylist(
-        [columns.rejected(index) for index in sorted(set(range(samples.num_rows)) - set(usable))], schema=REJECTED
-    )
+    unusable = sorted(set(range(samples.num_rows)) - set(usable))
+    rejected = pa.Table.from_pylist([columns.rejected(index) for index in unusable], schema=REJECTED)
     loads = Loads.of(table, [int(columns.visual_pairs[list(members)].sum()) for members in bins])
     statistics = {
         "rows_read": samples.num_rows,
@@ -110,11 +112,21 @@ def pack_window(
         "visual_tokens": int(columns.visual[used].sum()),
         "trained_tokens": int(trained[used].sum()),
         "images": sum(len(columns.images[index]) for index in usable),
+        "sets": _by_set(samples["dataset"].to_pylist(), dict(zip(unusable, rejected.to_pylist()))),
         **_image_notes([(samples["source"][index].as_py(), columns.notes[index]) for index in usable]),
     }  # fmt: skip
     ids = id_hashes(row_id for members in table["sample_ids"].to_pylist() for row_id in members)
     bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
     return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
+
+
+def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """The rows of each set (`SetRows`), by its number as JSON has it. rejected: records of rows by their index."""
+    sets = {str(number): SetRows(count) for number, count in Counter(datasets).items() if number is not None}
+    for index, record in rejected.items():
+        if (number := datasets[index]) is not None:
+            sets[str(number)].reject(record["reason"], record["source"], record["message"])
+    return {number: counts.to_json() for number, counts in sets.items()}
 
 
 def _image_notes(noted: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:

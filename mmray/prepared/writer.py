@@ -106,6 +106,12 @@ class PreparedWriter:
         """What commits windows of the plan that was begun."""
         return WindowWriter(self.path, self.token)
 
+    def statistics(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The counts of windows that are committed, in order."""
+        with explained(self.path):
+            for commit in self._commits(numbers):
+                yield commit.get("statistics", {})
+
     def finish(
         self, record: dict[str, Any], num_windows: int, *, tiling: TilingPolicy, capacities: tuple[int, int],
         facts: dict[str, Any],

@@ -54,8 +54,12 @@ class Document:
 class DocumentReader:
     """Reads the `pretrain` and `chat` rows of one data set for one family."""
 
-    def __init__(self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None) -> None:
-        """markers: by which the turns of chat rows will be found; None: they are not looked for.
+    def __init__(
+        self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None, *,
+        opens_answer: bool = False,
+    ) -> None:  # fmt: skip
+        """markers: by which the turns of chat rows will be found; None: they are not looked for. opens_answer: chats
+        end where the model is to answer, with what its template writes before that.
 
         Raises UserError for chat rows that the model has no use for (`check_chats`).
         """
@@ -65,6 +69,7 @@ class DocumentReader:
         accepted = {dataset.placeholder, family.placeholder_unit, family.placeholder}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
         self._markers = markers
+        self._opens_answer = opens_answer
         special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._marks_generated = marks_generated(family.processor)
@@ -205,12 +210,14 @@ class DocumentReader:
         """
         processor = self.family.processor
         if not self._marks_generated:
-            return processor.apply_chat_template(messages, tokenize=False), ()
+            options = {"tokenize": False, "add_generation_prompt": self._opens_answer}
+            return processor.apply_chat_template(messages, **options), ()
         rendered: Any = render_jinja_template(
             [messages],
             chat_template=chat_template(processor),
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
+            add_generation_prompt=self._opens_answer,
         )
         (text,), (generated,) = rendered
         return text, tuple(generated)

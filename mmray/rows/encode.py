@@ -144,9 +144,9 @@ class Encoder:
         document = self._readers[row.dataset].read(row.value, row.source)
         sizes, notes = self._measured(document.images)
         plans = tuple(self._plan(size) for size in sizes)
-        text, generated = self._expand_units(document.text, plans), self._generated(row, document, plans)
+        text, generated = self._expanded(document.text, plans), self._generated(row, document, plans)
         if document.typed and self._markers is not None:
-            blanked = self._expand_units(document.blanked, plans)
+            blanked = self._expanded(document.blanked, plans)
             found, expected = (self.family.tokenizer_text(each, _tile_sizes(plans)) for each in (text, blanked))
             self._markers.check(found, expected, document.typed)
         return _Pending(row, document, plans, sizes, notes, text, generated)
@@ -161,15 +161,8 @@ class Encoder:
         found = [self._measure(image.uri if image.data is None else image.data) for image in images]
         return tuple(each.size for each in found), tuple(each.note for each in found if each.note)
 
-    def _expand_units(self, text: str, plans: Sequence[TilePlan]) -> str:
-        """Each image's unit, repeated for its tiles, each after its label and a newline."""
-        unit = self.family.placeholder_unit
-        head, *tails = text.split(unit)
-        pieces = [head]
-        for plan, tail in zip(plans, tails, strict=True):
-            pieces += [f"{label}\n{unit}" if label else unit for label in plan.labels]
-            pieces.append(tail)
-        return "".join(pieces)
+    def _expanded(self, text: str, plans: Sequence[TilePlan]) -> str:
+        return expanded_units(text, plans, self.family.placeholder_unit)
 
     def _generated(
         self, row: RawRow, document: Document, plans: Sequence[TilePlan]
@@ -181,7 +174,7 @@ class Encoder:
         def grown(place: int) -> int:
             before = document.text[:place]
             own = plans[: before.count(self.family.placeholder_unit)]
-            return len(self.family.tokenizer_text(self._expand_units(before, own), _tile_sizes(own)))
+            return len(self.family.tokenizer_text(self._expanded(before, own), _tile_sizes(own)))
 
         return tuple((grown(start), grown(stop)) for start, stop in document.generated)
 
@@ -341,6 +334,17 @@ class Encoder:
                 f"by {type(self.family.processor).__name__}. The lengths of this model cannot be trusted; please "
                 "report the processor's files and the image sizes"
             )
+
+
+def expanded_units(text: str, plans: Sequence[TilePlan], unit: str) -> str:
+    """A text with each image's unit repeated for its tiles, each after its label and a newline. unit: what the chat
+    template writes for an image (`Family.placeholder_unit`); plans: of the text's images, in order."""
+    head, *tails = text.split(unit)
+    pieces = [head]
+    for plan, tail in zip(plans, tails, strict=True):
+        pieces += [f"{label}\n{unit}" if label else unit for label in plan.labels]
+        pieces.append(tail)
+    return "".join(pieces)
 
 
 def _bucket(plans: Sequence[TilePlan]) -> str:

@@ -7,6 +7,7 @@ every later reader seeks to its bytes.
 """
 
 import bisect
+import itertools
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -190,6 +191,11 @@ def plan_chunks(files: Sequence[SourceFile], *, window_rows: int, chunk_rows: in
         Chunk(number // per_window, number % per_window, number * chunk_rows, tuple(group))
         for number, group in enumerate(pieces)
     ]
+
+
+def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """The chunks of each window, of chunks in order."""
+    return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
 
 
 def _chunk_pieces(indexed: Iterable[RowIndex], chunk_rows: int) -> Iterator[list[Piece]]:

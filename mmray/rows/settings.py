@@ -1,12 +1,11 @@
 """The `data` part of the job file: where rows come from and what they look like."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmray.base.settings import Settings
+from mmray.base.settings import RowKind, Settings
 
-RowKind = Literal["pretrain", "chat", "tokenized"]
 FIELDS: dict[RowKind, tuple[str, ...]] = {
     "pretrain": ("id", "text", "images"),
     "chat": ("id", "messages", "conversations", "images"),
@@ -102,6 +101,11 @@ class DataSettings(Settings):
     be gone or broken only when training is left out of the loss, whole, and listed in the run's skipped.jsonl.
     `error`: the first one stops."""
 
+    max_rejected_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Preparing stops when more than this share of the rows of a set is rejected, and more than 20, or when none of its
+    first 64 rows can be used: a wrong column, image root or capacity rather than a few odd rows. 1: any number may be
+    rejected."""
+
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Training stops when more than this share of the last 10,000 samples was left out, and more than 20: then storage
     is away rather than some pictures broken."""
@@ -124,3 +128,13 @@ class DataSettings(Settings):
     verify_rows: Annotated[int, Field(ge=0)] = 16
     """Rows of each prepare, drawn by a fixed seed, whose tokens are compared with the real processor's (run on blank
     pages of the same sizes, so that nothing is decoded). A difference stops the job."""
+
+    @property
+    def splits(self) -> dict[str, tuple[DatasetSettings, ...]]:
+        """The sets of rows of `train` and, where there are any, of `eval`."""
+        return {"train": self.train} | ({"eval": self.eval} if self.eval else {})
+
+    @property
+    def lenient(self) -> Self:
+        """The same settings with bad rows rejected, for looking at rows without stopping at the first bad one."""
+        return self.model_copy(update={"on_bad_row": "reject"})

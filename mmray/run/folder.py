@@ -10,6 +10,7 @@ what it holds goes there or comes from there:
     warnings      every process that has some writes a file of its own below warnings/; fetching joins them
     checkpoints   go there by Ray Train; come back whole for a restore, or as a *shadow* for a look: names, sizes and
                   the contents of small files
+    model         goes there by the driver, at the end; stays there
     damaged       a checkpoint that is passed over gets an empty object beside it, `damaged_NAME`; locally it is renamed
 
 Publishing sends a file again from its beginning when it has grown: 300 bytes a step, so 30 MB after 100,000 steps.
@@ -29,11 +30,13 @@ from pathlib import Path
 
 from mmray.images.source import one_line
 from mmray.run.warnings import WARNINGS_FILE, WARNINGS_FOLDER
-from mmray.storage import FileState, Folder
+from mmray.storage import FileState, Folder, replacing
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_"
+MODEL_FOLDER = "model"
+"""The exported model, no record of the run's."""
 _CHECKPOINT = re.compile(r"checkpoint_\d+_")
 PUBLISH_SECONDS = 15
 SMALL_BYTES = 1 << 16
@@ -222,13 +225,11 @@ class RunFolder:
         def one(name: str) -> str | None:
             place = target / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            beside = place.with_name(f".{place.name}.coming")
             try:
-                source.get(name, beside)
+                with replacing(place, sync=False) as beside:
+                    source.get(name, beside)
             except FileNotFoundError:
-                beside.unlink(missing_ok=True)
                 return None
-            beside.replace(place)
             return name
 
         with ThreadPoolExecutor(_TRANSFERS) as pool:
@@ -237,11 +238,17 @@ class RunFolder:
 
 def _is_record(name: str) -> bool:
     top, _, rest = name.partition("/")
-    return rest == _PLACE if _CHECKPOINT.match(top) else not top.startswith((DAMAGED, ".")) and top != _RAY_TRAIN_MEMORY
+    if _CHECKPOINT.match(top):
+        return rest == _PLACE
+    return not top.startswith((DAMAGED, ".")) and top not in (_RAY_TRAIN_MEMORY, MODEL_FOLDER)
 
 
 def _is_written_here(name: str) -> bool:
     top = name.partition("/")[0]
     hidden = any(part.startswith(".") for part in name.split("/"))
     is_checkpoint = _CHECKPOINT.match(top.removeprefix(DAMAGED)) is not None
-    return not hidden and not is_checkpoint and top not in (WARNINGS_FILE, WARNINGS_FOLDER, _RAY_TRAIN_MEMORY)
+    return (
+        not hidden
+        and not is_checkpoint
+        and top not in (WARNINGS_FILE, WARNINGS_FOLDER, _RAY_TRAIN_MEMORY, MODEL_FOLDER)
+    )

@@ -25,7 +25,12 @@ SHOWN_DIFFERENCES = 8
 def write_place(folder: Path, cursor: Cursor, prepared: PreparedDataset) -> None:
     """Write both files into a checkpoint. prepared: the data that the cursor stands in."""
     cursor.write(folder / CURSOR_FILE)
-    content = {"path": prepared.path, "fingerprint": prepared.fingerprint, "record": prepared.manifest["record"]}
+    content = {
+        "path": prepared.path,
+        "fingerprint": prepared.fingerprint,
+        "rows": prepared.statistics["rows_packed"],
+        "record": prepared.manifest["record"],
+    }
     (folder / PREPARED_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 

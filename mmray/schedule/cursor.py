@@ -15,11 +15,11 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
-from uuid import uuid4
 
 from mmray.errors import UserError
 from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.schedule import DEFAULT_SHUFFLE_BLOCK, DEFAULT_SHUFFLE_WINDOW, Schedule
+from mmray.storage import replacing
 
 FORMAT = 2
 
@@ -138,21 +138,12 @@ class Cursor:
         return _checked(cls, saved)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the cursor's file, whole or not at all: a temporary file beside it, synced, then renamed.
+        """Write the cursor's file, whole or not at all.
 
         Raises OSError if the folder does not exist or cannot be written; an older file then stays as it was.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(Path(path)) as beside:
+            beside.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:

@@ -4,6 +4,7 @@ A checkpoint is one folder, the union of what its ranks wrote; no two ranks writ
 may write into a local folder of its own that is merged later:
 
     training_state.json          step, ranks, ZeRO stage, dtype        rank 0
+    model.json                   settings of the model, of training    rank 0
     cursor.json, prepared.json   the place in which data               rank 0
     rng/rank-00000.pt            states of the random generators       each rank
     deepspeed/                   weights and optimizer state           each rank its shard
@@ -26,12 +27,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mmray import __version__
 from mmray.errors import UserError
+from mmray.images.source import one_line
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.ranks import Ranks
 from mmray.training.settings import ModelSettings, TrainingSettings
 
 STATE_FILE = "training_state.json"
+MODEL_FILE = "model.json"
 
 
 class Engine(Protocol):
@@ -49,6 +53,8 @@ class Engine(Protocol):
     """The weight decay of each group of the optimizer."""
     step_count: int
     """Optimizer steps done."""
+    router_loss: float | None
+    """Factor of the balancing loss of a mixture of experts; None for none."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class SavedState:
     """ "bf16" or "fp32"."""
     lists: int
     """Lists of files (`checksums.py`) that belong to it."""
+    router_loss: float | None = None
+    """Factor of the balancing loss; None for none, as in all checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,13 @@ def save_state(engine: Engine, folder: Path) -> None:
             zero_stage=engine.zero_stage,
             dtype=engine.model_settings.dtype,
             lists=engine.world_size,
+            router_loss=engine.router_loss,
         )
-        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        written = {name: value for name, value in asdict(state).items() if value is not None}
+        (folder / STATE_FILE).write_text(json.dumps(written, indent=2) + "\n")
+        settings = {"model": engine.model_settings, "training": engine.training_settings}
+        content = {name: value.model_dump(mode="json") for name, value in settings.items()}
+        (folder / MODEL_FILE).write_text(json.dumps({"mmray": __version__, **content}, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> SavedState:
@@ -106,6 +119,19 @@ def read_state(folder: Path) -> SavedState:
         return SavedState(**json.loads((folder / STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} holds no readable checkpoint: {error}") from error
+
+
+def read_settings(folder: Path) -> tuple[ModelSettings, TrainingSettings] | None:
+    """The settings with which the checkpoint in `folder` was trained; None where it was written before checkpoints said
+    so. Raises UserError where they cannot be read."""
+    path = folder / MODEL_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return ModelSettings(**content["model"]), TrainingSettings(**content["training"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}; it was written by another mmray") from error
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from mmray.images import TilingPolicy
 from mmray.loss import RoleBoundary
 from mmray.loss import roles as roles_module
-from mmray.loss.labels import IGNORE_INDEX, PADDING_SEGMENT, LabelMaker, LossRule, segment_ids
+from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule, segment_ids
 from mmray.loss.scan import scan_tensors
 from mmray.loss.settings import Loss, LossSource, RoleLoss, label_maker
+from mmray.packing.pack import PADDING_SEGMENT
 from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import sample_labels
 from mmray.rows.sample import Sample

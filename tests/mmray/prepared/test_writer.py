@@ -2,10 +2,10 @@
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,10 @@ from mmray.errors import UserError
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.window import Window
 from mmray.prepared.writer import add_statistics
+from mmray.rows.encode import Encoder
+from mmray.rows.files import plan_chunks, source_files
 from mmray.storage import Folder
-from tests.mmray.preparing import contents, other_packing
+from tests.mmray.preparing import committing, contents, other_packing
 
 
 @pytest.fixture
@@ -30,9 +32,16 @@ def begun(preparation, tmp_path):
 
 def write_windows(preparation, writer, numbers):
     """Commit some windows."""
-    windows = {number: preparation.window(results) for number, results in preparation.windows()}
+    windows = preparation.packed_windows()
     for number in numbers:
         writer.windows().write(number, windows[number])
+
+
+def plan_of(preparation):
+    """The chunks of all windows, one each."""
+    packing = preparation.packing
+    files = source_files(preparation.data.train)
+    return plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
 
 
 def one(folder, pattern):
@@ -103,7 +112,7 @@ def test_lost_rows_stop_the_commit(begun, preparation):
 
 def test_a_second_run_finds_the_result_and_makes_nothing(prepared, preparation, monkeypatch):
     before = contents(prepared.path)
-    monkeypatch.setattr(preparation.encoder, "encode", None)
+    monkeypatch.setattr(Encoder, "encode", None)
     assert preparation.write(prepared.path).fingerprint == prepared.fingerprint
     assert contents(prepared.path) == before
 
@@ -140,7 +149,7 @@ def test_another_fingerprint_is_refused_with_the_settings_that_differ(prepared, 
 
 def test_many_differences_are_shortened(prepared, preparation):
     changed = other_packing(preparation, token_capacity=1, visual_capacity=2, window_rows=3, bucket_fill=0.1)
-    changed.tiling, changed.policy = changed.tiling, changed.policy.model_copy(update=TILES)
+    changed.context = replace(changed.context, tiling=changed.policy.model_copy(update=TILES))
     with pytest.raises(UserError, match=r"and \d+ more\n"):
         changed.write(prepared.path)
 
@@ -167,19 +176,19 @@ class Stopped(BaseException):
 def test_a_stop_while_clearing_never_leaves_parts_that_count(preparation, tmp_path, monkeypatch, finished):
     """Stopped after any number of deletions: each later run gives its own whole result."""
     changed = other_packing(preparation, token_capacity=230)
-    for job in (preparation, changed):  # encode once
-        monkeypatch.setattr(job, "windows", functools.partial(iter, list(job.windows())))
+    again = {job: committing(job.packed_windows()) for job in (preparation, changed)}  # encode once
     expected = {job: contents(job.write(tmp_path / name).path) for job, name in [(preparation, "a"), (changed, "b")]}
     remove = Folder.remove
     for deletions in range(9):
         for job in (preparation, changed):
             folder = tmp_path / f"{deletions}-{job.packing.token_capacity}"
             if finished:
-                preparation.write(folder)
+                preparation.write(folder, run_windows=again[preparation])
             else:
                 writer = PreparedWriter(str(folder))
+                context = replace(preparation.context, path=str(folder))
                 writer.begin(preparation.record)
-                write_windows(preparation, writer, [0, 1])
+                list(again[preparation](context, writer.token, plan_of(preparation)[:2], None))
             left = iter(range(deletions))
 
             def stopping(self, name="", left=left):
@@ -192,7 +201,7 @@ def test_a_stop_while_clearing_never_leaves_parts_that_count(preparation, tmp_pa
                 with contextlib.suppress(Stopped):
                     PreparedWriter(str(folder)).clear()
             PreparedWriter(str(folder)).clear()
-            assert contents(job.write(folder).path) == expected[job]
+            assert contents(job.write(folder, run_windows=again[job]).path) == expected[job]
 
 
 def test_files_that_a_killed_process_left_half_written_are_removed(begun, preparation, prepared):
@@ -282,14 +291,14 @@ def test_a_late_writer_of_the_same_plan_gives_whole_windows_or_the_same_ones(beg
     assert prepared.statistics["rows_read"] == 69
 
 
-def test_two_runs_of_the_same_job_at_once_give_one_result(preparation, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "windows", functools.partial(iter, list(preparation.windows())))
+def test_two_runs_of_the_same_job_at_once_give_one_result(preparation, prepared, tmp_path):
+    run_windows = committing(preparation.packed_windows())
     folder = tmp_path / "both"
     failed = []
 
     def run():
         try:
-            preparation.write(folder)
+            preparation.write(folder, run_windows=run_windows)
         except UserError as error:
             failed.append(str(error))
 
@@ -299,7 +308,7 @@ def test_two_runs_of_the_same_job_at_once_give_one_result(preparation, prepared,
             thread.start()
         for thread in threads:
             thread.join()
-        preparation.write(folder)  # whoever lost is told to run again
+        preparation.write(folder, run_windows=run_windows)  # whoever lost is told to run again
         assert contents(folder) == contents(prepared.path)
         assert all("another run" in each or "removes files" in each for each in failed), failed
         PreparedWriter(str(folder)).clear()
@@ -353,7 +362,7 @@ def raising(number):
         (errno.ENOSPC, "No space left on device; free some space there; then the same command continues"),
         (errno.EDQUOT, "free some space there"),
         (errno.EROFS, "Read-only file system; let this user write there, or choose another folder"),
-        (errno.EACCES, "Permission denied; let this user write there"),
+        (errno.EACCES, "Permission denied; let this user read and write there"),
         (errno.EIO, "Input/output error; once that is mended, the same command continues"),
     ],
 )
@@ -406,5 +415,5 @@ def test_an_output_that_is_a_file_is_told(preparation, tmp_path, below):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_closed_is_told(preparation, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied; let this user write there"):
+    with pytest.raises(UserError, match="Permission denied; let this user read and write there"):
         preparation.write(tmp_path / "prepared")

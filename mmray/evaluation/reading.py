@@ -1,0 +1,56 @@
+"""What a model writes of a page, in this process: greedy, with the key cache, until it stops as it was trained to.
+
+For a few rows of an exported folder. One row at a time: no padding, so no row's answer depends on its neighbours.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, GenerationConfig
+
+import mmray
+from mmray.export.prompting import Picture
+from mmray.loss.settings import ending_token_ids
+
+
+class Reader:
+    """A model of a folder that `mmray export` wrote, prompted as in its training."""
+
+    def __init__(
+        self, folder: str, *, device: torch.device | str = "cpu", attention: str = "sdpa",
+        trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        """folder: local; attention: implementation of transformers. Raises UserError where `mmray export` did not write
+        the folder."""
+        self.prompt = mmray.prompt(folder, trust_remote_code=trust_remote_code)
+        load: Any = AutoModelForImageTextToText.from_pretrained
+        self.model = (
+            load(folder, dtype="auto", attn_implementation=attention, trust_remote_code=trust_remote_code)
+            .to(device)
+            .eval()
+        )
+        self.stop_token_ids = self._stop_token_ids()
+
+    def read(
+        self, text: str | None = None, images: Sequence[Picture] = (), *,
+        messages: Sequence[dict[str, Any]] | None = None, max_new_tokens: int,
+    ) -> str:  # fmt: skip
+        """What the model writes after a prompt (as for `mmray.prompt`), without special tokens.
+
+        max_new_tokens: tokens after which it is stopped. Raises what a prompt does.
+        """
+        inputs = self.prompt(text, images, messages=messages).to(self.model.device)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=list(self.stop_token_ids),
+            pad_token_id=self.prompt.family.padding_id,
+        )  # fmt: skip
+        output = self.model.generate(**inputs, generation_config=config)
+        return self.prompt.decode(output[0, inputs["input_ids"].shape[1] :])
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        """By which training ended documents and the assistant's turns, and those of the model's own settings."""
+        own = self.model.generation_config.eos_token_id
+        family = self.prompt.family
+        ids = [*ending_token_ids(family), family.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        return tuple(sorted({token for token in ids if token is not None}))

@@ -1,0 +1,155 @@
+"""A checkpoint as a model folder of transformers: `mmray export`.
+
+The model is built without weights, as its configuration has it; each weight is put in its place as it is read; then
+transformers' own `save_pretrained` writes them, under the names of the hub. Memory: the weights in their final dtype,
+a shard that is written, and 1 GB (`benchmarks/bench_export.py`). The folder is written beside and renamed: it is there
+whole or not at all.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmray import __version__
+from mmray.errors import UserError
+from mmray.export.processor_files import copy_code, copy_generation_config, copy_processor
+from mmray.export.readme import readme
+from mmray.export.sidecar import SIDECAR, Dtype, Sidecar, read_sidecar
+from mmray.export.source import SourceCheckpoint, wants_masters
+from mmray.export.target import writing_folder
+from mmray.export.weights import SavedWeights
+from mmray.families import Family, load_family
+from mmray.images import TilingPolicy
+from mmray.prepared.fingerprint import differences, processor_record
+from mmray.run.folder import MODEL_FOLDER
+from mmray.storage import Folder
+from mmray.training.model import DTYPES, empty_model, resize_embeddings
+from mmray.training.settings import ModelSettings
+
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An exported folder: its place, the step and dtype of its weights, its size in bytes."""
+
+    folder: str
+    step: int
+    dtype: Dtype
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.folder}: step {self.step:,}, {self.dtype}, {self.num_bytes / 1e9:.2f} GB"
+
+
+def export_model(
+    source: str, out: str, *, step: int | None = None, dtype: Dtype | None = None,
+    settings: ModelSettings | None = None, replace: bool = False,
+) -> ExportedModel:  # fmt: skip
+    """Write a checkpoint as a folder that `from_pretrained` loads, with its processor, `mmray.json` and a README.
+
+    source: a run's folder or a checkpoint in it, by path or URI; out: the folder to write, by path or URI; step: which
+    checkpoint of a run, the newest where not given; dtype: of the weights, that of the training where not given;
+    settings: the job's `model`, for checkpoints that do not say; replace: an earlier export in `out` gives way.
+
+    Raises UserError, in one line, where the checkpoint is missing or damaged, the processor is no longer the one of the
+    data, `out` is taken, or the disk is full.
+    """
+    checkpoint = SourceCheckpoint.find(source, step)
+    known = checkpoint.settings
+    if known is not None:
+        settings = known[0]
+    if settings is None:
+        raise UserError(f"{checkpoint} does not say which model it is of, as checkpoints now do; give --job JOB.yaml")
+    trained: Dtype = "bf16" if checkpoint.state.dtype == "bf16" else "fp32"
+    final = dtype or trained
+    settings = settings.model_copy(update={"dtype": final})
+    prepared = checkpoint.prepared
+    policy = TilingPolicy.model_validate(prepared["record"]["tiling"])
+    model = empty_model(settings)
+    if settings.resize_embeddings:
+        resize_embeddings(model, settings)
+    family = load_family(
+        settings.processor_source, tiled=policy.is_tiled, model_type=model.config.model_type,
+        trust_remote_code=settings.trust_remote_code,
+    )  # fmt: skip
+    _check_processor(family, settings, prepared["record"]["processor"])
+    sidecar = Sidecar(
+        mmray=__version__,
+        model_type=model.config.model_type,
+        dtype=final,
+        step=checkpoint.state.step,
+        tiling=policy,
+        processor_call=family.processor_kwargs,
+        kinds=tuple(sorted({each["kind"] for each in prepared["record"]["datasets"]})),
+        prepared=prepared["path"],
+        fingerprint=prepared["fingerprint"],
+    )
+    with writing_folder(out, replaces=SIDECAR if replace else None) as folder, _full_disk_told(out):
+        copy_processor(settings.processor_source, folder)
+        _fill(model, checkpoint, final)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        copy_generation_config(settings, folder)
+        if settings.trust_remote_code:
+            copy_code(settings, folder)
+        (folder / SIDECAR).write_text(sidecar.text(), encoding="utf-8")
+        (folder / "README.md").write_text(readme(checkpoint, sidecar, family), encoding="utf-8")
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return ExportedModel(out, sidecar.step, final, num_bytes)
+
+
+def export_finished(run: str, settings: ModelSettings) -> ExportedModel:
+    """Export the newest checkpoint of a finished run into the run's folder `model`; one that is there already is kept,
+    an earlier one gives way. settings: the job's `model`. Raises what `export_model` does."""
+    folder = f"{run.rstrip('/')}/{MODEL_FOLDER}"
+    if Folder(folder).exists(SIDECAR):
+        sidecar, checkpoint = read_sidecar(folder), SourceCheckpoint.find(run)
+        if (sidecar.step, sidecar.dtype) == (checkpoint.state.step, checkpoint.state.dtype):
+            return ExportedModel(folder, sidecar.step, sidecar.dtype, sum(Folder(folder).sizes().values()))
+    return export_model(run, folder, settings=settings, replace=True)
+
+
+def _check_processor(family: Family, settings: ModelSettings, record: dict[str, str]) -> None:
+    """Raise UserError where the processor's files have changed since the data was prepared with them."""
+    if lines := differences(record, processor_record(family.processor)):
+        raise UserError(
+            f"the processor in {settings.processor_source} is not the one that the data was prepared with: "
+            f"{'; '.join(lines)}. Put its files back as they were"
+        )
+
+
+def _fill(model: PreTrainedModel, checkpoint: SourceCheckpoint, dtype: Dtype) -> None:
+    """Put the checkpoint's weights into a model on the meta device; those that are tied stay one."""
+    state: dict[str, Tensor] = {}
+    filled: dict[int, Tensor] = {}
+    with checkpoint.weight_files(dtype) as folder:
+        masters = wants_masters(checkpoint.state, dtype)
+        weights = SavedWeights(folder, zero_stage=checkpoint.state.zero_stage, masters=masters)
+        try:
+            for name, empty in model.state_dict(keep_vars=True).items():
+                if id(empty) not in filled:
+                    filled[id(empty)] = weights.read(name, DTYPES[dtype])
+                state[name] = filled[id(empty)]
+            model.load_state_dict(state, strict=True, assign=True)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{checkpoint} does not hold the weights of a {type(model).__name__} as model.path or model.config "
+                f"describes it: {str(error).splitlines()[-1].strip()}"
+            ) from error
+    model.tie_weights()
+
+
+@contextmanager
+def _full_disk_told(out: str) -> Iterator[None]:
+    """A disk that is full, or may not be written, as a mistake that a person can read."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(
+            f"the model could not be written into {out}: {reason}; make room there and export again"
+        ) from error

@@ -1,0 +1,44 @@
+"""The README.md of an exported folder: what the model comes from, and lines that read a page with it."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mmray.export.sidecar import Sidecar
+from mmray.export.source import SourceCheckpoint
+from mmray.families import Family
+from mmray.training.settings import TrainingSettings
+
+MOST_SETS = 20
+"""Sets of rows that are listed."""
+
+SHOWN_SETTINGS = (
+    "learning_rate", "schedule", "warmup_steps", "warmup_ratio", "weight_decay", "global_batch_bins", "zero_stage",
+    "steps", "epochs", "seed",
+)  # fmt: skip
+
+
+def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> str:
+    """The text of the README. It says nothing of when or where it was exported: a second export is the same."""
+    prepared, known = checkpoint.prepared, checkpoint.settings
+    sets = prepared["record"]["datasets"]
+    environment = Environment(
+        loader=PackageLoader("mmray"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template("export.md.jinja").render(
+        checkpoint=checkpoint.name,
+        sidecar=sidecar,
+        is_tiled=family.tiled,
+        is_chat="chat" in sidecar.kinds,
+        model=known and (known[0].path or "random weights"),
+        settings=_shown(known[1]) if known else {},
+        rows=prepared.get("rows"),
+        sets=[{"kind": each["kind"], "files": each["files"]} for each in sets[:MOST_SETS]],
+        more_sets=max(0, len(sets) - MOST_SETS),
+        evaluation=checkpoint.evaluation,
+    )
+
+
+def _shown(training: TrainingSettings) -> dict[str, Any]:
+    return {name: value for name in SHOWN_SETTINGS if (value := getattr(training, name)) is not None}

@@ -1,0 +1,100 @@
+"""`mmray export`: what transformers alone loads has the engine's weights and gives its logits."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mmray.export import export_model
+from tests.mmray.export.conftest import trained
+from tests.mmray.families.zoo import ZOO
+
+FAMILIES = ("qwen2_vl", "gemma3", "qwen3_vl_moe")
+"""Plain, tied and always masked, with experts that are saved otherwise than they run."""
+STAGES, RANKS, DTYPES = (0, 1, 2, 3), (1, 2, 3), ("fp32", "bf16")
+CASES = [
+    (FAMILIES[(stage + ranks) % 3], stage, ranks, DTYPES[(stage + ranks // 2) % 2])
+    for stage in STAGES
+    for ranks in RANKS
+]
+
+
+def test_the_cases_hold_every_pair():
+    axes = (FAMILIES, STAGES, RANKS, DTYPES)
+    for first, second in itertools.combinations(range(4), 2):
+        pairs = {(case[first], case[second]) for case in CASES}
+        assert pairs == set(itertools.product(axes[first], axes[second]))
+
+
+@pytest.fixture(scope="module")
+def engines(make_case):
+    """What the engine of each case had, by its place in CASES."""
+    cases = [make_case(family, stage, dtype) for family, stage, _, dtype in CASES]
+    groups = {ranks: [case for case, (_, _, of, _) in zip(cases, CASES) if of == ranks] for ranks in RANKS}
+    found = trained(groups)
+    return [(case, found[case]) for case in cases]
+
+
+def load(folder, case):
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype="auto", attn_implementation=ZOO[case.member].attentions[0], output_loading_info=True
+    )
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def check_equal(model, engine):
+    """Weights bit by bit, tied ones one, logits to 1e-6 of the largest."""
+    weights = dict(model.named_parameters())
+    assert weights.keys() == engine["weights"].keys()
+    assert all(torch.equal(weights[name], engine["weights"][name]) for name in weights)
+    if model.dtype == torch.float32:
+        with torch.no_grad():
+            logits = model(**engine["inputs"], use_cache=False).logits
+        assert logits.abs().max() > 1e-3
+        assert (logits - engine["logits"]).abs().max() <= 1e-6 * max(1.0, float(engine["logits"].abs().max()))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
+def test_the_exported_model_is_the_engine_s(engines, number, tmp_path):
+    case, engine = engines[number]
+    export_model(str(case.run), str(tmp_path / "out"))
+    model = load(tmp_path / "out", case)
+    assert str(model.dtype) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[case.dtype]
+    check_equal(model, engine)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
+def test_another_dtype_is_the_master_s_or_their_nearest(engines, number, tmp_path):
+    case, engine = engines[number]
+    other = {"fp32": "bf16", "bf16": "fp32"}[case.dtype]
+    export_model(str(case.run), str(tmp_path / "out"), dtype=other)
+    model = load(tmp_path / "out", case)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[other]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, engine["masters"][name].to(dtype)), name
+    if other == "fp32":
+        assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in model.parameters())
+
+
+def test_the_config_is_the_model_s_own(engines, tmp_path):
+    """No switch of training is in it: cache, attention, checkpointing."""
+    for case, _ in engines[:3]:
+        export_model(str(case.run), str(tmp_path / case.member))
+        ZOO[case.member].config(case.processor).save_pretrained(tmp_path / "own")
+        found, own = (json.loads((tmp_path / name / "config.json").read_text()) for name in (case.member, "own"))
+        assert leaves(found).items() - leaves(own).items() == {
+            ("dtype", {"fp32": "float32", "bf16": "bfloat16"}[case.dtype]),
+            ("architectures.0", found["architectures"][0]),
+        } | {(name, value) for name, value in leaves(found).items() if name.endswith("_config.dtype")}
+        assert found["text_config"]["use_cache"] is True
+
+
+def leaves(value, path=""):
+    """The plain values in a JSON value, by their paths."""
+    if not isinstance(value, (dict, list)):
+        return {path: value}
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    return {name: leaf for key, each in inner for name, leaf in leaves(each, f"{path}.{key}".lstrip(".")).items()}
