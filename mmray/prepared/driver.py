@@ -22,8 +22,9 @@ from mmray.errors import UserError
 from mmray.images.header import BROKEN_EXIF
 from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
-from mmray.prepared.stages import PrepareContext, WindowMaker
+from mmray.prepared.stages import PrepareContext, WindowMaker, WindowPlan
 from mmray.prepared.writer import PreparedWriter
+from mmray.rows.dealing import dealing_of
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
 from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, set_files, source_files
 from mmray.rows.preflight import check_first_rows, set_name
@@ -33,8 +34,8 @@ from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 
 log = logging.getLogger("mmray")
 
-RunWindows = Callable[[PrepareContext, str, Sequence[Chunk], KeptSizes | None], Iterator[int]]
-"""Makes and commits windows: (context, token of the plan, the chunks of whole windows in order, known sizes) to the
+RunWindows = Callable[[PrepareContext, WindowPlan, Sequence[Chunk], KeptSizes | None], Iterator[int]]
+"""Makes and commits windows: (context, the plan, the chunks of whole windows in order, known sizes) to the
 number of each window when it is committed. Puts the sizes it measured into `KeptSizes.measured`. Raises UserError."""
 
 HashIds = Callable[[Sequence[Chunk], Sequence[DatasetSettings]], Iterable[bytes]]
@@ -42,11 +43,11 @@ HashIds = Callable[[Sequence[Chunk], Sequence[DatasetSettings]], Iterable[bytes]
 
 
 def run_windows_here(
-    context: PrepareContext, token: str, chunks: Sequence[Chunk], sizes: KeptSizes | None
+    context: PrepareContext, plan: WindowPlan, chunks: Sequence[Chunk], sizes: KeptSizes | None
 ) -> Iterator[int]:
     """Make windows in this process, one after another: the `RunWindows` of who has no cluster."""
     cache = SizeCache(sizes.known) if sizes else None
-    make = WindowMaker(context, token, cache)
+    make = WindowMaker(context, plan, cache)
     for window in by_window(chunks):
         try:
             number = make(window)
@@ -86,12 +87,13 @@ def prepare_files(
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
     """Do what `prepare` does, for whoever has a context and no job. files: `source_files` of its data sets."""
     started = time.monotonic()
-    record, data, packing = context.record(files), context.data, context.packing
-    writer = PreparedWriter(context.path)
+    writer, data, packing = PreparedWriter(context.path), context.data, context.packing
+    record = context.record(files) if replace else writer.as_begun(context.record(files))
     if not replace and writer.is_finished(record):
         writer.tidy()
         return PreparedDataset(context.path), False
-    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
+    dealing = dealing_of(record)
+    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=dealing)
     chunks = _with_verification(chunks, data.verify_rows)
     if not chunks:
         raise UserError(f"data.{context.split}: the files hold no rows: {', '.join(file.uri for file in files)}")
@@ -113,7 +115,7 @@ def prepare_files(
         on_progress(done, total)
         try:
             rejections.add(writer.statistics(finished))
-            for number in run_windows(context, writer.token, missing, sizes):
+            for number in run_windows(context, WindowPlan(writer.token, dealing), missing, sizes):
                 done += planned[number]
                 on_progress(done, total)
                 rejections.add(writer.statistics([number]))

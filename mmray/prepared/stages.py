@@ -26,6 +26,7 @@ from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, SourceFile
 from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.schedule.balance import BalanceSettings
 from mmray.storage import explained
 from mmray.training.model import load_config
 
@@ -35,7 +36,8 @@ class PrepareContext:
     """What the rows of one split are prepared with, and where to.
 
     split: `train` or `eval`; path: folder or URI of the prepared dataset; tiling: as resolved for the family;
-    model_type, processor_source: what the manifest says of the model.
+    model_type, processor_source: what the manifest says of the model; costs: what samples cost, where bins are packed
+    to equal cost.
     """
 
     split: str
@@ -48,6 +50,7 @@ class PrepareContext:
     tiling: TilingPolicy
     model_type: str | None = None
     processor_source: str | None = None
+    costs: BalanceSettings | None = None
 
     @classmethod
     def of(cls, job: Job, split: str) -> Self:
@@ -56,6 +59,7 @@ class PrepareContext:
         return cls(
             split, job.prepared_path(split), job.data.splits[split], job.data, job.packing, job.loss, family,
             family.resolved_tiling(job.images), load_config(job.model).model_type, job.model.processor_source,
+            job.packing_costs,
         )  # fmt: skip
 
     def record(self, files: Sequence[SourceFile]) -> dict[str, Any]:
@@ -63,6 +67,7 @@ class PrepareContext:
         return prepare_record(
             files=files, datasets=self.datasets, data=self.data, processor=self.family.processor,
             tiling=self.tiling, packing=self.packing, loss=self.loss,
+            costs=self.costs.cost_record() if self.costs else None,
         )  # fmt: skip
 
     def encoder(self, data: DataSettings, sizes: SizeCache | None) -> Encoder:
@@ -97,13 +102,24 @@ class ChunkEncoder:
         return samples_table(results, [row.dataset for row in rows])
 
 
+@dataclass(frozen=True)
+class WindowPlan:
+    """Which plan windows are of.
+
+    token: of the plan (`PreparedWriter.begin`); dealing: the way its rows are dealt (`rows.dealing`).
+    """
+
+    token: str
+    dealing: int
+
+
 class WindowPacker:
     """Packs windows and commits their files. One in each process that packs."""
 
-    def __init__(self, context: PrepareContext, token: str) -> None:
-        """token: of the plan whose windows these are (`PreparedWriter.begin`)."""
-        self._context = context
-        self._writer = WindowWriter(context.path, token)
+    def __init__(self, context: PrepareContext, plan: WindowPlan) -> None:
+        """plan: whose windows these are."""
+        self._context, self._dealing = context, plan.dealing
+        self._writer = WindowWriter(context.path, plan.token)
 
     @cached_property
     def _labels(self) -> LabelMaker:
@@ -113,8 +129,9 @@ class WindowPacker:
         """The window of encoded rows (`schema.SAMPLES`)."""
         context = self._context
         return pack_window(
-            samples, context.packing, self._labels, context.family.sample_gap, allows_empty(context.loss)
-        )
+            samples, context.packing, self._labels, context.family.sample_gap, allows_empty(context.loss),
+            mixed=self._dealing > 1, sample_costs=context.costs.sample_costs if context.costs else None,
+        )  # fmt: skip
 
     def __call__(self, number: int, samples: pa.Table) -> dict[str, Any]:
         """Pack the rows of window `number` and commit it; returns its statistics. Raises UserError."""
@@ -126,9 +143,9 @@ class WindowPacker:
 class WindowMaker:
     """Makes whole windows in this process: encodes their chunks, packs and commits them."""
 
-    def __init__(self, context: PrepareContext, token: str, sizes: SizeCache | None = None) -> None:
-        """token: of the plan whose windows these are (`PreparedWriter.begin`); sizes: as for `ChunkEncoder`."""
-        self._encode, self._pack = ChunkEncoder(context, sizes), WindowPacker(context, token)
+    def __init__(self, context: PrepareContext, plan: WindowPlan, sizes: SizeCache | None = None) -> None:
+        """plan: whose windows these are; sizes: as for `ChunkEncoder`."""
+        self._encode, self._pack = ChunkEncoder(context, sizes), WindowPacker(context, plan)
 
     def __call__(self, chunks: Sequence[Chunk]) -> int:
         """Make the window of these chunks; returns its number. Raises UserError."""

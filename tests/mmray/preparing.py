@@ -21,8 +21,9 @@ from mmray.loss.settings import Loss
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.driver import RunWindows, prepare_files
-from mmray.prepared.stages import PrepareContext, WindowPacker
+from mmray.prepared.stages import PrepareContext, WindowPacker, WindowPlan
 from mmray.prepared.window import Window, samples_table
+from mmray.rows.dealing import dealing_of
 from mmray.rows.files import Chunk, plan_chunks, set_files, source_files
 from mmray.rows.read import RawRow, chunk_rows
 from mmray.rows.sample import RejectedRow, Sample
@@ -49,6 +50,8 @@ class Preparation:
     ) -> None:  # fmt: skip
         settings = DataSettings(train=tuple(DatasetSettings(**each) for each in datasets), **data)
         self.tiling = TilingPolicy.model_validate(tiling or {})
+        self.dealing = 1
+        """The way its rows are dealt, known with its windows."""
         known = isinstance(processor, Family)
         family = processor if known else family_of(processor, tiled=self.tiling.is_tiled)
         self.context = PrepareContext(
@@ -99,7 +102,7 @@ class Preparation:
         return result
 
     def window(self, results: Iterable[Sample | RejectedRow]) -> Window:
-        return WindowPacker(self.context, "").pack(samples_table(list(results)))
+        return WindowPacker(self.context, WindowPlan("", self.dealing)).pack(samples_table(list(results)))
 
     @property
     def record(self) -> dict[str, Any]:
@@ -107,9 +110,11 @@ class Preparation:
 
     def windows(self) -> Iterator[tuple[int, list[Sample | RejectedRow]]]:
         """The encoded rows of each window of the files."""
+        self.dealing = dealing_of(self.record)
         chunks = plan_chunks(
-            source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows
-        )
+            source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows,
+            dealing=self.dealing,
+        )  # fmt: skip
         for number, window in itertools.groupby(chunks, lambda chunk: chunk.window):
             yield number, [result for chunk in window for result in self.encoder.encode(list(chunk_rows(chunk)))]
 
@@ -136,10 +141,10 @@ def committing(windows: Mapping[int, Window]) -> RunWindows:
     """A way of making windows, each in one chunk, that commits these."""
 
     def run_windows(
-        context: PrepareContext, token: str, chunks: Sequence[Chunk], _sizes: KeptSizes | None
+        context: PrepareContext, plan: WindowPlan, chunks: Sequence[Chunk], _sizes: KeptSizes | None
     ) -> Iterator[int]:
         for chunk in chunks:
-            WindowWriter(context.path, token).write(chunk.window, windows[chunk.window])
+            WindowWriter(context.path, plan.token).write(chunk.window, windows[chunk.window])
             yield chunk.window
 
     return run_windows
