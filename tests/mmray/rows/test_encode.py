@@ -323,7 +323,7 @@ def test_a_rejected_row_shows_its_place_id_and_content(prepare):
     assert len(rejected.row) == 500
 
 
-@pytest.mark.parametrize("row_id", [None, True, ["a"], {"a": "b" * 1000}])
+@pytest.mark.parametrize("row_id", [None, True, float("nan"), ["a"], {"a": "b" * 1000}])
 def test_a_rejected_row_without_an_id_goes_by_its_place(prepare, row_id):
     assert prepare("pretrain").rejected({"id": row_id, "text": ""}).id == "/nowhere/rows.jsonl:1"
 
