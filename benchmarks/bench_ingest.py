@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Result
-from benchmarks.page_jobs import Pages, local_ray, prepared_here
+from benchmarks.page_jobs import Pages, local_ray
 from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import Job
+from mmray.prepared.driver import prepare
 from mmray.schedule.schedule import Schedule
 from pipelines.ingest import Ingest
 
@@ -58,7 +59,7 @@ class Run:
 
 
 def ingest_of(job: Job) -> Ingest:
-    dataset = prepared_here(job)
+    dataset, _ = prepare(job)
     plan = BatchPlan(
         prepared=dataset.path, processor=job.model.processor_source, model_type=None, trust_remote_code=False,
         loss=job.loss, micro_batch_bins=1, world_size=RANKS,

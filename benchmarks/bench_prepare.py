@@ -17,9 +17,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.common import Result, best_seconds
-from benchmarks.page_jobs import Pages, Stages, local_ray, windows
+from benchmarks.page_jobs import Pages, local_ray
 from mmray.config.job import Job
-from mmray.prepared import PreparedWriter
-from mmray.rows.files import Chunk, Piece, source_files
+from mmray.prepared import driver
+from mmray.prepared.stages import PrepareContext, WindowMaker
+from mmray.rows.files import Chunk, Piece, by_window
 from mmray.rows.read import RowReader
-from pipelines.prepare import PrepareContext, prepare
+from pipelines.prepare import prepare
 
 FIRST_ROWS, RATED_ROWS, ROWS = 5_000, 20_000, 50_000
 POOL_ROWS = 40_000
@@ -48,7 +50,7 @@ SAMPLE_SECONDS = 0.1
 ACTORS = {"EncodeChunk": "encode actor", "PackWindow": "pack actor"}
 NUM_ACTORS = 3
 
-_stages: Stages
+_make: WindowMaker
 
 
 def run(rows: int = ROWS) -> list[Result]:
@@ -169,19 +171,27 @@ class Way:
         return float(np.polyfit(seconds, rows, 1)[0])
 
 
+class Left(Exception):
+    """The way is left."""
+
+
 def through_pool(job: Job, way: Way) -> None:
     """Until the way is left."""
-    writer = PreparedWriter(job.prepared_path("train"))
-    writer.begin(PrepareContext(job, "train").record(source_files(job.data.train)))
-    done = 0
+    with suppress(Left):
+        driver.prepare(job, on_progress=lambda done, _: way.note(done), run_windows=partial(pool_windows, job, way))
+
+
+def pool_windows(
+    job: Job, way: Way, _context: PrepareContext, token: str, chunks: Sequence[Chunk], _sizes: Any
+) -> Iterator[int]:
+    """The `driver.RunWindows` of a plain pool of processes."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(POOL_SIZE, mp_context=spawn, initializer=_start, initargs=(job, writer.token)) as pool:
-        for window in as_completed([pool.submit(_window, chunks) for chunks in windows(job)]):
-            done += window.result()
-            way.note(done)
+    with ProcessPoolExecutor(POOL_SIZE, mp_context=spawn, initializer=_start, initargs=(job, token)) as pool:
+        for window in as_completed([pool.submit(_window, window) for window in by_window(chunks)]):
             if way.is_left:
                 pool.shutdown(wait=False, cancel_futures=True)
-                return
+                raise Left
+            yield window.result()
 
 
 def pool_processes() -> list[psutil.Process]:
@@ -189,12 +199,12 @@ def pool_processes() -> list[psutil.Process]:
 
 
 def _start(job: Job, token: str) -> None:
-    global _stages
-    _stages = Stages(PrepareContext(job, "train"), token)
+    global _make
+    _make = WindowMaker(PrepareContext.of(job, "train"), token)
 
 
 def _window(chunks: list[Chunk]) -> int:
-    return _stages.window(chunks)
+    return _make(chunks)
 
 
 def through_ray(job: Job, way: Way) -> None:

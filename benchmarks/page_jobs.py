@@ -8,17 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data  # sets the level of its own loggers when imported
 
 from mmray.config.job import Job
-from mmray.prepared import PreparedDataset, PreparedWriter
-from mmray.rows.files import Chunk, plan_chunks, source_files
 from mmray.synthetic.models import small_config
 from mmray.synthetic.pages import write_pages
 from mmray.synthetic.processors import write_processor
-from pipelines.prepare import EncodeChunk, PackWindow, PrepareContext
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 RAY_CPUS = 4
@@ -74,39 +70,3 @@ class Pages:
             "resources": {"encode_actors": 2, "pack_actors": 1, "render_actors": 1, "mask_actors": 1},
             "output": {"prepared": str(self.folder / name), "run": str(self.folder / "run")},
         })  # fmt: skip
-
-
-def windows(job: Job) -> list[list[Chunk]]:
-    """The chunks of each window of a job's training rows."""
-    packing = job.packing
-    chunks = plan_chunks(source_files(job.data.train), window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
-    return [list(group) for _, group in itertools.groupby(chunks, key=lambda chunk: chunk.window)]
-
-
-class Stages:
-    """The stage functions of a prepare in this process: what its actors hold. token: of the plan that was begun.
-
-    They have one processor, which takes a second to load.
-    """
-
-    def __init__(self, context: PrepareContext, token: str) -> None:
-        self.encode, self.pack = EncodeChunk(context.job, "train"), PackWindow(context.job, "train", token)
-        self.encode.context = self.pack.context = context
-
-    def window(self, chunks: list[Chunk]) -> int:
-        """Encodes, packs and writes one window; returns its rows."""
-        self.pack(pa.concat_tables(pa.table(self.encode({"chunk": [chunk]})) for chunk in chunks))
-        return sum(chunk.num_rows for chunk in chunks)
-
-
-def prepared_here(job: Job) -> PreparedDataset:
-    """Prepare a job's training rows in this process, without Ray."""
-    context = PrepareContext(job, "train")
-    record = context.record(source_files(job.data.train))
-    writer = PreparedWriter(context.path)
-    writer.begin(record)
-    stages, planned = Stages(context, writer.token), windows(job)
-    for chunks in planned:
-        stages.window(chunks)
-    capacities = job.packing.token_capacity, job.packing.visual_capacity
-    return writer.finish(record, len(planned), tiling=context.policy, capacities=capacities, facts={})

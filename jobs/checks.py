@@ -46,11 +46,6 @@ def require(checks: Iterable[Check]) -> None:
             log.warning("%s", note)
 
 
-def splits_of(job: Job) -> list[str]:
-    """The splits that a job has."""
-    return [split for split in ("train", "eval") if getattr(job.data, split)]
-
-
 def job_checks(job: Job, *, trains: bool) -> Iterator[Check]:
     """What a job and its settings tell without a cluster."""
     yield Check("outputs", partial(check_outputs, job))
@@ -96,7 +91,7 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
     """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
     family = job_family(job)
     datasets = {}
-    for split in splits_of(job):
+    for split in job.data.splits:
         prepared = PreparedDataset(job.prepared_path(split))
         check_settings(
             prepared.path, prepared.manifest["record"], processor=family.processor,
@@ -108,8 +103,7 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
                 "on as they are stored, with the sizes they were prepared with; prepare anew to have them turned",
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
-        if not len(prepared):
-            raise UserError(f"{prepared.path} has no bins: every row was rejected, see its rejected.parquet")
+        prepared.check_has_bins()
         datasets[split] = prepared
     return datasets
 

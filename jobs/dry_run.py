@@ -18,7 +18,7 @@ from rich.table import Table
 
 from jobs.capacity import Pool, prepare_cpus, prepare_pools, train_cpus, train_pools, uses_gpus
 from jobs.capacity import needs as needs_of
-from jobs.checks import Check, cluster_checks, job_checks, open_prepared, splits_of
+from jobs.checks import Check, cluster_checks, job_checks, open_prepared
 from jobs.common import connect, console, local_cpus
 from mmray.base.words import amount as about
 from mmray.config.job import Job
@@ -97,7 +97,7 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
         _add_cluster(plan, nodes, prepare_pools(), "preparing")
         plan.check(cluster_checks(job, nodes, trains=False, joined=True if _address(address) else None))
     plan.check(job_checks(job, trains=False))
-    for split in splits_of(job) if rows else ():
+    for split in job.data.splits if rows else ():
         path = job.prepared_path(split)
         state = plan.attempt("output", partial(_state, job, split, rows, replace))
         plan.add(f"{split} output", f"{path}: {state or 'it cannot be written, see below'}")
@@ -107,7 +107,7 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
 def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: bool) -> int:
     """Show what `jobs/train.py` would do; its exit code."""
     plan = _Plan(job)
-    is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in splits_of(job))
+    is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits)
     _, guesses = _examined(plan, counts=not is_prepared)
     prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
     for split, guess in guesses.items():
@@ -148,7 +148,7 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
             else:
                 plan.findings.append(each)
     with console.status("counting rows"):
-        for split in splits_of(plan.job) if rows and counts else ():
+        for split in plan.job.data.splits if rows and counts else ():
             found = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
             if found is not None:
                 guesses[split] = found
@@ -161,7 +161,7 @@ def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
 
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
-    kinds = [each.kind for each in getattr(plan.job.data, split)]
+    kinds = [each.kind for each in plan.job.data.splits[split]]
     plan.add(f"{split} rows", f"{guess.rows}, in {guess.windows:,} {'window' if guess.windows == 1 else 'windows'}")
     for number, (each, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
         files = "1 file" if each.files == 1 else f"{each.files:,} files"
@@ -253,7 +253,7 @@ def _add_cluster(plan: _Plan, nodes: Sequence[Node], pools: Sequence[Pool], what
 def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:
     """What is at the output of a split. Raises UserError where it is another job's."""
     assert rows is not None
-    folder, datasets = Folder(job.prepared_path(split)), getattr(job.data, split)
+    folder, datasets = Folder(job.prepared_path(split)), job.data.splits[split]
     if not (folder.exists(MANIFEST) or folder.exists(PLAN)):
         return "nothing there yet"
     if replace:
@@ -261,7 +261,9 @@ def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:
     record = prepare_record(
         files=source_files(datasets), datasets=datasets, data=job.data, processor=rows.family.processor,
         tiling=rows.policy, packing=job.packing, loss=job.loss,
+        costs=costs.cost_record() if (costs := job.packing_costs) else None,
     )  # fmt: skip
-    if PreparedWriter(folder.uri).is_finished(record):
+    writer = PreparedWriter(folder.uri)
+    if writer.is_finished(writer.as_begun(record)):
         return "up to date, nothing to do"
     return "a prepare was begun here; its finished windows are kept"

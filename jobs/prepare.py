@@ -12,7 +12,7 @@ import jobs  # noqa: F401  (says what is missing)
 import typer
 
 from jobs.capacity import prepare_cpus
-from jobs.checks import cluster_checks, job_checks, require, splits_of
+from jobs.checks import cluster_checks, job_checks, require
 from jobs.common import connect, console, run_main
 from jobs.dry_run import plan_prepare
 from mmray.config.job import Job, load_job
@@ -31,13 +31,14 @@ def prepare_splits(job: Job, *, replace: bool = False, joined: bool = False) -> 
 
     require(cluster_checks(job, alive_nodes(), trains=False, joined=joined))
     done = {}
-    for split in splits_of(job):
+    for split in job.data.splits:
         with ProgressBar(f"{job.name}: preparing {split}", "rows") as bar:
             prepared, made = prepare(job, split, replace=replace, on_progress=bar.update)
         if made:
             console.print(prepared_table(prepared))
         else:
             console.print(f"{prepared.path} is up to date (fingerprint {prepared.fingerprint}); nothing to do")
+        prepared.check_has_bins()
         done[split] = prepared
     return done
 

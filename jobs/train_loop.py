@@ -26,7 +26,7 @@ from mmray.run.folder import RunFolder
 from mmray.run.loop import TrainingLoop
 from mmray.run.plan import RunPlan
 from mmray.run.state import RunState, open_run
-from mmray.run.warnings import keep_warnings
+from mmray.run.warnings import LIBRARIES, keep_warnings
 from mmray.training.ranks import Ranks
 from pipelines.ingest import Ingest
 
@@ -46,7 +46,7 @@ def train_worker(config: dict[str, bytes]) -> None:
     if plan.gpus:
         torch.cuda.set_device(ray.train.torch.get_device())
     folder = RunFolder(plan.job.output.run)
-    keep_warnings(folder.warnings)
+    keep_warnings(folder.warnings, LIBRARIES)
     ranks = Ranks()
     if ranks.rank > 0:
         _train(plan, folder, ranks, callbacks)

@@ -127,13 +127,35 @@ def explained(place: str) -> Iterator[None]:
 def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space there; then the same command continues"
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+    if error.errno == errno.EROFS:
         return "let this user write there, or choose another folder"
+    if isinstance(error, PermissionError):
+        return "let this user read and write there, or choose another folder"
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return "a file stands where a folder should be; move it, or choose another folder"
     if isinstance(error, FileNotFoundError):
         return "something else removes files there while this runs; the same command continues"
     return "once that is mended, the same command continues"
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """A local file to write beside `path`, which takes that name when the block ends well: whoever reads `path` finds
+    the older file or the whole new one.
+
+    sync: write it to the disk first, so that this holds for a machine that loses its power too. When the block raises,
+    the older file stays and nothing is left beside it; the name of what a killed process leaves begins with a dot.
+    Raises OSError where the folder is not there or cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield beside
+        if sync:
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -235,15 +257,8 @@ class Folder:
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with beside.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(target) as beside, beside.open("wb") as file:
+            yield file
 
     def remove(self, name: str = "") -> None:
         """Delete a file, or with no name the whole folder."""

@@ -1,115 +1,44 @@
-"""Rows to a prepared dataset, on a Ray cluster.
+"""Where a prepare makes its windows on a Ray cluster; all else of it is `mmray.prepared.driver`'s.
 
     chunks of 512 rows ─ EncodeChunk (actors: headers, tokens, exact lengths) ─ PackWindow (actors: 2D bins, Parquet)
 
 A chunk goes through Ray Data as one row, its samples as one Arrow buffer, so no block is ever split or merged and a
-window is always the same chunks: bins are byte-equal for any number of actors. Windows are committed one by one; what
-an interrupted run has committed is not made again.
+window is always the same chunks: bins are byte-equal for any number of actors.
 
 With `data.size_cache` all actors look into one table in the object store; what they measure themselves comes back with
-the windows, and the driver alone writes the cache.
+the windows.
 """
 
-import logging
-import random
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.families import Family
-from mmray.images.header import BROKEN_EXIF, SEVERAL_FRAMES, measured
-from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
-from mmray.images.source import one_line
-from mmray.loss.labels import LabelMaker
-from mmray.loss.settings import allows_empty, label_maker
-from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
+from mmray.images.size_cache import KeptSizes, SizeCache
+from mmray.prepared import PreparedDataset, driver
 from mmray.prepared.arrow import binary_cell
-from mmray.prepared.fingerprint import prepare_record
-from mmray.prepared.window import Window, pack_window, samples_table
-from mmray.rows.encode import Encoder
-from mmray.rows.files import Chunk, check_unchanged, plan_chunks, set_files, source_files
-from mmray.rows.preflight import check_first_rows
-from mmray.rows.read import RowReader, chunk_rows
-from mmray.rows.settings import DatasetSettings, DataSettings
-from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
-from mmray.training.model import load_config
+from mmray.prepared.stages import ChunkEncoder, PrepareContext, WindowPacker, WindowPlan
+from mmray.rows.files import Chunk
 from pipelines import measures
 from pipelines.dataset import ERROR, cluster_amount, one_row_blocks, out_of_room
 from pipelines.measures import StageClock, clocked
-from pipelines.row_ids import find_duplicates
-
-log = logging.getLogger("mmray")
+from pipelines.row_ids import hash_ids
 
 
-class PrepareContext:
-    """What every actor of a prepare needs, built from the job alone."""
-
-    def __init__(self, job: Job, split: str) -> None:
-        self.job = job
-        self.datasets: tuple[DatasetSettings, ...] = getattr(job.data, split)
-        self.path = job.prepared_path(split)
-
-    @cached_property
-    def family(self) -> Family:
-        return job_family(self.job)
-
-    @cached_property
-    def policy(self) -> Any:
-        return self.family.resolved_tiling(self.job.images)
-
-    def encoder(self, data: DataSettings, sizes: SizeCache | None) -> Encoder:
-        """Holds the tokenizer; one in each process."""
-        return Encoder(
-            data, self.datasets, self.family, self.policy, self.job.packing, loss=self.job.loss,
-            measure=sizes.measured if sizes else measured,
-        )  # fmt: skip
-
-    def labels(self) -> LabelMaker:
-        """What the loss setting makes of tokens."""
-        return label_maker(self.job.loss, self.family)
-
-    def record(self, files: Any) -> dict[str, Any]:
-        """Everything that changes the result."""
-        return prepare_record(
-            files=files, datasets=self.datasets, data=self.job.data, processor=self.family.processor,
-            tiling=self.policy, packing=self.job.packing, loss=self.job.loss,
-        )  # fmt: skip
-
-
-@dataclass
-class KeptSizes:
-    """The driver's side of `data.size_cache`. known: what it held at the beginning, for every actor; measured: what
-    actors had to measure."""
-
-    known: pa.Table
-    measured: list[pa.Table] = field(default_factory=list)
-
-
-@contextmanager
-def kept_sizes(uri: str) -> Iterator[KeptSizes]:
-    """The cache at `uri`, which at the end, whatever ends it, also holds what was measured by then.
-
-    A cache that cannot be written is a warning. Raises UserError for an unknown kind of URI.
-    """
-    sizes = KeptSizes(read_sizes(uri))
-    try:
-        yield sizes
-    finally:
-        try:
-            merge_sizes(uri, sizes.measured)
-        except Exception as error:  # noqa: BLE001, a remote file system may raise anything
-            log.warning("size cache %s: %s; it stays as it was", uri, one_line(error))
+def prepare(
+    job: Job, split: str, *, replace: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[PreparedDataset, bool]:  # fmt: skip
+    """Do what `driver.prepare` does, on the cluster that this process is connected to."""
+    return driver.prepare(
+        job, split, replace=replace, on_progress=on_progress, run_windows=partial(_run_windows, job),
+        hash_ids=partial(hash_ids, labels=job.resources.prepare_labels),
+    )  # fmt: skip
 
 
 class EncodeChunk:
@@ -117,30 +46,26 @@ class EncodeChunk:
 
     def __init__(self, job: Job, split: str, known: "ray.ObjectRef[pa.Table] | None" = None) -> None:
         """known: `KeptSizes.known`; None where there is no cache."""
-        self.context = PrepareContext(job, split)
+        self.job, self.split = job, split
         self.sizes = SizeCache(ray.get(known)) if known else None
-        self.reader = RowReader()
         self.clock = StageClock("encode", job.name)
         self.tags = {"job_name": job.name, "split": split}
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encode(self) -> ChunkEncoder:
         """Made with the first chunk: what is wrong then is told like a mistake in a row."""
-        return self.context.encoder(self.context.job.data, self.sizes)
+        return ChunkEncoder(PrepareContext.of(self.job, self.split), self.sizes)
 
     @clocked
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (chunk,) = batch["chunk"]
         error, samples = None, pa.py_buffer(b"")
         try:
-            rows = list(chunk_rows(chunk, self.reader))
-            verify = [line * len(rows) // chunk.num_rows for line in chunk.verify]  # blank lines count, but are no rows
-            samples = _to_buffer(samples_table(self.encoder.encode(rows, verify, chunk.duplicates)))
-            measures.add(measures.ROWS_READ, len(rows), **self.tags)
+            table = self.encode(chunk)
+            samples = _to_buffer(table)
+            measures.add(measures.ROWS_READ, table.num_rows, **self.tags)
         except UserError as mistake:
             error = str(mistake)
-        except OSError as failure:  # of a store that does not answer, a file that is gone
-            error = f"{chunk.pieces[0].uri} or its images: {one_line(failure)}; the same command continues"
         return {
             "window": [chunk.window],
             "chunk": [chunk.index],
@@ -153,12 +78,16 @@ class EncodeChunk:
 class PackWindow:
     """Actor: packs the chunks of one window and commits its files. Hands on the sizes."""
 
-    def __init__(self, job: Job, split: str, token: str) -> None:
-        """token: of the plan whose windows these are (`PreparedWriter.begin`)."""
-        self.context = PrepareContext(job, split)
-        self.writer = WindowWriter(self.context.path, token)
+    def __init__(self, job: Job, split: str, plan: WindowPlan) -> None:
+        """plan: whose windows these are."""
+        self.job, self.split, self.plan = job, split, plan
         self.clock = StageClock("pack", job.name)
         self.tags = {"job_name": job.name, "split": split}
+
+    @cached_property
+    def pack(self) -> WindowPacker:
+        """Made with the first window."""
+        return WindowPacker(PrepareContext.of(self.job, self.split), self.plan)
 
     @clocked
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
@@ -171,11 +100,10 @@ class PackWindow:
             raise RuntimeError(f"chunks out of order: windows {windows}, chunks {chunks}")
         samples = pa.concat_tables(_from_buffer(value.as_buffer()) for value in batch["samples"])
         try:
-            window = self._packed(samples)
-            self.writer.write(windows[0], window)
+            statistics = self.pack(windows[0], samples)
         except UserError as mistake:
             return {"window": [0], "sizes": sizes, ERROR: [str(mistake)]}
-        self._count(window.statistics)
+        self._count(statistics)
         return {"window": [windows[0]], "sizes": sizes, ERROR: [""]}
 
     def _count(self, facts: dict[str, Any]) -> None:
@@ -184,122 +112,17 @@ class PackWindow:
         for reason, rows in facts["rejected_by_reason"].items():
             measures.add(measures.ROWS_REJECTED, rows, reason=reason, **self.tags)
 
-    @cached_property
-    def _labels(self) -> LabelMaker:
-        return self.context.labels()
 
-    def _packed(self, samples: pa.Table) -> Window:
-        job, gap = self.context.job, self.context.family.sample_gap
-        return pack_window(samples, job.packing, self._labels, gap, allows_empty(job.loss))
+def _run_windows(
+    job: Job, context: PrepareContext, plan: WindowPlan, chunks: Sequence[Chunk], sizes: KeptSizes | None
+) -> Iterator[int]:
+    """Execute the graph over these chunks: the `driver.RunWindows` of a job.
 
-
-def prepare(
-    job: Job, split: str, *, replace: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[PreparedDataset, bool]:  # fmt: skip
-    """Prepare one split (`train` or `eval`) of a job; returns the dataset, and whether there was anything to do.
-
-    replace: delete what is prepared there and start anew. on_progress(rows done, rows) is called
-    as windows are committed. Raises UserError for what a person can mend.
-    """
-    started = time.monotonic()
-    context = PrepareContext(job, split)
-    files = source_files(context.datasets)
-    record = context.record(files)
-    writer = PreparedWriter(context.path)
-    if not replace and writer.is_finished(record):
-        writer.tidy()
-        return PreparedDataset(context.path), False
-    chunks = _with_verification(
-        plan_chunks(files, window_rows=job.packing.window_rows, chunk_rows=job.packing.chunk_rows),
-        job.data.verify_rows,
-    )
-    if not chunks:
-        raise UserError(f"data.{split}: the files hold no rows: {', '.join(file.uri for file in files)}")
-    total = sum(chunk.num_rows for chunk in chunks)
-    with kept_sizes(job.data.size_cache) if job.data.size_cache else nullcontext() as sizes:
-        sources = _check_first_rows(context, chunks, split, sizes)
-        if replace:
-            writer.clear()
-        finished = writer.begin(record)
-        if finished:
-            log.info("%s: %d windows are there from an earlier run and are kept", context.path, len(finished))
-        missing = [chunk for chunk in chunks if chunk.window not in finished]
-        if missing and job.data.duplicate_ids == "reject":
-            chunks = find_duplicates(chunks, context.datasets, job.resources.prepare_labels)
-            missing = [chunk for chunk in chunks if chunk.window not in finished]
-        done = total - sum(chunk.num_rows for chunk in missing)
-        on_progress(done, total)
-        try:
-            for rows in _run(job, split, writer.token, missing, sizes):
-                done += rows
-                on_progress(done, total)
-        except Exception:
-            check_unchanged(files, context.datasets)  # what was found wrong may come of it
-            raise
-        check_unchanged(files, context.datasets)
-    prepared = writer.finish(
-        record,
-        chunks[-1].window + 1,
-        tiling=context.policy,
-        capacities=(job.packing.token_capacity, job.packing.visual_capacity),
-        facts={
-            "model_family": type(context.family).__name__,
-            "model_type": load_config(job.model).model_type,
-            "processor_source": job.model.processor_source,
-            "loss_sources": sources,
-            "set_files": set_files(files, len(context.datasets)),
-            "seconds": round(time.monotonic() - started, 1),
-        },
-    )
-    _tell(prepared)
-    return prepared, True
-
-
-_NOTES = {
-    BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
-    SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
-    BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
-    WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
-}
-
-
-def _tell(prepared: PreparedDataset) -> None:
-    """Warn of what was let pass, with examples."""
-    facts = prepared.statistics
-    examples = facts["examples"]
-    if facts["duplicate_ids"]:
-        log.warning(
-            "%s: %d samples have an id that another has, such as %r; data.duplicate_ids: reject would set them aside",
-            prepared.path, facts["duplicate_ids"], examples["duplicate_ids"][0],
-        )  # fmt: skip
-    for note, count in facts["image_notes"].items():
-        log.warning(
-            "%s: %d %s, such as %s", prepared.path, count, _NOTES.get(note, note), examples[note][0]
-        )  # fmt: skip
-
-
-def _check_first_rows(context: PrepareContext, chunks: list[Chunk], split: str, sizes: KeptSizes | None) -> list[str]:
-    """`check_first_rows` of a job; the names of its sources."""
-    job = context.job
-    lenient = job.data.model_copy(update={"on_bad_row": "reject"})  # bad rows stop it later, if at all
-    encoder = context.encoder(lenient, SizeCache(sizes.known) if sizes else None)
-    pieces = [piece for chunk in chunks for piece in chunk.pieces]
-    sources = check_first_rows(encoder, context.labels(), pieces, split=split, loss=job.loss)
-    return [source.value for source in sources]
-
-
-def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes | None = None) -> Iterator[int]:
-    """Execute the graph over these chunks; yields the rows of each window, as planned, when it is committed.
-
-    token: of the plan. Raises UserError for what actors find, and where Ray has no room.
+    Raises UserError for what actors find, and where Ray has no room.
     """
     if not chunks:
         return
-    rows = Counter[int]()
-    for chunk in chunks:
-        rows[chunk.window] += chunk.num_rows
-    resources, cpus = job.resources, int(cluster_amount("CPU", job.resources.prepare_labels))
+    split, resources, cpus = context.split, job.resources, int(cluster_amount("CPU", job.resources.prepare_labels))
     dataset = one_row_blocks([{"chunk": chunk} for chunk in chunks], resources.prepare_labels)
     dataset = dataset.map_batches(
         EncodeChunk, batch_size=1, fn_constructor_args=(job, split, ray.put(sizes.known) if sizes else None),
@@ -307,7 +130,7 @@ def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes
     )  # fmt: skip
     dataset = dataset.map_batches(
         PackWindow, batch_size=job.packing.window_rows // job.packing.chunk_rows, batch_format="pyarrow",
-        fn_constructor_args=(job, split, token),
+        fn_constructor_args=(job, split, plan),
         compute=_pool(resources.pack_actors, room=cpus - resources.encode_actors), num_cpus=1,
     )  # fmt: skip
     try:
@@ -316,7 +139,7 @@ def _run(job: Job, split: str, token: str, chunks: list[Chunk], sizes: KeptSizes
                 sizes.measured += map(_from_buffer, row["sizes"])
             if row[ERROR]:
                 raise UserError(row[ERROR])
-            yield rows[row["window"]]
+            yield int(row["window"])
     except RayError as error:
         if lack := out_of_room(error):
             raise UserError(
@@ -343,13 +166,3 @@ def _to_buffer(table: pa.Table) -> pa.Buffer:
 
 def _from_buffer(data: pa.Buffer | bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
-
-
-def _with_verification(chunks: list[Chunk], count: int) -> list[Chunk]:
-    """Draw the rows to compare with the real processor; the same rows for the same input."""
-    total = sum(chunk.num_rows for chunk in chunks)
-    drawn = set(random.Random(0).sample(range(total), min(count, total)))
-    return [
-        replace(chunk, verify=tuple(n for n in range(chunk.num_rows) if chunk.first_row + n in drawn))
-        for chunk in chunks
-    ]

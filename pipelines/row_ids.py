@@ -1,38 +1,33 @@
-"""The rows whose id an earlier row has, found on the cluster before anything is prepared (`data.duplicate_ids`).
+"""The ids of rows, hashed on the cluster before anything is prepared (`data.duplicate_ids`).
 
 One task for each chunk reads its rows and gives 16 bytes for each; the driver puts them side by side. Which rows are
 set aside depends on their order alone, so windows can still be made anywhere, and again.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from mmray.errors import UserError
 from mmray.prepared.arrow import binary_cell
-from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
+from mmray.rows.duplicates import chunk_id_hashes
 from mmray.rows.files import Chunk
 from mmray.rows.settings import DatasetSettings
 from pipelines.dataset import ERROR, one_row_blocks
 
 
-def find_duplicates(
-    chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings], labels: Mapping[str, str]
-) -> list[Chunk]:
-    """The chunks, each with the positions of its rows that have an earlier row's id.
+def hash_ids(
+    chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings], *, labels: Mapping[str, str]
+) -> Iterator[bytes]:
+    """The hashes of the ids of each chunk's rows: the `driver.HashIds` of a cluster.
 
     labels: of the nodes to work on. Raises UserError for a file that cannot be read.
     """
-    hash_ids = functools.partial(_hash_ids, tuple(datasets))
     blocks = one_row_blocks([{"chunk": chunk} for chunk in chunks], labels)
-    found = blocks.map_batches(hash_ids, batch_size=1, num_cpus=1)
-    return list(with_duplicates(chunks, _checked(found.iter_rows())))
-
-
-def _checked(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-    for row in rows:
+    hashed = blocks.map_batches(functools.partial(_hash_ids, tuple(datasets)), batch_size=1, num_cpus=1)
+    for row in hashed.iter_rows():
         if row[ERROR]:
             raise UserError(row[ERROR])
         yield row["hashes"]
@@ -42,6 +37,6 @@ def _hash_ids(datasets: Sequence[DatasetSettings], batch: dict[str, Any]) -> dic
     error, hashes = None, b""
     try:
         hashes = chunk_id_hashes(batch["chunk"][0], datasets)
-    except (UserError, OSError) as mistake:
+    except UserError as mistake:
         error = str(mistake)
     return {"hashes": binary_cell(hashes), ERROR: pa.array([error], pa.string())}

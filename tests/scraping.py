@@ -2,7 +2,7 @@
 
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import ray
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,8 +27,10 @@ def scraped(measure: Measure, **tags: str) -> dict[tuple[str, ...], float]:
     return found
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Processes tell their node now and then: look again for a while."""
+def wait_until_told(expected: Mapping[Measure, object], **tags: str) -> None:
+    """Assert what `scraped` gives of each measure. Each process tells its node now and then, and all of them at other
+    times: look again for a while."""
     deadline = time.monotonic() + WAIT_SECONDS
-    while not holds() and time.monotonic() < deadline:
+    while (told := {measure: scraped(measure, **tags) for measure in expected}) != expected:
+        assert time.monotonic() < deadline, {measure.name: told[measure] for measure in told}
         time.sleep(0.5)

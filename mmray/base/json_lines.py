@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmray.storage import replacing
+
 
 class JsonLines:
     """Appends to one file. Made where absent, with its folder; a torn last line is cut off first."""
@@ -39,12 +41,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def replace_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Put these lines in the place of the file's, all at once."""
-    beside = path.with_suffix(path.suffix + ".tmp")
-    with beside.open("wb") as file:
+    with replacing(path) as beside, beside.open("wb") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _cut_torn_line(path: Path) -> None:

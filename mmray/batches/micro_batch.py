@@ -12,6 +12,7 @@ pictures stay uint8), `mask` on GPU actors (labels, positions), `MicroBatch.mode
 (rescale, normalise, patch layout).
 """
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -39,6 +40,11 @@ from mmray.images import TilingPolicy, render_tiles
 from mmray.loss.labels import IGNORE_INDEX, LabelMaker, segment_ids
 from mmray.prepared import Bin
 from mmray.prepared.arrow import binary_cell
+
+log = logging.getLogger("mmray")
+
+_told_limits: set[int] = set()
+"""Positions of models of which it was said that a sample has more."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,13 @@ class MicroBatch:
         return int(self.masked.lengths[~self.masked.padding].sum())
 
     @property
+    def trained_segments(self) -> Tensor:
+        """int64 [L]: the number of each token's sample; -1 outside samples, and in those that are skipped."""
+        masked = self.masked
+        left_out = _tensor(masked.padding | masked.skipped)
+        return segment_ids(_tensor(masked.lengths), left_out, total=len(masked.input_ids))
+
+    @property
     def num_samples(self) -> int:
         """Its samples, also those that are skipped."""
         return int((~self.masked.padding).sum())
@@ -268,12 +281,18 @@ class MicroBatch:
         """The numbers of its bins, without empty ones."""
         return [int(number) for number in self.masked.bins]
 
+    def _tell_long_samples(self, config: PretrainedConfig) -> None:
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if limit and (positions := _positions(self.masked)) > limit:
+            _tell_long_samples(limit, f"bins {self.bins}: a sample has {positions} positions")
+
     def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
         """The keyword arguments of the model's forward, on `device`; pixels and masks as `dtype`.
 
         config: the model's, with the attention implementation it runs.
         """
         masked = self.masked
+        self._tell_long_samples(config)
         row = replace(packed_row(masked, device), trained=(_tensor(masked.labels) != IGNORE_INDEX).to(device))
         pixels = _tensor(masked.pixels).to(device, non_blocking=True)
         sizes = [size for tile in row.tiles for size in tile.frame_sizes]
@@ -283,6 +302,23 @@ class MicroBatch:
         ]
         positions = _tensor(masked.position_ids).to(device)
         return self.family.model_inputs(row, positions, frames, dtype, config)
+
+
+def _positions(masked: Masked) -> int:
+    """Those that the sample with most has; of rows and columns where the model takes such."""
+    positions = masked.position_ids[-3:]
+    return int(positions.max()) + 1 if positions.size else int(masked.lengths.max())
+
+
+def _tell_long_samples(limit: int, example: str) -> None:
+    if limit in _told_limits:
+        return
+    _told_limits.add(limit)
+    log.warning(
+        "%s, more than the %d that the model was made for (max_position_embeddings); packing.token_capacity rejects "
+        "longer rows. Others are not told",
+        example, limit,
+    )  # fmt: skip
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -9,7 +9,8 @@ from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.families import Family, load_family
 from mmray.packing.settings import PackingSettings
-from mmray.training.model import load_config
+from mmray.training.flash_attention import flash_problem
+from mmray.training.model import empty_model, load_config
 from mmray.training.settings import ModelSettings
 
 
@@ -31,6 +32,7 @@ def fitting_family(job: Job) -> tuple[PretrainedConfig, Family]:
         trust_remote_code=job.model.trust_remote_code,
     )
     check_model(config, family)
+    check_token_ids(config, family, job.model)
     return config, family
 
 
@@ -50,12 +52,32 @@ def check_model(config: PretrainedConfig, family: Family) -> None:
         raise UserError(f"a {config.model_type} cannot train like this: {problem}")
 
 
+def check_token_ids(config: PretrainedConfig, family: Family, settings: ModelSettings) -> None:
+    """Raise UserError when the tokenizer can give an id that the model has no vector for, and is not to get one.
+
+    It would end in an index error in the middle of training, on a GPU in an assertion of the device.
+    """
+    rows, ids = family.embedding_rows(config), family.num_token_ids
+    if ids > rows and not settings.resize_embeddings:
+        tokens = [repr(family.tokenizer.convert_ids_to_tokens(number)) for number in range(rows, min(ids, rows + 3))]
+        more = ", …" if ids > rows + 3 else ""
+        raise UserError(
+            f"the tokenizer has ids up to {ids - 1}, the model has vectors up to {rows - 1}: it knows nothing of "
+            f"{', '.join(tokens)}{more}. Set model.resize_embeddings: true, which gives "
+            "them the mean of the others to begin with, or model.processor to the model's own"
+        )
+
+
 def check_attention(settings: ModelSettings) -> None:
-    """Raise UserError when the attention that is asked for is not installed on a machine with a GPU.
+    """Raise UserError when the attention that is asked for cannot run the model, or is not installed where a GPU is.
 
     Others need not have it: rows are prepared, and drivers run, on CPU nodes. Workers fail where it is missing.
     """
-    if settings.attention != "flash_attention_2" or not torch.cuda.is_available():
+    if settings.attention != "flash_attention_2":
+        return
+    if problem := flash_problem(empty_model(settings.model_copy(update={"attention": "eager"})), settings):
+        raise UserError(f"model.attention is flash_attention_2, which cannot run this model: {problem}; set sdpa")
+    if not torch.cuda.is_available():
         return
     if importlib.util.find_spec("flash_attn") is None:
         raise UserError(

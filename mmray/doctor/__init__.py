@@ -23,9 +23,11 @@ from mmray.doctor.findings import (
     passed,
 )
 from mmray.doctor.model import examine_model
+from mmray.doctor.pixels import CHECK as PIXELS
+from mmray.doctor.pixels import examine_pixels
 from mmray.doctor.rows import FirstRows, examine_rows
 from mmray.doctor.weights import CHECK as WEIGHTS
-from mmray.doctor.weights import examine_weights
+from mmray.doctor.weights import NAMES, examine_names, examine_weights
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.training.deepspeed_check import check_deepspeed
@@ -53,12 +55,15 @@ def examine(job: Job) -> Iterator[Finding | FirstRows]:
     except UserError as error:
         yield failed("images", str(error))
         return
-    training = FirstRows(job, "train", family, policy)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    training = FirstRows(job, "train", family, policy, positions)
     are_read = yield from _rows(training)
     if job.data.eval:
-        yield from _rows(FirstRows(job, "eval", family, policy))
+        yield from _rows(FirstRows(job, "eval", family, policy, positions))
     if are_read:
         yield training
+    if are_read:
+        yield guarded(PIXELS, lambda: examine_pixels(training, config))
     yield from examine_model(job, family, policy, config)
     if are_read:
         yield guarded(WEIGHTS, lambda: examine_weights(job, training))
@@ -75,8 +80,12 @@ def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Fami
         return None
     name = type(family.processor).__name__
     kind = type(family).__name__ if family.is_verified else "general rules, unverified"
-    yield passed("processor", f"{name} loads, and is the {config.model_type} model's own (family: {kind})")
+    rows, ids = family.embedding_rows(config), family.num_token_ids
+    vectors = f"{ids:,} token ids have a vector" if ids <= rows else f"{rows:,} vectors become {ids:,}"
+    said = f"{name} loads, and is the {config.model_type} model's own (family: {kind}); {vectors}"
+    yield passed("processor", said)
     yield guarded("attention", lambda: _attention(job, config, family))
+    yield guarded(NAMES, lambda: examine_names(job))
     if job.training.deepspeed:
         yield guarded("deepspeed", lambda: _deepspeed(job))
     return config, family

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
 
-from mmray.batches.micro_batch import MicroBatch, Place, mask, packed_row, render
+from mmray.batches.micro_batch import Masked, MicroBatch, Place, mask, packed_row, render
 from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, failed_by, guarded, not_applicable, passed
 from mmray.doctor.shrink import shrunken
 from mmray.families import Family
 from mmray.images import TilingPolicy
-from mmray.loss.labels import LabelMaker
+from mmray.loss.labels import IGNORE_INDEX, LabelMaker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
@@ -35,10 +36,13 @@ from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import build_model
 
-FRESH, CACHE, PACKED, ACCUMULATION = "loss at step 0", "cache", "packed = unpacked", "accumulation steps"
+FRESH, CACHE, PICTURES_SEEN, LABELS = "loss at step 0", "cache", "pictures are seen", "labels"
+PACKED, ACCUMULATION = "packed = unpacked", "accumulation steps"
 
 CPU = torch.device("cpu")
 ENLARGED = 6.0
+OPEN_GATE, OPEN_WEIGHTS = 0.5, 0.1
+"""What stands in the place of single numbers, and of matrices, that start at zero."""
 TOLERANCE = 1e-4
 """Of logits, relative to the largest."""
 SPLIT_TOLERANCE = 1e-3
@@ -64,6 +68,8 @@ def examine_model(job: Job, family: Family, policy: TilingPolicy, config: Pretra
     yield guarded(FRESH, copy.fresh_loss)
     copy.enlarge()
     yield guarded(CACHE, copy.cache)
+    yield guarded(PICTURES_SEEN, copy.pictures_seen)
+    yield guarded(LABELS, copy.labels_and_loss)
     yield guarded(PACKED, copy.packed_equals_unpacked)
     yield guarded(ACCUMULATION, copy.accumulation)
 
@@ -87,8 +93,8 @@ class _Copy:
         model = build_model(
             job.model.model_copy(
                 update={
-                    "path": None, "config": small.to_dict(), "dtype": "fp32", "attention": attention,
-                    "gradient_checkpointing": False,
+                    "path": None, "allow_missing": (), "config": small.to_dict(), "dtype": "fp32",
+                    "attention": attention, "gradient_checkpointing": False, "processor": job.model.processor_source,
                 }
             )
         )  # fmt: skip
@@ -111,10 +117,17 @@ class _Copy:
         )
 
     def enlarge(self) -> None:
-        """As initialised, attention is nearly even: no mistake would show."""
+        """As initialised, attention is nearly even, and some models are blind (the projector of Gemma 3, the gates of
+        Llama 3.2): no mistake would show."""
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.model.parameters():
-                if parameter.dim() > 1:
+                closed = not parameter.any()
+                if closed and parameter.numel() == 1:
+                    parameter.fill_(OPEN_GATE)
+                elif closed and parameter.dim() > 1:
+                    parameter.normal_(std=OPEN_WEIGHTS, generator=generator)
+                elif parameter.dim() > 1:
                     parameter.mul_(ENLARGED)
 
     def batch(self, *bins: Bin) -> MicroBatch:
@@ -158,7 +171,7 @@ class _Copy:
         said = f"{found:.2f} with random weights; ln(vocabulary) is {expected:.2f} ({self.described})"
         if abs(found - expected) < FRESH_LOSS * expected:
             return passed(FRESH, said)
-        return failed(FRESH, said, "labels or logits are shifted, or the model starts far from even odds")
+        return failed(FRESH, said, "the model starts far from even odds: see initializer_range in its configuration")
 
     def cache(self) -> Finding:
         blind = "with a cache, transformers does not see packed samples"
@@ -173,6 +186,43 @@ class _Copy:
         if output.get("past_key_values") is not None:
             return failed(CACHE, f"the model returns a cache all the same: {blind}")
         return passed(CACHE, "use_cache is off in the configurations of model and text model; no cache comes back")
+
+    def pictures_seen(self) -> Finding:
+        """Logits change with a picture, and not before it."""
+        masked = max((self.batch(each).masked for each in self.apart), key=_first_of_last_picture)
+        first = _first_of_last_picture(masked)
+        before, after = (
+            self.logits(self.inputs(MicroBatch(each, self.family))) for each in (masked, _other_last_tile(masked))
+        )
+        change = (after - before).abs().amax(dim=-1) / before.abs().max()
+        earlier, later = float(change[:first].max()), float(change[first:].max())
+        said = (
+            f"with another picture at token {first:,} logits change by {later:.0e} of the largest from there on, by "
+            f"{earlier:.0e} before it ({self.described})"
+        )
+        if not later > 10 * TOLERANCE:
+            return failed(PICTURES_SEEN, said, "the model does not see its pictures: please report the model")
+        if not (earlier < TOLERANCE or self.family.looks_ahead):
+            return failed(PICTURES_SEEN, said, "tokens see what comes after them: please report the model")
+        return passed(PICTURES_SEEN, said)
+
+    def labels_and_loss(self) -> Finding:
+        """Labels are the tokens themselves, and the loss is that of the next token."""
+        batch = self.batch(self.apart[0])
+        ids, labels = torch.from_numpy(batch.masked.input_ids.astype(np.int64)), batch.labels[0]
+        trained = labels != IGNORE_INDEX
+        wrong = int((labels[trained] != ids[trained]).sum())
+        if wrong:
+            said = f"{wrong} of {int(trained.sum())} labels are not the token in their place"
+            return failed(LABELS, said, "please report the family and the job file")
+        inputs = self.inputs(batch)
+        plain = float(cross_entropy(self.logits(inputs)[:-1], labels[1:], ignore_index=IGNORE_INDEX))
+        with torch.no_grad():
+            found = float(packed_loss_sum(self.model, inputs, batch.labels)) / int(count_trained_tokens(batch.labels))
+        said = f"loss {found:.4f}, and {plain:.4f} from all logits, each against the next token"
+        if _close(found, plain):
+            return passed(LABELS, f"{int(trained.sum())} labels are the tokens in their places; {said}")
+        return failed(LABELS, said, "labels are shifted against logits: please report the model")
 
     def packed_equals_unpacked(self) -> Finding:
         if self.packs_not:
@@ -231,6 +281,20 @@ class _Copy:
         """The bins of one sample in the order in which their samples stand in the packed one."""
         by_id = {each.sample_ids[0]: each for each in self.apart}
         return [by_id[found] for found in self.together.sample_ids]
+
+
+def _first_of_last_picture(masked: Masked) -> int:
+    """The first token of the last picture of a row; -1 where it has none."""
+    return int(masked.blocks[-1, 0]) if len(masked.blocks) else -1
+
+
+def _other_last_tile(masked: Masked) -> Masked:
+    """The row with the last tile's pixels inverted."""
+    frames = int(masked.tiles[-1, 3])
+    values = int(masked.frame_sizes[-frames:].astype(np.int64).prod(axis=1).sum()) * 3
+    pixels = masked.pixels.copy()
+    pixels[-values:] = 255 - pixels[-values:]
+    return replace(masked, pixels=pixels)
 
 
 def _close(found: float, expected: float) -> bool:

@@ -1,6 +1,6 @@
 """What the first rows of each set show: that they can be read, are as long as the processor says, and train."""
 
-from collections import Counter
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,16 +20,18 @@ from mmray.loss.labels import IGNORE_INDEX
 from mmray.loss.settings import LossSource, allows_empty, label_maker
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
+from mmray.rows.count import count_rows
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece, SourceFile, first_piece, source_files
-from mmray.rows.preflight import FIRST_ROWS, check_first_rows, first_rows, sample_labels
+from mmray.rows.preflight import FIRST_ROWS, check_first_rows, first_rows, sample_labels, set_name
 from mmray.rows.read import RawRow
+from mmray.rows.rejections import SetRows, too_many
 from mmray.rows.sample import RejectedRow, Sample
 
 LENGTHS = "exact lengths"
 DECODED_ROWS = 8
-MAX_TOO_LARGE = 0.05
-"""Part of the first rows that may fit no bin: more is a capacity chosen wrongly, not a few odd rows."""
+COUNT_SECONDS = 10.0
+"""How long rows are counted for."""
 SHOWN_SETS = 3
 """Of which a row is printed."""
 TRAINS = {
@@ -51,18 +53,26 @@ class FirstRows:
     split: str
     family: Family
     policy: TilingPolicy
+    positions: int | None = None
+    """The model's `max_position_embeddings`, where it has such."""
 
     @cached_property
     def encoder(self) -> Encoder:
-        job = self.job.model_copy(update={"data": self.job.data.model_copy(update={"on_bad_row": "reject"})})
-        return Encoder(job.data, getattr(job.data, self.split), self.family, self.policy, job.packing, loss=job.loss)
+        data, job = self.job.data, self.job
+        return Encoder(
+            data.lenient, data.splits[self.split], self.family, self.policy, job.packing, loss=job.loss
+        )  # fmt: skip
+
+    @cached_property
+    def files(self) -> list[list[SourceFile]]:
+        """The files of each set."""
+        files = source_files(self.job.data.splits[self.split])
+        return [[file for file in files if file.dataset == number] for number in range(len(self.encoder.datasets))]
 
     @cached_property
     def pieces(self) -> list[Piece]:
         """Those that hold the first rows of each set: the rest of its files need not be read."""
-        files = source_files(getattr(self.job.data, self.split))
-        own = ([file for file in files if file.dataset == number] for number in range(len(self.encoder.datasets)))
-        return [piece for each in own for piece in self._first_pieces(each)]
+        return [piece for files in self.files for piece in self._first_pieces(files)]
 
     def _first_pieces(self, files: Sequence[SourceFile]) -> list[Piece]:
         pieces: list[Piece] = []
@@ -92,6 +102,17 @@ class FirstRows:
         """The good rows of a set."""
         return [result for result in self.results[number] if isinstance(result, Sample)]
 
+    def stops(self, number: int, bad: int) -> bool:
+        """Whether so many bad ones of the first rows of a set are more than preparing lets pass (`rows.rejections`), if
+        its other rows are alike. Where the first have a larger share of them than may be, all rows are counted."""
+        looked_at, max_share = len(self.results[number]), self.job.data.max_rejected_share
+        if not bad or bad == looked_at:
+            return bad > 0
+        if bad <= max_share * looked_at:
+            return False
+        rows = count_rows(self.files[number], COUNT_SECONDS).rows
+        return too_many(bad / looked_at * rows, rows, max_share)
+
     def preview(self, console: Console) -> None:
         """Print the shortest of the good rows of each of some sets, what trains coloured; sets of chats first."""
         numbers = [number for number in range(len(self.results)) if self.good(number)]
@@ -99,14 +120,15 @@ class FirstRows:
         labels = label_maker(self.job.loss, self.family)
         for number in numbers[:SHOWN_SETS]:
             shortest = min(self.good(number), key=lambda sample: len(sample.input_ids))
-            (shown,) = window_bins(pack_window(samples_table([shortest]), self.job.packing, labels, 0, True))
+            alone = self.job.packing.model_copy(update={"mode": "none"})
+            (shown,) = window_bins(pack_window(samples_table([shortest]), alone, labels, 0, True))
             roles, (view,) = view_samples(shown, self.family, self.job.loss)
             print_sample(console, f"the shortest of the first rows of {self.name(number)}: {view.id}", view, roles)
         if numbers:
             console.print(legend(is_plain(console)), "")
 
     def name(self, number: int) -> str:
-        return f"data.{self.split}[{number}] ({self.encoder.datasets[number].kind})"
+        return set_name(self.split, number, self.encoder.datasets[number])
 
 
 def examine_rows(rows: FirstRows) -> Iterator[Finding]:
@@ -122,35 +144,39 @@ def examine_rows(rows: FirstRows) -> Iterator[Finding]:
 
 def _readable(rows: FirstRows) -> Iterator[Finding]:
     for number, results in enumerate(rows.results):
-        bad = [result for result in results if isinstance(result, RejectedRow)]
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in bad).items())
-        found = f"{rows.name(number)}: {len(results) - len(bad)} of the first {len(results)} rows are good"
+        counts = SetRows.of(results)
+        bad = counts.rejected.total()
+        said = f"{rows.name(number)}: {len(results) - bad} of the first {len(results)} rows are good"
         if not results:
             yield failed(
                 "rows", f"{rows.name(number)}: its files hold no rows", f"see data.{rows.split}[{number}].files"
             )
         elif not bad:
-            yield passed("rows", found)
-        elif len(bad) < len(results) and rows.job.data.on_bad_row == "reject":
-            yield passed("rows", f"{found}; {reasons}, for example {bad[0].source}: {bad[0].message}")
+            yield passed("rows", said)
+        elif rows.job.data.on_bad_row == "error":
+            yield failed("rows", f"{said}; {counts.reasons}", "mend them, or set data.on_bad_row: reject")
+        elif rows.stops(number, bad):
+            allowed = f"preparing stops at more than {rows.job.data.max_rejected_share:.1%} (data.max_rejected_share)"
+            yield failed("rows", f"{said}; {counts.reasons}", f"mend them; {allowed}")
         else:
-            yield failed("rows", f"{found}; {reasons}", f"{bad[0].source}: {bad[0].message}")
+            yield passed("rows", f"{said}; {counts.reasons}")
 
 
 def _capacities(rows: FirstRows) -> Finding:
     check, packing = "capacities", rows.job.packing
-    large = [
-        result
+    of_sets = [
+        [result for result in results if isinstance(result, RejectedRow) and result.reason in TOO_LARGE]
         for results in rows.results
-        for result in results
-        if isinstance(result, RejectedRow) and result.reason in TOO_LARGE
     ]
+    large = [result for results in of_sets for result in results]
     samples = rows.samples()
     looked_at = sum(map(len, rows.results))
+    beyond = sum(len(sample.input_ids) > (rows.positions or math.inf) for sample in samples)
+    longer = f"; {beyond} rows have more tokens than the model's {rows.positions:,} positions" if beyond else ""
     part = f"{len(large)} of the first {looked_at} rows of data.{rows.split}, {len(large) / max(1, looked_at):.1%},"
     if large and rows.job.data.on_bad_row == "error":
         return failed(check, f"{part} fit no bin, and on_bad_row is error: {large[0].source}", large[0].message)
-    if len(large) > MAX_TOO_LARGE * (len(large) + len(samples)):
+    if any(rows.stops(number, len(results)) for number, results in enumerate(of_sets)):
         return failed(check, f"{part} fit no bin: {large[0].source}", large[0].message)
     if not samples:
         return not_applicable(check, "no good row")
@@ -164,7 +190,8 @@ def _capacities(rows: FirstRows) -> Finding:
             f"{part} fit no bin and will be rejected: {large[0].source}, {large[0].message}"
             if large
             else f"all of {looked_at} rows fit"
-        ),
+        )
+        + longer,
     )
 
 

@@ -1,4 +1,5 @@
-"""The loss of the model itself, with its trained weights, on the first rows: where weights and memory are at hand."""
+"""The model's own weights: whether its files hold all of them; and the loss that they give on the first rows, where
+memory is at hand."""
 
 import math
 import os
@@ -17,9 +18,10 @@ from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
 from mmray.training.loss import packed_loss_sum
-from mmray.training.model import build_model
+from mmray.training.model import build_model, check_weights
+from mmray.training.weights import UnknownWeights
 
-CHECK = "loss of the weights"
+NAMES, CHECK = "weights", "loss of the weights"
 USUAL = (0.5, 2.0)
 SANE = (0.05, 4.0)
 """In nats a token. Below, the answer stands in the question, or the model has seen the rows; above, template, processor
@@ -28,6 +30,18 @@ MAX_TOKENS = 4096
 MEMORY_SHARE = 0.7
 DECODING_REMEDY = "mend or leave out the pictures: training would stop at them"
 MEMORY_INFO = Path("/proc/meminfo")
+
+
+def examine_names(job: Job) -> Finding:
+    """Whether every weight of the model is in its files, in its shape, and no other: nothing is loaded."""
+    if job.model.path is None:
+        return not_applicable(NAMES, "the model starts from random weights")
+    try:
+        exempt = check_weights(job.model)
+    except UnknownWeights as reason:
+        return not_applicable(NAMES, f"{reason}; workers judge them before they load them")
+    held = f"the files of {job.model.path} hold every weight of the model, in its shape, and no other"
+    return passed(NAMES, f"{held}, but as model.allow_missing says: {exempt}" if exempt else held)
 
 
 def examine_weights(job: Job, rows: FirstRows) -> Finding:

@@ -27,7 +27,7 @@ from mmray.images import TilingPolicy
 from mmray.prepared.fingerprint import differences, processor_record
 from mmray.run.folder import MODEL_FOLDER
 from mmray.storage import Folder
-from mmray.training.model import DTYPES, empty_model
+from mmray.training.model import DTYPES, empty_model, resize_embeddings
 from mmray.training.settings import ModelSettings
 
 SHARD_SIZE = "5GB"
@@ -71,6 +71,8 @@ def export_model(
     prepared = checkpoint.prepared
     policy = TilingPolicy.model_validate(prepared["record"]["tiling"])
     model = empty_model(settings)
+    if settings.resize_embeddings:
+        resize_embeddings(model, settings)
     family = load_family(
         settings.processor_source, tiled=policy.is_tiled, model_type=model.config.model_type,
         trust_remote_code=settings.trust_remote_code,

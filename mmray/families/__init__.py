@@ -58,6 +58,7 @@ __all__ = [
     "Span",
     "Tile",
     "family_of",
+    "leaf_modules",
     "load_family",
     "load_processor",
 ]
@@ -82,6 +83,11 @@ def family_of(processor: Any, *, tiled: bool = False, model_type: str | None = N
             f"the model is a {model_type}, but {name} is a processor of {types}; set model.processor to the model's own"
         )
     return Generic(processor, tiled=tiled)
+
+
+def leaf_modules(model_type: str) -> set[str]:
+    """The classes of `Family.leaf_modules` of a model type."""
+    return {name for family in FAMILIES if model_type in family.model_types for name in family.leaf_modules}
 
 
 def load_family(

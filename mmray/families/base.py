@@ -102,6 +102,12 @@ class Family(ABC):
     has_prompt: ClassVar[bool] = False
     """`pretrain` text begins with a prompt that the model sees as a whole and does not learn (`prompt_and_answer`);
     there are no chats."""
+    looks_ahead: ClassVar[bool] = False
+    """Tokens see a picture that comes after them, as the model was made."""
+    leaf_modules: ClassVar[tuple[str, ...]] = ()
+    """Classes of those of the model's modules that call layers as often as the data ask for, such as once a picture.
+    ZeRO-3 gathers all weights in them at once: else ranks with other data would gather other weights, and wait for each
+    other for ever."""
     least_features: ClassVar[int] = 1
     """Image features without which the model cannot run its vision tower: a row with fewer gets the dummy picture."""
 
@@ -131,6 +137,11 @@ class Family(ABC):
         if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise ValueError(f"the tokenizer of {type(self.processor).__name__} has no token {token!r}")
         return int(found)
+
+    @functools.cached_property
+    def num_token_ids(self) -> int:
+        """One more than the largest token id that the tokenizer can give."""
+        return max(len(self.tokenizer), 1 + max(self._vocabulary.values()))
 
     @property
     def padding_id(self) -> int:
@@ -261,6 +272,10 @@ class Family(ABC):
         """Which modules of a loaded model are its vision tower, its projector, its language model, and its embeddings
         with the head: disjoint, and all parameters of the model. Raises UserError where a weight belongs to none."""
         return self.module_names.of(model)
+
+    def embedding_rows(self, config: PretrainedConfig) -> int:
+        """Token ids that the model has a vector for: 0 to this number less one."""
+        return int(config.get_text_config().vocab_size)
 
     def config_image_token_id(self, config: PretrainedConfig) -> int:
         """The image token of the model itself, which must be the processor's."""

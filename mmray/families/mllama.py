@@ -37,6 +37,11 @@ class Mllama(Family):
     processor_classes = ("MllamaProcessor",)
     module_names = Parts(vision=("model.vision_model",), projector=("model.multi_modal_projector",))
     takes_text_only = False
+    looks_ahead = True  # what no token of a row of the mask may see is not masked in its attention
+
+    def embedding_rows(self, config: PretrainedConfig) -> int:
+        """With eight more than the vocabulary, which the head does not have."""
+        return super().embedding_rows(config) + 8
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token

@@ -19,6 +19,7 @@ class PaddleOCRVL(RotaryFamily):
     """PaddleOCR-VL 0.9B and 1.5."""
 
     model_types = ("paddleocr_vl",)
+    leaf_modules = ("PaddleOCRProjector",)  # once a picture
     processor_classes = ("PaddleOCRVLProcessor",)
     module_names = Parts(vision=("model.visual",), projector=("model.projector",))
     placeholder = "<|IMAGE_PLACEHOLDER|>"

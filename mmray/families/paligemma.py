@@ -41,7 +41,7 @@ class PaliGemma(OneSize):
     model_types = ("paligemma",)
     processor_classes = ("PaliGemmaProcessor",)
     module_names = Parts(vision=("model.vision_tower",), projector=("model.multi_modal_projector",))
-    has_prompt = True
+    has_prompt = looks_ahead = True
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
         self.placeholder = self.placeholder_unit = processor.image_token

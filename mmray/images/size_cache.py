@@ -7,14 +7,16 @@ a lookup is a binary search. An image whose header was not all in order is not k
 noted anew each time.
 
 Many readers, one writer: each actor gets what `read_sizes` returned, asks its `SizeCache` for sizes, and hands back
-what it had to measure (`take_new`); whoever started them merges it all at the end (`merge_sizes`). What a crash
+what it had to measure (`take_new`); whoever started them merges it all at the end (`kept_sizes`). What a crash
 loses is measured again. A cache is never needed: one that cannot be read is a warning.
 """
 
 import hashlib
 import logging
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -116,6 +118,31 @@ def merge_sizes(uri: str, found: Iterable[pa.Table]) -> int:
         with folder.writing(name) as file:
             pq.write_table(known.replace_schema_metadata(facts), file)
     return len(known)
+
+
+@dataclass
+class KeptSizes:
+    """The driver's side of a cache. known: what it held at the beginning, for every reader; measured: what readers had
+    to measure."""
+
+    known: pa.Table
+    measured: list[pa.Table] = field(default_factory=list)
+
+
+@contextmanager
+def kept_sizes(uri: str) -> Iterator[KeptSizes]:
+    """The cache at `uri`, which at the end, whatever ends it, also holds what was measured by then.
+
+    A cache that cannot be written is a warning. Raises UserError for an unknown kind of URI.
+    """
+    sizes = KeptSizes(read_sizes(uri))
+    try:
+        yield sizes
+    finally:
+        try:
+            merge_sizes(uri, sizes.measured)
+        except Exception as error:  # noqa: BLE001, a remote file system may raise anything
+            log.warning("size cache %s: %s; it stays as it was", uri, one_line(error))
 
 
 def _located(uri: str) -> tuple[Folder, str]:

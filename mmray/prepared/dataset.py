@@ -123,6 +123,11 @@ class PreparedDataset:
     def __len__(self) -> int:
         return int(self._first_bin[-1])
 
+    def check_has_bins(self) -> None:
+        """Raise UserError where there is no bin to train on."""
+        if not len(self):
+            raise UserError(f"{self.path} has no bins: every row was rejected, see its rejected.parquet")
+
     def __repr__(self) -> str:
         return f"PreparedDataset({self.path!r}, bins={len(self)}, fingerprint={self.fingerprint!r})"
 

@@ -49,6 +49,7 @@ SAMPLES = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
+        ("dataset", pa.int32()),  # number of its set of rows; null where no one counts by sets
         ("rule", pa.int8()),
         ("bucket", pa.string()),
         ("visual_tokens", pa.int32()),

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.ahead import in_order
+from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.images.header import IMAGE_READING
@@ -33,6 +33,7 @@ from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDatase
 from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
 from mmray.prepared.window import EXAMPLES, Window
+from mmray.rows.dealing import dealt_like
 from mmray.rows.duplicates import HASH_BYTES, DuplicateIds
 from mmray.storage import Folder, explained
 
@@ -79,6 +80,14 @@ class PreparedWriter:
         self.token = ""
         """Of the plan that `begin` wrote or found."""
 
+    def as_begun(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with its rows dealt as those of what is in the folder, finished or begun by an earlier version."""
+        with explained(self.path):
+            for name in (MANIFEST, PLAN):
+                if self._folder.exists(name):
+                    return dealt_like(record, self._read(name).get("record") or {})
+        return record
+
     def is_finished(self, record: dict[str, Any]) -> bool:
         """True when the folder already holds the result for this record. Raises UserError when it holds another's."""
         with explained(self.path):
@@ -106,6 +115,12 @@ class PreparedWriter:
     def windows(self) -> WindowWriter:
         """What commits windows of the plan that was begun."""
         return WindowWriter(self.path, self.token)
+
+    def statistics(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The counts of windows that are committed, in order."""
+        with explained(self.path):
+            for commit in self._commits(numbers):
+                yield commit.get("statistics", {})
 
     def finish(
         self, record: dict[str, Any], num_windows: int, *, tiling: TilingPolicy, capacities: tuple[int, int],

@@ -8,6 +8,7 @@ from rich.text import Text
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.prepared.verify import Verified
+from mmray.report.prepared import rejects
 from mmray.report.run import Run
 
 
@@ -20,8 +21,11 @@ def prepared_table(prepared: PreparedDataset) -> Table:
     table.add_row(
         "rows", f"{facts['rows_read']:,} read = {facts['rows_packed']:,} packed + {facts['rows_rejected']:,} rejected"
     )
+    rejected = rejects(prepared)
     for reason, count in facts["rejected_by_reason"].items():
         table.add_row(f"  {reason}", f"{count:,}")
+        for row in rejected.examples[reason][:1]:
+            table.add_row("", Text(f"{row['source']}: {row['message']}", "dim", justify="left", overflow="fold"))
     table.add_row("bins", f"{facts['bins']:,} (at least {facts['bins_at_least']:,} needed)")
     table.add_row("fill", f"{facts['token_fill']:.1%} of tokens, {facts['visual_fill']:.1%} of visual tokens")
     table.add_row("tokens", f"{facts['tokens']:,}")

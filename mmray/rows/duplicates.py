@@ -17,6 +17,7 @@ from mmray.rows.files import Chunk
 from mmray.rows.ids import has_id, id_text
 from mmray.rows.read import RawRow, RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings
+from mmray.storage import explained
 
 HASH_BYTES = 16
 PARTITION_IDS = 1 << 20
@@ -39,8 +40,9 @@ def id_hashes(ids: Iterable[str]) -> bytes:
 
 
 def chunk_id_hashes(chunk: Chunk, datasets: Sequence[DatasetSettings], reader: RowReader | None = None) -> bytes:
-    """`id_hashes` of the rows of a chunk."""
-    return id_hashes(id_of(row, datasets[row.dataset]) for row in chunk_rows(chunk, reader))
+    """`id_hashes` of the rows of a chunk. Raises UserError where they cannot be read."""
+    with explained(chunk.pieces[0].uri):
+        return id_hashes(id_of(row, datasets[row.dataset]) for row in chunk_rows(chunk, reader))
 
 
 class DuplicateIds:

@@ -20,7 +20,9 @@ from mmray.loss.turns import opened_turns
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece
 from mmray.rows.read import RawRow, read_piece
+from mmray.rows.rejections import SetRows
 from mmray.rows.sample import Sample
+from mmray.rows.settings import DatasetSettings
 
 FIRST_ROWS = 64
 HEAD_TOKENS = 48
@@ -29,17 +31,20 @@ log = logging.getLogger("mmray")
 
 
 def check_first_rows(
-    encoder: Encoder, labels: LabelMaker, pieces: Sequence[Piece], *, split: str, loss: Loss
+    encoder: Encoder, labels: LabelMaker, pieces: Sequence[Piece], *, split: str, loss: Loss, some_good: bool = False
 ) -> list[LossSource]:
     """Log for each set of rows what its loss comes from; returns these sources in order.
 
     pieces: of all rows, in order; split: `train` or `eval`. Raises UserError, with the beginning of a row as the
-    tokenizer reads it, for a set whose first rows lack the markers of a role to train, or train no token. A set whose
-    first rows are all bad is not judged: they are rejected later, each with its reason.
+    tokenizer reads it, for a set whose first rows lack the markers of a role to train, or train no token; and with
+    some_good for one whose first rows are all bad, with their reasons. Without, such a set is not judged.
     """
     for number, (dataset, source) in enumerate(zip(encoder.datasets, encoder.sources, strict=True)):
-        name = f"data.{split}[{number}] ({dataset.kind})"
-        samples = [row for row in encoder.encode(first_rows(pieces, number)) if isinstance(row, Sample)]
+        name = set_name(split, number, dataset)
+        results = encoder.encode(first_rows(pieces, number))
+        if some_good:
+            SetRows.of(results).check_some_good(name)
+        samples = [row for row in results if isinstance(row, Sample)]
         seen = _Seen(name, samples, encoder.family)
         is_sampled = source in (LossSource.TEMPLATE, LossSource.BOUNDARIES)
         open_ends = seen.open_ends(labels, encoder.ending_token_ids) if samples and is_sampled else ""
@@ -53,6 +58,11 @@ def check_first_rows(
         if not allows_empty(loss):
             seen.check_trained(labels)
     return encoder.sources
+
+
+def set_name(split: str, number: int, dataset: DatasetSettings) -> str:
+    """What messages call a set of rows: `data.train[0] (chat)`."""
+    return f"data.{split}[{number}] ({dataset.kind})"
 
 
 def first_rows(pieces: Iterable[Piece], dataset: int) -> list[RawRow]:

@@ -1,6 +1,6 @@
 """The `data` part of the job file: where rows come from and what they look like."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -25,7 +25,7 @@ def _as_tuple(value: object) -> object:
 
 
 class DatasetSettings(Settings):
-    """One set of rows. Several sets may be listed; their rows follow one another in the order written."""
+    """One set of rows. Several sets may be listed; their rows are dealt so that each is at its share everywhere."""
 
     files: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     """Row files: paths, globs or URIs, one or a list. Order is the sorted order of each glob."""
@@ -107,13 +107,19 @@ class DataSettings(Settings):
     be gone or broken only when training is left out of the loss, whole, and listed in the run's skipped.jsonl.
     `error`: the first one stops."""
 
+    max_rejected_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Preparing stops when more than this share of the rows of a set is rejected, and more than 20, or when none of its
+    first 64 rows can be used: a wrong column, image root or capacity rather than a few odd rows. 1: any number may be
+    rejected."""
+
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Training stops when more than this share of the last 10,000 samples was left out, and more than 20: then storage
     is away rather than some pictures broken."""
 
     duplicate_ids: Literal["keep", "reject"] = "keep"
-    """Rows whose id an earlier row of the split has. `keep`: they train too, as in files listed twice on purpose; the
-    manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read once more."""
+    """Rows whose id a row of the split has that is dealt earlier. `keep`: they train too, as in files listed twice on
+    purpose; the manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read
+    once more."""
 
     image_frames: Literal["first", "all", "reject"] = "first"
     """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image; the
@@ -130,3 +136,13 @@ class DataSettings(Settings):
     verify_rows: Annotated[int, Field(ge=0)] = 16
     """Rows of each prepare, drawn by a fixed seed, whose tokens are compared with the real processor's (run on blank
     pages of the same sizes, so that nothing is decoded). A difference stops the job."""
+
+    @property
+    def splits(self) -> dict[str, tuple[DatasetSettings, ...]]:
+        """The sets of rows of `train` and, where there are any, of `eval`."""
+        return {"train": self.train} | ({"eval": self.eval} if self.eval else {})
+
+    @property
+    def lenient(self) -> Self:
+        """The same settings with bad rows rejected, for looking at rows without stopping at the first bad one."""
+        return self.model_copy(update={"on_bad_row": "reject"})

@@ -1,5 +1,6 @@
 """The callbacks of every run, and their order."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +16,9 @@ from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
 from mmray.schedule.schedule import Schedule
 from mmray.training.bins_log import TRAINED_FILE
+from mmray.training.first_loss import first_loss_problem
+
+log = logging.getLogger("mmray")
 
 STORE_LOOK_SECONDS = 5.0
 """How often an object store is asked whether the run shall stop; a folder is before each step."""
@@ -34,6 +38,7 @@ def standard_callbacks(
         History(),
         PlannedStop(run),
         Records(run),
+        FirstLoss(),
         *watching,
         Evaluate(run),
         *asking,
@@ -62,6 +67,20 @@ class History(Callback):
             loop.run.note("stop", loop.step, reason=loop.stop_reason)
         else:
             loop.run.note("finish", loop.step)
+
+
+class FirstLoss(Callback):
+    """Says loudly, in log and history, where the first loss is not one of the weights that were given."""
+
+    def after_step(self, loop: Loop, done: DoneStep) -> None:
+        run, metrics = loop.run, done.metrics
+        if done.number > 1 or not run.is_first:
+            return
+        config = run.engine.model.config
+        problem = first_loss_problem(metrics.loss, metrics.trained_tokens, run.plan.job.model, config)
+        if problem:
+            log.warning("%s", problem)
+            run.note("first_loss", done.number, loss=metrics.loss, problem=problem)
 
 
 class PlannedStop(Callback):
@@ -121,6 +140,7 @@ class Records(Callback):
             epoch=done.epoch,
             loss=metrics.loss,
             tokens=metrics.tokens,
+            **({} if metrics.router_loss is None else {"router_loss": metrics.router_loss}),
             trained_tokens=metrics.trained_tokens,
             bins=len(trained.all_bins),
             workers=trained.workers,

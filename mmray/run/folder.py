@@ -30,7 +30,7 @@ from pathlib import Path
 
 from mmray.images.source import one_line
 from mmray.run.warnings import WARNINGS_FILE, WARNINGS_FOLDER
-from mmray.storage import FileState, Folder
+from mmray.storage import FileState, Folder, replacing
 
 log = logging.getLogger(__name__)
 
@@ -225,13 +225,11 @@ class RunFolder:
         def one(name: str) -> str | None:
             place = target / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            beside = place.with_name(f".{place.name}.coming")
             try:
-                source.get(name, beside)
+                with replacing(place, sync=False) as beside:
+                    source.get(name, beside)
             except FileNotFoundError:
-                beside.unlink(missing_ok=True)
                 return None
-            beside.replace(place)
             return name
 
         with ThreadPoolExecutor(_TRANSFERS) as pool:

@@ -11,6 +11,7 @@ starts any.
 | `checkpoint` | `name`; `seconds`: how long the step loop was held up |
 | `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
 | `preemption` | `nodes`: those that will go; `deadline`: when, or null |
+| `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
 | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
 | `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
 | `finish` | the last step is done and its checkpoint whole |
@@ -27,7 +28,9 @@ from mmray.base.json_lines import JsonLines, read_json_lines
 
 HISTORY_FILE = "history.jsonl"
 
-Event = Literal["start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "continue_on", "stop", "finish"]
+Event = Literal[
+    "start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "first_loss", "continue_on", "stop", "finish"
+]
 
 
 def add_to_history(run: Path, event: Event, step: int, workers: int, **values: Any) -> None:
@@ -54,6 +57,8 @@ def in_words(event: dict[str, Any]) -> str:
             return f"{event['checkpoint']} is damaged and passed over: {event['problem']}"
         case "preemption":
             return f"nodes {', '.join(event['nodes'])} will be taken away; a checkpoint is written at step {step}"
+        case "first_loss":
+            return str(event["problem"])
         case "continue_on":
             return f"from step {step} on it trains on {event['prepared']}, {event['bins']} bins"
         case "stop":

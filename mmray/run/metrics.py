@@ -38,9 +38,9 @@ class MetricsLog:
     def write(self, step: int, **values: float | int | None) -> None:
         """Append one line and hand it to the operating system: it survives the death of this process.
 
-        step: from 1. values: of a training step `epoch, loss, tokens, trained_tokens, bins, lr, grad_norm,
-        step_seconds, data_wait_seconds`; of an evaluation `epoch, eval_loss, …`. A value that is not finite
-        is written as null.
+        step: from 1. values: of a training step `epoch, loss, router_loss` (of experts) `, tokens, trained_tokens,
+        bins, lr, grad_norm, step_seconds, data_wait_seconds`; of an evaluation
+        `epoch, eval_loss, …`. A value that is not finite is written as null.
         """
         line = {"step": step} | {key: _finite(value) for key, value in values.items()}
         self._file.append(line)

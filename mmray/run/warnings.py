@@ -9,8 +9,10 @@ Object stores know no appending: there each process writes a file of its own, wh
 import contextlib
 import logging
 import os
+import re
 import socket
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmray.errors import UserError
@@ -24,16 +26,25 @@ MOST_WARNINGS = 1000
 """Warnings that one process writes at most."""
 
 
-def keep_warnings(path: str | Path) -> logging.Handler:
+LIBRARIES = ("transformers", "DeepSpeed")
+"""Loggers of libraries that warn of what decides numbers in training: weights drawn at random, settings ignored."""
+
+_IDLE = re.compile(r"Setting accelerator to CPU|Unrecognized keys in `rope_parameters`.*\{'mrope_section'\}")
+"""What they warn of in runs in which nothing is wrong."""
+
+
+def keep_warnings(path: str | Path, libraries: Iterable[str] = ()) -> logging.Handler:
     """Append mmray's warnings in this process to a file from now on, each message once; they are printed as before.
 
-    path: of the file, or its URI.
+    path: of the file, or its URI. libraries: other loggers whose warnings are kept, too.
     """
     log = logging.getLogger("mmray")
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())  # what Python does by itself while there is no handler
     handler = _Sender(str(path)) if "://" in str(path) else _Appender(Path(path))
     log.addHandler(handler)
+    for name in libraries:
+        logging.getLogger(name).addHandler(handler)
     return handler
 
 
@@ -57,7 +68,7 @@ class _Keeper(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message in self._seen or len(self._seen) >= MOST_WARNINGS:
+        if message in self._seen or len(self._seen) >= MOST_WARNINGS or _IDLE.match(message):
             return
         self._seen.add(message)
         self.keep(" ".join(self.format(record).split()))

@@ -15,11 +15,11 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
-from uuid import uuid4
 
 from mmray.errors import UserError
 from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.schedule import DEFAULT_SHUFFLE_BLOCK, DEFAULT_SHUFFLE_WINDOW, Schedule
+from mmray.storage import replacing
 
 FORMAT = 2
 
@@ -51,7 +51,8 @@ class Cursor:
     shuffle_block: int = DEFAULT_SHUFFLE_BLOCK
     shuffle_window: int = DEFAULT_SHUFFLE_WINDOW
     balance: dict[str, Any] | None = None
-    """The job's `balance` settings, whole_row_attention decided; None: an order that is not balanced."""
+    """The job's `balance` settings, whole_row_attention decided, where they decide which bins form a global batch
+    (`balance.across_batches`); None: the bins of a batch are those of the shuffled order."""
     prepared: str = ""
     """Path of the prepared data set, for people; the fingerprint is what counts."""
     first_step: int = 0
@@ -62,7 +63,7 @@ class Cursor:
     @classmethod
     def at(cls, schedule: Schedule | BalancedSchedule, step: int = 0, *, prepared: str = "") -> Self:
         """The cursor of a run over `schedule` that has consumed `step` global batches. prepared: the data's path."""
-        balance = schedule.balance.model_dump() if isinstance(schedule, BalancedSchedule) else None
+        balance = schedule.balance.order_record() if isinstance(schedule, BalancedSchedule) else None
         order = schedule.order if isinstance(schedule, BalancedSchedule) else schedule
         names = (field.name for field in fields(cls) if hasattr(order, field.name))
         values = {name: getattr(order, name) for name in names}
@@ -103,9 +104,9 @@ class Cursor:
         job = Cursor.at(schedule)
         for name, remedy in _ORDER_REMEDIES.items():
             self._compare(name, getattr(self, name), getattr(job, name), remedy)
-        remedy = "set balance: null" if self.balance is None else "take balance: null out of the job file"
-        states = ["off" if each.balance is None else "on" for each in (self, job)]
-        self._compare("balance", states[0], states[1], remedy)
+        states = [each.balance is not None for each in (self, job)]
+        remedy = f"set balance.across_batches to {json.dumps(states[0])} in the job file"
+        self._compare("balance.across_batches", states[0], states[1], remedy)
         saved, given = self.balance or {}, job.balance or {}
         for name in sorted(saved.keys() | given.keys()):
             remedy = f"set balance.{name} to {json.dumps(saved.get(name))} in the job file"
@@ -138,21 +139,12 @@ class Cursor:
         return _checked(cls, saved)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the cursor's file, whole or not at all: a temporary file beside it, synced, then renamed.
+        """Write the cursor's file, whole or not at all.
 
         Raises OSError if the folder does not exist or cannot be written; an older file then stays as it was.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(Path(path)) as beside:
+            beside.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:

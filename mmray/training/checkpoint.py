@@ -53,6 +53,8 @@ class Engine(Protocol):
     """The weight decay of each group of the optimizer."""
     step_count: int
     """Optimizer steps done."""
+    router_loss: float | None
+    """Factor of the balancing loss of a mixture of experts; None for none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class SavedState:
     """ "bf16" or "fp32"."""
     lists: int
     """Lists of files (`checksums.py`) that belong to it."""
+    router_loss: float | None = None
+    """Factor of the balancing loss; None for none, as in all checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,10 @@ def save_state(engine: Engine, folder: Path) -> None:
             zero_stage=engine.zero_stage,
             dtype=engine.model_settings.dtype,
             lists=engine.world_size,
+            router_loss=engine.router_loss,
         )
-        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        written = {name: value for name, value in asdict(state).items() if value is not None}
+        (folder / STATE_FILE).write_text(json.dumps(written, indent=2) + "\n")
         settings = {"model": engine.model_settings, "training": engine.training_settings}
         content = {name: value.model_dump(mode="json") for name, value in settings.items()}
         (folder / MODEL_FILE).write_text(json.dumps({"mmray": __version__, **content}, indent=1) + "\n")

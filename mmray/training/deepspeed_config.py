@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from mmray.errors import UserError
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
 
@@ -47,6 +49,26 @@ def _absent(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
+@contextmanager
+def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Raise UserError where a block, DeepSpeed's initialising, changes the types of the model's buffers.
+
+    DeepSpeed before 0.19.2 made rotary frequencies bf16: at position 1,500 their cosine is then off by 0.27.
+    """
+    before = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    yield
+    changed = [
+        f"{name} from {before[name]} to {buffer.dtype}"
+        for name, buffer in model.named_buffers()
+        if name in before and buffer.dtype != before[name]
+    ]
+    if changed:
+        raise UserError(
+            f"DeepSpeed changed the type of {len(changed)} buffers of the model, {changed[0]}, which makes positions "
+            "wrong: install deepspeed 0.19.2 or later"
+        )
+
+
 def effective_zero_stage(model: ModelSettings, training: TrainingSettings) -> int:
     """The stage that runs: 0 becomes 1 with bf16, where DeepSpeed has no fp32 accumulation for stage 0."""
     return max(1, training.zero_stage) if model.dtype == "bf16" else training.zero_stage
@@ -65,12 +87,13 @@ def deepspeed_config(
     Gradient scaling is not left to DeepSpeed: the batch sizes here only tell it when a step is complete.
     load_universal: the checkpoint to resume was converted for another number of workers.
     """
+    stage = effective_zero_stage(model, training)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch_bins,
         "gradient_accumulation_steps": grad_accumulation,
         "train_batch_size": training.micro_batch_bins * grad_accumulation * world_size,
-        "gradient_clipping": training.max_grad_norm or 0.0,
-        "zero_optimization": {"stage": effective_zero_stage(model, training)},
+        "gradient_clipping": (training.max_grad_norm or 0.0) if stage else 0.0,  # at stage 0 the engine clips
+        "zero_optimization": {"stage": stage},
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": None,
         "optimizer": {

@@ -24,13 +24,16 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
+from mmray.families import leaf_modules
 from mmray.images.source import one_line
+from mmray.loss.labels import PADDING_SEGMENT
 from mmray.training import checkpoint
-from mmray.training.deepspeed_config import deepspeed_config, effective_zero_stage, import_deepspeed
+from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import DTYPES, build_model
-from mmray.training.optim import learning_rate, parameter_groups
+from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from mmray.training.ranks import Ranks
+from mmray.training.router_loss import Routers, router_coefficient
 from mmray.training.settings import ModelSettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,12 @@ class MicroBatch(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens of its samples, without padding."""
+        ...
+
+    @property
+    def trained_segments(self) -> Tensor:
+        """int64 [L]: the number of each token's sample, PADDING_SEGMENT outside samples and in those left out of the
+        loss. Asked for of mixtures of experts alone."""
         ...
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
@@ -69,6 +78,9 @@ class StepMetrics:
     """Norm of the gradient of all parameters, before clipping."""
     learning_rate: float
     """Learning rate of this step."""
+    router_loss: float | None = None
+    """Balancing loss of a mixture of experts, before its factor: mean over the tokens of the global batch's samples. 1
+    where experts are used evenly; None where none is trained."""
 
 
 class TrainingEngine:
@@ -118,6 +130,11 @@ class TrainingEngine:
         deepspeed.init_distributed()
         with checkpoint.prepared(resume_from, self, scratch, node) as source:
             self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
+            saved = None if source is None else source.state.router_loss
+            self.router_loss = router_coefficient(
+                training_settings.router_loss, self.model, saved, resumes=source is not None
+            )
+            self.routers = None if self.router_loss is None else Routers(self.model)
             self.device: torch.device = self.deepspeed.device
             self.deepspeed.train()
             checkpoint.seed_rng(training_settings.seed, self.rank)
@@ -132,6 +149,8 @@ class TrainingEngine:
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
         """One optimizer step on this rank's part of a global batch: `grad_accumulation` micro-batches.
 
+        A global batch without a trained token leaves weights and optimizer as they are, and is warned of.
+
         Raises UserError when the loss or the gradient is not finite; before the weights change, except for a
         gradient under ZeRO.
         """
@@ -141,18 +160,29 @@ class TrainingEngine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
         trained, tokens = self._global_counts(micro_batches)
-        scale = self.world_size / max(1, trained)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        if not trained:
+            return self._nothing_trained(tokens, rate)
+        balanced = self._balanced_tokens(micro_batches)
+        scales = self.world_size / max(1, trained), self.world_size / max(1, balanced)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches[:-1]:
-            loss_sum += self._forward_backward(micro_batch, scale)
+            sums += self._forward_backward(micro_batch, *scales)
             self.deepspeed.step()
-        loss_sum += self._forward_backward(micro_batches[-1], scale)
-        dist.all_reduce(loss_sum)
-        loss = loss_sum.item() / max(1, trained)
+        sums += self._forward_backward(micro_batches[-1], *scales)
+        dist.all_reduce(sums)
+        loss, router_loss = sums[0].item() / max(1, trained), sums[1].item() / max(1, balanced)
         self._require_finite(loss, "loss")
         grad_norm = self._apply_gradients()
         self.step_count += 1
-        return StepMetrics(loss, trained, tokens, grad_norm, rate)
+        return StepMetrics(loss, trained, tokens, grad_norm, rate, router_loss if self.routers else None)
+
+    def _nothing_trained(self, tokens: int, rate: float) -> StepMetrics:
+        """A step that is counted and does nothing: with gradients of zero, AdamW would still move every weight, by its
+        running means and its decay."""
+        self.step_count += 1
+        if self.rank == 0:
+            logger.warning("step %d has no trained token: the weights stay as they are", self.step_count)
+        return StepMetrics(0.0, 0, tokens, 0.0, rate)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> tuple[float, int]:
         """Mean cross-entropy over the trained tokens of all batches of all ranks, and their number.
@@ -205,9 +235,11 @@ class TrainingEngine:
             device=torch.device(deepspeed.get_accelerator().current_device_name()),
             zero3_config=config if self.zero_stage == 3 else None,
         )
+        if self.zero_stage == 3 and (leaves := leaf_modules(model.config.model_type)):
+            deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves))
         groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
         self.group_weight_decay = [group["weight_decay"] for group in groups]
-        with _told():
+        with buffers_kept(model), _told():
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         return engine
 
@@ -224,18 +256,37 @@ class TrainingEngine:
         inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
         return packed_loss_sum(self.deepspeed, inputs, labels)
 
-    def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> Tensor:
-        """The micro-batch's loss sum, detached; its gradients are accumulated."""
-        loss_sum = self._loss_sum(micro_batch, micro_batch.labels.to(self.device))
-        self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
-        return loss_sum.detach()
+    def _balanced_tokens(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Tokens of the global batch that the balancing loss is a mean over; 0 where there is none."""
+        if self.routers is None:
+            return 0
+        counts = [(batch.trained_segments != PADDING_SEGMENT).sum() for batch in micro_batches]
+        tokens = torch.stack(counts).sum().to(self.device)
+        dist.all_reduce(tokens)
+        return int(tokens)
+
+    def _forward_backward(self, micro_batch: MicroBatch, scale: float, router_scale: float) -> Tensor:
+        """The micro-batch's loss sum and sum of balancing losses, detached; their gradients are accumulated."""
+        labels = micro_batch.labels.to(self.device)
+        if self.routers is None:
+            loss_sum = self._loss_sum(micro_batch, labels)
+            self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
+            return torch.stack([loss_sum.detach(), torch.zeros_like(loss_sum)])
+        with self.routers.recording():
+            loss_sum = self._loss_sum(micro_batch, labels)
+        balancing = self.routers.balancing_sum(micro_batch.trained_segments)
+        assert self.router_loss is not None
+        whole = loss_sum * scale + balancing * (router_scale * self.router_loss)
+        self.deepspeed.backward(whole, scale_wrt_gas=False)
+        return torch.stack([loss_sum.detach(), balancing.detach()])
 
     def _apply_gradients(self) -> float:
-        """Let DeepSpeed clip and update; the norm before clipping."""
+        """Clip and update; the norm before clipping. At stage 0 DeepSpeed would clip by a norm in fp32."""
         if self.zero_stage == 0:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            grad_norm = gradient_norm(gradients)
             self._require_finite(grad_norm, "gradient norm")
+            clip_gradients(gradients, grad_norm, self.training_settings.max_grad_norm)
             self.deepspeed.step()
             return grad_norm
         self.deepspeed.step()

@@ -6,6 +6,7 @@ both ways give the same numbers only when the first draws nothing while building
 here.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,13 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 from mmray.errors import UserError
+from mmray.families import load_family
 from mmray.families.model_source import source_problem
 from mmray.families.processors import warn_of_remote_code
 from mmray.training.settings import ModelSettings
+from mmray.training.weights import UnknownWeights, check_fit, check_patterns, fit, stored_shapes
+
+log = logging.getLogger("mmray")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -34,15 +39,19 @@ def build_model(
     zero3_config: the DeepSpeed configuration of a ZeRO-3 run. Weights are then sharded while they are made or
     loaded, so no rank ever holds the whole model; every rank must make this call.
 
-    Raises UserError when the files or the model class cannot be found.
+    Raises UserError when the files or the model class cannot be found, or the files do not hold the model's weights.
     """
     device = device or torch.device("cpu")
     try:
-        with _seeded(settings.seed, device), _zero3(zero3_config):
+        if settings.path is not None:
+            _warn_of_weights(settings)
+        with _seeded(settings.seed, device), _zero3(zero3_config, settings):
             if settings.path is not None:
                 model = _load(settings.path, settings)
             else:
                 model = _random(settings, device, sharded=zero3_config is not None)
+            if settings.resize_embeddings:
+                resize_embeddings(model, settings)
     except (OSError, ImportError, ValueError) as error:
         source = settings.path if settings.path is not None else "model.config"
         reason = " ".join(str(error).split())
@@ -64,6 +73,33 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
             return _from_config(settings)
     except (OSError, ImportError) as error:
         raise UserError(f"cannot build the model from {settings.path or 'model.config'}: {error}") from error
+
+
+def check_weights(settings: ModelSettings, *, download: bool = False) -> str:
+    """Compare the weights in the files of `model.path` with the model, without loading them.
+
+    download: as for `stored_shapes`. Returns what is drawn at random or left out as `model.allow_missing` says, "" for
+    nothing. Raises UserError naming the weights that do not fit; UnknownWeights where they cannot be known from here.
+    """
+    assert settings.path is not None
+    config = load_config(settings)
+    if getattr(config, "quantization_config", None):
+        raise UnknownWeights(f"{settings.path} is quantised: transformers judges its weights while it loads them")
+    stored = stored_shapes(settings.path, download=download)
+    empty = empty_model(settings)
+    names = {*stored, *empty.state_dict()}
+    found = fit(empty, stored)
+    check_patterns(settings.allow_missing, {*names, *found.unexpected})
+    return check_fit(settings.path, found, settings.allow_missing)
+
+
+def _warn_of_weights(settings: ModelSettings) -> None:
+    """`check_weights` before loading, and a warning of what is left to chance."""
+    try:
+        if exempt := check_weights(settings, download=True):
+            log.warning("model.allow_missing: of the weights of %s, %s", settings.path, exempt)
+    except UnknownWeights as reason:
+        log.warning("%s", reason)
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
@@ -119,6 +155,21 @@ def _from_config(settings: ModelSettings) -> PreTrainedModel:
     return model
 
 
+def resize_embeddings(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Give tokens that were added to the tokenizer their rows, by transformers the mean of the others; their number is
+    then the configuration's `vocab_size`. On the meta device only shapes change. Raises UserError where transformers
+    cannot."""
+    family = load_family(
+        settings.processor_source, model_type=model.config.model_type, trust_remote_code=settings.trust_remote_code
+    )
+    if family.num_token_ids > family.embedding_rows(model.config):
+        model.resize_token_embeddings(family.num_token_ids, mean_resizing=model.device.type != "meta")
+        if family.embedding_rows(model.config) != model.get_input_embeddings().num_embeddings:
+            raise UserError(
+                f"model.resize_embeddings: transformers cannot resize a {model.config.model_type} and save it"
+            )
+
+
 def _build_options(model_class: Any, settings: ModelSettings) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "attn_implementation": settings.attention}
     if model_class is AutoModelForImageTextToText:
@@ -155,7 +206,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _zero3(config: dict[str, Any] | None) -> Iterator[None]:
+def _zero3(config: dict[str, Any] | None, settings: ModelSettings) -> Iterator[None]:
     """transformers builds and loads for ZeRO-3 while it finds such an object.
 
     Its own, HfDeepSpeedConfig, wants the accelerate package for nothing but reading the stage.
@@ -163,12 +214,33 @@ def _zero3(config: dict[str, Any] | None) -> Iterator[None]:
     if config is None:
         yield
         return
+    empty = empty_model(settings)
     holder = _Zero3Config(config)  # transformers keeps a weak reference
     transformers_deepspeed.set_hf_deepspeed_config(holder)
     try:
-        yield
+        with _converted_by_shapes_of(empty):
+            yield
     finally:
         transformers_deepspeed.unset_hf_deepspeed_config()
+
+
+@contextmanager
+def _converted_by_shapes_of(empty: PreTrainedModel) -> Iterator[None]:
+    """Weights that are merged, split or turned while loading for ZeRO-3 get the shapes of `empty`.
+
+    transformers 5.23 asks the model itself, whose shards are empty, so that Qwen3-VL-MoE's experts are turned the wrong
+    way and fail with a size mismatch.
+    """
+    convert = transformers_deepspeed._apply_weight_conversions_to_state_dict
+
+    def by_true_shapes(model: PreTrainedModel, state_dict: Any, weight_mapping: Any) -> Any:
+        return convert(empty, state_dict, weight_mapping)
+
+    transformers_deepspeed._apply_weight_conversions_to_state_dict = by_true_shapes
+    try:
+        yield
+    finally:
+        transformers_deepspeed._apply_weight_conversions_to_state_dict = convert
 
 
 class _Zero3Config:

@@ -1,7 +1,7 @@
 """Learning rate and parameter groups: pure functions, so that resuming needs no scheduler state."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,22 @@ def warmup_steps(total_steps: int, settings: TrainingSettings) -> int:
     if settings.warmup_steps is not None:
         return settings.warmup_steps
     return math.ceil((settings.warmup_ratio or 0.0) * total_steps)
+
+
+def gradient_norm(gradients: Sequence[torch.Tensor]) -> float:
+    """The 2-norm of all gradients together, summed in fp64.
+
+    In fp32 a sum over 16 million elements is off by 7e-4, and one of equal elements by 1e-2.
+    """
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def clip_gradients(gradients: Sequence[torch.Tensor], norm: float, max_norm: float | None) -> None:
+    """Scale gradients of this norm down to `max_norm`, in place; None leaves them as they are."""
+    scale = 1.0 if max_norm is None else max_norm / (norm + 1e-6)  # as DeepSpeed at the other stages
+    if scale < 1:
+        torch._foreach_mul_(list(gradients), scale)
 
 
 def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

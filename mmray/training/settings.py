@@ -6,6 +6,7 @@ to use instead.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -36,6 +37,10 @@ OWNED_DEEPSPEED_KEYS = {
 }
 
 
+RouterLoss = Literal["model"] | float | None
+"""Factor of the balancing loss of a mixture of experts; "model" for that of its configuration."""
+
+
 class ModelSettings(Settings):
     """Which model is trained, and how its forward pass runs."""
 
@@ -61,6 +66,16 @@ class ModelSettings(Settings):
     seed: int = 0
     """Seed of random weights (all of them with config; those absent from the files with path)."""
 
+    allow_missing: tuple[str, ...] = ()
+    """Patterns of weight names, with `*` for any text, that the files of `path` need not share with the model: those
+    that the files lack are drawn at random, those that the model lacks are left out. Any other difference is an error.
+    """
+
+    resize_embeddings: bool = False
+    """Give the model a vector for each token that was added to the processor's tokenizer, the mean of the others to
+    begin with. Without it such a token is an error. Nothing is changed where all have one.
+    """
+
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
 
@@ -74,6 +89,8 @@ class ModelSettings(Settings):
             raise ValueError(f"give exactly one of path (trained weights) and config (random weights); {given} given")
         if isinstance(self.config, dict) and "model_type" not in self.config:
             raise ValueError('an inline config needs its "model_type", for example "qwen2_vl"')
+        if self.allow_missing and self.path is None:
+            raise ValueError("allow_missing is about the weights of path; with config all are drawn at random")
         return self
 
     @property
@@ -136,6 +153,12 @@ class TrainingSettings(Settings):
     ignored; keys that mmray decides are errors.
     """
 
+    router_loss: RouterLoss = "model"
+    """Factor of the balancing loss of a mixture of experts, which keeps its routers from sending all tokens to a few:
+    a number, "model" for `router_aux_loss_coef` of its configuration, null for none. A resumed run with "model" goes on
+    with what it began with.
+    """
+
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What the workers share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights. With bf16,
     0 runs as 1: DeepSpeed accumulates in fp32 only from stage 1 on.
@@ -170,6 +193,13 @@ class TrainingSettings(Settings):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
         return betas
+
+    @field_validator("router_loss")
+    @classmethod
+    def _router_loss_in_range(cls, value: RouterLoss) -> RouterLoss:
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            raise ValueError(f'router_loss is a number from 0 on, "model" or null, got {value}')
+        return value
 
     @field_validator("deepspeed")
     @classmethod

@@ -69,7 +69,8 @@ def worker_mistake(inputs: Inputs, folder: Path, _: TrainingRun) -> Row:
 
 
 def _mistaken(machines: Machines, inputs: Inputs, folder: Path) -> Row:
-    run = with_own_pictures(machines, inputs, folder, "mistake", data__on_bad_row="error", training__max_failures=3)
+    run = with_own_pictures(machines, inputs, folder, "mistake", training__max_failures=3)
+    run.content["data"]["on_bad_row"] = "error"
     for picture in pages(run):
         picture.unlink()
     code = run.start().wait()

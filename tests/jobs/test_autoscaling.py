@@ -96,7 +96,9 @@ def test_nodes_come_for_preparing_and_go(head: RayHead, inputs: Inputs, tmp_path
     )  # fmt: skip
     seen, placed = {}, {}
     deadline = time.monotonic() + WAIT_SECONDS
-    while job.poll() is None and time.monotonic() < deadline:
+    ended = False
+    while not ended and time.monotonic() < deadline:
+        ended = job.poll() is not None  # Ray lists actors that have ended too: look once more
         seen |= workers(head)
         actors = list_actors(address=head.dashboard, detail=True)
         placed |= {actor.actor_id: actor.node_id for actor in actors if "MapWorker" in actor.class_name}

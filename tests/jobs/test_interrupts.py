@@ -130,6 +130,7 @@ def test_training_with_broken_pictures_is_killed_interrupted_and_stopped_and_con
     first = _losses(run)
 
     driver = run.start()
+    wait_for(run.resumes, "the resume")  # for a while the workers of the killed driver may go on
     run.reach(max(first) + 5)
     assert driver.interrupt() == 130
     second = _losses_when_stopped(run)

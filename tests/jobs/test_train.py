@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import psutil
 import pytest
@@ -22,11 +23,13 @@ from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.history import read_history
 from mmray.run.metrics import read_metrics
 from mmray.training.bins_log import read_trained
+from mmray.training.model import build_model
+from mmray.training.settings import ModelSettings
 from pipelines import measures
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
 from tests.jobs.counting import Counting, Mistaken
-from tests.scraping import scraped, wait_until
+from tests.scraping import wait_until_told
 
 KILL_IN_STEP = 5
 
@@ -87,18 +90,20 @@ def test_a_run_writes_its_metrics_and_keeps_the_last_checkpoints(whole: list[dic
 def test_prometheus_is_told_the_same_numbers(whole: list[dict[str, Any]]) -> None:
     """At the node's endpoint, after the workers are gone."""
     only: tuple[str, ...] = ()
-    wait_until(lambda: scraped(measures.STEPS, job_name="whole").get(only) == 12)
-    for measure, key in (
-        (measures.TOKENS, "tokens"), (measures.TRAINED_TOKENS, "trained_tokens"), (measures.SAMPLES, "samples"),
-        (measures.STEP_SECONDS, "step_seconds"),
-    ):  # fmt: skip
-        told = scraped(measure, job_name="whole")
-        assert told == {only: pytest.approx(sum(line[key] for line in whole))}, measure.name
-    waited = scraped(measures.DATA_WAIT_SECONDS, job_name="whole")
-    assert set(waited) == {("0",), ("1",)}
-    assert waited["0",] == pytest.approx(sum(line["data_wait_seconds"] for line in whole))
-    assert scraped(measures.CHECKPOINTS, job_name="whole") == {only: 3}
-    assert set(scraped(measures.STAGE_BUSY_SECONDS, job_name="whole")) == {("render",), ("mask",)}
+    summed = {
+        measures.TOKENS: "tokens", measures.TRAINED_TOKENS: "trained_tokens", measures.SAMPLES: "samples",
+        measures.STEP_SECONDS: "step_seconds",
+    }  # fmt: skip
+    expected: dict[measures.Measure, object] = {
+        measure: {only: pytest.approx(sum(line[key] for line in whole))} for measure, key in summed.items()
+    }
+    waited = pytest.approx(sum(line["data_wait_seconds"] for line in whole))
+    expected |= {
+        measures.STEPS: {only: 12}, measures.CHECKPOINTS: {only: 3},
+        measures.DATA_WAIT_SECONDS: {("0",): waited, ("1",): ANY},
+        measures.STAGE_BUSY_SECONDS: {("render",): ANY, ("mask",): ANY},
+    }  # fmt: skip
+    wait_until_told(expected, job_name="whole")
 
 
 def assert_each_bin_once_an_epoch(run: Path) -> None:
@@ -165,6 +170,18 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
     assert len(counted) > 12, "steps were done again"
     assert {step for step, _ in counted} == set(range(1, 13))
     assert all(step == count for step, count in counted)
+
+
+def test_a_first_loss_as_of_random_weights_is_told(inputs: Inputs, folder: Path) -> None:
+    """And what transformers warns of in workers is kept."""
+    config = str(inputs.folder / "model")
+    build_model(ModelSettings(config=config, dtype="fp32")).save_pretrained(folder / "untrained")
+    model = {"path": str(folder / "untrained"), "processor": str(inputs.folder / "processor"), "dtype": "fp32"}
+    (line,) = run_job(inputs, folder, "untrained-run", model=model, training__steps=1)
+    events = {event["event"]: event for event in read_history(folder / "untrained-run")}
+    assert events["first_loss"]["loss"] == line["loss"]
+    assert "as random weights: ln(vocabulary) is 6.41" in events["first_loss"]["problem"]
+    assert events["first_loss"]["problem"] in (folder / "untrained-run/warnings.log").read_text()
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:

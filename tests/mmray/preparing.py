@@ -1,10 +1,12 @@
-"""A prepare in one process, without Ray: what pipelines/prepare.py does on actors, for tests."""
+"""Rows, windows and prepared datasets of a processor, for tests that have no job."""
 
 import copy
+import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ from PIL import Image
 
 from mmray.families import Family, family_of
 from mmray.images import TilingPolicy
-from mmray.loss.settings import Loss, allows_empty, label_maker
+from mmray.images.size_cache import KeptSizes
+from mmray.loss.labels import LabelMaker
+from mmray.loss.settings import Loss
 from mmray.packing.settings import PackingSettings
-from mmray.prepared import PreparedDataset, PreparedWriter
-from mmray.prepared.fingerprint import prepare_record
-from mmray.prepared.window import Window, pack_window, samples_table
-from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
-from mmray.rows.encode import Encoder
-from mmray.rows.files import plan_chunks, source_files
+from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
+from mmray.prepared.driver import RunWindows, prepare_files
+from mmray.prepared.stages import PrepareContext, WindowPacker, WindowPlan
+from mmray.prepared.window import Window, samples_table
+from mmray.rows.dealing import dealing_of
+from mmray.rows.files import Chunk, plan_chunks, set_files, source_files
 from mmray.rows.read import RawRow, chunk_rows
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DatasetSettings, DataSettings
@@ -30,6 +34,13 @@ PACKING = PackingSettings(token_capacity=512, visual_capacity=256)
 PICTURES = {"page.png": (170, 220), "wide.png": (220, 170), "small.png": (40, 60), "strip.png": (30, 400)}
 
 
+def png(picture: Image.Image) -> dict[str, bytes]:
+    """A picture as rows hold it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return {"bytes": buffer.getvalue()}
+
+
 class Preparation:
     """One job's settings with a processor: encodes rows, packs windows, writes prepared datasets."""
 
@@ -37,14 +48,40 @@ class Preparation:
         self, processor: Any, *datasets: dict[str, Any], tiling: TilingPolicy | dict[str, Any] | None = None,
         packing: PackingSettings = PACKING, loss: Loss = "sampled", **data: Any,
     ) -> None:  # fmt: skip
+        settings = DataSettings(train=tuple(DatasetSettings(**each) for each in datasets), **data)
         self.tiling = TilingPolicy.model_validate(tiling or {})
-        self.data = DataSettings(train=tuple(DatasetSettings(**each) for each in datasets), **data)
-        self.packing, self.loss = packing, loss
+        self.dealing = 1
+        """The way its rows are dealt, known with its windows."""
         known = isinstance(processor, Family)
-        self.family = processor if known else family_of(processor, tiled=self.tiling.is_tiled)
-        self.policy = self.family.resolve_tiling(self.tiling)
-        self.labels = label_maker(loss, self.family)
-        self.encoder = Encoder(self.data, self.data.train, self.family, self.policy, packing, loss=loss)
+        family = processor if known else family_of(processor, tiled=self.tiling.is_tiled)
+        self.context = PrepareContext(
+            "train", "", settings.train, settings, packing, loss, family, family.resolve_tiling(self.tiling)
+        )  # fmt: skip
+        self.encoder = self.context.encoder(settings, None)
+
+    @property
+    def data(self) -> DataSettings:
+        return self.context.data
+
+    @property
+    def packing(self) -> PackingSettings:
+        return self.context.packing
+
+    @property
+    def loss(self) -> Loss:
+        return self.context.loss
+
+    @property
+    def family(self) -> Family:
+        return self.context.family
+
+    @property
+    def policy(self) -> TilingPolicy:
+        return self.context.tiling
+
+    @property
+    def labels(self) -> LabelMaker:
+        return self.context.labels()
 
     def encode(
         self, *rows: Any, source: str = "/nowhere/rows.jsonl", verify: bool = True
@@ -65,57 +102,71 @@ class Preparation:
         return result
 
     def window(self, results: Iterable[Sample | RejectedRow]) -> Window:
-        table, empty = samples_table(list(results)), allows_empty(self.loss)
-        return pack_window(table, self.packing, self.labels, self.family.sample_gap, empty)
+        return WindowPacker(self.context, WindowPlan("", self.dealing)).pack(samples_table(list(results)))
 
     @property
     def record(self) -> dict[str, Any]:
-        return prepare_record(
-            files=source_files(self.data.train), datasets=self.data.train, data=self.data,
-            processor=self.family.processor, tiling=self.policy, packing=self.packing, loss=self.loss,
-        )  # fmt: skip
+        return self.context.record(source_files(self.data.train))
 
     def windows(self) -> Iterator[tuple[int, list[Sample | RejectedRow]]]:
         """The encoded rows of each window of the files."""
+        self.dealing = dealing_of(self.record)
         chunks = plan_chunks(
-            source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows
-        )
-        if self.data.duplicate_ids == "reject":
-            chunks = list(with_duplicates(chunks, [chunk_id_hashes(chunk, self.data.train) for chunk in chunks]))
+            source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows,
+            dealing=self.dealing,
+        )  # fmt: skip
         for number, window in itertools.groupby(chunks, lambda chunk: chunk.window):
-            results = [self.encoder.encode(list(chunk_rows(chunk)), duplicates=chunk.duplicates) for chunk in window]
-            yield number, list(itertools.chain(*results))
+            yield number, [result for chunk in window for result in self.encoder.encode(list(chunk_rows(chunk)))]
 
-    def write(self, path: Path | str) -> PreparedDataset:
-        """Prepare the files into a folder, as a job does: only what is missing."""
-        writer, record = PreparedWriter(str(path)), self.record
-        if writer.is_finished(record):
-            writer.tidy()
-            return PreparedDataset(str(path))
-        finished = writer.begin(record)
-        number = -1
-        for number, results in self.windows():
-            if number not in finished:
-                writer.windows().write(number, self.window(results))
-        return self.finish(writer, number + 1)
+    def packed_windows(self) -> dict[int, Window]:
+        """The windows of the files, by number."""
+        return {number: self.window(results) for number, results in self.windows()}
+
+    def write(self, path: Path | str, **options: Any) -> PreparedDataset:
+        """Prepare the files into a folder, as a job does. options: of `prepare_files`."""
+        context = replace(self.context, path=str(path))
+        return prepare_files(context, source_files(self.data.train), **options)[0]
 
     def finish(self, writer: PreparedWriter, num_windows: int) -> PreparedDataset:
         capacities = (self.packing.token_capacity, self.packing.visual_capacity)
-        facts = {"seconds": 1.5}
+        facts = {
+            "model_family": type(self.family).__name__, "model_type": None, "processor_source": None,
+            "loss_sources": [source.value for source in self.encoder.sources],
+            "set_files": set_files(source_files(self.data.train), len(self.data.train)),
+        }  # fmt: skip
         return writer.finish(self.record, num_windows, tiling=self.policy, capacities=capacities, facts=facts)
 
 
+def committing(windows: Mapping[int, Window]) -> RunWindows:
+    """A way of making windows, each in one chunk, that commits these."""
+
+    def run_windows(
+        context: PrepareContext, plan: WindowPlan, chunks: Sequence[Chunk], _sizes: KeptSizes | None
+    ) -> Iterator[int]:
+        for chunk in chunks:
+            WindowWriter(context.path, plan.token).write(chunk.window, windows[chunk.window])
+            yield chunk.window
+
+    return run_windows
+
+
 def contents(folder: Path | str) -> dict[str, bytes]:
-    """The files of a folder by name."""
+    """The files of a folder by name; of a manifest all but the time that preparing took."""
     files = Folder(str(folder))
-    return {name: files.read(name) for name in files.names()}
+    data = {name: files.read(name) for name in files.names()}
+    if "manifest.json" in data:
+        manifest = json.loads(data["manifest.json"])
+        data["manifest.json"] = json.dumps({key: manifest[key] for key in manifest if key != "seconds"}).encode()
+    return data
 
 
-def other_packing(preparation: Preparation, **changes: Any) -> Preparation:
+def other_packing(preparation: Preparation, max_rejected_share: float = 0.05, **changes: Any) -> Preparation:
     """The same job with another setting of packing."""
     dataset = preparation.data.train[0].model_dump()
     packing = preparation.packing.model_copy(update=changes)
-    return Preparation(preparation.family.processor, dataset, packing=packing)
+    return Preparation(
+        preparation.family.processor, dataset, packing=packing, max_rejected_share=max_rejected_share
+    )  # fmt: skip
 
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> str:

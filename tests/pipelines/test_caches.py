@@ -1,14 +1,12 @@
 """The caches on a real Ray: they save opening images and change nothing else."""
 
 import json
-import logging
 import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from mmray.batches.micro_batch import Masked
@@ -16,17 +14,15 @@ from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import Job, ResourceSettings, TileCacheSettings
 from mmray.errors import RowError, UserError
 from mmray.images import image_size
-from mmray.images.size_cache import SIZES, read_sizes
+from mmray.images.size_cache import read_sizes
 from mmray.prepared import PreparedDataset
 from mmray.run.warnings import read_warnings
 from mmray.schedule.schedule import Schedule
 from pipelines.ingest import Ingest
-from pipelines.prepare import kept_sizes, prepare
+from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
 from tests.mmray.preparing import blank_unseen
-
-ONE_SIZE = pa.table([[1], [2], [3], [4]], schema=SIZES)
 
 
 class Pages:
@@ -89,36 +85,6 @@ def test_the_size_cache_changes_nothing_and_a_second_prepare_opens_no_image(ray_
     written = cache.stat().st_mtime_ns
     assert content_of(prepare_here(job, replace=True)) == expected, "no image was opened"
     assert cache.stat().st_mtime_ns == written
-
-
-def test_a_size_cache_of_an_unknown_kind_stops_before_anything_is_deleted(
-    pages: Pages, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipelines.prepare.PreparedWriter.clear", lambda _: pytest.fail("deleted"))
-    with pytest.raises(UserError, match="nosuch://sizes"):
-        prepare(pages.job("job", size_cache="nosuch://sizes"), "train", replace=True)
-
-
-def measure_and_end(uri: str, error: BaseException) -> None:
-    with kept_sizes(uri) as sizes:
-        assert len(sizes.known) == 0
-        sizes.measured.append(ONE_SIZE)
-        raise error
-
-
-@pytest.mark.parametrize("error", [UserError("wrong"), KeyboardInterrupt(), RuntimeError("a bug")])
-def test_sizes_are_kept_whatever_ends_a_prepare(error: BaseException, tmp_path: Path) -> None:
-    with pytest.raises(type(error)):
-        measure_and_end(str(tmp_path), error)
-    with kept_sizes(str(tmp_path)) as sizes:
-        assert sizes.known.equals(ONE_SIZE)
-
-
-def test_a_size_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with caplog.at_level(logging.WARNING, "mmray"), kept_sizes(str(tmp_path / "file" / "cache")) as sizes:
-        sizes.measured.append(ONE_SIZE)
-    assert "it stays as it was" in caplog.messages[-1]
 
 
 def test_batches_from_the_tile_cache_are_the_same_and_warnings_reach_the_run(ray_head: RayHead, pages: Pages) -> None:

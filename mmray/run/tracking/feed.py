@@ -23,6 +23,7 @@ from pathlib import Path
 
 from mmray.run.tracking.base import Tracker, TrackerSettings
 from mmray.run.tracking.run import TrackedRun
+from mmray.storage import replacing
 
 log = logging.getLogger("mmray")
 
@@ -52,9 +53,8 @@ class Told:
     def write(self, path: Path) -> None:
         """Replace the file, all at once."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(asdict(self)))
-        beside.replace(path)
+        with replacing(path, sync=False) as beside:
+            beside.write_text(json.dumps(asdict(self)))
 
     def note(self, step: int, names: Iterable[str]) -> None:
         """It has these now."""

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig
 
+from mmray import batch as batch_module
 from mmray.batches.micro_batch import Masked, MicroBatch, Place, Rendered, from_table, mask, render, to_table
 from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import TileCacheSettings
@@ -156,6 +157,20 @@ def test_an_empty_micro_batch(worlds, model_type):
     assert batch.bins == []
     assert (batch.labels == IGNORE_INDEX).all()
     assert batch.model_inputs(CPU, torch.float32, CONFIG)["pixel_values"].numel() > 0
+
+
+def test_a_sample_with_more_positions_than_the_model_is_told_once(worlds, model_type, caplog, monkeypatch):
+    """Those of rows and columns where the model takes such: a picture has fewer than tokens."""
+    monkeypatch.setattr(batch_module, "_told_limits", set())
+    world = worlds(model_type)
+    masked = world.mask(world.bins())
+    most = max(int(masked.position_ids[-1].max()), int(masked.position_ids[-3:].max())) + 1
+    batch = MicroBatch(masked, world.family)
+    for limit in (most, most - 1, most - 1):
+        config = PretrainedConfig(max_position_embeddings=limit)
+        batch.model_inputs(CPU, torch.float32, config)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert f"a sample has {most} positions, more than the {most - 1} that the model was made for" in said
 
 
 # ---- Between processes ----

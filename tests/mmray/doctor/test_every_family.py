@@ -6,7 +6,7 @@ import pytest
 
 from mmray.config.job import Job
 from mmray.doctor import Status
-from mmray.doctor.model import ACCUMULATION, CACHE, FRESH, PACKED, examine_model
+from mmray.doctor.model import ACCUMULATION, CACHE, FRESH, LABELS, PACKED, PICTURES_SEEN, examine_model
 from mmray.families import family_of, load_processor
 from mmray.training.model import load_config
 from tests.mmray.families.zoo import ZOO
@@ -37,10 +37,10 @@ def test_no_check_of_the_model_fails(name, tmp_path):
     )  # fmt: skip
     family = family_of(load_processor(tmp_path), model_type=member.model_type)
     found = list(examine_model(job, family, family.resolved_tiling(job.images), load_config(job.model)))
-    assert [each.check for each in found] == [FRESH, CACHE, PACKED, ACCUMULATION]
+    assert [each.check for each in found] == [FRESH, CACHE, PICTURES_SEEN, LABELS, PACKED, ACCUMULATION]
     expected = Status.NOT_APPLICABLE if member.refuses else Status.PASS
-    assert [each.status for each in found] == [Status.PASS, Status.PASS, expected, expected], found
+    assert [each.status for each in found] == [*[Status.PASS] * 4, expected, expected], found
     if not member.refuses:
-        naive = re.search(r"(\S+) if packed naively", found[2].detail)
+        naive = re.search(r"(\S+) if packed naively", found[4].detail)
         assert naive is not None
         assert float(naive[1]) > 0.1

@@ -5,32 +5,42 @@ import io
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from mmray import doctor
+from mmray.batches.micro_batch import mask
 from mmray.cli import app
 from mmray.config.job import Job
 from mmray.doctor import Status, examine_settings
 from mmray.doctor import model as doctor_model
 from mmray.doctor import rows as doctor_rows
 from mmray.doctor import weights as doctor_weights
+from mmray.errors import UserError
 from mmray.families.base import positions_in_sample
 from mmray.families.qwen2_vl import Qwen2VL
+from mmray.training import model as training_model
+from mmray.training import weights as training_weights
 from mmray.training.loss import packed_loss_sum
-from mmray.training.model import build_model
+from mmray.training.model import build_model, load_config
 from mmray.training.settings import ModelSettings
 from tests.mmray.preparing import write_rows
 
 CHECKS = (
-    "processor", "attention", "rows", "capacities", "chat template", "loss", "trained tokens", "exact lengths",
-    "loss at step 0", "cache", "packed = unpacked", "accumulation steps", "loss of the weights",
+    "processor", "attention", "weights", "rows", "capacities", "chat template", "loss", "trained tokens",
+    "exact lengths", "pixels", "loss at step 0", "cache", "pictures are seen", "labels",
+    "packed = unpacked", "accumulation steps", "loss of the weights",
 )  # fmt: skip
-NOT_APPLICABLE = {"loss of the weights"}
+NOT_APPLICABLE = {"weights", "loss of the weights"}
 
 
 @pytest.fixture
@@ -92,14 +102,26 @@ def test_a_model_that_is_not_the_processor_s(make_job):
     assert "the model is a idefics3" in failed(content)["processor"]
 
 
+@pytest.mark.usefixtures("without_model")
+def test_a_token_that_was_added(make_job, tmp_path, inputs):
+    tokenizer = AutoTokenizer.from_pretrained(inputs.folder / "processor")
+    shutil.copytree(inputs.folder / "processor", tmp_path / "processor")
+    tokenizer.add_tokens(["<page>"])
+    tokenizer.save_pretrained(tmp_path / "processor")
+    content = make_job(model__processor=str(tmp_path / "processor"))
+    assert "it knows nothing of '<page>'" in failed(content)["processor"]
+    content["model"]["resize_embeddings"] = True
+    assert finding(content, "processor").detail.endswith("608 vectors become 609")
+
+
 def test_attention_that_is_not_installed(make_job, monkeypatch):
-    job = Job.model_validate(make_job(model__attention="flash_attention_2"))
+    job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _, without_gpu = examine_settings(job)
+    _, without_gpu, _ = examine_settings(job)
     assert without_gpu.status is Status.PASS
     assert "flash_attn is looked for where GPUs are" in without_gpu.detail
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _, with_gpu = examine_settings(job)
+    _, with_gpu, _ = examine_settings(job)
     assert with_gpu.status is Status.FAIL
     assert "flash_attn is not installed" in with_gpu.detail
 
@@ -115,7 +137,7 @@ def test_a_model_that_cannot_pack(make_job, monkeypatch):
 def test_the_cheap_part_reads_no_row(make_job):
     content = make_job(data={"train": [{"files": "/nowhere.jsonl", "kind": "pretrain"}]})
     found = list(examine_settings(Job.model_validate(content)))
-    assert [each.check for each in found] == ["processor", "attention"]
+    assert [each.check for each in found] == ["processor", "attention", "weights"]
     assert not doctor.has_failed(found)
 
 
@@ -178,6 +200,23 @@ def test_rows_that_are_all_bad(make_job, tmp_path):
     assert "gone.jpg" in failed(content)["rows"]
 
 
+@pytest.mark.usefixtures("without_model")
+@pytest.mark.parametrize(
+    ("rows", "bad", "stops"),
+    [(46, 27, True), (46, 20, False), (90, 10, False), (4000, 20, True), (4000, 3, False)],
+)  # fmt: skip
+def test_bad_rows_are_judged_as_preparing_judges_them(make_job, tmp_path, rows, bad, stops):
+    """The bad ones come first, so of many rows the first 64 stand for more than there are."""
+    lines = [{"text": "" if number < bad else f"words {number}"} for number in range(rows)]
+    content = with_rows(make_job, tmp_path, lines, kind="pretrain")
+    found = finding(content, "rows")
+    assert found.status is (Status.FAIL if stops else Status.PASS)
+    assert f"{bad} empty_text, such as {tmp_path / 'rows.jsonl'}:1: text is empty" in found.detail
+    assert ("data.max_rejected_share" in (found.remedy or "")) == stops
+    found = finding(content | {"data": content["data"] | {"max_rejected_share": 0.6}}, "rows")
+    assert found.status is Status.PASS
+
+
 def test_a_bad_row_where_none_is_allowed(make_job):
     content = make_job()
     content["data"]["on_bad_row"] = "error"
@@ -203,6 +242,15 @@ def test_the_part_of_rows_that_fit_no_bin_is_told(one_long_row):
     found = finding(one_long_row(), "capacities")
     assert found.status is Status.PASS
     assert "1 of the first 40 rows of data.train, 2.5%, fit no bin and will be rejected" in found.detail
+
+
+@pytest.mark.usefixtures("without_model")
+def test_rows_longer_than_the_model_s_positions_are_told(make_job, inputs):
+    config = json.loads((inputs.folder / "model/config.json").read_text())
+    assert "positions" not in finding(make_job(), "capacities").detail
+    config["text_config"]["max_position_embeddings"] = 30
+    said = finding(make_job(model__config=config), "capacities").detail
+    assert re.search(r"; [1-9]\d* rows have more tokens than the model's 30 positions$", said), said
 
 
 @pytest.mark.usefixtures("without_model")
@@ -327,6 +375,70 @@ def test_a_cache_that_the_text_model_s_configuration_asks_for(make_job, monkeypa
     assert "use_cache is on in the configuration of the text model" in failed(make_job())["cache"]
 
 
+def pixels_changed(monkeypatch, change):
+    """The patches of all pictures are changed before the model gets them."""
+
+    def changed(self, tiles, frames, dtype):
+        inputs = pixel_inputs(self, tiles, frames, dtype)
+        return inputs | {"pixel_values": change(inputs["pixel_values"])}
+
+    pixel_inputs = Qwen2VL.pixel_inputs
+    monkeypatch.setattr(Qwen2VL, "pixel_inputs", changed)
+
+
+@pytest.mark.usefixtures("without_model")
+@pytest.mark.parametrize(
+    "change",
+    [lambda pixels: pixels.flip(0), torch.ones_like, lambda pixels: pixels + 0.03, lambda pixels: pixels * 1.02],
+    ids=["patches in reverse order", "all pixels one", "another mean", "another deviation"],
+)
+def test_pixels_that_are_not_the_processor_s(make_job, monkeypatch, change):
+    pixels_changed(monkeypatch, change)
+    found = failed(make_job())
+    assert found.keys() == {"pixels"}
+    assert re.search(r"pixel_values of row '.*' \(.*jsonl:\d+\) differs from the processor's by", found["pixels"])
+
+
+def test_pictures_that_the_model_does_not_see(make_job, monkeypatch):
+    pixels_changed(monkeypatch, torch.ones_like)
+    assert "does not see its pictures" in failed(make_job())["pictures are seen"]
+
+
+def test_tokens_that_see_what_comes_after_them(make_job, monkeypatch):
+    def looking_ahead(self, inputs):
+        logits = all_logits(self, inputs)
+        return logits + 0.1 * logits.mean(dim=0)
+
+    all_logits = doctor_model._Copy.logits
+    monkeypatch.setattr(doctor_model._Copy, "logits", looking_ahead)
+    assert "see what comes after them" in failed(make_job())["pictures are seen"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda ids: np.roll(ids, 1), lambda ids: (ids * 7 + 3) % 600], ids=["shifted", "random"]
+)
+def test_labels_that_are_not_the_tokens(make_job, monkeypatch, wrong):
+    """The loss of random weights is the same."""
+
+    def mislabelled(rendered, family, labels, device):
+        masked = mask(rendered, family, labels, device)
+        kept = masked.labels != -100
+        return replace(masked, labels=np.where(kept, wrong(masked.input_ids.astype(np.int64)), -100))
+
+    monkeypatch.setattr(doctor_model, "mask", mislabelled)
+    found = failed(make_job())
+    assert "labels are not the token in their place" in found["labels"]
+    assert "loss at step 0" not in found
+
+
+def test_a_loss_that_is_shifted(make_job, monkeypatch):
+    def shifted(model, inputs, labels):
+        return packed_loss_sum(model, inputs, labels.roll(1, dims=1))
+
+    monkeypatch.setattr(doctor_model, "packed_loss_sum", shifted)
+    assert "labels are shifted against logits" in failed(make_job())["labels"]
+
+
 def test_a_gradient_that_is_a_mean_of_means(make_job, monkeypatch):
     """Though the loss that is reported is right."""
 
@@ -390,12 +502,42 @@ def saved(inputs, tmp_path):
     return save
 
 
-def weights_finding(make_job, saved, steps):
+def weights_finding(make_job, saved, steps, check="loss of the weights"):
     path, files = saved(steps)
     content = make_job(data__train=[{"files": files, "kind": "tokenized"}])
     processor = content["model"]["processor"]
     content["model"] = {"path": path, "processor": processor, "dtype": "fp32"}
-    return next(each for each in findings(content) if each.check == "loss of the weights")
+    return next(each for each in findings(content) if each.check == check)
+
+
+@pytest.mark.usefixtures("without_model")
+def test_weights_that_are_not_in_the_files(make_job, saved, tmp_path):
+    whole = weights_finding(make_job, saved, 0, "weights")
+    assert whole.status is Status.PASS
+    assert whole.detail.endswith("weights hold every weight of the model, in its shape, and no other")
+    file = tmp_path / "weights/model.safetensors"
+    state = load_file(file)
+    save_file({name: weight for name, weight in state.items() if "down_proj" not in name}, file, {"format": "pt"})
+    content = make_job()
+    content["model"] = {"path": str(tmp_path / "weights"), "processor": content["model"]["processor"]}
+    found = [each for each in examine_settings(Job.model_validate(content)) if each.status is Status.FAIL]
+    assert [each.check for each in found] == ["weights"]
+    assert "2 missing from the files, which would be drawn at random: model.language_model" in found[0].detail
+
+
+def test_weights_of_the_hub(make_job, monkeypatch):
+    """Their headers are asked for; nothing is fetched."""
+    job = Job.model_validate(make_job())
+    config = load_config(job.model)
+    shapes = {name: tuple(weight.shape) for name, weight in build_model(job.model).state_dict().items()}
+    monkeypatch.setattr(training_weights, "_hub_shapes", lambda name: shapes)
+    monkeypatch.setattr(training_model, "_read_config", lambda _: config)
+    of_hub = job.model_copy(update={"model": job.model.model_copy(update={"path": "owner/model"})})
+    assert doctor_weights.examine_names(of_hub).status is Status.PASS
+    name, shape = shapes.popitem()
+    shapes[name] = (*shape, 1)
+    with pytest.raises(UserError, match=f"1 of another shape: {re.escape(name)}"):
+        doctor_weights.examine_names(of_hub)
 
 
 @pytest.mark.parametrize(("steps", "status"), [(0, Status.FAIL), (9, Status.PASS)])

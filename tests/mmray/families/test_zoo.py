@@ -1,12 +1,10 @@
 """Every family against its own processor: tokens from sizes alone, pixels from uint8 frames, and which turns train."""
 
 import copy
-import io
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mmray.errors import UserError
 from mmray.families import FAMILIES, Tile, family_of
@@ -17,17 +15,11 @@ from mmray.packing.settings import PackingSettings
 from mmray.prepared.fingerprint import processor_record
 from tests.mmray.families.zoo import ZOO
 from tests.mmray.noise import noise
-from tests.mmray.preparing import Preparation
+from tests.mmray.preparing import Preparation, png
 
 SIZES = [(150, 90), (64, 64), (31, 200), (300, 140), (47, 53), (20, 20)]
 """Wide, square, narrow, larger than the processors' limits, no multiple of anything, small."""
 TEXTS = ["<image>\nTotal 12.50", "Page:\n\n<image>\n\nas printed", "See <image> and\n<image><image>.", "No picture."]
-
-
-def png(picture: Image.Image) -> dict[str, bytes]:
-    buffer = io.BytesIO()
-    picture.save(buffer, "png")
-    return {"bytes": buffer.getvalue()}
 
 
 def variants(member, processor):

@@ -17,7 +17,7 @@ from PIL import Image
 from mmray.errors import RowError, UserError
 from mmray.images import size_cache
 from mmray.images.header import Measured, measured
-from mmray.images.size_cache import FILE_NAME, SIZES, SizeCache, merge_sizes, read_sizes
+from mmray.images.size_cache import FILE_NAME, SIZES, SizeCache, kept_sizes, merge_sizes, read_sizes
 from tests.mmray.images.counted import CountedFileSystem
 from tests.mmray.images.test_load import encoded, stored
 
@@ -320,3 +320,30 @@ def test_another_programs_file_is_not_used(change: object, tmp_path: Path) -> No
     path = tmp_path / FILE_NAME
     pq.write_table(change(pq.read_table(path)), path)  # type: ignore[operator]
     assert len(read_sizes(str(tmp_path))) == 0
+
+
+# ---- Around a prepare ----
+
+ONE_SIZE = pa.table([[1], [2], [3], [4]], schema=SIZES)
+
+
+def measure_and_end(uri: str, error: BaseException) -> None:
+    with kept_sizes(uri) as sizes:
+        assert len(sizes.known) == 0
+        sizes.measured.append(ONE_SIZE)
+        raise error
+
+
+@pytest.mark.parametrize("error", [UserError("wrong"), KeyboardInterrupt(), RuntimeError("a bug")])
+def test_sizes_are_kept_whatever_ends_a_prepare(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
+        measure_and_end(str(tmp_path), error)
+    with kept_sizes(str(tmp_path)) as sizes:
+        assert sizes.known.equals(ONE_SIZE)
+
+
+def test_a_size_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with caplog.at_level(logging.WARNING, "mmray"), kept_sizes(str(tmp_path / "file" / "cache")) as sizes:
+        sizes.measured.append(ONE_SIZE)
+    assert "it stays as it was" in caplog.messages[-1]

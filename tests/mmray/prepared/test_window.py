@@ -120,6 +120,7 @@ def test_bins_hold_whole_samples_each_once_within_both_capacities(case):
         "visual_tokens": sum(each["visual_tokens"] for each in bins),
         "trained_tokens": sum(each["trained_tokens"] for each in bins),
         "images": sum(len(each["images"]) for each in bins),
+        "sets": {},
         "image_notes": {},
         "examples": {},
     }

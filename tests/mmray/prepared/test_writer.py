@@ -2,20 +2,23 @@
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset, PreparedWriter
+from mmray.prepared.stages import PrepareContext
 from mmray.prepared.window import Window
 from mmray.prepared.writer import add_statistics
+from mmray.rows.encode import Encoder
+from mmray.rows.files import plan_chunks, source_files
 from mmray.storage import Folder
-from tests.mmray.preparing import contents, other_packing
+from tests.mmray.preparing import PACKING, Preparation, committing, contents, other_packing, write_rows
 
 
 @pytest.fixture
@@ -30,9 +33,16 @@ def begun(preparation, tmp_path):
 
 def write_windows(preparation, writer, numbers):
     """Commit some windows."""
-    windows = {number: preparation.window(results) for number, results in preparation.windows()}
+    windows = preparation.packed_windows()
     for number in numbers:
         writer.windows().write(number, windows[number])
+
+
+def plan_of(preparation):
+    """The chunks of all windows, one each."""
+    packing = preparation.packing
+    files = source_files(preparation.data.train)
+    return plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
 
 
 def one(folder, pattern):
@@ -66,7 +76,7 @@ def test_a_finished_folder_holds_what_the_design_names_and_no_more(prepared):
 def test_a_folder_without_manifest_is_refused_with_the_remedy(tmp_path, begun):
     with pytest.raises(UserError, match=r"no prepared dataset: it has no manifest\.json\. Run jobs/prepare\.py"):
         PreparedDataset(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="a prepare was begun here but did not finish"):
+    with pytest.raises(UserError, match="A prepare was begun here but did not finish"):
         PreparedDataset(str(begun[0]))
 
 
@@ -103,7 +113,7 @@ def test_lost_rows_stop_the_commit(begun, preparation):
 
 def test_a_second_run_finds_the_result_and_makes_nothing(prepared, preparation, monkeypatch):
     before = contents(prepared.path)
-    monkeypatch.setattr(preparation.encoder, "encode", None)
+    monkeypatch.setattr(Encoder, "encode", None)
     assert preparation.write(prepared.path).fingerprint == prepared.fingerprint
     assert contents(prepared.path) == before
 
@@ -140,7 +150,7 @@ def test_another_fingerprint_is_refused_with_the_settings_that_differ(prepared, 
 
 def test_many_differences_are_shortened(prepared, preparation):
     changed = other_packing(preparation, token_capacity=1, visual_capacity=2, window_rows=3, bucket_fill=0.1)
-    changed.tiling, changed.policy = changed.tiling, changed.policy.model_copy(update=TILES)
+    changed.context = replace(changed.context, tiling=changed.policy.model_copy(update=TILES))
     with pytest.raises(UserError, match=r"and \d+ more\n"):
         changed.write(prepared.path)
 
@@ -167,19 +177,19 @@ class Stopped(BaseException):
 def test_a_stop_while_clearing_never_leaves_parts_that_count(preparation, tmp_path, monkeypatch, finished):
     """Stopped after any number of deletions: each later run gives its own whole result."""
     changed = other_packing(preparation, token_capacity=230)
-    for job in (preparation, changed):  # encode once
-        monkeypatch.setattr(job, "windows", functools.partial(iter, list(job.windows())))
+    again = {job: committing(job.packed_windows()) for job in (preparation, changed)}  # encode once
     expected = {job: contents(job.write(tmp_path / name).path) for job, name in [(preparation, "a"), (changed, "b")]}
     remove = Folder.remove
     for deletions in range(9):
         for job in (preparation, changed):
             folder = tmp_path / f"{deletions}-{job.packing.token_capacity}"
             if finished:
-                preparation.write(folder)
+                preparation.write(folder, run_windows=again[preparation])
             else:
                 writer = PreparedWriter(str(folder))
+                context = replace(preparation.context, path=str(folder))
                 writer.begin(preparation.record)
-                write_windows(preparation, writer, [0, 1])
+                list(again[preparation](context, writer.token, plan_of(preparation)[:2], None))
             left = iter(range(deletions))
 
             def stopping(self, name="", left=left):
@@ -192,7 +202,7 @@ def test_a_stop_while_clearing_never_leaves_parts_that_count(preparation, tmp_pa
                 with contextlib.suppress(Stopped):
                     PreparedWriter(str(folder)).clear()
             PreparedWriter(str(folder)).clear()
-            assert contents(job.write(folder).path) == expected[job]
+            assert contents(job.write(folder, run_windows=again[job]).path) == expected[job]
 
 
 def test_files_that_a_killed_process_left_half_written_are_removed(begun, preparation, prepared):
@@ -282,14 +292,14 @@ def test_a_late_writer_of_the_same_plan_gives_whole_windows_or_the_same_ones(beg
     assert prepared.statistics["rows_read"] == 69
 
 
-def test_two_runs_of_the_same_job_at_once_give_one_result(preparation, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "windows", functools.partial(iter, list(preparation.windows())))
+def test_two_runs_of_the_same_job_at_once_give_one_result(preparation, prepared, tmp_path):
+    run_windows = committing(preparation.packed_windows())
     folder = tmp_path / "both"
     failed = []
 
     def run():
         try:
-            preparation.write(folder)
+            preparation.write(folder, run_windows=run_windows)
         except UserError as error:
             failed.append(str(error))
 
@@ -299,7 +309,7 @@ def test_two_runs_of_the_same_job_at_once_give_one_result(preparation, prepared,
             thread.start()
         for thread in threads:
             thread.join()
-        preparation.write(folder)  # whoever lost is told to run again
+        preparation.write(folder, run_windows=run_windows)  # whoever lost is told to run again
         assert contents(folder) == contents(prepared.path)
         assert all("another run" in each or "removes files" in each for each in failed), failed
         PreparedWriter(str(folder)).clear()
@@ -353,7 +363,7 @@ def raising(number):
         (errno.ENOSPC, "No space left on device; free some space there; then the same command continues"),
         (errno.EDQUOT, "free some space there"),
         (errno.EROFS, "Read-only file system; let this user write there, or choose another folder"),
-        (errno.EACCES, "Permission denied; let this user write there"),
+        (errno.EACCES, "Permission denied; let this user read and write there"),
         (errno.EIO, "Input/output error; once that is mended, the same command continues"),
     ],
 )
@@ -406,5 +416,78 @@ def test_an_output_that_is_a_file_is_told(preparation, tmp_path, below):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_closed_is_told(preparation, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied; let this user write there"):
+    with pytest.raises(UserError, match="Permission denied; let this user read and write there"):
         preparation.write(tmp_path / "prepared")
+
+
+# ---- Datasets of before rows were dealt side by side ----
+
+
+@pytest.fixture
+def two_sets(processors, tmp_path):
+    """Two sets of rows in windows of 4: pages first, the other after them."""
+    sets = []
+    for name in ("one", "two"):
+        rows = [{"id": f"{name}{number}", "text": f"{name} {number}"} for number in range(8)]
+        sets.append({"files": write_rows(tmp_path / f"{name}.jsonl", rows), "kind": "pretrain"})
+    packing = PACKING.model_copy(update={"window_rows": 4, "token_capacity": 30})
+    return lambda: Preparation(processors["qwen2_vl"], *sets, packing=packing)
+
+
+def as_it_was(preparation, monkeypatch):
+    """The same job as a version without dealing had it."""
+    record = {name: value for name, value in preparation.record.items() if name != "dealing"}
+    monkeypatch.setattr(PrepareContext, "record", lambda context, files: record)
+    return preparation
+
+
+def interrupt_with_the_first_window(done, total):
+    if done:
+        raise KeyboardInterrupt
+
+
+def sets_of_windows(prepared):
+    """The sets that the bins of each window's file are of."""
+    ids = [[id_ for number in bins for id_ in prepared.bin(number).sample_ids] for bins in prepared.files.values()]
+    return [{id_[:3] for id_ in window} for window in ids]
+
+
+def test_new_datasets_hold_every_set_in_every_window(two_sets, tmp_path):
+    prepared = two_sets().write(tmp_path / "new")
+    assert prepared.manifest["record"]["dealing"] == 2
+    assert sets_of_windows(prepared) == [{"one", "two"}] * 4
+
+
+def test_a_finished_dataset_of_before_is_up_to_date(two_sets, tmp_path):
+    with pytest.MonkeyPatch.context() as before:
+        prepared = as_it_was(two_sets(), before).write(tmp_path / "old")
+    assert "dealing" not in prepared.manifest["record"]
+    assert sets_of_windows(prepared) == [{"one"}] * 2 + [{"two"}] * 2
+    there = contents(tmp_path / "old")
+    assert two_sets().write(tmp_path / "old").fingerprint == prepared.fingerprint
+    assert contents(tmp_path / "old") == there
+
+
+def test_an_unfinished_dataset_of_before_ends_as_it_was_planned(two_sets, tmp_path):
+    with pytest.MonkeyPatch.context() as before:
+        old = as_it_was(two_sets(), before)
+        whole = old.write(tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            old.write(tmp_path / "begun", on_progress=interrupt_with_the_first_window)
+    ended = two_sets().write(tmp_path / "begun")
+    assert ended.fingerprint == whole.fingerprint
+    assert contents(tmp_path / "begun").keys() == contents(tmp_path / "whole").keys()
+    assert [ended.bin(number).sample_ids for number in range(len(ended))] == [
+        whole.bin(number).sample_ids for number in range(len(whole))
+    ]
+
+
+def test_other_settings_of_a_dataset_of_before_are_still_told(two_sets, processors, tmp_path):
+    with pytest.MonkeyPatch.context() as before:
+        as_it_was(two_sets(), before).write(tmp_path / "old")
+    other = two_sets()
+    packing = other.packing.model_copy(update={"token_capacity": 40})
+    other.context = replace(other.context, packing=packing)
+    with pytest.raises(UserError, match=r"packing\.token_capacity: 30 -> 40") as refusal:
+        other.write(tmp_path / "old")
+    assert "dealing" not in str(refusal.value)

@@ -169,8 +169,9 @@ def test_a_dataset_without_bins_images_or_rejects(processors, tmp_path):
     assert "An epoch of 1 bins has no whole step of 8" in words(page)
     assert "Not shown: the dataset does not name its processor" in words(page)
     nothing = Preparation(
-        processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing(token_capacity=1)
-    )
+        processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing(token_capacity=1),
+        max_rejected_share=1,
+    )  # fmt: skip
     page = Page(prepared_page(nothing.write(tmp_path / "nothing")))
     assert "Every row was rejected" in words(page)
     assert page.of("figure") == []

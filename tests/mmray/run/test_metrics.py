@@ -24,7 +24,7 @@ def test_steps_done_again_stand_once(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[2] == {"step": 3, "loss": 1.0 / 3, "tokens": 10}
     assert lines[3] == {"step": 4, "loss": None, "grad_norm": 2.0}
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_tensorboard_mirrors_the_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmray.run import warnings as kept_warnings
-from mmray.run.warnings import keep_warnings, read_warnings
+from mmray.run.warnings import LIBRARIES, keep_warnings, read_warnings
 
 log = logging.getLogger("mmray")
 
@@ -71,6 +71,25 @@ def test_processes_share_a_file(tmp_path: Path) -> None:
         assert process.exitcode == 0
     found = {tuple(line.split()[-2:]) for line in read_warnings(tmp_path / "w")}
     assert found == {(name, str(number)) for name in "abc" for number in range(50)}
+
+
+def test_those_of_libraries_are_kept_where_asked_for(path: Path, tmp_path: Path) -> None:
+    """transformers' and DeepSpeed's, which decide numbers; not what they say in every run."""
+    others = [logging.getLogger(name) for name in LIBRARIES]
+    for other in others:
+        other.warning("in a process that does not ask")
+    assert not path.exists()
+    handler = keep_warnings(tmp_path / "worker.log", LIBRARIES)
+    try:
+        for other in (log, *others):
+            other.warning("of %s", other.name)
+        logging.getLogger("transformers.modeling_utils").warning("LOAD REPORT\n lm_head.weight | MISSING")
+        logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU or other accelerator, …")
+    finally:
+        for other in (log, *others):
+            other.removeHandler(handler)
+    lines = [line.split(" ", 3)[-1] for line in read_warnings(tmp_path / "worker.log")]
+    assert lines == ["of mmray", "of transformers", "of DeepSpeed", "LOAD REPORT lm_head.weight | MISSING"]
 
 
 def test_they_are_printed_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ def prepared(processors, tmp_path_factory) -> tuple[Preparation, PreparedDataset
     dataset = {"files": (str(folder / "rows.jsonl"),), "kind": "pretrain", "image_root": str(folder)}
     preparation = Preparation(
         processors["qwen2_vl"], dataset, tiling={"grid": (1, 2), "tile_size": (56, 56)},
-        packing=PackingSettings(token_capacity=200, visual_capacity=80, window_rows=50),
+        packing=PackingSettings(token_capacity=200, visual_capacity=80, window_rows=50), max_rejected_share=1,
     )  # fmt: skip
     return preparation, preparation.write(folder / "prepared")
 

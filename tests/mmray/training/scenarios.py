@@ -66,6 +66,7 @@ def two_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
         history = train(engine, SAVED_AT)
         save_state(engine, folder / checkpoint_name(case) / f"of-rank-{rank}")
         results[case] = history + train(engine, LAST_STEP)
+        results["nothing trained", case] = nothing_trained(engine)
         engine.close()
     pretrained = {"path": str(folder / "model"), "config": None, "gradient_checkpointing": True}
     engine = build((3, "fp32"), 2, model=pretrained, deepspeed=NO_PERSISTENCE)
@@ -88,6 +89,14 @@ def text_alone(engine: TrainingEngine) -> tuple[float, float]:
     evaluated, trained_tokens = engine.evaluate([batch, batch])
     assert trained_tokens == 4 * (19 + 20)
     return engine.step(batch).loss, evaluated
+
+
+def nothing_trained(engine: TrainingEngine) -> tuple[bool, float, int]:
+    """Whether a step without a trained token leaves the weights as they are; its loss, and the steps that are done."""
+    before = {name: weight.detach().clone() for name, weight in engine.model.named_parameters()}
+    metrics = engine.step([tiny.empty_bin()] * engine.grad_accumulation)
+    same = all(torch.equal(weight, before[name]) for name, weight in engine.model.named_parameters())
+    return same, metrics.loss + metrics.grad_norm, engine.step_count
 
 
 def not_finite() -> str:

@@ -85,6 +85,13 @@ def test_a_rank_with_text_alone_does_not_hang(results: Results) -> None:
     assert results["two"][1]["text alone"] == (stepped, evaluated)
 
 
+@pytest.mark.parametrize("case", EXACT, ids=checkpoint_name)
+def test_a_step_that_trains_nothing_leaves_the_weights(results: Results, case: scenarios.Case) -> None:
+    """With running means of earlier steps, and weight decay."""
+    for rank in (0, 1):
+        assert results["two"][rank]["nothing trained", case] == (True, 0.0, LAST_STEP + 1)
+
+
 def test_a_loss_that_is_not_finite_stops_every_rank(results: Results) -> None:
     for rank in (0, 1):
         assert results["two"][rank]["not finite"].startswith("the loss of step 1 is nan; lower training.learning_rate")

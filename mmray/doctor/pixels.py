@@ -1,0 +1,81 @@
+"""Whether the model gets the pictures of the first rows as its own processor would give them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mmray.batches.micro_batch import MicroBatch, Place, mask, render
+from mmray.batches.render import render_pages
+from mmray.doctor.findings import Finding, failed, not_applicable, passed
+from mmray.doctor.rows import FirstRows
+from mmray.errors import UserError
+from mmray.images import render_tiles
+from mmray.loss.settings import label_maker
+from mmray.prepared import Bin
+from mmray.prepared.dataset import window_bins
+from mmray.prepared.window import pack_window, samples_table
+
+CHECK = "pixels"
+ROWS = 4
+LARGEST, MEAN = 0.05, 0.003
+"""Differences that ways of resizing make, as parts of the values' range: 13 and 0.8 of 255 grey levels."""
+
+
+def examine_pixels(rows: FirstRows, config: PretrainedConfig) -> Finding:
+    """The pixel inputs of some rows, made as in training, against the processor's own of the same tiles.
+
+    It finds patches in another order, values that are normalised otherwise, and tiles in another order.
+    """
+    compared, largest = 0, 0.0
+    for each in _with_pictures(rows):
+        try:
+            pages = render_pages(each, rows.policy, render_tiles, "error")
+        except UserError:  # "exact lengths" tells of it
+            continue
+        tiles = [tile for image in pages.tiles for tile in image]
+        theirs = rows.family.process(" ".join([rows.family.placeholder_unit] * len(tiles)), tiles, return_tensors="pt")
+        for name, found, expected in _pairs(_ours(each, rows, config), theirs):
+            place = f"{name} of row {each.sample_ids[0]!r} ({each.sample_sources[0]})"
+            if found.shape != expected.shape:
+                return _differs(f"{place}: shape {list(found.shape)}, the processor's is {list(expected.shape)}")
+            span = float(expected.max() - expected.min()) or 1.0
+            differences = (found.to(expected.dtype) - expected).abs().double() / span
+            largest = max(largest, float(differences.max()))
+            if float(differences.max()) > LARGEST or float(differences.mean()) > MEAN:
+                return _differs(
+                    f"{place} differs from the processor's by {float(differences.max()):.1%} of its range, by "
+                    f"{float(differences.mean()):.1%} on average"
+                )
+        compared += len(tiles)
+    if not compared:
+        return not_applicable(CHECK, f"none of the first rows of data.{rows.split} has a picture")
+    name = type(rows.family.processor).__name__
+    return passed(CHECK, f"{compared} pictures are as {name} gives them; largest difference {largest:.0e} of the range")
+
+
+def _differs(what: str) -> Finding:
+    return failed(CHECK, what, "the model would see other pictures than it was made for; please report the processor")
+
+
+def _with_pictures(rows: FirstRows) -> list[Bin]:
+    """The smallest of the first rows with pictures, as bins of one sample."""
+    samples = sorted((each for each in rows.samples() if each.images), key=lambda sample: sample.visual_tokens)[:ROWS]
+    packing = rows.job.packing.model_copy(update={"mode": "none"})
+    labels = label_maker(rows.job.loss, rows.family)
+    return list(window_bins(pack_window(samples_table(samples), packing, labels, allow_empty=True))) if samples else []
+
+
+def _ours(each: Bin, rows: FirstRows, config: PretrainedConfig) -> dict[str, Tensor]:
+    cpu = torch.device("cpu")
+    labels = label_maker(rows.job.loss, rows.family)
+    masked = mask(render([each], Place(0, 0, 0), rows.family, rows.policy), rows.family, labels, cpu)
+    return MicroBatch(masked, rows.family).model_inputs(cpu, torch.float32, config)
+
+
+def _pairs(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What both give of pictures: pixels, and where patches lie."""
+    for name in sorted(theirs):
+        if name in ours and ("pixel_values" in name or "grid" in name or "position" in name or "aspect" in name):
+            yield name, ours[name], torch.as_tensor(theirs[name])

@@ -1,0 +1,214 @@
+"""Rows to a prepared dataset: what is planned, checked, continued and finished, in one process and without Ray.
+
+    row files ─ plan of windows and chunks ─ first rows checked ─ windows that are missing ─ manifest
+                                                                  (`run_windows`)
+
+`prepare` makes windows in this process. Who has more machines hands in another `run_windows`: `pipelines/prepare.py`
+runs the same stages on the actors of a Ray cluster. Windows are committed one by one; what an interrupted run has
+committed is not made again, and bins are byte-equal wherever they were made.
+"""
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+from mmray.config.job import Job
+from mmray.errors import UserError
+from mmray.images.header import BROKEN_EXIF, SEVERAL_FRAMES
+from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
+from mmray.prepared.dataset import PreparedDataset
+from mmray.prepared.stages import PrepareContext, WindowMaker, WindowPlan
+from mmray.prepared.writer import PreparedWriter
+from mmray.rows.dealing import dealing_of
+from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
+from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, set_files, source_files
+from mmray.rows.preflight import check_first_rows, set_name
+from mmray.rows.rejections import SetRows
+from mmray.rows.settings import DatasetSettings
+from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
+
+log = logging.getLogger("mmray")
+
+RunWindows = Callable[[PrepareContext, WindowPlan, Sequence[Chunk], KeptSizes | None], Iterator[int]]
+"""Makes and commits windows: (context, the plan, the chunks of whole windows in order, known sizes) to the
+number of each window when it is committed. Puts the sizes it measured into `KeptSizes.measured`. Raises UserError."""
+
+HashIds = Callable[[Sequence[Chunk], Sequence[DatasetSettings]], Iterable[bytes]]
+"""Hashes the ids of rows: (all chunks in order, their data sets) to `rows.duplicates.chunk_id_hashes` of each chunk."""
+
+
+def run_windows_here(
+    context: PrepareContext, plan: WindowPlan, chunks: Sequence[Chunk], sizes: KeptSizes | None
+) -> Iterator[int]:
+    """Make windows in this process, one after another: the `RunWindows` of who has no cluster."""
+    cache = SizeCache(sizes.known) if sizes else None
+    make = WindowMaker(context, plan, cache)
+    for window in by_window(chunks):
+        try:
+            number = make(window)
+        finally:
+            if sizes and cache:
+                sizes.measured.append(cache.take_new())
+        yield number
+
+
+def hash_ids_here(chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings]) -> Iterator[bytes]:
+    """Hash the ids of rows in this process."""
+    return (chunk_id_hashes(chunk, datasets) for chunk in chunks)
+
+
+def prepare(
+    job: Job, split: str = "train", *, replace: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    run_windows: RunWindows = run_windows_here, hash_ids: HashIds = hash_ids_here,
+) -> tuple[PreparedDataset, bool]:  # fmt: skip
+    """Prepare one split (`train` or `eval`) of a job; returns the dataset, and whether there was anything to do.
+
+    replace: delete what is prepared there and start anew. on_progress(rows done, rows) is called as windows are
+    committed. run_windows, hash_ids: where the work is done; in this process by default. Raises UserError for what a
+    person can mend.
+    """
+    files = source_files(job.data.splits[split])  # a file that is missing is told before a processor is loaded
+    context = PrepareContext.of(job, split)
+    return prepare_files(
+        context, files, replace=replace, on_progress=on_progress, run_windows=run_windows, hash_ids=hash_ids
+    )
+
+
+def prepare_files(
+    context: PrepareContext, files: Sequence[SourceFile], *, replace: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    run_windows: RunWindows = run_windows_here, hash_ids: HashIds = hash_ids_here,
+) -> tuple[PreparedDataset, bool]:  # fmt: skip
+    """Do what `prepare` does, for whoever has a context and no job. files: `source_files` of its data sets."""
+    started = time.monotonic()
+    writer, data, packing = PreparedWriter(context.path), context.data, context.packing
+    record = context.record(files) if replace else writer.as_begun(context.record(files))
+    if not replace and writer.is_finished(record):
+        writer.tidy()
+        return PreparedDataset(context.path), False
+    dealing = dealing_of(record)
+    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=dealing)
+    chunks = _with_verification(chunks, data.verify_rows)
+    if not chunks:
+        raise UserError(f"data.{context.split}: the files hold no rows: {', '.join(file.uri for file in files)}")
+    planned = Counter[int]()
+    for chunk in chunks:
+        planned[chunk.window] += chunk.num_rows
+    rejections = _Rejections(context, chunks)
+    with kept_sizes(data.size_cache) if data.size_cache else nullcontext() as sizes:
+        sources = _check_first_rows(context, chunks, sizes)
+        if replace:
+            writer.clear()
+        finished = writer.begin(record)
+        if finished:
+            log.info("%s: %d windows are there from an earlier run and are kept", context.path, len(finished))
+        if data.duplicate_ids == "reject" and any(chunk.window not in finished for chunk in chunks):
+            chunks = list(with_duplicates(chunks, hash_ids(chunks, context.datasets)))
+        missing = [chunk for chunk in chunks if chunk.window not in finished]
+        done, total = sum(planned[number] for number in finished), planned.total()
+        on_progress(done, total)
+        try:
+            rejections.add(writer.statistics(finished))
+            for number in run_windows(context, WindowPlan(writer.token, dealing), missing, sizes):
+                done += planned[number]
+                on_progress(done, total)
+                rejections.add(writer.statistics([number]))
+            rejections.check_all()
+        except Exception:
+            check_unchanged(files, context.datasets)  # what was found wrong may come of it
+            raise
+        check_unchanged(files, context.datasets)
+    prepared = writer.finish(
+        record,
+        chunks[-1].window + 1,
+        tiling=context.tiling,
+        capacities=(packing.token_capacity, packing.visual_capacity),
+        facts={
+            "model_family": type(context.family).__name__,
+            "model_type": context.model_type,
+            "processor_source": context.processor_source,
+            "loss_sources": sources,
+            "set_files": set_files(files, len(context.datasets)),
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )
+    _warn_of_passed_over(prepared)
+    return prepared, True
+
+
+class _Rejections:
+    """What windows have rejected of each set, judged by `data.max_rejected_share` as they are committed."""
+
+    def __init__(self, context: PrepareContext, chunks: Sequence[Chunk]) -> None:
+        self._max_share = context.data.max_rejected_share
+        self._names = [set_name(context.split, number, each) for number, each in enumerate(context.datasets)]
+        self._sets = [SetRows() for _ in context.datasets]
+        self._planned = [0] * len(context.datasets)
+        for piece in (piece for chunk in chunks for piece in chunk.pieces):
+            self._planned[piece.dataset] += piece.num_rows
+
+    def add(self, windows: Iterable[dict[str, Any]]) -> None:
+        """Add the statistics of windows. Raises UserError where a set has more rejected rows than all of its rows, the
+        ones to come too, allow."""
+        for statistics in windows:
+            for number, counts in statistics.get("sets", {}).items():  # an earlier mmray did not count by sets
+                self._sets[int(number)].add(counts)
+        self._check(self._planned)
+
+    def check_all(self) -> None:
+        """Judge by the rows that were read, when all windows are there: blank lines are planned, but no rows."""
+        self._check([counts.read for counts in self._sets])
+
+    def _check(self, rows: Sequence[int]) -> None:
+        for name, counts, all_rows in zip(self._names, self._sets, rows, strict=True):
+            counts.check(name, all_rows, self._max_share)
+
+
+_NOTES = {
+    BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
+    SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
+    BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
+    WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
+}
+
+
+def _warn_of_passed_over(prepared: PreparedDataset) -> None:
+    """Warn of what was let pass, with examples."""
+    facts = prepared.statistics
+    examples = facts["examples"]
+    if facts["duplicate_ids"]:
+        log.warning(
+            "%s: %d samples have an id that another has, such as %r; data.duplicate_ids: reject would set them aside",
+            prepared.path, facts["duplicate_ids"], examples["duplicate_ids"][0],
+        )  # fmt: skip
+    for note, count in facts["image_notes"].items():
+        log.warning(
+            "%s: %d %s, such as %s", prepared.path, count, _NOTES.get(note, note), examples[note][0]
+        )  # fmt: skip
+
+
+def _check_first_rows(context: PrepareContext, chunks: Sequence[Chunk], sizes: KeptSizes | None) -> list[str]:
+    """`check_first_rows` of a split; the names of its sources. Bad rows stop a job later, if at all."""
+    encoder = context.encoder(context.data.lenient, SizeCache(sizes.known) if sizes else None)
+    pieces = [piece for chunk in chunks for piece in chunk.pieces]
+    sources = check_first_rows(
+        encoder, context.labels(), pieces, split=context.split, loss=context.loss,
+        some_good=context.data.max_rejected_share < 1,
+    )  # fmt: skip
+    return [source.value for source in sources]
+
+
+def _with_verification(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
+    """Draw the rows to compare with the real processor; the same rows for the same input."""
+    total = sum(chunk.num_rows for chunk in chunks)
+    drawn = set(random.Random(0).sample(range(total), min(count, total)))
+    return [
+        replace(chunk, verify=tuple(n for n in range(chunk.num_rows) if chunk.first_row + n in drawn))
+        for chunk in chunks
+    ]

@@ -1,0 +1,153 @@
+"""The two stages of a prepare, encoding a chunk of rows and packing a window of chunks, wherever they run.
+
+`driver.py` runs them in this process, `pipelines/prepare.py` in actors of a Ray cluster: both give the same bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import pyarrow as pa
+
+from mmray.config.compatibility import job_family
+from mmray.config.job import Job
+from mmray.families import Family
+from mmray.images import TilingPolicy
+from mmray.images.header import measured
+from mmray.images.size_cache import SizeCache
+from mmray.loss.labels import LabelMaker
+from mmray.loss.settings import Loss, allows_empty, label_maker
+from mmray.packing.settings import PackingSettings
+from mmray.prepared.fingerprint import prepare_record
+from mmray.prepared.window import Window, pack_window, samples_table
+from mmray.prepared.writer import WindowWriter
+from mmray.rows.encode import Encoder
+from mmray.rows.files import Chunk, SourceFile
+from mmray.rows.read import RowReader, chunk_rows
+from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.schedule.balance import BalanceSettings
+from mmray.storage import explained
+from mmray.training.model import load_config
+
+
+@dataclass(frozen=True)
+class PrepareContext:
+    """What the rows of one split are prepared with, and where to.
+
+    split: `train` or `eval`; path: folder or URI of the prepared dataset; tiling: as resolved for the family;
+    model_type, processor_source: what the manifest says of the model; costs: what samples cost, where bins are packed
+    to equal cost.
+    """
+
+    split: str
+    path: str
+    datasets: tuple[DatasetSettings, ...]
+    data: DataSettings
+    packing: PackingSettings
+    loss: Loss
+    family: Family
+    tiling: TilingPolicy
+    model_type: str | None = None
+    processor_source: str | None = None
+    costs: BalanceSettings | None = None
+
+    @classmethod
+    def of(cls, job: Job, split: str) -> Self:
+        """The context of a split of a job. Loads the processor; raises UserError where it does not fit the model."""
+        family = job_family(job)
+        return cls(
+            split, job.prepared_path(split), job.data.splits[split], job.data, job.packing, job.loss, family,
+            family.resolved_tiling(job.images), load_config(job.model).model_type, job.model.processor_source,
+            job.packing_costs,
+        )  # fmt: skip
+
+    def record(self, files: Sequence[SourceFile]) -> dict[str, Any]:
+        """Everything that changes the result, as plain JSON."""
+        return prepare_record(
+            files=files, datasets=self.datasets, data=self.data, processor=self.family.processor,
+            tiling=self.tiling, packing=self.packing, loss=self.loss,
+            costs=self.costs.cost_record() if self.costs else None,
+        )  # fmt: skip
+
+    def encoder(self, data: DataSettings, sizes: SizeCache | None) -> Encoder:
+        """An encoder of the split's rows. It holds the tokenizer: one in each process is enough."""
+        return Encoder(
+            data, self.datasets, self.family, self.tiling, self.packing, loss=self.loss,
+            measure=sizes.measured if sizes else measured,
+        )  # fmt: skip
+
+    def labels(self) -> LabelMaker:
+        """What the loss setting makes of tokens."""
+        return label_maker(self.loss, self.family)
+
+
+class ChunkEncoder:
+    """Encodes chunks of rows. One in each process that encodes."""
+
+    def __init__(self, context: PrepareContext, sizes: SizeCache | None = None) -> None:
+        """sizes: what knows the sizes of images, and is told those it lacks; None where there is no size cache."""
+        self._encoder = context.encoder(context.data, sizes)
+        self._reader = RowReader()
+
+    def __call__(self, chunk: Chunk) -> pa.Table:
+        """The samples and rejected rows of a chunk (`schema.SAMPLES`), in order.
+
+        Raises UserError for rows that stop the job, and where the rows or images cannot be reached.
+        """
+        with explained(f"{chunk.pieces[0].uri} or its images"):  # a store that does not answer, a file that is gone
+            rows = list(chunk_rows(chunk, self._reader))
+            verify = [line * len(rows) // chunk.num_rows for line in chunk.verify]  # blank lines count, but are no rows
+            results = self._encoder.encode(rows, verify, chunk.duplicates)
+        return samples_table(results, [row.dataset for row in rows])
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Which plan windows are of.
+
+    token: of the plan (`PreparedWriter.begin`); dealing: the way its rows are dealt (`rows.dealing`).
+    """
+
+    token: str
+    dealing: int
+
+
+class WindowPacker:
+    """Packs windows and commits their files. One in each process that packs."""
+
+    def __init__(self, context: PrepareContext, plan: WindowPlan) -> None:
+        """plan: whose windows these are."""
+        self._context, self._dealing = context, plan.dealing
+        self._writer = WindowWriter(context.path, plan.token)
+
+    @cached_property
+    def _labels(self) -> LabelMaker:
+        return self._context.labels()
+
+    def pack(self, samples: pa.Table) -> Window:
+        """The window of encoded rows (`schema.SAMPLES`)."""
+        context = self._context
+        return pack_window(
+            samples, context.packing, self._labels, context.family.sample_gap, allows_empty(context.loss),
+            mixed=self._dealing > 1, sample_costs=context.costs.sample_costs if context.costs else None,
+        )  # fmt: skip
+
+    def __call__(self, number: int, samples: pa.Table) -> dict[str, Any]:
+        """Pack the rows of window `number` and commit it; returns its statistics. Raises UserError."""
+        window = self.pack(samples)
+        self._writer.write(number, window)
+        return window.statistics
+
+
+class WindowMaker:
+    """Makes whole windows in this process: encodes their chunks, packs and commits them."""
+
+    def __init__(self, context: PrepareContext, plan: WindowPlan, sizes: SizeCache | None = None) -> None:
+        """plan: whose windows these are; sizes: as for `ChunkEncoder`."""
+        self._encode, self._pack = ChunkEncoder(context, sizes), WindowPacker(context, plan)
+
+    def __call__(self, chunks: Sequence[Chunk]) -> int:
+        """Make the window of these chunks; returns its number. Raises UserError."""
+        self._pack(chunks[0].window, pa.concat_tables([self._encode(chunk) for chunk in chunks]))
+        return chunks[0].window

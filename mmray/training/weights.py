@@ -1,0 +1,184 @@
+"""Whether the files of a model hold its weights, judged from names and shapes alone.
+
+transformers draws what a file lacks at random, leaves out what it does not know, and goes on; under ZeRO-3 it does not
+even look at what is left over. So the headers of the files (some kilobytes of many gigabytes) are put through
+transformers' own loading first, into a model without memory: its renamings, merged experts, tied weights and what each
+class leaves out on purpose are those of the real load, whatever the ZeRO stage.
+"""
+
+import fnmatch
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_safetensors_metadata
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
+from transformers.utils import logging as transformers_logging
+
+from mmray.errors import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+"""By the name of a weight."""
+
+SHOWN = 6
+"""Groups of names in a message: those that differ in numbers alone are one."""
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+ADAPTER_PREFIX = "base_model.model."
+
+
+class UnknownWeights(Exception):
+    """What the files hold cannot be told from here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the weights in files fit a model. Names are the model's, as transformers renames those of the files."""
+
+    missing: list[str]
+    """In no file: they would be drawn at random."""
+    unexpected: list[str]
+    """In a file, without a place in the model: they would be left out."""
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    """Of another shape: (in the files, in the model)."""
+    unmergeable: list[str]
+    """Made of several weights in the files, which do not go together."""
+
+
+def stored_shapes(path: str, *, download: bool) -> Shapes:
+    """The weights in the files of a folder or hub name, from their headers.
+
+    download: fetch the files of a hub name that are not here, as loading the model would; else the hub is asked for
+    their headers. Raises UserError for files that cannot be read, UnknownWeights where the hub does not answer.
+    """
+    try:
+        files = _files(path, local_only=not download)
+    except OSError as error:
+        if not download and not Path(path).is_dir():
+            return _hub_shapes(path)
+        raise UserError(f"cannot find the weights of {path}: {error}") from error
+    shapes: Shapes = {}
+    for file in files:
+        try:
+            shapes |= _file_shapes(file)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"cannot read the weights in {file}: {error}; copy the file anew") from error
+    return shapes
+
+
+def _files(path: str, *, local_only: bool) -> list[str]:
+    """The files that transformers would load."""
+    files, _ = _get_resolved_checkpoint_files(
+        path, variant=None, gguf_file=None, use_safetensors=None, user_agent=None, is_remote_code=False,
+        download_kwargs={"local_files_only": local_only},
+    )  # fmt: skip
+    return files or []
+
+
+def _file_shapes(file: str) -> Shapes:
+    if file.endswith(".safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    state: dict[str, Tensor] = torch.load(file, map_location="meta", weights_only=True)
+    return {name: tuple(weight.shape) for name, weight in state.items()}
+
+
+def _hub_shapes(name: str) -> Shapes:
+    try:
+        files = get_safetensors_metadata(name).files_metadata.values()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UnknownWeights(f"{name} is not on this machine, and the hub does not tell: {reason:.200}") from error
+    return {tensor: tuple(info.shape) for file in files for tensor, info in file.tensors.items()}
+
+
+def fit(empty: PreTrainedModel, stored: Shapes) -> Fit:
+    """How stored weights fit a model on the meta device, which is filled with them and of no further use."""
+    state = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
+    conversions: Any = get_model_conversion_mapping(empty, None, None)
+    config = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.float32, weight_mapping=conversions)
+    with _no_progress_bar():
+        info, _ = empty._load_pretrained_model(empty, state, None, config)
+    empty.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    empty._adjust_missing_and_unexpected_keys(info)
+    broken = set(info.conversion_errors)
+    return Fit(
+        missing=sorted(info.missing_keys - broken),
+        unexpected=sorted(info.unexpected_keys),
+        mismatched={name: (tuple(found), tuple(wanted)) for name, found, wanted in sorted(info.mismatched_keys)},
+        unmergeable=sorted(broken),
+    )
+
+
+def check_fit(path: str, found: Fit, allowed: Sequence[str]) -> str:
+    """What is left out or drawn anew because `allowed` (patterns, `model.allow_missing`) says so; "" for nothing.
+
+    Raises UserError naming every weight of `path` that does not fit.
+    """
+    missing, unexpected = (_without(names, allowed) for names in (found.missing, found.unexpected))
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing from the files, which would be drawn at random: {_listed(missing)}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} in the files that the model does not have: {_listed(unexpected)}")
+    if found.mismatched:
+        shapes = [f"{list(stored)} instead of {list(wanted)}" for stored, wanted in found.mismatched.values()]
+        problems.append(f"{len(shapes)} of another shape: {_listed(list(found.mismatched), shapes)}")
+    if found.unmergeable:
+        problems.append(f"{len(found.unmergeable)} whose parts do not go together: {_listed(found.unmergeable)}")
+    if problems:
+        remedy = "give whole files of this model, or, where it is meant, name the weights in model.allow_missing"
+        if any(name.startswith(ADAPTER_PREFIX) for name in unexpected):
+            remedy = "these are an adapter's names (PEFT): merge it into its base model and give the merged one"
+        elif not missing and not unexpected:
+            remedy = "config.json or the files are another model's: give those that belong together"
+        raise UserError(f"the weights of {path} do not fit its model: {'; '.join(problems)}. Remedy: {remedy}")
+    exempt = [
+        f"{len(names)} {said}: {_listed(names)}"
+        for names, said in ((found.missing, "drawn at random"), (found.unexpected, "left out"))
+        if names
+    ]
+    return "; ".join(exempt)
+
+
+def check_patterns(allowed: Sequence[str], names: Collection[str]) -> None:
+    """Raise UserError for a pattern of `model.allow_missing` that is no weight's, in the model or in its files."""
+    for pattern in allowed:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"model.allow_missing: {pattern!r} is the name of no weight, in the model or in its files")
+
+
+def _without(names: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)]
+
+
+def _listed(names: Sequence[str], said: Sequence[str] = ()) -> str:
+    """Names in one line; those that differ in numbers alone as one pattern. said: of each name."""
+    patterns = [_NUMBER.sub(".*", name) for name in names]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, key in zip(names, zip(patterns, said) if said else zip(patterns), strict=True):
+        groups.setdefault(key, []).append(name)
+    shown = [
+        " ".join([of_group[0] if len(of_group) == 1 else f"{pattern} ({len(of_group)} times)", *more])
+        for (pattern, *more), of_group in groups.items()
+    ]
+    rest = sum(map(len, list(groups.values())[SHOWN:]))
+    return ", ".join(shown[:SHOWN]) + (f", and {rest} more" if rest else "")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

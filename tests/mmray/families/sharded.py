@@ -1,0 +1,70 @@
+"""What ranks do in the tests of sharded models: each function runs on every rank of one process group."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmray.families import family_of, load_processor
+from mmray.training.deepspeed_config import import_deepspeed
+from mmray.training.engine import TrainingEngine
+from mmray.training.model import build_model
+from mmray.training.settings import ModelSettings, TrainingSettings
+from tests.mmray.families.layouts import PICTURES, micro_batch
+from tests.mmray.families.zoo import ZOO
+
+EVERY_RANK_GATHERS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+STEPS = 4
+PICTURES_OF_RANKS = (5, 1, 0)
+
+
+def loaded(rank: int, world_size: int, folders: dict[str, Path]) -> dict[str, str]:
+    """By member: how the weights that were loaded from its folder for ZeRO-3, gathered, differ from those loaded whole,
+    and these from what was saved; "" where they do not."""
+    deepspeed = import_deepspeed()
+    os.environ["LOCAL_RANK"] = "0"
+    deepspeed.init_distributed()
+    config = EVERY_RANK_GATHERS | {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1}
+    return {name: _difference(deepspeed, name, folder, config) for name, folder in folders.items()}
+
+
+def _difference(deepspeed: Any, name: str, folder: Path, config: dict[str, Any]) -> str:
+    settings = ModelSettings(path=str(folder / "model"), dtype="fp32", attention=ZOO[name].attentions[0], seed=11)
+    saved = torch.load(folder / "saved.pt", weights_only=True)
+    whole = dict(build_model(settings).named_parameters())
+    if whole.keys() != saved.keys():
+        return f"other names: {sorted(whole.keys() ^ saved.keys())}"
+    if wrong := [name for name, weight in whole.items() if not torch.equal(weight.data, saved[name])]:
+        return f"loaded whole: {wrong}"
+    try:
+        sharded = build_model(settings, zero3_config=config)
+    except Exception as error:  # noqa: BLE001 (what each member does is told)
+        return f"{type(error).__name__}: {error}"
+    wrong = []
+    for parameter_name, parameter in sharded.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if not torch.equal(parameter.data, saved[parameter_name]):
+                wrong.append(parameter_name)
+    return f"loaded in shards: {wrong}" if wrong else ""
+
+
+def trained(rank: int, world_size: int, name: str, folder: Path, stage: int) -> list[dict[str, float]]:
+    """Steps of a global batch of three micro-batches with 5, 1 and no pictures: each a rank's, or all one rank's."""
+    member = ZOO[name]
+    config = member.config(folder).to_dict()
+    engine = TrainingEngine(
+        ModelSettings(config=config, dtype="fp32", attention=member.attentions[0], seed=5),
+        TrainingSettings(
+            steps=STEPS, global_batch_bins=3, learning_rate=1e-3, zero_stage=stage, deepspeed=EVERY_RANK_GATHERS
+        ),
+        total_steps=STEPS,
+        grad_accumulation=3 // world_size,
+    )
+    family = family_of(load_processor(folder), model_type=member.model_type)
+    batches = [micro_batch(family, PICTURES[:number] or None) for number in PICTURES_OF_RANKS]
+    try:
+        return [asdict(engine.step(batches[rank::world_size])) for _ in range(STEPS)]
+    finally:
+        engine.close()

@@ -1,0 +1,122 @@
+"""What an earlier mmray has written is used as it is, in `fixtures/`: each test says what a person would then do."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmray.base.json_lines import read_json_lines
+from mmray.config.job import Job, load_job
+from mmray.errors import UserError
+from mmray.images.size_cache import read_sizes
+from mmray.prepared import PreparedDataset
+from mmray.run.checkpoints import newest_looking_whole
+from tests.fixtures.f4b23e2.make import MODIFIED, machine
+from tests.here import prepare_here, train_here
+from tests.mmray.preparing import blank_unseen, contents
+
+F4B23E2 = Path(__file__).parent / "fixtures/f4b23e2/state"
+SPLITS = ("train", "eval")
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="its rows lie below /proc/self/cwd")
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what revision f4b23e2 has left, as the current folder."""
+    folder = tmp_path / "moved"
+    shutil.copytree(F4B23E2, folder)
+    set_times(folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def set_times(folder: Path) -> None:
+    """Give row files and images the times they had."""
+    for path in (folder / "data").rglob("*"):
+        os.utime(path, (MODIFIED, MODIFIED))
+
+
+def blank_images(folder: Path) -> None:
+    """Overwrite all images, unseen by who only looks at their sizes and times."""
+    for path in (folder / "data/pages").iterdir():
+        blank_unseen(path)
+
+
+def job_of(**changes: Any) -> Job:
+    """The job file's content, some settings changed."""
+    return load_job("job.yaml", [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+
+def same_numbers(lines: list[dict[str, Any]], first: int) -> None:
+    """Steps are those that the run did, to the last bit where this machine computes as the one that wrote them. first:
+    of the steps that were done again, which took another time."""
+    expected = read_json_lines(F4B23E2 / "expected_metrics.jsonl")
+    assert [line["step"] for line in lines] == [line["step"] for line in expected] == list(range(1, 13))
+    again = [ours["step"] for ours, theirs in zip(lines, expected) if ours["step_seconds"] != theirs["step_seconds"]]
+    assert again == list(range(first, 13))
+    recorded = json.loads((F4B23E2 / "machine.json").read_text())
+    exact = all(recorded[name] == machine()[name] for name in ("cpu_capability", "torch"))
+    for ours, theirs in zip(lines, expected, strict=True):
+        for name in theirs.keys() - {"step_seconds", "data_wait_seconds"}:
+            wanted = theirs[name] if exact else pytest.approx(theirs[name], rel=1e-5)
+            assert ours[name] == wanted, (ours["step"], name)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_prepared_dataset_is_up_to_date_for_its_job(state: Path, split: str) -> None:
+    before = contents(state / "prepared" / split)
+    dataset = prepare_here(job_of(), split)
+    assert contents(state / "prepared" / split) == before
+    assert dataset.fingerprint == PreparedDataset(str(F4B23E2 / "prepared" / split)).fingerprint
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_its_rows_give_the_same_bins_and_rejected_rows(state: Path, split: str) -> None:
+    dataset = prepare_here(job_of(**{"output.prepared": "anew", "data.size_cache": None}), split)
+    before, anew = contents(state / "prepared" / split), contents(state / "anew" / split)
+    assert before.keys() == anew.keys()
+    assert {name for name in before if before[name] != anew[name]} <= {"manifest.json"}
+    earlier = PreparedDataset(f"prepared/{split}").manifest
+    same = earlier.keys() - {"seconds", "processor_source"}
+    assert {name: dataset.manifest[name] for name in same} == {name: earlier[name] for name in same}
+    if split == "train":
+        assert set(dataset.statistics["rejected_by_reason"]) == {
+            *("bad_json", "image_missing", "image_unreadable", "placeholder_count", "too_long"),
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_size_cache_answers_without_an_image(state: Path, split: str) -> None:
+    known = len(read_sizes("sizes.parquet"))
+    blank_images(state)
+    dataset = prepare_here(job_of(**{"output.prepared": "anew"}), split)
+    before, anew = contents(state / "prepared" / split), contents(state / "anew" / split)
+    bins = [shard["file"] for shard in dataset.manifest["shards"]]
+    assert [before[name] for name in bins] == [anew[name] for name in bins]
+    assert len(read_sizes("sizes.parquet")) == known
+
+
+def test_a_run_resumes_from_its_newest_checkpoint_with_the_same_numbers(state: Path) -> None:
+    same_numbers(train_here(job_of(**{"resources.tile_cache": None}), ranks=2), first=11)
+
+
+def test_a_run_resumes_from_its_oldest_checkpoint_by_the_tiles_of_its_cache(state: Path) -> None:
+    """No image can be read any more, but all were cut when the run began."""
+    recorded = json.loads((F4B23E2 / "machine.json").read_text())
+    differing = [name for name in ("pillow", "jpeg", "libjpeg_turbo") if recorded[name] != machine()[name]]
+    if differing:
+        pytest.skip(f"a tile cache is of one version of {', '.join(differing)}")
+    newest = newest_looking_whole(state / "run")
+    assert newest is not None
+    shutil.rmtree(newest)
+    blank_images(state)
+    same_numbers(train_here(job_of(), ranks=2), first=6)
+
+
+def test_other_settings_are_refused_by_name(state: Path) -> None:
+    with pytest.raises(UserError, match=r"packing\.token_capacity: 512 -> 600"):
+        prepare_here(job_of(**{"packing.token_capacity": 600}))
