@@ -77,7 +77,7 @@ def _stored(
         places = prepared.read_file(file, ["sample_sources"])["sample_sources"].to_pylist()
         for index in (bins[n] for n, names in enumerate(places) if not sources.isdisjoint(names)):
             shown = prepared.bin(index)
-            trained, start = _labels(shown, labels) != IGNORE_INDEX, 0
+            trained, start = bin_labels(shown, labels) != IGNORE_INDEX, 0
             for source, length in zip(shown.sample_sources, shown.sample_lengths.tolist()):
                 if source in sources:
                     yield source, shown.input_ids[start : start + length], trained[start : start + length]
@@ -126,10 +126,11 @@ def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
 
 def trained_tokens(shown: Bin, labels: LabelMaker) -> int:
     """How many tokens of a bin train."""
-    return int((_labels(shown, labels) != IGNORE_INDEX).sum())
+    return int((bin_labels(shown, labels) != IGNORE_INDEX).sum())
 
 
-def _labels(shown: Bin, labels: LabelMaker) -> np.ndarray:
+def bin_labels(shown: Bin, labels: LabelMaker) -> np.ndarray:
+    """The labels of a bin as training makes them, int64 [L]."""
     blocks = [(image["first_token"], image["num_tokens"]) for image in shown.images]
     given = shown.given if len(shown.given) else shown.input_ids < 0
     return labels.of_arrays(shown.input_ids, shown.sample_lengths, shown.sample_rules, given, blocks)
