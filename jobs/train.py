@@ -85,6 +85,8 @@ def train(
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
+    if job.balance and job.balance.across_batches is None and cursor.balance is not None:
+        console.print(f"{run} began with batches of bins of like cost and goes on so (balance.across_batches)")
     if checkpoint is not None and cursor.step >= plan.total_steps(cursor):
         last = _last_event(run)
         if (last.get("event"), last.get("step")) == ("finish", cursor.step):

@@ -120,7 +120,8 @@ class FirstRows:
         labels = label_maker(self.job.loss, self.family)
         for number in numbers[:SHOWN_SETS]:
             shortest = min(self.good(number), key=lambda sample: len(sample.input_ids))
-            (shown,) = window_bins(pack_window(samples_table([shortest]), self.job.packing, labels, 0, True))
+            alone = self.job.packing.model_copy(update={"mode": "none"})
+            (shown,) = window_bins(pack_window(samples_table([shortest]), alone, labels, 0, True))
             roles, (view,) = view_samples(shown, self.family, self.job.loss)
             print_sample(console, f"the shortest of the first rows of {self.name(number)}: {view.id}", view, roles)
         if numbers:

@@ -24,6 +24,7 @@ from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
 from mmray.prepared.stages import PrepareContext, WindowMaker
 from mmray.prepared.writer import PreparedWriter
+from mmray.rows.dealing import dealing_of
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
 from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, set_files, source_files
 from mmray.rows.preflight import check_first_rows, set_name
@@ -88,10 +89,12 @@ def prepare_files(
     started = time.monotonic()
     record, data, packing = context.record(files), context.data, context.packing
     writer = PreparedWriter(context.path)
+    record = record if replace else writer.as_begun(record)
+    context = context.dealt(dealing_of(record))
     if not replace and writer.is_finished(record):
         writer.tidy()
         return PreparedDataset(context.path), False
-    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
+    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=context.dealing)
     chunks = _with_verification(chunks, data.verify_rows)
     if not chunks:
         raise UserError(f"data.{context.split}: the files hold no rows: {', '.join(file.uri for file in files)}")

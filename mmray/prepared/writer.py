@@ -32,6 +32,7 @@ from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDatase
 from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
 from mmray.prepared.window import EXAMPLES, Window
+from mmray.rows.dealing import dealt_like
 from mmray.rows.duplicates import HASH_BYTES, DuplicateIds
 from mmray.storage import Folder, explained
 
@@ -77,6 +78,14 @@ class PreparedWriter:
         self.path = path
         self.token = ""
         """Of the plan that `begin` wrote or found."""
+
+    def as_begun(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with its rows dealt as those of what is in the folder, finished or begun by an earlier version."""
+        with explained(self.path):
+            for name in (MANIFEST, PLAN):
+                if self._folder.exists(name):
+                    return dealt_like(record, self._read(name).get("record") or {})
+        return record
 
     def is_finished(self, record: dict[str, Any]) -> bool:
         """True when the folder already holds the result for this record. Raises UserError when it holds another's."""

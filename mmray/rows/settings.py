@@ -21,7 +21,7 @@ def _as_tuple(value: object) -> object:
 
 
 class DatasetSettings(Settings):
-    """One set of rows. Several sets may be listed; their rows follow one another in the order written."""
+    """One set of rows. Several sets may be listed; their rows are dealt so that each is at its share everywhere."""
 
     files: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     """Row files: paths, globs or URIs, one or a list. Order is the sorted order of each glob."""
@@ -111,8 +111,9 @@ class DataSettings(Settings):
     is away rather than some pictures broken."""
 
     duplicate_ids: Literal["keep", "reject"] = "keep"
-    """Rows whose id an earlier row of the split has. `keep`: they train too, as in files listed twice on purpose; the
-    manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read once more."""
+    """Rows whose id a row of the split has that is dealt earlier. `keep`: they train too, as in files listed twice on
+    purpose; the manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read
+    once more."""
 
     image_frames: Literal["first", "reject"] = "first"
     """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image.
