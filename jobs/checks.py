@@ -20,8 +20,10 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
+from mmray.loss.settings import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.fingerprint import check_settings
+from mmray.prepared.versions import check_labels
 from pipelines.nodes import Node
 
 log = logging.getLogger("mmray")
@@ -104,6 +106,7 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
         prepared.check_has_bins()
+        check_labels(prepared, label_maker(job.loss, family))
         datasets[split] = prepared
     return datasets
 

@@ -29,12 +29,16 @@ from jobs.run_watch import RunWatch
 from jobs.stopping import run_until_stopped
 from jobs.trace import trace
 from jobs.train_loop import train_worker, worker_config
+from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
 from mmray.errors import PassingError, UserError
 from mmray.export import export_finished
+from mmray.loss.settings import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
+from mmray.prepared.versions import check_new_run, old_chats
 from mmray.report import Run, run_table
+from mmray.rows.encode import Encoder
 from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.folder import RunFolder
@@ -62,6 +66,21 @@ def with_data(job: Job, prepared: str) -> Job:
     return job.model_copy(update={"output": job.output.model_copy(update={"prepared": path})})
 
 
+def check_old_chats(job: Job, split: str, prepared: PreparedDataset) -> None:
+    """Raise UserError where a new run would begin on chats of an earlier version that train otherwise now."""
+    if old_chats(prepared.manifest):
+        family = job_family(job)
+        encoder = Encoder(
+            job.data.lenient,
+            job.data.splits[split],
+            family,
+            family.resolved_tiling(job.images),
+            job.packing,
+            loss=job.loss,
+        )
+        check_new_run(prepared, encoder, label_maker(job.loss, family))
+
+
 def train(
     job: Job,
     prepared: dict[str, PreparedDataset],
@@ -84,6 +103,9 @@ def train(
     plan = run_plan(job, prepared, gpus, continue_on)
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
+    if checkpoint is None or continue_on:
+        for split, each in prepared.items():
+            check_old_chats(job, split, each)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
     if job.balance and job.balance.across_batches is None and cursor.balance is not None:
         console.print(f"{run} began with batches of bins of like cost and goes on so (balance.across_batches)")

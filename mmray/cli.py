@@ -191,8 +191,16 @@ def verify(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A prepared dataset.")],
-    bin_number: Annotated[int, typer.Option("--bin", help="Which bin, from 0.")] = 0,
+    path: Annotated[str, typer.Argument(help="A prepared dataset, or a job file (JOB.yaml) with --rows or --id.")],
+    bin_number: Annotated[int | None, typer.Option("--bin", help="Which bin, from 0; default: the first.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Of a job file: the first rows of each set.")] = None,
+    row_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="Of a job file: the row with this id.")
+    ] = None,
+    row_set: Annotated[
+        str | None, typer.Option("--set", metavar="SET", help="Of a job file: one set of rows, as train.1.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a job file: a line of JSON for each row.")] = False,
     processor: Annotated[
         str | None, typer.Option(help="Processor folder or hub name; default: the one the dataset was prepared with.")
     ] = None,
@@ -203,16 +211,51 @@ def inspect(
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the processor.")
     ] = False,
 ) -> None:
-    """Show one bin: its samples, whose turn each stretch of text is, what trains, and the pictures (--html)."""
+    """Show one bin: its samples, whose turn each stretch of text is, what trains, and the pictures (--html). Of a job
+    file: what becomes of its rows, before anything is prepared."""
     from mmray.inspect import print_bin, write_bin_page
     from mmray.prepared import PreparedDataset
 
+    if path.endswith((".yaml", ".yml")):
+        _refuse("a job file", {"--bin": bin_number, "--processor": processor, "--trust-remote-code": trust_remote_code})
+        _inspect_rows(Path(path), rows, row_id, row_set, html=html, as_json=as_json)
+        return
+    _refuse("a prepared dataset", {"--rows": rows, "--id": row_id, "--set": row_set, "--json": as_json})
+    bin_number = bin_number or 0
     prepared, console = PreparedDataset(path), Console()
     if html is None:
         print_bin(console, prepared, bin_number, processor, trust_remote_code=trust_remote_code)
     else:
         size = write_bin_page(html, prepared, bin_number, processor, trust_remote_code=trust_remote_code)
         console.print(f"{html}: bin {bin_number}, {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
+
+
+def _refuse(what: str, options: dict[str, Any]) -> None:
+    """Raise UserError for options that have no meaning for what is looked at."""
+    if given := [name for name, value in options.items() if value]:
+        raise UserError(f"{given[0]} has no meaning for {what}; leave it out")
+
+
+def _inspect_rows(
+    job_file: Path, count: int | None, row_id: str | None, name: str | None, *, html: str | None, as_json: bool
+) -> None:
+    from mmray.config.job import load_job
+    from mmray.inspect.rows import JobRows, print_rows, write_rows_page
+
+    if (count is None) == (row_id is None):
+        raise UserError("of a job file say which rows: --rows N or --id ID")
+    if html is not None and as_json:
+        raise UserError("give --json or --html, not both")
+    jobs = JobRows(load_job(job_file))
+    shown = jobs.first(count, name) if count is not None else jobs.with_id(str(row_id), name)
+    if as_json:
+        for row in shown:
+            print(json.dumps(row.as_json(), ensure_ascii=False))
+    elif html is None:
+        print_rows(Console(), shown)
+    else:
+        size = write_rows_page(html, jobs, list(shown))
+        Console().print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -39,6 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-family-table", action="store_true", help="write what the tests show of families into docs/families.md"
     )
+    parser.addoption(
+        "--write-chat-table", action="store_true", help="write what templates do to chats into docs/chats.md"
+    )
 
 
 RAYS = {"tests/jobs/test_interrupts": 2, "tests/jobs/test_train_s3": 2, "tests/jobs/": 1, "tests/pipelines/": 2}

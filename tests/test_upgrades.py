@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
+from jobs.train import check_old_chats
 from mmray.base.json_lines import read_json_lines
+from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
+from mmray.export import export_model
 from mmray.images.size_cache import read_sizes
-from mmray.prepared import PreparedDataset
+from mmray.loss.settings import label_maker
+from mmray.prepared import PreparedDataset, PreparedWriter
+from mmray.prepared.versions import bin_labels
 from mmray.run.checkpoints import newest_looking_whole
 from tests.fixtures.f4b23e2.make import MODIFIED, machine
 from tests.here import prepare_here, train_here
@@ -66,6 +73,11 @@ def same_numbers(lines: list[dict[str, Any]], first: int) -> None:
             assert ours[name] == wanted, (ours["step"], name)
 
 
+def begin_as_it_was(folder: Path, split: str) -> None:
+    """Begin to prepare into `anew` as it was then: rows of several files are dealt in another way since."""
+    PreparedWriter(str(folder / "anew" / split)).begin(PreparedDataset(f"prepared/{split}").manifest["record"])
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_prepared_dataset_is_up_to_date_for_its_job(state: Path, split: str) -> None:
     before = contents(state / "prepared" / split)
@@ -74,15 +86,34 @@ def test_a_prepared_dataset_is_up_to_date_for_its_job(state: Path, split: str) -
     assert dataset.fingerprint == PreparedDataset(str(F4B23E2 / "prepared" / split)).fingerprint
 
 
+def same_bins(before: PreparedDataset, anew: PreparedDataset, job: Job) -> None:
+    """Two datasets have the same samples in the same bins, of which the same tokens train. Format 3 also names each
+    sample's set, and has of chats what trains token by token."""
+    labels = label_maker(job.loss, job_family(job))
+    assert len(before) == len(anew)
+    for number in range(len(before)):
+        one, other = before.bin(number), anew.bin(number)
+        assert (one.sample_ids, one.sample_sources, one.images) == (
+            other.sample_ids,
+            other.sample_sources,
+            other.images,
+        )
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.sample_lengths.tolist() == other.sample_lengths.tolist()
+        assert bin_labels(one, labels).tolist() == bin_labels(other, labels).tolist()
+        assert one.trained_tokens == other.trained_tokens
+        assert (set(one.sample_sets.tolist()), min(other.sample_sets) >= 0) == ({-1}, True)
+
+
 @pytest.mark.parametrize("split", SPLITS)
-def test_its_rows_give_the_same_bins_and_rejected_rows(state: Path, split: str) -> None:
-    dataset = prepare_here(job_of(**{"output.prepared": "anew", "data.size_cache": None}), split)
-    before, anew = contents(state / "prepared" / split), contents(state / "anew" / split)
-    assert before.keys() == anew.keys()
-    assert {name for name in before if before[name] != anew[name]} <= {"manifest.json"}
-    earlier = PreparedDataset(f"prepared/{split}").manifest
-    same = earlier.keys() - {"seconds", "processor_source"}
-    assert {name: dataset.manifest[name] for name in same} == {name: earlier[name] for name in same}
+def test_its_rows_give_the_same_samples_and_rejected_rows(state: Path, split: str) -> None:
+    begin_as_it_was(state, split)
+    job = job_of(**{"output.prepared": "anew", "data.size_cache": None})
+    dataset, earlier = prepare_here(job, split), PreparedDataset(f"prepared/{split}")
+    same_bins(earlier, dataset, job)
+    assert dataset.rejected().select(["id", "reason", "source"]) == earlier.rejected().select(
+        ["id", "reason", "source"]
+    )
     if split == "train":
         assert set(dataset.statistics["rejected_by_reason"]) == {
             *("bad_json", "image_missing", "image_unreadable", "placeholder_count", "too_long"),
@@ -93,11 +124,33 @@ def test_its_rows_give_the_same_bins_and_rejected_rows(state: Path, split: str) 
 def test_a_size_cache_answers_without_an_image(state: Path, split: str) -> None:
     known = len(read_sizes("sizes.parquet"))
     blank_images(state)
-    dataset = prepare_here(job_of(**{"output.prepared": "anew"}), split)
-    before, anew = contents(state / "prepared" / split), contents(state / "anew" / split)
-    bins = [shard["file"] for shard in dataset.manifest["shards"]]
-    assert [before[name] for name in bins] == [anew[name] for name in bins]
+    begin_as_it_was(state, split)
+    job = job_of(**{"output.prepared": "anew"})
+    same_bins(PreparedDataset(f"prepared/{split}"), prepare_here(job, split), job)
     assert len(read_sizes("sizes.parquet")) == known
+
+
+def test_a_new_run_may_begin_on_chats_that_train_as_they_did(state: Path) -> None:
+    check_old_chats(job_of(), "train", PreparedDataset("prepared/train"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": False}, "trains otherwise now"),
+        ({"mood": "sad"}, "is refused now \\(unknown_field: message 1 has the key 'mood'"),
+    ],
+)
+def test_a_new_run_does_not_begin_on_chats_of_which_something_was_ignored(
+    state: Path, change: dict[str, Any], words: str
+) -> None:
+    """A flag and a key that revision f4b23e2 passed over; it never said so, and the dataset does not tell."""
+    lines = (state / "data/chat.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    row["messages"][1] |= change
+    (state / "data/chat.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    with pytest.raises(UserError, match=f"of its set 1 row .*chat.jsonl:1 {words}.*--replace"):
+        check_old_chats(job_of(), "train", PreparedDataset("prepared/train"))
 
 
 def test_a_run_resumes_from_its_newest_checkpoint_with_the_same_numbers(state: Path) -> None:
@@ -115,6 +168,17 @@ def test_a_run_resumes_from_its_oldest_checkpoint_by_the_tiles_of_its_cache(stat
     shutil.rmtree(newest)
     blank_images(state)
     same_numbers(train_here(job_of(), ranks=2), first=6)
+
+
+def test_a_checkpoint_is_exported_with_its_job(state: Path) -> None:
+    """It does not say which model it is of; the weights are those that DeepSpeed wrote."""
+    with pytest.raises(UserError, match=r"give --job JOB\.yaml"):
+        export_model("run", "model-of-5", step=5)
+    export_model("run", "model-of-5", step=5, settings=job_of().model)
+    (saved,) = (state / "run").glob("checkpoint_00000005_*/deepspeed/mp_rank_00_model_states.pt")
+    expected = torch.load(saved, weights_only=False)["module"]
+    model = AutoModelForImageTextToText.from_pretrained("model-of-5", dtype="auto")
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
 def test_other_settings_are_refused_by_name(state: Path) -> None:

@@ -37,9 +37,8 @@ SHOWN_SETS = 3
 TRAINS = {
     LossSource.EVERY_TOKEN: "every token trains",
     LossSource.ROW: "each row's own mask or labels",
-    LossSource.TEMPLATE: "what the chat template marks as generated",
+    LossSource.MESSAGES: "what the assistant says, by the messages",
     LossSource.ANSWER: "what follows each row's prompt",
-    LossSource.BOUNDARIES: "the family's markers of the assistant's turns, all found",
     LossSource.ROLES: "the markers of the roles, all found",
 }
 TOO_LARGE = ("too_long", "too_many_visual_tokens")
@@ -114,16 +113,17 @@ class FirstRows:
         return too_many(bad / looked_at * rows, rows, max_share)
 
     def preview(self, console: Console) -> None:
-        """Print the shortest of the good rows of each of some sets, what trains coloured; sets of chats first."""
+        """Print one good row of each of some sets, that of middle length, what trains coloured; chats first."""
         numbers = [number for number in range(len(self.results)) if self.good(number)]
         numbers.sort(key=lambda number: self.encoder.datasets[number].kind != "chat")
         labels = label_maker(self.job.loss, self.family)
         for number in numbers[:SHOWN_SETS]:
-            shortest = min(self.good(number), key=lambda sample: len(sample.input_ids))
+            by_length = sorted(self.good(number), key=lambda sample: len(sample.input_ids))
+            typical = by_length[(len(by_length) - 1) // 2]
             alone = self.job.packing.model_copy(update={"mode": "none"})
-            (shown,) = window_bins(pack_window(samples_table([shortest]), alone, labels, 0, True))
+            (shown,) = window_bins(pack_window(samples_table([typical]), alone, labels, 0, True))
             roles, (view,) = view_samples(shown, self.family, self.job.loss)
-            print_sample(console, f"the shortest of the first rows of {self.name(number)}: {view.id}", view, roles)
+            print_sample(console, f"a typical one of the first rows of {self.name(number)}: {view.id}", view, roles)
         if numbers:
             console.print(legend(is_plain(console)), "")
 
@@ -210,7 +210,7 @@ def _template(rows: FirstRows) -> Finding:
 def _loss(rows: FirstRows) -> Finding:
     try:
         labels = label_maker(rows.job.loss, rows.family)
-        sources = check_first_rows(rows.encoder, labels, rows.pieces, split=rows.split, loss=rows.job.loss)
+        sources = check_first_rows(rows.encoder, labels, rows.pieces, split=rows.split)
     except UserError as error:
         return failed("loss", str(error))
     judged = [bool(rows.good(number)) for number in range(len(sources))]

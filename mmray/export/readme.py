@@ -23,8 +23,8 @@ def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> st
     prepared, known = checkpoint.prepared, checkpoint.settings
     sets = prepared["record"]["datasets"]
     environment = Environment(
-        loader=PackageLoader("mmray"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
+        loader=PackageLoader("mmray.export", "templates"), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     return environment.get_template("export.md.jinja").render(
         checkpoint=checkpoint.name,

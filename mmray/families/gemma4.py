@@ -31,12 +31,23 @@ from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 
+def turn_markers() -> tuple[RoleMarkers, ...]:
+    """The role boundaries of Gemma 4's templates. The second header is for turns that begin with a line break: the
+    tokenizer makes one token of the two breaks."""
+    return tuple(
+        RoleMarkers(role, f"<|turn>{name}{line_break}", "<turn|>")
+        for line_break in header_ends()
+        for role, name in (("system", "system"), ("user", "user"), ("assistant", "model"))
+    )
+
+
 class Gemma4(Family):
     """Gemma 4 (no video, no audio): `image_position_ids`; with `use_bidirectional_attention: vision` also masks for its
     two kinds of layers, and then no flash attention."""
 
     model_types = ("gemma4",)
     processor_classes = ("Gemma4Processor",)
+    stop_tokens = ("<|tool_response>",)
     module_names = Parts(
         vision=("model.vision_tower",),
         projector=("model.embed_vision",),
@@ -69,11 +80,7 @@ class Gemma4(Family):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        return tuple(
-            RoleMarkers(role, f"<|turn>{name}{line_break}", "<turn|>")
-            for line_break in header_ends()
-            for role, name in (("system", "system"), ("user", "user"), ("assistant", "model"))
-        )
+        return turn_markers()
 
     def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:
         """Raises ValueError for tiles or an overview over the image processor's budget of tokens."""

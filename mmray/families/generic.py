@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
 from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame
+from mmray.families.gemma4 import turn_markers
 from mmray.families.parts import Parts, parts_by_rules
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -57,7 +58,10 @@ class Generic(Family):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        return ()
+        """Those of Gemma 4's format, which gemma4_unified writes; of any other none are known."""
+        template = self.processor.chat_template or ""
+        template = template.get("default", "") if isinstance(template, dict) else template
+        return turn_markers() if "<|turn>" in template else ()
 
     @functools.cached_property
     def structure_names(self) -> tuple[str, ...]:

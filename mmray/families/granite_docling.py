@@ -57,7 +57,7 @@ class GraniteDocling(Family):
     def role_markers(self) -> tuple[RoleMarkers, ...]:
         return tuple(
             RoleMarkers(role, f"<|start_of_role|>{role}<|end_of_role|>", "<|end_of_text|>")
-            for role in ("system", "user", "assistant")
+            for role in ("system", "user", "assistant", "tool")
         )
 
     def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:

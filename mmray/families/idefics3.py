@@ -57,10 +57,11 @@ class Idefics3(Family):
             end = self.tokenizer.eos_token
             return tuple(
                 RoleMarkers(role, f"<|start_of_role|>{role}<|end_of_role|>", end)
-                for role in ("system", "user", "assistant")
+                for role in ("system", "user", "assistant", "tool")
             )
         return tuple(
-            RoleMarkers(role.lower(), f"{role}:", "<end_of_utterance>") for role in ("System", "User", "Assistant")
+            RoleMarkers(role.lower(), f"{role}:", "<end_of_utterance>")
+            for role in ("System", "User", "Assistant", "Tool")
         )
 
     def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:

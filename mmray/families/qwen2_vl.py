@@ -23,5 +23,5 @@ class Qwen2VL(RotaryFamily):
         return tuple(
             RoleMarkers(role, f"<|im_start|>{role}{line_break}", "<|im_end|>")
             for line_break in header_ends()
-            for role in ("system", "user", "assistant")
+            for role in ("system", "user", "assistant", "tool")
         )

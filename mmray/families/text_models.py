@@ -10,7 +10,7 @@ has packed are taken.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -24,7 +24,9 @@ PACKING_TEXT_MODELS = (
 """`model_type` of the text models whose packed rows equal their samples, by test. Not gpt_oss: transformers 5.23 makes
 its masks without the positions."""
 
-ROLES = ("system", "user", "assistant")
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+"""What ChatML writes for each role."""
+LLAMA_ROLES = ROLES | {"tool": "ipython"}
 
 
 class OnTextModel(Family):
@@ -83,16 +85,20 @@ def role_markers(processor: Any) -> tuple[RoleMarkers, ...]:
 def _chatml(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
     """LLaVA-OneVision writes a space and a line break after the role. The bare header is for turns whose first
     characters are one token with these, and for those that begin with an image."""
-    return _headers("<|im_start|>{}", ("\n", " \n", ""), "<|im_end|>")
+    return _headers("<|im_start|>{}", ("\n", " \n", ""), "<|im_end|>", ROLES)
 
 
 def _llama3(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
     """LLaVA-NeXT writes two line breaks after the header and one before each text."""
-    return _headers("<|start_header_id|>{}<|end_header_id|>", ("\n\n", "\n\n\n", ""), "<|eot_id|>")
+    return _headers("<|start_header_id|>{}<|end_header_id|>", ("\n\n", "\n\n\n", ""), "<|eot_id|>", LLAMA_ROLES)
 
 
-def _headers(header: str, breaks: Iterable[str], end: str) -> Iterator[RoleMarkers]:
-    return (RoleMarkers(role, header.format(role) + line_break, end) for line_break in breaks for role in ROLES)
+def _headers(header: str, breaks: Iterable[str], end: str, roles: Mapping[str, str]) -> Iterator[RoleMarkers]:
+    return (
+        RoleMarkers(role, header.format(name) + line_break, end)
+        for line_break in breaks
+        for role, name in roles.items()
+    )
 
 
 def _bars(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
@@ -100,6 +106,7 @@ def _bars(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
     for line_break in ("\n", ""):
         yield RoleMarkers("system", f"<|system|>{line_break}", until_next=True)
         yield RoleMarkers("user", f"<|user|>{line_break}", until_next=True)
+        yield RoleMarkers("tool", f"<|tool|>{line_break}", until_next=True)
         yield _answer(tokenizer, template, f"<|assistant|>{line_break}")
 
 

@@ -216,7 +216,7 @@ def _with_turns(
     roles, turns = _roles_and_turns(shown, boundaries)
     for number, sample in enumerate(samples):
         own = slice(sample.start, sample.start + sample.num_tokens)
-        pieces = _pieces(shown.input_ids[own].tolist(), marks[own].tolist(), turns[own].tolist(), family)
+        pieces = view_pieces(shown.input_ids[own].tolist(), marks[own].tolist(), turns[own].tolist(), family)
         if _is_document(shown.sample_rules[number], loss):
             found = [Turn(None, tuple(pieces))]
         else:
@@ -259,7 +259,7 @@ def _roles_and_turns(shown: Bin, boundaries: Sequence[RoleBoundary]) -> tuple[li
     return [names[each] if each >= 0 else None for each in role[changes].tolist()], changes.cumsum() - 1
 
 
-def _pieces(ids: list[int], marks: list[Mark], turns: list[int], family: Family) -> list[Piece]:
+def view_pieces(ids: list[int], marks: list[Mark], turns: list[int], family: Family) -> list[Piece]:
     """The pieces of one sample. No piece holds tokens of two marks or two turns."""
     media, pieces = set(family.media_token_ids), []
 

@@ -1,122 +1,52 @@
 """The `loss` setting of the job file: which tokens of a sample train, by what signal, and the label maker it gives.
 
-Three modes: what the model would have sampled (`sampled`), every token (`all`), or the turns of some roles. Where the
-signal of `sampled` comes from is decided once for each set of rows (`loss_source`), never row by row, and a set without
-any is an error: a job that quietly trained in another mode would look the same in every log.
+Where the signal comes from is decided once for each set of rows (`loss_source`), never row by row: a job that quietly
+trained in another mode would look the same in every log. Of chats the messages say what trains; boundaries are the
+text around turns, by which `loss: {roles: …}` finds them again in tokens, on the actors that compute labels.
 """
 
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
-from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from mmray.base.settings import RowKind, Settings
+from mmray.base.settings import RowKind
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.families.base import RoleMarkers
 from mmray.loss.labels import LabelMaker, LossRule
-from mmray.loss.roles import RoleBoundary, TrainOnEos
+from mmray.loss.loss import (
+    SAMPLED_ROLE,
+    BoundarySettings,
+    Loss,
+    LossSetting,
+    RoleLoss,
+    allows_empty,
+    loss_of_record,
+    loss_record,
+)
+from mmray.loss.roles import RoleBoundary
 
-SAMPLED_ROLE = "assistant"
-"""The role whose turns a model samples."""
-
-
-class BoundarySettings(Settings):
-    """The text around the turns of one role."""
-
-    role: str
-    """The role's name, as `roles` uses it. A role may have several boundaries."""
-    start: str
-    """Text that opens a turn, for example `<|im_start|>assistant\\n`. Of several that match, the longest wins, then the
-    one written first."""
-    end: Annotated[str, Field(min_length=1)] | None = None
-    """Text that closes it; `eos_token` stands for the tokenizer's; null: the sample's end."""
-    include_start: bool = False
-    """Train the opening text too."""
-    include_end: bool = True
-    """The closing text belongs to the turn: it is consumed, and trained as `train_on_eos` says. false: it is not
-    trained, and may open the next turn."""
-    until_next: bool = False
-    """No closing text: the turn goes on to where any boundary's `start` stands, or to the sample's end."""
-
-    @model_validator(mode="after")
-    def _ends_in_one_way(self) -> "BoundarySettings":
-        if self.until_next and self.end is not None:
-            raise ValueError(f"until_next and end exclude each other; keep one (end is {self.end!r})")
-        return self
-
-
-class RoleLoss(Settings):
-    """Loss on the turns of some roles, found by the text around them."""
-
-    roles: tuple[str, ...] = (SAMPLED_ROLE,)
-    """Roles whose turns are trained."""
-    train_on_eos: TrainOnEos = "turn"
-    """Closing markers to train: of the trained turns, of all turns, of the last trained turn, or none."""
-    train_on_inputs: bool = False
-    """Train every token but media, whatever the role."""
-    boundaries: tuple[BoundarySettings, ...] | None = None
-    """Role boundaries to use instead of the model family's."""
-    allow_empty: bool = False
-    """Keep rows that train no token, and allow an empty `roles`; else such rows are rejected."""
-
-    @model_validator(mode="after")
-    def _trains_something(self) -> "RoleLoss":
-        if not self.roles and not self.allow_empty and not self.train_on_inputs:
-            raise ValueError("roles: [] trains nothing; name a role, or set allow_empty: true")
-        return self
-
-    @model_validator(mode="after")
-    def _trains_one_way(self) -> "RoleLoss":
-        chosen = [name for name in _BY_TURNS if getattr(self, name) != type(self).model_fields[name].default]
-        if self.train_on_inputs and chosen:
-            raise ValueError(
-                f"train_on_inputs: true trains every token, and leaves {', '.join(chosen)} without meaning; keep "
-                f"train_on_inputs or {', '.join(chosen)}"
-            )
-        return self
-
-
-_BY_TURNS = ("roles", "train_on_eos", "boundaries")
-"""Keys of `RoleLoss` that say which turns train, and what of them."""
-
-
-def _mode(value: Any) -> str | None:
-    """The tag of a value's kind; None for what is neither."""
-    if isinstance(value, (dict, RoleLoss)):
-        return "RoleLoss"
-    return "word" if value in ("sampled", "all") else None
-
-
-Loss = Literal["sampled", "all"] | RoleLoss
-LossSetting = Annotated[
-    Annotated[Literal["sampled", "all"], Tag("word")] | Annotated[RoleLoss, Tag("RoleLoss")],
-    Discriminator(
-        _mode,
-        custom_error_type="loss",
-        custom_error_message="Input should be 'sampled', 'all' or keys such as roles:",
-    ),
+__all__ = [
+    "SAMPLED_ROLE",
+    "BoundarySettings",
+    "Loss",
+    "LossSetting",
+    "LossSource",
+    "RoleLoss",
+    "allows_empty",
+    "chat_template",
+    "ending_texts",
+    "ending_token_ids",
+    "label_maker",
+    "loss_of_record",
+    "loss_record",
+    "loss_source",
+    "marks_generated",
+    "stop_token_ids",
+    "turn_markers",
 ]
-"""`Loss` as the job file reads it: of a value only the kind that was meant is spoken of."""
-
-_ADAPTER: TypeAdapter[Loss] = TypeAdapter(LossSetting)
-
-
-def loss_record(loss: Loss) -> Any:
-    """The setting as plain JSON."""
-    return _ADAPTER.dump_python(loss, mode="json")
-
-
-def loss_of_record(record: Any) -> Loss:
-    """The inverse of `loss_record`."""
-    return _ADAPTER.validate_python(record)
-
-
-def allows_empty(loss: Loss) -> bool:
-    """Whether rows that train no token are kept."""
-    return isinstance(loss, RoleLoss) and loss.allow_empty
 
 
 class LossSource(StrEnum):
@@ -128,12 +58,10 @@ class LossSource(StrEnum):
     """The boundaries of the roles that the setting names."""
     ROW = "row"
     """The row's own `sampled_mask` or `labels`."""
-    TEMPLATE = "template"
-    """The `{% generation %}` blocks of the chat template."""
+    MESSAGES = "messages"
+    """A chat's messages, each found in the text that the chat template makes of them."""
     ANSWER = "answer"
     """What follows the prompt of the row's text, where the model sees a prompt as a whole (`Family.has_prompt`)."""
-    BOUNDARIES = "boundaries"
-    """The family's boundaries of the assistant's turns."""
 
     @property
     def rule(self) -> LossRule:
@@ -145,32 +73,26 @@ _RULES = {
     LossSource.EVERY_TOKEN: LossRule.ALL,
     LossSource.ROLES: LossRule.ROLES,
     LossSource.ROW: LossRule.GIVEN,
-    LossSource.TEMPLATE: LossRule.GIVEN,
+    LossSource.MESSAGES: LossRule.GIVEN,
     LossSource.ANSWER: LossRule.GIVEN,
-    LossSource.BOUNDARIES: LossRule.ROLES,
 }
 
 
 def loss_source(loss: Loss, kind: RowKind, family: Family) -> LossSource:
-    """What says which tokens of a set of rows train. Raises UserError where `sampled` has no signal."""
+    """What says which tokens of a set of rows train. Raises UserError for `tokenized` rows and a setting that only
+    messages can follow."""
     if kind == "pretrain" and family.has_prompt:
         return LossSource.ANSWER
     if kind == "pretrain" or loss == "all" or (isinstance(loss, RoleLoss) and loss.train_on_inputs):
         return LossSource.EVERY_TOKEN
     if isinstance(loss, RoleLoss):
+        if kind == "tokenized" and loss.chooses_messages:
+            raise UserError(
+                "loss: turns, reasoning and train_empty_thoughts choose among messages, which tokenized rows do not "
+                "have; give such a set a loss of its own (data.train[].loss)"
+            )
         return LossSource.ROLES
-    if kind == "tokenized":
-        return LossSource.ROW
-    if marks_generated(family.processor):
-        return LossSource.TEMPLATE
-    if _samples_by_boundaries(family):
-        return LossSource.BOUNDARIES
-    raise UserError(
-        f"loss: sampled: nothing says which tokens of chat rows the model samples: the chat template of "
-        f"{type(family.processor).__name__} has no {{% generation %}} blocks, and mmray knows no text around its "
-        "assistant's turns. Put blocks into the template, or set loss: {roles: [assistant], boundaries: [...]}, or "
-        "loss: all"
-    )
+    return LossSource.ROW if kind == "tokenized" else LossSource.MESSAGES
 
 
 def chat_template(processor: Any) -> str:
@@ -193,8 +115,17 @@ def stop_token_ids(family: Family) -> tuple[int, ...]:
     return tuple(family.known_token_ids(family.stop_tokens))
 
 
+def ending_texts(family: Family) -> tuple[str, ...]:
+    """The texts by which the model ends its turn: its stop tokens, the ends of the assistant's turns, and the end of
+    text that its tokenizer names."""
+    ends = (marker.end for marker in family.role_markers if marker.role == SAMPLED_ROLE and marker.end)
+    eos = family.tokenizer.eos_token
+    known = [token for token in family.stop_tokens if family.known_token_ids([token])]
+    return tuple(dict.fromkeys((*known, *ends, *([str(eos)] if eos else ()))))
+
+
 def ending_token_ids(family: Family) -> tuple[int, ...]:
-    """The ids of all single tokens by which the model ends its turn: a template's block may hold the content alone."""
+    """The ids of all single tokens by which the model ends its turn."""
     ends = (marker.end for marker in family.role_markers if marker.role == SAMPLED_ROLE and marker.end)
     return tuple(family.known_token_ids(tuple(dict.fromkeys((*family.stop_tokens, *ends)))))
 

@@ -20,7 +20,7 @@ from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.images.header import IMAGE_READING
 from mmray.images.source import one_line
-from mmray.prepared.schema import FORMAT_VERSION
+from mmray.prepared.schema import FORMAT_VERSION, READ_VERSIONS
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window
 from mmray.schedule.loads import Loads
 from mmray.storage import Folder
@@ -32,8 +32,9 @@ MOST_SHOWN_SAMPLES = 60
 
 @dataclass(frozen=True)
 class Bin:
-    """One bin. input_ids: int32 [L], the samples one after another; given: bool [L] or empty; images: a dict each, as
-    in `schema.IMAGES`."""
+    """One bin. input_ids: int32 [L], the samples one after another; sample_sets: int32 [samples], the number of each
+    sample's set in the split, -1 in datasets of version 2; given: bool [L] or empty; images: a dict each, as in
+    `schema.IMAGES`."""
 
     index: int
     bucket: str
@@ -44,6 +45,7 @@ class Bin:
     sample_ids: list[str]
     sample_sources: list[str]
     sample_rules: np.ndarray
+    sample_sets: np.ndarray
     given: np.ndarray
     images: list[dict[str, Any]]
 
@@ -81,7 +83,7 @@ class PreparedDataset:
         if not self._folder.exists(MANIFEST):
             raise UserError(f"{path} is no prepared dataset: it has no {MANIFEST}. {self._remedy()}")
         self.manifest: dict[str, Any] = read_json(self._folder, MANIFEST)
-        if self.manifest.get("format_version") != FORMAT_VERSION:
+        if self.manifest.get("format_version") not in READ_VERSIONS:
             raise UserError(
                 f"{path} has format {self.manifest.get('format_version')}, this mmray reads {FORMAT_VERSION}; "
                 "prepare it anew"
@@ -238,6 +240,7 @@ def _to_bin(index: int, row: pa.Table) -> Bin:
         values = row[name].combine_chunks().flatten()
         return values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
 
+    samples, tells_sets = len(row["sample_ids"][0]), "sample_sets" in row.column_names
     return Bin(
         index=index,
         bucket=row["bucket"][0].as_py(),
@@ -248,6 +251,7 @@ def _to_bin(index: int, row: pa.Table) -> Bin:
         sample_ids=row["sample_ids"][0].as_py(),
         sample_sources=row["sample_sources"][0].as_py(),
         sample_rules=array("sample_rules", np.int8),
+        sample_sets=array("sample_sets", np.int32) if tells_sets else np.full(samples, -1, dtype=np.int32),
         given=array("given", np.bool_),
         images=row["images"][0].as_py(),
     )

@@ -22,9 +22,11 @@ from mmray.errors import UserError
 from mmray.images.header import BROKEN_EXIF, SEVERAL_FRAMES
 from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
-from mmray.prepared.stages import PrepareContext, WindowMaker, WindowPlan
+from mmray.prepared.stages import PrepareContext, WindowMaker
+from mmray.prepared.versions import labels_record
 from mmray.prepared.writer import PreparedWriter
 from mmray.rows.dealing import dealing_of
+from mmray.rows.document import DROPPED_THOUGHTS
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
 from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, set_files, source_files
 from mmray.rows.preflight import check_first_rows, set_name
@@ -34,8 +36,8 @@ from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 
 log = logging.getLogger("mmray")
 
-RunWindows = Callable[[PrepareContext, WindowPlan, Sequence[Chunk], KeptSizes | None], Iterator[int]]
-"""Makes and commits windows: (context, the plan, the chunks of whole windows in order, known sizes) to the
+RunWindows = Callable[[PrepareContext, str, Sequence[Chunk], KeptSizes | None], Iterator[int]]
+"""Makes and commits windows: (context, token of the plan, the chunks of whole windows in order, known sizes) to the
 number of each window when it is committed. Puts the sizes it measured into `KeptSizes.measured`. Raises UserError."""
 
 HashIds = Callable[[Sequence[Chunk], Sequence[DatasetSettings]], Iterable[bytes]]
@@ -43,11 +45,11 @@ HashIds = Callable[[Sequence[Chunk], Sequence[DatasetSettings]], Iterable[bytes]
 
 
 def run_windows_here(
-    context: PrepareContext, plan: WindowPlan, chunks: Sequence[Chunk], sizes: KeptSizes | None
+    context: PrepareContext, token: str, chunks: Sequence[Chunk], sizes: KeptSizes | None
 ) -> Iterator[int]:
     """Make windows in this process, one after another: the `RunWindows` of who has no cluster."""
     cache = SizeCache(sizes.known) if sizes else None
-    make = WindowMaker(context, plan, cache)
+    make = WindowMaker(context, token, cache)
     for window in by_window(chunks):
         try:
             number = make(window)
@@ -87,13 +89,14 @@ def prepare_files(
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
     """Do what `prepare` does, for whoever has a context and no job. files: `source_files` of its data sets."""
     started = time.monotonic()
-    writer, data, packing = PreparedWriter(context.path), context.data, context.packing
-    record = context.record(files) if replace else writer.as_begun(context.record(files))
+    record, data, packing = context.record(files), context.data, context.packing
+    writer = PreparedWriter(context.path)
+    record = record if replace else writer.as_begun(record)
+    context = context.dealt(dealing_of(record))
     if not replace and writer.is_finished(record):
         writer.tidy()
         return PreparedDataset(context.path), False
-    dealing = dealing_of(record)
-    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=dealing)
+    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=context.dealing)
     chunks = _with_verification(chunks, data.verify_rows)
     if not chunks:
         raise UserError(f"data.{context.split}: the files hold no rows: {', '.join(file.uri for file in files)}")
@@ -115,7 +118,7 @@ def prepare_files(
         on_progress(done, total)
         try:
             rejections.add(writer.statistics(finished))
-            for number in run_windows(context, WindowPlan(writer.token, dealing), missing, sizes):
+            for number in run_windows(context, writer.token, missing, sizes):
                 done += planned[number]
                 on_progress(done, total)
                 rejections.add(writer.statistics([number]))
@@ -134,6 +137,7 @@ def prepare_files(
             "model_type": context.model_type,
             "processor_source": context.processor_source,
             "loss_sources": sources,
+            "labels": labels_record(context.labels(), sources),
             "set_files": set_files(files, len(context.datasets)),
             "seconds": round(time.monotonic() - started, 1),
         },
@@ -174,6 +178,7 @@ _NOTES = {
     BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
     SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
     BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
+    DROPPED_THOUGHTS: "chats have thoughts that the chat template leaves out (allow_dropped)",
     WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
 }
 
@@ -198,7 +203,7 @@ def _check_first_rows(context: PrepareContext, chunks: Sequence[Chunk], sizes: K
     encoder = context.encoder(context.data.lenient, SizeCache(sizes.known) if sizes else None)
     pieces = [piece for chunk in chunks for piece in chunk.pieces]
     sources = check_first_rows(
-        encoder, context.labels(), pieces, split=context.split, loss=context.loss,
+        encoder, context.labels(), pieces, split=context.split,
         some_good=context.data.max_rejected_share < 1,
     )  # fmt: skip
     return [source.value for source in sources]

@@ -2,8 +2,11 @@
 
 import pyarrow as pa
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when a change makes older prepared datasets unreadable or unequal."""
+
+READ_VERSIONS = (2, 3)
+"""Versions that are read. Of version 2 no sample tells its set, and what trains of chats was found by a scan alone."""
 
 IMAGES = pa.list_(
     pa.struct(
@@ -30,6 +33,7 @@ BINS = pa.schema(
         ("sample_ids", pa.list_(pa.string())),
         ("sample_sources", pa.list_(pa.string())),  # file:line (JSONL) or file:row (Parquet)
         ("sample_rules", pa.list_(pa.int8())),  # masks.labels.LossRule
+        ("sample_sets", pa.list_(pa.int32())),  # number of its set of rows in the split
         ("given", pa.list_(pa.bool_())),  # for LossRule.GIVEN: trained or not, per token; else empty
         ("images", IMAGES),
     ]
@@ -61,6 +65,7 @@ SAMPLES = pa.schema(
         ("reason", pa.string()),  # not null: a rejected row
         ("message", pa.string()),
         ("row", pa.string()),
+        ("columns", pa.list_(pa.string())),  # of the row: those that its set is judged by
     ]
 )
 """What an encoder hands to the packer: the samples and rejected rows of a chunk, in the order of its rows."""

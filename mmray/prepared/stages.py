@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -36,8 +36,8 @@ class PrepareContext:
     """What the rows of one split are prepared with, and where to.
 
     split: `train` or `eval`; path: folder or URI of the prepared dataset; tiling: as resolved for the family;
-    model_type, processor_source: what the manifest says of the model; costs: what samples cost, where bins are packed
-    to equal cost.
+    model_type, processor_source: what the manifest says of the model; costs: what samples cost, where bins are
+    packed to equal cost; dealing: the way rows are dealt into windows, which the driver finds.
     """
 
     split: str
@@ -51,6 +51,7 @@ class PrepareContext:
     model_type: str | None = None
     processor_source: str | None = None
     costs: BalanceSettings | None = None
+    dealing: int = 1
 
     @classmethod
     def of(cls, job: Job, split: str) -> Self:
@@ -61,6 +62,10 @@ class PrepareContext:
             family.resolved_tiling(job.images), load_config(job.model).model_type, job.model.processor_source,
             job.packing_costs,
         )  # fmt: skip
+
+    def dealt(self, dealing: int) -> Self:
+        """The context with its rows dealt in this way."""
+        return replace(self, dealing=dealing)
 
     def record(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         """Everything that changes the result, as plain JSON."""
@@ -102,24 +107,13 @@ class ChunkEncoder:
         return samples_table(results, [row.dataset for row in rows])
 
 
-@dataclass(frozen=True)
-class WindowPlan:
-    """Which plan windows are of.
-
-    token: of the plan (`PreparedWriter.begin`); dealing: the way its rows are dealt (`rows.dealing`).
-    """
-
-    token: str
-    dealing: int
-
-
 class WindowPacker:
     """Packs windows and commits their files. One in each process that packs."""
 
-    def __init__(self, context: PrepareContext, plan: WindowPlan) -> None:
-        """plan: whose windows these are."""
-        self._context, self._dealing = context, plan.dealing
-        self._writer = WindowWriter(context.path, plan.token)
+    def __init__(self, context: PrepareContext, token: str) -> None:
+        """token: of the plan whose windows these are (`PreparedWriter.begin`)."""
+        self._context = context
+        self._writer = WindowWriter(context.path, token)
 
     @cached_property
     def _labels(self) -> LabelMaker:
@@ -130,7 +124,7 @@ class WindowPacker:
         context = self._context
         return pack_window(
             samples, context.packing, self._labels, context.family.sample_gap, allows_empty(context.loss),
-            mixed=self._dealing > 1, sample_costs=context.costs.sample_costs if context.costs else None,
+            mixed=context.dealing > 1, sample_costs=context.costs.sample_costs if context.costs else None,
         )  # fmt: skip
 
     def __call__(self, number: int, samples: pa.Table) -> dict[str, Any]:
@@ -143,9 +137,9 @@ class WindowPacker:
 class WindowMaker:
     """Makes whole windows in this process: encodes their chunks, packs and commits them."""
 
-    def __init__(self, context: PrepareContext, plan: WindowPlan, sizes: SizeCache | None = None) -> None:
-        """plan: whose windows these are; sizes: as for `ChunkEncoder`."""
-        self._encode, self._pack = ChunkEncoder(context, sizes), WindowPacker(context, plan)
+    def __init__(self, context: PrepareContext, token: str, sizes: SizeCache | None = None) -> None:
+        """token: of the plan whose windows these are (`PreparedWriter.begin`); sizes: as for `ChunkEncoder`."""
+        self._encode, self._pack = ChunkEncoder(context, sizes), WindowPacker(context, token)
 
     def __call__(self, chunks: Sequence[Chunk]) -> int:
         """Make the window of these chunks; returns its number. Raises UserError."""

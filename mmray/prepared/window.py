@@ -38,7 +38,7 @@ EXAMPLES = 5
 SampleCosts = Callable[[Loads], tuple[np.ndarray, float]]
 """`BalanceSettings.sample_costs`."""
 
-_NOTHING_TRAINED = RowError(
+NOTHING_TRAINED = RowError(
     "nothing_trained", "no token of the row is trained; see `loss` in the job file, and the row's roles or labels"
 )
 
@@ -61,12 +61,12 @@ def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] 
         if isinstance(row, RejectedRow):
             return {
                 "id": row.id, "source": row.source, "reason": row.reason, "message": row.message, "row": row.row,
-                "images": [],
+                "images": [], "columns": row.columns,
             }  # fmt: skip
         return {
             "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
             "visual_tokens": row.visual_tokens, "visual_pairs": row.visual_pairs, "input_ids": row.input_ids,
-            "given": row.given, "notes": row.notes,
+            "given": row.given, "notes": row.notes, "columns": row.columns,
             "images": [
                 {
                     "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
@@ -127,11 +127,18 @@ def pack_window(
         "trained_tokens": int(trained[used].sum()),
         "images": sum(len(columns.images[index]) for index in usable),
         "sets": _by_set(samples["dataset"].to_pylist(), dict(zip(unusable, rejected.to_pylist()))),
+        "set_columns": columns.set_columns(),
         **_image_notes([(samples["source"][index].as_py(), columns.notes[index]) for index in usable]),
     }  # fmt: skip
     ids = id_hashes(row_id for members in table["sample_ids"].to_pylist() for row_id in members)
     bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
     return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
+
+
+def _drawn_order(count: int, seed: int) -> list[int]:
+    """The numbers below count in an order that never changes between versions of numpy."""
+    draws = mix_many(mix_many(np.arange(1, count + 1, dtype=np.uint64)) ^ np.uint64(seed))
+    return np.argsort(draws, kind="stable").tolist()
 
 
 def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
@@ -141,12 +148,6 @@ def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any
         if (number := datasets[index]) is not None:
             sets[str(number)].reject(record["reason"], record["source"], record["message"])
     return {number: counts.to_json() for number, counts in sets.items()}
-
-
-def _drawn_order(count: int, seed: int) -> list[int]:
-    """The numbers below count in an order that never changes between versions of numpy."""
-    draws = mix_many(mix_many(np.arange(1, count + 1, dtype=np.uint64)) ^ np.uint64(seed))
-    return np.argsort(draws, kind="stable").tolist()
 
 
 def _image_notes(noted: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
@@ -187,6 +188,7 @@ class _Columns:
     images: list[list[dict[str, Any]]]
     given: np.ndarray
     notes: list[list[str]]
+    datasets: np.ndarray
 
     @classmethod
     def of(cls, table: pa.Table) -> "_Columns":
@@ -209,7 +211,20 @@ class _Columns:
             images=table["images"].to_pylist(),
             given=given,
             notes=[notes or [] for notes in table["notes"].to_pylist()],
+            datasets=table["dataset"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False),
         )
+
+    def set_columns(self) -> dict[str, dict[str, Any]]:
+        """Of each set of rows: its images and the columns by which it is judged (`mmray.rows.columns`)."""
+        found: dict[str, dict[str, Any]] = {}
+        named = self.table["columns"].to_pylist()
+        for number, images, names in zip(self.datasets.tolist(), self.images, named):
+            if number < 0:
+                continue
+            facts = found.setdefault(str(number), {"images": 0, "columns": []})
+            facts["images"] += len(images)
+            facts["columns"] += [name for name in names or () if name not in facts["columns"]]
+        return found
 
     def tokens(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
@@ -257,6 +272,7 @@ class _Columns:
             "sample_ids": [self.table["id"][index].as_py() for index in members],
             "sample_sources": [self.table["source"][index].as_py() for index in members],
             "sample_rules": self.rules[list(members)],
+            "sample_sets": self.datasets[list(members)],
             "given": np.concatenate(given) if any_given else [],
             "images": images,
         }
@@ -264,7 +280,7 @@ class _Columns:
     def rejected(self, index: int) -> dict[str, Any]:
         record = {name: self.table[name][index].as_py() for name in ("id", "reason", "message", "source", "row")}
         if record["reason"] is None:
-            record |= {"reason": _NOTHING_TRAINED.reason, "message": _NOTHING_TRAINED.message}
+            record |= {"reason": NOTHING_TRAINED.reason, "message": NOTHING_TRAINED.message}
         return record
 
 

@@ -33,6 +33,7 @@ from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDatase
 from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
 from mmray.prepared.window import EXAMPLES, Window
+from mmray.rows.columns import columns_problem
 from mmray.rows.dealing import dealt_like
 from mmray.rows.duplicates import HASH_BYTES, DuplicateIds
 from mmray.storage import Folder, explained
@@ -91,10 +92,16 @@ class PreparedWriter:
     def is_finished(self, record: dict[str, Any]) -> bool:
         """True when the folder already holds the result for this record. Raises UserError when it holds another's."""
         with explained(self.path):
+            if self._folder.exists(MANIFEST) and self._is_of_version_2(self._read(MANIFEST), record):
+                return True
             for name in (MANIFEST, PLAN):
                 if self._folder.exists(name) and self._read(name).get("fingerprint") != fingerprint(record):
                     raise UserError(_other_result(self.path, self._read(name), record))
             return self._folder.exists(MANIFEST)
+
+    def _is_of_version_2(self, manifest: dict[str, Any], record: dict[str, Any]) -> bool:
+        """Whether the earlier version made the same dataset. Whether a run may begin on it is asked when training."""
+        return bool(manifest.get("fingerprint") == fingerprint(record | {"format_version": 2}))
 
     def begin(self, record: dict[str, Any]) -> set[int]:
         """Note what is being prepared; returns the windows that an earlier run of the same plan finished."""
@@ -167,6 +174,10 @@ class PreparedWriter:
 
             statistics = add_statistics(joined(), capacities)
             rejected.write()
+            for number, own in statistics["set_columns"].items():
+                dataset = record["datasets"][int(number)]
+                if problem := columns_problem(f"data set {number}", dataset, own["images"], own["columns"]):
+                    raise UserError(f"{self.path}: {problem}")
             if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
                 raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
         self._count_duplicates(statistics, ids, shards)
@@ -314,7 +325,12 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     reasons: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
+    sets: dict[str, dict[str, Any]] = {}
     for part in parts:
+        for number, counts in part.get("set_columns", {}).items():
+            own = sets.setdefault(number, {"images": 0, "columns": []})
+            own["images"] += counts["images"]
+            own["columns"] = sorted({*own["columns"], *counts["columns"]})
         reasons.update(part["rejected_by_reason"])
         notes.update(part["image_notes"])
         for name, places in part["examples"].items():
@@ -325,6 +341,7 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
             "trained_tokens", "images")  # fmt: skip
     return {
         **{key: total[key] for key in keys},
+        "set_columns": dict(sorted(sets.items(), key=lambda entry: int(entry[0]))),
         "rejected_by_reason": dict(sorted(reasons.items())),
         "image_notes": dict(sorted(notes.items())),
         "examples": examples,

@@ -2,92 +2,130 @@
 
 Both kinds of rows with text end in the same form: a `Document` whose text is ready for the tokenizer except that
 images are still single units. What a user typed is never structure: the family's special tokens inside the text of a
-row are refused, placeholders in the parts of a message too. Where turns are found by plain text, a row that holds some
-of it is rendered twice (`TypedMarkers`).
+row are refused, placeholders in the parts of a message too. Of a chat the document knows which letters are whose
+(`mmray.rows.templates`), and a chat of which the template leaves something out is refused. Where turns are found by
+plain text, a row that holds some of it is rendered twice (`TypedMarkers`).
 """
 
-import functools
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
-
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.images.source import one_line
-from mmray.loss.settings import SAMPLED_ROLE, chat_template, marks_generated
+from mmray.loss.loss import SAMPLED_ROLE
 from mmray.rows.ids import has_id, id_text
-from mmray.rows.image_refs import ImageRef, image_refs
+from mmray.rows.image_refs import ImageRef, image_folder, image_ref, image_refs
+from mmray.rows.messages import Chat, MessageReader, missing_column, placed_images
 from mmray.rows.settings import DatasetSettings
+from mmray.rows.templates import ChatTemplate, RenderedChat
 from mmray.rows.typed import TypedMarkers
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-}
+DROPPED_THOUGHTS = "dropped_reasoning"
+"""The note of a row of which the template leaves thoughts out (`allow_dropped`)."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A row before tokenising. add_special_tokens: as the processor would for this text; generated: what of the text
-    the chat template's `{% generation %}` blocks wrote, [start, stop) in characters each; is_answered: the last message
-    is the assistant's; typed: (message, marker), markers of turns that stand in messages; blanked: the text without
-    them."""
+    """A row before tokenising. add_special_tokens: as the processor would for this text; rendered: of a chat, whose
+    text is whose; typed: (message, marker), markers of turns that stand in messages; blanked: the text without them;
+    notes: what the template left out and was let pass."""
 
     id: str
     text: str
     images: tuple[ImageRef, ...]
     add_special_tokens: bool
-    generated: tuple[tuple[int, int], ...] = ()
-    is_answered: bool = False
+    rendered: RenderedChat | None = None
     typed: tuple[tuple[str, str], ...] = ()
     blanked: str = ""
+    notes: tuple[str, ...] = ()
+    ends: bool = False
+    """It was written with the end of a document behind it, which the text no longer holds."""
+
+    @property
+    def is_answered(self) -> bool:
+        """The last message is the assistant's."""
+        return self.rendered is not None and self.rendered.chat.messages[-1].role == SAMPLED_ROLE
 
 
 class DocumentReader:
     """Reads the `pretrain` and `chat` rows of one data set for one family."""
 
     def __init__(
-        self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None, *,
-        opens_answer: bool = False, with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
+        self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None,
+        template: ChatTemplate | None = None, *, opens_answer: bool = False,
+        with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
     ) -> None:  # fmt: skip
-        """markers: by which the turns of chat rows will be found; None: they are not looked for. opens_answer: chats
-        end where the model is to answer, with what its template writes before that. with_pages: gives the images of a
-        row, where each page or frame that it names is one.
+        """markers: by which the turns of chat rows will be found; None: they are not looked for. template: the
+        family's; made anew without it. opens_answer: chats end where the model is to answer, with what its template
+        writes before that. with_pages: gives the images of a row, where each page or frame that it names is one.
 
-        Raises UserError for chat rows that the model has no use for (`check_chats`).
+        Raises UserError for chat rows that the model has no use for (`check_chats`), and for variables of the set that
+        the chat template does not read.
         """
         check_chats(dataset, family)
         self.dataset = dataset
         self.family = family
-        accepted = {dataset.placeholder, family.placeholder_unit, family.placeholder}
+        own = (family.placeholder_unit, family.placeholder)
+        if dataset.own_token_text is not None and (dataset.placeholder in own or own[1] in dataset.own_token_text):
+            raise UserError(
+                f"data: own_token_text: the set needs a placeholder other than the model's own {own[1]!r}, and a text "
+                "without it"
+            )
+        accepted = {dataset.placeholder, *(own if dataset.own_token_text is None else ())}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
         self._markers, self._with_pages = markers, with_pages
         self._opens_answer = opens_answer
         special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
-        self._marks_generated = marks_generated(family.processor)
+        self._template = template or ChatTemplate(family)
+        self._messages = MessageReader(dataset, self._placeholders, self._refuse_special, self._plain)
+        given = set(dataset.chat_template_kwargs)
+        if given and (unread := given - self._template.variables):
+            raise UserError(f"data: chat_template_kwargs: {self._unread(min(unread))}")
+        end = dataset.end_of_document or family.tokenizer.eos_token
+        self._end = str(end) if dataset.kind == "pretrain" and end else ""
 
     def read(self, value: dict[str, Any], source: str) -> Document:
         """The row as a document. Raises RowError with the field, the value and the remedy."""
         images = self._with_pages(image_refs(value, source, self.dataset))
         row_id = self.row_id(value, source)
         if self.dataset.kind == "chat":
-            document, count = self._chat(value, row_id, images)
-        else:
-            text, count = self._units(self._string(value, "text"), "text")
-            if not count and self.dataset.images_first:
-                text, count = f"{self.family.placeholder_unit}\n" * len(images) + text, len(images)
-            document = Document(row_id, text, images, add_special_tokens=True)
-        check_image_count(count, len(images))
-        return document
+            return self._chat(value, row_id, images, source)
+        text, count, ends = self._documents(self._string(value, "text"))
+        if not count and self.dataset.images_first:
+            text, count = f"{self.family.placeholder_unit}\n" * len(images) + text, len(images)
+        check_image_count(count, len(images), self._remedy)
+        return Document(row_id, text, images, add_special_tokens=True, ends=ends)
+
+    def _documents(self, text: str) -> tuple[str, int, bool]:
+        """The text of a `pretrain` row, its images, and whether it ends with the end of a document, which it then
+        does not hold: it is appended once, whoever wrote it."""
+        join, end = self.dataset.join_documents, self._end
+        written = text.rstrip()
+        closing = next((mark for mark in (join, end) if mark and written.endswith(mark)), "")
+        if closing:
+            text = written.removesuffix(closing)
+        pieces = [self._units(piece, "text") for piece in (text.split(join) if join else [text])]
+        if len(pieces) > 1 and not end:
+            raise RowError("special_token_in_text", "join_documents: the tokenizer has no end-of-document token")
+        return end.join(piece for piece, _ in pieces), sum(count for _, count in pieces), bool(closing)
+
+    def _plain(self, text: str) -> str:
+        """A text as it may be read: the model's own token for an image as its words (`own_token_text`)."""
+        plain = self.dataset.own_token_text
+        return text if plain is None else text.replace(self.family.placeholder, plain)
+
+    @property
+    def _remedy(self) -> str:
+        """What to do where a text speaks of the placeholder."""
+        if self.dataset.placeholder in (self.family.placeholder, self.family.placeholder_unit):
+            return f"where a text only speaks of {self.family.placeholder!r}, set the set's own_token_text"
+        return (
+            f"where a text only speaks of {self.dataset.placeholder!r}, give the set another one (placeholder: "
+            "'<|page|>')"
+        )
 
     # ---------------------------------------------------------------- fields
 
@@ -116,7 +154,7 @@ class DocumentReader:
 
     def _units(self, text: str, where: str) -> tuple[str, int]:
         """The text with every placeholder as the family's unit, and their number."""
-        pieces = self._placeholders.split(text)
+        pieces = self._placeholders.split(self._plain(text))
         for piece in pieces:
             self._refuse_special(piece, where)
         return self.family.placeholder_unit.join(pieces), len(pieces) - 1
@@ -129,134 +167,77 @@ class DocumentReader:
                 f"{where} holds the token {found.group()!r}, which the model reads as structure; write it differently",
             )
 
-    def _chat(self, value: dict[str, Any], row_id: str, images: tuple[ImageRef, ...]) -> tuple[Document, int]:
-        """The document of a chat, and the number of its image parts."""
-        messages, count = self._checked_messages(value)
-        text, generated = self._template_text(messages)
-        rendered = text.count(self.family.placeholder_unit)
-        if rendered != count:
-            raise RowError(
-                "template",
-                f"the chat template wrote {rendered} images where the messages have {count} image parts; "
-                "put the images into user messages",
-            )
-        typed: tuple[tuple[str, str], ...] = ()
-        blanked = ""
-        if self._markers is not None:
-            found = [(number, self._markers.found(message["content"])) for number, message in enumerate(messages)]
-            typed = tuple((f"message {number}", marker) for number, own in found for marker in own)
-        if self._markers is not None and typed:
-            without = [each | {"content": self._markers.blanked(each["content"])} for each in messages]
-            blanked, _ = self._template_text(without)
+    def _chat(self, value: dict[str, Any], row_id: str, images: tuple[ImageRef, ...], source: str) -> Document:
+        root = image_folder(source, self.dataset)
+        chat = self._messages.read(value, lambda entry: self._picture(entry, root))
+        if unread := {name for name, _ in chat.options} - self._template.variables:
+            raise RowError("unknown_field", f"chat_template_kwargs: {self._unread(min(unread))}")
+        count = len(chat.pictures)
+        images = placed_images(chat, images, self.dataset.column("images"))
+        check_image_count(count, len(images), self._remedy)
+        rendered = self._template.render(chat, count_images=count)
+        notes = self._check_written(rendered)
+        if self._opens_answer:
+            text = self._template.prompt_text(chat)
+            special = not (self.family.tokenizer.bos_token and text.startswith(self.family.tokenizer.bos_token))
+            return Document(row_id, text, images, special)
+        typed, blanked = self._typed(chat)
         bos = self.family.tokenizer.bos_token
-        document = Document(
-            row_id, text, images, not (bos and text.startswith(bos)), generated,
-            messages[-1]["role"] == SAMPLED_ROLE, typed, blanked,
-        )  # fmt: skip
-        return document, count
+        begins = bool(bos and rendered.text.startswith(bos))
+        return Document(row_id, rendered.text, images, not begins, rendered, typed, blanked, notes)
 
-    def _checked_messages(self, value: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """The messages as the template reads them, and the number of their images."""
-        messages, count = [], 0
-        for number, message in enumerate(self._messages(value)):
-            where = f"message {number}"
-            if not isinstance(message, dict):
-                raise RowError("wrong_type", f"{where} must be an object, not {type(message).__name__} {message!r:.60}")
-            role = message.get("role") or message.get("from")
-            if not isinstance(role, str) or role not in _ROLES:
-                raise RowError("unknown_role", f"{where} has role {role!r:.60}; known are {', '.join(_ROLES)}")
-            content = message.get("content")
-            content = self._content(message.get("value") if content is None else content, where)
-            count += sum(part["type"] == "image" for part in content if isinstance(part, dict))
-            messages.append({"role": _ROLES[role], "content": self._as_template_reads(content)})
-        return messages, count
-
-    def _template_text(self, messages: list[dict[str, Any]]) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """`_rendered`; raises RowError where the template refuses the messages."""
-        try:
-            return self._rendered(messages)
-        except (TemplateError, TypeError, ValueError) as error:
+    def _picture(self, entry: object, root: str) -> ImageRef:
+        """The picture that a part of a message names. Raises RowError where it names several."""
+        pages = self._with_pages((image_ref(entry, root),))
+        if len(pages) != 1:
             raise RowError(
-                "template",
-                f"the chat template refuses the messages: {one_line(error)}; check the roles, their order and contents",
-            ) from error
-
-    def _as_template_reads(self, content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
-        """The content in a form that the chat template writes. Some read one form only and say nothing of the other:
-        PaddleOCR-VL's goes through a string as through a list of parts and writes none of it, GLM-4.1V's writes an
-        assistant's list as Python would."""
-        if isinstance(content, str):
-            return [{"type": "text", "text": content}] if self._written_forms == {list} else content
-        is_text = all(part["type"] == "text" for part in content)
-        return "".join(part["text"] for part in content) if is_text and self._written_forms == {str} else content
-
-    @functools.cached_property
-    def _written_forms(self) -> set[type]:
-        """The forms of a text, a string or a list of parts, that the chat template writes for user and assistant."""
-        forms: dict[type, Any] = {str: _PROBE, list: [{"type": "text", "text": _PROBE}]}
-        return {form for form, content in forms.items() if self._is_written(content)}
-
-    def _is_written(self, content: Any) -> bool:
-        try:
-            text, _ = self._rendered([{"role": role, "content": content} for role in ("user", "assistant")])
-        except (TemplateError, TypeError, ValueError):
-            return False
-        return text.count(_PROBE) == 2 and "'type'" not in text
-
-    def _rendered(self, messages: list[dict[str, Any]]) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """The text that the chat template writes, and what of it its `{% generation %}` blocks wrote.
-
-        `apply_chat_template` tells of the blocks only after it has run the images through the processor too; the
-        function beneath it does so at once.
-        """
-        processor = self.family.processor
-        if not self._marks_generated:
-            options = {"tokenize": False, "add_generation_prompt": self._opens_answer}
-            return processor.apply_chat_template(messages, **options), ()
-        rendered: Any = render_jinja_template(
-            [messages],
-            chat_template=chat_template(processor),
-            return_assistant_tokens_mask=True,
-            **processor.tokenizer.special_tokens_map,
-            add_generation_prompt=self._opens_answer,
-        )
-        (text,), (generated,) = rendered
-        return text, tuple(generated)
-
-    def _messages(self, value: dict[str, Any]) -> list[object]:
-        column = self.dataset.column("messages")
-        found = value.get(column)
-        if found is None:
-            column = self.dataset.column("conversations")
-            found = value.get(column)
-        if found is None:
-            raise missing_column(f"{self.dataset.column('messages')!r} and no {column!r}", value)
-        if not isinstance(found, list) or not found:
-            raise RowError("wrong_type", f"{column} must be a list with a message in it, not {found!r:.60}")
-        return found
-
-    def _content(self, content: object, where: str) -> str | list[dict[str, str]]:
-        """A message's content: a string stays one unless it holds placeholders; parts are checked one by one."""
-        if isinstance(content, str):
-            pieces = self._placeholders.split(content)
-            parts: list[dict[str, str]] = []
-            for index, piece in enumerate(pieces):
-                self._refuse_special(piece, where)
-                parts += [{"type": "image"}] if index else []
-                parts += [{"type": "text", "text": piece}] if piece else []
-            return parts if len(pieces) > 1 else content
-        if not isinstance(content, list):
-            raise RowError("wrong_type", f"{where}: content must be a string or a list of parts, not {content!r:.60}")
-        parts = [_part(part, where) for part in content]
-        # Templates write parts one after another: a token could be typed half in one and half in the next.
-        text = "".join(part.get("text", "\0") for part in parts)
-        if found := self._placeholders.search(text):
-            raise RowError(
-                "special_token_in_text",
-                f"{where}: a text part holds the image placeholder {found.group()!r}; make it a part of type 'image'",
+                "image_count", f"a part of a message names {len(pages)} pages, {entry!r:.60}; give each page a part"
             )
-        self._refuse_special(text, where)
-        return parts
+        return pages[0]
+
+    def _check_written(self, rendered: RenderedChat) -> tuple[str, ...]:
+        """The notes of a chat. Raises RowError unless the template writes everything that it says."""
+        plan, notes = rendered.plan, set()
+        for number in plan.missing:
+            leaf = rendered.leaves[number]
+            role = rendered.chat.messages[leaf.message or 0].role
+            if leaf.kind == "thought" and "reasoning" in self.dataset.allow_dropped:
+                notes.add(DROPPED_THOUGHTS)
+                continue
+            remedy = (
+                "allow_dropped: [reasoning] lets it leave thoughts out"
+                if leaf.kind == "thought"
+                else "mend the row, or take a template that writes it"
+            )
+            raise RowError(
+                "not_written",
+                f"message {leaf.message} ({role}): the chat template leaves out its {leaf.kind}, {leaf.text!r:.60}; "
+                f"{remedy}",
+            )
+        if plan.drops_tools:
+            raise RowError(
+                "not_written", "the chat template leaves out the row's tools; take a template that writes them"
+            )
+        for number in plan.lost_messages:
+            raise RowError(
+                "not_written", f"message {number} (assistant) is empty, and the chat template writes no turn of it"
+            )
+        return tuple(notes)
+
+    def _typed(self, chat: Chat) -> tuple[tuple[tuple[str, str], ...], str]:
+        """Markers of turns that stand in messages, and the text without them."""
+        if self._markers is None:
+            return (), ""
+        found = [(number, self._markers.found(message.parts)) for number, message in enumerate(chat.messages)]
+        typed = tuple((f"message {number}", marker) for number, own in found for marker in own)
+        if not typed:
+            return (), ""
+        blanked = [replace(message, parts=self._markers.blanked(message.parts)) for message in chat.messages]
+        return typed, self._template.plain_text(replace(chat, messages=tuple(blanked)))
+
+    def _unread(self, name: str) -> str:
+        known = ", ".join(sorted(self._template.variables - _ALWAYS_THERE)) or "none"
+        return f"the chat template reads no {name!r}; it reads {known}"
 
 
 def check_chats(dataset: DatasetSettings, family: Family) -> None:
@@ -273,28 +254,14 @@ def check_chats(dataset: DatasetSettings, family: Family) -> None:
         )
 
 
-_PROBE = "What does it say?"
+_ALWAYS_THERE = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token"})
 
 
-def missing_column(column: str, value: Iterable[str]) -> RowError:
-    """The error of a row without a column, with the fields that it has."""
-    fields = ", ".join(map(repr, value)) or "none"
-    return RowError("missing_column", f"the row has no {column}; its fields are {fields:.200}; see data: columns")
-
-
-def check_image_count(placeholders: int, images: int) -> None:
-    """Raise RowError unless the row has one image for each placeholder."""
+def check_image_count(placeholders: int, images: int, remedy: str = "") -> None:
+    """Raise RowError unless the row has one image for each placeholder. remedy: where there are too many."""
     if placeholders != images:
+        more = f"; {remedy}" if remedy and placeholders > images else ""
         raise RowError(
             "placeholder_count",
-            f"{placeholders} image placeholders but {images} images; every image needs exactly one placeholder",
+            f"{placeholders} image placeholders but {images} images; every image needs exactly one placeholder{more}",
         )
-
-
-def _part(part: object, where: str) -> dict[str, str]:
-    """A part of a message in the form of chat templates: text, or an image without anything else."""
-    if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-        return {"type": "image"}
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    raise RowError("wrong_type", f"{where}: a part must be of type 'text' or 'image', not {part!r:.80}")

@@ -7,8 +7,7 @@ result equals tokenising the expanded text; `verify` compares it with the real p
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,15 +23,19 @@ from mmray.images.header import frames_of, measured
 from mmray.images.measure_ahead import Measure, MeasureAhead
 from mmray.images.paged import PageOfFile, each_page
 from mmray.images.source import one_line
-from mmray.loss.labels import LossRule, with_stop_tokens
+from mmray.loss.labels import LossRule
+from mmray.loss.roles import role_keep_mask
 from mmray.loss.settings import (
     Loss,
     LossSource,
     label_maker,
     loss_source,
+    marks_generated,
     turn_markers,
 )
 from mmray.packing.settings import PackingSettings
+from mmray.rows.chat_labels import ChatLabels, ChatSpans
+from mmray.rows.columns import watched_columns
 from mmray.rows.document import Document, DocumentReader, check_chats
 from mmray.rows.duplicates import id_of
 from mmray.rows.endings import Endings
@@ -40,7 +43,9 @@ from mmray.rows.image_refs import ImageRef, image_refs, remote_images
 from mmray.rows.read import RawRow
 from mmray.rows.sample import RejectedRow, Sample, shown
 from mmray.rows.settings import DatasetSettings, DataSettings
-from mmray.rows.tokenized import image_blocks, own_ids, own_mask
+from mmray.rows.templates import ChatTemplate
+from mmray.rows.token_places import TokenPlaces
+from mmray.rows.tokenized import attended_tokens, image_blocks, own_ids, own_mask
 from mmray.rows.typed import TypedMarkers
 
 
@@ -54,8 +59,9 @@ class _Pending:
     sizes: tuple[tuple[int, int], ...]
     notes: tuple[str, ...]
     text: str
-    generated: tuple[tuple[int, int], ...] | None
-    """What the model generates of the text that the tokenizer gets; None where the chat template is not asked."""
+    tokenizer_text: str
+    spans: ChatSpans | None
+    """Of a chat whose messages say what trains: whose text is whose, in the text that the tokenizer gets."""
 
 
 class Encoder:
@@ -69,22 +75,29 @@ class Encoder:
         self._measure = MeasureAhead(
             measure, max_pixels=data.max_image_pixels, one_frame=data.image_frames != "first"
         )  # fmt: skip
+        self._compares = True
+        self.tells_messages = False
+        """Samples say of each token whose message it is (`Sample.messages`), for who looks at rows."""
         for dataset in datasets:
             check_chats(dataset, family)
-        self.sources = [loss_source(loss, dataset.kind, family) for dataset in datasets]
-        self._markers = None
-        if LossRule.ROLES in {source.rule for source in self.sources}:
-            self._markers = TypedMarkers(family, turn_markers(loss, family), label_maker(loss, family).boundaries)
+        self.losses: list[Loss] = [loss if dataset.loss is None else dataset.loss for dataset in datasets]
+        self.sources = [loss_source(own, dataset.kind, family) for own, dataset in zip(self.losses, datasets)]
+        self._chats = [
+            ChatLabels(own, family, is_job_wide=dataset.loss is None) if source in _BY_MESSAGES else None
+            for own, dataset, source in zip(self.losses, datasets, self.sources)
+        ]
+        self._markers = [
+            _typed_markers(own, source, family) if dataset.kind == "chat" else None
+            for own, dataset, source in zip(self.losses, datasets, self.sources)
+        ]
+        template = ChatTemplate(family)
         self._readers = [
             DocumentReader(
-                dataset,
-                family,
-                self._markers if source.rule == LossRule.ROLES else None,
-                with_pages=functools.partial(self._with_pages, dataset=dataset),
+                dataset, family, markers, template, with_pages=functools.partial(self._with_pages, dataset=dataset)
             )
-            for dataset, source in zip(datasets, self.sources)
+            for dataset, markers in zip(datasets, self._markers)
         ]
-        self._endings = Endings(datasets, self.sources, family)
+        self._endings = Endings(datasets, family)
         self.ending_token_ids = self._endings.token_ids
         self._plan = functools.lru_cache(maxsize=65_536)(lambda size: plan_tiles(size, policy))
         backend = family.tokenizer.backend_tokenizer
@@ -94,14 +107,17 @@ class Encoder:
         self._vocabulary_size = len(family.tokenizer)
 
     def encode(
-        self, rows: Sequence[RawRow], verify: Sequence[int] = (), duplicates: Collection[int] = ()
-    ) -> list[Sample | RejectedRow]:
+        self, rows: Sequence[RawRow], verify: Sequence[int] = (), duplicates: Collection[int] = (), *,
+        compare: bool = True,
+    ) -> list[Sample | RejectedRow]:  # fmt: skip
         """One sample or rejected row for each row, in order.
 
         verify: positions in `rows` to compare with the real processor; duplicates: positions of rows to reject, since
-        an earlier row has their id. Raises UserError when a verified row differs, and for the first bad row under
+        an earlier row has their id; compare: rows are refused whose turns by the job's own boundaries are not those of
+        their messages. Raises UserError when a verified row differs, and for the first bad row under
         `on_bad_row: error`.
         """
+        self._compares = compare
         self._measure.expect(uri for row in rows for uri in self._remote_images(row))
         prepared = [
             self._guard(row, self._refuse_duplicate if number in duplicates else self._prepare, row)
@@ -132,7 +148,12 @@ class Encoder:
                 f"{row.source}: {error}. (on_bad_row: reject would set such rows aside in rejected.parquet)"
             ) from error
         row_id = id_of(row, self.datasets[row.dataset])
-        return RejectedRow(row_id, row.source, error.reason, error.message, shown(row.value))
+        return RejectedRow(
+            row_id, row.source, error.reason, error.message, shown(row.value), row.dataset, self._columns(row)
+        )
+
+    def _columns(self, row: RawRow) -> tuple[str, ...]:
+        return watched_columns(row.value, self.datasets[row.dataset])
 
     def _refuse_duplicate(self, row: RawRow) -> None:
         row_id = id_of(row, self.datasets[row.dataset])
@@ -151,12 +172,16 @@ class Encoder:
         document = self._readers[row.dataset].read(row.value, row.source)
         sizes, notes = self._measured(document.images)
         plans = tuple(self._plan(size) for size in sizes)
-        text, generated = self._expanded(document.text, plans), self._generated(row, document, plans)
-        if document.typed and self._markers is not None:
+        text = self._expanded(document.text, plans)
+        tokenizer_text = self.family.tokenizer_text(text, _tile_sizes(plans))
+        markers = self._markers[row.dataset]
+        if document.typed and markers is not None:
             blanked = self._expanded(document.blanked, plans)
-            found, expected = (self.family.tokenizer_text(each, _tile_sizes(plans)) for each in (text, blanked))
-            self._markers.check(found, expected, document.typed)
-        return _Pending(row, document, plans, sizes, notes, text, generated)
+            markers.check(tokenizer_text, self.family.tokenizer_text(blanked, _tile_sizes(plans)), document.typed)
+        spans, labels = None, self._chats[row.dataset]
+        if document.rendered is not None and labels is not None:
+            spans = labels.spans(document.rendered).moved(self._mover(document.text, tokenizer_text, plans))
+        return _Pending(row, document, plans, sizes, notes, text, tokenizer_text, spans)
 
     def _remote_images(self, row: RawRow) -> list[str]:
         if isinstance(row.value, RowError):
@@ -199,19 +224,24 @@ class Encoder:
     def _expanded(self, text: str, plans: Sequence[TilePlan]) -> str:
         return expanded_units(text, plans, self.family.placeholder_unit)
 
-    def _generated(
-        self, row: RawRow, document: Document, plans: Sequence[TilePlan]
-    ) -> tuple[tuple[int, int], ...] | None:
-        """`document.generated` in the text that the tokenizer gets, where images have grown before it."""
-        if self.sources[row.dataset] is not LossSource.TEMPLATE:
-            return None
+    def _mover(self, text: str, tokenizer_text: str, plans: Sequence[TilePlan]) -> Callable[[int], int]:
+        """From a place in a document's text to that in the text that the tokenizer gets, where images have grown."""
+        if text == tokenizer_text:
+            return lambda place: place
+        unit = self.family.placeholder_unit
+        behind = text.rindex(unit) + len(unit) if unit in text else 0
+        shift = len(tokenizer_text) - len(text)
+        is_shifted = tokenizer_text.endswith(text[behind:])
 
-        def grown(place: int) -> int:
-            before = document.text[:place]
-            own = plans[: before.count(self.family.placeholder_unit)]
+        @functools.cache
+        def moved(place: int) -> int:
+            if is_shifted and place > behind:
+                return place + shift
+            before = text[:place]
+            own = plans[: before.count(unit)]
             return len(self.family.tokenizer_text(self._expanded(before, own), _tile_sizes(own)))
 
-        return tuple((grown(start), grown(stop)) for start, stop in document.generated)
+        return moved
 
     def _tile_tokens(self, plans: Sequence[TilePlan]) -> list[list[tuple[np.ndarray, int]]]:
         """For each image of a row, for each of its tiles: the tokens, and how many of them carry features."""
@@ -231,40 +261,54 @@ class Encoder:
     # ---------------------------------------------------------------- tokens
 
     def _tokenize(self, pending: Sequence[_Pending]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids with one placeholder token per tile, int32 [n], and which of them the model generates, bool [n] (or
-        [0]), of each text; one tokenizer call for each kind of text. Only the slower call tells the tokens' places."""
+        """Token ids with one placeholder token per tile, int32 [n], and which of them answer a prompt, bool [n] (or
+        [0]), of each text; one tokenizer call for each kind of text."""
         found = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))] * len(pending)
-        for special, placed in itertools.product((True, False), repeat=2):
-            chosen = [
-                index for index, item in enumerate(pending)
-                if item.document.add_special_tokens is special and (item.generated is not None) is placed
-            ]  # fmt: skip
-            encode = self._backend.encode_batch if placed else self._backend.encode_batch_fast
+        for special in (True, False):
+            chosen = [index for index, item in enumerate(pending) if item.document.add_special_tokens is special]
             texts = [self._tokenizer_input(pending[index]) for index in chosen]
-            for index, encoding in zip(chosen, encode(texts, add_special_tokens=special)):
-                found[index] = np.asarray(encoding.ids, dtype=np.int32), self._marked(pending[index], encoding)
+            for index, encoding in zip(chosen, self._backend.encode_batch_fast(texts, add_special_tokens=special)):
+                found[index] = np.asarray(encoding.ids, dtype=np.int32), self._answered(pending[index], encoding)
         return found
 
     def _tokenizer_input(self, item: _Pending) -> str | tuple[str, str]:
         if self.sources[item.row.dataset] is LossSource.ANSWER:
             return self.family.prompt_and_answer(item.text)
-        return self.family.tokenizer_text(item.text, _tile_sizes(item.plans))
+        return item.tokenizer_text
 
-    def _marked(self, item: _Pending, encoding: Encoding) -> np.ndarray:
-        """Which tokens of a text train, where its own parts say so: bool [n], else bool [0]."""
-        if self.sources[item.row.dataset] is LossSource.ANSWER:
-            return np.asarray(encoding.type_ids) == 1
-        if item.generated is None:
+    def _answered(self, item: _Pending, encoding: Encoding) -> np.ndarray:
+        if self.sources[item.row.dataset] is not LossSource.ANSWER:
             return np.zeros(0, dtype=bool)
-        return _overlapping(encoding.offsets, item.generated)
+        return np.asarray(encoding.type_ids) == 1
 
-    def _sample(self, item: _Pending, ids: np.ndarray, generated: np.ndarray) -> Sample:
+    @functools.cached_property
+    def _places(self) -> TokenPlaces:
+        return TokenPlaces(self._backend)
+
+    def _chat_tokens(self, item: _Pending, ids: np.ndarray) -> tuple[LossRule, np.ndarray, np.ndarray]:
+        """The rule of a chat, its trained tokens, and the message of each token, int32 [n] (-1: of none)."""
+        labels, spans = self._chats[item.row.dataset], item.spans
+        assert labels is not None
+        assert spans is not None
+        placed = self._places.of(item.tokenizer_text, ids, add_special_tokens=item.document.add_special_tokens)
+        rule, trained = labels.tokens(spans, ids, placed, compare=self._compares)
+        if not self.tells_messages:
+            return rule, trained, _NO_MESSAGES
+        messages = np.full(len(ids), -1, dtype=np.int32)
+        for message, _, span in spans.turns:
+            messages[placed.within([span])] = message
+        return rule, trained, messages
+
+    def _sample(self, item: _Pending, ids: np.ndarray, given: np.ndarray) -> Sample:
         places = np.flatnonzero(ids == self.family.placeholder_id)
         tiles = self._tile_tokens(item.plans)
         if len(places) != sum(map(len, tiles)):
             raise RowError(
                 "placeholder_count", f"the text holds {len(places)} image tokens for {sum(map(len, tiles))} tiles"
             )
+        rule, messages = self.sources[item.row.dataset].rule, _NO_MESSAGES
+        if item.spans is not None:
+            rule, given, messages = self._chat_tokens(item, ids)
         pieces, blocks, length, read, tile = [], [], 0, 0, 0
         for plan, spans in zip(item.plans, tiles):
             start = length + int(places[tile]) - read - self._label_tokens(plan, ids[: places[tile]])
@@ -274,34 +318,39 @@ class Encoder:
                 read, tile = int(places[tile]) + 1, tile + 1
             blocks.append((start, length - start))
         pieces.append(ids[read:])
-        if len(generated):
-            grown = np.ones(len(ids), dtype=np.int64)
-            grown[places] = [len(token_ids) for spans in tiles for token_ids, _ in spans]
-            generated = self._with_stops(generated, ids).repeat(grown)
-        appended = self._endings.of(item.document, item.row.dataset)
+        appended = self._appended(item)
         pieces.append(np.asarray(appended, dtype=np.int32))
-        if len(generated):
-            generated = np.append(generated, np.ones(len(appended), dtype=bool))
+        grown = np.ones(len(ids), dtype=np.int64)
+        grown[places] = [len(token_ids) for spans in tiles for token_ids, _ in spans]
+        if len(given):
+            given = np.append(given.repeat(grown), np.ones(len(appended), dtype=bool))
+        if len(messages):
+            last = item.spans.turns[-1][0] if item.spans and item.spans.turns else -1
+            messages = np.append(messages.repeat(grown), np.full(len(appended), last, dtype=np.int32))
         sample = Sample(
             id=item.document.id,
             source=item.row.source,
-            rule=self.sources[item.row.dataset].rule,
+            rule=rule,
             bucket=_bucket(item.plans),
             visual_tokens=sum(visual for spans in tiles for _, visual in spans),
             input_ids=np.concatenate(pieces),
             images=item.document.images,
             sizes=item.sizes,
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
-            given=generated,
+            given=given,
             visual_pairs=_visual_pairs(tiles),
-            notes=(*item.row.notes, *item.notes),
+            notes=(*item.row.notes, *item.notes, *item.document.notes),
+            dataset=item.row.dataset,
+            messages=messages,
+            roles=_roles(item.document),
+            columns=self._columns(item.row),
         )
         return self._checked(sample)
 
-    def _with_stops(self, generated: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Templates mark what the model says, and not the token of the next turn by which it stops."""
-        kept = with_stop_tokens(torch.from_numpy(generated), torch.from_numpy(ids), self.ending_token_ids)
-        return kept.numpy()
+    def _appended(self, item: _Pending) -> list[int]:
+        """The tokens behind those of a row's text."""
+        is_open = item.spans is not None and item.spans.is_open
+        return self._endings.of(item.document, item.row.dataset, is_open)
 
     def _label_tokens(self, plan: TilePlan, before: np.ndarray) -> int:
         """Tokens of an image's first label, which end the text before its placeholder. Where a token holds the last
@@ -338,9 +387,8 @@ class Encoder:
     def _ready_made(self, row: RawRow, value: dict[str, Any]) -> Sample:
         """A `tokenized` row: its ids hold every image token already, and must hold the right number."""
         dataset, reader = self.datasets[row.dataset], self._readers[row.dataset]
-        source = self.sources[row.dataset]
         ids = own_ids(value, dataset, self._vocabulary_size)
-        given = own_mask(value, dataset, ids) if source is LossSource.ROW else np.zeros(0, dtype=bool)
+        rule, given = self._ready_made_labels(row, value, ids)
         images = self._with_pages(image_refs(value, row.source, dataset), dataset)
         sizes, notes = self._measured(images)
         plans = tuple(self._plan(size) for size in sizes)
@@ -348,11 +396,30 @@ class Encoder:
         blocks, visual_tokens = image_blocks(ids, plans, tiles, self.family.image_token_id)
         return self._checked(
             Sample(
-                id=reader.row_id(value, row.source), source=row.source, rule=source.rule, bucket=_bucket(plans),
+                id=reader.row_id(value, row.source), source=row.source, rule=rule, bucket=_bucket(plans),
                 visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes),
+                visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes), dataset=row.dataset,
+                columns=self._columns(row),
             )
         )  # fmt: skip
+
+    def _ready_made_labels(self, row: RawRow, value: dict[str, Any], ids: np.ndarray) -> tuple[LossRule, np.ndarray]:
+        """The rule of a `tokenized` row, and which tokens train where the rule is GIVEN, bool [n]."""
+        dataset, source = self.datasets[row.dataset], self.sources[row.dataset]
+        attended = attended_tokens(value, dataset, len(ids))
+        if source is LossSource.ROW:
+            return LossRule.GIVEN, own_mask(value, dataset, ids) & attended
+        is_job_wide = dataset.loss is None or source is LossSource.EVERY_TOKEN
+        if attended.all() and is_job_wide:
+            return source.rule, np.zeros(0, dtype=bool)
+        if source is LossSource.EVERY_TOKEN:
+            return LossRule.GIVEN, attended
+        maker = label_maker(self.losses[row.dataset], self.family)
+        scanned = role_keep_mask(
+            torch.from_numpy(ids), maker.boundaries,
+            roles_to_train=maker.roles_to_train, train_on_eos=maker.train_on_eos,
+        )  # fmt: skip
+        return LossRule.GIVEN, scanned.numpy() & attended
 
     # ---------------------------------------------------------------- verification
 
@@ -362,7 +429,7 @@ class Encoder:
         special = item.document.add_special_tokens
         output = self.family.process(item.text, tiles, add_special_tokens=special)
         expected = np.asarray(output["input_ids"][0], dtype=np.int32)
-        found = sample.input_ids[: len(sample.input_ids) - len(self._endings.of(item.document, item.row.dataset))]
+        found = sample.input_ids[: len(sample.input_ids) - len(self._appended(item))]
         if not np.array_equal(found, expected):
             raise UserError(
                 f"{sample.source}: row {sample.id!r} has {len(found)} tokens by mmray and {len(expected)} "
@@ -396,10 +463,20 @@ def _visual_pairs(tiles: Sequence[list[tuple[np.ndarray, int]]]) -> int:
     return sum(visual * visual for spans in tiles for _, visual in spans)
 
 
-def _overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Which tokens lie in some span, if only in part: bool [n]. offsets: [start, stop) of each in characters."""
-    starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-    inside = np.zeros(len(starts), dtype=bool)
-    for start, stop in spans:
-        inside |= (starts < stop) & (stops > start)
-    return inside
+def _roles(document: Document) -> tuple[str, ...]:
+    """The roles of a chat's messages."""
+    return () if document.rendered is None else tuple(message.role for message in document.rendered.chat.messages)
+
+
+def _typed_markers(loss: Loss, source: LossSource, family: Family) -> TypedMarkers | None:
+    """The plain texts around turns that a chat must not hold; none where nothing looks for them."""
+    if source is LossSource.MESSAGES and marks_generated(family.processor):
+        return None
+    if source not in _BY_MESSAGES:
+        return None
+    boundaries = label_maker(loss, family).boundaries
+    return TypedMarkers(family, turn_markers(loss, family), boundaries) if boundaries else None
+
+
+_BY_MESSAGES = (LossSource.MESSAGES, LossSource.ROLES)
+_NO_MESSAGES = np.zeros(0, dtype=np.int32)

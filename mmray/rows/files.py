@@ -198,11 +198,6 @@ def plan_chunks(
     ]
 
 
-def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """The chunks of each window, of chunks in order."""
-    return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
-
-
 def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> Iterator[tuple[RowIndex, int, int]]:
     """Stretches of rows in the order in which windows take them: of a file the first row, and the stop."""
     lanes = lanes_of([index.num_rows for index in indexed], [index.file.dataset for index in indexed], dealing)
@@ -217,6 +212,11 @@ def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> 
                 before = ends[lane][place] - index.num_rows
                 yield index, done[lane] - before, end - before
                 done[lane] = end
+
+
+def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """The chunks of each window, of chunks in order."""
+    return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
 
 
 def _chunk_pieces(stretches: Iterable[tuple[RowIndex, int, int]], chunk_rows: int) -> Iterator[list[Piece]]:

@@ -38,23 +38,19 @@ def image_refs(value: dict[str, Any], source: str, dataset: DatasetSettings) -> 
 
     source: place of the row, `file:line`. Raises RowError: `wrong_type`, `image_outside_root`, `image_credentials`.
     """
-    root = _root(source, dataset)
-    return tuple(entry if isinstance(entry, ImageRef) else _image(entry, root) for entry in _entries(value, dataset))
+    root = image_folder(source, dataset)
+    return tuple(entry if isinstance(entry, ImageRef) else image_ref(entry, root) for entry in _entries(value, dataset))
 
 
 def remote_images(value: dict[str, Any], source: str, dataset: DatasetSettings) -> list[str]:
     """The URIs among the row's images, as `image_refs` gives them; none of a row that it refuses."""
     try:
         entries = _entries(value, dataset)
-        if "://" not in _root(source, dataset) and not any("://" in _place(entry) for entry in entries):
+        if "://" not in image_folder(source, dataset) and not any("://" in _place(entry) for entry in entries):
             return []
         return [ref.uri for ref in image_refs(value, source, dataset) if "://" in ref.uri]
     except RowError:
         return []
-
-
-def _root(source: str, dataset: DatasetSettings) -> str:
-    return dataset.image_root or _folder(source.rsplit(":", 1)[0])
 
 
 def _entries(value: dict[str, Any], dataset: DatasetSettings) -> list[Any]:
@@ -90,7 +86,13 @@ def _listed(text: str) -> list[Any]:
     return [text]
 
 
-def _image(entry: object, root: str) -> ImageRef:
+def image_folder(source: str, dataset: DatasetSettings) -> str:
+    """What the image paths of a row are relative to. source: place of the row, `file:line`."""
+    return dataset.image_root or _folder(source.rsplit(":", 1)[0])
+
+
+def image_ref(entry: object, root: str) -> ImageRef:
+    """One image as a row names it, in its column or in a part of a message. Raises RowError."""
     if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
         data = entry.get("bytes")
         entry = (base64_bytes(data) if isinstance(data, str) else data) or entry.get("path")

@@ -14,9 +14,11 @@ import numpy as np
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.loss.loss import SAMPLED_ROLE
 from mmray.loss.roles import RoleBoundary
-from mmray.loss.settings import Loss, LossSource, RoleLoss, allows_empty
+from mmray.loss.settings import LossSource, RoleLoss, allows_empty, label_maker
 from mmray.loss.turns import opened_turns
+from mmray.rows.columns import columns_problem, watched_columns
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece
 from mmray.rows.read import RawRow, read_piece
@@ -31,23 +33,29 @@ log = logging.getLogger("mmray")
 
 
 def check_first_rows(
-    encoder: Encoder, labels: LabelMaker, pieces: Sequence[Piece], *, split: str, loss: Loss, some_good: bool = False
+    encoder: Encoder, job_labels: LabelMaker, pieces: Sequence[Piece], *, split: str, some_good: bool = False
 ) -> list[LossSource]:
     """Log for each set of rows what its loss comes from; returns these sources in order.
 
-    pieces: of all rows, in order; split: `train` or `eval`. Raises UserError, with the beginning of a row as the
-    tokenizer reads it, for a set whose first rows lack the markers of a role to train, or train no token; and with
-    some_good for one whose first rows are all bad, with their reasons. Without, such a set is not judged.
+    job_labels: by the job's `loss`; pieces: of all rows, in order; split: `train` or `eval`. Raises UserError, with the
+    beginning of a row as the tokenizer reads it, for a set whose first rows lack the markers of a role to train, or
+    train no token, and for one that names a column they do not have. A set whose first rows are all bad is an
+    error with some_good, and is not judged without.
     """
     for number, (dataset, source) in enumerate(zip(encoder.datasets, encoder.sources, strict=True)):
         name = set_name(split, number, dataset)
-        results = encoder.encode(first_rows(pieces, number))
+        rows = first_rows(pieces, number)
         if some_good:
-            SetRows.of(results).check_some_good(name)
-        samples = [row for row in results if isinstance(row, Sample)]
+            SetRows.of(encoder.encode(rows, compare=False)).check_some_good(name)
+        # First without the rows' messages: what is wrong with boundaries is wrong with every row.
+        samples = [row for row in encoder.encode(rows, compare=False) if isinstance(row, Sample)]
+        check_columns(name, dataset, rows, samples)
+        labels = job_labels if dataset.loss is None else label_maker(dataset.loss, encoder.family)
+        loss = encoder.losses[number]
         seen = _Seen(name, samples, encoder.family)
-        is_sampled = source in (LossSource.TEMPLATE, LossSource.BOUNDARIES)
-        open_ends = seen.open_ends(labels, encoder.ending_token_ids) if samples and is_sampled else ""
+        is_chat = source in (LossSource.MESSAGES, LossSource.ROLES) and dataset.kind == "chat"
+        is_chat = is_chat and not (isinstance(loss, RoleLoss) and not _teaches_to_stop(loss))
+        open_ends = seen.open_ends(labels, encoder.ending_token_ids) if samples and is_chat else ""
         log.info("%s: loss on %s%s", name, described(source, labels, encoder.ending_token_ids), open_ends)
         if not samples:
             continue
@@ -58,6 +66,16 @@ def check_first_rows(
         if not allows_empty(loss):
             seen.check_trained(labels)
     return encoder.sources
+
+
+def check_columns(name: str, dataset: DatasetSettings, rows: Sequence[RawRow], samples: Sequence[Sample]) -> None:
+    """Raise UserError for a set that names a column which none of its first rows has (`mmray.rows.columns`)."""
+    values = [row.value for row in rows if isinstance(row.value, dict)]
+    seen = {column for value in values for column in watched_columns(value, dataset)}
+    images = sum(len(sample.images) for sample in samples)
+    problem = columns_problem(name, dataset.model_dump(mode="json"), images, seen) if values else None
+    if problem:
+        raise UserError(problem)
 
 
 def set_name(split: str, number: int, dataset: DatasetSettings) -> str:
@@ -93,13 +111,10 @@ def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence
             return "every token but media"
         case LossSource.ROW:
             return "what each row's sampled_mask or labels say"
-        case LossSource.TEMPLATE:
-            return f"what the chat template marks as generated, and what ends it: {list(ending_token_ids)}"
+        case LossSource.MESSAGES:
+            return f"what the assistant says in each message, and what ends it: {list(ending_token_ids)}"
         case LossSource.ANSWER:
             return "what follows each row's prompt"
-        case LossSource.BOUNDARIES:
-            stops = f", stop {list(labels.stop_token_ids)}" if labels.stop_token_ids else ""
-            return f"the family's {_turns(labels, labels.roles_to_train[0])}{stops}"
         case LossSource.ROLES:
             turns = "; ".join(_turns(labels, role) for role in labels.roles_to_train) or "no turns"
             return f"{turns} (train_on_eos: {labels.train_on_eos})"
@@ -117,6 +132,11 @@ def _end(boundary: RoleBoundary) -> str:
     if boundary.until_next:
         return "where the next turn starts"
     return str(list(boundary.end)) if boundary.end else "of the sample"
+
+
+def _teaches_to_stop(loss: RoleLoss) -> bool:
+    """Whether ends of the assistant's turns are asked for."""
+    return SAMPLED_ROLE in loss.roles and loss.train_on_eos != "none"
 
 
 class _Seen:

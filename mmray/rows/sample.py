@@ -35,7 +35,16 @@ class Sample:
     visual_pairs: int = 0
     """Sum over its tiles of their visual tokens squared: what attention in the vision tower grows with."""
     notes: tuple[str, ...] = ()
-    """What was passed over in its images (`ImageHeader.note`), a word for each image that has one."""
+    """What was passed over in its images (`ImageHeader.note`), a word for each image that has one; and what a chat
+    template left out."""
+    dataset: int = 0
+    """The number of its set of rows in the split."""
+    messages: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    """The message of each token, int32 [n] (-1: of none), where the encoder was asked for it (`tells_messages`)."""
+    roles: tuple[str, ...] = ()
+    """Of a chat's messages."""
+    columns: tuple[str, ...] = ()
+    """Of its row, those that its set is judged by (`mmray.rows.columns`)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ class RejectedRow:
     reason: str
     message: str
     row: str
+    dataset: int = 0
+    columns: tuple[str, ...] = ()
 
 
 def shown(value: object) -> str:

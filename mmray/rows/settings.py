@@ -2,21 +2,30 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from mmray.base.settings import RowKind, Settings
+from mmray.loss.loss import LossSetting, RoleLoss, loss_record
 
 FIELDS: dict[RowKind, tuple[str, ...]] = {
     "pretrain": ("id", "text", "images"),
-    "chat": ("id", "messages", "conversations", "images"),
-    "tokenized": ("id", "input_ids", "labels", "sampled_mask", "images"),
+    "chat": ("id", "messages", "conversations", "images", "system", "tools", "chat_template_kwargs"),
+    "tokenized": ("id", "input_ids", "labels", "sampled_mask", "attention_mask", "images"),
 }
 
 ONE_IMAGE = "image"
 """What LLaVA and its children call the image of a row; read where a row has no `images`."""
 
 
-_LATER = ("members", "pdf_dpi")
+LIKE_IMAGES = tuple(
+    f"{stem}{ending}"
+    for stem in ("image", "img", "picture", "pic", "photo", "page_image", "scan", "image_path", "image_file")
+    for ending in ("", "s")
+)
+"""Columns, in small letters, that look like images (`mmray.rows.columns`)."""
+
+_OF_CHATS = ("roles", "ignore_message_keys", "allow_dropped", "chat_template_kwargs")
+_LATER = (*_OF_CHATS, "own_token_text", "join_documents", "loss", "members", "pdf_dpi")
 """Settings that came after the first version of prepared datasets."""
 
 
@@ -52,6 +61,10 @@ class DatasetSettings(Settings):
     placeholder: str = "<image>"
     """Text that stands for an image in `text` and in message strings. The model's own text for it works too."""
 
+    own_token_text: str | None = None
+    """Where rows speak of the model's own image token (`<image>` of LLaVA) and name their images by another
+    `placeholder`: what stands in the text for it, such as `< image >`. Default: that token is an image, too."""
+
     images_first: bool = False
     """Put a placeholder and a line break for each image before a `pretrain` text that has no placeholder: captions of
     WebDataset shards and most datasets of Hugging Face name their image nowhere."""
@@ -66,6 +79,41 @@ class DatasetSettings(Settings):
     pdf_dpi: Annotated[int, Field(ge=18, le=1200)] | None = None
     """Pixels an inch of pages of PDFs in this set. Default: `images.pdf_dpi`."""
 
+    join_documents: str | None = None
+    """Text between the documents of one `pretrain` row, such as the tokenizer's end-of-document token where packed
+    files join them by it. Each is read as that token, which is otherwise refused inside a text."""
+
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default_factory=dict)
+    """Of `chat` rows: further names of roles, `{narrator: user}`."""
+
+    ignore_message_keys: tuple[str, ...] = ()
+    """Of `chat` rows: keys of messages and their parts that are not to be read. Any other key that mmray does not know
+    rejects the row."""
+
+    allow_dropped: tuple[Literal["reasoning"], ...] = ()
+    """Of `chat` rows: what the chat template may leave out of the text. `reasoning`: thoughts, which the templates of
+    thinking models keep in the last turn alone. Counted in the manifest. Anything else that is left out rejects the
+    row."""
+
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Of `chat` rows: variables for the chat template, such as `{enable_thinking: false}`. A row's own column of this
+    name comes before it."""
+
+    loss: LossSetting | None = None
+    """Which tokens of this set train, where it is not as the job's `loss` says."""
+
+    @field_serializer("loss")
+    def _plain_loss(self, loss: Any) -> Any:
+        return None if loss is None else loss_record(loss)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain JSON, for a prepared dataset's record. Keys that came after its first version stand
+        there only where they say something."""
+        values = self.model_dump(mode="json")
+        fields = type(self).model_fields
+        empty = {name for name in _LATER if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
+        return {name: value for name, value in values.items() if name not in empty}
+
     @model_validator(mode="after")
     def _known_columns(self) -> "DatasetSettings":
         for name in self.columns:
@@ -77,16 +125,24 @@ class DatasetSettings(Settings):
             raise ValueError("placeholder must not be empty")
         return self
 
-    def record(self) -> dict[str, Any]:
-        """The settings as plain JSON, for what a prepared dataset depends on. Keys that came after its first version
-        stand there only where they say something."""
-        return self.model_dump(mode="json", exclude={name for name in _LATER if not getattr(self, name)})
+    @model_validator(mode="after")
+    def _fit_the_kind(self) -> "DatasetSettings":
+        wrong = [name for name in _OF_CHATS if getattr(self, name) and self.kind != "chat"]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is for chat rows; this set has {self.kind} rows")
+        if self.join_documents is not None and (self.kind != "pretrain" or not self.join_documents):
+            raise ValueError("join_documents is the text between documents of pretrain rows; it must not be empty")
+        if self.loss is not None and self.kind == "pretrain":
+            raise ValueError("loss: every token of pretrain rows trains; leave it out")
+        if isinstance(self.loss, RoleLoss) and self.loss.allow_empty:
+            raise ValueError("loss: allow_empty is for the job's loss; leave it out here")
+        return self
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """Names in the file of all that rows are made of."""
+        """Names in the file of all that rows are made of, and those by which a set is judged."""
         names = [self.column(field) for field in FIELDS[self.kind]]
-        return (*names, ONE_IMAGE) if self.column("images") == "images" else tuple(names)
+        return tuple(dict.fromkeys((*names, *(LIKE_IMAGES if self.column("images") == "images" else ()))))
 
     def column(self, field: str) -> str:
         """The name in the file of one of mmray's fields."""

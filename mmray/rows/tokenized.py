@@ -9,7 +9,8 @@ from mmray.errors import RowError
 from mmray.images import TilePlan
 from mmray.images.source import one_line
 from mmray.loss.labels import IGNORE_INDEX
-from mmray.rows.document import check_image_count, missing_column
+from mmray.rows.document import check_image_count
+from mmray.rows.messages import missing_column
 from mmray.rows.settings import DatasetSettings
 
 
@@ -53,6 +54,13 @@ def own_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.ndarray) -
             "disagree on what trains; leave one of them out",
         )
     return sampled
+
+
+def attended_tokens(value: dict[str, Any], dataset: DatasetSettings, num_tokens: int) -> np.ndarray:
+    """Where the row's `attention_mask` is not 0, bool [n]: all tokens of a row without one. Raises RowError."""
+    column = dataset.column("attention_mask")
+    mask = value.get(column)
+    return np.ones(num_tokens, dtype=bool) if mask is None else _flags(mask, column, num_tokens)
 
 
 def image_blocks(

@@ -8,6 +8,7 @@ texts are scanned as in training: a row is good if its turns begin and end at th
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,8 +18,8 @@ from mmray.families import Family
 from mmray.families.base import RoleMarkers
 from mmray.loss.roles import RoleBoundary
 from mmray.loss.turns import opened_turns
+from mmray.rows.messages import Part
 
-Content = str | list[dict[str, str]]
 _BLANKS = r"[\s\u2581]+"
 """Sentencepiece writes spaces as U+2581, and reads that character as one."""
 
@@ -37,21 +38,19 @@ class TypedMarkers:
         patterns = [_BLANKS.join(map(re.escape, text.split())) for text in longest_first]
         self._typed = re.compile("|".join(patterns) or r"(?!)")
 
-    def found(self, content: Content) -> list[str]:
+    def found(self, parts: Sequence[Part]) -> list[str]:
         """The markers typed in a message's content."""
-        return [match.group() for match in self._typed.finditer(_joined(content))]
+        return [match.group() for match in self._typed.finditer(_joined(parts))]
 
-    def blanked(self, content: Content) -> Content:
+    def blanked(self, parts: Sequence[Part]) -> tuple[Part, ...]:
         """The content with each typed marker as so many letters x."""
-        text = self._typed.sub(lambda match: "x" * len(match.group()), _joined(content))
-        if isinstance(content, str):
-            return text
-        parts, read = [], 0
-        for part in content:
-            stop = read + len(part.get("text", _NO_TEXT))
-            parts.append(part | {"text": text[read:stop]} if "text" in part else part)
+        text = self._typed.sub(lambda match: "x" * len(match.group()), _joined(parts))
+        blanked, read = [], 0
+        for part in parts:
+            stop = read + len(_NO_TEXT if part.text is None else part.text)
+            blanked.append(part if part.text is None else replace(part, text=text[read:stop]))
             read = stop
-        return parts
+        return tuple(blanked)
 
     def check(self, text: str, blanked: str, typed: Sequence[tuple[str, str]]) -> None:
         """Raise RowError unless the turns of a row's text are those of the same text with typed markers blanked.
@@ -82,9 +81,9 @@ class TypedMarkers:
 _NO_TEXT = "\0"
 
 
-def _joined(content: Content) -> str:
+def _joined(parts: Sequence[Part]) -> str:
     """Templates write parts one after another: a marker could be typed half in one and half in the next."""
-    return content if isinstance(content, str) else "".join(part.get("text", _NO_TEXT) for part in content)
+    return "".join(_NO_TEXT if part.text is None else part.text for part in parts)
 
 
 def _special_tokens(family: Family, markers: Sequence[RoleMarkers]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from mmray.loss.settings import Loss
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.driver import RunWindows, prepare_files
-from mmray.prepared.stages import PrepareContext, WindowPacker, WindowPlan
+from mmray.prepared.stages import PrepareContext, WindowPacker
 from mmray.prepared.window import Window, samples_table
 from mmray.rows.dealing import dealing_of
 from mmray.rows.files import Chunk, plan_chunks, set_files, source_files
@@ -50,8 +50,6 @@ class Preparation:
     ) -> None:  # fmt: skip
         settings = DataSettings(train=tuple(DatasetSettings(**each) for each in datasets), **data)
         self.tiling = TilingPolicy.model_validate(tiling or {})
-        self.dealing = 1
-        """The way its rows are dealt, known with its windows."""
         known = isinstance(processor, Family)
         family = processor if known else family_of(processor, tiled=self.tiling.is_tiled)
         self.context = PrepareContext(
@@ -102,18 +100,18 @@ class Preparation:
         return result
 
     def window(self, results: Iterable[Sample | RejectedRow]) -> Window:
-        return WindowPacker(self.context, WindowPlan("", self.dealing)).pack(samples_table(list(results)))
+        return WindowPacker(self.context, "").pack(samples_table(list(results)))
 
     @property
     def record(self) -> dict[str, Any]:
         return self.context.record(source_files(self.data.train))
 
     def windows(self) -> Iterator[tuple[int, list[Sample | RejectedRow]]]:
-        """The encoded rows of each window of the files."""
-        self.dealing = dealing_of(self.record)
+        """The encoded rows of each window of the files, dealt as for a new dataset."""
+        self.context = self.context.dealt(dealing_of(self.record))
         chunks = plan_chunks(
             source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows,
-            dealing=self.dealing,
+            dealing=self.context.dealing,
         )  # fmt: skip
         for number, window in itertools.groupby(chunks, lambda chunk: chunk.window):
             yield number, [result for chunk in window for result in self.encoder.encode(list(chunk_rows(chunk)))]
@@ -141,10 +139,10 @@ def committing(windows: Mapping[int, Window]) -> RunWindows:
     """A way of making windows, each in one chunk, that commits these."""
 
     def run_windows(
-        context: PrepareContext, plan: WindowPlan, chunks: Sequence[Chunk], _sizes: KeptSizes | None
+        context: PrepareContext, token: str, chunks: Sequence[Chunk], _sizes: KeptSizes | None
     ) -> Iterator[int]:
         for chunk in chunks:
-            WindowWriter(context.path, plan.token).write(chunk.window, windows[chunk.window])
+            WindowWriter(context.path, token).write(chunk.window, windows[chunk.window])
             yield chunk.window
 
     return run_windows

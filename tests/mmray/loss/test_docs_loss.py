@@ -48,7 +48,7 @@ def check(shared_data, tmp_path, caplog):
         preparation = Preparation(processor, {"files": file, "kind": "chat"}, loss=loss)
         (chunk,) = plan_chunks(source_files(preparation.data.train), window_rows=64, chunk_rows=64)
         with caplog.at_level(logging.INFO, logger="mmray"):
-            check_first_rows(preparation.encoder, preparation.labels, chunk.pieces, split="train", loss=loss)
+            check_first_rows(preparation.encoder, preparation.labels, chunk.pieces, split="train")
         return caplog.messages
 
     return check

@@ -52,10 +52,10 @@ def glm(processors):
     return make
 
 
-def trained_text(family, row, loss="sampled"):
+def trained_text(family, row, loss="sampled", rule=None):
     preparation = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY, loss=loss)
     sample = preparation.sample(row)
-    assert sample.rule == preparation.encoder.sources[0].rule
+    assert sample.rule == (preparation.encoder.sources[0].rule if rule is None else rule)
     (labels,) = sample_labels([sample], preparation.labels)
     return preparation.encoder.sources[0], family.tokenizer.decode(labels[labels != IGNORE_INDEX])
 
@@ -66,15 +66,23 @@ CLOSED = chat("What?", "This.", "And?")
 
 @pytest.mark.parametrize(("row", "text"), [(TWO_TURNS, "This.<|user|>That.<|user|>"), (CLOSED, "This.<|user|>")])
 def test_sampled_trains_the_user_s_token_that_ends_the_turn(glm, row, text):
-    assert trained_text(glm(marked=True), row) == (LossSource.TEMPLATE, text)
-    assert trained_text(glm(marked=False), row) == (LossSource.BOUNDARIES, text)
+    assert trained_text(glm(marked=True), row) == (LossSource.MESSAGES, text)
+    assert trained_text(glm(marked=False), row) == (LossSource.MESSAGES, text)
 
 
-@pytest.mark.parametrize("train_on_eos", ["turn", "all", "last", "none"])
+@pytest.mark.parametrize(
+    ("train_on_eos", "text"),
+    [
+        ("turn", "This.<|user|>That.<|user|>"), ("all", "This.<|user|>That.<|user|>"), ("last", "This.That.<|user|>"),
+        ("none", "This.That."),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("marked", [True, False])
-def test_roles_leave_it_out(glm, marked, train_on_eos):
-    found = trained_text(glm(marked), TWO_TURNS, RoleLoss(train_on_eos=train_on_eos))
-    assert found == (LossSource.ROLES, "This.That.")
+def test_roles_train_it_too(glm, marked, train_on_eos, text):
+    """No scan finds it, so the rows say it themselves; without ends the scan is enough."""
+    rule = LossRule.ROLES if train_on_eos == "none" else LossRule.GIVEN
+    found = trained_text(glm(marked), TWO_TURNS, RoleLoss(train_on_eos=train_on_eos), rule)
+    assert found == (LossSource.ROLES, text)
 
 
 TOOL = {
@@ -91,7 +99,7 @@ TOOL = {
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_call_of_a_tool_ends_with_the_token_of_its_answer(glm, marked):
     assert trained_text(glm(marked), TOOL)[1] == "look()<|observation|>Twelve.<|user|>"
-    assert trained_text(glm(marked), TOOL, RoleLoss())[1] == "look()Twelve."
+    assert trained_text(glm(marked), TOOL, RoleLoss(), LossRule.GIVEN)[1] == "look()<|observation|>Twelve.<|user|>"
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -111,7 +119,7 @@ def test_a_chat_of_one_turn_teaches_to_stop(glm, marked):
     assert (ids[-1], ids.count(stop)) == (stop, 2)
     assert trained_text(family, chat("What?", "This."))[1] == "This.<|user|>"
     assert preparation.sample(chat("What?")).input_ids.tolist().count(stop) == 1
-    for loss in ("all", RoleLoss()):
+    for loss in ("all", RoleLoss(train_on_eos="none")):
         other = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY, loss=loss)
         assert other.sample(chat("What?", "This.")).input_ids.tolist() == ids[:-1]
 
@@ -119,15 +127,14 @@ def test_a_chat_of_one_turn_teaches_to_stop(glm, marked):
 @pytest.mark.parametrize("end", ["<|user|>", "<|observation|>\n", "<|im_end|>"])
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_template_that_ends_the_turn_needs_no_stop_token(glm, marked, end):
-    """<|im_end|> ends no turn of this family: a stop is added behind it, where it is what the model says."""
+    """<|im_end|> is what the tokenizer says that texts end with."""
     family = glm(marked)
     plain = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY).sample(chat("What?", "This."))
     family.processor.chat_template += "{{- '" + end.replace("\n", "\\n") + "' -}}"
     preparation = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY)
     ids = preparation.sample(chat("What?", "This.")).input_ids.tolist()
     written = family.tokenizer(end)["input_ids"]
-    added = [family.token_id("<|user|>")] if end == "<|im_end|>" and not marked else []
-    assert ids == plain.input_ids.tolist()[:-1] + written + added
+    assert ids == plain.input_ids.tolist()[:-1] + written
 
 
 def test_samples_of_a_bin_do_not_end_each_other_s_turns(glm):
@@ -136,7 +143,7 @@ def test_samples_of_a_bin_do_not_end_each_other_s_turns(glm):
         family = glm(marked)
         preparation = Preparation(family, {"files": "rows.jsonl", "kind": "chat"}, packing=ROOMY)
         samples = [preparation.sample(TWO_TURNS), preparation.sample(CLOSED)]
-        assert {sample.rule for sample in samples} == {LossRule.GIVEN if marked else LossRule.ROLES}
+        assert {sample.rule for sample in samples} == {LossRule.GIVEN}
         together = sample_labels(samples, preparation.labels)
         alone = [sample_labels([sample], preparation.labels)[0] for sample in samples]
         assert [labels.tolist() for labels in together] == [labels.tolist() for labels in alone]

@@ -263,8 +263,8 @@ def test_turns_of_every_family(processor, model_type):
     end = {"qwen": "<|im_end|>", "idef": "<|end_of_text|>", "smol": "<end_of_utterance>"}[model_type[:4]]
     space = " " if model_type == "smolvlm" else ""  # its header ends with the colon
     assert decoded(preparation, [preparation.sample(row)]) == [f"{space}12.50{end}{space}Yes{end}"]
-    users = label_maker(RoleLoss(roles=("user",)), preparation.family)
-    assert decoded(preparation, [preparation.sample(row)], users) == [f"{space}Total?{end}{space}Sure?{end}"]
+    preparation = Preparation(processor, {"files": "rows.jsonl", "kind": "chat"}, loss=RoleLoss(roles=("user",)))
+    assert decoded(preparation, [preparation.sample(row)]) == [f"{space}Total?{end}{space}Sure?{end}"]
 
 
 @pytest.mark.parametrize("loss", ["all", RoleLoss(train_on_inputs=True)])
@@ -352,21 +352,24 @@ def expected_texts(preparation: Preparation, rows: list[dict[str, Any]], *, defa
 
 
 def test_shared_chat_by_boundaries(encoded, shared_processor):
-    """One encoding, every way to scan it: `sampled` is the assistants' turns with their ends."""
-    preparation, rows, samples = encoded(shared_processor, "chat.jsonl", "chat")
-    assert preparation.encoder.sources == [LossSource.BOUNDARIES]
+    """Every way to train it: `sampled` is the assistants' turns with their ends, as a scan finds them."""
+    sampled, _, of_messages = encoded(shared_processor, "chat.jsonl", "chat")
+    assert sampled.encoder.sources == [LossSource.MESSAGES]
+    preparation, rows, samples = encoded(shared_processor, "chat.jsonl", "chat", RoleLoss())
+    assert {sample.rule for sample in samples} == {LossRule.ROLES}
     is_qwen = "<|im_start|>" in shared_processor.tokenizer.get_vocab()
     losses: list[Loss] = ["sampled", *(RoleLoss(train_on_eos=each) for each in ("turn", "all", "last", "none"))]
     for loss in losses:
         train_on_eos = "turn" if loss == "sampled" else loss.train_on_eos
         expected = expected_texts(preparation, rows, default_system=is_qwen, train_on_eos=train_on_eos)
-        assert decoded(preparation, samples, label_maker(loss, preparation.family)) == expected
+        found = of_messages if loss == "sampled" else samples
+        assert decoded(preparation, found, label_maker(loss, preparation.family)) == expected
 
 
 def test_shared_chat_by_template(encoded, shared_processor):
     marked = with_marked_template(shared_processor)
     preparation, rows, samples = encoded(marked, "chat.jsonl", "chat")
-    assert preparation.encoder.sources == [LossSource.TEMPLATE]
+    assert preparation.encoder.sources == [LossSource.MESSAGES]
     expected = expected_texts(preparation, rows, default_system=False, train_on_eos="turn")
     assert decoded(preparation, samples) == expected
     content_alone = with_marked_template(shared_processor, end_inside=False)

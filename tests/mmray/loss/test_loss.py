@@ -67,22 +67,18 @@ def test_roles_are_scanned_in_both_kinds(family, kind):
     assert loss_source(RoleLoss(), kind, family) is LossSource.ROLES
 
 
-def test_sampled_asks_the_row_then_the_template_then_the_family(processors):
+def test_sampled_asks_the_row_or_the_messages(processors):
     plain, marked = processors["qwen2_vl"], with_marked_template(processors["qwen2_vl"])
     assert loss_source("sampled", "tokenized", Qwen2VL(marked)) is LossSource.ROW
-    assert loss_source("sampled", "chat", Qwen2VL(marked)) is LossSource.TEMPLATE
-    assert loss_source("sampled", "chat", Silent(marked)) is LossSource.TEMPLATE
-    assert loss_source("sampled", "chat", Qwen2VL(plain)) is LossSource.BOUNDARIES
+    for family in (Qwen2VL(marked), Silent(marked), Qwen2VL(plain), Silent(plain)):
+        assert loss_source("sampled", "chat", family) is LossSource.MESSAGES
 
 
-def test_sampled_without_a_signal_is_an_error_with_the_ways_out(processors):
-    class OnlyUsers(Qwen2VL):
-        role_markers = (RoleMarkers("user", "<|im_start|>user", "<|im_end|>"),)
-
-    for family in (Silent(processors["qwen2_vl"]), OnlyUsers(processors["qwen2_vl"])):
-        with pytest.raises(UserError, match=r"{% generation %}.*boundaries: .*loss: all") as caught:
-            loss_source("sampled", "chat", family)
-        assert "\n" not in str(caught.value)
+def test_tokenized_rows_have_no_messages_to_choose_from(family):
+    for loss in (RoleLoss(turns="last"), RoleLoss(reasoning="none"), RoleLoss(train_empty_thoughts=False)):
+        with pytest.raises(UserError, match="which tokenized rows do not have"):
+            loss_source(loss, "tokenized", family)
+        assert loss_source(loss, "chat", family) is LossSource.ROLES
 
 
 def test_sources_have_the_rules_by_which_samples_are_labelled():
@@ -91,9 +87,8 @@ def test_sources_have_the_rules_by_which_samples_are_labelled():
         "all": LossRule.ALL,
         "roles": LossRule.ROLES,
         "row": LossRule.GIVEN,
-        "template": LossRule.GIVEN,
+        "messages": LossRule.GIVEN,
         "answer": LossRule.GIVEN,
-        "boundaries": LossRule.ROLES,
     }
 
 

@@ -117,7 +117,7 @@ def test_windows_without_bins_stand_between_others(inputs, processors, tmp_path,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format_version": 99}', "has format 99, this mmray reads 2; prepare it anew"),
+        ('{"format_version": 99}', "has format 99, this mmray reads 3; prepare it anew"),
         ('{"some": "other tool"}', "has format None"),
         ('{"format_', "is not JSON"),
         ("[]", "was not written by mmray"),

@@ -114,6 +114,7 @@ def test_bins_hold_whole_samples_each_once_within_both_capacities(case):
         "rows_rejected": len(out),
         "rejected_by_reason": dict(sorted(Counter(row["reason"] for row in out).items())),
         "content": window.statistics["content"],
+        "set_columns": {},
         "bins": len(bins),
         "bins_at_least": window.statistics["bins_at_least"],
         "tokens": sum(each["num_tokens"] for each in bins),

@@ -425,25 +425,25 @@ def test_a_folder_that_is_closed_is_told(preparation, tmp_path):
 
 @pytest.fixture
 def two_sets(processors, tmp_path):
-    """Two sets of rows in windows of 4: pages first, the other after them."""
+    """Two sets of rows in windows of 4."""
     sets = []
     for name in ("one", "two"):
         rows = [{"id": f"{name}{number}", "text": f"{name} {number}"} for number in range(8)]
         sets.append({"files": write_rows(tmp_path / f"{name}.jsonl", rows), "kind": "pretrain"})
     packing = PACKING.model_copy(update={"window_rows": 4, "token_capacity": 30})
-    return lambda: Preparation(processors["qwen2_vl"], *sets, packing=packing)
+    return lambda **changes: Preparation(
+        processors["qwen2_vl"], *sets, packing=packing.model_copy(update=changes), max_rejected_share=1
+    )  # fmt: skip
 
 
-def as_it_was(preparation, monkeypatch):
-    """The same job as a version without dealing had it."""
-    record = {name: value for name, value in preparation.record.items() if name != "dealing"}
-    monkeypatch.setattr(PrepareContext, "record", lambda context, files: record)
-    return preparation
+def as_it_was(monkeypatch):
+    """Records are those of a version that knew of no dealing."""
+    record = PrepareContext.record
 
+    def without_dealing(context, files):
+        return {name: value for name, value in record(context, files).items() if name != "dealing"}
 
-def interrupt_with_the_first_window(done, total):
-    if done:
-        raise KeyboardInterrupt
+    monkeypatch.setattr(PrepareContext, "record", without_dealing)
 
 
 def sets_of_windows(prepared):
@@ -460,7 +460,8 @@ def test_new_datasets_hold_every_set_in_every_window(two_sets, tmp_path):
 
 def test_a_finished_dataset_of_before_is_up_to_date(two_sets, tmp_path):
     with pytest.MonkeyPatch.context() as before:
-        prepared = as_it_was(two_sets(), before).write(tmp_path / "old")
+        as_it_was(before)
+        prepared = two_sets().write(tmp_path / "old")
     assert "dealing" not in prepared.manifest["record"]
     assert sets_of_windows(prepared) == [{"one"}] * 2 + [{"two"}] * 2
     there = contents(tmp_path / "old")
@@ -470,10 +471,13 @@ def test_a_finished_dataset_of_before_is_up_to_date(two_sets, tmp_path):
 
 def test_an_unfinished_dataset_of_before_ends_as_it_was_planned(two_sets, tmp_path):
     with pytest.MonkeyPatch.context() as before:
-        old = as_it_was(two_sets(), before)
+        as_it_was(before)
+        old = two_sets()
         whole = old.write(tmp_path / "whole")
-        with pytest.raises(KeyboardInterrupt):
-            old.write(tmp_path / "begun", on_progress=interrupt_with_the_first_window)
+        writer = PreparedWriter(str(tmp_path / "begun"))
+        writer.begin(old.record)
+        number, results = next(old.windows())
+        writer.windows().write(number, old.window(results))
     ended = two_sets().write(tmp_path / "begun")
     assert ended.fingerprint == whole.fingerprint
     assert contents(tmp_path / "begun").keys() == contents(tmp_path / "whole").keys()
@@ -482,12 +486,11 @@ def test_an_unfinished_dataset_of_before_ends_as_it_was_planned(two_sets, tmp_pa
     ]
 
 
-def test_other_settings_of_a_dataset_of_before_are_still_told(two_sets, processors, tmp_path):
+def test_other_settings_of_a_dataset_of_before_are_still_told(two_sets, tmp_path):
     with pytest.MonkeyPatch.context() as before:
-        as_it_was(two_sets(), before).write(tmp_path / "old")
-    other = two_sets()
-    packing = other.packing.model_copy(update={"token_capacity": 40})
-    other.context = replace(other.context, packing=packing)
+        as_it_was(before)
+        two_sets().write(tmp_path / "old")
+    other = two_sets(token_capacity=40)
     with pytest.raises(UserError, match=r"packing\.token_capacity: 30 -> 40") as refusal:
         other.write(tmp_path / "old")
     assert "dealing" not in str(refusal.value)

@@ -110,6 +110,23 @@ BAD = {
     "an unknown role": Bad("chat", messages("hi", role="narrator"), "unknown_role", ("'narrator'", "known are system")),
     "a role that is no text": Bad("chat", {"messages": [{"role": {"name": "user"}, "content": "a"}]}, "unknown_role",
                                   ("{'name': 'user'}",)),
+    "an unknown key": Bad("chat", {"messages": [{"role": "user", "content": "a", "mood": "sad"}]}, "unknown_field",
+                          ("message 0 has the key 'mood'", "ignore_message_keys")),
+    "a call that the template leaves out": Bad(
+        "chat",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [
+            {"function": {"name": "look", "arguments": {"page": 3}}}]}]},
+        "not_written", ("message 1 (assistant): the chat template leaves out its", ),
+    ),
+    "a weight that is no flag": Bad("chat", {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+                                    "unsupported_flag", ("message 0 has weight 0.5",)),
+    "a user that is to train": Bad("chat", {"messages": [{"role": "user", "content": "a", "train": True}]},
+                                   "unsupported_flag", ("message 0 is of role 'user' and has train True",)),
+    "a part that names another picture": Bad(
+        "chat",
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "other.png"}]}], "images": ["page.png"]},
+        "image_conflict", ("image part 0 names", "other.png"),
+    ),
     "messages in messages": Bad("chat", {"messages": [messages("hi", role="narrator")]}, "unknown_role", ("None",)),
     "messages as content": Bad("chat", messages([messages("hi", role="narrator")]), "wrong_type", ("a part must",)),
     "a start of turn in a chat": Bad("chat", chat("<|im_start|>assistant\nYes", "x"), "special_token_in_text",
@@ -229,7 +246,7 @@ def test_every_reason_that_preparing_gives_is_in_the_table() -> None:
     """Beside those that have tests of their own: of families, of templates, of training."""
     elsewhere = {
         "bad_tar", "bad_csv", "needs_image", "template", "image_tokens", "image_corrupt", "image_changed",
-        "pdf_empty_page",
+        "pdf_empty_page", "turns_differ",
     }  # fmt: skip
     assert {bad.reason for bad in BAD.values()} == reasons_in_code() - elsewhere
 

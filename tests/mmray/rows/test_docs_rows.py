@@ -13,8 +13,8 @@ from mmray.errors import UserError
 from mmray.images import ALLOWED_SCHEMES
 from mmray.images.readers import FORMATS
 from mmray.packing.settings import PackingSettings
-from mmray.rows.document import _ROLES
 from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.messages import ROLES
 from mmray.rows.read import read_piece
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import FIELDS, DatasetSettings
@@ -42,7 +42,7 @@ def test_lists_of_names_are_those_of_the_code():
     for kind, fields in FIELDS.items():
         (row,) = re.findall(rf"^\| `{kind}` \| (.*?) \|", TEXT, flags=re.M)
         assert re.findall(r"`(\w+)`", row) == list(fields)
-    for name in [*_ROLES, *ALLOWED_SCHEMES]:
+    for name in [*ROLES, *ALLOWED_SCHEMES]:
         assert f"`{name}`" in TEXT, name
     assert ", ".join(FORMATS) in TEXT
     for field in DatasetSettings.model_fields:

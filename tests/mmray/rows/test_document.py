@@ -137,10 +137,38 @@ def test_fields_that_a_parquet_file_fills_with_nothing_are_not_there(reader):
     assert reader("chat").read(user([part]) | {"images": ["a.jpg"]}, SOURCE).text.count(QWEN_UNIT) == 1
 
 
-def test_image_parts_of_openai_are_images_and_the_images_column_says_which(reader):
-    part = {"type": "image_url", "image_url": {"url": "http://elsewhere/x.jpg"}}
-    document = reader("chat").read(user([part]) | {"images": ["a.jpg"]}, SOURCE)
-    assert document.images == (ImageRef("/data/set/a.jpg"),)
+def test_an_image_part_says_which_picture_it_is(reader):
+    """Beside a column of images, too: they must say the same."""
+    for part in (
+        {"type": "image_url", "image_url": {"url": "a.jpg"}}, {"type": "image", "image": "a.jpg"},
+        {"type": "image", "path": "a.jpg"}, {"type": "image", "url": "./a.jpg", "image": None},
+        {"type": "image_url", "image_url": "a.jpg"}, {"type": "image", "image": {"path": "a.jpg", "bytes": None}},
+    ):  # fmt: skip
+        for row in (user([part]), user([part]) | {"images": ["a.jpg"]}):
+            assert reader("chat").read(row, SOURCE).images == (ImageRef("/data/set/a.jpg"),)
+        error = error_of(reader("chat"), user([part]) | {"images": ["b.jpg"]})
+        assert error.reason == "image_conflict"
+        assert "names '/data/set/a.jpg', and images[0] '/data/set/b.jpg'" in error.message
+
+
+def test_an_index_points_into_the_images(reader):
+    def parts(*numbers):
+        return user([{"type": "image", "index": number, "text": None} for number in numbers])
+
+    images = {"images": ["a.jpg", "b.jpg"]}
+    found = reader("chat").read(parts(1, 0, 1) | images, SOURCE).images
+    assert [image.uri[-5:] for image in found] == ["b.jpg", "a.jpg", "b.jpg"]
+    assert error_of(reader("chat"), parts(0, 2) | images).reason == "image_conflict"
+    assert "images[1] is the picture of no image part" in error_of(reader("chat"), parts(0) | images).message
+    mixed = user([{"type": "image", "index": 0}, {"type": "image"}])
+    assert "some image parts have an index" in error_of(reader("chat"), mixed | images).message
+
+
+def test_a_data_uri_is_its_bytes(reader):
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+    assert reader("chat").read(user([part]), SOURCE).images == (ImageRef(data=b"hello"),)
+    for url in ("data:image/png,abc", "data:image/png;base64,a*b"):
+        assert error_of(reader("chat"), user([{"type": "image_url", "image_url": url}])).reason == "wrong_type"
 
 
 @pytest.mark.parametrize("alias", ["gpt", "assistant"])
@@ -163,7 +191,7 @@ def test_special_tokens_are_added_as_the_processor_would(reader):
     assert not reader("chat", "smolvlm").read(chat("Hi", "Yes"), SOURCE).add_special_tokens
 
 
-@pytest.mark.parametrize("role", ["narrator", "", None, 3, ["user"], {"user": 1}, "User"])
+@pytest.mark.parametrize("role", ["narrator", "", None, 3, ["user"], {"user": 1}, "Users"])
 def test_unknown_roles_are_refused_with_those_known(reader, role):
     error = error_of(reader("chat"), {"messages": [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]})
     assert error.reason == "unknown_role"

@@ -109,7 +109,7 @@ def test_chats_have_no_token_after_the_template(prepare, model_type):
     assert (
         sample.input_ids.tolist() == processor(text=[text], images=[page], add_special_tokens=special)["input_ids"][0]
     )
-    assert sample.rule == LossRule.ROLES
+    assert sample.rule == LossRule.GIVEN
 
 
 LOSSES = {"sampled": "sampled", "all": "all", "roles": RoleLoss(), "inputs": RoleLoss(train_on_inputs=True)}
@@ -117,7 +117,7 @@ LOSSES = {"sampled": "sampled", "all": "all", "roles": RoleLoss(), "inputs": Rol
 
 @pytest.mark.parametrize(
     ("loss", "chat_rule", "tokenized_rule"),
-    [("sampled", "ROLES", "GIVEN"), ("all", "ALL", "ALL"), ("roles", "ROLES", "ROLES"), ("inputs", "ALL", "ALL")],
+    [("sampled", "GIVEN", "GIVEN"), ("all", "ALL", "ALL"), ("roles", "ROLES", "ROLES"), ("inputs", "ALL", "ALL")],
 )
 def test_the_loss_is_a_rule_of_its_rows(prepare, loss, chat_rule, tokenized_rule):
     """That of `pretrain` rows is always every token."""
@@ -153,7 +153,7 @@ def test_sets_of_one_job_are_read_each_in_its_way(processors, pictures):
     values = [{"text": "[img] <image>", "images": ["page.png"]}, {"turns": chat("Hi", "Yes")["messages"]}]
     rows = [RawRow(f"x:{number}", number, value) for number, value in enumerate(values)]
     first, second = preparation.encoder.encode(rows)
-    assert (first.rule, second.rule) == (LossRule.ALL, LossRule.ROLES)
+    assert (first.rule, second.rule) == (LossRule.ALL, LossRule.GIVEN)
     crossed = [replace(row, dataset=1 - row.dataset) for row in rows]
     assert [result.reason for result in preparation.encoder.encode(crossed)] == ["missing_column", "missing_column"]
 
@@ -323,7 +323,7 @@ def test_a_rejected_row_shows_its_place_id_and_content(prepare):
     assert len(rejected.row) == 500
 
 
-@pytest.mark.parametrize("row_id", [None, True, 2.5, ["a"], {"a": "b" * 1000}])
+@pytest.mark.parametrize("row_id", [None, True, float("nan"), ["a"], {"a": "b" * 1000}])
 def test_a_rejected_row_without_an_id_goes_by_its_place(prepare, row_id):
     assert prepare("pretrain").rejected({"id": row_id, "text": ""}).id == "/nowhere/rows.jsonl:1"
 

@@ -85,7 +85,7 @@ def test_tokens_are_those_that_transformers_marks(processors, pictures, row, mod
 def test_a_shared_processor_s_tokens_are_those_that_transformers_marks(shared_processor, pictures):
     processor = with_marked_template(shared_processor)
     preparation = preparation_of(processor, pictures)
-    assert preparation.encoder.sources == [LossSource.TEMPLATE]
+    assert preparation.encoder.sources == [LossSource.MESSAGES]
     for row in (*ROWS[:4], ROWS[5]):
         sample = preparation.sample(row)
         ids, mask = by_transformers(processor, row, pictures)
@@ -108,7 +108,7 @@ def test_rows_of_one_call_may_be_marked_or_not(processors, pictures):
     chats = {"files": ("x",), "kind": "chat", "image_root": str(pictures)}
     processor = with_marked_template(processors["qwen2_vl"])
     both = Preparation(processor, chats, chats | {"kind": "pretrain"}, packing=ROOMY)
-    assert both.encoder.sources == [LossSource.TEMPLATE, LossSource.EVERY_TOKEN]
+    assert both.encoder.sources == [LossSource.MESSAGES, LossSource.EVERY_TOKEN]
     rows = [
         RawRow("x:1", 1, {"text": "Some text"}),
         RawRow("x:2", 0, chat("Hi", "Yes")),
@@ -134,7 +134,7 @@ class NoMarkers(Qwen2VL):
 @pytest.mark.parametrize(
     ("family", "end_inside", "expected"),
     [
-        (NoMarkers, False, "OneTwo"),
+        (NoMarkers, False, "One<|im_end|>Two<|im_end|>"),
         (NoMarkers, True, "One<|im_end|>Two<|im_end|>"),
         (Qwen2VL, False, "One<|im_end|>Two<|im_end|>"),
         (Qwen2VL, True, "One<|im_end|>Two<|im_end|>"),

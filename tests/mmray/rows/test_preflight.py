@@ -35,7 +35,7 @@ def check(tmp_path, processors, caplog):
         chunks = plan_chunks(source_files(preparation.data.train), window_rows=32, chunk_rows=32)
         pieces = [piece for chunk in chunks for piece in chunk.pieces]
         with caplog.at_level(logging.INFO, logger="mmray"):
-            found = check_first_rows(preparation.encoder, preparation.labels, pieces, split="train", loss=loss)
+            found = check_first_rows(preparation.encoder, preparation.labels, pieces, split="train")
         return found, caplog.messages
 
     return check
@@ -54,24 +54,20 @@ READY = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
 
 def test_each_set_s_source_is_said_once_with_its_ids(check, processors):
     found, said = check(("pretrain", [{"text": "A page."}]), ("chat", CHATS), ("tokenized", READY))
-    assert found == [LossSource.EVERY_TOKEN, LossSource.BOUNDARIES, LossSource.ROW]
-    family = Qwen2VL(processors["qwen2_vl"])
-    long, short = (family.tokenizer(text)["input_ids"] for text in ("<|im_start|>assistant\n", "<|im_start|>assistant"))
-    end = [family.token_id("<|im_end|>")]
+    assert found == [LossSource.EVERY_TOKEN, LossSource.MESSAGES, LossSource.ROW]
+    end = [Qwen2VL(processors["qwen2_vl"]).token_id("<|im_end|>")]
     assert said == [
         "data.train[0] (pretrain): loss on every token but media",
-        f"data.train[1] (chat): loss on the family's assistant turns, start {long} or {short}, end {end}",
+        f"data.train[1] (chat): loss on what the assistant says in each message, and what ends it: {end}",
         "data.train[2] (tokenized): loss on what each row's sampled_mask or labels say",
     ]
 
 
 def test_the_template_s_marks_are_said(check, processors):
     found, said = check(("chat", CHATS), processor=with_marked_template(processors["qwen2_vl"]))
-    assert found == [LossSource.TEMPLATE]
+    assert found == [LossSource.MESSAGES]
     end = processors["qwen2_vl"].tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert said == [
-        f"data.train[0] (chat): loss on what the chat template marks as generated, and what ends it: [{end}]"
-    ]
+    assert said == [f"data.train[0] (chat): loss on what the assistant says in each message, and what ends it: [{end}]"]
 
 
 def test_stop_tokens_are_said(check, processors):
@@ -81,10 +77,7 @@ def test_stop_tokens_are_said(check, processors):
     for processor in (processors["qwen2_vl"], with_marked_template(processors["qwen2_vl"])):
         family = Stopping(processor)
         _, said = check(("chat", CHATS), processor=family)
-        assert (
-            str(family.token_id("<|im_start|>"))
-            in said[-1].split("generated" if "generated" in said[-1] else "stop")[1]
-        )
+        assert str(family.token_id("<|im_start|>")) in said[-1].split("what ends it")[1]
 
 
 def test_last_turns_without_an_end_are_said(check, processors):
@@ -224,7 +217,8 @@ def test_each_set_is_looked_at(check):
 def test_a_set_of_which_nothing_trains(check, loss):
     """The assistant says nothing, and its end is not to be trained."""
     asked = [chat(f"Question {number}?") for number in range(3)]
-    assert "no turn of role 'assistant' begins" in refused(check, ("chat", asked), loss=loss)
+    nothing = "no token of the first 3 good rows trains" if loss == "sampled" else "no turn of role 'assistant' begins"
+    assert nothing in refused(check, ("chat", asked), loss=loss)
     silent = [chat("Question?", "") for _ in range(3)]
     if loss != "sampled":
         loss = RoleLoss(train_on_eos="none")
@@ -289,10 +283,10 @@ def test_a_set_may_have_several_files(check, tmp_path):
     assert check(("chat", []), loss=RoleLoss(), files=files)
 
 
-def test_without_a_signal_nothing_is_encoded(check, processors):
+def test_without_boundaries_the_messages_say_what_trains(check, processors):
     class Silent(Qwen2VL):
         role_markers = ()
 
     silent = Silent(processors["qwen2_vl"])
-    assert "loss: sampled: nothing says" in refused(check, ("chat", CHATS), processor=silent)
+    assert check(("chat", CHATS), processor=silent)[0] == [LossSource.MESSAGES]  # the messages say it
     assert check(("pretrain", [{"text": "A page."}]), ("tokenized", READY), processor=silent)

@@ -1,0 +1,209 @@
+"""Rows of a job file, shown before anything is prepared: what becomes of each, turn by turn, or why it is refused.
+
+The encoder and the label maker are those of preparing, so what is shown as trained is what would train. Nothing is
+written, no cluster is asked, and no more of the files is read than the rows that are shown.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from mmray.config.compatibility import job_family
+from mmray.config.job import Job
+from mmray.display.html import write_html
+from mmray.errors import UserError
+from mmray.families import Family
+from mmray.images import TilingPolicy
+from mmray.images.source import describe_source
+from mmray.inspect.page import page_of
+from mmray.inspect.terminal import is_plain, legend, print_sample
+from mmray.inspect.view import BinView, Mark, Piece, SampleView, Turn, view_pieces
+from mmray.loss.labels import IGNORE_INDEX, LabelMaker
+from mmray.loss.settings import allows_empty, label_maker
+from mmray.prepared.window import NOTHING_TRAINED
+from mmray.rows.encode import Encoder
+from mmray.rows.files import Piece as RowsPiece
+from mmray.rows.files import first_piece, plan_chunks, source_files
+from mmray.rows.preflight import sample_labels
+from mmray.rows.read import RawRow, read_piece
+from mmray.rows.sample import RejectedRow, Sample
+
+_SEARCHED_ROWS = 512
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row of a job: a sample with the pieces of its text, or the reason of its refusal. name: of its set, as
+    `train.0`; messages: the message of each piece, None outside of messages."""
+
+    name: str
+    result: Sample | RejectedRow
+    pieces: tuple[Piece, ...] = ()
+    messages: tuple[int | None, ...] = ()
+    trained: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as `mmray inspect --json` writes it."""
+        result = self.result
+        if isinstance(result, RejectedRow):
+            rejected = {"reason": result.reason, "message": result.message}
+            return {"id": result.id, "set": self.name, "pieces": [], "images": [], "rejected": rejected}
+        stretches = groupby(zip(self.pieces, self.messages), lambda pair: (pair[0].mark is Mark.TRAINED, pair[1]))
+        pieces = []
+        for (is_trained, message), pairs in stretches:
+            text = "".join(piece.label for piece, _ in pairs)
+            role = None if message is None else result.roles[message]
+            pieces.append({"text": text, "trained": is_trained, "role": role, "message": message})
+        images = [
+            {"source": describe_source(image.uri if image.data is None else image.data), "width": width,
+             "height": height, "tokens": int(tokens)}
+            for image, (width, height), (_, tokens) in zip(result.images, result.sizes, result.blocks)
+        ]  # fmt: skip
+        return {"id": result.id, "set": self.name, "pieces": pieces, "images": images, "rejected": None}
+
+    def as_view(self, start: int) -> SampleView:
+        """The row as a sample of a bin is shown. start: tokens of the rows before it."""
+        result = self.result
+        if isinstance(result, RejectedRow):
+            text = f"rejected, {result.reason}: {result.message}"
+            turns = (Turn(None, (Piece(0, (), text, Mark.CONTEXT),)),)
+            return SampleView(result.id, result.source, "rejected", start, 0, 0, 0, (), turns)
+        images: tuple[dict[str, Any], ...] = tuple(
+            {"uri": image.uri or None, "data": image.data, "width": width, "height": height, "num_tokens": int(tokens)}
+            for image, (width, height), (_, tokens) in zip(result.images, result.sizes, result.blocks)
+        )
+        return SampleView(
+            result.id, result.source, result.rule.name.lower(), start, len(result.input_ids),
+            sum(int(image["num_tokens"]) for image in images), self.trained, images, tuple(self._turns(result.roles)),
+        )  # fmt: skip
+
+    def _turns(self, roles: Sequence[str]) -> Iterator[Turn]:
+        for message, pairs in groupby(zip(self.pieces, self.messages), lambda pair: pair[1]):
+            yield Turn(None if message is None else roles[message], tuple(piece for piece, _ in pairs))
+
+
+class JobRows:
+    """The rows of a job file, to be looked at."""
+
+    def __init__(self, job: Job) -> None:
+        """Raises UserError for a model, a processor or settings that do not fit."""
+        self.job = job
+        self.family: Family = job_family(job)
+        self.policy: TilingPolicy = self.family.resolved_tiling(job.images)
+        self._labels: LabelMaker = label_maker(job.loss, self.family)
+
+    def first(self, count: int, name: str | None = None) -> Iterator[ShownRow]:
+        """The first rows of a set (`train.1`), or of each set that is trained on."""
+        for split, number in self._sets(name):
+            pieces = (first_piece(file, count) for file in self._files(split, number))
+            rows = list(islice((row for piece in pieces for row in read_piece(piece)), count))
+            yield from self._shown(split, number, rows)
+
+    def with_id(self, row_id: str, name: str | None = None) -> Iterator[ShownRow]:
+        """The rows with an id, of a set or of all. Raises UserError where there is none."""
+        found = False
+        sets = self._sets(name) if name else [*self._sets(None), *self._all("eval")]
+        for split, number in sets:
+            encoder = self._encoder(split)
+            column = encoder.datasets[number].column("id")
+            chunks = plan_chunks(self._files(split, number), window_rows=_SEARCHED_ROWS, chunk_rows=_SEARCHED_ROWS)
+            pieces: Iterable[RowsPiece] = (piece for chunk in chunks for piece in chunk.pieces)
+            for piece in pieces:
+                rows = [row for row in read_piece(piece) if _id_of(row, column) == row_id]
+                found |= bool(rows)
+                yield from self._shown(split, number, rows)
+        if not found:
+            raise UserError(f"no row has the id {row_id!r}; rows without an id go by their place, file:line")
+
+    def _sets(self, name: str | None) -> list[tuple[str, int]]:
+        if name is None:
+            return self._all("train")
+        split, _, number = name.removeprefix("data.").partition(".")
+        known = [*self._all("train"), *self._all("eval")]
+        if not number.isdigit() or (split, int(number)) not in known:
+            names = ", ".join(f"{split}.{number}" for split, number in known)
+            raise UserError(f"--set {name}: the job's sets of rows are {names}")
+        return [(split, int(number))]
+
+    def _all(self, split: str) -> list[tuple[str, int]]:
+        return [(split, number) for number in range(len(getattr(self.job.data, split)))]
+
+    def _files(self, split: str, number: int) -> list[Any]:
+        files = source_files(getattr(self.job.data, split))
+        return [file for file in files if file.dataset == number]
+
+    def _encoder(self, split: str) -> Encoder:
+        job = self.job
+        data = job.data.model_copy(update={"on_bad_row": "reject"})
+        encoder = Encoder(data, getattr(data, split), self.family, self.policy, job.packing, loss=job.loss)
+        encoder.tells_messages = True
+        return encoder
+
+    def _shown(self, split: str, number: int, rows: Sequence[RawRow]) -> Iterator[ShownRow]:
+        name = f"{split}.{number}"
+        for result in self._encoder(split).encode(rows) if rows else ():
+            if isinstance(result, RejectedRow):
+                yield ShownRow(name, result)
+            else:
+                yield self._pieces(name, result)
+
+    def _pieces(self, name: str, sample: Sample) -> ShownRow:
+        (labels,) = sample_labels([sample], self._labels)
+        trained = labels != IGNORE_INDEX
+        if not trained.any() and not allows_empty(self.job.loss):
+            return ShownRow(
+                name, RejectedRow(sample.id, sample.source, NOTHING_TRAINED.reason, NOTHING_TRAINED.message, "")
+            )
+        media = np.isin(sample.input_ids, self.family.media_token_ids)
+        for start, count in sample.blocks.tolist():
+            media[start : start + count] = True
+        kinds = np.asarray([Mark.CONTEXT, Mark.MEDIA, Mark.TRAINED], dtype=object)[np.where(trained, 2, media)]
+        messages = sample.messages if len(sample.messages) else np.full(len(sample.input_ids), -1)
+        pieces = view_pieces(sample.input_ids.tolist(), kinds.tolist(), messages.tolist(), self.family)
+        owners = tuple(None if messages[piece.start] < 0 else int(messages[piece.start]) for piece in pieces)
+        return ShownRow(name, sample, tuple(pieces), owners, int(trained.sum()))
+
+
+def print_rows(console: Console, rows: Iterable[ShownRow]) -> None:
+    """Print rows in the terminal, turn by turn."""
+    for row in rows:
+        view = row.as_view(0)
+        counts = (
+            "" if isinstance(row.result, RejectedRow) else f" ({row.trained:,} of {view.num_tokens:,} tokens train)"
+        )
+        print_sample(console, f"{row.name}: {view.id}{counts}", view, _roles([view]))
+        console.print()
+    console.print(legend(is_plain(console)))
+
+
+def write_rows_page(path: str, jobs: JobRows, rows: Sequence[ShownRow]) -> int:
+    """Write rows as a web page that holds their pictures too; returns its bytes."""
+    views, start = [], 0
+    for row in rows:
+        views.append(row.as_view(start))
+        start += views[-1].num_tokens
+    packing = jobs.job.packing
+    loss = jobs.job.loss
+    view = BinView(
+        path=jobs.job.name, index=0, num_bins=1, bucket="rows", num_tokens=start,
+        visual_tokens=sum(row.result.visual_tokens for row in rows if isinstance(row.result, Sample)),
+        trained_tokens=sum(row.trained for row in rows),
+        token_capacity=packing.token_capacity, visual_capacity=packing.visual_capacity,
+        loss=loss if isinstance(loss, str) else json.dumps(loss.model_dump(mode="json", exclude_defaults=True)),
+        roles=_roles(views), samples=tuple(views),
+    )  # fmt: skip
+    return write_html(path, page_of(view, jobs.family, jobs.policy))
+
+
+def _roles(views: Iterable[SampleView]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(turn.role for view in views for turn in view.turns if turn.role is not None))
+
+
+def _id_of(row: RawRow, column: str) -> str:
+    found = row.value.get(column) if isinstance(row.value, dict) else None
+    return row.source if found is None else str(found)

@@ -1,0 +1,136 @@
+"""What an earlier version's prepared dataset is still good for, and whether labels are what was counted.
+
+Version 2 found the turns of chats by a scan alone, and kept of a message its role and content. Its other rows are as
+they would be now. A dataset does not hold what it left out of its chats: their first rows are read again, and where one
+of them would train otherwise no new run begins on it. A run that has begun ends as it began.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from mmray.errors import UserError
+from mmray.loss.labels import IGNORE_INDEX, LabelMaker
+from mmray.prepared.dataset import Bin, PreparedDataset
+from mmray.prepared.schema import FORMAT_VERSION
+from mmray.rows.encode import Encoder
+from mmray.rows.files import first_piece, source_files
+from mmray.rows.preflight import sample_labels
+from mmray.rows.read import RawRow, read_piece
+from mmray.rows.sample import RejectedRow
+
+_BY_TURNS = ("roles", "template", "boundaries")
+"""Sources of the loss of version 2 that depend on where turns are."""
+_CHECKED_BINS = 16
+COMPARED_ROWS = 512
+"""Rows of each set of chats that are encoded anew before a run begins on an earlier version's dataset."""
+
+
+def old_chats(manifest: dict[str, Any]) -> list[int]:
+    """The numbers of the sets of chats of an earlier version that might train otherwise now."""
+    if manifest["format_version"] == FORMAT_VERSION:
+        return []
+    kinds = [dataset["kind"] for dataset in manifest["record"]["datasets"]]
+    sources = manifest.get("loss_sources") or ["roles"] * len(kinds)
+    return [n for n, (kind, source) in enumerate(zip(kinds, sources)) if kind == "chat" and source in _BY_TURNS]
+
+
+def check_new_run(prepared: PreparedDataset, encoder: Encoder, labels: LabelMaker) -> None:
+    """Raise UserError where no run should begin on a dataset, since an earlier version found what trains of it.
+
+    The first rows of each set of chats are encoded anew and compared. encoder: of the job, for the same split. Where
+    the row files are gone, nothing shows that the labels are right.
+    """
+    for number in old_chats(prepared.manifest):
+        name = f"{prepared.path} was prepared by an earlier version, and of its set {number}"
+        remedy = (
+            "prepare it anew (jobs/prepare.py --replace). A run that has begun on the dataset ends on it without that"
+        )
+        try:
+            rows = _first_rows(encoder, number)
+        except (UserError, OSError) as error:
+            problem = f"the rows cannot be read to see whether all train as they should ({error})"
+            raise UserError(f"{name} {problem}: {remedy}") from error
+        results = dict(zip((row.source for row in rows), encoder.encode(rows)))
+        for source, ids, trained in _stored(prepared, labels, set(results)):
+            found = results[source]
+            if isinstance(found, RejectedRow):
+                raise UserError(f"{name} row {source} is refused now ({found.reason}: {found.message}): {remedy}")
+            (made,) = sample_labels([found], labels)
+            if not np.array_equal(found.input_ids, ids) or not np.array_equal(made != IGNORE_INDEX, trained):
+                raise UserError(f"{name} row {source} trains otherwise now: {remedy}")
+
+
+def _first_rows(encoder: Encoder, number: int) -> list[RawRow]:
+    files = [file for file in source_files(encoder.datasets) if file.dataset == number]
+    pieces = (first_piece(file, COMPARED_ROWS) for file in files)
+    return list(islice((row for piece in pieces for row in read_piece(piece)), COMPARED_ROWS))
+
+
+def _stored(
+    prepared: PreparedDataset, labels: LabelMaker, sources: set[str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """The samples of some rows as they are stored: their row, token ids and which of them train."""
+    for file, bins in prepared.files.items():
+        places = prepared.read_file(file, ["sample_sources"])["sample_sources"].to_pylist()
+        for index in (bins[n] for n, names in enumerate(places) if not sources.isdisjoint(names)):
+            shown = prepared.bin(index)
+            trained, start = bin_labels(shown, labels) != IGNORE_INDEX, 0
+            for source, length in zip(shown.sample_sources, shown.sample_lengths.tolist()):
+                if source in sources:
+                    yield source, shown.input_ids[start : start + length], trained[start : start + length]
+                start += length
+
+
+def labels_record(labels: LabelMaker, sources: list[str]) -> dict[str, Any]:
+    """What the labels of a dataset depend on besides its rows, as plain JSON. sources: of its sets' loss."""
+    record: dict[str, Any] = {"media": sorted(labels.media_token_ids)}
+    if "roles" in sources:
+        record |= {
+            "boundaries": [
+                [each.role, list(each.start), list(each.end), each.include_start, each.include_end, each.until_next]
+                for each in labels.boundaries
+            ],
+            "roles": sorted(labels.roles_to_train),
+            "train_on_eos": labels.train_on_eos,
+        }
+    return record
+
+
+def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
+    """Raise UserError where training would find other labels than were counted when preparing.
+
+    A dataset that does not say by what it found them is tried: some of its bins are labelled.
+    """
+    recorded = prepared.manifest.get("labels")
+    if recorded is not None:
+        now = labels_record(labels, prepared.manifest["loss_sources"])
+        wrong = sorted(key for key in recorded.keys() | now.keys() if recorded.get(key) != now.get(key))
+        if wrong:
+            raise UserError(
+                f"{prepared.path}: this version of mmray finds what trains in another way than the one that prepared "
+                f"it ({', '.join(wrong)} of the model family): prepare it anew (jobs/prepare.py --replace)"
+            )
+        return
+    count = len(prepared)
+    for number in sorted({place * count // _CHECKED_BINS for place in range(_CHECKED_BINS)} if count else ()):
+        shown = prepared.bin(number)
+        if trained_tokens(shown, labels) != shown.trained_tokens:
+            raise UserError(
+                f"{prepared.path}: bin {number} trains other tokens than were counted when preparing (loss): prepare "
+                "it anew (jobs/prepare.py --replace)"
+            )
+
+
+def trained_tokens(shown: Bin, labels: LabelMaker) -> int:
+    """How many tokens of a bin train."""
+    return int((bin_labels(shown, labels) != IGNORE_INDEX).sum())
+
+
+def bin_labels(shown: Bin, labels: LabelMaker) -> np.ndarray:
+    """The labels of a bin as training makes them, int64 [L]."""
+    blocks = [(image["first_token"], image["num_tokens"]) for image in shown.images]
+    given = shown.given if len(shown.given) else shown.input_ids < 0
+    return labels.of_arrays(shown.input_ids, shown.sample_lengths, shown.sample_rules, given, blocks)

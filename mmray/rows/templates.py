@@ -1,0 +1,593 @@
+"""A processor's chat template: what it writes of a conversation, and where in its text each message stands.
+
+What a message's turn is follows from the template itself, by rendering: where the model begins to write is behind what
+`add_generation_prompt` writes after the messages before; where it stops is the first of the model's stop tokens behind
+the message's last text, also where the template leaves it to the next turn to write it. Both are found in the skeleton
+of a conversation (`mmray.rows.skeleton`), and remembered for all conversations of the same form: the same roles and
+kinds of content, whatever the texts.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import TemplateError, meta, nodes
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mmray.errors import RowError
+from mmray.families import Family
+from mmray.images.source import one_line
+from mmray.loss.loss import SAMPLED_ROLE
+from mmray.loss.settings import chat_template, ending_texts, marks_generated
+from mmray.rows.messages import Call, Chat, Message, Part
+from mmray.rows.skeleton import FilledSkeleton, Forms, Leaf, Skeleton, Writer, Written, skeleton_of
+
+REMEMBERED_FORMS = 4096
+"""Forms of conversations, and of their beginnings, whose skeletons are kept: some kilobytes each."""
+
+Place = tuple[int, int]
+"""A place in a skeleton: the number of a piece of fixed text, and of letters in it."""
+
+
+class Run(NamedTuple):
+    """Leaves of one message that stand together, with what is its own around them.
+
+    start: where the message begins: of the assistant where the model begins to write; stop: where it ends; ended:
+    behind the token by which the model stops, or the text that ends another role's turn; the same as `stop` where there
+    is none; first, last: its first and last occurrence; -1 for a message without text.
+    """
+
+    message: int
+    start: Place
+    stop: Place
+    ended: Place
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of all conversations of one form. missing: leaves that the template does not write."""
+
+    skeleton: Skeleton
+    runs: tuple[Run, ...]
+    missing: tuple[int, ...]
+    lost_messages: tuple[int, ...]
+    """Messages of the assistant without text whose turn was not found."""
+    drops_tools: bool
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as text. generated: what `{% generation %}` blocks wrote, [start, stop) in letters."""
+
+    text: str
+    chat: Chat
+    leaves: tuple[Leaf, ...]
+    plan: Plan
+    filled: FilledSkeleton
+    generated: tuple[tuple[int, int], ...]
+
+    def span(self, occurrence: int) -> tuple[int, int]:
+        """The letters of a leaf where it stands."""
+        start = self.filled.piece_starts[occurrence] + len(self.plan.skeleton.pieces[occurrence])
+        return start, start + len(self.filled.texts[occurrence])
+
+
+class ChatTemplate:
+    """The chat template of a family's processor."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self._marks_generated = marks_generated(family.processor)
+        self._ends = _alternatives(sorted(ending_texts(family), key=len, reverse=True))
+        self._ends_of: dict[str, re.Pattern[str]] = {}
+        self._plan = functools.lru_cache(maxsize=REMEMBERED_FORMS)(self._make_plan)
+        self._beginning = functools.lru_cache(maxsize=REMEMBERED_FORMS)(self._make_beginning)
+        self._making: tuple[Chat, Written] | None = None
+
+    # ---------------------------------------------------------------- rendering
+
+    def render(self, chat: Chat, *, count_images: int) -> RenderedChat:
+        """The text of a conversation and where its messages are. Raises RowError where the template refuses it, or
+        leaves something of it out.
+
+        count_images: image parts of the chat.
+        """
+        written = self._written(chat, _LOOKS[0], masked=False)
+        text, generated = self.template_text(written.messages, chat)
+        rendered_images = text.count(self.family.placeholder_unit)
+        if rendered_images != count_images:
+            raise RowError(
+                "template",
+                f"the chat template wrote {rendered_images} images where the messages have {count_images} image parts; "
+                "put the images into user messages",
+            )
+        for look in _LOOKS:
+            written = written if look is _LOOKS[0] else self._written(chat, look, masked=False)
+            for is_fresh in (False, True)[: 1 + self._writes_the_date]:
+                plan = self._known_plan(chat, written, look, is_fresh)
+                filled = plan.skeleton.filled(written.leaves)
+                if filled.text == text and not plan.skeleton.broken:
+                    return RenderedChat(text, chat, written.leaves, plan, filled, generated)
+        where = next((n for n, (a, b) in enumerate(zip(text, filled.text)) if a != b), min(len(text), len(filled.text)))
+        raise RowError(
+            "template",
+            "the chat template writes these messages in another way than messages of the same form, so that it cannot "
+            f"be told whose text is whose; at {text[max(where - 20, 0) : where + 40]!r}. Change what their text says "
+            "there, or mend the template",
+        )
+
+    def prompt_text(self, chat: Chat) -> str:
+        """The text of a conversation and what stands before the model's answer. Raises RowError."""
+        return self.template_text(self._written(chat, _LOOKS[0], masked=False).messages, chat, prompt=True)[0]
+
+    def plain_text(self, chat: Chat) -> str:
+        """The text of a conversation alone. Raises RowError where the template refuses it."""
+        return self.template_text(self._written(chat, _LOOKS[0], masked=False).messages, chat)[0]
+
+    def template_text(
+        self, messages: list[dict[str, Any]], chat: Chat, *, prompt: bool = False
+    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """What the template writes, and what of it its `{% generation %}` blocks wrote. Raises RowError."""
+        try:
+            return self._rendered(messages, list(chat.tools), dict(chat.options), prompt)
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise RowError(
+                "template",
+                f"the chat template refuses the messages: {one_line(error)}; check the roles, their order and contents",
+            ) from error
+
+    def _rendered(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], options: dict[str, Any], prompt: bool
+    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """`apply_chat_template` tells of `{% generation %}` blocks only after it has run the images through the
+        processor too; the function beneath it does so at once."""
+        processor = self.family.processor
+        more: dict[str, Any] = options | ({"tools": tools} if tools else {})
+        if prompt:
+            more["add_generation_prompt"] = True
+        if not self._marks_generated:
+            return processor.apply_chat_template(messages, tokenize=False, **more), ()
+        rendered: Any = render_jinja_template(
+            [messages],
+            chat_template=chat_template(processor),
+            return_assistant_tokens_mask=True,
+            **(processor.tokenizer.special_tokens_map | more),
+        )
+        (text,), (generated,) = rendered
+        return text, tuple(generated)
+
+    # ---------------------------------------------------------------- what the template reads
+
+    @functools.cached_property
+    def _writes_the_date(self) -> bool:
+        return "strftime_now" in chat_template(self.family.processor)
+
+    @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads from outside: what `chat_template_kwargs` may set."""
+        found = meta.find_undeclared_variables(self._syntax) if self._syntax else set()
+        return frozenset(found) - {"raise_exception", "strftime_now", "namespace", "dict", "range"}
+
+    @functools.cached_property
+    def _syntax(self) -> nodes.Template | None:
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationBlocks])
+        try:
+            return environment.parse(chat_template(self.family.processor))
+        except jinja2.TemplateSyntaxError:  # each row will say so
+            return None
+
+    @functools.cached_property
+    def _words(self) -> dict[bool, re.Pattern[str]]:
+        """What the template looks for in texts: `</think>`, `/nothink`. Plain words are mostly names of keys; with them
+        (True) few conversations have the same form."""
+        found = {constant.strip() for constant in _looked_for(self._syntax)} if self._syntax else set()
+        found = (found | {"<think>", "</think>"}) - {""}
+        marked = {constant for constant in found if not constant.replace("_", "").isalnum()}
+        return {is_wide: _split_at(words) for is_wide, words in ((False, marked), (True, found))}
+
+    @functools.cached_property
+    def forms(self) -> Forms:
+        """The forms of a text, a string or a list of parts, that the template writes for each role; of arguments, an
+        object or its JSON text."""
+        user, answer = Message("user", (Part("Who?"),), True), Message("assistant", (Part("I."),), True)
+        call = Message("assistant", (), True, calls=(Call("call00001", "look", {"page": _PROBE}),))
+        tool = Message("tool", (Part(_PROBE),), True, extra=(("tool_call_id", "call00001"),))
+        tries: dict[str, list[tuple[list[Message], int]]] = {
+            "system": [([_probe("system"), user, answer], 0), ([_probe("system"), user], 0)],
+            "user": [([_probe("user"), answer], 0), ([_probe("user")], 0)],
+            "assistant": [([user, _probe("assistant")], 1)],
+            "tool": [([user, call, tool], 2), ([user, answer, tool], 2), ([user, call, tool, answer], 2)],
+        }
+        by_role: dict[str, set[type]] = {}
+        both: tuple[type, ...] = (str, list)
+        single: set[str] = set()
+        for role, chats in tries.items():
+            by_role[role] = {form for form in both for chat in chats if self._writes(*chat, form)}
+            if list in by_role[role] and not any(self._writes(*chat, list, parts=2) for chat in chats):
+                single.add(role)
+        forms = Forms(by_role, single)
+        forms.wants_argument_text = not self._writes_call([user, call, tool], forms)
+        return forms
+
+    def _writes(self, messages: Sequence[Message], place: int, form: type, parts: int = 1) -> bool:
+        """Whether the template writes a message's text in some form: all of so many text parts."""
+        written = []
+        for number, message in enumerate(messages):
+            content: Any = message.text
+            if (form is list) if number == place else self._lists_only:
+                content = [{"type": "text", "text": message.text}] * (parts if number == place else 1)
+            entry: dict[str, Any] = {"role": message.role, "content": content} | dict(message.extra)
+            if message.calls:
+                entry["tool_calls"] = [_openai_call(call, call.arguments) for call in message.calls]
+            written.append(entry)
+        try:
+            text, _ = self._rendered(written, [], {}, prompt=False)
+        except Exception:  # noqa: BLE001, what a template does with a form it does not know is its own
+            return False
+        return text.count(_PROBE) >= parts and "'type'" not in text and '"type"' not in text.split(_PROBE)[0][-40:]
+
+    @functools.cached_property
+    def _lists_only(self) -> bool:
+        user = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
+        try:
+            return self._rendered(user, [], {}, prompt=False)[0].count(_PROBE) < 2
+        except Exception:  # noqa: BLE001
+            return True
+
+    def _writes_call(self, messages: Sequence[Message], forms: Forms) -> bool:
+        """Whether arguments given as an object are not written as Python would."""
+        written = Writer(self._words[False], forms, masked=False, blanks=False).write(Chat(tuple(messages)))
+        try:
+            text, _ = self._rendered(written.messages, [], {}, prompt=False)
+        except Exception:  # noqa: BLE001
+            return True
+        return "{'page'" not in text
+
+    # ---------------------------------------------------------------- plans
+
+    def _written(self, chat: Chat, look: "Look", *, masked: bool) -> Written:
+        return Writer(self._words[look.at_all_words], self.forms, masked=masked, blanks=look.at_blanks).write(chat)
+
+    def _known_plan(self, chat: Chat, written: Written, look: "Look", is_fresh: bool) -> Plan:
+        """The plan of a conversation's form. is_fresh: made anew, for templates that write today's date."""
+        key = (written.keys, look, repr(chat.tools), repr(chat.options))
+        self._making = (chat, written)
+        if is_fresh:
+            self._plan.cache_clear()
+            self._beginning.cache_clear()
+        return self._plan(key)
+
+    def _make_plan(self, key: tuple[Any, ...]) -> Plan:
+        assert self._making is not None
+        chat, _ = self._making
+        masked = self._written(chat, key[1], masked=True)
+        text, _ = self.template_text(masked.messages, chat)
+        skeleton = skeleton_of(text, masked.marks)
+        there = {occurrence.leaf for occurrence in skeleton.occurrences}
+        missing = tuple(n for n, leaf in enumerate(masked.leaves) if leaf.is_required and n not in there)
+        runs, lost = _Turns(self, chat, masked, skeleton, text, key).found()
+        drops_tools = bool(chat.tools) and not self._writes_tools(masked, chat, text)
+        return Plan(skeleton, runs, missing, lost, drops_tools)
+
+    def _writes_tools(self, masked: Written, chat: Chat, text: str) -> bool:
+        try:
+            return self._rendered(masked.messages, [], dict(chat.options), prompt=False)[0] != text
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
+            return True
+
+    def beginning(self, chat: Chat, masked: Written, count: int, key: tuple[Any, ...]) -> "Beginning | None":
+        """What the template writes of the first messages of a conversation. key: of the whole one's plan."""
+        self._making = (chat, masked)
+        return self._beginning(key[0][:count], key[1:])
+
+    def _make_beginning(self, keys: tuple[Any, ...], rest: tuple[Any, ...]) -> "Beginning | None":
+        assert self._making is not None
+        (chat, masked), count = self._making, len(keys)
+        try:
+            text, _ = self.template_text(masked.messages[:count], chat)
+        except RowError:
+            return None
+        try:
+            prompted, _ = self.template_text(masked.messages[:count], chat, prompt=True)
+        except RowError:
+            prompted = text
+        skeleton = skeleton_of(text, masked.marks)
+        anchors = [n for n, message in enumerate(_messages_of(masked.leaves, skeleton)) if message is not None]
+        last = skeleton.occurrences[anchors[-1]].leaf if anchors else -1
+        tail = _text_between(skeleton, masked.marks, anchors[-1] if anchors else -1, None)
+        prompt = prompted[len(text) :] if prompted.startswith(text) else None
+        return Beginning(text, last, tail, prompt)
+
+    @functools.cached_property
+    def plain_turn(self) -> "PlainTurn":
+        """What the template writes before an answer in the simplest of conversations."""
+        chat = Chat((Message("user", (Part("Who?"),), True), Message("assistant", (Part("I."),), True)))
+        masked = self._written(chat, _LOOKS[0], masked=True)
+        key = (masked.keys, _LOOKS[0], "plain", "")
+        beginning = self.beginning(chat, masked, 1, key)
+        try:
+            text, _ = self.template_text(masked.messages, chat)
+        except RowError:
+            return PlainTurn("", "")
+        skeleton = skeleton_of(text, masked.marks)
+        places = [n for n, each in enumerate(skeleton.occurrences) if each.leaf == 1]
+        if beginning is None or not places or beginning.prompt is None:
+            return PlainTurn("", "")
+        gap = _text_between(skeleton, masked.marks, places[0] - 1, places[0])
+        opening = gap.removeprefix(beginning.tail) if places[0] else gap
+        return PlainTurn(opening, opening[: _prompt_length(beginning.prompt, opening, None)])
+
+    @property
+    def ends(self) -> re.Pattern[str]:
+        """The texts by which the model stops."""
+        return self._ends
+
+    def ends_of(self, role: str) -> re.Pattern[str]:
+        """The texts that end the turns of another role, by the family's boundaries."""
+        if role not in self._ends_of:
+            texts = {marker.end for marker in self.family.role_markers if marker.role == role and marker.include_end}
+            self._ends_of[role] = _alternatives(sorted(texts - {""}, key=len, reverse=True))
+        return self._ends_of[role]
+
+    @functools.cached_property
+    def units(self) -> re.Pattern[str]:
+        """The images that a message begins with, before its text."""
+        return re.compile(rf"(?:{re.escape(self.family.placeholder_unit)}\s*)+$")
+
+    @functools.cached_property
+    def special_texts(self) -> re.Pattern[str]:
+        """Special tokens of the vocabulary that are no media."""
+        tokenizer = self.family.tokenizer
+        media = set(self.family.media_token_ids)
+        added = tokenizer.added_tokens_decoder.items()
+        texts = [token.content for number, token in added if token.special and number not in media]
+        return _alternatives(sorted((text for text in texts if text.strip()), key=len, reverse=True))
+
+
+class Look(NamedTuple):
+    """How the texts of a conversation are masked. at_blanks: a message without text has a mark, too; at_all_words: also
+    plain words that the template looks for stay as they are."""
+
+    at_blanks: bool
+    at_all_words: bool
+
+
+_LOOKS = (Look(True, False), Look(False, False), Look(True, True), Look(False, True))
+"""In the order in which they are tried: most conversations are known at the first."""
+
+
+def _messages_of(leaves: Sequence[Leaf], skeleton: Skeleton) -> list[int | None]:
+    """The message of each occurrence. Of the name of a call only the first is of the message that calls: Gemma 4 writes
+    it before the tool's answer, too."""
+    found: list[int | None] = []
+    called: set[int] = set()
+    for occurrence in skeleton.occurrences:
+        leaf = leaves[occurrence.leaf]
+        found.append(None if occurrence.leaf in called else leaf.message)
+        if leaf.kind == "call name":
+            called.add(occurrence.leaf)
+    return found
+
+
+class Beginning(NamedTuple):
+    """The first messages of a conversation as the template writes them alone, with marks for their leaves. last: the
+    leaf that stands last; tail: the text behind it; prompt: what `add_generation_prompt` adds, None where it changes
+    what stands before."""
+
+    text: str
+    last: int
+    tail: str
+    prompt: str | None
+
+
+class PlainTurn(NamedTuple):
+    """opening: what stands between the user's turn and the answer; header: what of it is no answer in any case."""
+
+    opening: str
+    header: str
+
+
+class _Turns:
+    """Finds the turns of one form of conversation in its skeleton."""
+
+    def __init__(
+        self, template: ChatTemplate, chat: Chat, masked: Written, skeleton: Skeleton, text: str, key: tuple[Any, ...]
+    ) -> None:
+        self.template, self.chat, self.masked, self.skeleton = template, chat, masked, skeleton
+        self.text, self.key = text, key
+        self._message = _messages_of(masked.leaves, skeleton)
+        self._anchors = [number for number, message in enumerate(self._message) if message is not None]
+
+    def found(self) -> tuple[tuple[Run, ...], tuple[int, ...]]:
+        """The runs in order, and the messages of the assistant whose turn was not found."""
+        runs: list[Run] = []
+        begun: set[int] = set()
+        groups = [(message, list(group)) for message, group in groupby(self._anchors, lambda n: self._message[n])]
+        for message, group in groups:
+            assert message is not None
+            runs.append(self._run(message, group[0], group[-1], is_first=message not in begun))
+            begun.add(message)
+        lost = []
+        for number, message in enumerate(self.chat.messages):
+            if message.role == SAMPLED_ROLE and number not in begun:
+                run = self._silent(number)
+                if run is None:
+                    lost.append(number)
+                else:
+                    runs.append(run)
+        return tuple(sorted(runs, key=lambda run: run.start)), tuple(lost)
+
+    def _run(self, message: int, first: int, last: int, *, is_first: bool) -> Run:
+        start: Place = (first, len(self.skeleton.pieces[first]))
+        stop: Place = (last + 1, 0)
+        before = max((n for n in self._anchors if n < first), default=-1)
+        after = min((n for n in self._anchors if n > last), default=None)
+        behind = _Gap(self.skeleton, self.masked.marks, last, after)
+        if self.chat.messages[message].role != SAMPLED_ROLE:
+            shown = self.template.units.search(_Gap(self.skeleton, self.masked.marks, before, first).text)
+            if shown:
+                start = _Gap(self.skeleton, self.masked.marks, before, first).place(shown.start())
+            match = self.template.ends_of(self.chat.messages[message].role).search(behind.text)
+            return Run(message, start, stop, behind.place(match.end()) if match else stop, first, last)
+        if is_first:
+            gap = _Gap(self.skeleton, self.masked.marks, before, first)
+            start = gap.place(self._written_before(message, gap.text, before))
+        own = self._own_end(message, behind.text, after)
+        match = self.template.ends.search(behind.text)
+        if match is None:
+            specials = list(self.template.special_texts.finditer(behind.text, 0, own))
+            match = specials[-1] if specials else None
+        if match is None:
+            return Run(message, start, behind.place(own), behind.place(own), first, last)
+        return Run(message, start, behind.place(match.start()), behind.place(match.end()), first, last)
+
+    def _written_before(self, message: int, gap: str, before: int) -> int:
+        """How many letters of the text before a turn of the assistant's are there before the model writes."""
+        plain = self.template.plain_turn
+        beginning = self.template.beginning(self.chat, self.masked, message, self.key) if message else None
+        last = self.skeleton.occurrences[before].leaf if before >= 0 else -1
+        if beginning and beginning.prompt is not None and beginning.last == last and gap.startswith(beginning.tail):
+            opening = gap[len(beginning.tail) :]
+            return len(beginning.tail) + _prompt_length(beginning.prompt, opening, plain.header)
+        if gap.endswith(plain.opening):
+            return len(gap) - len(plain.opening) + len(plain.header)
+        if plain.header and plain.header in gap:
+            return gap.rindex(plain.header) + len(plain.header)
+        return len(gap)
+
+    def _own_end(self, message: int, behind: str, after: int | None) -> int:
+        """How many letters of the text behind a turn of the assistant's are its own."""
+        if after is None and message == len(self.chat.messages) - 1:
+            return len(behind)
+        through = self.template.beginning(self.chat, self.masked, message + 1, self.key)
+        return len(through.tail) if through and behind.startswith(through.tail) else 0
+
+    def _silent(self, message: int) -> Run | None:
+        """The turn of a message without text, where the beginnings of the conversation show it."""
+        before = self.template.beginning(self.chat, self.masked, message, self.key)
+        through = self.template.beginning(self.chat, self.masked, message + 1, self.key)
+        if before is None or through is None or before.last != through.last:
+            return None
+        anchor = max((n for n in self._anchors if self.skeleton.occurrences[n].leaf == through.last), default=-1)
+        gap = _Gap(
+            self.skeleton, self.masked.marks, anchor, min((n for n in self._anchors if n > anchor), default=None)
+        )
+        if not gap.text.startswith(through.tail) or not through.tail.startswith(before.tail):
+            return None
+        own = through.tail[len(before.tail) :]
+        begin = len(before.tail) + _prompt_length(before.prompt or "", own, self.template.plain_turn.header)
+        match = self.template.ends.search(gap.text, begin)
+        stop, ended = match.span() if match else (len(through.tail), len(through.tail))
+        return Run(message, gap.place(begin), gap.place(stop), gap.place(ended), -1, -1)
+
+
+def _prompt_length(prompt: str, opening: str, header: str | None) -> int:
+    """How many letters of what stands before an answer are written by `add_generation_prompt`.
+
+    header: `PlainTurn.header`; None while that is sought. A template that writes headers but no prompt cannot ask for
+    an answer at all; its header is no part of one. Where the prompt is there only in part (it fills in thoughts that
+    this turn has in words, or has not), the model begins behind the header that every turn has.
+    """
+    if header is None:
+        return _common(prompt, opening) if prompt else len(opening) * bool(opening.strip())
+    common = _common(prompt, opening)
+    return common if prompt and common == len(prompt) else _common(header, opening) or common
+
+
+def _common(first: str, second: str) -> int:
+    """The letters that two texts begin with alike."""
+    number = 0
+    for a, b in zip(first, second):
+        if a != b:
+            break
+        number += 1
+    return number
+
+
+class _Gap:
+    """The text of a skeleton between two of its occurrences, with its ids, and the places in it."""
+
+    def __init__(self, skeleton: Skeleton, marks: Sequence[str], first: int, last: int | None) -> None:
+        """Behind the occurrence `first` (-1: from the beginning) up to `last` (None: to the end)."""
+        self._parts: list[tuple[int, str]] = []
+        stop = len(skeleton.pieces) - 1 if last is None else last
+        for number in range(first + 1, stop + 1):
+            self._parts.append((number, skeleton.pieces[number]))
+            if number < stop:
+                self._parts.append((-1, marks[skeleton.occurrences[number].leaf]))
+        self.text = "".join(text for _, text in self._parts)
+
+    def place(self, letters: int) -> Place:
+        """The place behind so many letters. Inside a mark: before it."""
+        before: Place = (self._parts[0][0], 0)
+        for number, text in self._parts:
+            if number >= 0:
+                if letters <= len(text):
+                    return number, max(letters, 0)
+                before = (number, len(text))
+            elif letters < len(text):
+                return before
+            letters -= len(text)
+        return before
+
+
+def _text_between(skeleton: Skeleton, marks: Sequence[str], first: int, last: int | None) -> str:
+    return _Gap(skeleton, marks, first, last).text
+
+
+def _split_at(words: Iterable[str]) -> re.Pattern[str]:
+    return re.compile(f"({_alternatives(sorted(words, key=len, reverse=True)).pattern})")
+
+
+def _alternatives(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+_PROBE = "What does it say?"
+
+
+def _probe(role: str) -> Message:
+    return Message(role, (Part(_PROBE),), True)
+
+
+def _openai_call(call: Call, arguments: Any) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """Lets `{% generation %}` blocks be parsed."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node:
+        number = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=number)
+
+
+_TEXT_METHODS = ("split", "rsplit", "startswith", "endswith", "replace", "find", "index", "count", "partition")
+
+
+def _looked_for(syntax: nodes.Template) -> Iterator[str]:
+    """Constant texts that a template compares texts with."""
+    for call in syntax.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in _TEXT_METHODS:
+            for argument in call.args:
+                yield from (each.value for each in _constants(argument))
+    for compare in syntax.find_all(nodes.Compare):
+        if any(operand.op in ("in", "notin") for operand in compare.ops):
+            yield from (each.value for each in _constants(compare.expr))
+
+
+def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
+    if isinstance(node, nodes.Const):
+        yield from (node,) if isinstance(node.value, str) else ()
+    for inner in node.find_all(nodes.Const):
+        if isinstance(inner.value, str):
+            yield inner

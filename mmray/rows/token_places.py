@@ -1,0 +1,131 @@
+"""Where tokens stand in their text, without asking the tokenizer for it.
+
+The tokenizer tells places only by a call that takes half as long again, and as long once more to hand them over. The
+bytes of each token of the vocabulary are known, and joined they are the text's, or the text as it is normalised: then
+places are a running sum. Where they are not, the tokenizer is asked after all.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+Span = tuple[int, int]
+
+
+class TokenPlaces:
+    """The places of a tokenizer's tokens."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+        self._bytes = _token_bytes(backend)
+        self._lengths = np.asarray([len(each) for each in self._bytes], dtype=np.int64)
+
+    def of(self, text: str, ids: np.ndarray, *, add_special_tokens: bool) -> "PlacedTokens":
+        """The places of the tokens of a text. ids: int [n], as the tokenizer gave them."""
+        joined = b"".join(map(self._bytes.__getitem__, ids.tolist()))
+        for normalise in (_as_it_is, self._normalised):
+            written = normalise(text).encode()
+            if joined.endswith(written):
+                lengths = self._lengths[ids]
+                stops = lengths.cumsum() - (len(joined) - len(written))
+                return PlacedTokens(text, written, np.maximum(stops - lengths, 0), np.maximum(stops, 0), normalise)
+        offsets = self._backend.encode(text, add_special_tokens=add_special_tokens).offsets
+        starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+        return PlacedTokens(text, None, starts, stops)
+
+    def _normalised(self, text: str) -> str:
+        """A text as the tokenizer composes its letters and accents. A space is one however it is written."""
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text)).replace("\u2581", " ")
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+class PlacedTokens:
+    """Tokens of one text with their places: of bytes where `written` holds them, else of letters."""
+
+    def __init__(
+        self, text: str, written: bytes | None, starts: np.ndarray, stops: np.ndarray,
+        normalise: Callable[[str], str] = _as_it_is,
+    ) -> None:  # fmt: skip
+        self._text, self._starts, self._stops, self._normalise = text, starts, stops, normalise
+        self._written: str | bytes = text if written is None else written
+        self._in_bytes = written is not None and (len(written) != len(text) or normalise is not _as_it_is)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def within(self, spans: Sequence[Span]) -> np.ndarray:
+        """The tokens of some spans of letters, bool [n]. A token that goes on behind a span is of it if something of
+        it but blanks stands there: LLaVA's next `▁USER` begins with the space behind an answer."""
+        inside = np.zeros(len(self), dtype=bool)
+        for start, stop in self._scaled(spans):
+            first, last = self._overlapping(start, stop)
+            if last > first and self._stops[last - 1] > stop and self._is_blank(int(self._starts[last - 1]), stop):
+                last -= 1
+            inside[first:last] = True
+        return inside
+
+    def holding(self, span: Span) -> slice:
+        """The tokens that hold a span's text and nothing else but blanks."""
+        ((start, stop),) = self._scaled([span])
+        first, last = self._overlapping(start, stop)
+        while first < last and not self._is_blank(int(self._starts[first]), start):
+            first += 1
+        while last > first and not self._is_blank(stop, int(self._stops[last - 1])):
+            last -= 1
+        return slice(first, last)
+
+    def text_of(self, tokens: slice) -> str:
+        """The text from the first to the last of some tokens."""
+        piece = self._written[int(self._starts[tokens][0]) : int(self._stops[tokens][-1])]
+        return piece.decode(errors="replace") if isinstance(piece, bytes) else piece
+
+    def _overlapping(self, start: int, stop: int) -> tuple[int, int]:
+        first = int(np.searchsorted(self._stops, start, side="right"))
+        return first, max(first, int(np.searchsorted(self._starts, stop, side="left")))
+
+    def _is_blank(self, start: int, stop: int) -> bool:
+        return not self._written[start:stop].strip()
+
+    def _scaled(self, spans: Sequence[Span]) -> list[Span]:
+        """Spans of letters in the unit of the places."""
+        if not self._in_bytes:
+            return list(spans)
+        scaled: dict[int, int] = {}
+        letters = place = 0
+        for border in sorted({border for span in spans for border in span}):
+            place += len(self._normalise(self._text[letters:border]).encode())
+            letters = border
+            scaled[border] = place
+        return [(scaled[start], scaled[stop]) for start, stop in spans]
+
+
+def _token_bytes(backend: Tokenizer) -> list[bytes]:
+    """The bytes that each token of the vocabulary stands for."""
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    added = backend.get_added_tokens_decoder()
+    by_letter = _byte_letters()
+    is_byte_level = "\u0120" in vocabulary  # how byte-level vocabularies write a space
+    found = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, number in vocabulary.items():
+        if number in added:
+            found[number] = added[number].content.encode()
+        elif is_byte_level:
+            found[number] = bytes(by_letter.get(letter, 0) for letter in token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            found[number] = bytes([int(token[3:5], 16)])
+        else:
+            found[number] = token.replace("\u2581", " ").encode()
+    return found
+
+
+def _byte_letters() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for, as GPT-2 has it: printable ones for themselves,
+    the others by letters from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

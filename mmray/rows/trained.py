@@ -1,0 +1,133 @@
+"""Which letters of a rendered conversation train: the truth by its messages, for any setting of `loss`.
+
+A setting trains turns of some roles; flags of messages and parts, `turns`, `reasoning` and `train_on_eos` take from
+that. Of an assistant's turn trains what the model would write: from behind the generation prompt to the token by which
+it stops. Of another role's turn its texts.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from mmray.loss.loss import SAMPLED_ROLE, Loss, RoleLoss
+from mmray.loss.roles import TrainOnEos
+from mmray.rows.templates import RenderedChat, Run
+
+Span = tuple[int, int]
+
+_EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>\s*|\s*<\|channel>thought\s*<channel\|>\s*")
+
+
+class TrainedText(NamedTuple):
+    """What trains of a text, [start, stop) in letters each, in order. whole: of every turn that trains, from where the
+    model begins to write to behind its stop token, whatever parts of it are taken out; ends: stop tokens that train;
+    last_is_open: the last message is the assistant's, trains, and no stop token stands behind it."""
+
+    spans: tuple[Span, ...]
+    whole: tuple[Span, ...]
+    ends: tuple[Span, ...]
+    last_is_open: bool
+
+
+def trained_text(rendered: RenderedChat, loss: Loss) -> TrainedText:
+    """The letters that train. loss: `sampled`, or the turns of some roles."""
+    setting = loss if isinstance(loss, RoleLoss) else RoleLoss()
+    runs = list(rendered.plan.runs)
+    messages = rendered.chat.messages
+    chosen = _chosen(rendered, setting)
+    with_text = [run.message for run in runs if run.message in chosen and run.first >= 0 and _has_text(rendered, run)]
+    spans: list[Span] = []
+    whole: list[Span] = []
+    ends: list[Span] = []
+    last = max(chosen, default=-1)
+    ending = [n for n, run in enumerate(runs) if run.message == max(with_text, default=-1)]
+    for number, run in enumerate(runs):
+        start, stop, ended = (rendered.filled.place(place) for place in (run.start, run.stop, run.ended))
+        trains = run.message in chosen
+        if trains:
+            taken = list(_taken_out(rendered, run, setting, (start, stop), is_last=run.message == last))
+            spans += _without((start, stop), taken)
+            whole.append((start, ended))
+        if _end_trains(setting.train_on_eos, trains, is_last=bool(ending) and number == ending[-1]) and ended > stop:
+            spans.append((stop, ended))
+            ends.append((stop, ended))
+    final = len(messages) - 1
+    behind = [run for run in runs if run.message == final]
+    is_open = (
+        final in chosen
+        and messages[final].role == SAMPLED_ROLE
+        and bool(behind)
+        and behind[-1].ended == behind[-1].stop
+    )
+    return TrainedText(tuple(sorted(spans)), tuple(whole), tuple(ends), is_open)
+
+
+def _chosen(rendered: RenderedChat, setting: RoleLoss) -> set[int]:
+    """The messages that train."""
+    messages = rendered.chat.messages
+    of_roles = [number for number, message in enumerate(messages) if message.role in setting.roles]
+    if setting.turns == "last":
+        of_roles = of_roles[-1:]
+    kept = {number for number in of_roles if messages[number].trains is not False}
+    return kept | {number for number, message in enumerate(messages) if message.trains}
+
+
+def _end_trains(train_on_eos: TrainOnEos, trains: bool, *, is_last: bool) -> bool:
+    match train_on_eos:
+        case "turn":
+            return trains
+        case "all":
+            return True
+        case "last":
+            return trains and is_last
+        case "none":
+            return False
+
+
+def _has_text(rendered: RenderedChat, run: Run) -> bool:
+    return any(rendered.filled.texts[n].strip() for n in range(run.first, run.last + 1))
+
+
+def _taken_out(rendered: RenderedChat, run: Run, setting: RoleLoss, span: Span, *, is_last: bool) -> Iterator[Span]:
+    """What of a trained turn does not train."""
+    if run.first < 0:
+        return
+    places = range(run.first, run.last + 1)
+    leaves = [rendered.leaves[rendered.plan.skeleton.occurrences[place].leaf] for place in places]
+    own = [(leaf, rendered.span(place)) for leaf, place in zip(leaves, places) if leaf.message == run.message]
+    message = rendered.chat.messages[run.message]
+    for leaf, letters in own:
+        is_part = leaf.kind in ("content", "thought") and leaf.part < len(message.parts)
+        is_part = is_part and not (leaf.kind == "thought" and message.thought)
+        if is_part and message.parts[leaf.part].trains is False:
+            yield letters
+    thinks = [letters for leaf, letters in own if leaf.kind == "thought"]
+    if message.role != SAMPLED_ROLE:
+        yield from _between(own, span)
+    elif thinks and (setting.reasoning == "none" or (setting.reasoning == "last" and not is_last)):
+        spoken = [letters for leaf, letters in own if leaf.kind != "thought"]
+        behind = next((start for start, _ in spoken if start > thinks[-1][0]), None)
+        yield (span[0] if thinks[0] == own[0][1] else thinks[0][0], thinks[-1][1] if behind is None else behind)
+    elif not thinks and not setting.train_empty_thoughts:
+        match = _EMPTY_THOUGHT.match(rendered.text, span[0], own[0][1][0])
+        if match:
+            yield match.span()
+
+
+def _between(own: Sequence[tuple[object, Span]], span: Span) -> Iterator[Span]:
+    """What a template writes between the texts of a message that is not the assistant's."""
+    read = span[0]
+    for _, (start, stop) in own:
+        if start > read:
+            yield (read, start)
+        read = stop
+
+
+def _without(span: Span, taken: Sequence[Span]) -> list[Span]:
+    """What is left of a span."""
+    left, read = [], span[0]
+    for start, stop in sorted(taken):
+        if start > read:
+            left.append((read, start))
+        read = max(read, stop)
+    return left + ([(read, span[1])] if span[1] > read else [])
