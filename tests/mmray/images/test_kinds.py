@@ -157,8 +157,8 @@ def ranged(values: np.ndarray) -> np.ndarray:
 @settings(max_examples=400, deadline=None)
 def test_every_kind_of_tiff_is_as_a_second_reader_sees_it(case: tuple[bytes, dict[str, object]]) -> None:
     data, kind = case
-    # CMYK of 16 bits: Pillow rounds each ink to 8 bits before they are mixed
-    assert np.abs(shown(data) - by_tifffile(data, kind)).max() <= (2.01 if kind["channels"] == 4 else 1.01)
+    # Pillow cuts four channels of 16 bits to 8 before they are mixed, inks and transparency alike
+    assert np.abs(shown(data) - by_tifffile(data, kind)).max() <= (3.01 if kind["channels"] == 4 else 1.01)
 
 
 def tiff_of_12_bits(values: np.ndarray, byte_order: str, compression: str | None, photometric: str) -> bytes:
