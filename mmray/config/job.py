@@ -27,13 +27,14 @@ from mmray.training.settings import ModelSettings, TrainingSettings, load_deepsp
 
 
 class TileCacheSettings(Settings):
-    """Tiles of pages kept on the machines that render them, so that later epochs do not cut them anew."""
+    """A cache of cut tiles on each machine that renders pages, so that later epochs need not cut them again."""
 
     folder: str
-    """Folder on each machine's own disk, made where absent; all render actors of a machine share it."""
+    """Cache folder on each machine's own disk, created if it does not exist. All render actors of a machine share
+    it."""
 
     max_gigabytes: Annotated[float, Field(gt=0)]
-    """The most that the folder takes on each machine, in 10^9 bytes."""
+    """Largest size of the cache on each machine, in units of 10^9 bytes."""
 
     @field_validator("folder")
     @classmethod
@@ -53,49 +54,54 @@ LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-
 
 
 class ResourceSettings(Settings):
-    """What of the cluster a job takes. Actors are Ray actors; CPUs and GPUs are Ray's logical ones."""
+    """Cluster resources the job uses. Actors are Ray actors; CPUs and GPUs are Ray's logical ones."""
 
     encode_actors: Annotated[int, Field(gt=0)] = 2
-    """Prepare: actors that read headers and tokenise, one CPU each. The pool grows up to this as CPUs come."""
+    """Prepare: number of actors that read headers and tokenise, one CPU each. The pool grows up to this number as CPUs
+    become free."""
 
     pack_actors: Annotated[int, Field(gt=0)] = 1
-    """Prepare: actors that pack windows and write bins, one CPU each."""
+    """Prepare: number of actors that pack windows and write bins, one CPU each."""
 
     render_actors: Annotated[int, Field(gt=0)] = 1
-    """Training: actors that decode and tile images, one CPU each."""
+    """Training: number of actors that decode and tile images, one CPU each."""
 
     mask_actors: Annotated[int, Field(gt=0)] = 1
-    """Training: actors that compute labels and positions; on a GPU share each, or one CPU where there is no GPU."""
+    """Training: number of actors that compute labels and positions. Each uses a share of a GPU, or one CPU where there
+    is no GPU."""
 
     gpu_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    """Part of a GPU that one mask actor takes. Training workers reserve the rest of their GPU, so both fit. Under one
-    half, so that two workers never share a GPU."""
+    """Fraction of a GPU that one mask actor uses. Training workers reserve the rest of their GPU, so that both fit. It
+    must be under one half, so that two workers never share a GPU."""
 
     tile_cache: TileCacheSettings | None = None
-    """Training: where each machine keeps the tiles of pages for later epochs; null: pages are cut each time."""
+    """Training: where each machine keeps cut tiles for later epochs. null: pages are cut again in each epoch."""
 
     workers: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = 1
-    """Training workers, one rank each. Any number continues a run begun with any other. `[min, max]`: as many as the
-    cluster has room for; the run shrinks when a node goes and grows when one comes, each time going on from its last
-    checkpoint."""
+    """Number of training workers, one rank each. A run can continue with any other number. `[min, max]` makes the run
+    elastic: it uses as many workers as the cluster has room for, shrinks when a node leaves and grows when one joins,
+    each time continuing from its last checkpoint."""
 
     resize_seconds: Annotated[float, Field(gt=0)] = 60
-    """With workers `[min, max]`: seconds between looks whether there is room for more."""
+    """How often, in seconds, an elastic run (workers `[min, max]`) checks whether more workers fit."""
 
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """CPUs a training worker takes."""
+    """CPUs that each training worker uses."""
 
     use_gpu: bool | None = None
-    """Train on GPUs, one per worker. null: where the cluster has any."""
+    """Whether to train on GPUs, one per worker. null: yes if the cluster has any."""
 
     autoscaling: bool = False
-    """The cluster grows when work waits: a job larger than the cluster is now waits for nodes. false: it is refused."""
+    """Whether the cluster adds nodes when work waits. true: a job larger than the cluster waits for nodes. false: such
+    a job is refused."""
 
     prepare_labels: dict[str, LabelValue] = Field(default_factory=dict)
-    """Prepare: labels of the Ray nodes whose CPUs it takes, as `ray start --labels` gives them. Empty: of any node."""
+    """Prepare: labels, as given to `ray start --labels`, of the Ray nodes whose CPUs preparing uses. Empty: any
+    node."""
 
     train_labels: dict[str, LabelValue] = Field(default_factory=dict)
-    """Training: labels of the Ray nodes for workers, render and mask actors. Empty: any node that has room."""
+    """Training: labels of the Ray nodes that run workers, render actors and mask actors. Empty: any node that has
+    room."""
 
     @field_validator("workers")
     @classmethod
@@ -121,52 +127,55 @@ class ResourceSettings(Settings):
 
 
 class ExportSettings(Settings):
-    """The model folder that a run ends with."""
+    """Whether and how a run ends with a model folder that transformers loads."""
 
     at_end: bool = False
-    """Write the model when training is finished, as `mmray export` does, into the folder `model` of the run. The driver
-    does it: its machine needs memory for the weights."""
+    """Whether to write the model into the folder `model` of the run when training is finished, as `mmray export` does.
+    The driver writes it, so its machine needs memory for the weights."""
 
 
 class OutputSettings(Settings):
-    """Where results go."""
+    """Where results are written."""
 
     prepared: str
-    """Folder or URI of the prepared dataset; `train` and `eval` are made inside. All nodes must reach it."""
+    """Folder or URI of the prepared dataset. The folders `train` and `eval` are created inside. All nodes must reach
+    it."""
 
     run: str
     """Folder or URI of the training run: metrics.jsonl, TensorBoard files, checkpoints. All nodes must reach it."""
 
     export: ExportSettings = ExportSettings()
-    """Whether the run ends with a folder that transformers loads."""
+    """Whether the run ends with a model folder that transformers loads."""
 
 
 class Job(Settings):
-    """One job: what to train, on which rows, cut and packed how, with what, to where."""
+    """A whole job: the model, the rows, how pages are cut and samples packed, how to train, and where results are
+    written."""
 
     name: str
-    """A short name, shown with the progress of its jobs."""
+    """A short name, shown with the job's progress."""
     model: ModelSettings
     """The model and its processor."""
     data: DataSettings
     """Rows to train and evaluate on."""
     images: TilingPolicy = TilingPolicy()
-    """How pages are cut into tiles; nothing set: whole pages, sized by the model's processor."""
+    """How pages are cut into tiles. Not set: pages stay whole, and the model's processor sizes them."""
     packing: PackingSettings
-    """How samples become bins."""
+    """How samples are packed into bins."""
     loss: LossSetting = "sampled"
-    """Which tokens of `chat` and `tokenized` rows train. `sampled`: those the model would have sampled; `all`: every
-    token but media; or the turns of some roles, `{roles: […]}`. Of `pretrain` rows every token but media trains."""
+    """Which tokens of `chat` and `tokenized` rows are trained on. `sampled`: those the model would have sampled. `all`:
+    every token except media. `{roles: […]}`: the turns of some roles. In `pretrain` rows every token except media is
+    trained on."""
     training: TrainingSettings
     """Steps, optimizer, DeepSpeed, evaluation and checkpoints."""
     balance: BalanceSettings | None = BalanceSettings()
-    """How ranks are given equal work; null: bins are dealt in plain shuffled order."""
+    """How ranks are given equal work. null: bins are dealt in plain shuffled order."""
     resources: ResourceSettings = ResourceSettings()
     """Actors, workers and GPUs."""
     output: OutputSettings
-    """Where results go."""
+    """Where results are written."""
     tracking: TrackingSettings = TrackingSettings()
-    """Weights & Biases, MLflow."""
+    """Experiment trackers: Weights & Biases, MLflow."""
 
     @model_validator(mode="before")
     @classmethod

@@ -20,19 +20,20 @@ class BoundarySettings(Settings):
     """The text around the turns of one role."""
 
     role: str
-    """The role's name, as `roles` uses it. A role may have several boundaries."""
+    """Name of the role, as `roles` uses it. A role may have several boundaries."""
     start: str
-    """Text that opens a turn, for example `<|im_start|>assistant\\n`. Of several that match, the longest wins, then the
-    one written first."""
+    """Text that opens a turn, for example `<|im_start|>assistant\\n`. If several starts match, the longest wins, then
+    the one written first."""
     end: Annotated[str, Field(min_length=1)] | None = None
-    """Text that closes it; `eos_token` stands for the tokenizer's; null: the sample's end."""
+    """Text that closes the turn. `eos_token` stands for the tokenizer's own; null: the turn ends with the sample."""
     include_start: bool = False
-    """Train the opening text too."""
+    """Whether the opening text is trained on too."""
     include_end: bool = True
-    """The closing text belongs to the turn: it is consumed, and trained as `train_on_eos` says. false: it is not
-    trained, and may open the next turn."""
+    """Whether the closing text belongs to the turn. true: it is consumed, and trained on as `train_on_eos` says. false:
+    it is not trained on, and may open the next turn."""
     until_next: bool = False
-    """No closing text: the turn goes on to where any boundary's `start` stands, or to the sample's end."""
+    """Whether the turn, having no closing text, continues to the next `start` of any boundary, or to the end of the
+    sample."""
 
     @model_validator(mode="after")
     def _ends_in_one_way(self) -> "BoundarySettings":
@@ -42,26 +43,28 @@ class BoundarySettings(Settings):
 
 
 class RoleLoss(Settings):
-    """Loss on the turns of some roles, found by the text around them."""
+    """Loss on the turns of some roles, which are located by the text around them."""
 
     roles: tuple[str, ...] = (SAMPLED_ROLE,)
-    """Roles whose turns are trained."""
+    """Roles whose turns are trained on."""
     train_on_eos: TrainOnEos = "turn"
-    """Closing markers to train: of the trained turns, of all turns, of the last trained turn, or none."""
+    """Which closing markers are trained on. `turn`: those of trained turns; `all`: those of all turns; `last`: that of
+    the last trained turn; `none`: none."""
     train_on_inputs: bool = False
-    """Train every token but media, whatever the role."""
+    """Whether every token except media is trained on, whatever the role."""
     boundaries: tuple[BoundarySettings, ...] | None = None
     """Role boundaries to use instead of the model family's."""
     turns: Literal["all", "last"] = "all"
-    """Of `chat` rows: turns to train. `last`: only the last of the trained roles' turns in each row."""
+    """In `chat` rows, which turns are trained on. `all`: every turn of the trained roles; `last`: only the last of
+    these in each row."""
     reasoning: Literal["all", "last", "none"] = "all"
-    """Of `chat` rows: thoughts of trained turns to train. `last`: only those of the last trained turn; `none`: never,
-    as for a model that is to answer at once."""
+    """In `chat` rows, which thoughts are trained on. `all`: those of every trained turn; `last`: only those of the last
+    trained turn; `none`: none, for a model that is to answer at once."""
     train_empty_thoughts: bool = True
-    """Of `chat` rows: train the empty think block that some templates write where a turn has no thought. false: the
-    model does not learn to think nothing."""
+    """In `chat` rows, whether to train on the empty think block that some templates write for a turn without a thought.
+    false: the model does not learn to skip thinking."""
     allow_empty: bool = False
-    """Keep rows that train no token, and allow an empty `roles`; else such rows are rejected."""
+    """Whether rows without a trained token are kept, and an empty `roles` is allowed. false: such rows are rejected."""
 
     @model_validator(mode="after")
     def _trains_something(self) -> "RoleLoss":

@@ -30,50 +30,52 @@ from mmray.schedule.loads import Loads
 
 
 class BalanceSettings(Settings):
-    """How ranks are given equal work. The costs' defaults are Qwen2-VL-2B's."""
+    """How ranks are given equal work. The defaults of the costs are those of Qwen2-VL-2B."""
 
     across_batches: bool | None = None
-    """true: bins of many global batches are sorted by cost and cut into batches of like cost, which the model learns
-    worse from: a step holds pages alone, the next text alone. false: which bins form a batch is chance; they are dealt
-    to ranks by cost. null: true where a setting is given that only sorting has (`window_batches`, `tolerance`,
-    `group_bins`, `one_shape_per_batch`), else false; and a run goes on as it began."""
+    """Whether the bins of many global batches are sorted by cost and cut into batches of similar cost. true: sorting;
+    the model learns worse from it, because one step holds only pages and the next only text. false: the bins of a batch
+    are drawn at random, and dealt to ranks by cost. null: true if a setting of sorting is set (`window_batches`,
+    `tolerance`, `group_bins`, `one_shape_per_batch`), else false; a resumed run continues as it began."""
 
     window_batches: Annotated[int, Field(gt=0)] = 64
-    """Across batches: global batches' worth of bins, consecutive in the shuffled order, that are sorted by cost and cut
-    into batches of like cost. More: closer costs. The same files are read either way."""
+    """Sorting across batches: number of global batches, consecutive in the shuffled order, whose bins are sorted by
+    cost together. More batches give closer costs. The files read are the same either way."""
 
     tolerance: Annotated[float, Field(ge=0)] = 0.05
-    """Across batches: costs closer than this part count as equal, and chance decides. 0 sorts strictly: batches of a
-    small data set then hold the same bins in every epoch."""
+    """Sorting across batches: relative difference below which two costs count as equal, so that chance decides their
+    order. 0 sorts strictly, which gives a small dataset the same batches in every epoch."""
 
     group_bins: Annotated[int, Field(gt=0)] | None = None
-    """Across batches: bins of like cost that stay together in a global batch, which then mixes
-    global_batch_bins / group_bins costs; ranks are equal while the workers times training.micro_batch_bins divide it.
-    null: the whole global batch is of like cost, and ranks are equal whatever their number."""
+    """Sorting across batches: number of bins of similar cost that stay together in a global batch, which then mixes
+    global_batch_bins / group_bins different costs. Ranks have equal work if the number of workers times
+    training.micro_batch_bins divides it. null: all bins of a global batch have similar cost, and ranks have equal work
+    whatever their number."""
 
     one_shape_per_batch: bool = False
-    """Across batches: all bins of a global batch share one visual shape (bucket), for models compiled for fixed shapes.
-    A window's leftovers of all shapes, less than a batch of each, are batches of their own, sorted by shape."""
+    """Sorting across batches: whether all bins of a global batch share one visual shape (bucket), for models compiled
+    for fixed shapes. The leftovers of each shape in a window, less than a batch, are collected into batches of their
+    own, sorted by shape."""
 
     token_pair: Annotated[float, Field(ge=0)] = 3.3e-5
     """Attention: cost of a sample, per token squared. Qwen2-VL-2B: 1,536 / 46.8 million."""
 
     whole_row_attention: bool | None = None
-    """Attention works through all pairs of tokens in a bin and masks most of them: cost is then twice token_pair per
-    token of the bin, squared. null: true with model.attention sdpa and eager, false with flash_attention_2, which
-    leaves masked pairs out."""
+    """Whether attention computes all pairs of tokens in a bin and masks most of them. The attention cost is then twice
+    token_pair times the squared number of tokens in the bin. null: true with model.attention sdpa and eager, false with
+    flash_attention_2, which leaves masked pairs out."""
 
     trained_token: Annotated[float, Field(ge=0)] = 0.18
     """Logits: cost per trained token. Qwen2-VL-2B: 1,536 · 151,936 / (28 · 46.8 million)."""
 
     visual_token: Annotated[float, Field(ge=0)] = 1.9
-    """Vision tower: cost per visual token, beside the token's own. Qwen2-VL: 32 layers of width 1,280 over 4 patches,
-    2,551 million with the projector, to 1,310 million."""
+    """Vision tower: cost per visual token, added to its cost as a token. Qwen2-VL: 2,551 million multiply-adds (32
+    layers of width 1,280 over 4 patches, and the projector) / 1,310 million."""
 
     visual_pair: Annotated[float, Field(ge=0)] = 1e-3
-    """Attention in the vision tower: cost of a tile, per visual token squared. Qwen2-VL: 16 · 2 · 32 · 1,280 to 1,310
-    million. 0.1 for each of a tile's 324 tokens, 8 for each of a page's 8,000. 0 where the processor splits pages
-    itself, which count as one tile here."""
+    """Attention in the vision tower: cost of a tile, per visual token squared. Qwen2-VL: 16 · 2 · 32 · 1,280 / 1,310
+    million, which adds 0.1 to each token of a tile of 324 and 8 to each of a page of 8,000. Set 0 where the processor
+    splits pages itself, since each page counts as one tile here."""
 
     @model_validator(mode="after")
     def _sorting_is_meant(self) -> "BalanceSettings":

@@ -22,13 +22,14 @@ PARAM_LENGTH = 6000
 
 
 class MlflowSettings(Settings):
-    """A run of MLflow. Credentials come the ordinary way: MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
+    """A run of MLflow. Credentials come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or
+    MLFLOW_TRACKING_TOKEN."""
 
     experiment: str | None = None
-    """Experiment, made where it is new; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
+    """Experiment name, created if it does not exist. null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
 
     uri: str | None = None
-    """Tracking server, or a store such as `sqlite:////shared/mlflow.db`; null: MLFLOW_TRACKING_URI, else the file
+    """Tracking server, or a store such as `sqlite:////shared/mlflow.db`. null: MLFLOW_TRACKING_URI, else the file
     `mlflow.db` in the run's folder."""
 
     library: ClassVar[str] = "mlflow"

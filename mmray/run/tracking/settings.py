@@ -10,7 +10,8 @@ from mmray.run.tracking.wandb import WandbSettings
 
 
 class TrackingSettings(Settings):
-    """Where the numbers of a run go, besides `metrics.jsonl` and TensorBoard, which it always has."""
+    """Experiment trackers that receive a run's numbers, in addition to `metrics.jsonl` and TensorBoard files, which
+    every run writes."""
 
     wandb: WandbSettings | None = None
     """Weights & Biases: `wandb: my_project`, or its settings. Needs the extra `trackers`."""

@@ -21,16 +21,17 @@ FLUSH_SECONDS = 1.0
 
 
 class WandbSettings(Settings):
-    """A run of Weights & Biases. The key comes the ordinary way: WANDB_API_KEY, or `wandb login` on every node."""
+    """A run of Weights & Biases. Credentials come from WANDB_API_KEY, or from `wandb login` on every node."""
 
     project: str | None = None
-    """Project; null: WANDB_PROJECT, else the job's name."""
+    """Project name. null: WANDB_PROJECT, else the job's name."""
 
     entity: str | None = None
-    """Team or user; null: WANDB_ENTITY, else your default one."""
+    """Team or user. null: WANDB_ENTITY, else your default one."""
 
     mode: Literal["online", "offline"] | None = None
-    """`offline` writes into the run's folder `wandb/` alone, for `wandb sync` later; null: WANDB_MODE, else online."""
+    """Whether to send numbers at once. `offline`: write them only into the run's folder `wandb/`, for a later `wandb
+    sync`. null: WANDB_MODE, else online."""
 
     tags: tuple[str, ...] = ()
     """Tags of the run."""
