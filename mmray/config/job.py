@@ -1,7 +1,8 @@
 """The job file: one YAML that `jobs/prepare.py` and `jobs/train.py` both read.
 
-Each part's settings live beside the code they steer; here they are put together, read and checked once. A wrong file
-gives one line per mistake: where it is, what was found, and for an unknown key the nearest one that exists.
+Each part's settings live beside the code that uses them; here they are put together, read and checked once. A wrong
+file gives one line per mistake: its place, what is wrong, the value there, and for an unknown key the nearest one that
+exists.
 """
 
 import difflib
@@ -112,17 +113,17 @@ class ResourceSettings(Settings):
 
     @property
     def min_workers(self) -> int:
-        """The workers that a run needs at least."""
+        """Smallest number of workers the run may have."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """The workers that a run takes at most."""
+        """Largest number of workers the run may have."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def is_elastic(self) -> bool:
-        """The number of workers follows the cluster."""
+        """Whether the number of workers follows the cluster."""
         return not isinstance(self.workers, int)
 
 
@@ -180,10 +181,10 @@ class Job(Settings):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, content: Any) -> Any:
-        """What a job file says is written into manifests and logs."""
-        if found := [path for path, text in _texts(content) if holds_secret(text)]:
+        """Refuse passwords and tokens, since a job file's content is written into manifests and logs."""
+        if secrets := [path for path, text in _texts(content) if holds_secret(text)]:
             raise ValueError(
-                f"{found[0]} holds a password or a token; leave it out, and give credentials to every node by its "
+                f"{secrets[0]} holds a password or a token; leave it out, and give credentials to every node by its "
                 "environment, a configuration file or a role"
             )
         return content
@@ -213,21 +214,22 @@ class Job(Settings):
 
     @property
     def packing_costs(self) -> BalanceSettings | None:
-        """What samples cost, where bins are packed to equal cost."""
+        """Costs by which bins are packed to equal cost; None in the other packing modes."""
         if self.packing.mode != "equal_cost" or self.balance is None:
             return None
         return self.balance.for_attention(self.model.attention)
 
     def prepared_path(self, split: str) -> str:
-        """The prepared dataset of `train` or `eval`."""
+        """Path of the prepared dataset of one split, `train` or `eval`."""
         return f"{self.output.prepared.rstrip('/')}/{split}"
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Read a job file. overrides: `key.path=value` each, the value read as YAML.
+    """Read and check a job file.
 
-    Relative paths are taken from the current folder and made absolute: workers run in folders of their own.
-    Raises UserError with one line for each mistake.
+    path: the file. overrides: texts `key.path=value`, whose values are read as YAML and replace those of the file.
+    Returns the job with absolute paths, since workers run in folders of their own; relative ones are taken from the
+    current folder. Raises UserError with one line for each mistake.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -248,7 +250,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without code, where a key written twice is an error: one of the two values would be lost."""
+    """Safe YAML loader that refuses a key written twice, because one of its two values would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -261,7 +263,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a job file's content, with its path."""
+    """Yield every text in a job file's content as (path, text)."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _texts(inner, f"{path}.{key}".lstrip("."))
@@ -273,22 +275,24 @@ def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _yaml_problem(error: Exception) -> str:
-    """One line: where and what."""
+    """Describe an error of YAML in one line: its place, if known, and what is wrong."""
     mark = getattr(error, "problem_mark", None)
     text = " ".join(str(getattr(error, "problem", None) or error).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else text
 
 
 def _with_absolute_paths(job: Job) -> Job:
+    """Return the job with absolute paths, and with the content of its DeepSpeed file in place of the path."""
+
     def datasets(sets: Sequence[DatasetSettings]) -> tuple[DatasetSettings, ...]:
         return tuple(
-            each.model_copy(
+            dataset.model_copy(
                 update={
-                    "files": tuple(_absolute(file) for file in each.files),
-                    "image_root": None if each.image_root is None else _absolute(each.image_root),
+                    "files": tuple(_absolute(file) for file in dataset.files),
+                    "image_root": None if dataset.image_root is None else _absolute(dataset.image_root),
                 }
             )
-            for each in sets
+            for dataset in sets
         )
 
     model = {
@@ -354,81 +358,104 @@ def _list_index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
+# How pydantic's errors are explained.
+#
+# Job.model_validate reports mistakes as (location, type, message, input). Two things in them are not for a reader.
+#
+# 1. A value of several kinds is tried as each kind, and the mistakes of every kind are reported, with the kind as one
+#    part of the location. For `images: {overview: [{max_ratio: 1, sizes: [512, 512]}]}`, where overview is a size or a
+#    list of buckets:
+#
+#        images, overview, tuple[constrained-int, constrained-int], 0        should be an integer   (as a size)
+#        images, overview, tuple[constrained-int, constrained-int], 1        is missing             (as a size)
+#        images, overview, tuple[OverviewBucket, ...], 0, size               is missing             (as buckets)
+#        images, overview, tuple[OverviewBucket, ...], 0, sizes              is unknown             (as buckets)
+#
+#    The kind that was meant is the one whose mistakes lie deepest, here the buckets. Only its mistakes are told,
+#    without the kind: `images.overview.0.sizes: unknown key; did you mean 'size'?`
+#
+# 2. A list with a wrong entry is also reported as too short, since pydantic leaves the entry out. Only the entry's
+#    mistake is told.
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
-    """A line for each mistake: path, what is wrong, what was found, the nearest known key."""
+    """Yield a line for each mistake, `path: message`."""
     mistakes = error.errors()
+    locations = [mistake["loc"] for mistake in mistakes]
     for mistake in mistakes:
-        location, kind = mistake["loc"], _kind_index(mistake["loc"])
-        if any(mistake["type"] == "too_short" and _is_inside(other["loc"], location) for other in mistakes):
-            continue  # only short because a wrong entry was left out
-        if kind is not None and not _is_likely(location, kind, [other["loc"] for other in mistakes]):
+        location = mistake["loc"]
+        if mistake["type"] == "too_short" and any(_is_inside(other, location) for other in locations):
             continue
-        path = ".".join(str(part) for index, part in enumerate(location) if index != kind)
+        kind_index = _kind_index(location)
+        if kind_index is not None and not _is_kind_meant(location, kind_index, locations):
+            continue
+        path = ".".join(str(part) for index, part in enumerate(location) if index != kind_index)
         yield f"{path or 'job'}: {_message(dict(mistake))}"
 
 
 def _message(mistake: dict[str, Any]) -> str:
+    """Say what is wrong, with the value or, for an unknown key, with the nearest known one."""
+    location, value = mistake["loc"], mistake["input"]
     if mistake["type"] == "extra_forbidden":
-        known = _known_keys(mistake["loc"][:-1])
-        near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1, cutoff=0.5)
-        return "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
+        known_keys = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known_keys, n=1, cutoff=0.5)
+        remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known_keys)}"
+        return f"unknown key; {remedy}"
     if mistake["type"] == "missing":
         return "required and not given"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "model_type":
-        message = "must be keys with values"
-    if mistake["type"] == "tuple_type":
-        message = "must be a list"
-    found = mistake["input"]
-    return message if isinstance(found, (dict, BaseModel)) else f"{message} (found {found!r:.80})"
+    plain_messages = {"model_type": "must be keys with values", "tuple_type": "must be a list"}
+    message = plain_messages.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
+    return message if isinstance(value, (dict, BaseModel)) else f"{message} (found {value!r:.80})"
 
 
 def _is_inside(location: Sequence[Any], outer: Sequence[Any]) -> bool:
+    """Whether a location lies below another one."""
     return len(location) > len(outer) and location[: len(outer)] == outer
 
 
-def _is_likely(location: Sequence[Any], kind: int, others: Sequence[Sequence[Any]]) -> bool:
-    """Of a value that may be of several kinds, pydantic tells the mistakes for each; what was meant is the kind that
-    fits deepest."""
-    rivals = [other for other in others if _is_inside(other, location[:kind])]
-    own = max(len(other) for other in rivals if other[kind] == location[kind])
-    return own == max(map(len, rivals))
+def _is_kind_meant(location: Sequence[Any], kind_index: int, locations: Sequence[Sequence[Any]]) -> bool:
+    """Whether a mistake belongs to the kind whose mistakes lie deepest among all kinds of its value.
+
+    location: of the mistake, with its kind at kind_index; locations: of all mistakes.
+    """
+    same_value = [other for other in locations if _is_inside(other, location[:kind_index])]
+    same_kind = [other for other in same_value if other[kind_index] == location[kind_index]]
+    return max(map(len, same_kind)) == max(map(len, same_value))
 
 
 def _kind_index(location: Sequence[Any]) -> int | None:
-    """The place where a location says of which kind a value was taken, which is no key of the job file."""
-    model: Any = Job
+    """Return the index in a location where pydantic names the kind of a value, or None where it names no kind."""
+    settings: Any = Job
     for index, part in enumerate(location[:-1]):
         if isinstance(part, int):
             continue
-        fields = getattr(model, "model_fields", {})
+        fields = getattr(settings, "model_fields", {})
         if part not in fields:
             return None
-        kinds = [kind for kind in typing.get_args(fields[part].annotation) if kind is not types.NoneType]
-        if typing.get_origin(fields[part].annotation) in (types.UnionType, typing.Union) and len(kinds) > 1:
+        annotation = fields[part].annotation
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+        if typing.get_origin(annotation) in (types.UnionType, typing.Union) and len(kinds) > 1:
             return index + 1
-        model = _settings_class(fields[part].annotation)
+        settings = _settings_class(annotation)
     return None
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:
-    """The keys of the settings at a path of the job."""
-    model: Any = Job
+    """Return the keys of the settings at a location of the job."""
+    settings: Any = Job
     for part in location:
-        if isinstance(part, int):
-            continue
-        fields = getattr(model, "model_fields", {})
+        fields = {} if isinstance(part, int) else getattr(settings, "model_fields", {})
         if part in fields:
-            model = _settings_class(fields[part].annotation)
-    return list(getattr(model, "model_fields", {}))
+            settings = _settings_class(fields[part].annotation)
+    return list(getattr(settings, "model_fields", {}))
 
 
 def _settings_class(annotation: Any) -> Any:
-    """The Settings class inside an annotation such as `tuple[X, ...] | None`."""
+    """Return the Settings class inside an annotation such as `tuple[X, ...] | None`, or None."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, Settings) else None
     for inner in typing.get_args(annotation):
-        found = _settings_class(inner)
-        if found is not None:
-            return found
+        settings = _settings_class(inner)
+        if settings is not None:
+            return settings
     return None

@@ -50,7 +50,7 @@ PRESET_TILE_SIZE = (512, 512)
 
 
 _OF_WHOLE_PAGES = ("patch_multiple", "pdf_dpi", "max_pixels", "min_pixels")
-"""Settings with an effect also where nothing is cut."""
+"""Settings that also have an effect on pages that are not cut."""
 _LATER = ("pdf_dpi", "max_pixels", "min_pixels", "max_tile_pixels")
 """Settings that came after the first version of prepared datasets."""
 
@@ -165,12 +165,12 @@ class TilingPolicy(Settings):
 
     @property
     def is_tiled(self) -> bool:
-        """Whether pages are cut at all."""
+        """Whether pages are cut into tiles."""
         return bool(self.preset or self.grid or self.buckets)
 
     @property
     def shape_buckets(self) -> tuple[ShapeBucket, ...]:
-        """The grids by shape, whichever of preset, grid, buckets they come from. Empty: pages are not cut."""
+        """Grids by page shape, from preset, grid or buckets. Empty: pages are not cut."""
         if self.preset:
             return PRESETS[self.preset]
         if self.grid:
@@ -179,17 +179,17 @@ class TilingPolicy(Settings):
 
     @property
     def overview_buckets(self) -> tuple[OverviewBucket, ...]:
-        """The overview's sizes by shape. Empty: no overview."""
+        """Sizes of the overview by page shape. Empty: no overview."""
         if not self.overview:
             return ()
         buckets = tuple(bucket for bucket in self.overview if isinstance(bucket, OverviewBucket))
         return buckets or (OverviewBucket(size=cast(Size, self.overview)),)
 
     def aligned(self, multiple: int) -> Self:
-        """The policy for a model family whose merged patches cover `multiple` x `multiple` pixels.
+        """Adapt the policy to a model family whose merged patches cover `multiple` x `multiple` pixels.
 
-        The sizes of tiles and overview become the nearest multiple (upwards from the middle, at least one),
-        and patch_multiple is set, which native tiles are padded to. Raises ValueError for multiple < 1.
+        Sizes of tiles and overview are rounded to the nearest multiple (a half upwards, to at least one), and
+        patch_multiple, which native tiles are padded to, is set. Raises ValueError for multiple < 1.
         """
         if multiple < 1:
             raise ValueError(f"tile sizes are multiples of at least 1 pixel, not {multiple}")
@@ -206,9 +206,9 @@ class TilingPolicy(Settings):
         )
 
     def with_fixed_tiles(self, size: Size) -> Self:
-        """The policy for a model family that takes tiles of one size only: tiles and overview get it.
+        """Adapt the policy to a model family that only accepts tiles of one size, by giving it to tiles and overview.
 
-        A policy that cuts nothing is returned as it is: the family's processor sizes the page. Raises
+        A policy that cuts nothing is returned as it is, because the family's processor sizes the page. Raises
         ValueError for native_resolution, which cannot give tiles of one size.
         """
         if not self.is_tiled:
@@ -221,8 +221,10 @@ class TilingPolicy(Settings):
         return self._with(tile_size=size, overview=self.overview and size)
 
     def record(self) -> dict[str, Any]:
-        """The settings as plain JSON, for a prepared dataset's record. Keys that came after its first version stand
-        there only where they say something."""
+        """Return the settings as plain JSON for a prepared dataset's record.
+
+        Settings newer than the first version of the record are left out if they have their default.
+        """
         fields = type(self).model_fields
         unsaid = {name for name in _LATER if getattr(self, name) == fields[name].default}
         return self.model_dump(mode="json", exclude=unsaid)
@@ -271,7 +273,7 @@ class TilingPolicy(Settings):
 
 
 def _check_buckets(field: str, buckets: Sequence[ShapeBucket | OverviewBucket]) -> None:
-    """The buckets of a field cover every shape once: ascending, and only the last one open."""
+    """Check that the buckets of a field cover every shape once: ascending limits, and none on the last bucket only."""
     limits = [bucket.max_ratio for bucket in buckets]
     if not limits or limits[-1] is not None:
         raise ValueError(f"{field}: the last bucket takes every remaining page; end with max_ratio: null")

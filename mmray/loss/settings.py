@@ -1,7 +1,7 @@
-"""The `loss` setting of the job file as it is written: which tokens of a sample train.
+"""The `loss` setting of the job file: which tokens of a sample are trained on.
 
-Three modes: what the model would have sampled (`sampled`), every token (`all`), or the turns of some roles. What a
-model family makes of the setting is in `mmray.loss.sources`.
+Three modes: what the model would have sampled (`sampled`), every token (`all`), or the turns of some roles
+(`RoleLoss`). `mmray.loss.sources` turns the setting into labels for a model family.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from mmray.base.settings import Settings
 TrainOnEos = Literal["turn", "all", "last", "none"]
 
 SAMPLED_ROLE = "assistant"
-"""The role whose turns a model samples."""
+"""Role whose turns a model samples."""
 
 
 class BoundarySettings(Settings):
@@ -74,7 +74,7 @@ class RoleLoss(Settings):
 
     @property
     def chooses_messages(self) -> bool:
-        """Something is left out that only a chat's messages tell: turns but the last, or thoughts."""
+        """Whether the settings leave out turns or thoughts, which only a chat's messages identify."""
         return any(getattr(self, name) != type(self).model_fields[name].default for name in _BY_MESSAGES)
 
     @model_validator(mode="after")
@@ -89,13 +89,13 @@ class RoleLoss(Settings):
 
 
 _BY_MESSAGES = ("turns", "reasoning", "train_empty_thoughts")
-"""Keys of `RoleLoss` that boundaries cannot express: what they choose is known from a chat's messages alone."""
+"""Keys of `RoleLoss` that boundaries cannot express, because only a chat's messages identify what they choose."""
 _BY_TURNS = ("roles", "train_on_eos", "boundaries", *_BY_MESSAGES)
-"""Keys of `RoleLoss` that say which turns train, and what of them."""
+"""Keys of `RoleLoss` that choose turns to train on, and parts of them."""
 
 
 def _mode(value: Any) -> str | None:
-    """The tag of a value's kind; None for what is neither."""
+    """Return the tag of a value's kind for pydantic; None for a value that is neither."""
     if isinstance(value, (dict, RoleLoss)):
         return "RoleLoss"
     return "word" if value in ("sampled", "all") else None
@@ -110,13 +110,13 @@ LossSetting = Annotated[
         custom_error_message="Input should be 'sampled', 'all' or keys such as roles:",
     ),
 ]
-"""`Loss` as the job file reads it: of a value only the kind that was meant is spoken of."""
+"""`Loss` as the job file reads it; errors speak only of the kind of value that was meant."""
 
 _ADAPTER: TypeAdapter[Loss] = TypeAdapter(LossSetting)
 
 
 def loss_record(loss: Loss) -> Any:
-    """The setting as plain JSON. Keys that came later are left out where they say what was so before them."""
+    """Return the setting as plain JSON, without newer keys that have their default, as older versions wrote it."""
     record = _ADAPTER.dump_python(loss, mode="json")
     if isinstance(loss, RoleLoss):
         later = [name for name in _BY_MESSAGES if getattr(loss, name) == RoleLoss.model_fields[name].default]
@@ -125,10 +125,10 @@ def loss_record(loss: Loss) -> Any:
 
 
 def loss_of_record(record: Any) -> Loss:
-    """The inverse of `loss_record`."""
+    """Read a setting that `loss_record` wrote."""
     return _ADAPTER.validate_python(record)
 
 
 def allows_empty(loss: Loss) -> bool:
-    """Whether rows that train no token are kept."""
+    """Whether rows without a trained token are kept."""
     return isinstance(loss, RoleLoss) and loss.allow_empty

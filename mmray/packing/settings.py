@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from mmray.base.settings import Settings
 
 CHUNK_ROWS = 512
-"""Rows one encoder call takes: enough that starting a call costs nothing, few enough that two actors both have work."""
+"""Rows in one encoder call: enough that starting a call costs nothing, few enough that two actors both have work."""
 
 
 class PackingSettings(Settings):
@@ -47,4 +47,5 @@ class PackingSettings(Settings):
 
     @property
     def chunk_rows(self) -> int:
+        """Number of rows in one encoder call."""
         return min(self.window_rows, CHUNK_ROWS)

@@ -14,7 +14,7 @@ FIELDS: dict[RowKind, tuple[str, ...]] = {
 }
 
 ONE_IMAGE = "image"
-"""What LLaVA and its children call the image of a row; read where a row has no `images`."""
+"""Column in which LLaVA and its descendants name a row's image; read where a row has no `images`."""
 
 
 LIKE_IMAGES = tuple(
@@ -22,7 +22,7 @@ LIKE_IMAGES = tuple(
     for stem in ("image", "img", "picture", "pic", "photo", "page_image", "scan", "image_path", "image_file")
     for ending in ("", "s")
 )
-"""Columns, in small letters, that look like images (`mmray.rows.columns`)."""
+"""Names of columns, in lower case, that look like images (`mmray.rows.columns`)."""
 
 _OF_CHATS = ("roles", "ignore_message_keys", "allow_dropped", "chat_template_kwargs")
 _LATER = (*_OF_CHATS, "own_token_text", "join_documents", "loss", "members", "pdf_dpi")
@@ -108,8 +108,10 @@ class DatasetSettings(Settings):
         return None if loss is None else loss_record(loss)
 
     def record(self) -> dict[str, Any]:
-        """The settings as plain JSON, for a prepared dataset's record. Keys that came after its first version stand
-        there only where they say something."""
+        """Return the settings as plain JSON for a prepared dataset's record.
+
+        Settings newer than the first version of the record are left out if they are empty.
+        """
         values = self.model_dump(mode="json")
         fields = type(self).model_fields
         empty = {name for name in _LATER if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
@@ -141,12 +143,12 @@ class DatasetSettings(Settings):
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """Names in the file of all that rows are made of, and those by which a set is judged."""
+        """Column names in the file that rows are made of, and those that look like images, by which a set is judged."""
         names = [self.column(field) for field in FIELDS[self.kind]]
         return tuple(dict.fromkeys((*names, *(LIKE_IMAGES if self.column("images") == "images" else ()))))
 
     def column(self, field: str) -> str:
-        """The name in the file of one of mmray's fields."""
+        """Return the column name in the file of one of mmray's fields."""
         return self.columns.get(field, field)
 
 
@@ -196,10 +198,10 @@ class DataSettings(Settings):
 
     @property
     def splits(self) -> dict[str, tuple[DatasetSettings, ...]]:
-        """The sets of rows of `train` and, where there are any, of `eval`."""
+        """Sets of rows of `train` and, if there are any, of `eval`."""
         return {"train": self.train} | ({"eval": self.eval} if self.eval else {})
 
     @property
     def lenient(self) -> Self:
-        """The same settings with bad rows rejected, for looking at rows without stopping at the first bad one."""
+        """Copy of the settings that rejects bad rows, for looking at rows without stopping at the first bad one."""
         return self.model_copy(update={"on_bad_row": "reject"})

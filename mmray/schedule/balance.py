@@ -1,7 +1,8 @@
 """What a bin costs to train on, and the `balance` part of the job file.
 
-Equal work is made inside a global batch, whose bins are those of the plain shuffled order: a fair sample of the data.
-`across_batches` makes it by choosing which bins form a batch, and the model learns far worse for it (docs/training.md).
+A global batch holds the bins of the plain shuffled order, a fair sample of the data, and ranks get equal work by how
+these bins are dealt to them. `across_batches` instead chooses which bins form a batch, and the model learns far worse
+from such batches (docs/training.md).
 
 A cost is a number of text tokens: 1 is what one token takes in the linear layers of the language model. The rest is
 counted in multiply-adds and divided by that, since the backward pass doubles all of them alike. Tokens alone are not
@@ -86,7 +87,7 @@ class BalanceSettings(Settings):
         return self
 
     def _of_sorting(self) -> list[str]:
-        """The settings that only sorting across batches has, where they differ from their defaults."""
+        """Names of the settings that only sorting across batches uses and that differ from their defaults."""
         names = ("window_batches", "tolerance", "group_bins", "one_shape_per_batch")
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
@@ -96,34 +97,38 @@ class BalanceSettings(Settings):
         return bool(self._of_sorting()) if self.across_batches is None else self.across_batches
 
     def across(self, across_batches: bool) -> "BalanceSettings":
-        """The settings with across_batches decided."""
+        """Copy the settings with across_batches decided."""
         return self.model_copy(update={"across_batches": across_batches})
 
     def order_record(self) -> dict[str, Any] | None:
-        """What of the settings decides which bins form a global batch, as plain JSON; None: nothing of them does."""
+        """Return the settings that decide which bins form a global batch, as plain JSON; None without sorting."""
         return self.model_dump(exclude={"across_batches"}) if self.sorts_batches else None
 
     def for_attention(self, implementation: str) -> "BalanceSettings":
-        """The settings with whole_row_attention decided. implementation: as in `model.attention`."""
+        """Copy the settings with whole_row_attention decided. implementation: as in `model.attention`."""
         if self.whole_row_attention is not None:
             return self
         return self.model_copy(update={"whole_row_attention": implementation != "flash_attention_2"})
 
     def cost_record(self) -> dict[str, Any]:
-        """The settings that say what a bin costs, as plain JSON."""
+        """Return the settings that decide what a bin costs, as plain JSON."""
         names = {"token_pair", "whole_row_attention", "trained_token", "visual_token", "visual_pair"}
         return self.model_dump(include=names)
 
     def sample_costs(self, samples: Loads) -> tuple[np.ndarray, float]:
-        """What each sample adds to the cost of its bin, float64 [n], and what the bin costs beside per token squared.
+        """Return the part of a bin's cost that is a sum over its samples, and the part that is not.
 
-        samples: their loads, as if each had a bin of its own.
+        samples: loads of n samples, as if each had a bin of its own. Returns what each sample adds to its bin's cost,
+        float64 [n], and the cost of a bin per token squared (0 unless attention goes over the whole row).
         """
         costs, pair_cost = self.costs(samples), 2.0 * self.token_pair if self.whole_row_attention else 0.0
         return costs - pair_cost * samples.tokens.astype(np.float64) ** 2, pair_cost
 
     def costs(self, loads: Loads) -> np.ndarray:
-        """The cost of each bin, float64 [n]. Elementwise on purpose: the same on every machine, which a BLAS is not."""
+        """Return the cost of each bin, float64 [n].
+
+        Computed elementwise on purpose, so that the result is the same on every machine, unlike with BLAS.
+        """
         if self.whole_row_attention is None:
             raise ValueError("whole_row_attention is not decided; use for_attention")
         pairs = 2.0 * loads.tokens.astype(np.float64) ** 2 if self.whole_row_attention else loads.sample_pairs
@@ -138,18 +143,18 @@ class BalanceSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The dimensions of a stack of transformer layers. kv: width of keys (and of values), hidden without grouping."""
+    """Dimensions of a stack of transformer layers. kv: width of keys and of values; equals hidden if not grouped."""
 
     count: int
     hidden: int
     intermediate: int
     kv: int
     gated: bool
-    """The MLP has a gate: three matrices, not two."""
+    """Whether the MLP has a gate, so three matrices instead of two."""
 
     @property
     def linear(self) -> int:
-        """Multiply-adds of one token in the matrices of all layers."""
+        """Number of multiply-adds of one token in the matrices of all layers."""
         mlp = (3 if self.gated else 2) * self.hidden * self.intermediate
         return self.count * (2 * self.hidden**2 + 2 * self.hidden * self.kv + mlp)
 
@@ -157,9 +162,10 @@ class Layers:
 def cost_settings(
     text: Layers, vision: Layers, *, vocabulary: int, patches_per_token: int, projector: int
 ) -> dict[str, float]:
-    """The four costs of `BalanceSettings` for a model, from its dimensions.
+    """Compute the four costs of `BalanceSettings` for a model from its dimensions.
 
-    patches_per_token: patches of the vision tower that become one visual token; projector: multiply-adds of one visual
+    text, vision: layers of the language model and of the vision tower. vocabulary: number of token ids.
+    patches_per_token: patches of the vision tower that become one visual token. projector: multiply-adds of one visual
     token between tower and language model.
     """
     unit = text.linear

@@ -1,4 +1,4 @@
-"""What a person may set about the model and its training, checked once, here.
+"""The `model` and `training` parts of the job file, checked once, here.
 
 Inside the engine these values are certain: contradictions (two ways to give the length of training, a
 DeepSpeed key that mmray computes itself) are errors when the job file is read, with the name of the setting
@@ -38,7 +38,7 @@ OWNED_DEEPSPEED_KEYS = {
 
 
 RouterLoss = Literal["model"] | float | None
-"""Factor of the balancing loss of a mixture of experts; "model" for that of its configuration."""
+"""Factor of the balancing loss of a mixture of experts; "model": that of its configuration; None: no such loss."""
 
 
 class ModelSettings(Settings):
@@ -83,8 +83,8 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.config is None):
-            given = "both" if self.path is not None else "neither"
-            raise ValueError(f"give exactly one of path (trained weights) and config (random weights); {given} given")
+            sources = "both" if self.path is not None else "neither"
+            raise ValueError(f"give exactly one of path (trained weights) and config (random weights); {sources} given")
         if isinstance(self.config, dict) and "model_type" not in self.config:
             raise ValueError('an inline config needs its "model_type", for example "qwen2_vl"')
         if self.allow_missing and self.path is None:
@@ -204,8 +204,8 @@ class TrainingSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            given = "both" if self.steps is not None else "neither"
-            raise ValueError(f"give exactly one of steps and epochs; {given} given")
+            lengths = "both" if self.steps is not None else "neither"
+            raise ValueError(f"give exactly one of steps and epochs; {lengths} given")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("give at most one of warmup_steps and warmup_ratio; both given")
         if self.warmup_steps is not None and self.steps is not None and self.warmup_steps > self.steps:
@@ -221,9 +221,10 @@ class TrainingSettings(Settings):
 
 
 def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """The user's part of the DeepSpeed configuration, checked, without its "auto" values.
+    """Read and check the user's part of the DeepSpeed configuration.
 
-    Raises UserError when the file cannot be read or a key is one that mmray decides.
+    value: as in `training.deepspeed`. Returns it without its "auto" values; {} for None. Raises UserError when the file
+    cannot be read or a key is one that mmray decides.
     """
     if value is None:
         return {}
@@ -243,9 +244,7 @@ def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, An
 
 
 def check_deepspeed_overrides(overrides: dict[str, Any]) -> None:
-    """Raise ValueError, naming the setting to use, where a key is one that mmray decides (unless all
-    "auto").
-    """
+    """Raise ValueError, naming the setting to use, if mmray decides a key whose value is not "auto"."""
     stated = _without_auto(overrides)
     for key, remedy in OWNED_DEEPSPEED_KEYS.items():
         node: Any = stated
@@ -256,7 +255,7 @@ def check_deepspeed_overrides(overrides: dict[str, Any]) -> None:
 
 
 def _without_auto(node: dict[str, Any]) -> dict[str, Any]:
-    """A copy without "auto" values, and without the groups that held nothing else."""
+    """Copy a configuration without its "auto" values, and without groups that hold nothing else."""
     kept: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict):
