@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobs import common, train
-from jobs.common import connect, run_main
+from jobs.command_line import run_main
+from jobs.common import connect
 from mmray.errors import UserError
 from tests.conftest import Inputs, free_port
 
