@@ -75,7 +75,7 @@ def test_a_finished_folder_holds_what_the_design_names_and_no_more(prepared):
 def test_a_folder_without_manifest_is_refused_with_the_remedy(tmp_path, begun):
     with pytest.raises(UserError, match=r"no prepared dataset: it has no manifest\.json\. Run jobs/prepare\.py"):
         PreparedDataset(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="(?i)a prepare was begun here but did not finish"):
+    with pytest.raises(UserError, match="A prepare was begun here but did not finish"):
         PreparedDataset(str(begun[0]))
 
 
