@@ -182,11 +182,11 @@ def through_pool(job: Job, way: Way) -> None:
 
 
 def pool_windows(
-    job: Job, way: Way, _context: PrepareContext, token: str, chunks: Sequence[Chunk], _sizes: Any
+    job: Job, way: Way, context: PrepareContext, token: str, chunks: Sequence[Chunk], _sizes: Any
 ) -> Iterator[int]:
     """The `driver.RunWindows` of a plain pool of processes."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(POOL_SIZE, mp_context=spawn, initializer=_start, initargs=(job, token)) as pool:
+    spawn, start = multiprocessing.get_context("spawn"), (job, token, context.dealing)
+    with ProcessPoolExecutor(POOL_SIZE, mp_context=spawn, initializer=_start, initargs=start) as pool:
         for window in as_completed([pool.submit(_window, window) for window in by_window(chunks)]):
             if way.is_left:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -198,9 +198,9 @@ def pool_processes() -> list[psutil.Process]:
     return [psutil.Process(process.pid) for process in multiprocessing.active_children()]
 
 
-def _start(job: Job, token: str) -> None:
+def _start(job: Job, token: str, dealing: int) -> None:
     global _make
-    _make = WindowMaker(PrepareContext.of(job, "train"), token)
+    _make = WindowMaker(PrepareContext.of(job, "train").dealt(dealing), token)
 
 
 def _window(chunks: list[Chunk]) -> int:

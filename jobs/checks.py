@@ -20,7 +20,7 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
-from mmray.loss.settings import label_maker
+from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.fingerprint import check_settings
 from mmray.prepared.versions import check_labels
@@ -99,6 +99,12 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
             prepared.path, prepared.manifest["record"], processor=family.processor,
             tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
         )  # fmt: skip
+        if prepared.is_read_otherwise:
+            console.print(
+                f"{prepared.path} was prepared before orientations of signed kinds in EXIF counted: such pictures go "
+                "on as they are stored, with the sizes they were prepared with; prepare anew to have them turned",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
         prepared.check_has_bins()
         check_labels(prepared, label_maker(job.loss, family))
         datasets[split] = prepared

@@ -261,7 +261,9 @@ def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:
     record = prepare_record(
         files=source_files(datasets), datasets=datasets, data=job.data, processor=rows.family.processor,
         tiling=rows.policy, packing=job.packing, loss=job.loss,
+        costs=costs.cost_record() if (costs := job.packing_costs) else None,
     )  # fmt: skip
-    if PreparedWriter(folder.uri).is_finished(record):
+    writer = PreparedWriter(folder.uri)
+    if writer.is_finished(writer.as_begun(record)):
         return "up to date, nothing to do"
     return "a prepare was begun here; its finished windows are kept"

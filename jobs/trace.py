@@ -55,12 +55,12 @@ def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
         cursor = replace(cursor, prepared=cursor.prepared or prepared.path)
     trained = read_trained(run)
     workers = trained[-1].workers if job.resources.is_elastic and trained else job.resources.max_workers
-    return Tracer(run, cursor, lambda span, ranks: _batches(plan, span, ranks), workers)
+    return Tracer(run, cursor, lambda span, ranks: _batches(plan, cursor, span, ranks), workers)
 
 
-def _batches(plan: RunPlan, span: DataSpan, workers: int) -> BatchPlan:
+def _batches(plan: RunPlan, cursor: Cursor, span: DataSpan, workers: int) -> BatchPlan:
     of_span = replace(plan, train=(span.num_bins, span.fingerprint))
-    return replace(plan.batches("train", of_span.schedule, workers, span.first_step), prepared=span.prepared)
+    return replace(plan.batches("train", of_span.schedule_at(cursor), workers, span.first_step), prepared=span.prepared)
 
 
 def _range(steps: str) -> tuple[int, int]:

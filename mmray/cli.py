@@ -12,6 +12,9 @@ from rich.console import Console
 import mmray
 from mmray.errors import UserError
 
+_SHOWN = 10
+"""Examples of each kind that a command prints."""
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 ALL_TO_THE_JOB = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -131,6 +134,61 @@ def from_huggingface(
     Console().print(f"{target}: {rows:,} rows", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("from-pdf")
+def from_pdf(
+    files: Annotated[list[str], typer.Argument(help="PDFs: paths, folders, globs, or URIs of them.")],
+    out: Annotated[str, typer.Option(metavar="ROWS.jsonl", help="Where the rows go, a local file.")],
+    text: Annotated[
+        bool, typer.Option("--text", help="Write each page's text layer as its text, marked with text_from.")
+    ] = False,
+) -> None:
+    """Write a row for each page of PDFs; nothing is rendered. Again, after a stop: goes on where it was."""
+    from mmray.display.progress import ProgressBar
+    from mmray.rows.from_pdf import write_pdf_rows
+
+    with ProgressBar(f"rows of {out}", "files") as bar:
+        written = write_pdf_rows(files, out, text=text, on_progress=bar.update)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{out}: {written.rows:,} rows")
+    if written.without_text:
+        console.print(f"{written.without_text:,} pages have no text layer and are left out")
+    for reason in written.failed[:_SHOWN]:
+        console.print(f"left out: {reason}")
+    if len(written.failed) > _SHOWN:
+        console.print(f"… and {len(written.failed) - _SHOWN:,} more files are left out")
+    if written.image_root:
+        console.print(f"the job names where the PDFs lie: image_root: {written.image_root}")
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job's.")],
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that decode; default: one for each CPU.")
+    ] = None,
+) -> None:
+    """Decode every picture of a prepared dataset once, and list what is broken, blank or not what was prepared.
+
+    Exit code 1 where a picture is broken. Again, after a stop: goes on where it was.
+    """
+    from mmray.config.job import load_job
+    from mmray.display.progress import ProgressBar
+    from mmray.prepared.verify import verify as verify_pictures
+    from mmray.report.tables import verified_table
+
+    paths = [path]
+    if path.endswith((".yaml", ".yml")):
+        job = load_job(path)
+        paths = [job.prepared_path(split) for split in ("train", "eval") if getattr(job.data, split)]
+    broken = 0
+    for each in paths:
+        with ProgressBar(f"pictures of {each}", "bins") as bar:
+            verified = verify_pictures(each, processes=processes, on_progress=bar.update)
+        Console().print(verified_table(each, verified))
+        broken += verified.broken
+    sys.exit(1 if broken else 0)
+
+
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A prepared dataset, or a job file (JOB.yaml) with --rows or --id.")],
@@ -216,7 +274,7 @@ def export(
     if dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--dtype {dtype}: give bf16 or fp32")
     from mmray.config.job import load_job
-    from mmray.export import export_model
+    from mmray.run.export import export_model
 
     settings = None if job_file is None else load_job(job_file).model
     exported = export_model(source, out, step=step, dtype=dtype, settings=settings, replace=replace)  # type: ignore[arg-type]

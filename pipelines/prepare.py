@@ -78,16 +78,16 @@ class EncodeChunk:
 class PackWindow:
     """Actor: packs the chunks of one window and commits its files. Hands on the sizes."""
 
-    def __init__(self, job: Job, split: str, token: str) -> None:
-        """token: of the plan whose windows these are (`PreparedWriter.begin`)."""
-        self.job, self.split, self.token = job, split, token
+    def __init__(self, job: Job, split: str, token: str, dealing: int) -> None:
+        """token: of the plan whose windows these are (`PreparedWriter.begin`); dealing: the way its rows are dealt."""
+        self.job, self.split, self.token, self.dealing = job, split, token, dealing
         self.clock = StageClock("pack", job.name)
         self.tags = {"job_name": job.name, "split": split}
 
     @cached_property
     def pack(self) -> WindowPacker:
         """Made with the first window."""
-        return WindowPacker(PrepareContext.of(self.job, self.split), self.token)
+        return WindowPacker(PrepareContext.of(self.job, self.split).dealt(self.dealing), self.token)
 
     @clocked
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _run_windows(
     )  # fmt: skip
     dataset = dataset.map_batches(
         PackWindow, batch_size=job.packing.window_rows // job.packing.chunk_rows, batch_format="pyarrow",
-        fn_constructor_args=(job, split, token),
+        fn_constructor_args=(job, split, token, context.dealing),
         compute=_pool(resources.pack_actors, room=cpus - resources.encode_actors), num_cpus=1,
     )  # fmt: skip
     try:

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from jobs.train import check_old_chats
-from mmray.base.json_lines import read_json_lines
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
 from mmray.images.size_cache import read_sizes
-from mmray.loss.settings import label_maker
-from mmray.prepared import PreparedDataset
+from mmray.loss.sources import label_maker
+from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.versions import bin_labels
 from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.export import export_model
+from mmray.training.json_lines import read_json_lines
 from tests.fixtures.f4b23e2.make import MODIFIED, machine
 from tests.here import prepare_here, train_here
 from tests.mmray.preparing import blank_unseen, contents
@@ -70,6 +73,11 @@ def same_numbers(lines: list[dict[str, Any]], first: int) -> None:
             assert ours[name] == wanted, (ours["step"], name)
 
 
+def begin_as_it_was(folder: Path, split: str) -> None:
+    """Begin to prepare into `anew` as it was then: rows of several files are dealt in another way since."""
+    PreparedWriter(str(folder / "anew" / split)).begin(PreparedDataset(f"prepared/{split}").manifest["record"])
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_prepared_dataset_is_up_to_date_for_its_job(state: Path, split: str) -> None:
     before = contents(state / "prepared" / split)
@@ -99,6 +107,7 @@ def same_bins(before: PreparedDataset, anew: PreparedDataset, job: Job) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_its_rows_give_the_same_samples_and_rejected_rows(state: Path, split: str) -> None:
+    begin_as_it_was(state, split)
     job = job_of(**{"output.prepared": "anew", "data.size_cache": None})
     dataset, earlier = prepare_here(job, split), PreparedDataset(f"prepared/{split}")
     same_bins(earlier, dataset, job)
@@ -115,6 +124,7 @@ def test_its_rows_give_the_same_samples_and_rejected_rows(state: Path, split: st
 def test_a_size_cache_answers_without_an_image(state: Path, split: str) -> None:
     known = len(read_sizes("sizes.parquet"))
     blank_images(state)
+    begin_as_it_was(state, split)
     job = job_of(**{"output.prepared": "anew"})
     same_bins(PreparedDataset(f"prepared/{split}"), prepare_here(job, split), job)
     assert len(read_sizes("sizes.parquet")) == known
@@ -158,6 +168,17 @@ def test_a_run_resumes_from_its_oldest_checkpoint_by_the_tiles_of_its_cache(stat
     shutil.rmtree(newest)
     blank_images(state)
     same_numbers(train_here(job_of(), ranks=2), first=6)
+
+
+def test_a_checkpoint_is_exported_with_its_job(state: Path) -> None:
+    """It does not say which model it is of; the weights are those that DeepSpeed wrote."""
+    with pytest.raises(UserError, match=r"give --job JOB\.yaml"):
+        export_model("run", "model-of-5", step=5)
+    export_model("run", "model-of-5", step=5, settings=job_of().model)
+    (saved,) = (state / "run").glob("checkpoint_00000005_*/deepspeed/mp_rank_00_model_states.pt")
+    expected = torch.load(saved, weights_only=False)["module"]
+    model = AutoModelForImageTextToText.from_pretrained("model-of-5", dtype="auto")
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
 def test_other_settings_are_refused_by_name(state: Path) -> None:

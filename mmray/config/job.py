@@ -160,7 +160,7 @@ class Job(Settings):
     training: TrainingSettings
     """Steps, optimizer, DeepSpeed, evaluation and checkpoints."""
     balance: BalanceSettings | None = BalanceSettings()
-    """How global batches are put together so that ranks have equal work; null: bins in plain shuffled order."""
+    """How ranks are given equal work; null: bins are dealt in plain shuffled order."""
     resources: ResourceSettings = ResourceSettings()
     """Actors, workers and GPUs."""
     output: OutputSettings
@@ -193,6 +193,21 @@ class Job(Settings):
                 f"balance.group_bins ({self.balance.group_bins}) must divide training.global_batch_bins ({batch})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _costs_are_known(self) -> "Job":
+        if self.packing.mode == "equal_cost" and self.balance is None:
+            raise ValueError("packing.mode equal_cost packs by the costs of balance: take balance: null out")
+        if self.packing.mode == "equal_cost" and self.balance and self.balance.one_shape_per_batch:
+            raise ValueError("packing.mode equal_cost mixes shapes: leave out balance.one_shape_per_batch")
+        return self
+
+    @property
+    def packing_costs(self) -> BalanceSettings | None:
+        """What samples cost, where bins are packed to equal cost."""
+        if self.packing.mode != "equal_cost" or self.balance is None:
+            return None
+        return self.balance.for_attention(self.model.attention)
 
     def prepared_path(self, split: str) -> str:
         """The prepared dataset of `train` or `eval`."""

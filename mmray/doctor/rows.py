@@ -17,7 +17,8 @@ from mmray.images import TilingPolicy
 from mmray.inspect.terminal import is_plain, legend, print_sample
 from mmray.inspect.view import view_samples
 from mmray.loss.labels import IGNORE_INDEX
-from mmray.loss.settings import LossSource, allows_empty, label_maker
+from mmray.loss.settings import allows_empty
+from mmray.loss.sources import LossSource, label_maker
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.count import count_rows
@@ -120,7 +121,8 @@ class FirstRows:
         for number in numbers[:SHOWN_SETS]:
             by_length = sorted(self.good(number), key=lambda sample: len(sample.input_ids))
             typical = by_length[(len(by_length) - 1) // 2]
-            (shown,) = window_bins(pack_window(samples_table([typical]), self.job.packing, labels, 0, True))
+            alone = self.job.packing.model_copy(update={"mode": "none"})
+            (shown,) = window_bins(pack_window(samples_table([typical]), alone, labels, 0, True))
             roles, (view,) = view_samples(shown, self.family, self.job.loss)
             print_sample(console, f"a typical one of the first rows of {self.name(number)}: {view.id}", view, roles)
         if numbers:

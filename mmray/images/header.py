@@ -12,19 +12,25 @@ What a header says is checked here: an image too large to decode safely is refus
 """
 
 import io
+import os
 import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from dataclasses import dataclass, replace
+from typing import IO, BinaryIO, NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.GifImagePlugin import GifImageFile
 
 from mmray.errors import RowError
+from mmray.images import jpeg
+from mmray.images.contents import CONTENTS_BYTES, contents
+from mmray.images.paged import MOST_PAGES, PageOfFile
+from mmray.images.pdf import num_pages, pdf_size
+from mmray.images.readers import TiffReader, UnknownKindError, open_picture
 from mmray.images.source import (
     HEADER_BLOCK_BYTES,
     PASSING_ERRORS,
@@ -35,19 +41,22 @@ from mmray.images.source import (
     one_line,
 )
 
-FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "AVIF"]
-"""Formats that are opened, in Pillow's names. Others Pillow knows are guessed without a signature (TGA),
-run an interpreter (EPS) or hold sizes that decoding changes (ICO)."""
-
 MAX_PIXELS = 250_000_000
 """Pixels of the largest image that is opened: a sheet of A0 at 400 dpi has 245 million."""
 
-_WIDTH_TAG, _HEIGHT_TAG, _ORIENTATION_TAG = 256, 257, 274
+_ORIENTATION_TAG = 274
 _INTEGER_KINDS = {1: "B", 3: "H", 4: "I"}
+_SIGNED_KINDS = {6: "b", 8: "h", 9: "i"}
+IMAGE_READING = 2
+"""Raised when the size of some image is read otherwise than before. 2: orientations of signed kinds count."""
 _BROKEN = -1
 """Stands for the orientation that EXIF would have said, had it been readable."""
 BROKEN_EXIF = "broken_exif"
 """The note on an image whose EXIF cannot be read, or says an orientation there is not: it is taken as it is stored."""
+SEVERAL_FRAMES = "several_frames"
+"""The note on a file of several pages or frames, of which the first alone is the image."""
+_ONE_PICTURE = ("JPEG", "MPO", "HEIF")
+"""Formats that hold one photograph, if in several views."""
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _PNG_TAIL_BYTES = HEADER_BLOCK_BYTES
 """How much of a PNG's end is searched for EXIF: one request. EXIF itself has at most 64 KB."""
@@ -62,7 +71,7 @@ class ImageHeader:
     height: int
     """Height in pixels, upright."""
     format: str
-    """One of FORMATS, or "MPO" (a JPEG of several pictures)."""
+    """One of FORMATS, "HEIF", "MPO" (a JPEG of several pictures), or "PDF"."""
     mode: str
     """Pillow's mode of the stored pixels, for example "RGB", "CMYK", "I;16"."""
     orientation: int
@@ -88,13 +97,31 @@ class Measured(NamedTuple):
 def measured(source: ImageSource, *, max_pixels: int = MAX_PIXELS, one_frame: bool = False) -> Measured:
     """The size of an image, and what was passed over. Errors as `read_header`.
 
-    one_frame: raise RowError `image_frames` for a file of several pages or frames.
+    one_frame: raise RowError `image_frames` for a file of several pages or frames, of which the source names none.
     """
+    page = page_of(source)
+    if page and page.is_pdf:
+        return Measured(pdf_size(page, max_pixels))
     with opened_image(source, max_pixels, block_bytes=HEADER_BLOCK_BYTES) as (image, header):
-        if one_frame and _has_several(image, header, source):
+        if page is None and len(_frames(image, source, is_any_enough=True)) > 1:
+            if not one_frame:
+                return Measured(header.size, header.note or SEVERAL_FRAMES)
             message = f"{describe_source(source)}: has several pages or frames; split it, or set data.image_frames"
-            raise RowError("image_frames", f"{message}: first")
+            raise RowError("image_frames", f"{message}: first, or all")
         return Measured(header.size, header.note)
+
+
+def frames_of(source: ImageSource) -> list[int]:
+    """The numbers, from 1, of the pages or frames of an image; previews and masks, and the further views of
+    photographs, are none. Errors as `read_header`, but for size."""
+    with image_file(source, block_bytes=HEADER_BLOCK_BYTES) as file:
+        image, _ = _identify(file, source)
+        return _frames(image, source)
+
+
+def page_of(source: ImageSource) -> PageOfFile | None:
+    """The page that a source names, if it is a path or URI and names one."""
+    return PageOfFile.written(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
 
 
 def image_size(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -106,8 +133,12 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHe
     """Read an image's header; no pixel is decoded.
 
     Raises RowError: those of `open_image`; `image_unreadable` where the file is empty or no image of FORMATS;
-    `image_too_large` above `max_pixels` pixels (width times height).
+    `image_too_large` above `max_pixels` pixels (width times height); `image_page` for a page that there is not; of
+    PDFs those of `pdf_size`.
     """
+    page = page_of(source)
+    if page and page.is_pdf:
+        return ImageHeader(*pdf_size(page, max_pixels), "PDF", "RGB", 1, num_pages(page.file))
     with opened_image(source, max_pixels, block_bytes=HEADER_BLOCK_BYTES) as (_, header):
         return header
 
@@ -121,7 +152,10 @@ def opened_image(
     block_bytes: as in `open_image`.
     """
     with image_file(source, block_bytes=block_bytes) as file, _pillow_limit_lifted:
-        image, header = _identify(file, source)
+        is_decoded = block_bytes != HEADER_BLOCK_BYTES
+        image, header = _identify(_held(file, source) if is_decoded else file, source)
+        if page := page_of(source):
+            header = _at_page(image, page, source, is_decoded)
         if min(header.size) < 1:
             raise RowError("image_unreadable", f"{describe_source(source)}: has no pixels; store it anew")
         num_pixels = header.width * header.height
@@ -132,6 +166,20 @@ def opened_image(
             )
             raise RowError("image_too_large", message)
         yield image, header
+
+
+def _held(file: BinaryIO, source: ImageSource) -> BinaryIO:
+    """A file whose pixels are wanted; a JPEG in memory, as its bytes are looked at too (`mmray.images.jpeg`)."""
+    try:
+        file.seek(0)
+        head = file.read(len(jpeg.SIGNATURE))
+        rest = file.read() if head == jpeg.SIGNATURE else b""
+        file.seek(0)
+    except PASSING_ERRORS:
+        raise
+    except OSError as error:
+        raise RowError("image_unreadable", f"{describe_source(source)}: {one_line(error)}; store it anew") from error
+    return io.BytesIO(head + rest) if rest else file
 
 
 class _PillowLimitLifted:
@@ -164,22 +212,23 @@ _pillow_limit_lifted = _PillowLimitLifted()
 
 def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile, ImageHeader]:
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = open_picture(file)
         return image, _header_of(image, file)
     except PASSING_ERRORS:
         raise
+    except UnknownKindError as error:
+        raise RowError("image_unreadable", f"{describe_source(source)}: {error}") from error
     except UnidentifiedImageError as error:
         file.seek(0)
-        found = "no image of a known format" if file.read(1) else "the file is empty"
-        message = f"{describe_source(source)}: {found}; store it as one of {', '.join(FORMATS)}"
+        message = f"{describe_source(source)}: {contents(file.read(CONTENTS_BYTES))}"
         raise RowError("image_unreadable", message) from error
     except Exception as error:  # a parser of foreign bytes may raise anything
         message = f"{describe_source(source)}: {one_line(error)}; store the image anew"
         raise RowError("image_unreadable", message) from error
 
 
-def _header_of(image: ImageFile.ImageFile, file: BinaryIO) -> ImageHeader:
-    width, height = _stored_size(image)
+def _header_of(image: ImageFile.ImageFile, file: IO[bytes]) -> ImageHeader:
+    width, height = image.size
     found = _orientation(image, file)
     orientation, note = (found, "") if 1 <= found <= 8 else (1, BROKEN_EXIF if found else "")
     if orientation >= 5:
@@ -187,40 +236,86 @@ def _header_of(image: ImageFile.ImageFile, file: BinaryIO) -> ImageHeader:
     return ImageHeader(width, height, str(image.format), image.mode, orientation, _num_frames(image), note)
 
 
-def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
-    """(width, height) before the orientation. Pillow swaps a TIFF's size by itself, and not in every case."""
-    if isinstance(image, TiffImageFile):
-        return image.tag_v2[_WIDTH_TAG], image.tag_v2[_HEIGHT_TAG]
-    return image.size
-
-
 def _num_frames(image: ImageFile.ImageFile) -> int | None:
-    if image.format == "GIF" or (isinstance(image, TiffImageFile) and image.is_animated):
+    if image.format == "GIF" or (isinstance(image, TiffReader) and image.is_animated):
         return None
     return getattr(image, "n_frames", 1)
 
 
-def _has_several(image: ImageFile.ImageFile, header: ImageHeader, source: ImageSource) -> bool:
-    """Whether a file holds more pages or frames than one. The further views of a photograph (MPO) are none."""
-    if header.format == "MPO":
-        return False
-    if header.format != "GIF":
-        return header.num_frames != 1
+def as_prepared(image: ImageFile.ImageFile, header: ImageHeader, size: tuple[int, int]) -> ImageHeader:
+    """The header of an image that was prepared with a size, before signed orientations counted (IMAGE_READING 1): it is
+    taken as it is stored, as it was measured. Any other header is as it is."""
+    exif = image.info.get("exif")
+    if header.size == size or header.size[::-1] != size or not isinstance(exif, bytes):
+        return header
+    was_read = _exif_orientation(exif, _INTEGER_KINDS)
+    return header if was_read != _BROKEN else replace(header, width=size[0], height=size[1], orientation=1)
+
+
+def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: bool = False) -> list[int]:
+    """As `frames_of`; the image is then at its first frame again. is_any_enough: the second is not looked behind."""
     try:
-        return bool(getattr(image, "is_animated", False))
-    except PASSING_ERRORS:
+        if isinstance(image, TiffReader):
+            return _tiff_pages(image, is_any_enough)
+        if image.format in _ONE_PICTURE:
+            return [1]
+        if is_any_enough and isinstance(image, GifImageFile):
+            return [1, 2] if image.is_animated else [1]
+        return list(range(1, min(getattr(image, "n_frames", 1), MOST_PAGES) + 1))
+    except (*PASSING_ERRORS, RowError):
         raise
+    except UnknownKindError as error:
+        raise RowError("image_unreadable", f"{describe_source(source)}: page {image.tell() + 1}: {error}") from error
     except Exception as error:  # a parser of foreign bytes may raise anything
         raise RowError("image_unreadable", f"{describe_source(source)}: {one_line(error)}; store it anew") from error
 
 
-def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
+def _tiff_pages(image: TiffReader, is_any_enough: bool) -> list[int]:
+    pages = [1]
+    for number in range(2, MOST_PAGES + 1):
+        try:
+            image.seek(number - 1)
+        except EOFError:
+            break
+        except UnknownKindError:
+            if not is_any_enough:
+                raise
+            pages.append(number)
+            break
+        if not image.is_preview:
+            pages.append(number)
+            if is_any_enough:
+                break
+    image.seek(0)
+    return pages
+
+
+def _at_page(image: ImageFile.ImageFile, page: PageOfFile, source: ImageSource, is_decoded: bool) -> ImageHeader:
+    """Turn to a page of an opened image; its header. Pictures of animations are of one size, which nobody decodes."""
+    name = describe_source(source)
+    is_cropped = isinstance(image, GifImageFile) and image.dispose_extent != (0, 0, *image.size)
+    if page.page > 1 and is_cropped:
+        raise RowError("image_unreadable", f"{name}: its first frame fills a part of the canvas alone; store it anew")
+    try:
+        num_frames = 1 if image.format in _ONE_PICTURE else getattr(image, "n_frames", 1)
+        if not 1 <= page.page <= num_frames or image.fp is None:
+            raise RowError("image_page", f"{name}: the file has {num_frames} pages; count from 1")
+        if page.page > 1 and (is_decoded or isinstance(image, TiffReader)):
+            image.seek(page.page - 1)
+        return _header_of(image, image.fp)
+    except (*PASSING_ERRORS, RowError):
+        raise
+    except Exception as error:  # a parser of foreign bytes may raise anything
+        raise RowError("image_unreadable", f"{name}: {one_line(error)}; store the image anew") from error
+
+
+def _orientation(image: ImageFile.ImageFile, file: IO[bytes]) -> int:
     """EXIF orientation, else that of XMP, else 1: what `ImageOps.exif_transpose` would find after decoding. Any other
     number than 1 to 8 means the same as 1; 0 is what some cameras write, others are broken.
 
     Two places are left out: XMP that stands behind the pixels of a PNG, and EXIF there that more than 128 KB follow.
     """
-    if isinstance(image, TiffImageFile):
+    if isinstance(image, TiffReader):
         tag = image.tag_v2.get(_ORIENTATION_TAG)
         found = tag if tag is None or isinstance(tag, int) else _BROKEN
     else:
@@ -230,7 +325,7 @@ def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
     return found
 
 
-def _exif_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> bytes:
+def _exif_bytes(image: ImageFile.ImageFile, file: IO[bytes]) -> bytes:
     exif = image.info.get("exif")
     if isinstance(exif, bytes):
         return exif
@@ -245,7 +340,7 @@ def _exif_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> bytes:
     return b""
 
 
-def _png_exif(file: BinaryIO) -> bytes:
+def _png_exif(file: IO[bytes]) -> bytes:
     """The eXIf chunk behind the pixels of a PNG: Pillow's header ends where they begin.
 
     Looked for at the file's end, by its checksum. Going there from chunk to chunk would take thousands of steps and,
@@ -266,7 +361,7 @@ def _png_exif(file: BinaryIO) -> bytes:
     return b""
 
 
-def _exif_orientation(exif: bytes) -> int | None:
+def _exif_orientation(exif: bytes, kinds: Mapping[int, str] = _INTEGER_KINDS | _SIGNED_KINDS) -> int | None:
     """The orientation in EXIF bytes, which are a TIFF header and directory (EXIF 2.32, 4.6.2); None where they have
     none.
 
@@ -287,8 +382,8 @@ def _exif_orientation(exif: bytes) -> int | None:
     is_broken = stop > len(exif)
     for at in range(first, min(stop, len(exif) - 11), 12):
         tag, kind, count = struct.unpack_from(order + "HHI", exif, at)
-        if tag == _ORIENTATION_TAG and count == 1 and kind in _INTEGER_KINDS:
-            (value,) = struct.unpack_from(order + _INTEGER_KINDS[kind], exif, at + 8)
+        if tag == _ORIENTATION_TAG and count == 1 and kind in kinds:
+            (value,) = struct.unpack_from(order + kinds[kind], exif, at + 8)
             return int(value)
         is_broken |= tag == _ORIENTATION_TAG
     return _BROKEN if is_broken else None

@@ -2,14 +2,21 @@
 
 Pillow's own `convert("RGB")` is wrong for three kinds of page scans, all without a word: it clips 16-bit
 grey to its brightest value (a page becomes white), it shows the hidden colours under full transparency (a
-page becomes black), and it clips floating-point grey of the range 0 to 1 to black.
+page becomes black), and it clips floating-point grey of the range 0 to 1 to black. What it loses before, of depth,
+sign and polarity, `mmray.images.readers` keeps.
 """
+
+import io
 
 import numpy as np
 from PIL import Image, ImageFile
+from PIL.GifImagePlugin import GifImageFile
 
 from mmray.errors import RowError
-from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image
+from mmray.images import jpeg
+from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image, page_of
+from mmray.images.pdf import render_pdf
+from mmray.images.readers import PngReader, TiffReader
 from mmray.images.source import PASSING_ERRORS, ImageSource, describe_source, one_line
 
 _WHITE = (255, 255, 255)
@@ -26,17 +33,21 @@ _UPRIGHT = {
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image: mode RGB, upright, of the size `image_size` tells; of several frames the first.
+    """Decode an image, or render a page of a PDF: mode RGB, upright, of the size `image_size` tells; of several frames
+    the first, unless the source names another.
 
-    Transparency is laid over white. Grey of 16 bits is scaled to 8. Grey of 32 bits (integer or float)
-    carries no range in the file: the smallest of 0..1 (float only), 0..255, 0..65535 that holds every value
-    is taken, else the values are stretched from their least to their greatest. CMYK is converted without a
-    colour profile. The result has an empty `info`: no later reader finds an orientation to apply a second
-    time.
+    Transparency is laid over white, and so is what a first frame leaves of its canvas. Grey above 8 bits is scaled
+    from its depth, up to 16 bits. Grey of 32 bits (integer or float), and signed grey, carries no range in the file:
+    the smallest of 0..1 (float only), 0..255, 0..65535 that holds every value is taken, of unsigned values above
+    2^31 the whole range, else the values are stretched from their least to their greatest. CMYK is converted without
+    a colour profile. The result has an empty `info`: no later reader finds an orientation to apply a second time.
 
     Raises RowError: those of `read_header`; `image_corrupt` where the pixels cannot be decoded (truncated
     files too).
     """
+    page = page_of(source)
+    if page and page.is_pdf:
+        return render_pdf(page, max_pixels)
     with opened_image(source, max_pixels) as (image, header):
         return decoded(image, header, source)
 
@@ -50,9 +61,8 @@ def decoded(image: ImageFile.ImageFile, header: ImageHeader, source: ImageSource
     expected = header.size
     if reduction > 1:
         expected = -(-header.width // reduction), -(-header.height // reduction)
-        image.draft(None, (image.width // reduction, image.height // reduction))
     try:
-        pixels = _decode(image, header)
+        pixels = _decode(image, header, reduction)
     except PASSING_ERRORS:
         raise
     except Exception as error:  # a decoder of foreign bytes may raise anything
@@ -64,23 +74,69 @@ def decoded(image: ImageFile.ImageFile, header: ImageHeader, source: ImageSource
     return pixels
 
 
-def _decode(image: ImageFile.ImageFile, header: ImageHeader) -> Image.Image:
-    image.load()
-    pixels = _to_rgb(image)
-    if header.orientation != 1 and header.format != "TIFF":  # Pillow turns a TIFF upright as it decodes
+def _decode(image: ImageFile.ImageFile, header: ImageHeader, reduction: int) -> Image.Image:
+    if header.format in ("JPEG", "MPO"):
+        pixels = _to_rgb(_whole_jpeg(image, reduction))
+    elif isinstance(image, PngReader) and image.transparent_16:
+        pixels = _without_colour_16(image, image.transparent_16)
+    else:
+        image.load()
+        pixels = _to_rgb(image)
+        if isinstance(image, GifImageFile) and image.tell() == 0 and image.dispose_extent:
+            pixels = _on_canvas(pixels, image.dispose_extent)
+    if header.orientation != 1:
         pixels = pixels.transpose(_UPRIGHT[header.orientation])
     pixels.info = {}
     return pixels
 
 
+def _whole_jpeg(image: ImageFile.ImageFile, reduction: int) -> Image.Image:
+    """The decoded JPEG. Raises ValueError where pixels are lost, as decoders do not."""
+    if not isinstance(image.fp, io.BytesIO):
+        raise TypeError("a JPEG is decoded from memory")
+    data, size = image.fp.getvalue(), (image.width // reduction, image.height // reduction)
+
+    def load(opened: Image.Image) -> None:
+        if reduction > 1:
+            opened.draft(None, size)
+        opened.load()
+
+    place = jpeg.hole(data)
+    if place is not None:
+        raise ValueError(f"zeros stand in the place of its pixels, from byte {place} of {len(data)}")
+    try:
+        load(image)
+    except OSError:
+        whole = jpeg.completed(data, load)
+        if whole is None:
+            raise
+        return whole
+    return image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if isinstance(image, TiffReader):
+        if image.mode in ("I", "F") or image.mode.startswith("I;16") or image.is_signed:
+            return _tiff_grey(image)
+        if image.mode == "RGBA" and not image.is_alpha_named:
+            return _over_white(_trusted(image))
     if image.mode.startswith("I;16"):
         return _grey_16(image)
     if image.mode in ("I", "F"):
-        return _grey_32(image)
+        is_pnm = getattr(image, "format", None) == "PPM"  # Pillow reads PGM of more than 8 bits as 0..65535
+        return _grey(_full_scale(np.asarray(image), 65535) if is_pnm else _fitted(np.asarray(image)))
+    if image.format == "BMP" and image.mode == "RGBA":
+        return _over_white(_trusted(image))
     if image.has_transparency_data:
         return _over_white(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _trusted(image: Image.Image) -> Image.Image:
+    """RGBA whose fourth channel may be a filler: where it is 0 everywhere, the picture is opaque."""
+    if image.getchannel("A").getextrema() == (0, 0):
+        image.putalpha(255)
+    return image
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -92,25 +148,72 @@ def _over_white(image: Image.Image) -> Image.Image:
     return page
 
 
-def _grey_16(image: Image.Image) -> Image.Image:
-    """0..65535 to 0..255, rounded to the nearest: 257 is 65535 / 255."""
+def _on_canvas(frame: Image.Image, place: tuple[int, int, int, int]) -> Image.Image:
+    """The first frame of an animation in its place on a white canvas of the frame's size."""
+    if place == (0, 0, *frame.size):
+        return frame
+    page = Image.new("RGB", frame.size, _WHITE)
+    page.paste(frame.crop(place), place)
+    return page
+
+
+def _without_colour_16(image: PngReader, colour: tuple[int, int, int]) -> Image.Image:
+    """RGB of 16 bits with one of its 2^48 colours white, decoded once for the high and once for the low bytes."""
+    file = image.fp
+    if file is None:
+        raise ValueError("decoded already")
+    image.load()
+    file.seek(0)
+    low = PngReader(file)
+    low.take_low_bytes()
+    low.load()
+    high_bytes, low_bytes = (np.asarray(each, dtype=np.uint16) for each in (image, low))
+    pixels = np.array(image)
+    pixels[((high_bytes << 8 | low_bytes) == np.asarray(colour)).all(axis=2)] = 255
+    return Image.fromarray(pixels)
+
+
+def _tiff_grey(image: TiffReader) -> Image.Image:
     values = np.asarray(image)
-    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if image.is_signed:
+        values = values.view(np.int8) if image.mode == "L" else values
+    elif image.mode == "I":
+        values = values.view(np.uint32)
+    if image.mode.startswith("I;16"):
+        return _grey(_full_scale(values, 2**image.bits - 1), image.is_white_zero)
+    return _grey(_fitted(values), image.is_white_zero)
+
+
+def _grey_16(image: Image.Image) -> Image.Image:
+    """0..65535 to 0..255; one value may be transparent."""
+    values = np.asarray(image)
+    grey = _full_scale(values, 65535)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+    return _grey(grey)
 
 
-def _grey_32(image: Image.Image) -> Image.Image:
-    """Grey of 32 bits to 0..255 by the range its values fit (see `load_image`)."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+def _grey(values: np.ndarray, is_white_zero: bool = False) -> Image.Image:
+    """RGB of grey values, uint8 [height, width]."""
+    return Image.fromarray(255 - values if is_white_zero else values).convert("RGB")
+
+
+def _full_scale(values: np.ndarray, most: int) -> np.ndarray:
+    """Integers of 0..most to 0..255, uint8, rounded to the nearest."""
+    scaled: np.ndarray = (values.astype(np.uint32) * 255 + most // 2) // most
+    return scaled.clip(0, 255).astype(np.uint8)
+
+
+def _fitted(values: np.ndarray) -> np.ndarray:
+    """Numbers without a range to 0..255, uint8, by the range that they fit (see `load_image`)."""
+    is_float, is_unsigned = values.dtype.kind == "f", values.dtype == np.uint32
+    values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
-    if image.mode == "I" and getattr(image, "format", None) == "PPM":
-        low, high = 0.0, 65535.0  # Pillow reads PGM of more than 8 bits as 0..65535
-    elif low >= 0 and high <= 65535:
-        ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    if low >= 0 and high <= 65535:
+        ranges = (1.0, 255.0, 65535.0) if is_float else (255.0, 65535.0)
         low, high = 0.0, next(limit for limit in ranges if high <= limit)
+    elif is_unsigned and high >= 2**31:
+        low, high = 0.0, 2.0**32 - 1
     span = high - low or 1.0
-    grey = np.rint((values - low) * 255.0 / span).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    return np.rint((values - low) * 255.0 / span).clip(0, 255).astype(np.uint8)

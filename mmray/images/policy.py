@@ -7,11 +7,13 @@ later.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, PositiveInt, model_validator
+from PIL import ImageColor
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from mmray.base.settings import Settings
+from mmray.images.paged import DEFAULT_PDF_DPI
 
 Size = tuple[PositiveInt, PositiveInt]
 """(width, height) in pixels."""
@@ -19,11 +21,38 @@ Size = tuple[PositiveInt, PositiveInt]
 Grid = tuple[PositiveInt, PositiveInt]
 """(columns, rows)."""
 
+
+def _square(value: object) -> object:
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _color(value: object) -> object:
+    """A colour by its name in HTML, or as #rrggbb, in channels."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ImageColor.getrgb(value)
+    except ValueError as error:
+        raise ValueError(f"no colour {value!r}; write a name such as white, #rrggbb, or [red, green, blue]") from error
+
+
+SquareOrSize = Annotated[Size, BeforeValidator(_square, json_schema_input_type=PositiveInt | Size)]
+"""(width, height) in pixels; one number for both."""
+
 Channel = Annotated[int, Field(ge=0, le=255)]
+_Channels = tuple[Channel, Channel, Channel]
+Color = Annotated[_Channels, BeforeValidator(_color, json_schema_input_type=str | _Channels)]
+"""(red, green, blue) of 0 to 255, or the name of a colour."""
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 PRESET_TILE_SIZE = (512, 512)
 """Tile size of a preset where the policy names none, (width, height) in pixels."""
+
+
+_OF_WHOLE_PAGES = ("patch_multiple", "pdf_dpi", "max_pixels", "min_pixels")
+"""Settings with an effect also where nothing is cut."""
+_LATER = ("pdf_dpi", "max_pixels", "min_pixels", "max_tile_pixels")
+"""Settings that came after the first version of prepared datasets."""
 
 
 class ShapeBucket(Settings):
@@ -74,13 +103,24 @@ class TilingPolicy(Settings):
     """Grids by the page's shape, by ascending max_ratio; the last one has max_ratio null. Excludes preset
     and grid."""
 
-    tile_size: Size | None = None
-    """The size of every tile, (width, height) in pixels. A crop is scaled to fit, keeping its aspect ratio,
-    and padded at the right or the bottom. Excludes native_resolution."""
+    tile_size: SquareOrSize | None = None
+    """The size of every tile, (width, height) in pixels, or one number for both. A crop is scaled to fit, keeping its
+    aspect ratio, and padded at the right or the bottom. Excludes native_resolution."""
 
     native_resolution: bool = False
     """Tiles keep the page's own pixels and are only padded, at the right and the bottom, to multiples of
     patch_multiple. Excludes tile_size."""
+
+    max_tile_pixels: PositiveInt | None = None
+    """With native_resolution: tiles of more square pixels (width times height) are scaled down to fit. null: none."""
+
+    max_pixels: PositiveInt | None = None
+    """Where pages are not cut: a page of more square pixels (width times height) is scaled down to fit, before the
+    model's processor sizes it. null: as the processor has it."""
+
+    min_pixels: PositiveInt | None = None
+    """Where pages are not cut: a page of fewer square pixels is enlarged to as many, before the model's processor sizes
+    it. null: as the processor has it."""
 
     overlap: Annotated[float, Field(ge=0, le=0.49)] = 0.0
     """Fraction of a cell's width and height added to its tile on each side, ending at the page's edge."""
@@ -95,8 +135,8 @@ class TilingPolicy(Settings):
     no_upscale: bool = False
     """A crop smaller than its tile keeps its scale and is padded instead of enlarged."""
 
-    pad_color: tuple[Channel, Channel, Channel] = (255, 255, 255)
-    """Colour of the padding, (red, green, blue) of 0 to 255."""
+    pad_color: Color = (255, 255, 255)
+    """Colour of the padding: (red, green, blue) of 0 to 255, or a name (`white`, `"#f0f0f0"`)."""
 
     reading_order: Literal["ltr", "rtl"] = "ltr"
     """Order of the tiles in a row, left to right or right to left. Rows go from top to bottom."""
@@ -111,6 +151,9 @@ class TilingPolicy(Settings):
     2.4 times as wide and high as its tiles or more, the decoder gives a half, a quarter or an eighth, and tiles
     differ by 0.3 of 255 on average (1.5 on a sheet full of small print); other tiles are the same but for rounding.
     Tokens do not depend on it, what the model sees does: like every setting here it stays as it was prepared."""
+
+    pdf_dpi: Annotated[int, Field(ge=18, le=1200)] = DEFAULT_PDF_DPI
+    """Pixels an inch of pages of PDFs, unless a set of rows has its own. Pages of pictures have their own pixels."""
 
     patch_multiple: PositiveInt = 1
     """Pixels that tile widths and heights are a multiple of. Set by the model family."""
@@ -172,6 +215,13 @@ class TilingPolicy(Settings):
             )
         return self._with(tile_size=size, overview=self.overview and size)
 
+    def record(self) -> dict[str, Any]:
+        """The settings as plain JSON, for a prepared dataset's record. Keys that came after its first version stand
+        there only where they say something."""
+        fields = type(self).model_fields
+        unsaid = {name for name in _LATER if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude=unsaid)
+
     def _with(self, **changes: object) -> Self:
         return self.model_validate({**self.model_dump(), **changes})
 
@@ -180,6 +230,10 @@ class TilingPolicy(Settings):
         grids = [name for name in ("preset", "grid", "buckets") if getattr(self, name) is not None]
         if len(grids) > 1:
             raise ValueError(f"{' and '.join(grids)} exclude each other; keep one of them")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels ({self.min_pixels}) is more than max_pixels ({self.max_pixels}); lower it")
+        if grids and (self.max_pixels or self.min_pixels):
+            raise ValueError("max_pixels and min_pixels size pages that are not cut; set tile_size or max_tile_pixels")
         if not grids:
             self._check_nothing_is_set()
             return self
@@ -195,7 +249,7 @@ class TilingPolicy(Settings):
     def _check_nothing_is_set(self) -> None:
         fields = type(self).model_fields
         names = [name for name, field in fields.items() if getattr(self, name) != field.default]
-        without_effect = [name for name in names if name != "patch_multiple"]
+        without_effect = [name for name in names if name not in _OF_WHOLE_PAGES]
         if without_effect:
             listed = ", ".join(without_effect)
             raise ValueError(f"{listed}: without effect, as pages are not cut; remove, or set preset, grid or buckets")
@@ -205,6 +259,8 @@ class TilingPolicy(Settings):
             raise ValueError("tile_size and native_resolution exclude each other; keep one of them")
         if not self.tile_size and not self.native_resolution:
             raise ValueError(f"tile_size: {grid} needs it; set it, or native_resolution: true")
+        if self.max_tile_pixels and not self.native_resolution:
+            raise ValueError("max_tile_pixels: without effect, as tile_size sizes tiles; remove it")
         if self.no_upscale and self.native_resolution and not self.overview:
             raise ValueError("no_upscale: without effect, as native_resolution scales nothing; remove it")
 

@@ -13,8 +13,9 @@ that small print begins to differ visibly.
 
 from PIL import Image, ImageFile
 
-from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image
-from mmray.images.load import decoded, load_image
+from mmray.images.header import MAX_PIXELS, ImageHeader, as_prepared, opened_image, page_of
+from mmray.images.load import decoded
+from mmray.images.pdf import render_pdf
 from mmray.images.resample import resample
 from mmray.images.source import ImageSource
 from mmray.images.tiling import Box, TilePlan, check_planned, cut_tiles, padded
@@ -34,13 +35,20 @@ def render_tiles(source: ImageSource, plan: TilePlan, *, max_pixels: int = MAX_P
     With `plan.exact_pixels`, or an uncut page, the same pixels as `cut_tiles(load_image(source), plan)`; else nearly
     (see `TilingPolicy.exact_pixels`). Raises the RowErrors of both.
     """
-    if plan.exact_pixels or not plan.is_tiled:
-        return cut_tiles(load_image(source, max_pixels=max_pixels), plan)
-    with opened_image(source, max_pixels) as (image, header):
-        check_planned(header.size, plan)
-        reduction = _reduction(image, plan)
-        page = decoded(image, header, source, reduction)
-    origin = _origin(page, header, reduction)
+    is_exact = plan.exact_pixels or not plan.is_tiled
+    page_of_pdf = page_of(source)
+    if page_of_pdf and page_of_pdf.is_pdf:
+        page, origin, reduction = render_pdf(page_of_pdf, max_pixels), (0.0, 0.0), 1
+        check_planned(page.size, plan)
+    else:
+        with opened_image(source, max_pixels) as (image, header):
+            header = as_prepared(image, header, plan.size)
+            check_planned(header.size, plan)
+            reduction = 1 if is_exact else _reduction(image, plan)
+            page = decoded(image, header, source, reduction)
+        origin = _origin(page, header, reduction)
+    if is_exact:
+        return cut_tiles(page, plan)
     return [
         padded(_cut(page, box, inner_size, origin, reduction), tile_size, plan.pad_color)
         for box, inner_size, tile_size in zip(plan.boxes, plan.inner_sizes, plan.tile_sizes, strict=True)

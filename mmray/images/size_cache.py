@@ -28,7 +28,7 @@ from mmray.storage import Folder
 
 log = logging.getLogger("mmray")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when `measured` gives something else for some file than before: older caches are not used then."""
 
 FILE_NAME = "image-sizes.parquet"

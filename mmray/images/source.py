@@ -5,19 +5,22 @@ A row cannot make a cluster call a web server (`http`), read a file by another n
 file systems (`memory://a::file:///b`).
 """
 
+import base64
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from mmray.errors import RowError, UserError
+from mmray.images.paged import file_of
 from mmray.images.tar_member import PartOfFile
 from mmray.storage import file_system, file_version
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-"""A local path, a URI, either of a part of a .tar (`PartOfFile`), the encoded image itself, or a binary file, which is
-read from its beginning."""
+"""A local path, a URI, either of a part of a .tar (`PartOfFile`) or of a page (`PageOfFile`), the encoded image itself,
+or a binary file, which is read from its beginning."""
 
 ALLOWED_SCHEMES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "hf", "memory"}
 """URI schemes a row may name. Add to it where your storage has another one that fsspec knows."""
@@ -33,7 +36,8 @@ HEADER_BLOCK_BYTES = 1 << 17
 
 
 def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) -> BinaryIO:
-    """Open an image for reading its bytes. A file object is given back as it is, its owner closes it.
+    """Open an image, or the file of a page, for reading its bytes. A file object is given back as it is, its owner
+    closes it.
 
     block_bytes: how much is fetched at a time where the image lies in remote storage.
 
@@ -46,9 +50,10 @@ def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) ->
     if isinstance(source, str | os.PathLike):
         is_uri = isinstance(source, str) and "://" in source
         try:
-            if part := PartOfFile.written(os.fspath(source)):
+            place = file_of(os.fspath(source))
+            if part := PartOfFile.written(place):
                 return part.open_in(*locate_uri(part.file), block_bytes) if is_uri else part.open_local(block_bytes)
-            return _open_uri(str(source), block_bytes) if is_uri else open(source, "rb")
+            return _open_uri(place, block_bytes) if is_uri else open(place, "rb")
         except PASSING_ERRORS:
             raise
         except (OSError, ValueError) as error:
@@ -79,8 +84,9 @@ def source_state(source: ImageSource) -> tuple[str, str] | None:
     if not isinstance(source, str | os.PathLike):
         return None
     place = os.fspath(source)
-    part = PartOfFile.written(place)
-    file = part.file if part else place
+    file = file_of(place)
+    part = PartOfFile.written(file)
+    file = part.file if part else file
     try:
         if "://" in place:
             system, path = locate_uri(file)
@@ -95,6 +101,45 @@ def source_state(source: ImageSource) -> tuple[str, str] | None:
     except (OSError, ValueError, RowError):
         return None
     return (place, f"{num_bytes} {version}") if version else None
+
+
+_DATA_URI = re.compile(r"data:(?P<kind>[^,]{0,200}),", re.IGNORECASE)
+_BASE64_OF_PICTURES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0AK", "AAAADGpQ", "Qk")
+"""How the base64 of JPEG, PNG, GIF, WEBP, TIFF, JPEG2000 and BMP begins."""
+_LEAST_BASE64 = 64
+
+
+def embedded_picture(text: str) -> bytes | None:
+    """The bytes of a picture that a text holds itself: a data URI, or base64 of a picture; None for a path or URI.
+
+    Raises RowError `image_unreadable` where a data URI is not base64, or broken.
+    """
+    if text[:5].lower() == "data:":
+        head = _DATA_URI.match(text)
+        if head is None or not head["kind"].lower().endswith(";base64"):
+            raise RowError(
+                "image_unreadable", f"image {text!r:.60}: a data URI without base64; write data:image/png;base64,…"
+            )
+        return base64_bytes(text[head.end() :])
+    if len(text) < _LEAST_BASE64 or not text.startswith(_BASE64_OF_PICTURES):
+        return None
+    try:
+        return base64_bytes(text)
+    except RowError:
+        return None
+
+
+def base64_bytes(text: str) -> bytes:
+    """The bytes that a text of base64 stands for, in either alphabet, with or without line breaks and padding.
+
+    Raises RowError `image_unreadable`.
+    """
+    plain = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
+        message = f"image {text!r:.60}: no base64: {one_line(error)}; write its bytes anew"
+        raise RowError("image_unreadable", message) from error
 
 
 def describe_source(source: ImageSource) -> str:

@@ -40,7 +40,7 @@ from mmray.images.tiling import TilePlan
 
 log = logging.getLogger("mmray")
 
-PIXELS_VERSION = 1
+PIXELS_VERSION = 2
 """Raised when mmray makes other pixels of the same file and plan than before."""
 
 FULL_SECONDS = 1800.0

@@ -6,6 +6,7 @@ edges rounded down: every pixel is in some tile, and a page narrower than its nu
 that repeat pixels rather than empty ones.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -57,7 +58,7 @@ class TilePlan:
     @property
     def is_tiled(self) -> bool:
         """Whether the page is cut or scaled by the policy, or left to the model family's processor."""
-        return self.shape != UNTILED_SHAPE
+        return self.shape != UNTILED_SHAPE or self.tile_sizes != (self.size,)
 
 
 def plan_tiles(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
@@ -72,7 +73,7 @@ def plan_tiles(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
     grid = (1, 1) if is_small else _bucket_of(policy.shape_buckets, ratio).grid
     cells = _cells(grid, policy.reading_order)
     boxes = [_cell_box(size, grid, cell, policy.overlap) for cell in cells]
-    tile_sizes = [policy.tile_size or _padded_size(box, policy.patch_multiple) for box in boxes]
+    tile_sizes = [policy.tile_size or _native_size(box, policy) for box in boxes]
     labels = [f"<row{row + 1}_col{column + 1}>" for column, row in cells]
     upscale = [not policy.no_upscale and not policy.native_resolution] * len(cells)
     shape = f"{grid[0]}x{grid[1]}@{_sizes_key(tile_sizes)}"
@@ -134,14 +135,15 @@ def padded(inner: Image.Image, tile_size: tuple[int, int], pad_color: tuple[int,
 
 
 def _untiled_plan(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
+    scaled_size = _whole_size(size, policy)
     return TilePlan(
         size=size,
         shape=UNTILED_SHAPE,
         grid=(1, 1),
         boxes=((0, 0, *size),),
-        tile_sizes=(size,),
+        tile_sizes=(scaled_size,),
         labels=(None,),
-        upscale=(False,),
+        upscale=(scaled_size[0] * scaled_size[1] > size[0] * size[1],),
         pad_color=policy.pad_color,
         exact_pixels=policy.exact_pixels,
     )
@@ -169,6 +171,37 @@ def _span(length: int, parts: int, index: int, overlap: float) -> tuple[int, int
     end = max((index + 1) * length // parts, start + 1)
     margin = round(overlap * length / parts)
     return max(start - margin, 0), min(end + margin, length)
+
+
+def _whole_size(size: tuple[int, int], policy: TilingPolicy) -> tuple[int, int]:
+    """The size of a page that is not cut, of its own shape, within the policy's pixels."""
+    num_pixels = size[0] * size[1]
+    if policy.max_pixels and num_pixels > policy.max_pixels:
+        wanted, is_larger = policy.max_pixels, False
+    elif policy.min_pixels and num_pixels < policy.min_pixels:
+        wanted, is_larger = policy.min_pixels, True
+    else:
+        return size
+    short, long = sorted(size)
+    exact_short = short * math.sqrt(wanted / num_pixels)
+    scaled_short = math.ceil(exact_short) if is_larger else max(1, math.floor(exact_short))
+    scaled_long = max(1, round(long * scaled_short / short))
+    if is_larger:
+        scaled_long = max(scaled_long, -(-wanted // scaled_short))
+    else:
+        scaled_long = min(scaled_long, max(1, wanted // scaled_short))
+    return (scaled_short, scaled_long) if size[0] <= size[1] else (scaled_long, scaled_short)
+
+
+def _native_size(box: Box, policy: TilingPolicy) -> tuple[int, int]:
+    """The size of a tile with the page's own pixels, or as many of them as max_tile_pixels allows."""
+    multiple, most = policy.patch_multiple, policy.max_tile_pixels
+    width, height = _padded_size(box, multiple)
+    if most is None or width * height <= most:
+        return width, height
+    scale = math.sqrt(most / (width * height))
+    width, height = (max(1, int(side * scale / multiple)) * multiple for side in (width, height))
+    return width, height
 
 
 def _padded_size(box: Box, multiple: int) -> tuple[int, int]:

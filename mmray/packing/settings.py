@@ -13,9 +13,10 @@ CHUNK_ROWS = 512
 class PackingSettings(Settings):
     """How samples are put together into bins."""
 
-    mode: Literal["bins", "none"] = "bins"
-    """`bins`: samples share bins. `none`: a bin for each sample, for models that cannot tell samples of one row apart;
-    leave training.micro_batch_bins at 1 then."""
+    mode: Literal["bins", "equal_cost", "none"] = "bins"
+    """`bins`: samples share bins, as few as hold them. `equal_cost`: samples of all shapes share bins that take alike
+    long, by the costs of `balance`: for few bins a worker. `none`: a bin for each sample, for models that cannot tell
+    samples of one row apart; leave training.micro_batch_bins at 1 then."""
 
     token_capacity: Annotated[int, Field(gt=0)]
     """Most tokens of a bin. A longer row is rejected whole, never cut."""
@@ -30,6 +31,12 @@ class PackingSettings(Settings):
     bucket_fill: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Samples of one image shape are packed together first; bins filled to this part of a capacity are kept, the
     samples of the others are packed again with those of all shapes. 0 never mixes shapes."""
+
+    @model_validator(mode="after")
+    def _shapes_are_mixed(self) -> "PackingSettings":
+        if self.mode == "equal_cost" and self.bucket_fill != type(self).model_fields["bucket_fill"].default:
+            raise ValueError("mode equal_cost packs samples of all shapes together: leave out bucket_fill")
+        return self
 
     @model_validator(mode="after")
     def _whole_chunks(self) -> "PackingSettings":

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from mmray.display.notebook import Fact, Segment, card
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
+from mmray.images.header import IMAGE_READING
 from mmray.images.source import one_line
 from mmray.prepared.schema import FORMAT_VERSION, READ_VERSIONS
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window
@@ -116,6 +117,11 @@ class PreparedDataset:
         """The tiling policy the samples were measured with, as resolved for the family."""
         return TilingPolicy.model_validate(self.manifest["tiling"])
 
+    @property
+    def is_read_otherwise(self) -> bool:
+        """Whether an earlier mmray measured its images and reads the size of some otherwise (`IMAGE_READING`)."""
+        return bool(self.statistics["images"]) and self.manifest.get("image_reading", 1) < IMAGE_READING
+
     def __len__(self) -> int:
         return int(self._first_bin[-1])
 
@@ -160,6 +166,17 @@ class PreparedDataset:
         within = index - int(self._first_bin[shard])
         group = self._open_file(shard).read_row_group(within // BINS_PER_ROW_GROUP)
         return _to_bin(index, group.slice(within % BINS_PER_ROW_GROUP, 1))
+
+    def bins(self, first: int, stop: int) -> Iterator[Bin]:
+        """The bins [first, stop), in order. Reads each row group once."""
+        group_place, group = (-1, -1), None
+        for index in range(first, stop):
+            shard = int(np.searchsorted(self._first_bin, index, side="right")) - 1
+            within = index - int(self._first_bin[shard])
+            place = shard, within // BINS_PER_ROW_GROUP
+            if group is None or place != group_place:
+                group_place, group = place, self._open_file(shard).read_row_group(place[1])
+            yield _to_bin(index, group.slice(within % BINS_PER_ROW_GROUP, 1))
 
     def column(self, name: str) -> np.ndarray:
         """A column of counts (`num_tokens`, `visual_tokens`, `trained_tokens`) for all bins, in order."""

@@ -19,12 +19,13 @@ from typing import Any
 
 from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.images.header import BROKEN_EXIF
+from mmray.images.header import BROKEN_EXIF, SEVERAL_FRAMES
 from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
 from mmray.prepared.stages import PrepareContext, WindowMaker
 from mmray.prepared.versions import labels_record
 from mmray.prepared.writer import PreparedWriter
+from mmray.rows.dealing import dealing_of
 from mmray.rows.document import DROPPED_THOUGHTS
 from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
 from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, set_files, source_files
@@ -90,10 +91,12 @@ def prepare_files(
     started = time.monotonic()
     record, data, packing = context.record(files), context.data, context.packing
     writer = PreparedWriter(context.path)
+    record = record if replace else writer.as_begun(record)
+    context = context.dealt(dealing_of(record))
     if not replace and writer.is_finished(record):
         writer.tidy()
         return PreparedDataset(context.path), False
-    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows)
+    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=context.dealing)
     chunks = _with_verification(chunks, data.verify_rows)
     if not chunks:
         raise UserError(f"data.{context.split}: the files hold no rows: {', '.join(file.uri for file in files)}")
@@ -173,6 +176,7 @@ class _Rejections:
 
 _NOTES = {
     BROKEN_EXIF: f"images with {BROKEN_EXIF} are taken as they are stored",
+    SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
     BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
     DROPPED_THOUGHTS: "chats have thoughts that the chat template leaves out (allow_dropped)",
     WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",

@@ -16,9 +16,11 @@ from mmray.config.job import Job
 from mmray.families import Family
 from mmray.images import TilingPolicy
 from mmray.loss.labels import IGNORE_INDEX
-from mmray.loss.settings import allows_empty, label_maker
+from mmray.loss.settings import allows_empty
+from mmray.loss.sources import label_maker
 from mmray.prepared.window import pack_by_bucket
 from mmray.rows.count import RowCount, count_rows
+from mmray.rows.dealing import dealt, first_rows
 from mmray.rows.encode import Encoder
 from mmray.rows.files import SourceFile, first_piece, source_files
 from mmray.rows.preflight import FIRST_ROWS, sample_labels
@@ -29,9 +31,11 @@ SAMPLE_ROWS = 512
 """Rows that are encoded, of all sets of a split together; of each set FIRST_ROWS at least."""
 SAMPLE_FILES = 8
 COUNT_SECONDS = 10.0
+MOST_KINDS = 8
+"""Windows that are packed one by one: with more, those of sets that are dealt alike are packed once."""
 
-Windows = Counter[tuple[tuple[int, int], ...]]
-"""How many windows there are of each kind; a kind is how many rows it has of which set."""
+Windows = Counter[tuple[tuple[int, int, int], ...]]
+"""How many windows there are of each kind; a kind is which rows it has of which set: number, first row, rows."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,9 @@ class _Sampled:
     visual: np.ndarray
     buckets: np.ndarray
 
-    def repeated(self, rows: int) -> np.ndarray:
-        """Which of the sample stand for so many rows, the usable ones."""
-        numbers = np.resize(np.arange(len(self.usable)), rows)
+    def repeated(self, first: int, rows: int) -> np.ndarray:
+        """Which of the sample stand for so many rows of the set from the first on, the usable ones."""
+        numbers = (first + np.arange(rows)) % len(self.usable)
         return numbers[self.usable[numbers]]
 
 
@@ -130,33 +134,34 @@ def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int
 
 
 def _windows(rows_of_sets: Sequence[int], window_rows: int) -> Windows:
-    """The windows of sets that follow one another."""
-    found: Windows = Counter()
-    window: list[tuple[int, int]] = []
-    room = window_rows
-    for number, rows in enumerate(rows_of_sets):
-        left = rows
-        while left:
-            if room == window_rows and left >= window_rows:
-                found[((number, window_rows),)] += left // window_rows
-                left %= window_rows
-                continue
-            taken = min(left, room)
-            window.append((number, taken))
-            left, room = left - taken, room - taken
-            if not room:
-                found[tuple(window)] += 1
-                window, room = [], window_rows
-    if window:
-        found[tuple(window)] += 1
-    return found
+    """The windows of sets that are dealt side by side. Where they are many, whole ones are taken to be alike: a set's
+    rows in each differ by one."""
+    total = sum(rows_of_sets)
+    whole = total // window_rows
+    if whole <= MOST_KINDS:
+        windows = list(dealt(rows_of_sets, window_rows))
+        first = [[sum(column) for column in zip(*windows[:number])] for number in range(1, len(windows))]
+        none = [0] * len(rows_of_sets)
+        return Counter(_kind(start, rows) for start, rows in zip([none, *first], windows, strict=False))
+    rest = [
+        rows - taken for rows, taken in zip(rows_of_sets, first_rows(rows_of_sets, whole * window_rows), strict=True)
+    ]
+    none = [0] * len(rest)
+    kinds = Counter({_kind(none, first_rows(rows_of_sets, window_rows)): whole})
+    return kinds + Counter([_kind(none, rest)] if any(rest) else [])
+
+
+def _kind(first: Sequence[int], rows: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((number, start, count) for number, (start, count) in enumerate(zip(first, rows, strict=True)) if count)
 
 
 def _window_rows(
-    samples: Sequence[_Sampled], kind: Sequence[tuple[int, int]]
+    samples: Sequence[_Sampled], kind: Sequence[tuple[int, int, int]]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Tokens, visual tokens and shapes of a window's rows."""
-    parts = [(samples[number], samples[number].repeated(rows)) for number, rows in kind if len(samples[number].usable)]
+    parts = [
+        (samples[number], samples[number].repeated(*rows)) for number, *rows in kind if len(samples[number].usable)
+    ]
     lengths = [sample.lengths[chosen] for sample, chosen in parts]
     visual = [sample.visual[chosen] for sample, chosen in parts]
     buckets = [str(bucket) for sample, chosen in parts for bucket in sample.buckets[chosen]]

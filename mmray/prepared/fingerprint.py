@@ -13,6 +13,7 @@ from mmray.images import TilingPolicy
 from mmray.loss.settings import Loss, loss_record
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import FORMAT_VERSION
+from mmray.rows.dealing import DEALING
 from mmray.rows.files import SourceFile
 from mmray.rows.settings import DatasetSettings, DataSettings
 
@@ -39,18 +40,21 @@ def processor_record(processor: Any) -> dict[str, str]:
 
 def prepare_record(
     *, files: Sequence[SourceFile], datasets: Sequence[DatasetSettings], data: DataSettings, processor: Any,
-    tiling: TilingPolicy, packing: PackingSettings, loss: Loss,
+    tiling: TilingPolicy, packing: PackingSettings, loss: Loss, costs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that changes the result of a prepare, as plain JSON."""
+    """Everything that changes the result of a prepare, as plain JSON. costs: of `BalanceSettings.cost_record`; they
+    count where bins are packed to equal cost."""
     return {
         "format_version": FORMAT_VERSION,
+        **({"costs": costs} if packing.mode == "equal_cost" else {}),
+        **({"dealing": DEALING} if len(files) > 1 else {}),  # one file is dealt as it always was
         "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
         "datasets": [dataset.record() for dataset in datasets],
         "max_image_pixels": data.max_image_pixels,
         "image_frames": data.image_frames,
         "duplicate_ids": data.duplicate_ids,
         "processor": processor_record(processor),
-        "tiling": tiling.model_dump(mode="json"),
+        "tiling": tiling.record(),
         "packing": packing.model_dump(mode="json"),
         "loss": loss_record(loss),
     }
@@ -66,7 +70,7 @@ def check_settings(
     """
     now = {
         "processor": processor_record(processor),
-        "tiling": tiling.model_dump(mode="json"),
+        "tiling": tiling.record(),
         "packing": packing.model_dump(mode="json"),
         "loss": loss_record(loss),
     }

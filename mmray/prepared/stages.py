@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -17,7 +17,8 @@ from mmray.images import TilingPolicy
 from mmray.images.header import measured
 from mmray.images.size_cache import SizeCache
 from mmray.loss.labels import LabelMaker
-from mmray.loss.settings import Loss, allows_empty, label_maker
+from mmray.loss.settings import Loss, allows_empty
+from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table
@@ -26,6 +27,7 @@ from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, SourceFile
 from mmray.rows.read import RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.schedule.balance import BalanceSettings
 from mmray.storage import explained
 from mmray.training.model import load_config
 
@@ -35,7 +37,8 @@ class PrepareContext:
     """What the rows of one split are prepared with, and where to.
 
     split: `train` or `eval`; path: folder or URI of the prepared dataset; tiling: as resolved for the family;
-    model_type, processor_source: what the manifest says of the model.
+    model_type, processor_source: what the manifest says of the model; costs: what samples cost, where bins are
+    packed to equal cost; dealing: the way rows are dealt into windows, which the driver finds.
     """
 
     split: str
@@ -48,6 +51,8 @@ class PrepareContext:
     tiling: TilingPolicy
     model_type: str | None = None
     processor_source: str | None = None
+    costs: BalanceSettings | None = None
+    dealing: int = 1
 
     @classmethod
     def of(cls, job: Job, split: str) -> Self:
@@ -56,13 +61,19 @@ class PrepareContext:
         return cls(
             split, job.prepared_path(split), job.data.splits[split], job.data, job.packing, job.loss, family,
             family.resolved_tiling(job.images), load_config(job.model).model_type, job.model.processor_source,
+            job.packing_costs,
         )  # fmt: skip
+
+    def dealt(self, dealing: int) -> Self:
+        """The context with its rows dealt in this way."""
+        return replace(self, dealing=dealing)
 
     def record(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         """Everything that changes the result, as plain JSON."""
         return prepare_record(
             files=files, datasets=self.datasets, data=self.data, processor=self.family.processor,
             tiling=self.tiling, packing=self.packing, loss=self.loss,
+            costs=self.costs.cost_record() if self.costs else None,
         )  # fmt: skip
 
     def encoder(self, data: DataSettings, sizes: SizeCache | None) -> Encoder:
@@ -113,8 +124,9 @@ class WindowPacker:
         """The window of encoded rows (`schema.SAMPLES`)."""
         context = self._context
         return pack_window(
-            samples, context.packing, self._labels, context.family.sample_gap, allows_empty(context.loss)
-        )
+            samples, context.packing, self._labels, context.family.sample_gap, allows_empty(context.loss),
+            mixed=context.dealing > 1, sample_costs=context.costs.sample_costs if context.costs else None,
+        )  # fmt: skip
 
     def __call__(self, number: int, samples: pa.Table) -> dict[str, Any]:
         """Pack the rows of window `number` and commit it; returns its statistics. Raises UserError."""

@@ -2,13 +2,14 @@
 
 Pure: the same samples give the same bytes, so a window can be made again anywhere. Samples that share an image shape
 are packed together first; the bins of a shape that stay emptier than `bucket_fill` are taken apart, and the samples of
-all shapes' leftovers are packed together. Bins keep the order in which they were made; the schedule shuffles.
+all shapes' leftovers are packed together. Bins keep the order in which they were made, or come in one drawn by chance:
+the schedule shuffles, but blocks of neighbouring bins, of which each then has every kind of bin at its share.
 """
 
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from mmray.errors import RowError
 from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.packing.equal_cost import pack_equal_cost
 from mmray.packing.pack import lower_bound, pack_2d
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
@@ -25,12 +27,16 @@ from mmray.rows.duplicates import id_hashes
 from mmray.rows.rejections import SetRows
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.schedule.loads import Loads
+from mmray.schedule.schedule import mix_many
 
 BINS_PER_ROW_GROUP = 8
 """Bins read together: a bin read alone costs the others of its row group, a group its share of the file's footer."""
 
 EXAMPLES = 5
 """Places that statistics name of each kind."""
+
+SampleCosts = Callable[[Loads], tuple[np.ndarray, float]]
+"""`BalanceSettings.sample_costs`."""
 
 NOTHING_TRAINED = RowError(
     "nothing_trained", "no token of the row is trained; see `loss` in the job file, and the row's roles or labels"
@@ -76,12 +82,14 @@ def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] 
 
 
 def pack_window(
-    samples: pa.Table, packing: PackingSettings, labels: LabelMaker, sample_gap: int = 0, allow_empty: bool = False
-) -> Window:
+    samples: pa.Table, packing: PackingSettings, labels: LabelMaker, sample_gap: int = 0, allow_empty: bool = False,
+    *, mixed: bool = False, sample_costs: SampleCosts | None = None,
+) -> Window:  # fmt: skip
     """Pack a window's samples (`schema.SAMPLES`, in row order) into bins. Deterministic to the byte.
 
     sample_gap: tokens that will stand between the samples of a bin (`Family.sample_gap`); allow_empty: samples without
-    a trained token are packed too, else they are rejected.
+    a trained token are packed too, else they are rejected; mixed: bins in an order drawn by chance, always the
+    same; sample_costs: what samples cost, for packing to equal cost.
     """
     columns = _Columns.of(samples)
     trained = columns.trained_tokens(labels)
@@ -89,10 +97,16 @@ def pack_window(
         index for index, reason in enumerate(columns.reasons) if reason is None and (allow_empty or trained[index])
     ]
     used = np.asarray(usable, dtype=np.int64)
-    packed = pack_by_bucket(
-        columns.lengths[used], columns.visual[used], [columns.buckets[index] for index in usable], packing, sample_gap
-    )
+    if packing.mode == "equal_cost":
+        packed = _packed_to_cost(columns.loads(trained).take(used), packing, sample_gap, sample_costs)
+    else:
+        packed = pack_by_bucket(
+            columns.lengths[used], columns.visual[used], [columns.buckets[index] for index in usable], packing,
+            sample_gap,
+        )  # fmt: skip
     bins = [[usable[number] for number in members] for members in packed]
+    if mixed:
+        bins = [bins[number] for number in _drawn_order(len(bins), seed=int(columns.lengths.sum()))]
     table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
     unusable = sorted(set(range(samples.num_rows)) - set(usable))
     rejected = pa.Table.from_pylist([columns.rejected(index) for index in unusable], schema=REJECTED)
@@ -119,6 +133,12 @@ def pack_window(
     ids = id_hashes(row_id for members in table["sample_ids"].to_pylist() for row_id in members)
     bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
     return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
+
+
+def _drawn_order(count: int, seed: int) -> list[int]:
+    """The numbers below count in an order that never changes between versions of numpy."""
+    draws = mix_many(mix_many(np.arange(1, count + 1, dtype=np.uint64)) ^ np.uint64(seed))
+    return np.argsort(draws, kind="stable").tolist()
 
 
 def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
@@ -220,6 +240,17 @@ class _Columns:
         before = np.concatenate([[0], (made != IGNORE_INDEX).cumsum()])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
+    def loads(self, trained: np.ndarray) -> Loads:
+        """Of every row, as if it had a bin of its own. trained: its trained tokens, int64 [rows]."""
+        return Loads(
+            tokens=self.lengths,
+            visual_tokens=self.visual.astype(np.int64),
+            trained_tokens=trained,
+            sample_pairs=self.lengths**2,
+            visual_pairs=self.visual_pairs.astype(np.int64),
+            bucket=np.asarray([str(bucket) for bucket in self.buckets], dtype=np.str_),
+        )
+
     def bin(self, members: Sequence[int], trained: np.ndarray) -> dict[str, Any]:
         """The record of one bin (`schema.BINS`)."""
         starts = np.concatenate([[0], self.lengths[list(members)].cumsum()])
@@ -251,6 +282,22 @@ class _Columns:
         if record["reason"] is None:
             record |= {"reason": NOTHING_TRAINED.reason, "message": NOTHING_TRAINED.message}
         return record
+
+
+def _packed_to_cost(
+    samples: Loads, packing: PackingSettings, sample_gap: int, sample_costs: SampleCosts | None
+) -> list[list[int]]:
+    if sample_costs is None:
+        raise ValueError("packing to equal cost needs to know what samples cost")
+    costs, pair_cost = sample_costs(samples)
+    return pack_equal_cost(
+        samples.tokens + sample_gap,
+        samples.visual_tokens,
+        costs,
+        pair_cost,
+        token_capacity=packing.token_capacity + sample_gap,  # no gap after the last sample
+        visual_capacity=packing.visual_capacity,
+    )
 
 
 def pack_by_bucket(

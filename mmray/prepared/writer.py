@@ -28,11 +28,13 @@ import pyarrow.parquet as pq
 from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
+from mmray.images.header import IMAGE_READING
 from mmray.prepared.dataset import MANIFEST, PLAN, REJECTED_FILE, PreparedDataset, read_json
 from mmray.prepared.fingerprint import differences, fingerprint
 from mmray.prepared.schema import FORMAT_VERSION, REJECTED
 from mmray.prepared.window import EXAMPLES, Window
 from mmray.rows.columns import columns_problem
+from mmray.rows.dealing import dealt_like
 from mmray.rows.duplicates import HASH_BYTES, DuplicateIds
 from mmray.storage import Folder, explained
 
@@ -78,6 +80,14 @@ class PreparedWriter:
         self.path = path
         self.token = ""
         """Of the plan that `begin` wrote or found."""
+
+    def as_begun(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with its rows dealt as those of what is in the folder, finished or begun by an earlier version."""
+        with explained(self.path):
+            for name in (MANIFEST, PLAN):
+                if self._folder.exists(name):
+                    return dealt_like(record, self._read(name).get("record") or {})
+        return record
 
     def is_finished(self, record: dict[str, Any]) -> bool:
         """True when the folder already holds the result for this record. Raises UserError when it holds another's."""
@@ -176,7 +186,8 @@ class PreparedWriter:
             "fingerprint": fingerprint(record),
             "content": joined_content(contents),
             "record": record,
-            "tiling": tiling.model_dump(mode="json"),
+            "tiling": tiling.record(),
+            "image_reading": IMAGE_READING,
             "shards": shards,
             "statistics": statistics,
             **facts,

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
+from mmray.prepared.verify import Verified
 from mmray.report.prepared import rejects
 from mmray.report.run import Run
 
@@ -65,3 +66,16 @@ def _from_to(values: np.ndarray) -> str:
     """A value at both ends of the run; one that was not finite stands in the log as null."""
     first, last = ("not finite" if np.isnan(value) else f"{value:.4f}" for value in (values[0], values[-1]))
     return f"{first} -> {last}"
+
+
+def verified_table(path: str, verified: Verified) -> Table:
+    """The pictures of a prepared dataset in one table: those to look at, by reason, each with an example."""
+    table = Table("", "pictures", "such as", title=escape(path), title_justify="left")
+    sound = verified.pictures - sum(verified.listed.values())
+    table.add_row("looked at", f"{verified.pictures:,}", "")
+    table.add_row("nothing to say", f"{max(sound, 0):,}", "")
+    for reason, count in verified.listed.most_common():
+        table.add_row(reason, f"{count:,}", Text(verified.examples[reason].message))
+    if verified.listed:
+        table.caption = Text(f"all of them: {verified.folder}/report.jsonl")
+    return table

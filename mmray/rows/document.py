@@ -8,12 +8,13 @@ plain text, a row that holds some of it is rendered twice (`TypedMarkers`).
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.loss.loss import SAMPLED_ROLE
+from mmray.loss.settings import SAMPLED_ROLE
 from mmray.rows.ids import has_id, id_text
 from mmray.rows.image_refs import ImageRef, image_folder, image_ref, image_refs
 from mmray.rows.messages import Chat, MessageReader, missing_column, placed_images
@@ -54,10 +55,11 @@ class DocumentReader:
     def __init__(
         self, dataset: DatasetSettings, family: Family, markers: TypedMarkers | None = None,
         template: ChatTemplate | None = None, *, opens_answer: bool = False,
+        with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
     ) -> None:  # fmt: skip
         """markers: by which the turns of chat rows will be found; None: they are not looked for. template: the
         family's; made anew without it. opens_answer: chats end where the model is to answer, with what its template
-        writes before that.
+        writes before that. with_pages: gives the images of a row, where each page or frame that it names is one.
 
         Raises UserError for chat rows that the model has no use for (`check_chats`), and for variables of the set that
         the chat template does not read.
@@ -73,7 +75,7 @@ class DocumentReader:
             )
         accepted = {dataset.placeholder, *(own if dataset.own_token_text is None else ())}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
-        self._markers = markers
+        self._markers, self._with_pages = markers, with_pages
         self._opens_answer = opens_answer
         special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
@@ -87,7 +89,7 @@ class DocumentReader:
 
     def read(self, value: dict[str, Any], source: str) -> Document:
         """The row as a document. Raises RowError with the field, the value and the remedy."""
-        images = image_refs(value, source, self.dataset)
+        images = self._with_pages(image_refs(value, source, self.dataset))
         row_id = self.row_id(value, source)
         if self.dataset.kind == "chat":
             return self._chat(value, row_id, images, source)
@@ -167,7 +169,7 @@ class DocumentReader:
 
     def _chat(self, value: dict[str, Any], row_id: str, images: tuple[ImageRef, ...], source: str) -> Document:
         root = image_folder(source, self.dataset)
-        chat = self._messages.read(value, lambda entry: image_ref(entry, root))
+        chat = self._messages.read(value, lambda entry: self._picture(entry, root))
         if unread := {name for name, _ in chat.options} - self._template.variables:
             raise RowError("unknown_field", f"chat_template_kwargs: {self._unread(min(unread))}")
         count = len(chat.pictures)
@@ -183,6 +185,15 @@ class DocumentReader:
         bos = self.family.tokenizer.bos_token
         begins = bool(bos and rendered.text.startswith(bos))
         return Document(row_id, rendered.text, images, not begins, rendered, typed, blanked, notes)
+
+    def _picture(self, entry: object, root: str) -> ImageRef:
+        """The picture that a part of a message names. Raises RowError where it names several."""
+        pages = self._with_pages((image_ref(entry, root),))
+        if len(pages) != 1:
+            raise RowError(
+                "image_count", f"a part of a message names {len(pages)} pages, {entry!r:.60}; give each page a part"
+            )
+        return pages[0]
 
     def _check_written(self, rendered: RenderedChat) -> tuple[str, ...]:
         """The notes of a chat. Raises RowError unless the template writes everything that it says."""

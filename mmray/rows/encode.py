@@ -5,9 +5,10 @@ tokens its tile becomes. A placeholder is a special token, so tokenisers split t
 result equals tokenising the expanded text; `verify` compares it with the real processor all the same.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,14 @@ from tokenizers import Encoding
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images import TilePlan, TilingPolicy, plan_tiles
-from mmray.images.header import measured
+from mmray.images.header import frames_of, measured
 from mmray.images.measure_ahead import Measure, MeasureAhead
+from mmray.images.paged import PageOfFile, each_page
 from mmray.images.source import one_line
 from mmray.loss.labels import LossRule
 from mmray.loss.roles import role_keep_mask
-from mmray.loss.settings import (
-    Loss,
-    LossSource,
-    label_maker,
-    loss_source,
-    marks_generated,
-    turn_markers,
-)
+from mmray.loss.settings import Loss
+from mmray.loss.sources import LossSource, label_maker, loss_source, marks_generated, turn_markers
 from mmray.packing.settings import PackingSettings
 from mmray.rows.chat_labels import ChatLabels, ChatSpans
 from mmray.rows.columns import watched_columns
@@ -71,7 +67,7 @@ class Encoder:
     ) -> None:  # fmt: skip
         self.data, self.datasets, self.family, self.policy, self.packing = data, datasets, family, policy, packing
         self._measure = MeasureAhead(
-            measure, max_pixels=data.max_image_pixels, one_frame=data.image_frames == "reject"
+            measure, max_pixels=data.max_image_pixels, one_frame=data.image_frames != "first"
         )  # fmt: skip
         self._compares = True
         self.tells_messages = False
@@ -89,7 +85,12 @@ class Encoder:
             for own, dataset, source in zip(self.losses, datasets, self.sources)
         ]
         template = ChatTemplate(family)
-        self._readers = [DocumentReader(each, family, own, template) for each, own in zip(datasets, self._markers)]
+        self._readers = [
+            DocumentReader(
+                dataset, family, markers, template, with_pages=functools.partial(self._with_pages, dataset=dataset)
+            )
+            for dataset, markers in zip(datasets, self._markers)
+        ]
         self._endings = Endings(datasets, family)
         self.ending_token_ids = self._endings.token_ids
         self._plan = functools.lru_cache(maxsize=65_536)(lambda size: plan_tiles(size, policy))
@@ -179,7 +180,35 @@ class Encoder:
     def _remote_images(self, row: RawRow) -> list[str]:
         if isinstance(row.value, RowError):
             return []
-        return remote_images(row.value, row.source, self.datasets[row.dataset])
+        dataset = self.datasets[row.dataset]
+        uris = remote_images(row.value, row.source, dataset)
+        with contextlib.suppress(RowError):
+            return [page for uri in uris for page in self._pages(uri, dataset)]
+        return []
+
+    def _pages(self, uri: str, dataset: DatasetSettings) -> list[str]:
+        """The pages that an image names, of PDFs with their resolution; any other image is itself."""
+        pages = []
+        for text in each_page(uri):
+            page = PageOfFile.written(text)
+            if page and page.is_pdf:
+                text = str(replace(page, dpi=page.dpi or dataset.pdf_dpi or self.policy.pdf_dpi))
+            pages.append(text)
+        return pages
+
+    def _with_pages(self, images: Sequence[ImageRef], dataset: DatasetSettings) -> tuple[ImageRef, ...]:
+        """Each page that the images name as an image; of pictures of several all, where `data.image_frames` says so."""
+        refs: list[ImageRef] = []
+        for image in images:
+            if image.data is not None:
+                refs.append(image)
+                continue
+            for text in self._pages(image.uri, dataset):
+                numbers = [1]
+                if self.data.image_frames == "all" and PageOfFile.written(f"{text}#page=1"):
+                    numbers = frames_of(text)
+                refs += [ImageRef(f"{text}#page={n}") for n in numbers] if len(numbers) > 1 else [ImageRef(text)]
+        return tuple(refs)
 
     def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
         """The sizes of images, and the notes on them."""
@@ -354,7 +383,7 @@ class Encoder:
         dataset, reader = self.datasets[row.dataset], self._readers[row.dataset]
         ids = own_ids(value, dataset, self._vocabulary_size)
         rule, given = self._ready_made_labels(row, value, ids)
-        images = image_refs(value, row.source, dataset)
+        images = self._with_pages(image_refs(value, row.source, dataset), dataset)
         sizes, notes = self._measured(images)
         plans = tuple(self._plan(size) for size in sizes)
         tiles = self._tile_tokens(plans)

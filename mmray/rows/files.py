@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmray.base.ahead import in_order
 from mmray.errors import UserError
+from mmray.rows.dealing import DEALING, dealt, lanes_of
 from mmray.rows.forms import NAMES, Form, format_by_name, told_form
 from mmray.rows.huggingface import SavedRows, saved_version
 from mmray.rows.listing import listed_files
@@ -178,19 +179,39 @@ def _saved_dataset(number: int, folder: str) -> SourceFile:
     return SourceFile(number, folder, "huggingface", len(SavedRows(folder)), saved_version(folder))
 
 
-def plan_chunks(files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int) -> list[Chunk]:
-    """Deal all rows, in order, into chunks of chunk_rows and windows of window_rows (a multiple of chunk_rows).
+def plan_chunks(
+    files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int, dealing: int = DEALING
+) -> list[Chunk]:
+    """Deal all rows into chunks of chunk_rows and windows of window_rows (a multiple of chunk_rows).
 
-    Only the last chunk may be shorter. Line breaks are looked up with a few threads; the order is the files'.
+    Every window has every file at its share (`dealing.py`); dealing 1: the files one after another. Only the last chunk
+    may be shorter. Line breaks are looked up with a few threads.
     """
     if window_rows % chunk_rows:
         raise ValueError(f"window_rows {window_rows} is no multiple of chunk_rows {chunk_rows}")
-    pieces = _chunk_pieces(in_order(index_rows, files, threads=4, ahead=16), chunk_rows)
+    indexed = list(in_order(index_rows, files, threads=4, ahead=16))
+    _check_members(indexed)
     per_window = window_rows // chunk_rows
     return [
         Chunk(number // per_window, number % per_window, number * chunk_rows, tuple(group))
-        for number, group in enumerate(pieces)
+        for number, group in enumerate(_chunk_pieces(_dealt_rows(indexed, window_rows, dealing), chunk_rows))
     ]
+
+
+def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> Iterator[tuple[RowIndex, int, int]]:
+    """Stretches of rows in the order in which windows take them: of a file the first row, and the stop."""
+    lanes = lanes_of([index.num_rows for index in indexed], [index.file.dataset for index in indexed], dealing)
+    ends = [np.cumsum([indexed[file].num_rows for file in lane]).tolist() for lane in lanes]
+    done = [0] * len(lanes)
+    for window in dealt([end[-1] for end in ends if end], window_rows):
+        for lane, count in enumerate(window):
+            stop = done[lane] + count
+            while done[lane] < stop:
+                place = bisect.bisect_right(ends[lane], done[lane])  # in the lane, of the file that holds the next row
+                index, end = indexed[lanes[lane][place]], min(stop, ends[lane][place])
+                before = ends[lane][place] - index.num_rows
+                yield index, done[lane] - before, end - before
+                done[lane] = end
 
 
 def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
@@ -198,18 +219,13 @@ def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
 
 
-def _chunk_pieces(indexed: Iterable[RowIndex], chunk_rows: int) -> Iterator[list[Piece]]:
+def _chunk_pieces(stretches: Iterable[tuple[RowIndex, int, int]], chunk_rows: int) -> Iterator[list[Piece]]:
     """Pieces of exactly chunk_rows rows together (the last group may be shorter)."""
     group: list[Piece] = []
     room = chunk_rows
-    endings: dict[tuple[int, tuple[str, ...]], frozenset[str]] = {}
-    for index in indexed:
-        if members := index.reading.shard.members:
-            key = index.file.dataset, members
-            endings[key] = endings.get(key, frozenset()) | index.endings
-        row = 0
-        while row < index.num_rows:
-            taken = min(room, index.num_rows - row)
+    for index, row, stop in stretches:
+        while row < stop:
+            taken = min(room, stop - row)
             group.append(index.piece(row, taken))
             row, room = row + taken, room - taken
             if not room:
@@ -217,6 +233,15 @@ def _chunk_pieces(indexed: Iterable[RowIndex], chunk_rows: int) -> Iterator[list
                 group, room = [], chunk_rows
     if group:
         yield group
+
+
+def _check_members(indexed: Sequence[RowIndex]) -> None:
+    """Raise UserError where a pattern of `members` chooses none of a set's shards."""
+    endings: dict[tuple[int, tuple[str, ...]], frozenset[str]] = {}
+    for index in indexed:
+        if members := index.reading.shard.members:
+            key = index.file.dataset, members
+            endings[key] = endings.get(key, frozenset()) | index.endings
     for (number, members), found in endings.items():
         for pattern in members:
             if not any(is_member(ending, pattern) for ending in found):

@@ -6,8 +6,6 @@ links in its `snapshots` to its own `blobs`. The folders of images are resolved 
 row costs one look at each image's own name, 7 µs.
 """
 
-import base64
-import binascii
 import contextlib
 import functools
 import json
@@ -19,6 +17,8 @@ from typing import Any
 
 from mmray.base.redact import holds_secret
 from mmray.errors import RowError
+from mmray.images.paged import file_of
+from mmray.images.source import base64_bytes, embedded_picture
 from mmray.images.tar_member import PartOfFile
 from mmray.rows.settings import ONE_IMAGE, DatasetSettings
 
@@ -94,30 +94,20 @@ def image_folder(source: str, dataset: DatasetSettings) -> str:
 def image_ref(entry: object, root: str) -> ImageRef:
     """One image as a row names it, in its column or in a part of a message. Raises RowError."""
     if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
-        entry = entry.get("bytes") or entry.get("path")
+        data = entry.get("bytes")
+        entry = (base64_bytes(data) if isinstance(data, str) else data) or entry.get("path")
     if isinstance(entry, bytes):
         return ImageRef(data=entry)
     if not isinstance(entry, str) or not entry:
         raise RowError("wrong_type", f"an image must be a path, a URI or bytes, not {entry!r:.60}")
-    if entry.startswith("data:"):
-        return ImageRef(data=_data_of_uri(entry))
+    if (data := embedded_picture(entry)) is not None:
+        return ImageRef(data=data)
     if holds_secret(entry):
         raise RowError(
             "image_credentials",
             f"image {entry!r:.200} holds a password or a token; give credentials by the environment of the cluster",
         )
     return ImageRef(uri=entry if "://" in entry else _inside(root, entry))
-
-
-def _data_of_uri(uri: str) -> bytes:
-    """The bytes that a `data:` URI holds in base64."""
-    head, _, content = uri.partition(",")
-    if not head.endswith(";base64"):
-        raise RowError("wrong_type", f"image {uri!r:.60} is a data URI without ;base64; write its bytes in base64")
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RowError("wrong_type", f"image {uri!r:.60} is not base64: {error}; write its bytes anew") from error
 
 
 def _inside(root: str, path: str) -> str:
@@ -143,8 +133,9 @@ def _is_below(top: str, joined: str, path: str) -> bool:
 
 def _leads_inside(folder: str, joined: str) -> bool:
     """Whether a local path lies in the folder once all links are followed. Neither need exist."""
-    part = PartOfFile.written(joined)
-    place = os.path.abspath(part.file if part else joined)
+    file = file_of(joined)
+    part = PartOfFile.written(file)
+    place = os.path.abspath(part.file if part else file)
     with contextlib.suppress(ValueError):  # a name that no file system takes; opening it says so
         place = os.path.join(_resolved(os.path.dirname(place)), os.path.basename(place))
         if os.path.islink(place):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from mmray.base.settings import RowKind, Settings
-from mmray.loss.loss import LossSetting, RoleLoss, loss_record
+from mmray.loss.settings import LossSetting, RoleLoss, loss_record
 
 FIELDS: dict[RowKind, tuple[str, ...]] = {
     "pretrain": ("id", "text", "images"),
@@ -25,7 +25,7 @@ LIKE_IMAGES = tuple(
 """Columns, in small letters, that look like images (`mmray.rows.columns`)."""
 
 _OF_CHATS = ("roles", "ignore_message_keys", "allow_dropped", "chat_template_kwargs")
-_LATER = (*_OF_CHATS, "own_token_text", "join_documents", "loss", "members")
+_LATER = (*_OF_CHATS, "own_token_text", "join_documents", "loss", "members", "pdf_dpi")
 """Settings that came after the first version of prepared datasets."""
 
 
@@ -34,7 +34,7 @@ def _as_tuple(value: object) -> object:
 
 
 class DatasetSettings(Settings):
-    """One set of rows. Several sets may be listed; their rows follow one another in the order written."""
+    """One set of rows. Several sets may be listed; their rows are dealt so that each is at its share everywhere."""
 
     files: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     """Row files: paths, globs or URIs, one or a list. Order is the sorted order of each glob."""
@@ -75,6 +75,9 @@ class DatasetSettings(Settings):
     end_of_document: str | None = None
     """That token; default: the tokenizer's eos_token. Of Qwen's chat models that is the end of a turn, `<|im_end|>`;
     they were pre-trained with `<|endoftext|>`."""
+
+    pdf_dpi: Annotated[int, Field(ge=18, le=1200)] | None = None
+    """Pixels an inch of pages of PDFs in this set. Default: `images.pdf_dpi`."""
 
     join_documents: str | None = None
     """Text between the documents of one `pretrain` row, such as the tokenizer's end-of-document token where packed
@@ -170,12 +173,14 @@ class DataSettings(Settings):
     is away rather than some pictures broken."""
 
     duplicate_ids: Literal["keep", "reject"] = "keep"
-    """Rows whose id an earlier row of the split has. `keep`: they train too, as in files listed twice on purpose; the
-    manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read once more."""
+    """Rows whose id a row of the split has that is dealt earlier. `keep`: they train too, as in files listed twice on
+    purpose; the manifest counts them. `reject`: they are set aside with the reason `duplicate_id`; all rows are read
+    once more."""
 
-    image_frames: Literal["first", "reject"] = "first"
-    """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image.
-    `reject`: the row is set aside with the reason `image_frames`."""
+    image_frames: Literal["first", "all", "reject"] = "first"
+    """Files of several pages or frames (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first is the image; the
+    manifest counts such files. `all`: each is an image with a placeholder of its own, for which every file is opened
+    once more. `reject`: the row is set aside with the reason `image_frames`."""
 
     max_image_pixels: Annotated[int, Field(gt=0)] = 250_000_000
     """Images with more pixels (width × height, from the header) are refused."""

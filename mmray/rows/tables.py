@@ -18,7 +18,8 @@ from mmray.errors import RowError, UserError
 from mmray.images.source import one_line
 from mmray.storage import file_system
 
-BATCH_ROWS = 64
+BATCH_ROWS = 16
+"""Decoded together: as many tables as are read side by side (`dealing.py`) hold so many rows each."""
 _BUFFER_BYTES = 1 << 20
 _NO_CONTENT = {"id", "images", "image"}
 

@@ -6,6 +6,7 @@ says in which settings or files.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,21 @@ def write_place(folder: Path, cursor: Cursor, prepared: PreparedDataset) -> None
 
 
 def place_in(
-    checkpoint: Path, schedule: Schedule | BalancedSchedule, prepared: PreparedDataset, *, continue_on: bool
+    checkpoint: Path,
+    schedule_at: Callable[[Cursor], Schedule | BalancedSchedule],
+    prepared: PreparedDataset,
+    *,
+    continue_on: bool,
 ) -> Cursor:
-    """Where a run that resumes from `checkpoint` goes on, in `prepared`, of which `schedule` is the order.
+    """Where a run that resumes from `checkpoint` goes on, in `prepared`.
 
+    schedule_at: the order of `prepared` in a run that stands at the checkpoint's cursor.
     continue_on: data other than the checkpoint's is what the user wants, and begins anew; without it, raises UserError
     that names both fingerprints, the settings that differ and the remedy. Other settings of the order are refused
     either way.
     """
     cursor = Cursor.read(checkpoint / CURSOR_FILE)
+    schedule = schedule_at(cursor)
     if cursor.fingerprint == prepared.fingerprint:
         cursor.check(schedule)
         return cursor

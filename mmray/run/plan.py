@@ -9,6 +9,7 @@ from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.run.place import place_in
 from mmray.run.tracking import git_commit
+from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.cursor import Cursor
 from mmray.schedule.schedule import Schedule
@@ -30,9 +31,20 @@ class RunPlan:
 
     @property
     def schedule(self) -> Schedule | BalancedSchedule:
-        """The order of the training data, from its own step 0."""
+        """The order of the training data in a new run, from its own step 0."""
+        return self._schedule(self.job.balance)
+
+    def schedule_at(self, cursor: Cursor) -> Schedule | BalancedSchedule:
+        """The order of the training data in a run that stands at `cursor`: batches that were made of bins of like cost
+        when it began go on so where the job does not say."""
+        balance = self.job.balance
+        if balance is not None and balance.across_batches is None and cursor.balance is not None:
+            balance = balance.across(True)
+        return self._schedule(balance)
+
+    def _schedule(self, balance: BalanceSettings | None) -> Schedule | BalancedSchedule:
         bins, fingerprint = self.train
-        training, balance = self.job.training, self.job.balance
+        training = self.job.training
         order = Schedule(
             num_bins=bins, global_batch_bins=training.global_batch_bins, seed=training.seed, fingerprint=fingerprint
         )
@@ -49,7 +61,7 @@ class RunPlan:
         """Where the run goes on from a checkpoint, or begins without one. Raises UserError where it does not fit."""
         if checkpoint is None:
             return Cursor.at(self.schedule, prepared=prepared.path)
-        cursor = place_in(checkpoint, self.schedule, prepared, continue_on=self.continue_on)
+        cursor = place_in(checkpoint, self.schedule_at, prepared, continue_on=self.continue_on)
         if cursor.step == cursor.first_step and cursor.step >= self.total_steps(cursor):
             raise UserError(
                 f"training.steps is {self.job.training.steps}, and {cursor.step} are done: no step is left to train on "

@@ -81,7 +81,7 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
     checkpoint = newest_whole(folder, ranks, note_damage, copies)
     start = plan.place(checkpoint, prepared)
     total_steps = plan.total_steps(start)
-    batches = plan.batches("train", plan.schedule, ranks.size, start.first_step)
+    batches = plan.batches("train", plan.schedule_at(start), ranks.size, start.first_step)
     engine = TrainingEngine(
         plan.job.model,
         plan.job.training,

@@ -1,21 +1,22 @@
-"""The training order with equal work for all ranks: each global batch made of bins of like cost.
+"""The training order with equal work for all ranks: the bins of each global batch, dealt by their cost.
 
-A step ends when its slowest rank does. Bins at chance cost a step of 8 ranks 14 to 24 % over the mean (tiled pages,
-one bin a rank); here 2 %. The shuffled order of `Schedule` is cut into balance windows of `window_batches` global
-batches or somewhat more. A window's bins are sorted by cost, equal ones (`tolerance`) by chance; cut into groups, the
-groups put in random order, and each global batch is the next few groups. So every global batch holds one cost, or few,
-and which one comes next is chance: cost and position in the epoch are not correlated. Within a batch the heaviest bin
-comes first, and bins are dealt to ranks back and forth, so that the bins that run at the same time are neighbours in
-cost, and what the first pass gives too much the second takes back.
+A step ends when its slowest rank does. The bins of a global batch are those of `Schedule`, a fair sample of the data;
+the heaviest comes first, and they are dealt to ranks back and forth, so that the bins that run at the same time are
+neighbours in cost, and what the first pass gives too much the second takes back. With 8 bins a rank the slowest of 8
+ranks is then 0 to 5 % over the mean on the mixtures of benchmarks/bench_packing.py. With one bin a rank nothing is left
+to deal, and bins must be packed to like cost (`packing.mode: equal_cost`).
+
+`balance.across_batches` decides by cost which bins form a batch. The shuffled order is cut into windows of
+`window_batches` global batches or somewhat more. A window's bins are sorted by cost, equal ones (`tolerance`) by
+chance; cut into groups, the groups put in random order, and each global batch is the next few groups. So every global
+batch holds one cost, or few, and the slowest of 8 ranks is 2 % over the mean with one bin each. Given up for it: a
+batch is no sample of everything, batches of pages and batches of text alternate, and what that costs in learning is far
+more than it saves (docs/training.md).
 
 The promises of `Schedule` hold: a pure function of (data set, seed, epoch, step) and the balance settings, each bin
 once per epoch, only the epoch's last global batch is padded, the same bins in a global batch whatever the number of
-ranks. One window is computed at a time: a seek to any step costs that (1.5 ms of arithmetic for 4,096 bins, and reading
-their loads) and constant memory. Windows are cut from the shuffled order, so no other files are read than without.
-
-Given up: bins of a batch are not independent any more. Batches of costly bins have more images, those of cheap ones
-more text, and a loss that is a mean over the batch's tokens weighs them alike. `tolerance` keeps this small where
-costs are close, `group_bins` mixes costs in each batch.
+ranks. One batch, or one window, is computed at a time: a seek to any step costs that (1.5 ms of arithmetic for 4,096
+bins, and reading their loads) and constant memory. No other files are read than in the plain order.
 
 Sorting by cost needs the costs, which are in the prepared dataset. A `BalancedSchedule` is settings alone, small and
 picklable; in each process `bound_to(prepared.loads)` gives the order.
@@ -69,15 +70,20 @@ class BalancedSchedule:
         order, balance = self.order, self.balance
         groups = "" if balance.group_bins is None else f", in groups of {balance.group_bins:,}"
         shapes = ", one shape in each" if balance.one_shape_per_batch else ""
+        across = balance.sorts_batches
+        sorting = Fact(
+            "sorted by cost", f"{balance.window_batches:,} steps together, {balance.tolerance:.0%} is equal"
+        ) if across else Fact("dealt by cost", "the heaviest first, back and forth")  # fmt: skip
         return card(
             f"Balanced schedule: {self.steps_per_epoch:,} steps an epoch",
             f"data {order.fingerprint}, seed {order.seed}",
             [
-                Fact("bins", f"{order.num_bins:,}, {order.global_batch_bins:,} of like cost a step{groups}{shapes}"),
                 Fact(
-                    "sorted by cost",
-                    f"{balance.window_batches:,} steps together, {balance.tolerance:.0%} is equal",
+                    "bins",
+                    f"{order.num_bins:,}, {order.global_batch_bins:,}{' of like cost' if across else ''} a step"
+                    f"{groups}{shapes}",
                 ),
+                sorting,
                 Fact("its bins", "bound_to(prepared.loads).bins(step)"),
             ],
         )
@@ -118,7 +124,8 @@ class BoundSchedule:
 
     @cached_property
     def _num_windows(self) -> int:
-        return max(1, self.schedule.steps_per_epoch // self.schedule.balance.window_batches)
+        balance = self.schedule.balance
+        return max(1, self.schedule.steps_per_epoch // (balance.window_batches if balance.sorts_batches else 1))
 
     def bins(self, step: int) -> list[int | None]:
         """The bin numbers of global batch `step`, the heaviest first; None, at the end, is an empty padding bin."""
@@ -156,7 +163,8 @@ class BoundSchedule:
         return window * self.schedule.steps_per_epoch // self._num_windows
 
     def _arranged(self, epoch: int, window: int) -> np.ndarray:
-        """The bins of a window's global batches, one batch after the other, int64."""
+        """The bins of a window's global batches, one batch after the other, int64. A window of one batch keeps its
+        bins, the heaviest first."""
         order, balance = self.schedule.order, self.schedule.balance
         size = order.global_batch_bins
         bins = order.bins_in(

@@ -51,7 +51,8 @@ class Cursor:
     shuffle_block: int = DEFAULT_SHUFFLE_BLOCK
     shuffle_window: int = DEFAULT_SHUFFLE_WINDOW
     balance: dict[str, Any] | None = None
-    """The job's `balance` settings, whole_row_attention decided; None: an order that is not balanced."""
+    """The job's `balance` settings, whole_row_attention decided, where they decide which bins form a global batch
+    (`balance.across_batches`); None: the bins of a batch are those of the shuffled order."""
     prepared: str = ""
     """Path of the prepared data set, for people; the fingerprint is what counts."""
     first_step: int = 0
@@ -62,7 +63,7 @@ class Cursor:
     @classmethod
     def at(cls, schedule: Schedule | BalancedSchedule, step: int = 0, *, prepared: str = "") -> Self:
         """The cursor of a run over `schedule` that has consumed `step` global batches. prepared: the data's path."""
-        balance = schedule.balance.model_dump() if isinstance(schedule, BalancedSchedule) else None
+        balance = schedule.balance.order_record() if isinstance(schedule, BalancedSchedule) else None
         order = schedule.order if isinstance(schedule, BalancedSchedule) else schedule
         names = (field.name for field in fields(cls) if hasattr(order, field.name))
         values = {name: getattr(order, name) for name in names}
@@ -103,9 +104,9 @@ class Cursor:
         job = Cursor.at(schedule)
         for name, remedy in _ORDER_REMEDIES.items():
             self._compare(name, getattr(self, name), getattr(job, name), remedy)
-        remedy = "set balance: null" if self.balance is None else "take balance: null out of the job file"
-        states = ["off" if each.balance is None else "on" for each in (self, job)]
-        self._compare("balance", states[0], states[1], remedy)
+        states = [each.balance is not None for each in (self, job)]
+        remedy = f"set balance.across_batches to {json.dumps(states[0])} in the job file"
+        self._compare("balance.across_batches", states[0], states[1], remedy)
         saved, given = self.balance or {}, job.balance or {}
         for name in sorted(saved.keys() | given.keys()):
             remedy = f"set balance.{name} to {json.dumps(saved.get(name))} in the job file"

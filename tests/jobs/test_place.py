@@ -8,17 +8,19 @@ import pytest
 
 from jobs import train
 from jobs.trace import run_tracer
-from mmray.base.json_lines import JsonLines
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from mmray.run.place import write_place
 from mmray.run.plan import RunPlan, run_plan
+from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.cursor import Cursor
+from mmray.schedule.schedule import Schedule
 from mmray.training.bins_log import TRAINED_FILE, TrainedStep
 from mmray.training.checkpoint import STATE_FILE
 from mmray.training.checksums import list_files, list_name
+from mmray.training.json_lines import JsonLines
 from tests.conftest import Inputs
 from tests.mmray.preparing import Preparation, write_rows
 
@@ -219,3 +221,42 @@ def test_a_trace_of_data_prepared_anew_is_refused(inputs: Inputs, folder: Path, 
 def test_continue_on_wants_the_folder_above_train(inputs: Inputs, folder: Path, moved_run: Path) -> None:
     with pytest.raises(UserError, match=r"--continue-on .*train: give the folder that holds `train`"):
         train.main(moved_run, [], other_data=str(folder / "new" / "train"))
+
+
+def test_a_run_that_began_with_sorted_batches_ends_with_them(inputs: Inputs, folder: Path, tmp_path: Path) -> None:
+    """A cursor of before `balance.across_batches`, when every job that did not say `balance: null` sorted: the same job
+    file goes on in that order, also on other data, and a job that says otherwise is refused."""
+    plan, old = plan_of(job(inputs, folder, "old"))
+    balance = {
+        "window_batches": 64, "tolerance": 0.05, "group_bins": None, "one_shape_per_batch": False, "token_pair": 3.3e-5,
+        "whole_row_attention": True, "trained_token": 0.18, "visual_token": 1.9, "visual_pair": 1e-3,
+    }  # fmt: skip
+    began = replace(Cursor.at(plan.schedule, 3, prepared=old.path), balance=balance)
+    checkpoint = write_checkpoint(tmp_path, began, old)
+    cursor = plan.place(checkpoint, old)
+    assert cursor == began
+
+    def order_of(schedule: Schedule | BalancedSchedule) -> list[list[int | None]]:
+        plan_ = plan.batches("train", schedule, 1)
+        return [plan_.order.bins(step) for step in range(2 * schedule.steps_per_epoch)]
+
+    sorted_ = job(inputs, folder, "old", balance={"across_batches": True})
+    before = plan_of(sorted_)[0].schedule
+    assert order_of(plan.schedule_at(cursor)) == order_of(before) != order_of(plan.schedule)
+    assert plan_of(sorted_)[0].place(checkpoint, old) == began
+    tracer = run_tracer(job(inputs, folder, "old", output__run=str(tmp_path)))
+    assert {sample.bin for sample in tracer.samples(4)} == set(order_of(before)[3]) - {None}
+
+    plan, new = plan_of(job(inputs, folder, "new"), continue_on=True)
+    moved = plan.place(checkpoint, new)
+    assert moved.balance == balance
+    assert plan.schedule_at(moved).balance.sorts_batches
+
+    refused = (
+        ({"across_batches": False}, "set balance.across_batches to true"),
+        ({"tolerance": 0.1}, r"set balance\.tolerance to 0\.05"),
+        (None, "set balance.across_batches to true"),
+    )
+    for written, message in refused:
+        with pytest.raises(UserError, match=message):
+            plan_of(job(inputs, folder, "old", balance=written))[0].place(checkpoint, old)

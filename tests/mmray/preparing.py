@@ -24,6 +24,7 @@ from mmray.prepared.driver import RunWindows, prepare_files
 from mmray.prepared.stages import PrepareContext, WindowPacker
 from mmray.prepared.versions import labels_record
 from mmray.prepared.window import Window, samples_table
+from mmray.rows.dealing import dealing_of
 from mmray.rows.files import Chunk, plan_chunks, set_files, source_files
 from mmray.rows.read import RawRow, chunk_rows
 from mmray.rows.sample import RejectedRow, Sample
@@ -107,10 +108,12 @@ class Preparation:
         return self.context.record(source_files(self.data.train))
 
     def windows(self) -> Iterator[tuple[int, list[Sample | RejectedRow]]]:
-        """The encoded rows of each window of the files."""
+        """The encoded rows of each window of the files, dealt as for a new dataset."""
+        self.context = self.context.dealt(dealing_of(self.record))
         chunks = plan_chunks(
-            source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows
-        )
+            source_files(self.data.train), window_rows=self.packing.window_rows, chunk_rows=self.packing.chunk_rows,
+            dealing=self.context.dealing,
+        )  # fmt: skip
         for number, window in itertools.groupby(chunks, lambda chunk: chunk.window):
             yield number, [result for chunk in window for result in self.encoder.encode(list(chunk_rows(chunk)))]
 

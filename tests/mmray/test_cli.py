@@ -43,9 +43,9 @@ def prepared(tmp_path, processors):
 
 
 def cells(output):
-    """label -> value of a printed table of two columns."""
-    lines = [[word.strip() for word in line.strip("│┃ ").split("│")] for line in output.splitlines() if "│" in line]
-    return {line[0]: line[1] for line in lines}
+    """label -> value of a printed table of two columns; lines without a label are left out."""
+    lines = [[word.strip() for word in line.strip("│┃").split("│")] for line in output.splitlines() if "│" in line]
+    return {line[0]: line[1] for line in lines if line[0]}
 
 
 def check_error(result, *words):
@@ -70,6 +70,7 @@ def test_report_of_a_prepared_dataset(run, prepared):
     table = cells(out)
     assert table["rows"] == "3 read = 1 packed + 2 rejected"
     assert (table["empty_text"], table["missing_column"]) == ("1", "1")
+    assert "rows.jsonl:2: text is empty" in "".join(line.strip("│┃ ") for line in out.splitlines()).replace("│", "")
     assert table["bins"] == "1 (at least 1 needed)"
     assert table["tokens"] == str(prepared.statistics["tokens"])
     assert table["fill"] == f"{prepared.statistics['token_fill']:.1%} of tokens, 0.0% of visual tokens"

@@ -91,10 +91,21 @@ def test_blank_lines_are_no_rows_and_the_last_needs_no_end(tmp_path: Path) -> No
     assert count_rows(files, seconds=10) == RowCount(2, True)
 
 
-def test_windows_follow_one_another_through_the_sets() -> None:
-    assert estimate._windows([250, 10, 500], 100) == {
-        ((0, 100),): 2, ((0, 50), (1, 10), (2, 40)): 1, ((2, 100),): 4, ((2, 60),): 1,
-    }  # fmt: skip
+def test_windows_hold_every_set_at_its_share() -> None:
+    windows = estimate._windows([250, 10, 500], 100)
+    assert windows.total() == 8
+    assert sum(number * count for kind, number in windows.items() for *_, count in kind) == 760
+    for kind in windows:
+        rows = {number: count for number, _, count in kind}
+        whole = sum(rows.values()) / 100
+        assert all(abs(rows.get(number, 0) - share * whole) < 2 for number, share in enumerate((32.9, 1.3, 65.8)))
+
+
+def test_many_windows_are_packed_as_one() -> None:
+    windows = estimate._windows([25_000, 0, 75_040], 100)
+    assert sorted(windows.values()) == [1, 1000]
+    assert sum(number * count for kind, number in windows.items() for *_, count in kind) == 100_040
+    assert estimate._windows([100_000], 100) == {((0, 0, 100),): 1000}
 
 
 @pytest.mark.parametrize("name", ["short-0.jsonl", "long.parquet"])

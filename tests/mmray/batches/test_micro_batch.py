@@ -1,5 +1,6 @@
 """Micro-batches: rendered, masked, sent between processes, and dealt to ranks."""
 
+import io
 import json
 import warnings
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import TileCacheSettings
 from mmray.errors import UserError
 from mmray.images import tile_cache
-from mmray.images.header import MAX_PIXELS
+from mmray.images.header import MAX_PIXELS, opened_image
 from mmray.loss.labels import IGNORE_INDEX
 from mmray.packing.settings import PackingSettings
 from mmray.schedule.schedule import Schedule
@@ -288,13 +289,14 @@ def test_pictures_as_bytes(tmp_path, processors):
 
 def test_a_page_above_the_usual_limit_was_let_in_by_its_job(own_world, monkeypatch):
     """`data.max_image_pixels` may be raised; training must not refuse what preparing took."""
-    seen = []
+    seen, one_pixel = [], io.BytesIO()
+    Image.new("RGB", (1, 1)).save(one_pixel, "PNG")
 
-    def load(source, *, max_pixels):
+    def opened(source, max_pixels):
         seen.append(max_pixels)
-        return Image.new("RGB", (1, 1))
+        return opened_image(one_pixel, max_pixels)
 
-    monkeypatch.setattr("mmray.images.render.load_image", load)
+    monkeypatch.setattr("mmray.images.render.opened_image", opened)
     whole = own_world.bin_of("wide")
     image = {**whole.images[0], "width": 30_000, "height": 20_000}
     with pytest.raises(UserError, match="30000 x 20000"):

@@ -167,7 +167,7 @@ def test_the_places_of_caches_are_made_absolute(load):
         ("data.on_badrow", "data.on_badrow: unknown key; did you mean 'on_bad_row'?"),
         ("data.train.0.imageroot", "data.train.0.imageroot: unknown key; did you mean 'image_root'?"),
         ("images.tile_sizes", "images.tile_sizes: unknown key; did you mean 'tile_size'?"),
-        ("output.zzz", "output.zzz: unknown key; known keys: prepared, run"),
+        ("output.zzz", "output.zzz: unknown key; known keys: prepared, run, export"),
     ],
 )
 def test_an_unknown_key_is_told_with_its_path_and_the_nearest_name(mistakes, place, line):

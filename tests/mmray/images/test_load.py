@@ -286,7 +286,7 @@ def test_the_first_of_several_frames(image_format: str) -> None:
 
 
 def test_pixels_of_another_size_than_the_headers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_decode", lambda image, header: picture(5, 5))
+    monkeypatch.setattr(load, "_decode", lambda image, header, reduction: picture(5, 5))
     with pytest.raises(RowError, match=r"image_corrupt.*\(7, 4\).*\(5, 5\)"):
         load_image(encoded(picture(7, 4)))
 

@@ -107,6 +107,7 @@ def test_two_grids(fields: dict[str, Any]) -> None:
 SETTINGS_OF_TILES = [
     ("tile_size", SIZE),
     ("native_resolution", True),
+    ("max_tile_pixels", 99),
     ("overlap", 0.1),
     ("min_area", 1),
     ("overview", SIZE),
@@ -133,7 +134,8 @@ def test_all_settings_without_tiles_are_named() -> None:
 def test_the_list_above_is_whole() -> None:
     """A new field is refused for uncut pages too, or stands here as one that means something for them."""
     refused = {field for field, _ in SETTINGS_OF_TILES}
-    assert set(TilingPolicy.model_fields) - refused == {"preset", "grid", "buckets", "patch_multiple"}
+    of_whole_pages = {"patch_multiple", "pdf_dpi", "max_pixels", "min_pixels"}
+    assert set(TilingPolicy.model_fields) - refused == {"preset", "grid", "buckets"} | of_whole_pages
 
 
 def test_defaults_written_out_are_no_contradiction() -> None:
@@ -263,3 +265,46 @@ def test_fixed_tiles() -> None:
 def test_fixed_tiles_contradict_native_resolution() -> None:
     with pytest.raises(ValueError, match=r"native_resolution: .* 512 x 512 .*remove"):
         TilingPolicy(grid=(2, 2), native_resolution=True).with_fixed_tiles((512, 512))
+
+
+# ------------------------------------------------------------ sizes of pages, short forms, records
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("white", (255, 255, 255)), ("#102030", (16, 32, 48)), ("Gray", (128, 128, 128)), ([1, 2, 3], (1, 2, 3))],
+)
+def test_colours_have_names(written: object, meant: tuple[int, int, int]) -> None:
+    policy = TilingPolicy.model_validate({"preset": "ocr_pages", "pad_color": written})
+    assert policy.pad_color == meant
+    assert policy.model_dump(mode="json")["pad_color"] == list(meant)
+
+
+@pytest.mark.parametrize("written", ["no colour", "#12", "rgba(1,2,3,4)", [1, 2], [1, 2, 256]])
+def test_what_is_no_colour(written: object) -> None:
+    with pytest.raises(ValueError, match="pad_color"):
+        TilingPolicy.model_validate({"preset": "ocr_pages", "pad_color": written})
+
+
+def test_one_number_is_a_square() -> None:
+    assert TilingPolicy.model_validate({"grid": [2, 2], "tile_size": 448}).tile_size == (448, 448)
+    for wrong in (0, True, "448"):
+        with pytest.raises(ValueError, match="tile_size"):
+            TilingPolicy.model_validate({"grid": [2, 2], "tile_size": wrong})
+
+
+def test_pixels_of_whole_pages_where_they_say_nothing() -> None:
+    assert "min_pixels (9) is more than max_pixels (8)" in refusal(min_pixels=9, max_pixels=8)
+    assert "size pages that are not cut" in refusal(preset="ocr_pages", max_pixels=9)
+    assert "max_tile_pixels: without effect" in refusal(preset="ocr_pages", max_tile_pixels=9)
+
+
+def test_settings_that_came_later_stand_in_records_only_where_they_say_something() -> None:
+    assert TilingPolicy().record() == {
+        name: value for name, value in TilingPolicy().model_dump(mode="json").items()
+        if name not in ("pdf_dpi", "max_pixels", "min_pixels", "max_tile_pixels")
+    }  # fmt: skip
+    said = TilingPolicy(pdf_dpi=200, max_pixels=10**6, min_pixels=10)
+    assert TilingPolicy.model_validate(said.record()) == said
+    native = TilingPolicy(grid=(2, 2), native_resolution=True, max_tile_pixels=999)
+    assert TilingPolicy.model_validate(native.record()) == native

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from mmray.errors import RowError
-from mmray.images import TilePlan, TilingPolicy, cut_tiles, load_image, plan_tiles, render, render_tiles
+from mmray.images import TilePlan, TilingPolicy, cut_tiles, image_size, load_image, plan_tiles, render, render_tiles
 from mmray.images.load import decoded
 from mmray.synthetic.documents import make_document
 from mmray.synthetic.pictures import draw_page
@@ -284,3 +284,29 @@ def test_damage_gives_tiles_or_a_row_error(name: str, data: st.DataObject) -> No
     except RowError:
         return
     assert [tile.size for tile in tiles] == [(3, 3), (3, 3)]
+
+
+def signed_orientation(orientation: int) -> bytes:
+    """A JPEG whose EXIF says its orientation as SSHORT."""
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + struct.pack("<HHIhh", 274, 8, 1, orientation, 0) + bytes(4)
+    file = io.BytesIO()
+    page = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    page.save(file, "JPEG", exif=exif, quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("policy", [TilingPolicy(), TilingPolicy(grid=(2, 2), tile_size=(32, 32))])
+def test_a_picture_that_was_measured_as_it_is_stored_goes_on_so(policy: TilingPolicy) -> None:
+    """Prepared before signed orientations counted; a picture that has changed is still told."""
+    data = signed_orientation(6)
+    assert image_size(data) == (64, 96)
+    earlier = plan_tiles((96, 64), policy)
+    stored = Image.open(io.BytesIO(data)).convert("RGB")
+    for tile, expected in zip(render_tiles(data, earlier), cut_tiles(stored, earlier), strict=True):
+        assert np.abs(np.asarray(tile, np.int16) - np.asarray(expected, np.int16)).max() <= 2
+    with pytest.raises(RowError, match="image_changed"):
+        render_tiles(data, plan_tiles((97, 64), policy))
+    plain = io.BytesIO()
+    stored.save(plain, "JPEG")
+    with pytest.raises(RowError, match="image_changed"):
+        render_tiles(plain.getvalue(), plan_tiles((64, 96), policy))

@@ -339,3 +339,60 @@ def test_real_pages() -> None:
         assert [tile.size for tile in tiles] == list(plan.tile_sizes)
         shapes.add(plan.shape)
     assert shapes == {"3x2@512x512+448x448", "2x3@512x512+448x448"}
+
+
+# ------------------------------------------------------------ sizes that a job sets
+
+
+@given(size=st.tuples(st.integers(1, 5000), st.integers(1, 5000)), most=st.integers(50_000, 10**6))
+def test_a_whole_page_has_at_most_so_many_pixels(size: tuple[int, int], most: int) -> None:
+    plan = plan_tiles(size, TilingPolicy(max_pixels=most))
+    ((width, height),) = plan.tile_sizes
+    assert (plan.shape, plan.boxes, plan.upscale) == ("page", ((0, 0, *size),), (False,))
+    if size[0] * size[1] <= most:
+        assert ((width, height), plan.is_tiled) == (size, False)
+    else:
+        assert width * height <= most
+        assert all(abs(a - b) <= 1 for a, b in zip(plan.inner_sizes[0], (width, height)))
+        if min(width, height) > 50:
+            assert width * height > 0.95 * most, "and hardly fewer"
+            assert abs(width / height / (size[0] / size[1]) - 1) < 0.03
+
+
+@given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), least=st.integers(1, 10**5))
+def test_a_whole_page_has_at_least_so_many_pixels(size: tuple[int, int], least: int) -> None:
+    plan = plan_tiles(size, TilingPolicy(min_pixels=least))
+    ((width, height),) = plan.tile_sizes
+    if size[0] * size[1] >= least:
+        assert (width, height) == size
+    else:
+        assert width * height >= least
+        assert plan.upscale == (True,)
+
+
+def test_the_pixels_of_scaled_pages() -> None:
+    page = Image.linear_gradient("L").convert("RGB").resize((400, 300))
+    for policy in (TilingPolicy(max_pixels=30_000), TilingPolicy(min_pixels=480_000)):
+        plan = plan_tiles(page.size, policy)
+        (tile,) = cut_tiles(page, plan)
+        assert tile.size == plan.tile_sizes[0] == ((200, 150) if policy.max_pixels else (800, 600))
+        expected = page.resize(tile.size, Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(tile), np.asarray(expected))
+
+
+@given(
+    size=st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)),
+    most=st.integers(2_000, 2_000_000),
+    multiple=st.sampled_from([1, 14, 28, 32]),
+)
+def test_native_tiles_have_at_most_so_many_pixels(size: tuple[int, int], most: int, multiple: int) -> None:
+    policy = TilingPolicy(grid=(2, 3), native_resolution=True, max_tile_pixels=most).aligned(multiple)
+    plan = plan_tiles(size, policy)
+    free = plan_tiles(size, policy.model_copy(update={"max_tile_pixels": None}))
+    for (width, height), (free_width, free_height) in zip(plan.tile_sizes, free.tile_sizes, strict=True):
+        assert width % multiple == height % multiple == 0
+        if free_width * free_height <= most:
+            assert (width, height) == (free_width, free_height)
+        elif min(width, height) > multiple:
+            assert width * height <= most
+    assert all(inner[0] <= tile[0] and inner[1] <= tile[1] for inner, tile in zip(plan.inner_sizes, plan.tile_sizes))

@@ -12,12 +12,13 @@ import pytest
 
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset, PreparedWriter
+from mmray.prepared.stages import PrepareContext
 from mmray.prepared.window import Window
 from mmray.prepared.writer import add_statistics
 from mmray.rows.encode import Encoder
 from mmray.rows.files import plan_chunks, source_files
 from mmray.storage import Folder
-from tests.mmray.preparing import committing, contents, other_packing
+from tests.mmray.preparing import PACKING, Preparation, committing, contents, other_packing, write_rows
 
 
 @pytest.fixture
@@ -417,3 +418,79 @@ def test_a_folder_that_is_closed_is_told(preparation, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="Permission denied; let this user read and write there"):
         preparation.write(tmp_path / "prepared")
+
+
+# ---- Datasets of before rows were dealt side by side ----
+
+
+@pytest.fixture
+def two_sets(processors, tmp_path):
+    """Two sets of rows in windows of 4."""
+    sets = []
+    for name in ("one", "two"):
+        rows = [{"id": f"{name}{number}", "text": f"{name} {number}"} for number in range(8)]
+        sets.append({"files": write_rows(tmp_path / f"{name}.jsonl", rows), "kind": "pretrain"})
+    packing = PACKING.model_copy(update={"window_rows": 4, "token_capacity": 30})
+    return lambda **changes: Preparation(
+        processors["qwen2_vl"], *sets, packing=packing.model_copy(update=changes), max_rejected_share=1
+    )  # fmt: skip
+
+
+def as_it_was(monkeypatch):
+    """Records are those of a version that knew of no dealing."""
+    record = PrepareContext.record
+
+    def without_dealing(context, files):
+        return {name: value for name, value in record(context, files).items() if name != "dealing"}
+
+    monkeypatch.setattr(PrepareContext, "record", without_dealing)
+
+
+def sets_of_windows(prepared):
+    """The sets that the bins of each window's file are of."""
+    ids = [[id_ for number in bins for id_ in prepared.bin(number).sample_ids] for bins in prepared.files.values()]
+    return [{id_[:3] for id_ in window} for window in ids]
+
+
+def test_new_datasets_hold_every_set_in_every_window(two_sets, tmp_path):
+    prepared = two_sets().write(tmp_path / "new")
+    assert prepared.manifest["record"]["dealing"] == 2
+    assert sets_of_windows(prepared) == [{"one", "two"}] * 4
+
+
+def test_a_finished_dataset_of_before_is_up_to_date(two_sets, tmp_path):
+    with pytest.MonkeyPatch.context() as before:
+        as_it_was(before)
+        prepared = two_sets().write(tmp_path / "old")
+    assert "dealing" not in prepared.manifest["record"]
+    assert sets_of_windows(prepared) == [{"one"}] * 2 + [{"two"}] * 2
+    there = contents(tmp_path / "old")
+    assert two_sets().write(tmp_path / "old").fingerprint == prepared.fingerprint
+    assert contents(tmp_path / "old") == there
+
+
+def test_an_unfinished_dataset_of_before_ends_as_it_was_planned(two_sets, tmp_path):
+    with pytest.MonkeyPatch.context() as before:
+        as_it_was(before)
+        old = two_sets()
+        whole = old.write(tmp_path / "whole")
+        writer = PreparedWriter(str(tmp_path / "begun"))
+        writer.begin(old.record)
+        number, results = next(old.windows())
+        writer.windows().write(number, old.window(results))
+    ended = two_sets().write(tmp_path / "begun")
+    assert ended.fingerprint == whole.fingerprint
+    assert contents(tmp_path / "begun").keys() == contents(tmp_path / "whole").keys()
+    assert [ended.bin(number).sample_ids for number in range(len(ended))] == [
+        whole.bin(number).sample_ids for number in range(len(whole))
+    ]
+
+
+def test_other_settings_of_a_dataset_of_before_are_still_told(two_sets, tmp_path):
+    with pytest.MonkeyPatch.context() as before:
+        as_it_was(before)
+        two_sets().write(tmp_path / "old")
+    other = two_sets(token_capacity=40)
+    with pytest.raises(UserError, match=r"packing\.token_capacity: 30 -> 40") as refusal:
+        other.write(tmp_path / "old")
+    assert "dealing" not in str(refusal.value)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
+from tests.mmray.pdfs import ENCRYPTED, pdf_of
 from tests.mmray.preparing import Preparation, chat
 from tests.mmray.reasons import reasons_in_code
 
@@ -50,9 +51,14 @@ BAD = {
     "missing file": Bad("pretrain", page("gone.png"), "image_missing", ("gone.png: no such file", "image_root")),
     "a folder": Bad("pretrain", page("folder"), "image_unreadable", ("folder: is a folder",)),
     "zero bytes": Bad("pretrain", page("empty.jpg"), "image_unreadable", ("empty.jpg: the file is empty",)),
-    "text named .jpg": Bad("pretrain", page("text.jpg"), "image_unreadable", ("text.jpg: no image of a known format",)),
+    "text named .jpg": Bad("pretrain", page("text.jpg"), "image_unreadable", ("text.jpg: text, which begins",)),
     "a header cut off": Bad("pretrain", page("cut.jpg"), "image_unreadable", ("cut.jpg",)),
-    "a PDF": Bad("pretrain", page("scan.pdf"), "image_unreadable", ("scan.pdf: no image of a known format",)),
+    "a PDF": Bad("pretrain", page("scan.pdf"), "image_unreadable", ("scan.pdf: a PDF; name a page of it",)),
+    "a damaged PDF": Bad("pretrain", page("scan.pdf#page=1"), "pdf_damaged", ("scan.pdf: Failed to load document",)),
+    "an encrypted PDF": Bad("pretrain", page("secret.pdf#page=1"), "pdf_encrypted", ("secret.pdf: the PDF is",)),
+    "no such page": Bad("pretrain", page("two.pdf#page=3"), "pdf_page", ("two.pdf#page=3&dpi=150: the PDF has 2",)),
+    "no such frame": Bad("pretrain", page("pages.tiff#page=4"), "image_page", ("pages.tiff#page=4: the file has 3",)),
+    "link to a PDF outside": Bad("pretrain", page("link.pdf#page=1"), "image_outside_root", ("'link.pdf#page",)),
     "decompression bomb": Bad(
         "pretrain", page("bomb.png"), "image_too_large",
         ("bomb.png: 60000 x 60000 = 3600000000 pixels, more than 250000000", "data.max_image_pixels"),
@@ -169,6 +175,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("this is no picture")
     (folder / "scan.pdf").write_bytes(b"%PDF-1.7\n")
+    (folder / "secret.pdf").write_bytes(ENCRYPTED)
+    (folder / "link.pdf").symlink_to(pdf_of(top / "outside.pdf", [{}]))
+    pdf_of(folder / "two.pdf", [{}, {}])
     (folder / "cut.jpg").write_bytes(jpeg()[:100])
     (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
     frames = [Image.new("L", (60, 80), grey) for grey in (1, 99, 200)]
@@ -237,7 +246,7 @@ def test_every_reason_that_preparing_gives_is_in_the_table() -> None:
     """Beside those that have tests of their own: of families, of templates, of training."""
     elsewhere = {
         "bad_tar", "bad_csv", "needs_image", "template", "image_tokens", "image_corrupt", "image_changed",
-        "turns_differ",
+        "pdf_empty_page", "turns_differ",
     }  # fmt: skip
     assert {bad.reason for bad in BAD.values()} == reasons_in_code() - elsewhere
 
@@ -273,8 +282,10 @@ def test_odd_images_are_taken_and_what_was_passed_over_is_noted(
     prepared = prepare(processors["qwen2_vl"], tmp_path, tmp_path, "pretrain", rows, image_frames=image_frames)
     facts = prepared.statistics
     assert facts["rejected_by_reason"] == ({} if image_frames == "first" else {"image_frames": 1})
-    assert facts["image_notes"] == {"broken_exif": 2}
-    assert facts["examples"] == {"broken_exif": [f"{tmp_path}/rows.jsonl:{line}" for line in (4, 5)]}
+    broken = {"broken_exif": [f"{tmp_path}/rows.jsonl:{line}" for line in (4, 5)]}
+    several = {"several_frames": [f"{tmp_path}/rows.jsonl:6"]} if image_frames == "first" else {}
+    assert facts["image_notes"] == {"broken_exif": 2} | dict.fromkeys(several, 1)
+    assert facts["examples"] == broken | several
     images = [image for number in range(len(prepared)) for image in prepared.bin(number).images]
     assert {(image["width"], image["height"]) for image in images} == {(60, 80)}
 

@@ -11,13 +11,14 @@ from PIL import Image
 from mmray.config.job import load_job
 from mmray.errors import UserError
 from mmray.images import ALLOWED_SCHEMES
-from mmray.images.header import FORMATS
+from mmray.images.readers import FORMATS
 from mmray.packing.settings import PackingSettings
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.messages import ROLES
 from mmray.rows.read import read_piece
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import FIELDS, DatasetSettings
+from tests.mmray.pdfs import pdf_of
 from tests.mmray.preparing import Preparation
 from tests.mmray.reasons import reasons_in_code
 
@@ -53,6 +54,7 @@ def folder(tmp_path):
     (tmp_path / "pages").mkdir()
     for name in ("a.jpg", "b.jpg"):
         Image.new("L", (850, 1100), 255).save(tmp_path / "pages" / name)
+    pdf_of(tmp_path / "pages/d.pdf", [{"points": (408, 528)}])
     return tmp_path
 
 

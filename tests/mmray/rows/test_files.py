@@ -1,7 +1,7 @@
 """From file names to chunks: every row once, in order, and no chunk knows where one file ends and the next begins."""
 
 import os
-from itertools import count, pairwise
+from itertools import accumulate, count, pairwise
 
 import fsspec
 import pyarrow as pa
@@ -182,11 +182,21 @@ def write_files(sources):
 @given(sources(), st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 3, 1 << 20]))
 @settings(deadline=None, max_examples=150)
 def test_every_row_is_in_one_chunk_in_order(sources, chunk_rows, per_window, read_bytes):
+    """One file after another; and side by side, where each file's rows keep their order."""
     pattern, expected = write_files(sources)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "READ_BYTES", read_bytes)
-        chunks = plan_chunks(found(pattern), window_rows=chunk_rows * per_window, chunk_rows=chunk_rows)
-    assert texts_of(chunks) == expected
+        before, chunks = (
+            plan_chunks(found(pattern), window_rows=chunk_rows * per_window, chunk_rows=chunk_rows, dealing=dealing)
+            for dealing in (1, 2)
+        )
+    assert texts_of(before) == expected
+    assert sorted(texts_of(chunks)) == sorted(expected)
+    for uri in {file.uri for file in found(pattern)}:
+        of_file = [piece for chunk in chunks for piece in chunk.pieces if piece.uri == uri]
+        assert [piece.first_row for piece in of_file] == [0, *accumulate(piece.num_rows for piece in of_file)][:-1]
+    if len(sources) == 1:
+        assert chunks == before
     assert all(chunk.num_rows == chunk_rows for chunk in chunks[:-1])
     assert all(1 <= chunk.num_rows <= chunk_rows for chunk in chunks[-1:])
     assert [(chunk.window, chunk.index) for chunk in chunks] == [divmod(n, per_window) for n in range(len(chunks))]
@@ -195,7 +205,7 @@ def test_every_row_is_in_one_chunk_in_order(sources, chunk_rows, per_window, rea
 
 @given(st.integers(0, 30), st.lists(st.integers(0, 30), max_size=3), st.integers(1, 7))
 @settings(deadline=None, max_examples=50)
-def test_windows_do_not_depend_on_how_rows_are_spread_over_files(num_rows, cuts, chunk_rows):
+def test_one_after_another_it_does_not_matter_how_rows_are_spread_over_files(num_rows, cuts, chunk_rows):
     """One file, or the same rows in several files of both formats: the same rows in each chunk."""
     borders = sorted({0, num_rows, *(min(cut, num_rows) for cut in cuts)})
     spread = [
@@ -205,7 +215,7 @@ def test_windows_do_not_depend_on_how_rows_are_spread_over_files(num_rows, cuts,
     plans = []
     for each in ([("jsonl", ["row"] * num_rows, True)], spread or [("jsonl", [], True)]):
         pattern, _ = write_files(each)
-        chunks = plan_chunks(found(pattern), window_rows=chunk_rows, chunk_rows=chunk_rows)
+        chunks = plan_chunks(found(pattern), window_rows=chunk_rows, chunk_rows=chunk_rows, dealing=1)
         plans.append([texts_of([chunk]) for chunk in chunks])
     assert plans[0] == plans[1]
 

@@ -53,6 +53,14 @@ def test_attention_that_masks_works_through_whole_rows():
         BalanceSettings().costs(LOADS)
 
 
+def test_batches_are_sorted_only_where_a_setting_asks_for_it():
+    assert not BalanceSettings().sorts_batches
+    assert not BalanceSettings(visual_token=3, window_batches=64).sorts_batches  # a value that is the default
+    for asked in ({"across_batches": True}, {"window_batches": 8}, {"tolerance": 0}, {"group_bins": 2}):
+        assert BalanceSettings(**asked).sorts_batches, asked
+    assert BalanceSettings(one_shape_per_batch=True).sorts_batches
+
+
 QWEN2_VL_TOWER = Layers(count=32, hidden=1280, intermediate=5120, kv=1280, gated=False)
 MODELS = {
     "Qwen2-VL-2B": cost_settings(
@@ -99,6 +107,8 @@ def test_linear_layers_count_multiply_adds_of_their_matrices():
         ({"group_bins": 0}, "greater than 0"),
         ({"visual_token": -1}, "greater than or equal to 0"),
         ({"shape": 1}, "Extra inputs"),
+        ({"across_batches": False, "tolerance": 0.1}, "tolerance sorts bins across global batches: set across_batches"),
+        ({"across_batches": False, "one_shape_per_batch": True}, "or leave out one_shape_per_batch"),
     ],
 )
 def test_bad_settings_are_errors(settings, message):

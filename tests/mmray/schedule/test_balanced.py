@@ -1,5 +1,5 @@
-"""Balanced batches keep the schedule's laws (every bin once, a pure function, one order for any number of ranks), carry
-equal cost, and come in random order.
+"""Balanced batches keep the schedule's laws (every bin once, a pure function, one order for any number of ranks) and
+carry equal cost. Their bins are those of the shuffled order; sorted across batches, they come in random order.
 """
 
 import pickle
@@ -21,6 +21,7 @@ from tests.mmray.preparing import Preparation, write_rows
 BILLION = 10**9
 SHAPES = np.asarray(["1x1", "2x3", "3x2", "mixed", "text"])
 TOKENS_ONLY = {"token_pair": 0, "trained_token": 0, "visual_token": 0, "visual_pair": 0, "whole_row_attention": False}
+SORTED = TOKENS_ONLY | {"across_batches": True}
 
 
 def loads_of(bins: np.ndarray) -> Loads:
@@ -37,7 +38,12 @@ def costs_of(bins: np.ndarray) -> np.ndarray:
 
 def balanced(num_bins: int, global_batch_bins: int, seed: int = 0, loads=loads_of, **balance) -> BoundSchedule:
     order = Schedule(num_bins, global_batch_bins, seed, "3f2a")
-    return BalancedSchedule(order, BalanceSettings(**TOKENS_ONLY | balance)).bound_to(loads)
+    return BalancedSchedule(order, BalanceSettings(**SORTED | balance)).bound_to(loads)
+
+
+def fair(num_bins: int, global_batch_bins: int, seed: int = 0, **order) -> BoundSchedule:
+    plain = Schedule(num_bins, global_batch_bins, seed, "3f2a", **order)
+    return BalancedSchedule(plain, BalanceSettings(**TOKENS_ONLY)).bound_to(loads_of)
 
 
 def epoch_of(order: BoundSchedule, epoch: int = 0) -> list[list[int | None]]:
@@ -102,9 +108,70 @@ def test_every_bin_once_with_any_settings(
     plain = Schedule(num_bins, groups * group_bins, 5, "3f2a", shuffle_block=shuffle_block, shuffle_window=3)
     balance = BalanceSettings(
         window_batches=window_batches, tolerance=tolerance, group_bins=group_bins, one_shape_per_batch=one_shape,
-        whole_row_attention=True,
+        whole_row_attention=True, across_batches=True,
     )  # fmt: skip
     check_epoch(BalancedSchedule(plain, balance).bound_to(loads_of), epoch)
+
+
+# --- a fair sample ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_bins=st.integers(1, 400),
+    global_batch_bins=st.integers(1, 40),
+    shuffle=st.booleans(),
+    shuffle_block=st.integers(1, 40),
+    epoch=st.integers(0, 3),
+)
+def test_a_batch_holds_the_bins_of_the_shuffled_order(num_bins, global_batch_bins, shuffle, shuffle_block, epoch):
+    """Cost decides who runs a bin and when, never in which batch it is; the heaviest comes first."""
+    order = fair(num_bins, global_batch_bins, 5, shuffle=shuffle, shuffle_block=shuffle_block, shuffle_window=3)
+    check_epoch(order, epoch)
+    plain = order.schedule.order
+    for step in range(epoch * plain.steps_per_epoch, (epoch + 1) * plain.steps_per_epoch):
+        bins = [bin for bin in order.bins(step) if bin is not None]
+        assert sorted(bins) == sorted(bin for bin in plain.bins(step) if bin is not None)
+        costs = costs_of(np.asarray(bins)).tolist()
+        assert costs == sorted(costs, reverse=True)
+
+
+def test_batches_differ_as_chance_has_it():
+    """Total cost of batches of 8: the spread of sums of 8 bins drawn by chance; sorted across batches, 8 times it."""
+    cost = costs_of(np.arange(20_000)).std()
+    drawn, sorted_ = (costs_of(full_batches(make(20_000, 8))).sum(axis=1).std() for make in (fair, balanced))
+    assert 0.93 < drawn / (cost * 8**0.5) < 1.07
+    assert sorted_ > 2.5 * drawn
+
+
+def test_ranks_of_a_fair_batch_carry_equal_cost():
+    """8 ranks of 8 bins each, also where they wait for each other after every micro-batch. Costs of one bin lie evenly
+    from 0.3 to 1.7 of their mean."""
+    order = fair(20_000, 64)
+    dealt = [[order.rank_bins(step, rank, 8) for rank in range(8)] for step in range(20_000 // 64)]
+    costs = costs_of(np.asarray(dealt)[..., 0]).swapaxes(1, 2)  # [steps, micro-batches, ranks]
+    assert heaviest(costs.sum(axis=1)).mean() < 1.02
+    waiting = costs.max(axis=2).sum(axis=1) / costs.mean(axis=2).sum(axis=1)
+    assert waiting.mean() < 1.09
+
+
+def test_one_batch_of_loads_is_read_for_a_step():
+    asked: list[int] = []
+
+    def counted(bins: np.ndarray) -> Loads:
+        asked.append(len(bins))
+        return loads_of(bins)
+
+    schedule = fair(BILLION, 64).schedule
+    assert len(schedule.bound_to(counted).bins(12_345_678)) == 64
+    assert asked == [64]
+    assert len(pickle.dumps(schedule)) < 2000
+
+
+def test_the_fair_order_is_pinned():
+    """Golden values, as below: which rank runs a bin is part of what a step did."""
+    assert epoch_of(fair(10, 4)) == GOLDEN_FAIR
+    assert [fair(BILLION, 4, 7).bins(step) for step in (0, 249_999_999, 10**12)] == GOLDEN_FAIR_LARGE
 
 
 # --- a pure function ----------------------------------------------------------------------------------------
@@ -134,7 +201,7 @@ def test_seeds_epochs_data_sets_and_settings_have_their_own_order():
         for epoch in (0, 1)
         for change in ({}, {"window_batches": 32}, {"tolerance": 0.1}, {"group_bins": 4}, {"one_shape_per_batch": True})
     ]
-    other = BalancedSchedule(Schedule(2000, 8, 0, "77b0"), BalanceSettings(**TOKENS_ONLY)).bound_to(loads_of)
+    other = BalancedSchedule(Schedule(2000, 8, 0, "77b0"), BalanceSettings(**SORTED)).bound_to(loads_of)
     orders.append(full_batches(other).tolist())
     assert len({str(order) for order in orders}) == len(orders)
 
@@ -169,13 +236,13 @@ def test_pages_of_any_size_by_cost_and_by_tokens_alone():
     rng = np.random.default_rng(3)
     tokens, visual = rng.integers(15_500, 16_384, 4000), rng.integers(0, 8192, 4000)
     loads = Loads(tokens, visual, tokens - visual, tokens**2 // 4, visual**2 // 4, SHAPES[visual % 5])
-    true = BalanceSettings().for_attention("flash_attention_2")
+    true = BalanceSettings(across_batches=True).for_attention("flash_attention_2")
 
     def worst_of(balance: BalanceSettings) -> float:
         order = BalancedSchedule(Schedule(4000, 8, 0, "3f2a"), balance).bound_to(loads.take)
         return float(heaviest(true.costs(loads)[full_batches(order)]).mean())
 
-    assert worst_of(BalanceSettings(**TOKENS_ONLY)) > 1.25
+    assert worst_of(BalanceSettings(**SORTED)) > 1.25
     assert worst_of(true) < 1.05
 
 
@@ -346,7 +413,7 @@ def test_windows_of_a_billion_bins_hold_the_bins_of_the_plain_order():
 def test_the_same_files_are_read():
     """Distinct blocks of 1,024 bins in 500 steps of 64, plain and balanced."""
     plain = Schedule(10**6, 64, 0, "3f2a")
-    order = BalancedSchedule(plain, BalanceSettings(**TOKENS_ONLY)).bound_to(loads_of)
+    order = BalancedSchedule(plain, BalanceSettings(**SORTED)).bound_to(loads_of)
     counts = [
         len({bin // 1024 for step in range(2000, 2500) for bin in each.bins(step) if bin is not None})
         for each in (plain, order)
@@ -406,4 +473,10 @@ GOLDEN_LARGE = [
     [152441751, 466958269, 996935933, 146724366],
     [891687922, 976452134, 798616623, 783102773],
     [76584651, 637389130, 975390011, 384025647],
+]
+GOLDEN_FAIR = [[8, 5, 7, 2], [1, 3, 0, 9], [6, 4, None, None]]
+GOLDEN_FAIR_LARGE = [
+    [843094617, 150230145, 943666259, 765861707],
+    [980176088, 164315384, 158744327, 731661092],
+    [173535235, 230328403, 578670638, 623688892],
 ]

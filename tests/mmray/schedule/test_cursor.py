@@ -15,7 +15,9 @@ from mmray.schedule.cursor import Cursor, DataSpan
 from mmray.schedule.schedule import Schedule
 
 SCHEDULE = Schedule(num_bins=100, global_batch_bins=8, seed=3, fingerprint="3f2a")
-BALANCED = BalancedSchedule(SCHEDULE, BalanceSettings(whole_row_attention=True))
+SORTED = BalanceSettings(whole_row_attention=True, across_batches=True)
+BALANCED = BalancedSchedule(SCHEDULE, SORTED)
+FAIR = BalancedSchedule(SCHEDULE, BalanceSettings(whole_row_attention=True))
 
 
 def test_a_resumed_run_sees_the_bins_not_yet_seen(tmp_path):
@@ -70,9 +72,9 @@ def test_a_balanced_order_is_saved_with_its_settings(tmp_path):
     cursor.write(tmp_path / "cursor.json")
     saved = Cursor.read(tmp_path / "cursor.json")
     assert saved == cursor
-    assert BalanceSettings(**saved.balance) == BALANCED.balance
+    assert BalanceSettings(**saved.balance, across_batches=True) == SORTED
     saved.check(BALANCED)
-    saved.advance(3).check(BalancedSchedule(SCHEDULE, BalanceSettings(whole_row_attention=True)))
+    saved.advance(3).check(BalancedSchedule(SCHEDULE, SORTED.model_copy()))
 
 
 @pytest.mark.parametrize(
@@ -96,20 +98,32 @@ def test_a_balanced_order_is_saved_with_its_settings(tmp_path):
     ],
 )
 def test_other_balance_settings_are_refused(change, message):
-    other = BalanceSettings(**{"whole_row_attention": True} | change)
+    other = BalanceSettings(**{"whole_row_attention": True, "across_batches": True} | change)
     with pytest.raises(UserError, match=message):
         Cursor.at(BALANCED, step=5).check(BalancedSchedule(SCHEDULE, other))
 
 
 def test_every_balance_setting_is_part_of_the_order():
-    assert Cursor.at(BALANCED).balance.keys() == BalanceSettings.model_fields.keys()
+    """Of one that sorts; `across_batches` is told by there being any, as it was before it was a setting."""
+    assert Cursor.at(BALANCED).balance.keys() == BalanceSettings.model_fields.keys() - {"across_batches"}
 
 
-def test_balance_switched_on_or_off_is_refused():
-    with pytest.raises(UserError, match="its balance is 'off', this job's is 'on'; set balance: null, or start"):
-        Cursor.at(SCHEDULE).check(BALANCED)
-    with pytest.raises(UserError, match="its balance is 'on', this job's is 'off'; take balance: null out of"):
-        Cursor.at(BALANCED).check(SCHEDULE)
+def test_dealing_by_cost_is_no_part_of_the_order():
+    """The bins of a step are the same: what ranks are dealt may change with their number too."""
+    assert Cursor.at(FAIR) == Cursor.at(SCHEDULE)
+    Cursor.at(SCHEDULE, step=5).check(FAIR)
+    Cursor.at(FAIR, step=5).check(SCHEDULE)
+    Cursor.at(FAIR, step=5).check(BalancedSchedule(SCHEDULE, BalanceSettings(whole_row_attention=False)))
+
+
+def test_sorting_switched_on_or_off_is_refused():
+    for other in (FAIR, SCHEDULE):
+        off = r"its balance\.across_batches is False, this job's is True; set balance\.across_batches to false in"
+        with pytest.raises(UserError, match=off):
+            Cursor.at(other).check(BALANCED)
+        on = r"its balance\.across_batches is True, this job's is False; set balance\.across_batches to true in"
+        with pytest.raises(UserError, match=on):
+            Cursor.at(BALANCED).check(other)
     with pytest.raises(UserError, match="its seed is 3, this job's is 4"):
         Cursor.at(BALANCED).check(replace(BALANCED, order=replace(SCHEDULE, seed=4)))
 

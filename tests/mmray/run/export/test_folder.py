@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 import mmray
 from mmray.cli import app
 from mmray.errors import UserError
-from mmray.export import export_model
-from mmray.export.weights import needed_files
+from mmray.run.export import export_finished, export_model
+from mmray.run.export.weights import needed_files
+from mmray.run.folder import RunFolder
 from mmray.training.checkpoint import MODEL_FILE
 from mmray.training.checksums import list_files, list_name
-from tests.mmray.export.conftest import trained
 from tests.mmray.families.zoo import ZOO
 from tests.mmray.preparing import contents
+from tests.mmray.run.export.conftest import trained
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,20 @@ def test_a_checkpoint_a_run_and_a_uri_give_the_same(case, tmp_path):
         export_model(sources[0], "memory://bucket/model")
     export_model(sources[0], "memory://bucket/model", replace=True)
     assert {name: remote.cat(f"/bucket/model/{name}") for name in expected} == expected
+
+
+def test_the_model_in_a_remote_run_is_no_record_of_the_run(case):
+    """Whoever follows the run does not download it."""
+    remote = fsspec.filesystem("memory")
+    remote.put(str(case.run), "memory://bucket/ended", recursive=True)
+    exported = export_finished("memory://bucket/ended", case.model)
+    assert exported.folder == "memory://bucket/ended/model"
+    assert remote.exists("/bucket/ended/model/config.json")
+    again = export_finished("memory://bucket/ended", case.model)
+    assert (again.step, again.folder) == (exported.step, exported.folder)
+    records = RunFolder("memory://bucket/ended").fetch()
+    assert (records / "metrics.jsonl").exists()
+    assert not (records / "model").exists()
 
 
 def test_its_readme_s_lines_read_a_page(case, tmp_path, monkeypatch, capsys):
@@ -258,7 +273,7 @@ def test_the_command(case, tmp_path):
 
 def test_it_needs_no_ray(case, tmp_path):
     code = (
-        "import sys; sys.modules['ray'] = None\nfrom mmray.export import export_model\n"
+        "import sys; sys.modules['ray'] = None\nfrom mmray.run.export import export_model\n"
         f"print(export_model({str(case.run)!r}, {str(tmp_path / 'out')!r}))"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -268,7 +283,7 @@ def test_it_needs_no_ray(case, tmp_path):
 
 # ---- docs/export.md ----
 
-DOCS = Path(__file__).parents[3] / "docs/export.md"
+DOCS = Path(__file__).parents[4] / "docs/export.md"
 
 
 def test_the_lines_of_the_docs_read_a_page(case, tmp_path, monkeypatch, capsys):

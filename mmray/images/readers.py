@@ -1,0 +1,222 @@
+"""Pillow's readers, corrected where they show another picture than the file's own tags describe.
+
+Pillow keeps of a TIFF or PNG what fits its modes: the depth of grey above 8 bits, its sign and its polarity are not
+among it, and of a transparent colour it compares what the file says with what it has made of the pixels. So the tags
+are read here, what Pillow reads right is left to it, and the rest is put right afterwards (`mmray.images.load`) or
+refused with its depth and polarity.
+
+Text, EXIF and XMP that stand beside the pixels are no part of a picture: none of them is parsed while decoding, where
+a broken one would break the picture.
+"""
+
+from typing import BinaryIO
+
+from PIL import Image, ImageFile, ImagePalette
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import PREFIXES as TIFF_PREFIXES
+from PIL.TiffImagePlugin import TiffImageFile
+
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "AVIF"]
+"""Formats that are opened, in Pillow's names; HEIF too, where pillow-heif is installed. Others Pillow knows are guessed
+without a signature (TGA), run an interpreter (EPS) or hold sizes that decoding changes (ICO)."""
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_CODESTREAM, _JP2 = b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"
+_JPEG_2000_HEAD = 1 << 16
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+
+_BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _COLOR_MAP, _EXTRA, _SAMPLE_FORMAT = 258, 259, 262, 284, 320, 338, 339
+_SUBFILE_TYPE, _SUB_IFDS, _SUBSAMPLING = 254, 330, 530
+_REDUCED_IMAGE, _MASK = 1, 4
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _YCBCR = 0, 1, 6
+_UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
+_SEPARATE_PLANES = 2
+_LZW = 5
+
+_PHOTOMETRICS = {
+    0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "CIELab",
+    9: "ICCLab", 10: "ITULab", 32803: "camera raw", 32844: "LogL", 32845: "LogLuv", 34892: "camera raw",
+}  # fmt: skip
+_SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "untyped", 5: "complex", 6: "complex"}
+
+
+class UnknownKindError(ValueError):
+    """A picture of a known format in a kind that cannot be shown right. The message names the kind."""
+
+
+class TiffReader(TiffImageFile):
+    """A TIFF: depth, sign, polarity and planes of its current page as the tags say.
+
+    Pillow gets tags of the next kind that it decodes into the same numbers, which are read again by what is said here.
+    Its pixels stay as they are stored, whatever the orientation.
+    """
+
+    bits: int
+    """Bits of a sample."""
+    is_signed: bool
+    is_white_zero: bool
+    """Grey of more than 8 bits whose least value is white; Pillow itself turns what has fewer bits."""
+    is_alpha_named: bool
+    """ExtraSamples calls the fourth channel transparency; otherwise Pillow only guesses that."""
+
+    is_preview: bool
+    """A smaller version of another page of the file, or a mask for one."""
+
+    def _setup(self) -> None:
+        tags = self.tag_v2
+        self.is_preview = bool(tags.get(_SUBFILE_TYPE, 0) & (_REDUCED_IMAGE | _MASK))
+        bits, formats = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
+        photometric, compression = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), tags.get(_COMPRESSION, 1)
+        self.bits, self.is_signed = max(bits), formats[0] == _SIGNED
+        self.is_white_zero = photometric == _WHITE_IS_ZERO and self.bits > 8
+        self.is_alpha_named = bool(tags.get(_EXTRA))
+        is_planar = tags.get(_PLANAR, 1) == _SEPARATE_PLANES and len(bits) > 1
+        kind = self._kind(bits, formats, photometric, is_planar)
+        if self.is_white_zero:
+            tags[_PHOTOMETRIC] = _BLACK_IS_ZERO
+        if self.bits == 32 and formats[0] == _UNSIGNED:
+            tags[_SAMPLE_FORMAT] = (_SIGNED,) * len(formats)
+        subsampled = photometric == _YCBCR and tuple(tags.get(_SUBSAMPLING, (2, 2))) != (1, 1)
+        if compression == 1 and ((is_planar and self.bits > 8) or subsampled):
+            tags[_COMPRESSION] = _LZW  # any but none: Pillow then leaves the reading to libtiff, which knows better
+        try:
+            super()._setup()
+        except SyntaxError as error:
+            raise UnknownKindError(
+                f"a TIFF of {kind} cannot be shown right; store it as grey or RGB of 8 bits"
+            ) from error
+        if self.is_preview and _SUB_IFDS in tags:
+            raise UnknownKindError(
+                "the first picture is a small preview of another one (SubIFDs), as in camera raw files; store the "
+                "picture itself"
+            )
+        if is_planar and self.mode in ("LA", "La", "PA", "LAB", "P"):
+            raise UnknownKindError(f"a TIFF of {kind} cannot be shown right; store it without separate planes")
+        if self.use_load_libtiff:
+            self._take_native_order()
+        if self.mode in ("P", "PA") and max(tags[_COLOR_MAP]) < 256:  # of 16 bits; some write 8
+            self.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLOR_MAP]))
+        self._size = self._tile_size
+
+    def _take_native_order(self) -> None:
+        """What libtiff has decoded is in the machine's byte order; Pillow thinks of the file's."""
+        tile = self.tile[0]
+        raw_mode, *arguments = tuple(tile.args or ())
+        native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}.get(raw_mode, raw_mode)
+        self.tile = [tile._replace(args=(native, *arguments))]
+
+    def load_end(self) -> None:
+        """Instead of Pillow's, which reads EXIF and XMP once more and turns the pixels."""
+        if not self.is_animated:
+            self._close_exclusive_fp_after_loading = True
+
+    @staticmethod
+    def _kind(bits: tuple[int, ...], formats: tuple[int, ...], photometric: int, is_planar: bool) -> str:
+        depth = "/".join(map(str, bits if len(set(bits)) > 1 else bits[:1]))
+        sign = _SAMPLE_FORMATS.get(formats[0], f"format {formats[0]}")
+        channels = f", {len(bits)} channels" + (" in separate planes" if is_planar else "") if len(bits) > 1 else ""
+        return f"{depth} bits {sign}, {_PHOTOMETRICS.get(photometric, f'photometric {photometric}')}{channels}"
+
+
+class PngReader(PngImageFile):
+    """A PNG whose transparent colour is compared in the file's own depth, and of which nothing behind the pixels is
+    read."""
+
+    transparent_16: tuple[int, int, int] | None = None
+    """The transparent colour of RGB in 16 bits a channel: Pillow keeps the high bytes of the pixels alone."""
+
+    def _open(self) -> None:
+        super()._open()
+        raw_mode, colour = self.raw_mode, self.info.get("transparency")
+        if raw_mode == "RGB;16B" and isinstance(colour, tuple):
+            self.transparent_16 = self.info.pop("transparency")
+        elif raw_mode in ("L", "L;2", "L;4") and isinstance(colour, int):
+            most = {"L": 255, "L;2": 3, "L;4": 15}[raw_mode]
+            self.info["transparency"] = (colour & most) * (255 // most)
+        elif raw_mode == "RGB" and isinstance(colour, tuple):
+            self.info["transparency"] = tuple(value & 255 for value in colour)
+
+    @property
+    def raw_mode(self) -> str:
+        """How the pixels are stored, in Pillow's words, while they are not decoded."""
+        return str(self.tile[0].args) if self.tile else ""
+
+    def take_low_bytes(self) -> None:
+        """Decode the low byte of each 16-bit sample instead of the high one."""
+        self.tile = [tile._replace(args="RGB;16L") for tile in self.tile]
+
+    def load_end(self) -> None:
+        """Chunks behind the pixels are text; of animations the other frames."""
+        if self.is_animated:
+            super().load_end()
+        elif self.png is not None:
+            self.png.close()
+            self.png = None
+
+
+class Jpeg2000Reader(Jpeg2KImageFile):
+    """A JPEG 2000, unless it has colours of more than 8 bits: Pillow makes black of their brightest values."""
+
+    def _open(self) -> None:
+        super()._open()
+        if self.mode.startswith("I;16") or self.fp is None:
+            return
+        place = self.fp.tell()
+        self.fp.seek(0)
+        bits = _bits_of_jpeg_2000(self.fp.read(_JPEG_2000_HEAD))
+        self.fp.seek(place)
+        if bits > 8:
+            raise UnknownKindError(
+                f"a JPEG 2000 of {bits} bits, {len(self.getbands())} channels cannot be shown right; store it with "
+                "8 bits a channel"
+            )
+
+
+def _bits_of_jpeg_2000(head: bytes) -> int:
+    """The greatest depth of a channel; 0 where the beginning of the file does not say (ISO 15444-1, A.5.1, I.5.3)."""
+    if head.startswith(_CODESTREAM):
+        channels = int.from_bytes(head[40:42], "big")
+        depths = head[42 : 42 + 3 * channels : 3]
+    else:
+        at = head.find(b"ihdr") + 4
+        depths = head[at + 10 : at + 11] if at >= 4 else b""
+        if depths == b"\xff" and (at := head.find(b"bpcc") + 4) >= 4:
+            depths = head[at : at + int.from_bytes(head[at - 8 : at - 4], "big") - 8]
+    return max(((depth & 127) + 1 for depth in depths), default=0)
+
+
+def open_picture(file: BinaryIO) -> ImageFile.ImageFile:
+    """Open a picture of FORMATS by its first bytes; nothing is decoded. file: at its beginning.
+
+    Raises UnknownKindError and whatever Pillow's parsers do.
+    """
+    head = file.read(16)
+    file.seek(0)
+    if head.startswith(b"MM\x00\x2b"):
+        raise UnknownKindError("a BigTIFF of the byte order MM cannot be read; store it as TIFF, or in the order II")
+    if head.startswith(tuple(TIFF_PREFIXES)):
+        return TiffReader(file)
+    if head.startswith(PNG_SIGNATURE):
+        return PngReader(file)
+    if head.startswith((_CODESTREAM, _JP2)):
+        return Jpeg2000Reader(file)
+    if is_heif(head):
+        return _heif(file)
+    return Image.open(file, formats=FORMATS)
+
+
+def is_heif(head: bytes) -> bool:
+    """Whether the first 12 bytes of a file or more are those of HEIC, the photographs of telephones."""
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
+
+
+def _heif(file: BinaryIO) -> ImageFile.ImageFile:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise UnknownKindError(
+            "a HEIC picture; on all nodes: pip install 'mmray[heif]', or store it as JPEG"
+        ) from error
+    image: ImageFile.ImageFile = HeifImageFile(file)
+    return image

@@ -1,0 +1,205 @@
+"""Every picture of a prepared dataset, decoded once: which are broken, blank, or not what was prepared.
+
+Preparing reads headers alone, so a picture that is broken behind its header is found in training, where its sample is
+left out. This looks before. It decodes, so it takes what training's render actors take, once.
+
+The dataset is looked at in parts of some bins, by as many processes as there are CPUs. What a part has come to is
+written, whole, into a folder beside the dataset; the same command after a stop goes on with the parts that are missing.
+A process holds one group of rows and one decoded picture.
+"""
+
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mmray.errors import RowError, UserError
+from mmray.images import ImageSource, load_image
+from mmray.images.header import MAX_PIXELS, read_header
+from mmray.images.jpeg import lacks_pixels
+from mmray.images.paged import file_of
+from mmray.images.retries import patiently
+from mmray.images.source import describe_source, image_file
+from mmray.prepared.dataset import PreparedDataset
+from mmray.prepared.window import BINS_PER_ROW_GROUP
+from mmray.storage import Folder
+
+BINS_PER_PART = 16 * BINS_PER_ROW_GROUP
+"""Bins that a process looks at at a time: the work that a stop loses."""
+
+BLANK, OTHER_FORMAT = "blank", "other_format"
+"""What is listed beside the reasons of docs/rows.md, and is no reason to leave a picture out."""
+
+BLANK_RANGE = 4
+"""The most by which the pixels of a blank picture differ, of 255."""
+
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png", ".apng"), "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"), "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf"), "GIF": (".gif",), "BMP": (".bmp", ".dib"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "AVIF": (".avif",), "HEIF": (".heic", ".heif"), "PDF": (".pdf",),
+}  # fmt: skip
+_PLAN, _REPORT, _SUMMARY = "plan.json", "report.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class ListedPicture:
+    """A picture that a person should look at. row, source: the id of its row, and where that was read."""
+
+    reason: str
+    message: str
+    image: str
+    row: str
+    source: str
+
+
+@dataclass
+class Verified:
+    """What came of a dataset's pictures. listed: how many of each reason; examples: one of each; folder: where
+    report.jsonl lists them all."""
+
+    pictures: int = 0
+    listed: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, ListedPicture] = field(default_factory=dict)
+    folder: str = ""
+
+    @property
+    def broken(self) -> int:
+        """Pictures whose samples training leaves out."""
+        return sum(count for reason, count in self.listed.items() if reason not in (BLANK, OTHER_FORMAT))
+
+
+def verify(
+    path: str, *, processes: int | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Verified:
+    """Decode every picture of a prepared dataset, and list what is not sound in the folder `PATH-verify`.
+
+    processes: default one for each CPU; 1: this one. on_progress(bins done, bins). Raises UserError where there is no
+    prepared dataset, and where storage cannot be reached.
+    """
+    prepared = PreparedDataset(path)
+    folder = Folder(f"{path.rstrip('/')}-verify")
+    plan = json.dumps({"fingerprint": prepared.fingerprint, "bins_per_part": BINS_PER_PART}).encode()
+    if folder.exists(_PLAN) and folder.read(_PLAN) != plan:
+        folder.remove_tree("")
+    folder.create()
+    folder.write(_PLAN, plan)
+    there = set(folder.names())
+    parts = {_name(first): first for first in range(0, len(prepared), BINS_PER_PART)}
+    missing = [first for name, first in parts.items() if name not in there]
+    done = len(parts) - len(missing)
+    on_progress(min(done * BINS_PER_PART, len(prepared)), len(prepared))
+    spans = [(first, min(first + BINS_PER_PART, len(prepared))) for first in missing]
+    for first, found in _each(path, spans, processes or os.cpu_count() or 1):
+        folder.write(_name(first), json.dumps(found).encode())
+        done += 1
+        on_progress(min(done * BINS_PER_PART, len(prepared)), len(prepared))
+    return _joined(folder, list(parts))
+
+
+def _name(first: int) -> str:
+    return f"part-{first:012d}.json"
+
+
+def _each(path: str, spans: list[tuple[int, int]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What the parts have come to, in the order in which they are done."""
+    if processes == 1 or len(spans) < 2:
+        yield from ((first, verify_part(path, first, stop)) for first, stop in spans)
+        return
+    with ProcessPoolExecutor(min(processes, len(spans)), multiprocessing.get_context("spawn")) as pool:
+        waiting, left = dict[Future[dict[str, Any]], int](), list(reversed(spans))
+        try:
+            while waiting or left:
+                while left and len(waiting) < 2 * processes:
+                    first, stop = left.pop()
+                    waiting[pool.submit(verify_part, path, first, stop)] = first
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a process that decoded pictures of {path} was ended, by a lack of memory or by a picture; the same "
+                "command continues; fewer --processes take less memory"
+            ) from error
+
+
+def verify_part(path: str, first: int, stop: int) -> dict[str, Any]:
+    """Decode the pictures of the bins [first, stop): their number, and those to list."""
+    prepared = PreparedDataset(path)
+    pictures, listed = 0, list[dict[str, str]]()
+    seen: set[tuple[str, int, int]] = set()
+    for packed in prepared.bins(first, stop):
+        for image in packed.images:
+            size = image["width"], image["height"]
+            source = image["data"] if image["data"] is not None else image["uri"]
+            if isinstance(source, str):
+                if (source, *size) in seen:
+                    continue
+                seen.add((source, *size))
+            pictures += 1
+            name, sample = describe_source(source), image["sample"]
+            listed += [
+                asdict(ListedPicture(reason, message, name, packed.sample_ids[sample], packed.sample_sources[sample]))
+                for reason, message in looked_at(source, size)
+            ]
+    return {"pictures": pictures, "listed": listed}
+
+
+def looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
+    """What is to be said of a picture that was prepared with a size: (reason, message) each; of a sound one nothing.
+
+    Raises UserError where its storage cannot be reached.
+    """
+    try:
+        return patiently(lambda: _looked_at(source, size), source)
+    except RowError as error:
+        return [(error.reason, error.message)]
+
+
+def _looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
+    name, max_pixels = describe_source(source), max(MAX_PIXELS, size[0] * size[1])
+    page = load_image(source, max_pixels=max_pixels)
+    header = read_header(source, max_pixels=max_pixels)
+    if page.size != size:
+        planned, found = ("{} x {}".format(*each) for each in (size, page.size))
+        message = f"{name}: planned for {planned} pixels, the image now has {found}; prepare the dataset again"
+        return [("image_changed", message)]
+    if header.format == "JPEG":
+        with image_file(source) as file:
+            file.seek(0)
+            if lacks_pixels(file.read()):
+                return [("image_corrupt", f"{name}: it ends before its pixels do; store the image anew")]
+    listed = []
+    lows, highs = np.asarray(page.getextrema()).reshape(-1, 2).T
+    if (highs - lows).max() <= BLANK_RANGE:
+        listed.append((BLANK, f"{name}: all pixels are {tuple(lows.tolist())}, as of an empty page"))
+    suffix = os.path.splitext(file_of(source))[1].lower() if isinstance(source, str) else ""
+    kind = "JPEG" if header.format == "MPO" else header.format
+    if suffix not in _SUFFIXES.get(kind, ()) and any(suffix in known for known in _SUFFIXES.values()):
+        listed.append((OTHER_FORMAT, f"{name}: the file is {kind}, whatever its name says"))
+    return listed
+
+
+def _joined(folder: Folder, names: list[str]) -> Verified:
+    """All parts together, in the order of bins; writes the report."""
+    verified = Verified(folder=folder.uri)
+    with folder.writing(_REPORT) as file:
+        for name in names:
+            part = json.loads(folder.read(name))
+            verified.pictures += part["pictures"]
+            for entry in part["listed"]:
+                verified.listed[entry["reason"]] += 1
+                verified.examples.setdefault(entry["reason"], ListedPicture(**entry))
+                file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape"))
+    summary = {
+        "pictures": verified.pictures,
+        "broken": verified.broken,
+        "listed": dict(sorted(verified.listed.items())),
+    }
+    folder.write(_SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    return verified

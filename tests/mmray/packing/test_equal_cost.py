@@ -1,0 +1,144 @@
+"""Bins packed to equal cost keep every law of packing, and take alike long."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmray.config.job import Job
+from mmray.packing.equal_cost import DRAWN, EQUAL, MOST_BINS, expected_costliest, pack_equal_cost
+from mmray.packing.pack import pack_2d
+from mmray.packing.settings import PackingSettings
+from mmray.prepared.dataset import window_bins
+from mmray.prepared.fingerprint import prepare_record
+from mmray.prepared.window import pack_window, samples_table
+from mmray.schedule.balance import BalanceSettings
+from mmray.schedule.loads import Loads
+from tests.mmray.prepared.test_window import LABELS, sample
+
+sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 30)), max_size=60)
+
+
+@given(sizes, st.sampled_from([0.0, 0.02]), st.randoms(use_true_random=False))
+def test_every_sample_is_in_one_bin_within_both_capacities(rows, pair_cost, random):
+    tokens, visual = (np.asarray([row[side] for row in rows], dtype=np.int64) for side in (0, 1))
+    costs = np.asarray([random.uniform(1, 100) for _ in rows])
+    bins = pack_equal_cost(tokens, visual, costs, pair_cost, token_capacity=60, visual_capacity=40)
+    assert sorted(itertools.chain(*bins)) == list(range(len(rows)))
+    assert all(tokens[members].sum() <= 60 and visual[members].sum() <= 40 for members in bins)
+    assert [members[0] for members in bins] == sorted(members[0] for members in bins)
+    assert all(members == sorted(members) for members in bins)
+    assert bins == pack_equal_cost(tokens, visual, costs, pair_cost, token_capacity=60, visual_capacity=40)
+
+
+def test_a_sample_over_a_capacity_is_an_error():
+    with pytest.raises(ValueError, match="item 1: tokens is 61"):
+        pack_equal_cost(np.asarray([1, 61]), np.asarray([0, 0]), np.ones(2), 0.0, token_capacity=60, visual_capacity=4)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5))
+def test_the_costliest_of_some_drawn_bins_is_their_mean_over_all_draws(costs):
+    """Against every way to draw three, with putting back."""
+    draws = [max(drawn) for drawn in itertools.product(costs, repeat=3)]
+    assert expected_costliest(np.asarray(costs, dtype=np.float64), 3) == pytest.approx(np.mean(draws))
+
+
+def pages_and_texts(rng, count=6000):
+    """Half pages of 500 to 4,000 visual tokens with little text, half texts of 500 to 9,000 tokens."""
+    visual = np.where(rng.random(count) < 0.5, rng.integers(500, 4000, count), 0)
+    tokens = np.where(visual > 0, visual + rng.integers(50, 600, count), rng.integers(500, 9000, count))
+    return Loads(tokens, visual, tokens - visual, tokens**2, visual**2, np.full(count, "any"))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_bins_take_alike_long(attention):
+    samples, balance = pages_and_texts(np.random.default_rng(0)), BalanceSettings().for_attention(attention)
+    costs, pair_cost = balance.sample_costs(samples)
+    capacities = {"token_capacity": 16384, "visual_capacity": 12288}
+
+    def of_bins(bins):
+        members = [np.asarray(each) for each in bins]
+        columns = [getattr(samples, name) for name in ("tokens", "visual_tokens", "trained_tokens")]
+        columns += [samples.sample_pairs, samples.visual_pairs]
+        sums = [np.asarray([column[each].sum() for each in members]) for column in columns]
+        return balance.costs(Loads(*sums, bucket=np.full(len(bins), "any")))
+
+    fewest = pack_2d(samples.tokens, samples.visual_tokens, **capacities)
+    bins = pack_equal_cost(samples.tokens, samples.visual_tokens, costs, pair_cost, **capacities)
+    before, after = of_bins(fewest), of_bins(bins)
+    rng = np.random.default_rng(1)
+    slowest = [np.mean([rng.choice(each, DRAWN).max() for _ in range(2000)]) / each.mean() for each in (before, after)]
+    assert slowest[0] > 1.15
+    assert slowest[1] < EQUAL + 0.01
+    assert len(bins) <= MOST_BINS * len(fewest)
+    assert slowest[1] * after.sum() < 0.9 * slowest[0] * before.sum()  # time of an epoch of steps of 8
+
+
+def test_the_cost_of_a_bin_is_that_of_its_samples_together():
+    samples = pages_and_texts(np.random.default_rng(2), 5)
+    for attention in ("sdpa", "flash_attention_2"):
+        balance = BalanceSettings().for_attention(attention)
+        costs, pair_cost = balance.sample_costs(samples)
+        columns = (samples.tokens, samples.visual_tokens, samples.trained_tokens)
+        sums = [np.asarray([column.sum()]) for column in (*columns, samples.sample_pairs, samples.visual_pairs)]
+        (whole,) = balance.costs(Loads(*sums, bucket=np.asarray(["any"])))
+        assert costs.sum() + pair_cost * samples.tokens.sum() ** 2 == pytest.approx(whole)
+
+
+def test_a_window_is_packed_by_the_costs_of_its_rows():
+    """Eight pages and eight texts of as many tokens: alike bins hold two of each, and neither capacity asks for it."""
+    rows = [sample(number, text=4, visual=12) for number in range(8)]
+    rows += [sample(number, text=16) for number in range(8, 16)]
+    balance = BalanceSettings(visual_token=5).for_attention("sdpa")
+    packing = PackingSettings(token_capacity=64, visual_capacity=64, mode="equal_cost")
+    bins = window_bins(pack_window(samples_table(rows), packing, LABELS, sample_costs=balance.sample_costs))
+    assert [each.visual_tokens for each in bins] == [24] * 4
+    apart = window_bins(pack_window(samples_table(rows), packing.model_copy(update={"mode": "bins"}), LABELS))
+    assert sorted(each.visual_tokens for each in apart) == [0, 0, 48, 48]
+    with pytest.raises(ValueError, match="needs to know what samples cost"):
+        pack_window(samples_table(rows), packing, LABELS)
+
+
+JOB = {
+    "name": "small",
+    "model": {"config": {"model_type": "qwen2_vl"}, "processor": "some/processor", "attention": "sdpa"},
+    "data": {"train": [{"files": "rows.jsonl", "kind": "pretrain"}]},
+    "packing": {"token_capacity": 4096, "visual_capacity": 2048, "mode": "equal_cost"},
+    "training": {"steps": 10, "global_batch_bins": 12},
+    "output": {"prepared": "out/prepared", "run": "out/run"},
+}
+
+
+def test_costs_count_only_where_bins_are_packed_to_them(processors):
+    job = Job.model_validate(JOB)
+    assert job.packing_costs == job.balance.for_attention("sdpa")
+    plain = Job.model_validate(JOB | {"packing": {"token_capacity": 4096, "visual_capacity": 2048}})
+    assert plain.packing_costs is None
+
+    def record(job, costs):
+        return prepare_record(
+            files=[], datasets=[], data=job.data, processor=processors["qwen2_vl"], tiling=job.images,
+            packing=job.packing, loss=job.loss, costs=costs,
+        )  # fmt: skip
+
+    costs = job.packing_costs.cost_record()
+    assert costs.keys() == BalanceSettings.model_fields.keys() - {
+        *("across_batches", "window_batches", "tolerance", "group_bins", "one_shape_per_batch"),
+    }  # fmt: skip
+    assert record(job, costs)["costs"] == costs
+    assert "costs" not in record(plain, costs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"balance": None}, "packs by the costs of balance: take balance: null out"),
+        ({"balance": {"one_shape_per_batch": True}}, "leave out balance.one_shape_per_batch"),
+        ({"packing": JOB["packing"] | {"bucket_fill": 0.5}}, "leave out bucket_fill"),
+    ],
+)
+def test_settings_that_contradict_equal_cost_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Job.model_validate(JOB | change)
