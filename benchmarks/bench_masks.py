@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Result, best_seconds
-from mmray.loss import RoleBoundary, role_keep_mask
+from mmray.masks import RoleBoundary, role_keep_mask
 
 IM_START, IM_END, NEWLINE = 151644, 151645, 198
 ROLES = {"system": 8948, "user": 872, "assistant": 77091}

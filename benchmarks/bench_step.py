@@ -37,7 +37,8 @@ from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families import family_of, load_processor
 from mmray.images import TilingPolicy, load_image
 from mmray.loss.labels import IGNORE_INDEX
-from mmray.loss.settings import RoleLoss, label_maker
+from mmray.loss.settings import RoleLoss
+from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table

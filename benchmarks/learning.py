@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families import family_of, load_processor
 from mmray.images import TilingPolicy
-from mmray.loss.settings import label_maker
+from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import Window, pack_window, samples_table

@@ -20,7 +20,7 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
-from mmray.loss.settings import label_maker
+from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.fingerprint import check_settings
 from mmray.prepared.versions import check_labels

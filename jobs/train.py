@@ -32,8 +32,7 @@ from jobs.train_loop import train_worker, worker_config
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
 from mmray.errors import PassingError, UserError
-from mmray.export import export_finished
-from mmray.loss.settings import label_maker
+from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
 from mmray.prepared.versions import check_new_run, old_chats
@@ -41,6 +40,7 @@ from mmray.report import Run, run_table
 from mmray.rows.encode import Encoder
 from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.export import export_finished
 from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
 from mmray.run.plan import run_plan

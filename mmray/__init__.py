@@ -7,10 +7,12 @@ a Ray cluster.
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mmray.export.prompting import Prompt
+from mmray.base.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from mmray.run.export.prompting import Prompt
+
+__all__ = ["__version__", "prompt"]
 
 
 def prompt(folder: str, *, trust_remote_code: bool = False) -> "Prompt":
@@ -20,6 +22,6 @@ def prompt(folder: str, *, trust_remote_code: bool = False) -> "Prompt":
 
     Raises UserError for another folder.
     """
-    from mmray.export.prompting import Prompt  # transformers and torch, which importing mmray does not need
+    from mmray.run.export.prompting import Prompt  # transformers and torch, which importing mmray does not need
 
     return Prompt(folder, trust_remote_code=trust_remote_code)

@@ -274,7 +274,7 @@ def export(
     if dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--dtype {dtype}: give bf16 or fp32")
     from mmray.config.job import load_job
-    from mmray.export import export_model
+    from mmray.run.export import export_model
 
     settings = None if job_file is None else load_job(job_file).model
     exported = export_model(source, out, step=step, dtype=dtype, settings=settings, replace=replace)  # type: ignore[arg-type]

@@ -11,16 +11,16 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from jobs.train import check_old_chats
-from mmray.base.json_lines import read_json_lines
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
-from mmray.export import export_model
 from mmray.images.size_cache import read_sizes
-from mmray.loss.settings import label_maker
+from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.versions import bin_labels
 from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.export import export_model
+from mmray.training.json_lines import read_json_lines
 from tests.fixtures.f4b23e2.make import MODIFIED, machine
 from tests.here import prepare_here, train_here
 from tests.mmray.preparing import blank_unseen, contents

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
-import mmray
+from mmray.base.version import __version__
 
 
 def amount(count: int) -> str:
@@ -23,4 +23,4 @@ def span(time: timedelta) -> str:
 
 def made_by() -> str:
     """The last line of a page."""
-    return f"mmray {mmray.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    return f"mmray {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

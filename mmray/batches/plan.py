@@ -16,7 +16,8 @@ from mmray.families import Family, load_family
 from mmray.images import TilingPolicy, render_tiles
 from mmray.images.tile_cache import TileCache
 from mmray.loss.labels import LabelMaker
-from mmray.loss.settings import Loss, label_maker
+from mmray.loss.settings import Loss
+from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.schedule.balanced import BalancedSchedule, BoundSchedule
 from mmray.schedule.schedule import Schedule

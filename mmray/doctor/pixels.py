@@ -12,7 +12,7 @@ from mmray.doctor.findings import Finding, failed, not_applicable, passed
 from mmray.doctor.rows import FirstRows
 from mmray.errors import UserError
 from mmray.images import render_tiles
-from mmray.loss.settings import label_maker
+from mmray.loss.sources import label_maker
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table

@@ -17,7 +17,8 @@ from mmray.images import TilingPolicy
 from mmray.inspect.terminal import is_plain, legend, print_sample
 from mmray.inspect.view import view_samples
 from mmray.loss.labels import IGNORE_INDEX
-from mmray.loss.settings import LossSource, allows_empty, label_maker
+from mmray.loss.settings import allows_empty
+from mmray.loss.sources import LossSource, label_maker
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.count import count_rows

@@ -13,7 +13,7 @@ from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, not_applicable, passed
 from mmray.doctor.rows import FirstRows
 from mmray.errors import UserError
-from mmray.loss.settings import label_maker
+from mmray.loss.sources import label_maker
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table

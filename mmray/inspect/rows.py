@@ -24,7 +24,8 @@ from mmray.inspect.page import page_of
 from mmray.inspect.terminal import is_plain, legend, print_sample
 from mmray.inspect.view import BinView, Mark, Piece, SampleView, Turn, view_pieces
 from mmray.loss.labels import IGNORE_INDEX, LabelMaker
-from mmray.loss.settings import allows_empty, label_maker
+from mmray.loss.settings import allows_empty
+from mmray.loss.sources import label_maker
 from mmray.prepared.window import NOTHING_TRAINED
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece as RowsPiece

@@ -19,7 +19,8 @@ from mmray.families import Family, family_of, load_processor
 from mmray.inspect.text import token_texts
 from mmray.loss.labels import IGNORE_INDEX, LossRule, segment_ids
 from mmray.loss.roles import RoleBoundary, role_keep_mask
-from mmray.loss.settings import Loss, RoleLoss, label_maker, loss_of_record
+from mmray.loss.settings import Loss, RoleLoss, loss_of_record
+from mmray.loss.sources import label_maker
 from mmray.prepared import Bin, PreparedDataset
 from mmray.prepared.fingerprint import differences, processor_record
 

@@ -1,5 +1,5 @@
-"""Which tokens train: role boundaries scanned over a whole batch at once."""
+"""Which tokens are trained on: the `loss` setting, role boundaries scanned over a whole batch at once, labels.
 
-from mmray.loss.roles import RoleBoundary, role_keep_mask
-
-__all__ = ["RoleBoundary", "role_keep_mask"]
+Nothing is imported here, so that reading a job file needs no torch; import from `settings`, `sources`, `roles`,
+`labels`. Users have `RoleBoundary` and `role_keep_mask` from `mmray.masks`.
+"""

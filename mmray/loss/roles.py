@@ -17,14 +17,13 @@ import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from mmray.loss.scan import SIZE_BITS, Rule, ScanPlan, scan_compiled, scan_tensors
-
-TrainOnEos = Literal["turn", "all", "last", "none"]
+from mmray.loss.settings import TrainOnEos
 
 _MAX_MARKER_SIZE = (1 << SIZE_BITS) - 1
 _MAX_TOKEN_ID = 2**31 - 1

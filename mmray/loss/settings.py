@@ -1,216 +1,131 @@
-"""The `loss` setting of the job file: which tokens of a sample train, by what signal, and the label maker it gives.
+"""The `loss` setting of the job file as it is written: which tokens of a sample train.
 
-Where the signal comes from is decided once for each set of rows (`loss_source`), never row by row: a job that quietly
-trained in another mode would look the same in every log. Of chats the messages say what trains; boundaries are the
-text around turns, by which `loss: {roles: …}` finds them again in tokens, on the actors that compute labels.
+Three modes: what the model would have sampled (`sampled`), every token (`all`), or the turns of some roles. What a
+model family makes of the setting is in `mmray.loss.sources`.
 """
 
-from enum import StrEnum
-from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from jinja2 import Environment, TemplateSyntaxError
+from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from mmray.base.settings import RowKind
-from mmray.errors import UserError
-from mmray.families import Family
-from mmray.families.base import RoleMarkers
-from mmray.loss.labels import LabelMaker, LossRule
-from mmray.loss.loss import (
-    SAMPLED_ROLE,
-    BoundarySettings,
-    Loss,
-    LossSetting,
-    RoleLoss,
-    allows_empty,
-    loss_of_record,
-    loss_record,
-)
-from mmray.loss.roles import RoleBoundary
+from mmray.base.settings import Settings
 
-__all__ = [
-    "SAMPLED_ROLE",
-    "BoundarySettings",
-    "Loss",
-    "LossSetting",
-    "LossSource",
-    "RoleLoss",
-    "allows_empty",
-    "chat_template",
-    "ending_texts",
-    "ending_token_ids",
-    "label_maker",
-    "loss_of_record",
-    "loss_record",
-    "loss_source",
-    "marks_generated",
-    "stop_token_ids",
-    "turn_markers",
-]
+TrainOnEos = Literal["turn", "all", "last", "none"]
+
+SAMPLED_ROLE = "assistant"
+"""The role whose turns a model samples."""
 
 
-class LossSource(StrEnum):
-    """What says which tokens of a set of rows train."""
+class BoundarySettings(Settings):
+    """The text around the turns of one role."""
 
-    EVERY_TOKEN = "all"
-    """Nothing has to: every token but media."""
-    ROLES = "roles"
-    """The boundaries of the roles that the setting names."""
-    ROW = "row"
-    """The row's own `sampled_mask` or `labels`."""
-    MESSAGES = "messages"
-    """A chat's messages, each found in the text that the chat template makes of them."""
-    ANSWER = "answer"
-    """What follows the prompt of the row's text, where the model sees a prompt as a whole (`Family.has_prompt`)."""
+    role: str
+    """The role's name, as `roles` uses it. A role may have several boundaries."""
+    start: str
+    """Text that opens a turn, for example `<|im_start|>assistant\\n`. Of several that match, the longest wins, then the
+    one written first."""
+    end: Annotated[str, Field(min_length=1)] | None = None
+    """Text that closes it; `eos_token` stands for the tokenizer's; null: the sample's end."""
+    include_start: bool = False
+    """Train the opening text too."""
+    include_end: bool = True
+    """The closing text belongs to the turn: it is consumed, and trained as `train_on_eos` says. false: it is not
+    trained, and may open the next turn."""
+    until_next: bool = False
+    """No closing text: the turn goes on to where any boundary's `start` stands, or to the sample's end."""
+
+    @model_validator(mode="after")
+    def _ends_in_one_way(self) -> "BoundarySettings":
+        if self.until_next and self.end is not None:
+            raise ValueError(f"until_next and end exclude each other; keep one (end is {self.end!r})")
+        return self
+
+
+class RoleLoss(Settings):
+    """Loss on the turns of some roles, found by the text around them."""
+
+    roles: tuple[str, ...] = (SAMPLED_ROLE,)
+    """Roles whose turns are trained."""
+    train_on_eos: TrainOnEos = "turn"
+    """Closing markers to train: of the trained turns, of all turns, of the last trained turn, or none."""
+    train_on_inputs: bool = False
+    """Train every token but media, whatever the role."""
+    boundaries: tuple[BoundarySettings, ...] | None = None
+    """Role boundaries to use instead of the model family's."""
+    turns: Literal["all", "last"] = "all"
+    """Of `chat` rows: turns to train. `last`: only the last of the trained roles' turns in each row."""
+    reasoning: Literal["all", "last", "none"] = "all"
+    """Of `chat` rows: thoughts of trained turns to train. `last`: only those of the last trained turn; `none`: never,
+    as for a model that is to answer at once."""
+    train_empty_thoughts: bool = True
+    """Of `chat` rows: train the empty think block that some templates write where a turn has no thought. false: the
+    model does not learn to think nothing."""
+    allow_empty: bool = False
+    """Keep rows that train no token, and allow an empty `roles`; else such rows are rejected."""
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> "RoleLoss":
+        if not self.roles and not self.allow_empty and not self.train_on_inputs:
+            raise ValueError("roles: [] trains nothing; name a role, or set allow_empty: true")
+        return self
 
     @property
-    def rule(self) -> LossRule:
-        """The rule of its samples."""
-        return _RULES[self]
+    def chooses_messages(self) -> bool:
+        """Something is left out that only a chat's messages tell: turns but the last, or thoughts."""
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in _BY_MESSAGES)
 
-
-_RULES = {
-    LossSource.EVERY_TOKEN: LossRule.ALL,
-    LossSource.ROLES: LossRule.ROLES,
-    LossSource.ROW: LossRule.GIVEN,
-    LossSource.MESSAGES: LossRule.GIVEN,
-    LossSource.ANSWER: LossRule.GIVEN,
-}
-
-
-def loss_source(loss: Loss, kind: RowKind, family: Family) -> LossSource:
-    """What says which tokens of a set of rows train. Raises UserError for `tokenized` rows and a setting that only
-    messages can follow."""
-    if kind == "pretrain" and family.has_prompt:
-        return LossSource.ANSWER
-    if kind == "pretrain" or loss == "all" or (isinstance(loss, RoleLoss) and loss.train_on_inputs):
-        return LossSource.EVERY_TOKEN
-    if isinstance(loss, RoleLoss):
-        if kind == "tokenized" and loss.chooses_messages:
-            raise UserError(
-                "loss: turns, reasoning and train_empty_thoughts choose among messages, which tokenized rows do not "
-                "have; give such a set a loss of its own (data.train[].loss)"
+    @model_validator(mode="after")
+    def _trains_one_way(self) -> "RoleLoss":
+        chosen = [name for name in _BY_TURNS if getattr(self, name) != type(self).model_fields[name].default]
+        if self.train_on_inputs and chosen:
+            raise ValueError(
+                f"train_on_inputs: true trains every token, and leaves {', '.join(chosen)} without meaning; keep "
+                f"train_on_inputs or {', '.join(chosen)}"
             )
-        return LossSource.ROLES
-    return LossSource.ROW if kind == "tokenized" else LossSource.MESSAGES
+        return self
 
 
-def chat_template(processor: Any) -> str:
-    """The processor's chat template, the default one of several; empty where there is none."""
-    template = processor.chat_template
-    return (template.get("default", "") if isinstance(template, dict) else template) or ""
+_BY_MESSAGES = ("turns", "reasoning", "train_empty_thoughts")
+"""Keys of `RoleLoss` that boundaries cannot express: what they choose is known from a chat's messages alone."""
+_BY_TURNS = ("roles", "train_on_eos", "boundaries", *_BY_MESSAGES)
+"""Keys of `RoleLoss` that say which turns train, and what of them."""
 
 
-def marks_generated(processor: Any) -> bool:
-    """Whether the chat template says what the model generates: a `{% generation %}` block, outside comments."""
-    try:
-        tokens = [token for token in Environment().lex(chat_template(processor)) if token[1] != "whitespace"]
-    except TemplateSyntaxError:  # each row will say so
-        return False
-    return any(kind == "block_begin" and word == "generation" for (_, kind, _), (_, _, word) in pairwise(tokens))
+def _mode(value: Any) -> str | None:
+    """The tag of a value's kind; None for what is neither."""
+    if isinstance(value, (dict, RoleLoss)):
+        return "RoleLoss"
+    return "word" if value in ("sampled", "all") else None
 
 
-def stop_token_ids(family: Family) -> tuple[int, ...]:
-    """The ids of the family's stop tokens, those that the vocabulary has."""
-    return tuple(family.known_token_ids(family.stop_tokens))
+Loss = Literal["sampled", "all"] | RoleLoss
+LossSetting = Annotated[
+    Annotated[Literal["sampled", "all"], Tag("word")] | Annotated[RoleLoss, Tag("RoleLoss")],
+    Discriminator(
+        _mode,
+        custom_error_type="loss",
+        custom_error_message="Input should be 'sampled', 'all' or keys such as roles:",
+    ),
+]
+"""`Loss` as the job file reads it: of a value only the kind that was meant is spoken of."""
+
+_ADAPTER: TypeAdapter[Loss] = TypeAdapter(LossSetting)
 
 
-def ending_texts(family: Family) -> tuple[str, ...]:
-    """The texts by which the model ends its turn: its stop tokens, the ends of the assistant's turns, and the end of
-    text that its tokenizer names."""
-    ends = (marker.end for marker in family.role_markers if marker.role == SAMPLED_ROLE and marker.end)
-    eos = family.tokenizer.eos_token
-    known = [token for token in family.stop_tokens if family.known_token_ids([token])]
-    return tuple(dict.fromkeys((*known, *ends, *([str(eos)] if eos else ()))))
+def loss_record(loss: Loss) -> Any:
+    """The setting as plain JSON. Keys that came later are left out where they say what was so before them."""
+    record = _ADAPTER.dump_python(loss, mode="json")
+    if isinstance(loss, RoleLoss):
+        later = [name for name in _BY_MESSAGES if getattr(loss, name) == RoleLoss.model_fields[name].default]
+        return {name: value for name, value in record.items() if name not in later}
+    return record
 
 
-def ending_token_ids(family: Family) -> tuple[int, ...]:
-    """The ids of all single tokens by which the model ends its turn."""
-    ends = (marker.end for marker in family.role_markers if marker.role == SAMPLED_ROLE and marker.end)
-    return tuple(family.known_token_ids(tuple(dict.fromkeys((*family.stop_tokens, *ends)))))
+def loss_of_record(record: Any) -> Loss:
+    """The inverse of `loss_record`."""
+    return _ADAPTER.validate_python(record)
 
 
-def turn_markers(loss: Loss, family: Family) -> tuple[RoleMarkers, ...]:
-    """The texts by which a job finds turns: its own, else the family's."""
-    if not isinstance(loss, RoleLoss) or loss.boundaries is None:
-        return family.role_markers
-    return tuple(
-        RoleMarkers(
-            each.role,
-            each.start,
-            _end_text(each.end, family),
-            each.include_start,
-            each.include_end,
-            until_next=each.until_next,
-        )
-        for each in loss.boundaries
-    )
-
-
-def label_maker(loss: Loss, family: Family) -> LabelMaker:
-    """The label maker of a job. Raises UserError for a role without a boundary and a marker that cannot be encoded."""
-    if isinstance(loss, RoleLoss) and not loss.train_on_inputs:
-        return LabelMaker(
-            boundaries=_role_boundaries(loss, family),
-            roles_to_train=loss.roles,
-            train_on_eos=loss.train_on_eos,
-            media_token_ids=family.media_token_ids,
-        )
-    scans = loss == "sampled" and _samples_by_boundaries(family)
-    return LabelMaker(
-        boundaries=_encoded(family.role_markers, family) if scans else (),
-        roles_to_train=(SAMPLED_ROLE,) if scans else (),
-        train_on_eos="turn",
-        media_token_ids=family.media_token_ids,
-        stop_token_ids=stop_token_ids(family) if scans else (),
-    )
-
-
-def _samples_by_boundaries(family: Family) -> bool:
-    return any(marker.role == SAMPLED_ROLE for marker in family.role_markers)
-
-
-def _role_boundaries(loss: RoleLoss, family: Family) -> tuple[RoleBoundary, ...]:
-    markers = turn_markers(loss, family)
-    known = {marker.role for marker in markers}
-    if not known.issuperset(loss.roles):
-        remedy = "name some of these, or give loss.boundaries" if known else "give loss.boundaries"
-        raise UserError(f"loss.roles: {list(loss.roles)} but the boundaries have {sorted(known)}; {remedy}")
-    return _encoded(markers, family)
-
-
-def _end_text(end: str | None, family: Family) -> str:
-    if end != "eos_token":
-        return end or ""
-    if family.tokenizer.eos_token is None:
-        raise UserError("loss.boundaries: the end is eos_token, but the tokenizer has none; write the closing text")
-    return str(family.tokenizer.eos_token)
-
-
-def _encoded(markers: tuple[RoleMarkers, ...], family: Family) -> tuple[RoleBoundary, ...]:
-    return tuple(
-        RoleBoundary(
-            marker.role,
-            _marker_ids("start", marker.start, marker.role, family, marker.start_after),
-            _marker_ids("end", marker.end, marker.role, family) if marker.end else (),
-            marker.include_start,
-            marker.include_end,
-            marker.until_next,
-        )
-        for marker in markers
-    )
-
-
-def _marker_ids(which: str, text: str, role: str, family: Family, after: str = "") -> tuple[int, ...]:
-    """The tokens of a marker as it stands after some text, without those that the tokenizer adds around a text."""
-    tokenizer = family.tokenizer
-    before, both = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (after, after + text))
-    ids = tuple(both[len(before) :])
-    if not ids:
-        raise UserError(f"loss: the {which} {text!r} of role {role!r} encodes to no token")
-    if tokenizer.unk_token_id in ids and str(tokenizer.unk_token) not in text:
-        raise UserError(
-            f"loss: the {which} {text!r} of role {role!r} cannot be encoded: the tokenizer has only its unknown token "
-            f"{str(tokenizer.unk_token)!r} for some of it. Write text of its vocabulary"
-        )
-    return ids
+def allows_empty(loss: Loss) -> bool:
+    """Whether rows that train no token are kept."""
+    return isinstance(loss, RoleLoss) and loss.allow_empty

@@ -16,7 +16,8 @@ from mmray.config.job import Job
 from mmray.families import Family
 from mmray.images import TilingPolicy
 from mmray.loss.labels import IGNORE_INDEX
-from mmray.loss.settings import allows_empty, label_maker
+from mmray.loss.settings import allows_empty
+from mmray.loss.sources import label_maker
 from mmray.prepared.window import pack_by_bucket
 from mmray.rows.count import RowCount, count_rows
 from mmray.rows.dealing import dealt, first_rows

@@ -17,7 +17,8 @@ from mmray.images import TilingPolicy
 from mmray.images.header import measured
 from mmray.images.size_cache import SizeCache
 from mmray.loss.labels import LabelMaker
-from mmray.loss.settings import Loss, allows_empty, label_maker
+from mmray.loss.settings import Loss, allows_empty
+from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.window import Window, pack_window, samples_table

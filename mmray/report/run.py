@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mmray.base.json_lines import read_json_lines
 from mmray.display.notebook import Fact, card, live
 from mmray.errors import UserError
 from mmray.report.charts import Plot, Series, over_steps
@@ -21,6 +20,7 @@ from mmray.run.skipped import SKIPPED_FILE
 from mmray.run.warnings import WARNINGS_FILE, read_warnings
 from mmray.schedule.cursor import Cursor
 from mmray.storage import Folder
+from mmray.training.json_lines import read_json_lines
 
 MOST_MARKS = 8
 MARKS = {"resume": "resumed", "preemption": "preempted", "damaged_checkpoint": "damaged", "continue_on": "other data"}

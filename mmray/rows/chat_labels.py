@@ -15,9 +15,9 @@ import torch
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.loss.labels import LabelMaker, LossRule
-from mmray.loss.loss import Loss, RoleLoss
 from mmray.loss.roles import role_keep_mask
-from mmray.loss.settings import label_maker
+from mmray.loss.settings import Loss, RoleLoss
+from mmray.loss.sources import label_maker
 from mmray.rows.templates import RenderedChat
 from mmray.rows.token_places import PlacedTokens, Span
 from mmray.rows.trained import trained_text

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.loss.loss import SAMPLED_ROLE
+from mmray.loss.settings import SAMPLED_ROLE
 from mmray.rows.ids import has_id, id_text
 from mmray.rows.image_refs import ImageRef, image_folder, image_ref, image_refs
 from mmray.rows.messages import Chat, MessageReader, missing_column, placed_images

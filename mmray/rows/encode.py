@@ -25,14 +25,8 @@ from mmray.images.paged import PageOfFile, each_page
 from mmray.images.source import one_line
 from mmray.loss.labels import LossRule
 from mmray.loss.roles import role_keep_mask
-from mmray.loss.settings import (
-    Loss,
-    LossSource,
-    label_maker,
-    loss_source,
-    marks_generated,
-    turn_markers,
-)
+from mmray.loss.settings import Loss
+from mmray.loss.sources import LossSource, label_maker, loss_source, marks_generated, turn_markers
 from mmray.packing.settings import PackingSettings
 from mmray.rows.chat_labels import ChatLabels, ChatSpans
 from mmray.rows.columns import watched_columns

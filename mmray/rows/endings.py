@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.loss.settings import ending_token_ids, stop_token_ids
+from mmray.loss.sources import ending_token_ids, stop_token_ids
 from mmray.rows.document import Document
 from mmray.rows.settings import DatasetSettings
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmray.errors import RowError
-from mmray.loss.loss import SAMPLED_ROLE
+from mmray.loss.settings import SAMPLED_ROLE
 from mmray.rows.image_refs import ImageRef
 from mmray.rows.settings import DatasetSettings
 

@@ -14,9 +14,9 @@ import numpy as np
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
-from mmray.loss.loss import SAMPLED_ROLE
 from mmray.loss.roles import RoleBoundary
-from mmray.loss.settings import LossSource, RoleLoss, allows_empty, label_maker
+from mmray.loss.settings import SAMPLED_ROLE, RoleLoss, allows_empty
+from mmray.loss.sources import LossSource, label_maker
 from mmray.loss.turns import opened_turns
 from mmray.rows.columns import columns_problem, watched_columns
 from mmray.rows.encode import Encoder

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from mmray.base.settings import RowKind, Settings
-from mmray.loss.loss import LossSetting, RoleLoss, loss_record
+from mmray.loss.settings import LossSetting, RoleLoss, loss_record
 
 FIELDS: dict[RowKind, tuple[str, ...]] = {
     "pretrain": ("id", "text", "images"),

@@ -21,8 +21,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mmray.errors import RowError
 from mmray.families import Family
 from mmray.images.source import one_line
-from mmray.loss.loss import SAMPLED_ROLE
-from mmray.loss.settings import chat_template, ending_texts, marks_generated
+from mmray.loss.settings import SAMPLED_ROLE
+from mmray.loss.sources import chat_template, ending_texts, marks_generated
 from mmray.rows.messages import Call, Chat, Message, Part
 from mmray.rows.skeleton import FilledSkeleton, Forms, Leaf, Skeleton, Writer, Written, skeleton_of
 

@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mmray.loss.loss import SAMPLED_ROLE, Loss, RoleLoss
-from mmray.loss.roles import TrainOnEos
+from mmray.loss.settings import SAMPLED_ROLE, Loss, RoleLoss, TrainOnEos
 from mmray.rows.templates import RenderedChat, Run
 
 Span = tuple[int, int]

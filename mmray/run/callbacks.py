@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 
-from mmray.base.json_lines import JsonLines
 from mmray.batches.plan import BatchMaker
 from mmray.errors import UserError
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
@@ -17,6 +16,7 @@ from mmray.run.tracking import TrackedRun, public_settings
 from mmray.schedule.schedule import Schedule
 from mmray.training.bins_log import TRAINED_FILE
 from mmray.training.first_loss import first_loss_problem
+from mmray.training.json_lines import JsonLines
 
 log = logging.getLogger("mmray")
 

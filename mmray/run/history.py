@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mmray.base.json_lines import JsonLines, read_json_lines
+from mmray.training.json_lines import JsonLines, read_json_lines
 
 HISTORY_FILE = "history.jsonl"
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmray.base.json_lines import JsonLines, read_json_lines, replace_json_lines
 from mmray.run.tracking.base import Tracker, TrackerSettings
 from mmray.run.tracking.feed import Feed
 from mmray.run.tracking.run import TrackedRun
 from mmray.run.tracking.tensorboard import TensorBoard
+from mmray.training.json_lines import JsonLines, read_json_lines, replace_json_lines
 
 METRICS_FILE = "metrics.jsonl"
 

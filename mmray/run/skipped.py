@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from mmray.base.json_lines import JsonLines, read_json_lines, replace_json_lines
 from mmray.batches.micro_batch import MicroBatch
 from mmray.batches.render import SkippedSample
 from mmray.errors import UserError
 from mmray.run.metrics import METRICS_FILE
+from mmray.training.json_lines import JsonLines, read_json_lines, replace_json_lines
 
 SKIPPED_FILE = "skipped.jsonl"
 

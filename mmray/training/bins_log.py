@@ -12,7 +12,7 @@ on that was written before belongs to work that was lost: `read_trained` leaves 
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmray.base.json_lines import read_json_lines
+from mmray.training.json_lines import read_json_lines
 
 TRAINED_FILE = "trained.jsonl"
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mmray import __version__
+from mmray.base.version import __version__
 from mmray.errors import UserError
 from mmray.images.source import one_line
 from mmray.training.conversion import SHARDS, converted

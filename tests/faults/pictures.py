@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmray.base.json_lines import read_json_lines
 from mmray.prepared import PreparedDataset
+from mmray.training.json_lines import read_json_lines
 from tests.conftest import Inputs
 from tests.faults.machines import Machines, OneMachine
 from tests.faults.runs import TrainingRun

@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 
 from jobs.checks import open_prepared
-from mmray.base.json_lines import read_json_lines
 from mmray.batches.plan import BatchPlan
 from mmray.config.job import Job
 from mmray.run.history import read_history
 from mmray.run.plan import run_plan
 from mmray.training.bins_log import read_trained
+from mmray.training.json_lines import read_json_lines
 from tests.conftest import Inputs
 from tests.faults.machines import JobProcess, Machines, OneMachine, kill, wait_for
 

@@ -8,7 +8,6 @@ import pytest
 
 from jobs import train
 from jobs.trace import run_tracer
-from mmray.base.json_lines import JsonLines
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
 from mmray.packing.settings import PackingSettings
@@ -21,6 +20,7 @@ from mmray.schedule.schedule import Schedule
 from mmray.training.bins_log import TRAINED_FILE, TrainedStep
 from mmray.training.checkpoint import STATE_FILE
 from mmray.training.checksums import list_files, list_name
+from mmray.training.json_lines import JsonLines
 from tests.conftest import Inputs
 from tests.mmray.preparing import Preparation, write_rows
 

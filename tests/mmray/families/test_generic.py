@@ -9,7 +9,8 @@ import pytest
 from mmray.errors import UserError
 from mmray.families import family_of, load_processor
 from mmray.families.generic import Generic, _warn
-from mmray.loss.settings import BoundarySettings, RoleLoss, label_maker
+from mmray.loss.settings import BoundarySettings, RoleLoss
+from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings
 from mmray.rows.sample import RejectedRow
 from mmray.synthetic.processors import Recipe, write_recipe

@@ -9,7 +9,7 @@ from mmray.config.compatibility import check_model, check_packing
 from mmray.errors import UserError
 from mmray.families import family_of
 from mmray.loss.labels import IGNORE_INDEX
-from mmray.loss.settings import LossSource
+from mmray.loss.sources import LossSource
 from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import described
 from tests.mmray.families.small_models import small_model

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families import family_of, load_processor
 from mmray.loss.labels import IGNORE_INDEX, LossRule
-from mmray.loss.settings import RoleLoss, label_maker
+from mmray.loss.settings import RoleLoss
+from mmray.loss.sources import label_maker
 from tests.mmray.families.pictures import changed_family, check_picture, many, sizes
 from tests.mmray.families.small_models import small_model
 from tests.mmray.families.test_packed_equals_unpacked import CPU, PICTURES, error, logits_of

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from mmray.families import PackedRow, family_of
 from mmray.loss.labels import IGNORE_INDEX, LossRule, segment_ids
-from mmray.loss.settings import RoleLoss, label_maker
+from mmray.loss.settings import RoleLoss
+from mmray.loss.sources import label_maker
 from tests.mmray.noise import noise
 
 PROCESSORS = pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "glm4v", "glm46v", "paddleocr_vl"])

@@ -15,7 +15,8 @@ from mmray.families import PackedRow, Tile, family_of
 from mmray.families.base import positions_in_sample
 from mmray.families.text_models import PACKING_TEXT_MODELS, packing_problem, role_markers
 from mmray.loss.labels import IGNORE_INDEX, LossRule, segment_ids
-from mmray.loss.settings import RoleLoss, label_maker
+from mmray.loss.settings import RoleLoss
+from mmray.loss.sources import label_maker
 from mmray.training.model import build_model
 from mmray.training.settings import ModelSettings
 from tests.mmray.families.zoo import ZOO

@@ -7,7 +7,8 @@ import pytest
 from mmray.families import RoleMarkers
 from mmray.families.qwen2_vl import Qwen2VL
 from mmray.loss.labels import IGNORE_INDEX, LossRule
-from mmray.loss.settings import LossSource, RoleLoss
+from mmray.loss.settings import RoleLoss
+from mmray.loss.sources import LossSource
 from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import sample_labels
 from tests.mmray.preparing import Preparation, chat

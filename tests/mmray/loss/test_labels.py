@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.images import TilingPolicy
-from mmray.loss import RoleBoundary
 from mmray.loss import roles as roles_module
 from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule, segment_ids
 from mmray.loss.scan import scan_tensors
-from mmray.loss.settings import Loss, LossSource, RoleLoss, label_maker
+from mmray.loss.settings import Loss, RoleLoss
+from mmray.loss.sources import LossSource, label_maker
+from mmray.masks import RoleBoundary
 from mmray.packing.pack import PADDING_SEGMENT
 from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import sample_labels

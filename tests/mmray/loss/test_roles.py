@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mmray.loss import RoleBoundary, role_keep_mask
 from mmray.loss import roles as roles_module
 from mmray.loss.scan import scan_tensors
+from mmray.masks import RoleBoundary, role_keep_mask
 
 EOS_MODES = ["turn", "all", "last", "none"]
 

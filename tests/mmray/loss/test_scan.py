@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmray.loss import RoleBoundary, role_keep_mask
 from mmray.loss import roles as roles_module
 from mmray.loss.scan import scan_tensors
+from mmray.masks import RoleBoundary, role_keep_mask
 
 EOS_MODES = ["turn", "all", "last", "none"]
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from mmray.families.qwen2_vl import Qwen2VL
 from mmray.loss.labels import LossRule
-from mmray.loss.settings import LossSource, RoleLoss, ending_token_ids, marks_generated
+from mmray.loss.settings import RoleLoss
+from mmray.loss.sources import LossSource, ending_token_ids, marks_generated
 from mmray.packing.settings import PackingSettings
 from mmray.rows.read import RawRow
 from tests.mmray.preparing import Preparation, chat, with_marked_template

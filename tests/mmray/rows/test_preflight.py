@@ -10,7 +10,8 @@ from PIL import Image
 from mmray.errors import UserError
 from mmray.families import RoleMarkers
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.loss.settings import LossSource, RoleLoss
+from mmray.loss.settings import RoleLoss
+from mmray.loss.sources import LossSource
 from mmray.packing.settings import PackingSettings
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.preflight import FIRST_ROWS, check_first_rows

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mmray.base.json_lines import JsonLines, read_json_lines
 from mmray.report import Run
 from mmray.run import folder as run_folder
 from mmray.run.checkpoints import Scratch, checkpoint_names, newest_looking_whole, newest_whole, prune
@@ -15,6 +14,7 @@ from mmray.run.history import add_to_history, read_history
 from mmray.run.warnings import keep_warnings, read_warnings
 from mmray.storage import Folder
 from mmray.training.checkpoint import STATE_FILE
+from mmray.training.json_lines import JsonLines, read_json_lines
 from tests.mmray.run.test_checkpoints import Alone, write_checkpoint
 
 

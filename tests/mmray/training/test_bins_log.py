@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmray.base.json_lines import JsonLines
 from mmray.run.history import HISTORY_FILE, add_to_history, read_history
 from mmray.training.bins_log import TRAINED_FILE, TrainedStep, read_trained
+from mmray.training.json_lines import JsonLines
 
 
 def step(number: int, *bins: list[int]) -> TrainedStep:

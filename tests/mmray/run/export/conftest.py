@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.mmray.export.cases import Case, join, prepare, train_cases
 from tests.mmray.families.conftest import zoo_folder  # noqa: F401  a fixture
+from tests.mmray.run.export.cases import Case, join, prepare, train_cases
 from tests.mmray.training.ranks import RankGroup
 
 Trained = dict[Case, dict[str, Any]]

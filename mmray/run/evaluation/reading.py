@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 import mmray
-from mmray.export.prompting import Picture
-from mmray.loss.settings import ending_token_ids
+from mmray.loss.sources import ending_token_ids
+from mmray.run.export.prompting import Picture
 
 
 class Reader:

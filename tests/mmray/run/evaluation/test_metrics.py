@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmray.evaluation import Normalisation, Scores, score_row
+from mmray.run.evaluation import Normalisation, Scores, score_row
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from transformers import BatchFeature
 
 from mmray.base.settings import RowKind
 from mmray.errors import RowError, UserError
-from mmray.export.sidecar import read_sidecar
 from mmray.families import Tile, load_family
 from mmray.images import ImageSource, image_size, plan_tiles, render_tiles
 from mmray.loss.settings import SAMPLED_ROLE
@@ -27,6 +26,7 @@ from mmray.rows.document import Document, DocumentReader
 from mmray.rows.encode import expanded_units
 from mmray.rows.image_refs import ImageRef
 from mmray.rows.settings import DatasetSettings
+from mmray.run.export.sidecar import read_sidecar
 from mmray.training.model import DTYPES
 
 _SOURCE = "prompt:1"

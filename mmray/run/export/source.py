@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mmray.errors import UserError
-from mmray.export.sidecar import Dtype
-from mmray.export.weights import needed_files
 from mmray.images.source import one_line
 from mmray.run.checkpoints import checkpoint_names, looks_whole, step_of
+from mmray.run.export.sidecar import Dtype
+from mmray.run.export.weights import needed_files
 from mmray.run.folder import RunFolder
 from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.run.place import PREPARED_FILE

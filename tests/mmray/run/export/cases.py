@@ -11,7 +11,7 @@ import torch
 
 from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families import Family, family_of, load_processor
-from mmray.loss.settings import label_maker
+from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from mmray.run.checkpoints import checkpoint_name

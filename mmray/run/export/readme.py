@@ -4,9 +4,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mmray.export.sidecar import Sidecar
-from mmray.export.source import SourceCheckpoint
 from mmray.families import Family
+from mmray.run.export.sidecar import Sidecar
+from mmray.run.export.source import SourceCheckpoint
 from mmray.training.settings import TrainingSettings
 
 MOST_SETS = 20
@@ -23,7 +23,7 @@ def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> st
     prepared, known = checkpoint.prepared, checkpoint.settings
     sets = prepared["record"]["datasets"]
     environment = Environment(
-        loader=PackageLoader("mmray.export", "templates"), undefined=StrictUndefined,
+        loader=PackageLoader("mmray.run.export", "templates"), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     return environment.get_template("export.md.jinja").render(

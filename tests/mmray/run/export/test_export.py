@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mmray.export import export_model
-from tests.mmray.export.conftest import trained
+from mmray.run.export import export_model
 from tests.mmray.families.zoo import ZOO
+from tests.mmray.run.export.conftest import trained
 
 FAMILIES = ("qwen2_vl", "gemma3", "qwen3_vl_moe")
 """Plain, tied and always masked, with experts that are saved otherwise than they run."""

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mmray.evaluation import Reader
-from mmray.export import export_model
-from tests.mmray.export.cases import QUESTION
-from tests.mmray.export.conftest import trained
+from mmray.run.evaluation import Reader
+from mmray.run.export import export_model
+from tests.mmray.run.export.cases import QUESTION
+from tests.mmray.run.export.conftest import trained
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import mmray
-from mmray.export import export_model
 from mmray.families import family_of, load_processor
 from mmray.prepared import PreparedDataset
-from tests.mmray.export.cases import CHATS, PAGES, family_for, micro_batch, prepare
-from tests.mmray.export.conftest import trained
+from mmray.run.export import export_model
 from tests.mmray.families.zoo import ZOO
+from tests.mmray.run.export.cases import CHATS, PAGES, family_for, micro_batch, prepare
+from tests.mmray.run.export.conftest import trained
 
 ROWS = {row["id"]: row for row in PAGES + CHATS}
 MEMBERS = [name for name, member in ZOO.items() if not member.missing and not member.missing_for_model]

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 import mmray
 from mmray.cli import app
 from mmray.errors import UserError
-from mmray.export import export_finished, export_model
-from mmray.export.weights import needed_files
+from mmray.run.export import export_finished, export_model
+from mmray.run.export.weights import needed_files
 from mmray.run.folder import RunFolder
 from mmray.training.checkpoint import MODEL_FILE
 from mmray.training.checksums import list_files, list_name
-from tests.mmray.export.conftest import trained
 from tests.mmray.families.zoo import ZOO
 from tests.mmray.preparing import contents
+from tests.mmray.run.export.conftest import trained
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def test_the_command(case, tmp_path):
 
 def test_it_needs_no_ray(case, tmp_path):
     code = (
-        "import sys; sys.modules['ray'] = None\nfrom mmray.export import export_model\n"
+        "import sys; sys.modules['ray'] = None\nfrom mmray.run.export import export_model\n"
         f"print(export_model({str(case.run)!r}, {str(tmp_path / 'out')!r}))"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -283,7 +283,7 @@ def test_it_needs_no_ray(case, tmp_path):
 
 # ---- docs/export.md ----
 
-DOCS = Path(__file__).parents[3] / "docs/export.md"
+DOCS = Path(__file__).parents[4] / "docs/export.md"
 
 
 def test_the_lines_of_the_docs_read_a_page(case, tmp_path, monkeypatch, capsys):

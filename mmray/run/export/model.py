@@ -14,17 +14,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmray import __version__
+from mmray.base.version import __version__
 from mmray.errors import UserError
-from mmray.export.processor_files import copy_code, copy_generation_config, copy_processor
-from mmray.export.readme import readme
-from mmray.export.sidecar import SIDECAR, Dtype, Sidecar, read_sidecar
-from mmray.export.source import SourceCheckpoint, wants_masters
-from mmray.export.target import writing_folder
-from mmray.export.weights import SavedWeights
 from mmray.families import Family, load_family
 from mmray.images import TilingPolicy
 from mmray.prepared.fingerprint import differences, processor_record
+from mmray.run.export.processor_files import copy_code, copy_generation_config, copy_processor
+from mmray.run.export.readme import readme
+from mmray.run.export.sidecar import SIDECAR, Dtype, Sidecar, read_sidecar
+from mmray.run.export.source import SourceCheckpoint, wants_masters
+from mmray.run.export.target import writing_folder
+from mmray.run.export.weights import SavedWeights
 from mmray.run.folder import MODEL_FOLDER
 from mmray.storage import Folder
 from mmray.training.model import DTYPES, empty_model, resize_embeddings
