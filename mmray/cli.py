@@ -215,14 +215,14 @@ def inspect(
 ) -> None:
     """Show one bin: its samples, whose turn each stretch of text is, what trains, and the pictures (--html). Of a job
     file: what becomes of its rows, before anything is prepared."""
-    from mmray.inspect import print_bin, write_bin_page
-    from mmray.prepared import PreparedDataset
-
     if path.endswith((".yaml", ".yml")):
         _refuse("a job file", {"--bin": bin_number, "--processor": processor, "--trust-remote-code": trust_remote_code})
         _inspect_rows(Path(path), rows, row_id, row_set, html=html, as_json=as_json)
         return
     _refuse("a prepared dataset", {"--rows": rows, "--id": row_id, "--set": row_set, "--json": as_json})
+    from mmray.inspect import print_bin, write_bin_page
+    from mmray.prepared import PreparedDataset
+
     bin_number = bin_number or 0
     prepared, console = PreparedDataset(path), Console()
     if html is None:
