@@ -92,7 +92,6 @@ def test_preparing_is_interrupted_and_continued_by_ray_job_submit(
     for each in (whole, broken):
         each.content["data"]["train"][0]["files"] = str(fewer)
         each.content["packing"]["window_rows"] = 128
-        each.content["data"]["max_rejected_share"] = 1
     job = broken.start()
     broken.begun(job)
     assert job.interrupt(signal.SIGTERM) == 130
