@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import training as train
+from jobs import train
 from jobs.trace import run_tracer
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
