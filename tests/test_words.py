@@ -5,6 +5,7 @@ What still has them is listed in `words_remaining.txt`, one place a line; a plac
 """
 
 import ast
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ PRIVATE_WORDS = {"each", "found", "given", "own", "together", "told"}
 """Names of values that say nothing of what they hold."""
 
 HANGING = re.compile(
-    r"(Of|The same|Those|That|These|This one|It|They|And|But|Nor|Also|As (for|of|before)|So|Then|Whose|Whether|What|Which|"
-    r"Where|When|For the|From|Not|Nothing|Has to|Beside)\b"
+    r"(Of|The same|Those|That|These|This one|It|They|And|But|Nor|Also|As (for|of|before)|So|Then|Whose|Whether|What|"
+    r"Which|Where|When|For the|From|Not|Nothing|Has to|Beside)\b"
 )
 """Beginnings of a first sentence that cannot stand alone."""
 
@@ -35,13 +36,14 @@ def values(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def docstrings(tree: ast.AST) -> Iterator[tuple[str, str]]:
     """The docstrings of classes and functions, and those under public values and settings; with whose they are."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                yield node.name, text
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
+            yield node.name, text
         body = getattr(node, "body", None)
         if not isinstance(body, list):
             continue
-        for before, after in zip(body, body[1:]):
+        for before, after in itertools.pairwise(body):
             if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
                 continue
             target = before.targets[0] if isinstance(before, ast.Assign) else getattr(before, "target", None)
