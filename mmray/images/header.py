@@ -28,12 +28,12 @@ from PIL.GifImagePlugin import GifImageFile
 from mmray.errors import RowError
 from mmray.images import jpeg
 from mmray.images.contents import CONTENTS_BYTES, contents
-from mmray.images.paged import MOST_PAGES, PageOfFile
+from mmray.images.paged import MAX_PAGES, PageOfFile
 from mmray.images.pdf import num_pages, pdf_size
 from mmray.images.readers import TiffReader, UnknownKindError, open_picture
 from mmray.images.source import (
     HEADER_BLOCK_BYTES,
-    PASSING_ERRORS,
+    PASS_THROUGH_ERRORS,
     REMOTE_BLOCK_BYTES,
     ImageSource,
     describe_source,
@@ -173,13 +173,13 @@ def _held(file: BinaryIO, source: ImageSource) -> BinaryIO:
     try:
         file.seek(0)
         head = file.read(len(jpeg.SIGNATURE))
-        rest = file.read() if head == jpeg.SIGNATURE else b""
+        tail = file.read() if head == jpeg.SIGNATURE else b""
         file.seek(0)
-    except PASSING_ERRORS:
+    except PASS_THROUGH_ERRORS:
         raise
     except OSError as error:
         raise RowError("image_unreadable", f"{describe_source(source)}: {one_line(error)}; store it anew") from error
-    return io.BytesIO(head + rest) if rest else file
+    return io.BytesIO(head + tail) if tail else file
 
 
 class _PillowLimitLifted:
@@ -214,7 +214,7 @@ def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile,
     try:
         image = open_picture(file)
         return image, _header_of(image, file)
-    except PASSING_ERRORS:
+    except PASS_THROUGH_ERRORS:
         raise
     except UnknownKindError as error:
         raise RowError("image_unreadable", f"{describe_source(source)}: {error}") from error
@@ -229,8 +229,9 @@ def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile,
 
 def _header_of(image: ImageFile.ImageFile, file: IO[bytes]) -> ImageHeader:
     width, height = image.size
-    found = _orientation(image, file)
-    orientation, note = (found, "") if 1 <= found <= 8 else (1, BROKEN_EXIF if found else "")
+    orientation, note = _orientation(image, file), ""
+    if not 1 <= orientation <= 8:
+        orientation, note = 1, BROKEN_EXIF if orientation else ""
     if orientation >= 5:
         width, height = height, width
     return ImageHeader(width, height, str(image.format), image.mode, orientation, _num_frames(image), note)
@@ -261,8 +262,8 @@ def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: b
             return [1]
         if is_any_enough and isinstance(image, GifImageFile):
             return [1, 2] if image.is_animated else [1]
-        return list(range(1, min(getattr(image, "n_frames", 1), MOST_PAGES) + 1))
-    except (*PASSING_ERRORS, RowError):
+        return list(range(1, min(getattr(image, "n_frames", 1), MAX_PAGES) + 1))
+    except (*PASS_THROUGH_ERRORS, RowError):
         raise
     except UnknownKindError as error:
         raise RowError("image_unreadable", f"{describe_source(source)}: page {image.tell() + 1}: {error}") from error
@@ -272,7 +273,7 @@ def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: b
 
 def _tiff_pages(image: TiffReader, is_any_enough: bool) -> list[int]:
     pages = [1]
-    for number in range(2, MOST_PAGES + 1):
+    for number in range(2, MAX_PAGES + 1):
         try:
             image.seek(number - 1)
         except EOFError:
@@ -303,7 +304,7 @@ def _at_page(image: ImageFile.ImageFile, page: PageOfFile, source: ImageSource, 
         if page.page > 1 and (is_decoded or isinstance(image, TiffReader)):
             image.seek(page.page - 1)
         return _header_of(image, image.fp)
-    except (*PASSING_ERRORS, RowError):
+    except (*PASS_THROUGH_ERRORS, RowError):
         raise
     except Exception as error:  # a parser of foreign bytes may raise anything
         raise RowError("image_unreadable", f"{name}: {one_line(error)}; store the image anew") from error
@@ -317,12 +318,12 @@ def _orientation(image: ImageFile.ImageFile, file: IO[bytes]) -> int:
     """
     if isinstance(image, TiffReader):
         tag = image.tag_v2.get(_ORIENTATION_TAG)
-        found = tag if tag is None or isinstance(tag, int) else _BROKEN
+        orientation = tag if tag is None or isinstance(tag, int) else _BROKEN
     else:
-        found = _exif_orientation(_exif_bytes(image, file))
-    if found is None or found == _BROKEN:
-        found = _xmp_orientation(image) or found or 1
-    return found
+        orientation = _exif_orientation(_exif_bytes(image, file))
+    if orientation is None or orientation == _BROKEN:
+        orientation = _xmp_orientation(image) or orientation or 1
+    return orientation
 
 
 def _exif_bytes(image: ImageFile.ImageFile, file: IO[bytes]) -> bytes:
@@ -392,5 +393,5 @@ def _exif_orientation(exif: bytes, kinds: Mapping[int, str] = _INTEGER_KINDS | _
 def _xmp_orientation(image: ImageFile.ImageFile) -> int | None:
     xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
     text = xmp.encode() if isinstance(xmp, str) else xmp
-    found = _XMP_ORIENTATION.search(text) if isinstance(text, bytes) else None
-    return int(found[1]) if found else None
+    match = _XMP_ORIENTATION.search(text) if isinstance(text, bytes) else None
+    return int(match[1]) if match else None

@@ -17,7 +17,7 @@ from mmray.images import jpeg
 from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image, page_of
 from mmray.images.pdf import render_pdf
 from mmray.images.readers import PngReader, TiffReader
-from mmray.images.source import PASSING_ERRORS, ImageSource, describe_source, one_line
+from mmray.images.source import PASS_THROUGH_ERRORS, ImageSource, describe_source, one_line
 
 _WHITE = (255, 255, 255)
 _UPRIGHT = {
@@ -63,7 +63,7 @@ def decoded(image: ImageFile.ImageFile, header: ImageHeader, source: ImageSource
         expected = -(-header.width // reduction), -(-header.height // reduction)
     try:
         pixels = _decode(image, header, reduction)
-    except PASSING_ERRORS:
+    except PASS_THROUGH_ERRORS:
         raise
     except Exception as error:  # a decoder of foreign bytes may raise anything
         message = f"{describe_source(source)}: {one_line(error)}; store the image anew"
@@ -167,7 +167,7 @@ def _without_colour_16(image: PngReader, colour: tuple[int, int, int]) -> Image.
     low = PngReader(file)
     low.take_low_bytes()
     low.load()
-    high_bytes, low_bytes = (np.asarray(each, dtype=np.uint16) for each in (image, low))
+    high_bytes, low_bytes = (np.asarray(reader, dtype=np.uint16) for reader in (image, low))
     pixels = np.array(image)
     pixels[((high_bytes << 8 | low_bytes) == np.asarray(colour)).all(axis=2)] = 255
     return Image.fromarray(pixels)
@@ -199,9 +199,9 @@ def _grey(values: np.ndarray, is_white_zero: bool = False) -> Image.Image:
     return Image.fromarray(255 - values if is_white_zero else values).convert("RGB")
 
 
-def _full_scale(values: np.ndarray, most: int) -> np.ndarray:
+def _full_scale(values: np.ndarray, max_value: int) -> np.ndarray:
     """Integers of 0..most to 0..255, uint8, rounded to the nearest."""
-    scaled: np.ndarray = (values.astype(np.uint32) * 255 + most // 2) // most
+    scaled: np.ndarray = (values.astype(np.uint32) * 255 + max_value // 2) // max_value
     return scaled.clip(0, 255).astype(np.uint8)
 
 

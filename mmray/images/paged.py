@@ -16,7 +16,7 @@ from mmray.errors import RowError
 DEFAULT_PDF_DPI = 150
 """Pixels an inch of a page that names no resolution."""
 
-MOST_PAGES = 10_000
+MAX_PAGES = 10_000
 """Pages that one `#pages=` may stand for."""
 
 _SUFFIXES = r"\.(?:pdf|tiff?|gif|webp|a?png|avif)(?:@\d+\+\d+)?"
@@ -41,8 +41,8 @@ class PageOfFile:
     @classmethod
     def written(cls, text: str) -> "PageOfFile | None":
         """The page that a text names; None for one that names a whole file."""
-        found = _PAGE.fullmatch(text) if "#page=" in text else None
-        return cls(found["file"], int(found["page"]), int(found["dpi"] or 0) or None) if found else None
+        match = _PAGE.fullmatch(text) if "#page=" in text else None
+        return cls(match["file"], int(match["page"]), int(match["dpi"] or 0) or None) if match else None
 
     @property
     def is_pdf(self) -> bool:
@@ -61,13 +61,13 @@ def each_page(text: str) -> list[str]:
 
     Raises RowError `wrong_type` for what is no range.
     """
-    found = _PAGES.fullmatch(text) if "#pages=" in text else None
-    if found is None:
+    match = _PAGES.fullmatch(text) if "#pages=" in text else None
+    if match is None:
         return [text]
-    span = _RANGE.fullmatch(found["pages"])
+    span = _RANGE.fullmatch(match["pages"])
     first, last = (int(span[1]), int(span[2])) if span else (0, 0)
     if span is None or not 1 <= first <= last:
         raise RowError("wrong_type", f"image {text!r:.200}: write the first and the last page, such as #pages=1-5")
-    if last - first >= MOST_PAGES:
-        raise RowError("wrong_type", f"image {text!r:.200}: names more than {MOST_PAGES} pages; write fewer in a row")
-    return [f"{found['file']}#page={page}{span[3] or ''}" for page in range(first, last + 1)]
+    if last - first >= MAX_PAGES:
+        raise RowError("wrong_type", f"image {text!r:.200}: names more than {MAX_PAGES} pages; write fewer in a row")
+    return [f"{match['file']}#page={page}{span[3] or ''}" for page in range(first, last + 1)]

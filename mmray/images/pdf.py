@@ -25,13 +25,13 @@ from PIL import Image
 
 from mmray.errors import RowError
 from mmray.images.paged import DEFAULT_PDF_DPI, PageOfFile
-from mmray.images.source import PASSING_ERRORS, describe_source, image_file, one_line, source_state
+from mmray.images.source import PASS_THROUGH_ERRORS, describe_source, image_file, one_line, source_state
 from mmray.images.tar_member import PartOfFile
 
-MOST_DOCUMENTS = 16
+MAX_DOCUMENTS = 16
 """Documents that a process keeps open."""
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Bytes of documents from remote storage, or from archives, that a process keeps in memory besides the last one."""
 
 FRESH_SECONDS = 60.0
@@ -107,7 +107,7 @@ class Documents:
     def _add(self, file: str, state: tuple[str, str] | None, data: bytes | None) -> None:
         document = _opened(file, data)
         self._open[file] = _Open(document, state, len(data or b""), time.monotonic())
-        while len(self._open) > 1 and (len(self._open) > MOST_DOCUMENTS or self._num_bytes > MOST_BYTES):
+        while len(self._open) > 1 and (len(self._open) > MAX_DOCUMENTS or self._num_bytes > MAX_BYTES):
             self._open.popitem(last=False)[1].document.close()
 
     @property
@@ -183,7 +183,7 @@ def _explained(page: PageOfFile) -> Iterator[pypdfium2.PdfDocument]:
     try:
         with _documents.using(page.file) as document:
             yield document
-    except (*PASSING_ERRORS, RowError):
+    except (*PASS_THROUGH_ERRORS, RowError):
         raise
     except Exception as error:  # a parser of foreign bytes may raise anything
         raise RowError("pdf_damaged", f"{describe_source(str(page))}: {one_line(error)}; store it anew") from error

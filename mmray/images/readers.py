@@ -132,8 +132,8 @@ class PngReader(PngImageFile):
         if raw_mode == "RGB;16B" and isinstance(colour, tuple):
             self.transparent_16 = self.info.pop("transparency")
         elif raw_mode in ("L", "L;2", "L;4") and isinstance(colour, int):
-            most = {"L": 255, "L;2": 3, "L;4": 15}[raw_mode]
-            self.info["transparency"] = (colour & most) * (255 // most)
+            max_value = {"L": 255, "L;2": 3, "L;4": 15}[raw_mode]
+            self.info["transparency"] = (colour & max_value) * (255 // max_value)
         elif raw_mode == "RGB" and isinstance(colour, tuple):
             self.info["transparency"] = tuple(value & 255 for value in colour)
 

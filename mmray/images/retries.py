@@ -34,13 +34,13 @@ _NAMES = {
 Result = TypeVar("Result")
 
 
-def is_passing(error: BaseException, source: ImageSource) -> bool:
+def is_transient(error: BaseException, source: ImageSource) -> bool:
     """Whether an error, or one that it was raised from, is of storage that may be back in a moment."""
     remote = isinstance(source, str) and "://" in source
     return any(_passes(cause) or (remote and _number(cause) == errno.EIO) for cause in _causes(error))
 
 
-def patiently(read: Callable[[], Result], source: ImageSource) -> Result:
+def with_retries(read: Callable[[], Result], source: ImageSource) -> Result:
     """What `read` gives of `source`, tried again where the error is a passing one.
 
     Raises what it raises; after the last try of a passing error PassingError.
@@ -49,14 +49,14 @@ def patiently(read: Callable[[], Result], source: ImageSource) -> Result:
         try:
             return read()
         except Exception as error:
-            if not is_passing(error, source):
+            if not is_transient(error, source):
                 raise
             log.warning("%s: %s; tried again in %g s", describe_source(source), one_line(error), pause)
             time.sleep(pause)
     try:
         return read()
     except Exception as error:
-        if not is_passing(error, source):
+        if not is_transient(error, source):
             raise
         raise PassingError(
             f"{describe_source(source)}: {one_line(error)}, also after {len(PAUSES)} more tries within "

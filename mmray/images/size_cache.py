@@ -69,10 +69,10 @@ class SizeCache:
         known = keys and self._find(*keys)
         if known and known[0] * known[1] <= max_pixels:
             return Measured(known)
-        found = measured(source, max_pixels=max_pixels, one_frame=one_frame)
-        if keys and not found.note:
-            self._new[keys[0]] = (*keys, *found.size)
-        return found
+        measurement = measured(source, max_pixels=max_pixels, one_frame=one_frame)
+        if keys and not measurement.note:
+            self._new[keys[0]] = (*keys, *measurement.size)
+        return measurement
 
     def take_new(self) -> pa.Table:
         """What was measured since the last call (`SIZES`, in no order), which is forgotten here: memory stays flat."""
@@ -81,8 +81,8 @@ class SizeCache:
 
     def _find(self, place: int, state: int) -> tuple[int, int] | None:
         if place in self._new:
-            _, found, width, height = self._new[place]
-            return (width, height) if found == state else None
+            _, known_state, width, height = self._new[place]
+            return (width, height) if known_state == state else None
         at = int(np.searchsorted(self._places, np.uint64(place)))
         if at == len(self._places) or self._places[at] != place or self._states[at] != state:
             return None
@@ -104,12 +104,12 @@ def read_sizes(uri: str) -> pa.Table:
     return _table([])
 
 
-def merge_sizes(uri: str, found: Iterable[pa.Table]) -> int:
+def merge_sizes(uri: str, new_tables: Iterable[pa.Table]) -> int:
     """Add what readers measured (`SizeCache.take_new`) to a cache; returns the number of images it then knows.
 
     Of several entries for one path the last counts. The file is replaced whole or not at all.
     """
-    measured = [table for table in found if len(table)]
+    measured = [table for table in new_tables if len(table)]
     known = read_sizes(uri)
     if measured:
         known = _merged([known, *measured])
@@ -154,10 +154,10 @@ def _located(uri: str) -> tuple[Folder, str]:
 
 def _keys(source: ImageSource, one_frame: bool) -> tuple[int, int] | None:
     """(place, state) of an image's file, None where there is none. one_frame: the state has been found to hold one."""
-    found = source_state(source)
-    if found is None:
+    file_state = source_state(source)
+    if file_state is None:
         return None
-    return _hash(found[0]), _hash("\0".join([*found, "one frame"] if one_frame else found))
+    return _hash(file_state[0]), _hash("\0".join([*file_state, "one frame"] if one_frame else file_state))
 
 
 def _hash(text: str) -> int:

@@ -25,7 +25,7 @@ or a binary file, which is read from its beginning."""
 ALLOWED_SCHEMES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "hf", "memory"}
 """URI schemes a row may name. Add to it where your storage has another one that fsspec knows."""
 
-PASSING_ERRORS = (ConnectionError, TimeoutError, MemoryError, UserError)
+PASS_THROUGH_ERRORS = (ConnectionError, TimeoutError, MemoryError, UserError)
 """Errors while reading an image that say nothing about it: they pass through instead of rejecting a row."""
 
 REMOTE_BLOCK_BYTES = 1 << 20
@@ -43,7 +43,7 @@ def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) ->
 
     Raises RowError: `image_missing`, `image_unreadable` (no permission, a folder, an I/O error),
     `image_scheme` (a URI of a scheme outside ALLOWED_SCHEMES). Raises UserError where a URI's file system
-    cannot be set up on this machine. PASSING_ERRORS pass through.
+    cannot be set up on this machine. PASS_THROUGH_ERRORS pass through.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
@@ -54,7 +54,7 @@ def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) ->
             if part := PartOfFile.written(place):
                 return part.open_in(*locate_uri(part.file), block_bytes) if is_uri else part.open_local(block_bytes)
             return _open_uri(place, block_bytes) if is_uri else open(place, "rb")
-        except PASSING_ERRORS:
+        except PASS_THROUGH_ERRORS:
             raise
         except (OSError, ValueError) as error:
             raise _row_error(source, error) from error
@@ -96,7 +96,7 @@ def source_state(source: ImageSource) -> tuple[str, str] | None:
             place = os.path.abspath(place)
             status = os.stat(file)
             num_bytes, version = status.st_size, str(status.st_mtime_ns)
-    except PASSING_ERRORS:
+    except PASS_THROUGH_ERRORS:
         raise
     except (OSError, ValueError, RowError):
         return None
@@ -167,7 +167,7 @@ def _open_uri(uri: str, block_bytes: int) -> BinaryIO:
 
 def locate_uri(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI, and the path in it. Raises what `open_image` does."""
-    scheme, _, rest = uri.partition("://")
+    scheme, _, path = uri.partition("://")
     scheme = scheme.lower()
     if scheme not in ALLOWED_SCHEMES or "::" in uri:
         allowed = ", ".join(sorted(ALLOWED_SCHEMES))
@@ -176,7 +176,7 @@ def locate_uri(uri: str) -> tuple[Any, str]:
             f"{describe_source(uri)}: images are local paths or of {allowed}; copy it to one of these",
         )
     try:
-        return file_system(f"{scheme}://{rest}")
+        return file_system(f"{scheme}://{path}")
     except (UserError, OSError) as error:
         message = f"{describe_source(uri)}: {one_line(error)}; set up {scheme}:// on every node"
         raise UserError(message) from error

@@ -31,8 +31,8 @@ class PartOfFile:
     @classmethod
     def written(cls, text: str) -> "PartOfFile | None":
         """The part that a text names; None for one that names a whole file."""
-        found = _WRITTEN.fullmatch(text) if "#" in text else None
-        return cls(found["file"], found["name"], int(found["start"]), int(found["size"])) if found else None
+        match = _WRITTEN.fullmatch(text) if "#" in text else None
+        return cls(match["file"], match["name"], int(match["start"]), int(match["size"])) if match else None
 
     def open_local(self, block_bytes: int) -> io.BufferedReader:
         """The part of a local file, to read. Raises OSError."""

@@ -149,8 +149,8 @@ class TileCache:
         with (self.folder / _BOOKS).open("a+") as file:
             _lock(file)
             file.seek(0)
-            found = file.read()
-            booked = int(found) if found.isdecimal() else None
+            booked_text = file.read()
+            booked = int(booked_text) if booked_text.isdecimal() else None
             if booked is None or booked + num_bytes > self.max_bytes:
                 booked = self._make_room(num_bytes)
             fits = booked + num_bytes <= self.max_bytes

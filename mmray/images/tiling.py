@@ -120,8 +120,8 @@ def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
 def check_planned(size: tuple[int, int], plan: TilePlan) -> None:
     """Raise RowError `image_changed` where a page, (width, height) in pixels, is of another size than the plan's."""
     if size != plan.size:
-        planned, found = ("{} x {}".format(*each) for each in (plan.size, size))
-        message = f"planned for {planned} pixels, the image now has {found}; prepare the dataset again"
+        planned_size, image_size = ("{} x {}".format(*pair) for pair in (plan.size, size))
+        message = f"planned for {planned_size} pixels, the image now has {image_size}; prepare the dataset again"
         raise RowError("image_changed", message)
 
 
@@ -195,11 +195,11 @@ def _whole_size(size: tuple[int, int], policy: TilingPolicy) -> tuple[int, int]:
 
 def _native_size(box: Box, policy: TilingPolicy) -> tuple[int, int]:
     """The size of a tile with the page's own pixels, or as many of them as max_tile_pixels allows."""
-    multiple, most = policy.patch_multiple, policy.max_tile_pixels
+    multiple, max_pixels = policy.patch_multiple, policy.max_tile_pixels
     width, height = _padded_size(box, multiple)
-    if most is None or width * height <= most:
+    if max_pixels is None or width * height <= max_pixels:
         return width, height
-    scale = math.sqrt(most / (width * height))
+    scale = math.sqrt(max_pixels / (width * height))
     width, height = (max(1, int(side * scale / multiple)) * multiple for side in (width, height))
     return width, height
 

@@ -44,7 +44,7 @@ class LabelMaker:
     """Tokens that train where they follow a trained turn (`with_stop_tokens`), though they open the next one."""
 
     def labels(
-        self, input_ids: Tensor, segment_ids: Tensor, rules: Tensor, given: Tensor, media_blocks: Tensor
+        self, input_ids: Tensor, segment_ids: Tensor, loss_rules: Tensor, given_mask: Tensor, media_blocks: Tensor
     ) -> Tensor:
         """Labels of a packed row, with tensor operations alone; on a GPU nothing here waits for it.
 
@@ -61,8 +61,10 @@ class LabelMaker:
             segment_ids=segment_ids,
         )
         by_role = with_stop_tokens(by_role, input_ids, self.stop_token_ids)
-        rule = rules[segment_ids]
-        trained = (rule == LossRule.ALL) | ((rule == LossRule.ROLES) & by_role) | ((rule == LossRule.GIVEN) & given)
+        rule = loss_rules[segment_ids]
+        trained = (
+            (rule == LossRule.ALL) | ((rule == LossRule.ROLES) & by_role) | ((rule == LossRule.GIVEN) & given_mask)
+        )
         first = torch.ones_like(trained)
         first[1:] = segment_ids[1:] != segment_ids[:-1]
         media = _is_one_of(input_ids, self.media_token_ids)
@@ -75,15 +77,15 @@ class LabelMaker:
         return input_ids.to(torch.int64).masked_fill(~trained, IGNORE_INDEX)
 
     def of_arrays(
-        self, input_ids: np.ndarray, lengths: np.ndarray, rules: np.ndarray, given: np.ndarray, blocks: Any
+        self, input_ids: np.ndarray, lengths: np.ndarray, loss_rules: np.ndarray, given_mask: np.ndarray, blocks: Any
     ) -> np.ndarray:
         """The same for samples one after another on the CPU: `lengths` and `rules` are int [samples], `given` bool [L],
         `blocks` a list or array of (first token, number of tokens). Returns int64 [L]."""
         labels = self.labels(
             torch.from_numpy(input_ids.astype(np.int64)),
             segment_ids(torch.from_numpy(lengths.astype(np.int64))),
-            torch.from_numpy(rules.astype(np.int64)),
-            torch.from_numpy(given.astype(bool)),
+            torch.from_numpy(loss_rules.astype(np.int64)),
+            torch.from_numpy(given_mask.astype(bool)),
             torch.from_numpy(np.asarray(blocks, dtype=np.int64).reshape(-1, 2)),
         )
         return labels.numpy()

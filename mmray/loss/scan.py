@@ -238,7 +238,7 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
     widest = max(max(len(rule.start), len(rule.end)) for rule in plan.rules)
     ids = torch.nn.functional.pad(rows.reshape(-1).long(), (0, widest), value=-1)
 
-    def found(marker: tuple[int, ...]) -> Tensor:
+    def marker_matches(marker: tuple[int, ...]) -> Tensor:
         matches = room >= len(marker)
         for k, token in enumerate(marker):
             matches = matches & (ids[k : k + n] == token)
@@ -248,7 +248,7 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
     rule_at = torch.zeros_like(at)
     for rule in reversed(plan.rules):
         row = len(end_markers) if rule.until_next else end_markers.index(rule.end)
-        rule_at.masked_fill_(found(rule.start), _as_integer(rule, row))
+        rule_at.masked_fill_(marker_matches(rule.start), _as_integer(rule, row))
     if segments is not None:
         rule_at.masked_fill_(segments.reshape(-1) < 0, 0)
 
@@ -256,7 +256,7 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
     content = at + (rule_at & size_mask)
     end_size = (rule_at >> _END_SIZE) & size_mask
     row_offset = ((rule_at >> _END_ROW) & size_mask) * n
-    ends = [found(marker) for marker in end_markers]
+    ends = [marker_matches(marker) for marker in end_markers]
     if any(rule.until_next for rule in plan.rules):
         ends.append(rule_at != 0)
     next_end = _next_true(torch.cat(ends))

@@ -136,14 +136,14 @@ def turn_markers(loss: Loss, family: Family) -> tuple[RoleMarkers, ...]:
         return family.role_markers
     return tuple(
         RoleMarkers(
-            each.role,
-            each.start,
-            _end_text(each.end, family),
-            each.include_start,
-            each.include_end,
-            until_next=each.until_next,
+            boundary.role,
+            boundary.start,
+            _end_text(boundary.end, family),
+            boundary.include_start,
+            boundary.include_end,
+            until_next=boundary.until_next,
         )
-        for each in loss.boundaries
+        for boundary in loss.boundaries
     )
 
 
@@ -204,7 +204,7 @@ def _encoded(markers: tuple[RoleMarkers, ...], family: Family) -> tuple[RoleBoun
 def _marker_ids(which: str, text: str, role: str, family: Family, after: str = "") -> tuple[int, ...]:
     """The tokens of a marker as it stands after some text, without those that the tokenizer adds around a text."""
     tokenizer = family.tokenizer
-    before, both = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (after, after + text))
+    before, both = (tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in (after, after + text))
     ids = tuple(both[len(before) :])
     if not ids:
         raise UserError(f"loss: the {which} {text!r} of role {role!r} encodes to no token")

@@ -29,8 +29,8 @@ def opened_turns(input_ids: np.ndarray, boundaries: Sequence[RoleBoundary]) -> l
     """The turns of one sample, in order. input_ids: int [n]."""
     ids = torch.from_numpy(input_ids.astype(np.int64))
     names = [str(number) for number in range(len(boundaries))]
-    whole = [replace(each, role=name, include_start=True) for each, name in zip(boundaries, names)]
-    inner = [replace(each, role=name, include_start=False) for each, name in zip(boundaries, names)]
+    whole = [replace(boundary, role=name, include_start=True) for boundary, name in zip(boundaries, names)]
+    inner = [replace(boundary, role=name, include_start=False) for boundary, name in zip(boundaries, names)]
     opener = np.full(len(ids), -1)
     for number, name in enumerate(names):
         opener[role_keep_mask(ids, whole, roles_to_train=[name]).numpy()] = number

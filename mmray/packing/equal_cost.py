@@ -16,10 +16,10 @@ import numpy as np
 from mmray.base.compiled import compiled
 from mmray.packing.pack import pack_2d
 
-EQUAL = 1.05
-MOST_BINS = 1.25
+MAX_COST_RATIO = 1.05
+MAX_BIN_RATIO = 1.25
 """Bins against the fewest."""
-DRAWN = 8
+DRAWN_BINS = 8
 
 
 def pack_equal_cost(
@@ -35,7 +35,7 @@ def pack_equal_cost(
     least = pack_2d(tokens, visual_tokens, token_capacity=token_capacity, visual_capacity=visual_capacity)
     fewest, order = len(least), np.argsort(-(costs + pair_cost * tokens * tokens), kind="stable")
     best, best_seconds, num_bins = least, np.inf, fewest
-    while num_bins <= MOST_BINS * fewest or not np.isfinite(best_seconds):
+    while num_bins <= MAX_BIN_RATIO * fewest or not np.isfinite(best_seconds):
         bin_of_sample, bin_costs = _placed(
             tokens, visual_tokens, costs, pair_cost, order, num_bins, token_capacity, visual_capacity
         )
@@ -43,13 +43,13 @@ def pack_equal_cost(
             costliest = expected_costliest(bin_costs)
             if num_bins * costliest < best_seconds:
                 best, best_seconds = _as_lists(bin_of_sample), num_bins * costliest
-            if costliest <= EQUAL * bin_costs.mean():
+            if costliest <= MAX_COST_RATIO * bin_costs.mean():
                 return _as_lists(bin_of_sample)
         num_bins += max(1, fewest // 50)
     return best
 
 
-def expected_costliest(costs: np.ndarray, drawn: int = DRAWN) -> float:
+def expected_costliest(costs: np.ndarray, drawn: int = DRAWN_BINS) -> float:
     """The mean cost of the costliest of so many bins drawn by chance. costs: of all bins, float64 [n]."""
     below = (np.arange(len(costs) + 1) / len(costs)) ** drawn  # chance that all are among the k cheapest
     return float((np.diff(below) * np.sort(costs)).sum())

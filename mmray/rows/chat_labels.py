@@ -70,7 +70,7 @@ class ChatLabels:
 
     def spans(self, rendered: RenderedChat) -> ChatSpans:
         """What trains of a chat, in letters of its own text. Raises UserError where the template's blocks differ."""
-        found = trained_text(rendered, self.loss)
+        trained = trained_text(rendered, self.loss)
         if not self._scans and rendered.generated:
             self._check_blocks(rendered)
         messages, setting = rendered.chat.messages, self.loss
@@ -96,8 +96,8 @@ class ChatLabels:
         place = rendered.filled.place
         ends = tuple((place(run.stop), place(run.ended)) for run in rendered.plan.runs if run.ended != run.stop)
         return ChatSpans(
-            found.spans, ends, tuple(texts), tuple(turns), baked,
-            found.last_is_open and not self._own_boundaries and self._trains_ends,
+            trained.spans, ends, tuple(texts), tuple(turns), baked,
+            trained.last_is_open and not self._own_boundaries and self._trains_ends,
         )  # fmt: skip
 
     @property
@@ -134,9 +134,9 @@ class ChatLabels:
         assert isinstance(self.loss, RoleLoss)
         for message, role, span in spans.texts:
             tokens = placed.holding(span)
-            found = scanned[tokens]
+            scanned_tokens = scanned[tokens]
             trains = role in self.loss.roles
-            wrong = np.flatnonzero(found != trains)
+            wrong = np.flatnonzero(scanned_tokens != trains)
             if tokens.start == 0 and len(wrong) and wrong[0] == 0:
                 wrong = wrong[1:]  # the first token of a sample never trains
             if len(wrong):
@@ -168,13 +168,13 @@ class ChatLabels:
         differing = [place for place in np.flatnonzero(letters[0] != letters[1]) if rendered.text[place].strip()]
         if not differing:
             return
-        blocks, own = (
+        blocks, message_texts = (
             [rendered.text[start:stop] for start, stop in spans] for spans in (rendered.generated, plain.spans)
         )
         raise UserError(
             "loss: sampled: the chat template's {% generation %} blocks and the messages say different things, first "
             f"at {rendered.text[differing[0] : differing[0] + 40]!r}. The blocks mark {blocks!r:.300}; the model would "
-            f"write {own!r:.300}. Mend the blocks, or leave them out of the template"
+            f"write {message_texts!r:.300}. Mend the blocks, or leave them out of the template"
         )
 
 

@@ -22,17 +22,17 @@ def watched_columns(value: object, dataset: DatasetSettings) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def columns_problem(name: str, dataset: Mapping[str, Any], images: int, seen: Collection[str]) -> str | None:
+def columns_problem(name: str, dataset: Mapping[str, Any], images: int, present_columns: Collection[str]) -> str | None:
     """What is wrong with a set's columns, in one line; None for a good set.
 
     name: of the set, as `data.train[0]`; dataset: its settings as plain JSON; images: of all its rows that were looked
     at; seen: the watched columns that any of them has.
     """
-    missing = [f"{field}: {column}" for field, column in dataset["columns"].items() if column not in seen]
+    missing = [f"{field}: {column}" for field, column in dataset["columns"].items() if column not in present_columns]
     if missing:
         return f"{name}.columns has {missing[0]!r}, and no row has that column; mend the name or leave it out"
-    own = dataset["columns"].get("images", "images")
-    others = sorted(column for column in seen if column != own and column.lower() in LIKE_IMAGES)
+    image_column = dataset["columns"].get("images", "images")
+    others = sorted(column for column in present_columns if column != image_column and column.lower() in LIKE_IMAGES)
     if not images and others:
         return (
             f"{name}: no row has an image, and rows have the column {others[0]!r}; name it, columns: {{images: "

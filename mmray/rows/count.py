@@ -55,14 +55,14 @@ def _count(file: SourceFile, deadline: float) -> tuple[int, int]:
 
 def _count_lines(opened: BinaryIO, deadline: float) -> tuple[int, int]:
     """Lines that are not blank, and the bytes up to the end of the last."""
-    rows, offset, rest = 0, 0, b""
+    rows, offset, partial_line = 0, 0, b""
     while block := opened.read(READ_BYTES):
         offset += len(block)
-        *lines, rest = (rest + block).split(b"\n")
+        *lines, partial_line = (partial_line + block).split(b"\n")
         rows += sum(map(bool, map(bytes.strip, lines)))
         if rows and time.monotonic() > deadline:
-            return rows, offset - len(rest)
-    return rows + bool(rest.strip()), offset
+            return rows, offset - len(partial_line)
+    return rows + bool(partial_line.strip()), offset
 
 
 def _count_records(opened: BinaryIO, form: Form, size: int, deadline: float) -> tuple[int, int]:

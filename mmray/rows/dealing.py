@@ -8,7 +8,7 @@ rows: of each lane its share, give or take a row or two.
 
 The smallest piece that is dealt is so a row: of a set of 0.2 % a window of 8,192 rows has 16 or 17, in one piece, since
 within a window the lanes follow one another. What it costs: a piece of a file is one read, and a window has as many
-more pieces as there are lanes; of tables each actor holds as many open. Hence the bound, MOST_PLACES. One file alone is
+more pieces as there are lanes; of tables each actor holds as many open. Hence the bound, MAX_LANES. One file alone is
 one lane, read from its beginning to its end.
 
 The bins of a window come in an order drawn by chance (`pack_window`, mixed): a block of the schedule is no window, and
@@ -23,7 +23,7 @@ from typing import Any
 DEALING = 2
 """The way of dealing of this version, in a prepared dataset's record. 1, or none there: files one after another."""
 
-MOST_PLACES = 16
+MAX_LANES = 16
 """Lanes of all sets together; every set has one at least, so with more sets there are more."""
 
 Record = dict[str, Any]
@@ -46,7 +46,7 @@ def lanes_of(rows: Sequence[int], sets: Sequence[int], dealing: int) -> list[lis
     """The files of each lane, by their numbers, in order. rows: of each file; sets: its set's number, ascending."""
     if dealing == 1:
         return [list(range(len(rows)))]
-    places = max(1, MOST_PLACES // max(1, len(set(sets))))
+    places = max(1, MAX_LANES // max(1, len(set(sets))))
     lanes: dict[tuple[int, int], list[int]] = {}
     for number in sorted(set(sets)):
         files = [file for file in range(len(rows)) if sets[file] == number and rows[file]]

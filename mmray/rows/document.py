@@ -67,13 +67,15 @@ class DocumentReader:
         check_chats(dataset, family)
         self.dataset = dataset
         self.family = family
-        own = (family.placeholder_unit, family.placeholder)
-        if dataset.own_token_text is not None and (dataset.placeholder in own or own[1] in dataset.own_token_text):
+        model_placeholders = (family.placeholder_unit, family.placeholder)
+        if dataset.own_token_text is not None and (
+            dataset.placeholder in model_placeholders or model_placeholders[1] in dataset.own_token_text
+        ):
             raise UserError(
-                f"data: own_token_text: the set needs a placeholder other than the model's own {own[1]!r}, and a text "
-                "without it"
+                "data: own_token_text: the set needs a placeholder other than the model's own "
+                f"{model_placeholders[1]!r}, and a text without it"
             )
-        accepted = {dataset.placeholder, *(own if dataset.own_token_text is None else ())}
+        accepted = {dataset.placeholder, *(model_placeholders if dataset.own_token_text is None else ())}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
         self._markers, self._with_pages = markers, with_pages
         self._opens_answer = opens_answer
@@ -81,8 +83,8 @@ class DocumentReader:
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._template = template or ChatTemplate(family)
         self._messages = MessageReader(dataset, self._placeholders, self._refuse_special, self._plain)
-        given = set(dataset.chat_template_kwargs)
-        if given and (unread := given - self._template.variables):
+        option_names = set(dataset.chat_template_kwargs)
+        if option_names and (unread := option_names - self._template.variables):
             raise UserError(f"data: chat_template_kwargs: {self._unread(min(unread))}")
         end = dataset.end_of_document or family.tokenizer.eos_token
         self._end = str(end) if dataset.kind == "pretrain" and end else ""
@@ -131,24 +133,24 @@ class DocumentReader:
 
     def row_id(self, value: dict[str, Any], source: str) -> str:
         """The row's id; its source position when it has none."""
-        found = value.get(self.dataset.column("id"))
-        if not has_id(found):
+        id_value = value.get(self.dataset.column("id"))
+        if not has_id(id_value):
             return source
-        text = id_text(found)
+        text = id_text(id_value)
         if text is None:
-            raise RowError("wrong_type", f"id must be a string, not {type(found).__name__} {found!r:.60}")
+            raise RowError("wrong_type", f"id must be a string, not {type(id_value).__name__} {id_value!r:.60}")
         return text
 
     def _string(self, value: dict[str, Any], field: str) -> str:
         column = self.dataset.column(field)
-        found = value.get(column)
-        if found is None:
+        text = value.get(column)
+        if text is None:
             raise missing_column(repr(column), value)
-        if not isinstance(found, str):
-            raise RowError("wrong_type", f"{column} must be a string, not {type(found).__name__} {found!r:.60}")
-        if not found.strip():
-            raise RowError("empty_text", f"{column} is empty: {found!r:.60}; write its text or drop the row")
-        return found
+        if not isinstance(text, str):
+            raise RowError("wrong_type", f"{column} must be a string, not {type(text).__name__} {text!r:.60}")
+        if not text.strip():
+            raise RowError("empty_text", f"{column} is empty: {text!r:.60}; write its text or drop the row")
+        return text
 
     # ---------------------------------------------------------------- text
 
@@ -160,11 +162,11 @@ class DocumentReader:
         return self.family.placeholder_unit.join(pieces), len(pieces) - 1
 
     def _refuse_special(self, text: str, where: str) -> None:
-        found = self._special.search(text)
-        if found:
+        match = self._special.search(text)
+        if match:
             raise RowError(
                 "special_token_in_text",
-                f"{where} holds the token {found.group()!r}, which the model reads as structure; write it differently",
+                f"{where} holds the token {match.group()!r}, which the model reads as structure; write it differently",
             )
 
     def _chat(self, value: dict[str, Any], row_id: str, images: tuple[ImageRef, ...], source: str) -> Document:
@@ -228,8 +230,10 @@ class DocumentReader:
         """Markers of turns that stand in messages, and the text without them."""
         if self._markers is None:
             return (), ""
-        found = [(number, self._markers.found(message.parts)) for number, message in enumerate(chat.messages)]
-        typed = tuple((f"message {number}", marker) for number, own in found for marker in own)
+        typed_markers = [
+            (number, self._markers.markers_in(message.parts)) for number, message in enumerate(chat.messages)
+        ]
+        typed = tuple((f"message {number}", marker) for number, markers in typed_markers for marker in markers)
         if not typed:
             return (), ""
         blanked = [replace(message, parts=self._markers.blanked(message.parts)) for message in chat.messages]

@@ -27,15 +27,15 @@ _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
 
 def id_of(row: RawRow, dataset: DatasetSettings) -> str:
     """The id by which a row goes, good or bad: its own, or its place."""
-    found = row.value.get(dataset.column("id")) if isinstance(row.value, dict) else None
-    text = id_text(found) if has_id(found) else None
+    id_value = row.value.get(dataset.column("id")) if isinstance(row.value, dict) else None
+    text = id_text(id_value) if has_id(id_value) else None
     return row.source if text is None else text
 
 
 def id_hashes(ids: Iterable[str]) -> bytes:
     """HASH_BYTES for each id, one after another."""
     return b"".join(
-        hashlib.blake2b(each.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest() for each in ids
+        hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest() for row_id in ids
     )
 
 
@@ -101,9 +101,11 @@ class DuplicateIds:
 def _later_ones(records: np.ndarray) -> np.ndarray:
     """Positions of the ids of _RECORD, in the order of positions, that an earlier one has, ascending."""
     order = np.lexsort((records["low"], records["high"]))  # stable: of equal ids the earliest comes first
-    found = records[order]
-    same = (found["high"][1:] == found["high"][:-1]) & (found["low"][1:] == found["low"][:-1])
-    return np.sort(found["position"][1:][same])
+    sorted_records = records[order]
+    same = (sorted_records["high"][1:] == sorted_records["high"][:-1]) & (
+        sorted_records["low"][1:] == sorted_records["low"][:-1]
+    )
+    return np.sort(sorted_records["position"][1:][same])
 
 
 def with_duplicates(chunks: Sequence[Chunk], hashes: Iterable[bytes]) -> Iterator[Chunk]:
@@ -112,10 +114,10 @@ def with_duplicates(chunks: Sequence[Chunk], hashes: Iterable[bytes]) -> Iterato
     hashes: for each chunk in order those of its rows' ids (`id_hashes`), blank lines left out.
     """
     ids, starts = DuplicateIds(sum(chunk.num_rows for chunk in chunks)), [0]
-    for each in hashes:
-        ids.add(each)
-        starts.append(starts[-1] + len(each) // HASH_BYTES)
+    for chunk_hashes in hashes:
+        ids.add(chunk_hashes)
+        starts.append(starts[-1] + len(chunk_hashes) // HASH_BYTES)
     later = np.sort(np.concatenate(list(ids.later())))
-    own = np.split(later, np.searchsorted(later, starts[1:-1]))
-    for chunk, start, positions in zip(chunks, starts, own, strict=False):
+    chunk_positions = np.split(later, np.searchsorted(later, starts[1:-1]))
+    for chunk, start, positions in zip(chunks, starts, chunk_positions, strict=False):
         yield replace(chunk, duplicates=tuple((positions - start).tolist()))

@@ -39,7 +39,7 @@ from mmray.rows.sample import RejectedRow, Sample, shown
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.rows.templates import ChatTemplate
 from mmray.rows.token_places import TokenPlaces
-from mmray.rows.tokenized import attended_tokens, image_blocks, own_ids, own_mask
+from mmray.rows.tokenized import attended_tokens, image_blocks, row_token_ids, row_trained_mask
 from mmray.rows.typed import TypedMarkers
 
 
@@ -75,14 +75,14 @@ class Encoder:
         for dataset in datasets:
             check_chats(dataset, family)
         self.losses: list[Loss] = [loss if dataset.loss is None else dataset.loss for dataset in datasets]
-        self.sources = [loss_source(own, dataset.kind, family) for own, dataset in zip(self.losses, datasets)]
+        self.sources = [loss_source(set_loss, dataset.kind, family) for set_loss, dataset in zip(self.losses, datasets)]
         self._chats = [
-            ChatLabels(own, family, is_job_wide=dataset.loss is None) if source in _BY_MESSAGES else None
-            for own, dataset, source in zip(self.losses, datasets, self.sources)
+            ChatLabels(set_loss, family, is_job_wide=dataset.loss is None) if source in _BY_MESSAGES else None
+            for set_loss, dataset, source in zip(self.losses, datasets, self.sources)
         ]
         self._markers = [
-            _typed_markers(own, source, family) if dataset.kind == "chat" else None
-            for own, dataset, source in zip(self.losses, datasets, self.sources)
+            _typed_markers(set_loss, source, family) if dataset.kind == "chat" else None
+            for set_loss, dataset, source in zip(self.losses, datasets, self.sources)
         ]
         template = ChatTemplate(family)
         self._readers = [
@@ -212,8 +212,10 @@ class Encoder:
 
     def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
         """The sizes of images, and the notes on them."""
-        found = [self._measure(image.uri if image.data is None else image.data) for image in images]
-        return tuple(each.size for each in found), tuple(each.note for each in found if each.note)
+        measurements = [self._measure(image.uri if image.data is None else image.data) for image in images]
+        return tuple(measurement.size for measurement in measurements), tuple(
+            measurement.note for measurement in measurements if measurement.note
+        )
 
     def _expanded(self, text: str, plans: Sequence[TilePlan]) -> str:
         return expanded_units(text, plans, self.family.placeholder_unit)
@@ -232,18 +234,18 @@ class Encoder:
             if is_shifted and place > behind:
                 return place + shift
             before = text[:place]
-            own = plans[: before.count(unit)]
-            return len(self.family.tokenizer_text(self._expanded(before, own), _tile_sizes(own)))
+            plans_before = plans[: before.count(unit)]
+            return len(self.family.tokenizer_text(self._expanded(before, plans_before), _tile_sizes(plans_before)))
 
         return moved
 
     def _tile_tokens(self, plans: Sequence[TilePlan]) -> list[list[tuple[np.ndarray, int]]]:
         """For each image of a row, for each of its tiles: the tokens, and how many of them carry features."""
-        together = sum(len(plan.tile_sizes) for plan in plans)
+        num_tiles = sum(len(plan.tile_sizes) for plan in plans)
         tokens = []
         for plan in plans:
             try:
-                spans = [self.family.span(size, together) for size in plan.tile_sizes]
+                spans = [self.family.span(size, num_tiles) for size in plan.tile_sizes]
             except ValueError as error:
                 raise RowError(
                     "image_shape",
@@ -257,13 +259,13 @@ class Encoder:
     def _tokenize(self, pending: Sequence[_Pending]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids with one placeholder token per tile, int32 [n], and which of them answer a prompt, bool [n] (or
         [0]), of each text; one tokenizer call for each kind of text."""
-        found = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))] * len(pending)
+        tokenized = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))] * len(pending)
         for special in (True, False):
             chosen = [index for index, item in enumerate(pending) if item.document.add_special_tokens is special]
             texts = [self._tokenizer_input(pending[index]) for index in chosen]
             for index, encoding in zip(chosen, self._backend.encode_batch_fast(texts, add_special_tokens=special)):
-                found[index] = np.asarray(encoding.ids, dtype=np.int32), self._answered(pending[index], encoding)
-        return found
+                tokenized[index] = np.asarray(encoding.ids, dtype=np.int32), self._answered(pending[index], encoding)
+        return tokenized
 
     def _tokenizer_input(self, item: _Pending) -> str | tuple[str, str]:
         if self.sources[item.row.dataset] is LossSource.ANSWER:
@@ -293,7 +295,7 @@ class Encoder:
             messages[placed.within([span])] = message
         return rule, trained, messages
 
-    def _sample(self, item: _Pending, ids: np.ndarray, given: np.ndarray) -> Sample:
+    def _sample(self, item: _Pending, ids: np.ndarray, given_mask: np.ndarray) -> Sample:
         places = np.flatnonzero(ids == self.family.placeholder_id)
         tiles = self._tile_tokens(item.plans)
         if len(places) != sum(map(len, tiles)):
@@ -302,7 +304,7 @@ class Encoder:
             )
         rule, messages = self.sources[item.row.dataset].rule, _NO_MESSAGES
         if item.spans is not None:
-            rule, given, messages = self._chat_tokens(item, ids)
+            rule, given_mask, messages = self._chat_tokens(item, ids)
         pieces, blocks, length, read, tile = [], [], 0, 0, 0
         for plan, spans in zip(item.plans, tiles):
             start = length + int(places[tile]) - read - self._label_tokens(plan, ids[: places[tile]])
@@ -316,8 +318,8 @@ class Encoder:
         pieces.append(np.asarray(appended, dtype=np.int32))
         grown = np.ones(len(ids), dtype=np.int64)
         grown[places] = [len(token_ids) for spans in tiles for token_ids, _ in spans]
-        if len(given):
-            given = np.append(given.repeat(grown), np.ones(len(appended), dtype=bool))
+        if len(given_mask):
+            given_mask = np.append(given_mask.repeat(grown), np.ones(len(appended), dtype=bool))
         if len(messages):
             last = item.spans.turns[-1][0] if item.spans and item.spans.turns else -1
             messages = np.append(messages.repeat(grown), np.full(len(appended), last, dtype=np.int32))
@@ -331,7 +333,7 @@ class Encoder:
             images=item.document.images,
             sizes=item.sizes,
             blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
-            given=given,
+            given_mask=given_mask,
             visual_pairs=_visual_pairs(tiles),
             notes=(*item.row.notes, *item.notes, *item.document.notes),
             dataset=item.row.dataset,
@@ -381,8 +383,8 @@ class Encoder:
     def _ready_made(self, row: RawRow, value: dict[str, Any]) -> Sample:
         """A `tokenized` row: its ids hold every image token already, and must hold the right number."""
         dataset, reader = self.datasets[row.dataset], self._readers[row.dataset]
-        ids = own_ids(value, dataset, self._vocabulary_size)
-        rule, given = self._ready_made_labels(row, value, ids)
+        ids = row_token_ids(value, dataset, self._vocabulary_size)
+        rule, given_mask = self._ready_made_labels(row, value, ids)
         images = self._with_pages(image_refs(value, row.source, dataset), dataset)
         sizes, notes = self._measured(images)
         plans = tuple(self._plan(size) for size in sizes)
@@ -391,9 +393,9 @@ class Encoder:
         return self._checked(
             Sample(
                 id=reader.row_id(value, row.source), source=row.source, rule=rule, bucket=_bucket(plans),
-                visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes), dataset=row.dataset,
-                columns=self._columns(row),
+                visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks,
+                given_mask=given_mask, visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes),
+                dataset=row.dataset, columns=self._columns(row),
             )
         )  # fmt: skip
 
@@ -402,7 +404,7 @@ class Encoder:
         dataset, source = self.datasets[row.dataset], self.sources[row.dataset]
         attended = attended_tokens(value, dataset, len(ids))
         if source is LossSource.ROW:
-            return LossRule.GIVEN, own_mask(value, dataset, ids) & attended
+            return LossRule.GIVEN, row_trained_mask(value, dataset, ids) & attended
         is_job_wide = dataset.loss is None or source is LossSource.EVERY_TOKEN
         if attended.all() and is_job_wide:
             return source.rule, np.zeros(0, dtype=bool)
@@ -423,10 +425,10 @@ class Encoder:
         special = item.document.add_special_tokens
         output = self.family.process(item.text, tiles, add_special_tokens=special)
         expected = np.asarray(output["input_ids"][0], dtype=np.int32)
-        found = sample.input_ids[: len(sample.input_ids) - len(self._appended(item))]
-        if not np.array_equal(found, expected):
+        encoded_ids = sample.input_ids[: len(sample.input_ids) - len(self._appended(item))]
+        if not np.array_equal(encoded_ids, expected):
             raise UserError(
-                f"{sample.source}: row {sample.id!r} has {len(found)} tokens by mmray and {len(expected)} "
+                f"{sample.source}: row {sample.id!r} has {len(encoded_ids)} tokens by mmray and {len(expected)} "
                 f"by {type(self.family.processor).__name__}. The lengths of this model cannot be trusted; please "
                 "report the processor's files and the image sizes"
             )

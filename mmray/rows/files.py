@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.rows.dealing import DEALING, dealt, lanes_of
-from mmray.rows.forms import NAMES, Form, format_by_name, told_form
+from mmray.rows.forms import NAMES, Form, detected_form, format_by_name
 from mmray.rows.huggingface import SavedRows, saved_version
 from mmray.rows.listing import listed_files
 from mmray.rows.records import READ_BYTES, RecordScan, row_starts
@@ -51,7 +51,7 @@ UNOPENED = Reading()
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One row file. format: by its name or, with is_said, by the job; size: in bytes; version: modification time or
+    """One row file. format: by its name or, with is_declared, by the job; size: in bytes; version: modification time or
     etag, what tells a replaced file from the one prepared."""
 
     dataset: int
@@ -60,7 +60,7 @@ class SourceFile:
     size: int
     version: str
     reading: Reading = UNOPENED
-    is_said: bool = False
+    is_declared: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RowIndex:
         start, stop = int(self.starts[row]), int(self.starts[row + num_rows])
         entry = BEGINNING
         if self.entries:
-            entry = self.entries[bisect.bisect_right(self.entries, start, key=lambda each: each.offset) - 1]
+            entry = self.entries[bisect.bisect_right(self.entries, start, key=lambda entry: entry.offset) - 1]
         first, last = (bisect.bisect_left(self.refused, end) for end in (row, row + num_rows))
         return Piece(
             self.file.dataset, self.file.uri, self.format, row, num_rows, start, stop, self.reading, entry,
@@ -129,14 +129,14 @@ class Chunk:
 
 def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
     """The files of all data sets, in order. Raises UserError for a name that matches nothing."""
-    found = []
+    files = []
     for number, dataset in enumerate(datasets):
         for pattern in dataset.files:
             if dataset.format == "huggingface":
-                found.append(_saved_dataset(number, pattern))
+                files.append(_saved_dataset(number, pattern))
                 continue
-            found += [_source_file(number, dataset, *match) for match in listed_files(pattern)]
-    return found
+            files += [_source_file(number, dataset, *match) for match in listed_files(pattern)]
+    return files
 
 
 def set_files(files: Sequence[SourceFile], num_sets: int) -> list[int]:
@@ -147,7 +147,7 @@ def set_files(files: Sequence[SourceFile], num_sets: int) -> list[int]:
 
 def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSettings]) -> None:
     """Raise UserError when the files are no longer those that `source_files` found: rows may have been read of both."""
-    before, now = (dict.fromkeys(each) for each in (files, source_files(datasets)))
+    before, now = (dict.fromkeys(listing) for listing in (files, source_files(datasets)))
     changed = [file.uri for file in files if file not in now] or [file.uri for file in now if file not in before]
     if changed:
         raise UserError(
@@ -162,8 +162,8 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, 
     suffix = posixpath.splitext(path)[1].lower()
     if path.lower().endswith(REFUSED_ENDINGS):
         raise UserError(f"{uri}: {suffix} files cannot be read as rows; decompress it, or write rows with gzip or zstd")
-    is_said = dataset.format != "auto"
-    format_ = dataset.format if is_said else format_by_name(path)
+    is_declared = dataset.format != "auto"
+    format_ = dataset.format if is_declared else format_by_name(path)
     if (format_ == "webdataset") != (suffix == ".tar"):
         raise UserError(f"{uri}: a WebDataset shard ends with .tar and nothing else does; here format is {format_}")
     if dataset.members and format_ != "webdataset":
@@ -171,7 +171,7 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, 
     row_id, text, images = map(dataset.column, ("id", "text", "images"))
     shard = ShardRules(row_id, text, images, dataset.members)
     reading = Reading(columns=dataset.used_columns, shard=shard)
-    return SourceFile(number, uri, format_, int(info["size"]), file_version(info), reading, is_said)
+    return SourceFile(number, uri, format_, int(info["size"]), file_version(info), reading, is_declared)
 
 
 def _saved_dataset(number: int, folder: str) -> SourceFile:
@@ -242,12 +242,12 @@ def _check_members(indexed: Sequence[RowIndex]) -> None:
         if members := index.reading.shard.members:
             key = index.file.dataset, members
             endings[key] = endings.get(key, frozenset()) | index.endings
-    for (number, members), found in endings.items():
+    for (number, members), shard_endings in endings.items():
         for pattern in members:
-            if not any(is_member(ending, pattern) for ending in found):
+            if not any(is_member(ending, pattern) for ending in shard_endings):
                 raise UserError(
                     f"members: {pattern!r} chooses no member of the shards of data set {number}; their endings are "
-                    f"{', '.join(sorted(found)):.200}"
+                    f"{', '.join(sorted(shard_endings)):.200}"
                 )
 
 
@@ -264,7 +264,7 @@ def opened_rows(file: SourceFile) -> Iterator[tuple[BinaryIO, Form]]:
     try:
         system, path = file_system(file.uri)
         with system.open(path, "rb", block_size=READ_BYTES) as opened:
-            form = told_form(opened, file.uri, file.format, is_said=file.is_said)
+            form = detected_form(opened, file.uri, file.format, is_declared=file.is_declared)
             if (form.format == "webdataset") != (file.format == "webdataset"):
                 raise UserError(f"{file.uri}: is {NAMES[form.format]} by its first bytes; a shard must end with .tar")
             yield opened, form
@@ -272,23 +272,23 @@ def opened_rows(file: SourceFile) -> Iterator[tuple[BinaryIO, Form]]:
         raise UserError(f"{file.uri}: cannot be read as {NAMES[form.format]}: {error}") from error
 
 
-def index_rows(file: SourceFile, most: int | None = None) -> RowIndex:
+def index_rows(file: SourceFile, max_rows: int | None = None) -> RowIndex:
     """Where the rows of a file are. most: of so many rows, the first; None: of all. Raises as `opened_rows`."""
     if file.format == "huggingface":
-        return RowIndex(file, file.format, file.reading, _numbers(file.size, most))
+        return RowIndex(file, file.format, file.reading, _numbers(file.size, max_rows))
     with opened_rows(file) as (opened, form):
         reading = replace(file.reading, form=form)
         if form.format in ("parquet", "arrow"):
-            return RowIndex(file, form.format, reading, _numbers(num_table_rows(opened, form.format), most))
+            return RowIndex(file, form.format, reading, _numbers(num_table_rows(opened, form.format), max_rows))
         if form.format == "webdataset":
-            shard = index_shard(opened, file.size, most)
+            shard = index_shard(opened, file.size, max_rows)
             return RowIndex(file, form.format, reading, shard.starts, (), shard.refused, shard.endings)
         stream = None if form.is_plain else RowStream(opened, form.compression, form.encoding)
         scan = RecordScan((stream or opened).read, form.format)
-        starts = row_starts(scan, most)
+        starts = row_starts(scan, max_rows)
         entries = tuple(stream.entries) if stream else ()
         return RowIndex(file, form.format, replace(reading, header=scan.header), starts, entries)
 
 
-def _numbers(rows: int, most: int | None) -> np.ndarray:
-    return np.arange((rows if most is None else min(rows, most)) + 1, dtype=np.int64)
+def _numbers(rows: int, max_rows: int | None) -> np.ndarray:
+    return np.arange((rows if max_rows is None else min(rows, max_rows)) + 1, dtype=np.int64)

@@ -63,10 +63,10 @@ def format_by_name(path: str) -> str:
     return ENDINGS.get(ending, "jsonl")
 
 
-def told_form(opened: BinaryIO, uri: str, expected: str, *, is_said: bool) -> Form:
+def detected_form(opened: BinaryIO, uri: str, expected: str, *, is_declared: bool) -> Form:
     """The form of an opened file, which is left at its beginning.
 
-    expected: the format by name or, with is_said, by the job. Raises UserError for what holds no rows, and where a
+    expected: the format by name or, with is_declared, by the job. Raises UserError for what holds no rows, and where a
     format that the job says is another one.
     """
     head = _head(opened)
@@ -88,15 +88,17 @@ def told_form(opened: BinaryIO, uri: str, expected: str, *, is_said: bool) -> Fo
             f"{uri}: holds only the path {head.decode(errors='replace')!r}: a link that was copied as text; copy the "
             "file it led to, or the link as a link"
         )
-    found = _binary_format(head)
-    if compression and (found or expected in _BINARY):
-        raise UserError(f"{uri}: {NAMES[found or expected]}, compressed as a whole; decompress it")
-    if found and is_said and found != expected:
-        raise UserError(f"{uri}: is {NAMES[found]} by its first bytes, and format is {expected}; leave format out")
-    if found:
-        return Form(found)
+    binary_format = _binary_format(head)
+    if compression and (binary_format or expected in _BINARY):
+        raise UserError(f"{uri}: {NAMES[binary_format or expected]}, compressed as a whole; decompress it")
+    if binary_format and is_declared and binary_format != expected:
+        raise UserError(
+            f"{uri}: is {NAMES[binary_format]} by its first bytes, and format is {expected}; leave format out"
+        )
+    if binary_format:
+        return Form(binary_format)
     encoding: Encoding = _UTF16.get(head[:2], "utf-8")
-    return Form(_text_format(head, expected, encoding, is_said), compression, encoding)
+    return Form(_text_format(head, expected, encoding, is_declared), compression, encoding)
 
 
 def _head(opened: BinaryIO) -> bytes:
@@ -115,8 +117,8 @@ def _binary_format(head: bytes) -> str:
     return "webdataset" if head[257:262] == b"ustar" else ""
 
 
-def _text_format(head: bytes, expected: str, encoding: Encoding, is_said: bool) -> str:
-    if is_said and expected != "jsonl":
+def _text_format(head: bytes, expected: str, encoding: Encoding, is_declared: bool) -> str:
+    if is_declared and expected != "jsonl":
         return expected
     text = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
     if _ROW_LIST.match(text):

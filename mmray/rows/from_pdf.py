@@ -87,14 +87,14 @@ def _documents(names: Sequence[str]) -> Iterator[str]:
             scheme = name.partition("://")[0]
             with explained(name):
                 system, path = file_system(name)
-                found = [f"{scheme}://{each}" for each in system.glob(path)] if glob.has_magic(path) else [name]
+                paths = [f"{scheme}://{match}" for match in system.glob(path)] if glob.has_magic(path) else [name]
         elif os.path.isdir(name):
-            found = [str(path) for path in Path(name).rglob("*") if path.suffix.lower() == ".pdf"]
+            paths = [str(path) for path in Path(name).rglob("*") if path.suffix.lower() == ".pdf"]
         else:
-            found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
-        if not found:
+            paths = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+        if not paths:
             raise UserError(f"{name}: no such PDF; name files, folders or globs")
-        for path in found:
+        for path in paths:
             if not path.lower().endswith(".pdf"):
                 raise UserError(f"{path}: its name does not end with .pdf, by which rows tell a PDF; rename it")
             yield path if "://" in path else os.path.abspath(path)

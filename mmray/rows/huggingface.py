@@ -49,7 +49,7 @@ class SavedRows:
 def saved_version(folder: str) -> str:
     """What tells a saved dataset from another one at the same place: its fingerprint, and the state of its files."""
     state = json.loads((Path(folder) / _STATE).read_text())
-    statuses = [(Path(folder) / each["filename"]).stat() for each in state["_data_files"]]
+    statuses = [(Path(folder) / data_file["filename"]).stat() for data_file in state["_data_files"]]
     files = repr([(status.st_size, status.st_mtime_ns) for status in statuses])
     return f"{state['_fingerprint']}-{hashlib.blake2b(files.encode(), digest_size=8).hexdigest()}"
 
@@ -61,16 +61,16 @@ def write_rows(target: str, rows_per_file: int = ROWS_PER_FILE, **source: str | 
     source gives the same files. A second run goes on behind the last whole file, and finds a finished one done. Raises
     UserError for a source that cannot be loaded, and where the folder holds the rows of another one.
     """
-    folder, given = Folder(target), {key: value for key, value in source.items() if value is not None}
-    record: dict[str, Any] = {"source": given, "rows_per_file": rows_per_file}
-    found: dict[str, Any] = json.loads(folder.read(_SOURCE)) if folder.exists(_SOURCE) else record
-    if {key: found.get(key) for key in record} != record:
-        raise UserError(f"{target} holds rows of another source, {found.get('source')}; choose another folder")
-    if "rows" in found:
-        return int(found["rows"])
+    folder, source_options = Folder(target), {key: value for key, value in source.items() if value is not None}
+    record: dict[str, Any] = {"source": source_options, "rows_per_file": rows_per_file}
+    stored_record: dict[str, Any] = json.loads(folder.read(_SOURCE)) if folder.exists(_SOURCE) else record
+    if {key: stored_record.get(key) for key in record} != record:
+        raise UserError(f"{target} holds rows of another source, {stored_record.get('source')}; choose another folder")
+    if "rows" in stored_record:
+        return int(stored_record["rows"])
     folder.create()
     folder.write(_SOURCE, _json(record))
-    stream = _stream(given)
+    stream = _stream(source_options)
     files = sum(name.startswith("rows-") for name in folder.names())
     total = files * rows_per_file
     for table in _tables(stream.skip(total), rows_per_file):
@@ -125,7 +125,7 @@ def _undecoded(feature: Any, datasets: Any) -> Any:
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
     if isinstance(feature, dict):
-        return type(feature)({name: _undecoded(each, datasets) for name, each in feature.items()})
+        return type(feature)({name: _undecoded(entry, datasets) for name, entry in feature.items()})
     if isinstance(feature, datasets.List):
         return datasets.List(_undecoded(feature.feature, datasets), length=feature.length)
     return feature

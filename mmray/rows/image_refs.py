@@ -56,18 +56,18 @@ def remote_images(value: dict[str, Any], source: str, dataset: DatasetSettings) 
 def _entries(value: dict[str, Any], dataset: DatasetSettings) -> list[Any]:
     """The images of a row as they are written there."""
     column = dataset.column("images")
-    found = value.get(column)
-    if found is None and column == "images":
-        column, found = ONE_IMAGE, value.get(ONE_IMAGE)
-    if found is None or found == "":
+    images = value.get(column)
+    if images is None and column == "images":
+        column, images = ONE_IMAGE, value.get(ONE_IMAGE)
+    if images is None or images == "":
         return []
-    if isinstance(found, str):
-        return _listed(found)
-    if isinstance(found, dict | bytes):  # a column of single images
-        return [found]
-    if not isinstance(found, list):
-        raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
-    return found
+    if isinstance(images, str):
+        return _listed(images)
+    if isinstance(images, dict | bytes):  # a column of single images
+        return [images]
+    if not isinstance(images, list):
+        raise RowError("wrong_type", f"{column} must be a list of images, not {type(images).__name__} {images!r:.60}")
+    return images
 
 
 def _place(entry: object) -> str:
@@ -80,9 +80,9 @@ def _place(entry: object) -> str:
 def _listed(text: str) -> list[Any]:
     """The images in a text: one, or several as a JSON list, which is how a cell of CSV holds them."""
     with contextlib.suppress(ValueError):
-        found = json.loads(text) if text.startswith("[") else None
-        if isinstance(found, list):
-            return found
+        entries = json.loads(text) if text.startswith("[") else None
+        if isinstance(entries, list):
+            return entries
     return [text]
 
 
@@ -147,8 +147,8 @@ def _leads_inside(folder: str, joined: str) -> bool:
 def _is_blob_of_snapshot(place: str, target: str) -> bool:
     """Whether a link of a hub cache, in a repository's `snapshots/COMMIT`, ends at a file right inside the `blobs` of
     the same repository. Both are paths without links but the last of `place`."""
-    found = _SNAPSHOT.fullmatch(place)
-    return found is not None and os.path.dirname(target) == f"{found['repository']}/blobs"
+    match = _SNAPSHOT.fullmatch(place)
+    return match is not None and os.path.dirname(target) == f"{match['repository']}/blobs"
 
 
 @functools.lru_cache(maxsize=65_536)

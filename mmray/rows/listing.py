@@ -38,15 +38,17 @@ def listed_files(pattern: str) -> list[Listed]:
     try:
         system, path = file_system(pattern)
         if isinstance(system, LocalFileSystem):
-            found: list[Listed] = [(system, each, _state(each)) for each in sorted(set(_local_paths(path)))]
+            entries: list[Listed] = [
+                (system, file_path, _state(file_path)) for file_path in sorted(set(_local_paths(path)))
+            ]
         else:
-            found = [(system, each, info) for each, info in _remote_files(system, path)]
+            entries = [(system, file_path, info) for file_path, info in _remote_files(system, path)]
     except (OSError, ValueError) as error:
         raise UserError(f"data files {pattern!r}: {one_line(error)}") from error
     if "**" not in pattern:
-        _warn_of_folders(pattern, tuple(path for _, path, info in found if info["type"] == "directory"))
-    files = [each for each in found if each[2]["type"] == "file"]
-    if not files and len(found) == 1 and not _has_marks(path):
+        _warn_of_folders(pattern, tuple(path for _, path, info in entries if info["type"] == "directory"))
+    files = [entry for entry in entries if entry[2]["type"] == "file"]
+    if not files and len(entries) == 1 and not _has_marks(path):
         raise UserError(f"data files {pattern!r}: {_folder_remedy(system, path)}")
     if not files:
         raise UserError(f"data files {pattern!r}: no such file. Paths are relative to the current folder.")
@@ -98,19 +100,19 @@ def _local_paths(path: str) -> Iterator[str]:
 def _expanded(folder: str, parts: list[str], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     """The paths below a folder that match `parts`, a glob's. above: device and number of the folders that `**` came
     through."""
-    part, *rest = parts
+    part, *remaining = parts
     if part == "**":
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in above:
             raise UserError(f"{folder} leads back to a folder above it, so ** has no end; name the folders instead")
         above = (*above, (status.st_dev, status.st_ino))
-        if rest:
-            yield from _expanded(folder, rest, above)
+        if remaining:
+            yield from _expanded(folder, remaining, above)
         for name in os.listdir(folder):
             below = os.path.join(folder, name)
             if os.path.isdir(below):
                 yield from _expanded(below, parts, above)
-            elif not rest or _may_have_led_to_a_folder(below):
+            elif not remaining or _may_have_led_to_a_folder(below):
                 yield below
         return
     literal = os.path.join(folder, part)
@@ -123,10 +125,10 @@ def _expanded(folder: str, parts: list[str], above: tuple[tuple[int, int], ...])
         names = []
     for name in names:
         below = os.path.join(folder, name)
-        if not rest or _may_have_led_to_a_folder(below):
+        if not remaining or _may_have_led_to_a_folder(below):
             yield below
         elif os.path.isdir(below):
-            yield from _expanded(below, rest, above)
+            yield from _expanded(below, remaining, above)
 
 
 def _may_have_led_to_a_folder(path: str) -> bool:
@@ -142,8 +144,8 @@ def _remote_files(system: Any, path: str) -> list[tuple[str, Mapping[str, Any]]]
     if not re.search("[*?]", path) and (system.isfile(path) or not _has_marks(path)):
         return [(path, system.info(path))] if system.exists(path) else []
     # One listing tells all of many files.
-    found = system.glob(_escaped(system, path), detail=True)
-    return sorted((str(name), info) for name, info in found.items())
+    matches = system.glob(_escaped(system, path), detail=True)
+    return sorted((str(name), info) for name, info in matches.items())
 
 
 def _escaped(system: Any, path: str) -> str:
@@ -169,7 +171,7 @@ def _warn_of_folders(pattern: str, folders: tuple[str, ...]) -> None:
 
 def _folder_remedy(system: Any, path: str) -> str:
     """What to write instead of a folder."""
-    names = [posixpath.basename(str(each).rstrip("/")) for each in system.ls(path, detail=False)]
+    names = [posixpath.basename(str(entry).rstrip("/")) for entry in system.ls(path, detail=False)]
     place = path if isinstance(system, LocalFileSystem) else system.unstrip_protocol(path)
     place = place.rstrip("/")
     if any(name in names for name in _SAVED_DATASET):

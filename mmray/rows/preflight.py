@@ -52,28 +52,28 @@ def check_first_rows(
         check_columns(name, dataset, rows, samples)
         labels = job_labels if dataset.loss is None else label_maker(dataset.loss, encoder.family)
         loss = encoder.losses[number]
-        seen = _Seen(name, samples, encoder.family)
+        first_samples = _FirstSamples(name, samples, encoder.family)
         is_chat = source in (LossSource.MESSAGES, LossSource.ROLES) and dataset.kind == "chat"
         is_chat = is_chat and not (isinstance(loss, RoleLoss) and not _teaches_to_stop(loss))
-        open_ends = seen.open_ends(labels, encoder.ending_token_ids) if samples and is_chat else ""
+        open_ends = first_samples.open_ends(labels, encoder.ending_token_ids) if samples and is_chat else ""
         log.info("%s: loss on %s%s", name, described(source, labels, encoder.ending_token_ids), open_ends)
         if not samples:
             continue
         if source is LossSource.ROLES and isinstance(loss, RoleLoss) and loss.boundaries is not None:
-            seen.check_own_markers(labels)
+            first_samples.check_own_markers(labels)
         elif source.rule == LossRule.ROLES:
-            seen.check_markers(labels)
+            first_samples.check_markers(labels)
         if not allows_empty(loss):
-            seen.check_trained(labels)
+            first_samples.check_trained(labels)
     return encoder.sources
 
 
 def check_columns(name: str, dataset: DatasetSettings, rows: Sequence[RawRow], samples: Sequence[Sample]) -> None:
     """Raise UserError for a set that names a column which none of its first rows has (`mmray.rows.columns`)."""
     values = [row.value for row in rows if isinstance(row.value, dict)]
-    seen = {column for value in values for column in watched_columns(value, dataset)}
+    present_columns = {column for value in values for column in watched_columns(value, dataset)}
     images = sum(len(sample.images) for sample in samples)
-    problem = columns_problem(name, dataset.model_dump(mode="json"), images, seen) if values else None
+    problem = columns_problem(name, dataset.model_dump(mode="json"), images, present_columns) if values else None
     if problem:
         raise UserError(problem)
 
@@ -93,15 +93,15 @@ def sample_labels(samples: Sequence[Sample], labels: LabelMaker) -> list[np.ndar
     """The labels of each sample, int64 [n]."""
     lengths = np.asarray([len(sample.input_ids) for sample in samples])
     starts = lengths.cumsum() - lengths
-    given = [sample.given if sample.rule == LossRule.GIVEN else sample.input_ids < 0 for sample in samples]
-    made = labels.of_arrays(
+    given_masks = [sample.given_mask if sample.rule == LossRule.GIVEN else sample.input_ids < 0 for sample in samples]
+    joined_labels = labels.of_arrays(
         np.concatenate([sample.input_ids for sample in samples]),
         lengths,
         np.asarray([sample.rule for sample in samples]),
-        np.concatenate(given),
+        np.concatenate(given_masks),
         np.concatenate([sample.blocks + [start, 0] for sample, start in zip(samples, starts)]),
     )
-    return np.split(made, starts[1:])
+    return np.split(joined_labels, starts[1:])
 
 
 def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence[int]) -> str:
@@ -122,9 +122,9 @@ def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence
 
 def _turns(labels: LabelMaker, role: str) -> str:
     """`assistant turns, start [1, 3] or [1, 4], end [9]`."""
-    own = [boundary for boundary in labels.boundaries if boundary.role == role]
-    starts = " or ".join(str(list(start)) for start in dict.fromkeys(boundary.start for boundary in own))
-    ends = " or ".join(dict.fromkeys(_end(boundary) for boundary in own))
+    role_boundaries = [boundary for boundary in labels.boundaries if boundary.role == role]
+    starts = " or ".join(str(list(start)) for start in dict.fromkeys(boundary.start for boundary in role_boundaries))
+    ends = " or ".join(dict.fromkeys(_end(boundary) for boundary in role_boundaries))
     return f"{role} turns, start {starts}, end {ends}"
 
 
@@ -139,7 +139,7 @@ def _teaches_to_stop(loss: RoleLoss) -> bool:
     return SAMPLED_ROLE in loss.roles and loss.train_on_eos != "none"
 
 
-class _Seen:
+class _FirstSamples:
     """The good ones of the first rows of one set."""
 
     def __init__(self, name: str, samples: Sequence[Sample], family: Family) -> None:
@@ -147,12 +147,12 @@ class _Seen:
 
     def check_markers(self, labels: LabelMaker) -> None:
         for role in labels.roles_to_train:
-            own = [boundary for boundary in labels.boundaries if boundary.role == role]
-            opened = [boundary for boundary in own if self._has(boundary.start)]
+            role_boundaries = [boundary for boundary in labels.boundaries if boundary.role == role]
+            opened = [boundary for boundary in role_boundaries if self._has(boundary.start)]
             if not opened:
                 self._refuse(
                     f"no turn of role {role!r} begins in {self._rows}: its start "
-                    f"{self._markers(boundary.start for boundary in own)} is never found. "
+                    f"{self._markers(boundary.start for boundary in role_boundaries)} is never found. "
                     "Give its text in loss.boundaries, or train other roles"
                 )
             ends = [boundary.end for boundary in opened]
@@ -168,8 +168,8 @@ class _Seen:
         for number, boundary in enumerate(labels.boundaries):
             if boundary.role not in labels.roles_to_train and labels.train_on_eos != "all":
                 continue
-            own = [turn for turn in turns if turn.boundary == number]
-            if not own:
+            boundary_turns = [turn for turn in turns if turn.boundary == number]
+            if not boundary_turns:
                 start = self._markers([boundary.start])
                 if self._has(boundary.start):
                     self._refuse(
@@ -180,7 +180,7 @@ class _Seen:
                     f"no turn of role {boundary.role!r} begins in {self._rows}: its start {start} is never found. "
                     "Give its text in loss.boundaries, or leave out this boundary"
                 )
-            if boundary.end and not any(turn.is_closed for turn in own):
+            if boundary.end and not any(turn.is_closed for turn in boundary_turns):
                 self._refuse(
                     f"no turn of role {boundary.role!r} ends in {self._rows}: its end {self._markers([boundary.end])} "
                     f"never follows its start {self._markers([boundary.start])}. Give its text in loss.boundaries, or "
@@ -201,7 +201,7 @@ class _Seen:
         return next((token for token in reversed(ids.tolist()) if decode([token]).strip()), int(ids[-1]))
 
     def check_trained(self, labels: LabelMaker) -> None:
-        if not any((each != IGNORE_INDEX).any() for each in sample_labels(self.samples, labels)):
+        if not any((row_labels != IGNORE_INDEX).any() for row_labels in sample_labels(self.samples, labels)):
             self._refuse(f"no token of {self._rows} trains; see `loss` in the job file, and the rows' roles or labels")
 
     @property

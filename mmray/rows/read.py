@@ -15,7 +15,7 @@ from mmray.rows.tables import TableRows, row_values
 from mmray.rows.webdataset import read_rows
 from mmray.storage import file_system
 
-MOST_OPEN = 64
+MAX_OPEN_FILES = 64
 """Files that a reader keeps open, of tables and of streams each."""
 
 
@@ -31,11 +31,11 @@ class RawRow:
 
 
 class RowReader:
-    """Reads pieces, cheapest in the order of their file. Keeps the last MOST_OPEN tables and streams open."""
+    """Reads pieces, cheapest in the order of their file. Keeps the last MAX_OPEN_FILES tables and streams open."""
 
     def __init__(self) -> None:
-        self._table = lru_cache(maxsize=MOST_OPEN)(TableRows)
-        self._saved = lru_cache(maxsize=MOST_OPEN)(SavedRows)
+        self._table = lru_cache(maxsize=MAX_OPEN_FILES)(TableRows)
+        self._saved = lru_cache(maxsize=MAX_OPEN_FILES)(SavedRows)
         self._streams: dict[str, RowStream] = {}
 
     def read(self, piece: Piece) -> Iterator[RawRow]:
@@ -82,7 +82,7 @@ class RowReader:
         except OSError as error:
             raise UserError(f"{piece.uri}: cannot be read as {NAMES[piece.format]}: {error}") from error
         self._streams[piece.uri] = stream  # the last in the order of use
-        if len(self._streams) > MOST_OPEN:
+        if len(self._streams) > MAX_OPEN_FILES:
             del self._streams[next(iter(self._streams))]
         return data
 

@@ -96,17 +96,17 @@ class RecordScan:
         yield np.asarray(starts, dtype=np.int64)
 
 
-def row_starts(scan: RecordScan, most: int | None) -> np.ndarray:
+def row_starts(scan: RecordScan, max_rows: int | None) -> np.ndarray:
     """Where each row starts, and the end: int64 [rows + 1]. most: of so many rows, the first; None: of all."""
     blocks, count = [np.zeros(0, dtype=np.int64)], 0
     for block in scan.blocks():
         blocks.append(block)
         count += len(block)
-        if most is not None and count > most:
+        if max_rows is not None and count > max_rows:
             break
     starts = np.concatenate(blocks)
-    if most is not None and count > most:
-        return starts[: most + 1]
+    if max_rows is not None and count > max_rows:
+        return starts[: max_rows + 1]
     return starts if len(starts) and starts[-1] == scan.end else np.append(starts, scan.end)
 
 
@@ -132,8 +132,8 @@ class _Buffer:
     def peek(self, *, at_end: bool = False) -> str:
         """The next character that is not blank. at_end: there may be none, ""."""
         while True:
-            found = _BLANK.match(self._text, self._at)
-            self._at = found.end() if found else self._at
+            match = _BLANK.match(self._text, self._at)
+            self._at = match.end() if match else self._at
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():
@@ -177,7 +177,7 @@ class _Lines:
         self.offset = 0
         self._read = read
         self._lines: list[bytes] = []
-        self._rest = b""
+        self._partial_line = b""
         self._fill()
 
     @property
@@ -186,10 +186,10 @@ class _Lines:
 
     def _fill(self) -> None:
         while not self._lines and (block := self._read(READ_BYTES)):
-            *lines, self._rest = (self._rest + block).split(b"\n")
+            *lines, self._partial_line = (self._partial_line + block).split(b"\n")
             self._lines = [line + b"\n" for line in reversed(lines)]
-        if not self._lines and self._rest:
-            self._lines, self._rest = [self._rest], b""
+        if not self._lines and self._partial_line:
+            self._lines, self._partial_line = [self._partial_line], b""
 
     def __iter__(self) -> "_Lines":
         return self
@@ -204,10 +204,10 @@ class _Lines:
         return line.decode("latin-1")
 
 
-def _header(found: list[str] | None, format_: str) -> tuple[str, ...]:
-    if not found:
+def _header(names: list[str] | None, format_: str) -> tuple[str, ...]:
+    if not names:
         raise OSError("there is no line with the names of columns; write one first")
-    header = tuple(name.encode("latin-1").decode("utf-8-sig", "replace").strip() for name in found)
+    header = tuple(name.encode("latin-1").decode("utf-8-sig", "replace").strip() for name in names)
     if len(set(header)) < len(header):
         raise OSError(f"two columns have one name in the first line, {', '.join(header):.200}; rename one")
     if len(header) == 1 and (marks := re.findall("[,;\t|]", header[0])):
@@ -236,8 +236,8 @@ def _elements_of(data: bytes) -> Iterator[bytes]:
     while at < len(text):
         _, end = _decode(text, at)
         yield data[at:end]
-        found = _SEPARATORS.match(text, end)
-        at = found.end() if found else end
+        match = _SEPARATORS.match(text, end)
+        at = match.end() if match else end
 
 
 def _csv_rows(data: bytes, delimiter: str, header: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:

@@ -31,7 +31,7 @@ class Sample:
     images: tuple[ImageRef, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     blocks: np.ndarray = field(default_factory=lambda: NO_BLOCKS)
-    given: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    given_mask: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     visual_pairs: int = 0
     """Sum over its tiles of their visual tokens squared: what attention in the vision tower grows with."""
     notes: tuple[str, ...] = ()

@@ -300,8 +300,8 @@ def skeleton_of(text: str, marks: Sequence[str]) -> Skeleton:
         before, behind, change = "", "", _AS_IT_IS
         if mark.startswith(_PADDED):
             fitting = (
-                each for each in _CHANGES
-                if text.startswith(each[2], match.end()) and text.endswith(each[1], read, match.start())
+                known_change for known_change in _CHANGES
+                if text.startswith(known_change[2], match.end()) and text.endswith(known_change[1], read, match.start())
             )  # fmt: skip
             known = next(fitting, None)
             broken |= known is None

@@ -44,15 +44,15 @@ class RowStream:
     def __init__(self, file: BinaryIO, compression: Compression, encoding: Encoding, entry: Entry = BEGINNING) -> None:
         self.offset = entry.offset
         self.entries = [entry]
-        self._rest = b""
+        self._unread = b""
         self._blocks = _decoded(file, compression, encoding, entry.place)
 
     def read(self, size: int) -> bytes:
         """Up to so many bytes, fewer only at the end. Raises OSError for a damaged file."""
-        pieces, length = [self._rest], len(self._rest)
+        pieces, length = [self._unread], len(self._unread)
         try:
-            while length < size and (found := next(self._blocks, None)) is not None:
-                block, place = found
+            while length < size and (entry := next(self._blocks, None)) is not None:
+                block, place = entry
                 if place is not None and self.offset + length >= self.entries[-1].offset + ENTRY_BYTES:
                     self.entries.append(Entry(self.offset + length, place))
                 pieces.append(block)
@@ -60,7 +60,7 @@ class RowStream:
         except (zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError) as error:
             raise OSError(f"damaged behind byte {self.offset + length} of its text: {error}") from error
         data = b"".join(pieces)
-        self._rest = data[size:]
+        self._unread = data[size:]
         self.offset += min(size, length)
         return data[:size]
 
@@ -94,10 +94,10 @@ def _decompressed(file: BinaryIO, compression: Compression, place: int) -> Itera
         yield b"", place
         decoder = _decoder(compression)
         while not decoder.eof:
-            block, rest = decoder.decompress(data, _DECODED_BYTES), decoder.unconsumed_tail
+            block, remaining = decoder.decompress(data, _DECODED_BYTES), decoder.unconsumed_tail
             if decoder.eof:
-                rest = decoder.unused_data
-            place, data = place + len(data) - len(rest), rest
+                remaining = decoder.unused_data
+            place, data = place + len(data) - len(remaining), remaining
             if block:
                 yield block, None
             if not (data or block or decoder.eof):
@@ -122,9 +122,9 @@ class _Zstd:
     def unused_data(self) -> bytes:
         return bytes(self._frame.unused_data) + self.unconsumed_tail
 
-    def decompress(self, data: bytes, most: int) -> bytes:
+    def decompress(self, data: bytes, max_bytes: int) -> bytes:
         """most: kept to as far as the last pieces foretell it; the decoder knows no bound of its own."""
-        taken = max(64, int(most / max(1.0, 4 * self._growth)))
+        taken = max(64, int(max_bytes / max(1.0, 4 * self._growth)))
         piece, self.unconsumed_tail = data[:taken], data[taken:]
         decoded = bytes(self._frame.decompress(piece)) if piece else b""
         if decoded:

@@ -68,7 +68,7 @@ class TableRows:
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._next_row = 0  # of the file, the first that _batches will give
-        self._rest: pa.RecordBatch | None = None  # rows just before _next_row, decoded but not asked for yet
+        self._pending: pa.RecordBatch | None = None  # rows just before _next_row, decoded but not asked for yet
 
     def values(self, first: int, num_rows: int) -> Iterator[dict[str, Any] | RowError]:
         """Rows [first, first + num_rows)."""
@@ -81,17 +81,17 @@ class TableRows:
     def _rows_from(self, row: int, stop: int) -> pa.RecordBatch:
         """Rows from `row` on, at least one, none at or after `stop`."""
         group = int(np.searchsorted(self._groups.ends, row, side="right"))
-        if group != self._group or row < self._next_row - (self._rest.num_rows if self._rest else 0):
-            self._group, self._rest = group, None
+        if group != self._group or row < self._next_row - (self._pending.num_rows if self._pending else 0):
+            self._group, self._pending = group, None
             self._next_row = int(self._groups.ends[group - 1]) if group else 0
             self._batches = self._groups.batches(group)
         while row >= self._next_row:
-            self._rest = self._next_batch()
-            self._next_row += self._rest.num_rows
-        assert self._rest is not None
-        ahead = self._rest.slice(self._rest.num_rows - (self._next_row - row))
+            self._pending = self._next_batch()
+            self._next_row += self._pending.num_rows
+        assert self._pending is not None
+        ahead = self._pending.slice(self._pending.num_rows - (self._next_row - row))
         taken = min(stop - row, BATCH_ROWS)
-        self._rest = ahead.slice(taken)
+        self._pending = ahead.slice(taken)
         return ahead.slice(0, taken)
 
     def _next_batch(self) -> pa.RecordBatch:

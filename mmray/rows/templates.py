@@ -171,8 +171,8 @@ class ChatTemplate:
     @functools.cached_property
     def variables(self) -> frozenset[str]:
         """The names that the template reads from outside: what `chat_template_kwargs` may set."""
-        found = meta.find_undeclared_variables(self._syntax) if self._syntax else set()
-        return frozenset(found) - {"raise_exception", "strftime_now", "namespace", "dict", "range"}
+        names = meta.find_undeclared_variables(self._syntax) if self._syntax else set()
+        return frozenset(names) - {"raise_exception", "strftime_now", "namespace", "dict", "range"}
 
     @functools.cached_property
     def _syntax(self) -> nodes.Template | None:
@@ -186,10 +186,10 @@ class ChatTemplate:
     def _words(self) -> dict[bool, re.Pattern[str]]:
         """What the template looks for in texts: `</think>`, `/nothink`. Plain words are mostly names of keys; with them
         (True) few conversations have the same form."""
-        found = {constant.strip() for constant in _looked_for(self._syntax)} if self._syntax else set()
-        found = (found | {"<think>", "</think>"}) - {""}
-        marked = {constant for constant in found if not constant.replace("_", "").isalnum()}
-        return {is_wide: _split_at(words) for is_wide, words in ((False, marked), (True, found))}
+        constants = {constant.strip() for constant in _looked_for(self._syntax)} if self._syntax else set()
+        constants = (constants | {"<think>", "</think>"}) - {""}
+        marked = {constant for constant in constants if not constant.replace("_", "").isalnum()}
+        return {is_wide: _split_at(words) for is_wide, words in ((False, marked), (True, constants))}
 
     @functools.cached_property
     def forms(self) -> Forms:
@@ -269,9 +269,9 @@ class ChatTemplate:
         masked = self._written(chat, key[1], masked=True)
         text, _ = self.template_text(masked.messages, chat)
         skeleton = skeleton_of(text, masked.marks)
-        there = {occurrence.leaf for occurrence in skeleton.occurrences}
-        missing = tuple(n for n, leaf in enumerate(masked.leaves) if leaf.is_required and n not in there)
-        runs, lost = _Turns(self, chat, masked, skeleton, text, key).found()
+        written_leaves = {occurrence.leaf for occurrence in skeleton.occurrences}
+        missing = tuple(n for n, leaf in enumerate(masked.leaves) if leaf.is_required and n not in written_leaves)
+        runs, lost = _Turns(self, chat, masked, skeleton, text, key).find()
         drops_tools = bool(chat.tools) and not self._writes_tools(masked, chat, text)
         return Plan(skeleton, runs, missing, lost, drops_tools)
 
@@ -286,7 +286,7 @@ class ChatTemplate:
         self._making = (chat, masked)
         return self._beginning(key[0][:count], key[1:])
 
-    def _make_beginning(self, keys: tuple[Any, ...], rest: tuple[Any, ...]) -> "Beginning | None":
+    def _make_beginning(self, keys: tuple[Any, ...], _other_keys: tuple[Any, ...]) -> "Beginning | None":
         assert self._making is not None
         (chat, masked), count = self._making, len(keys)
         try:
@@ -316,7 +316,7 @@ class ChatTemplate:
         except RowError:
             return PlainTurn("", "")
         skeleton = skeleton_of(text, masked.marks)
-        places = [n for n, each in enumerate(skeleton.occurrences) if each.leaf == 1]
+        places = [n for n, occurrence in enumerate(skeleton.occurrences) if occurrence.leaf == 1]
         if beginning is None or not places or beginning.prompt is None:
             return PlainTurn("", "")
         gap = _text_between(skeleton, masked.marks, places[0] - 1, places[0])
@@ -365,14 +365,14 @@ _LOOKS = (Look(True, False), Look(False, False), Look(True, True), Look(False, T
 def _messages_of(leaves: Sequence[Leaf], skeleton: Skeleton) -> list[int | None]:
     """The message of each occurrence. Of the name of a call only the first is of the message that calls: Gemma 4 writes
     it before the tool's answer, too."""
-    found: list[int | None] = []
+    messages: list[int | None] = []
     called: set[int] = set()
     for occurrence in skeleton.occurrences:
         leaf = leaves[occurrence.leaf]
-        found.append(None if occurrence.leaf in called else leaf.message)
+        messages.append(None if occurrence.leaf in called else leaf.message)
         if leaf.kind == "call name":
             called.add(occurrence.leaf)
-    return found
+    return messages
 
 
 class Beginning(NamedTuple):
@@ -404,7 +404,7 @@ class _Turns:
         self._message = _messages_of(masked.leaves, skeleton)
         self._anchors = [number for number, message in enumerate(self._message) if message is not None]
 
-    def found(self) -> tuple[tuple[Run, ...], tuple[int, ...]]:
+    def find(self) -> tuple[tuple[Run, ...], tuple[int, ...]]:
         """The runs in order, and the messages of the assistant whose turn was not found."""
         runs: list[Run] = []
         begun: set[int] = set()
@@ -438,13 +438,13 @@ class _Turns:
         if is_first:
             gap = _Gap(self.skeleton, self.masked.marks, before, first)
             start = gap.place(self._written_before(message, gap.text, before))
-        own = self._own_end(message, behind.text, after)
+        own_length = self._own_end(message, behind.text, after)
         match = self.template.ends.search(behind.text)
         if match is None:
-            specials = list(self.template.special_texts.finditer(behind.text, 0, own))
+            specials = list(self.template.special_texts.finditer(behind.text, 0, own_length))
             match = specials[-1] if specials else None
         if match is None:
-            return Run(message, start, behind.place(own), behind.place(own), first, last)
+            return Run(message, start, behind.place(own_length), behind.place(own_length), first, last)
         return Run(message, start, behind.place(match.start()), behind.place(match.end()), first, last)
 
     def _written_before(self, message: int, gap: str, before: int) -> int:
@@ -480,8 +480,8 @@ class _Turns:
         )
         if not gap.text.startswith(through.tail) or not through.tail.startswith(before.tail):
             return None
-        own = through.tail[len(before.tail) :]
-        begin = len(before.tail) + _prompt_length(before.prompt or "", own, self.template.plain_turn.header)
+        turn_text = through.tail[len(before.tail) :]
+        begin = len(before.tail) + _prompt_length(before.prompt or "", turn_text, self.template.plain_turn.header)
         match = self.template.ends.search(gap.text, begin)
         stop, ended = match.span() if match else (len(through.tail), len(through.tail))
         return Run(message, gap.place(begin), gap.place(stop), gap.place(ended), -1, -1)
@@ -579,10 +579,10 @@ def _looked_for(syntax: nodes.Template) -> Iterator[str]:
     for call in syntax.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr) and call.node.attr in _TEXT_METHODS:
             for argument in call.args:
-                yield from (each.value for each in _constants(argument))
+                yield from (constant.value for constant in _constants(argument))
     for compare in syntax.find_all(nodes.Compare):
         if any(operand.op in ("in", "notin") for operand in compare.ops):
-            yield from (each.value for each in _constants(compare.expr))
+            yield from (constant.value for constant in _constants(compare.expr))
 
 
 def _constants(node: nodes.Node) -> Iterator[nodes.Const]:

@@ -19,7 +19,7 @@ class TokenPlaces:
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
         self._bytes = _token_bytes(backend)
-        self._lengths = np.asarray([len(each) for each in self._bytes], dtype=np.int64)
+        self._lengths = np.asarray([len(token) for token in self._bytes], dtype=np.int64)
 
     def of(self, text: str, ids: np.ndarray, *, add_special_tokens: bool) -> "PlacedTokens":
         """The places of the tokens of a text. ids: int [n], as the tokenizer gave them."""
@@ -110,17 +110,17 @@ def _token_bytes(backend: Tokenizer) -> list[bytes]:
     added = backend.get_added_tokens_decoder()
     by_letter = _byte_letters()
     is_byte_level = "\u0120" in vocabulary  # how byte-level vocabularies write a space
-    found = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    token_bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, number in vocabulary.items():
         if number in added:
-            found[number] = added[number].content.encode()
+            token_bytes[number] = added[number].content.encode()
         elif is_byte_level:
-            found[number] = bytes(by_letter.get(letter, 0) for letter in token)
+            token_bytes[number] = bytes(by_letter.get(letter, 0) for letter in token)
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            found[number] = bytes([int(token[3:5], 16)])
+            token_bytes[number] = bytes([int(token[3:5], 16)])
         else:
-            found[number] = token.replace("\u2581", " ").encode()
-    return found
+            token_bytes[number] = token.replace("\u2581", " ").encode()
+    return token_bytes
 
 
 def _byte_letters() -> dict[str, int]:

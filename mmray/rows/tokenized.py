@@ -14,7 +14,7 @@ from mmray.rows.messages import missing_column
 from mmray.rows.settings import DatasetSettings
 
 
-def own_ids(value: dict[str, Any], dataset: DatasetSettings, vocabulary_size: int) -> np.ndarray:
+def row_token_ids(value: dict[str, Any], dataset: DatasetSettings, vocabulary_size: int) -> np.ndarray:
     """The row's ids, int32 [n]. Raises RowError for none, and for ids that the tokenizer lacks."""
     column = dataset.column("input_ids")
     if value.get(column) is None:
@@ -30,7 +30,7 @@ def own_ids(value: dict[str, Any], dataset: DatasetSettings, vocabulary_size: in
     return ids
 
 
-def own_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.ndarray) -> np.ndarray:
+def row_trained_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.ndarray) -> np.ndarray:
     """Which tokens train by the row's `sampled_mask` or its `labels`, bool [n].
 
     Raises RowError for a row with neither, and for one in which they disagree.
@@ -98,8 +98,8 @@ def image_blocks(
     return np.asarray(blocks, dtype=np.int32).reshape(-1, 2), total
 
 
-def _labelled(found: object, column: str, ids: np.ndarray) -> np.ndarray:
-    labels = _integers(found, column)
+def _labelled(entries: object, column: str, ids: np.ndarray) -> np.ndarray:
+    labels = _integers(entries, column)
     _check_length(column, len(labels), len(ids))
     labelled: np.ndarray = labels != IGNORE_INDEX
     wrong = np.flatnonzero(labelled & (labels != ids))
@@ -112,11 +112,11 @@ def _labelled(found: object, column: str, ids: np.ndarray) -> np.ndarray:
     return labelled
 
 
-def _flags(found: object, column: str, num_tokens: int) -> np.ndarray:
-    if not isinstance(found, list) or not all(isinstance(entry, int) and entry in (0, 1) for entry in found):
-        raise RowError("wrong_type", f"{column} must be a list of true and false (or 1 and 0), not {found!r:.60}")
-    _check_length(column, len(found), num_tokens)
-    return np.asarray(found, dtype=bool)
+def _flags(entries: object, column: str, num_tokens: int) -> np.ndarray:
+    if not isinstance(entries, list) or not all(isinstance(entry, int) and entry in (0, 1) for entry in entries):
+        raise RowError("wrong_type", f"{column} must be a list of true and false (or 1 and 0), not {entries!r:.60}")
+    _check_length(column, len(entries), num_tokens)
+    return np.asarray(entries, dtype=bool)
 
 
 def _check_length(column: str, length: int, num_tokens: int) -> None:
@@ -126,10 +126,10 @@ def _check_length(column: str, length: int, num_tokens: int) -> None:
         )
 
 
-def _integers(found: object, column: str) -> np.ndarray:
-    if not isinstance(found, list) or not all(type(entry) is int for entry in found):
-        raise RowError("wrong_type", f"{column} must be a list of integers, not {found!r:.60}")
+def _integers(entries: object, column: str) -> np.ndarray:
+    if not isinstance(entries, list) or not all(type(entry) is int for entry in entries):
+        raise RowError("wrong_type", f"{column} must be a list of integers, not {entries!r:.60}")
     try:
-        return np.asarray(found, dtype=np.int32)
+        return np.asarray(entries, dtype=np.int32)
     except OverflowError as error:
         raise RowError("wrong_type", f"{column} holds a number that is no token id: {one_line(error)}") from error

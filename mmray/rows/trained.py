@@ -93,30 +93,30 @@ def _taken_out(rendered: RenderedChat, run: Run, setting: RoleLoss, span: Span, 
         return
     places = range(run.first, run.last + 1)
     leaves = [rendered.leaves[rendered.plan.skeleton.occurrences[place].leaf] for place in places]
-    own = [(leaf, rendered.span(place)) for leaf, place in zip(leaves, places) if leaf.message == run.message]
+    own_texts = [(leaf, rendered.span(place)) for leaf, place in zip(leaves, places) if leaf.message == run.message]
     message = rendered.chat.messages[run.message]
-    for leaf, letters in own:
+    for leaf, letters in own_texts:
         is_part = leaf.kind in ("content", "thought") and leaf.part < len(message.parts)
         is_part = is_part and not (leaf.kind == "thought" and message.thought)
         if is_part and message.parts[leaf.part].trains is False:
             yield letters
-    thinks = [letters for leaf, letters in own if leaf.kind == "thought"]
+    thinks = [letters for leaf, letters in own_texts if leaf.kind == "thought"]
     if message.role != SAMPLED_ROLE:
-        yield from _between(own, span)
+        yield from _between(own_texts, span)
     elif thinks and (setting.reasoning == "none" or (setting.reasoning == "last" and not is_last)):
-        spoken = [letters for leaf, letters in own if leaf.kind != "thought"]
+        spoken = [letters for leaf, letters in own_texts if leaf.kind != "thought"]
         behind = next((start for start, _ in spoken if start > thinks[-1][0]), None)
-        yield (span[0] if thinks[0] == own[0][1] else thinks[0][0], thinks[-1][1] if behind is None else behind)
+        yield (span[0] if thinks[0] == own_texts[0][1] else thinks[0][0], thinks[-1][1] if behind is None else behind)
     elif not thinks and not setting.train_empty_thoughts:
-        match = _EMPTY_THOUGHT.match(rendered.text, span[0], own[0][1][0])
+        match = _EMPTY_THOUGHT.match(rendered.text, span[0], own_texts[0][1][0])
         if match:
             yield match.span()
 
 
-def _between(own: Sequence[tuple[object, Span]], span: Span) -> Iterator[Span]:
+def _between(texts: Sequence[tuple[object, Span]], span: Span) -> Iterator[Span]:
     """What a template writes between the texts of a message that is not the assistant's."""
     read = span[0]
-    for _, (start, stop) in own:
+    for _, (start, stop) in texts:
         if start > read:
             yield (read, start)
         read = stop

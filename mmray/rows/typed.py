@@ -38,7 +38,7 @@ class TypedMarkers:
         patterns = [_BLANKS.join(map(re.escape, text.split())) for text in longest_first]
         self._typed = re.compile("|".join(patterns) or r"(?!)")
 
-    def found(self, parts: Sequence[Part]) -> list[str]:
+    def markers_in(self, parts: Sequence[Part]) -> list[str]:
         """The markers typed in a message's content."""
         return [match.group() for match in self._typed.finditer(_joined(parts))]
 
@@ -57,11 +57,19 @@ class TypedMarkers:
 
         text, blanked: as the tokenizer gets them; typed: (where, marker), what was blanked.
         """
-        found, expected = self._places(text), self._places(blanked)
-        if found == expected:
+        turns, expected_turns = self._places(text), self._places(blanked)
+        if turns == expected_turns:
             return
-        begun = [text[start:] for _, start, _ in found if start not in {place for _, place, _ in expected}]
-        where, marker = next((each for each in typed for rest in begun if rest.lstrip().startswith(each[1])), typed[0])
+        begun = [text[start:] for _, start, _ in turns if start not in {place for _, place, _ in expected_turns}]
+        where, marker = next(
+            (
+                typed_marker
+                for typed_marker in typed
+                for text_onward in begun
+                if text_onward.lstrip().startswith(typed_marker[1])
+            ),
+            typed[0],
+        )
         raise RowError(
             "special_token_in_text",
             f"{where} holds {marker!r}, by which the turns of a chat are found: the row would be read as other turns "

@@ -91,7 +91,7 @@ class _Row:
         """Those whose endings are among `members`; () for all."""
         if not members:
             return self.members
-        return {name: each for name, each in self.members.items() if any(is_member(name, one) for one in members)}
+        return {name: member for name, member in self.members.items() if any(is_member(name, one) for one in members)}
 
 
 def is_member(ending: str, pattern: str) -> bool:
@@ -99,14 +99,14 @@ def is_member(ending: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(ending.lower(), pattern.lower())
 
 
-def index_shard(file: BinaryIO, size: int, most: int | None = None) -> ShardIndex:
+def index_shard(file: BinaryIO, size: int, max_rows: int | None = None) -> ShardIndex:
     """Where the rows of a shard are, from one pass over its headers. size: bytes of the shard; most: of so many rows,
     the first; None: of all."""
     starts: list[int] = []
     numbers: dict[str, list[int]] = {}
     endings: set[str] = set()
     for row in _rows(file, 0, size):
-        if len(starts) == most:
+        if len(starts) == max_rows:
             size = row.start
             break
         numbers.setdefault(row.key, []).append(len(starts))
@@ -242,9 +242,11 @@ def _only(members: dict[str, tarfile.TarInfo], ending: str, rules: ShardRules) -
 
 def _images(members: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
     """The images, as they follow one another: by number where all have one, else as in the shard."""
-    images = {ending: each for ending, each in members.items() if ending.lower().rpartition(".")[2] in IMAGE_ENDINGS}
-    found = [_NUMBERED.fullmatch(ending) for ending in images]
-    numbered = [match for match in found if match]
+    images = {
+        ending: member for ending, member in members.items() if ending.lower().rpartition(".")[2] in IMAGE_ENDINGS
+    }
+    matches = [_NUMBERED.fullmatch(ending) for ending in images]
+    numbered = [match for match in matches if match]
     numbers = [int(match["number"]) for match in numbered]
     if numbers == sorted(numbers):
         return images
@@ -276,7 +278,7 @@ def _image_refs(members: dict[str, tarfile.TarInfo], uri: str, named: object) ->
             refs |= dict.fromkeys((ending, name, member.name), ref)
     if named is None:
         return [refs[ending] for ending in _images(members)]
-    return [refs.get(each, each) if isinstance(each, str) else each for each in named]
+    return [refs.get(entry, entry) if isinstance(entry, str) else entry for entry in named]
 
 
 def _text(member: tarfile.TarInfo, file: BinaryIO) -> str:
