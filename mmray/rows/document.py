@@ -1,8 +1,8 @@
-"""From a row as a user wrote it to text with one placeholder unit per image, and the list of its images.
+"""Rows as a user wrote them to text with one placeholder unit per image, and the list of their images.
 
-Both kinds of rows with text end in the same form: a `Document` whose text is ready for the tokenizer except that
-images are still single units. What a user typed is never structure: the family's special tokens inside the text of a
-row are refused, placeholders in the parts of a message too. Of a chat the document knows which letters are whose
+Both kinds of rows with text become a `Document`, whose text is ready for the tokenizer except that images are still
+single units. Typed text is never structure: the family's special tokens inside the text of a row are refused, and so
+are placeholders in the parts of a message. A chat's document records which letters belong to which message
 (`mmray.rows.templates`), and a chat of which the template leaves something out is refused. Where turns are found by
 plain text, a row that holds some of it is rendered twice (`TypedMarkers`).
 """
@@ -23,14 +23,19 @@ from mmray.rows.templates import ChatTemplate, RenderedChat
 from mmray.rows.typed import TypedMarkers
 
 DROPPED_THOUGHTS = "dropped_reasoning"
-"""The note of a row of which the template leaves thoughts out (`allow_dropped`)."""
+"""The note on a row whose thoughts the template leaves out (`allow_dropped`)."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A row before tokenising. add_special_tokens: as the processor would for this text; rendered: of a chat, whose
-    text is whose; typed: (message, marker), markers of turns that stand in messages; blanked: the text without them;
-    notes: what the template left out and was let pass."""
+    """A row before tokenising.
+
+    add_special_tokens: whether the processor would add special tokens to this text.
+    rendered: for a chat, the text that belongs to each message.
+    typed: (message, marker) of the turn markers that stand in messages.
+    blanked: the text without these markers.
+    notes: what the template left out where that is allowed.
+    """
 
     id: str
     text: str
@@ -41,11 +46,11 @@ class Document:
     blanked: str = ""
     notes: tuple[str, ...] = ()
     ends: bool = False
-    """It was written with the end of a document behind it, which the text no longer holds."""
+    """Whether the row was written with an end of document, which is removed from the text."""
 
     @property
     def is_answered(self) -> bool:
-        """The last message is the assistant's."""
+        """Whether the last message is the assistant's."""
         return self.rendered is not None and self.rendered.chat.messages[-1].role == SAMPLED_ROLE
 
 
@@ -57,12 +62,13 @@ class DocumentReader:
         template: ChatTemplate | None = None, *, opens_answer: bool = False,
         with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
     ) -> None:  # fmt: skip
-        """markers: by which the turns of chat rows will be found; None: they are not looked for. template: the
-        family's; made anew without it. opens_answer: chats end where the model is to answer, with what its template
-        writes before that. with_pages: gives the images of a row, where each page or frame that it names is one.
+        """Raises UserError for chat rows that the model cannot use (`check_chats`), and for `chat_template_kwargs`
+        that the chat template does not read.
 
-        Raises UserError for chat rows that the model has no use for (`check_chats`), and for variables of the set that
-        the chat template does not read.
+        markers: the texts by which the turns of chat rows will be found; None: they are not searched for.
+        template: the family's chat template; None: it is built here.
+        opens_answer: whether chats end with the generation prompt.
+        with_pages: expands the images of a row to one image for each page or frame that they name.
         """
         check_chats(dataset, family)
         self.dataset = dataset
@@ -90,7 +96,7 @@ class DocumentReader:
         self._end = str(end) if dataset.kind == "pretrain" and end else ""
 
     def read(self, value: dict[str, Any], source: str) -> Document:
-        """The row as a document. Raises RowError with the field, the value and the remedy."""
+        """Reads a row as a document. Raises RowError with the field, the value and the remedy."""
         images = self._with_pages(image_refs(value, source, self.dataset))
         row_id = self.row_id(value, source)
         if self.dataset.kind == "chat":
@@ -102,8 +108,8 @@ class DocumentReader:
         return Document(row_id, text, images, add_special_tokens=True, ends=ends)
 
     def _documents(self, text: str) -> tuple[str, int, bool]:
-        """The text of a `pretrain` row, its images, and whether it ends with the end of a document, which it then
-        does not hold: it is appended once, whoever wrote it."""
+        """Returns the text of a `pretrain` row, its number of placeholders, and whether it ended with an end of
+        document. That end is removed from the text and appended once later, whoever wrote it."""
         join, end = self.dataset.join_documents, self._end
         written = text.rstrip()
         closing = next((mark for mark in (join, end) if mark and written.endswith(mark)), "")
@@ -115,13 +121,13 @@ class DocumentReader:
         return end.join(piece for piece, _ in pieces), sum(count for _, count in pieces), bool(closing)
 
     def _plain(self, text: str) -> str:
-        """A text as it may be read: the model's own token for an image as its words (`own_token_text`)."""
+        """Replaces the model's image token in a text by plain words (`own_token_text`)."""
         plain = self.dataset.own_token_text
         return text if plain is None else text.replace(self.family.placeholder, plain)
 
     @property
     def _remedy(self) -> str:
-        """What to do where a text speaks of the placeholder."""
+        """The remedy where a text only mentions the placeholder."""
         if self.dataset.placeholder in (self.family.placeholder, self.family.placeholder_unit):
             return f"where a text only speaks of {self.family.placeholder!r}, set the set's own_token_text"
         return (
@@ -132,7 +138,7 @@ class DocumentReader:
     # ---------------------------------------------------------------- fields
 
     def row_id(self, value: dict[str, Any], source: str) -> str:
-        """The row's id; its source position when it has none."""
+        """Returns the row's id, or its source position when it has none."""
         id_value = value.get(self.dataset.column("id"))
         if not has_id(id_value):
             return source
@@ -155,7 +161,7 @@ class DocumentReader:
     # ---------------------------------------------------------------- text
 
     def _units(self, text: str, where: str) -> tuple[str, int]:
-        """The text with every placeholder as the family's unit, and their number."""
+        """Returns the text with every placeholder replaced by the family's unit, and the number of placeholders."""
         pieces = self._placeholders.split(self._plain(text))
         for piece in pieces:
             self._refuse_special(piece, where)
@@ -189,7 +195,7 @@ class DocumentReader:
         return Document(row_id, rendered.text, images, not begins, rendered, typed, blanked, notes)
 
     def _picture(self, entry: object, root: str) -> ImageRef:
-        """The picture that a part of a message names. Raises RowError where it names several."""
+        """Returns the picture that a part of a message names. Raises RowError where it names several."""
         pages = self._with_pages((image_ref(entry, root),))
         if len(pages) != 1:
             raise RowError(
@@ -198,7 +204,7 @@ class DocumentReader:
         return pages[0]
 
     def _check_written(self, rendered: RenderedChat) -> tuple[str, ...]:
-        """The notes of a chat. Raises RowError unless the template writes everything that it says."""
+        """Returns the notes on a chat. Raises RowError unless the template writes everything that the chat says."""
         plan, notes = rendered.plan, set()
         for number in plan.missing:
             leaf = rendered.leaves[number]
@@ -227,7 +233,7 @@ class DocumentReader:
         return tuple(notes)
 
     def _typed(self, chat: Chat) -> tuple[tuple[tuple[str, str], ...], str]:
-        """Markers of turns that stand in messages, and the text without them."""
+        """Returns the turn markers that stand in messages, and the text without them."""
         if self._markers is None:
             return (), ""
         typed_markers = [
@@ -245,7 +251,7 @@ class DocumentReader:
 
 
 def check_chats(dataset: DatasetSettings, family: Family) -> None:
-    """Raise UserError for chat rows and a processor without a chat template, or a model without chats."""
+    """Raises UserError for chat rows where the processor has no chat template or the model knows no chats."""
     if dataset.kind == "chat" and family.has_prompt:
         raise UserError(
             f"{type(family.processor).__name__} knows no chats, only a prompt and its answer; make rows of kind "
@@ -262,7 +268,9 @@ _ALWAYS_THERE = frozenset({"messages", "tools", "add_generation_prompt", "bos_to
 
 
 def check_image_count(placeholders: int, images: int, remedy: str = "") -> None:
-    """Raise RowError unless the row has one image for each placeholder. remedy: where there are too many."""
+    """Raises RowError unless the row has one image for each placeholder. remedy: what to do about too many
+    placeholders."""
+
     if placeholders != images:
         more = f"; {remedy}" if remedy and placeholders > images else ""
         raise RowError(
