@@ -290,7 +290,7 @@ class Encoder:
         return TokenPlaces(self._backend)
 
     def _chat_tokens(self, item: _Pending, ids: np.ndarray) -> tuple[LossRule, np.ndarray, np.ndarray]:
-        """Returns a chat's LossRule, its mask of trained tokens, and the message of each token, int32 [n] (-1: none)."""
+        """Returns a chat's LossRule, its mask of trained tokens and each token's message, int32 [n] (-1: none)."""
         labels, spans = self._chats[item.row.dataset], item.spans
         assert labels is not None
         assert spans is not None
