@@ -1,9 +1,9 @@
-"""From the files a user names to windows and chunks of rows: the plan of a prepare.
+"""Plans a prepare: from the files that a user names to windows and chunks of rows.
 
-A *piece* is a range of rows of one file, a *chunk* the rows one actor call encodes, a *window* the chunks that are
-packed together. The plan is a pure function of the files, so the same input gives the same windows whatever the
-number of actors. JSONL files are read through once here for their line breaks (about 1 GB/s), shards for their headers;
-every later reader seeks to its bytes.
+A *piece* is a range of rows of one file, a *chunk* the rows that one actor call encodes, a *window* the chunks that are
+packed at once. The plan is a pure function of the files, so the same input gives the same windows whatever the number
+of actors. JSONL files are read through once here for their line breaks (about 1 GB/s), shards for their headers; every
+later reader seeks to its bytes.
 """
 
 import bisect
@@ -37,8 +37,13 @@ REFUSED_ENDINGS = (".tar.gz", ".tar.zst", ".tgz", ".bz2", ".xz", ".zip")
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a file are read. form: None before the file was opened; columns: of tables, those that are used,
-    () for all; header: of CSV and TSV; shard: what members of a shard become."""
+    """Says how the rows of a file are read.
+
+    form: what the file is; None before it was opened.
+    columns: the columns of a table that are used; () for all.
+    header: the names of columns of CSV and TSV.
+    shard: the fields that the members of a shard become.
+    """
 
     form: Form | None = None
     columns: tuple[str, ...] = ()
@@ -51,8 +56,12 @@ UNOPENED = Reading()
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One row file. format: by its name or, with is_declared, by the job; size: in bytes; version: modification time or
-    etag, what tells a replaced file from the one prepared."""
+    """One row file.
+
+    format: the format by its name or, with is_declared, by the job.
+    size: the size in bytes; for a saved dataset, the number of rows.
+    version: the modification time or etag, by which a replaced file is recognised.
+    """
 
     dataset: int
     uri: str
@@ -65,8 +74,13 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [first_row, first_row + num_rows) of a file; those of text and shards start in bytes [start, stop) of it, of
-    a compressed file of its text. entry: where to enter such a text; refused: rows of a shard that are none."""
+    """Rows [first_row, first_row + num_rows) of a file.
+
+    start, stop: the bytes [start, stop) in which rows of text and shards start; for a compressed file, bytes of its
+        text.
+    entry: the place at which to enter the text of a compressed file.
+    refused: the rows of a shard that are rejected, because their key stands in several places.
+    """
 
     dataset: int
     uri: str
@@ -82,8 +96,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """What one pass over a file finds. starts: of each row, and the end, int64 [rows + 1]; entries: of a text that
-    cannot be entered everywhere; refused: rows of a shard that are none; endings: of a shard's members."""
+    """The result of one pass over a file.
+
+    starts: where each row starts, and the end, int64 [rows + 1].
+    entries: the places at which a text can be entered that cannot be entered everywhere.
+    refused: the rows of a shard that are rejected, because their key stands in several places.
+    endings: the endings of a shard's members.
+    """
 
     file: SourceFile
     format: str
@@ -98,7 +117,7 @@ class RowIndex:
         return len(self.starts) - 1
 
     def piece(self, row: int, num_rows: int) -> Piece:
-        """Rows [row, row + num_rows)."""
+        """Returns the piece of rows [row, row + num_rows)."""
         start, stop = int(self.starts[row]), int(self.starts[row + num_rows])
         entry = BEGINNING
         if self.entries:
@@ -112,8 +131,11 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One call of the encoder. first_row: position of its first row in the whole input; verify, duplicates: positions
-    of rows, as for `Encoder.encode`."""
+    """The rows of one call of the encoder.
+
+    first_row: the position of its first row in the whole input.
+    verify, duplicates: positions of rows, as for `Encoder.encode`.
+    """
 
     window: int
     index: int
@@ -128,7 +150,7 @@ class Chunk:
 
 
 def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
-    """The files of all data sets, in order. Raises UserError for a name that matches nothing."""
+    """Lists the files of all data sets, in order. Raises UserError for a name that matches nothing."""
     files = []
     for number, dataset in enumerate(datasets):
         for pattern in dataset.files:
@@ -140,13 +162,13 @@ def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
 
 
 def set_files(files: Sequence[SourceFile], num_sets: int) -> list[int]:
-    """How many files each data set has."""
+    """Counts the files of each data set."""
     counts = Counter(file.dataset for file in files)
     return [counts[number] for number in range(num_sets)]
 
 
 def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSettings]) -> None:
-    """Raise UserError when the files are no longer those that `source_files` found: rows may have been read of both."""
+    """Raises UserError when the files have changed since `source_files`: rows may come from old and new ones."""
     before, now = (dict.fromkeys(listing) for listing in (files, source_files(datasets)))
     changed = [file.uri for file in files if file not in now] or [file.uri for file in now if file not in before]
     if changed:
@@ -252,14 +274,17 @@ def _check_members(indexed: Sequence[RowIndex]) -> None:
 
 
 def first_piece(file: SourceFile, num_rows: int) -> Piece:
-    """The first rows of a file, up to num_rows with blank lines among them; no more of it is read than holds them."""
+    """Returns the piece of the first num_rows rows of a file, blank lines included, without reading further."""
     index = index_rows(file, num_rows)
     return index.piece(0, index.num_rows)
 
 
 @contextmanager
 def opened_rows(file: SourceFile) -> Iterator[tuple[BinaryIO, Form]]:
-    """A row file to read, and what it is. Raises UserError where it is not what its format says, or cannot be read."""
+    """Opens a row file; yields the file and its form.
+
+    Raises UserError where the file is not of its format, or cannot be read.
+    """
     form = Form(file.format)
     try:
         system, path = file_system(file.uri)
@@ -273,7 +298,8 @@ def opened_rows(file: SourceFile) -> Iterator[tuple[BinaryIO, Form]]:
 
 
 def index_rows(file: SourceFile, max_rows: int | None = None) -> RowIndex:
-    """Where the rows of a file are. most: of so many rows, the first; None: of all. Raises as `opened_rows`."""
+    """Finds where the rows of a file start. max_rows: how many rows to find; None: all. Raises what `opened_rows`
+    raises."""
     if file.format == "huggingface":
         return RowIndex(file, file.format, file.reading, _numbers(file.size, max_rows))
     with opened_rows(file) as (opened, form):

@@ -1,9 +1,9 @@
-"""From a row of chat as people write it to one form of conversation: every key is known, honoured or refused.
+"""Reads chat rows in the forms that people use into one form of conversation; every key is used or refused.
 
-Known are the forms of the field: OpenAI's messages (parts, tool calls, names, weights), ShareGPT's conversations (its
-`system` and `tools` columns, `function_call` and `observation`), the thoughts of thinking models. A null is an absent
-key, since a Parquet struct has all keys in every row. What a key says that mmray does not know, a template might have
-written: such a row is refused, unless its set lists the key under `ignore_message_keys`.
+The known forms are OpenAI's messages (parts, tool calls, names, weights), ShareGPT's conversations (with the `system`
+and `tools` columns, `function_call` and `observation`), and the thoughts of thinking models. A null is an absent key,
+since a Parquet struct has all keys in every row. A key that mmray does not know might matter to a template, so such a
+row is refused, unless its data set lists the key under `ignore_message_keys`.
 """
 
 import difflib
@@ -31,13 +31,13 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-"""The roles of templates by the names that rows have for them, in small letters."""
+"""The role of templates for each name that rows use, in lower case."""
 
 FLAGS = ("train", "weight", "loss", "training")
-"""Keys of a message, or of a part, that say whether it trains: of axolotl (two), OpenAI, ms-swift."""
+"""Keys of a message, or of a part, that say whether it is trained on: of axolotl (two), OpenAI, ms-swift."""
 
 _HARMLESS = frozenset({"id", "message_id", "uuid", "parent_id", "name", "timestamp", "created_at", "refusal", "audio"})
-"""Keys that say nothing of the text: who spoke, when, under which number. The last two only where they are null."""
+"""Keys that do not affect the text: who spoke, when, under which number; the last two only where they are null."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _MESSAGE_KEYS = (
     "role", "from", "content", "value", *_THOUGHTS, "tool_calls", "function_call", "tool_call_id", *FLAGS,
@@ -51,8 +51,12 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a message's content. picture: of an image, as the part itself names it: None where it does not, a
-    number where it points into the row's images; trains: what its flag says."""
+    """A part of a message's content.
+
+    text: its text; None for an image.
+    picture: the image that the part names; None where it names none, a number where it refers to the row's images.
+    trains: whether the part is trained on by its flag; None without a flag.
+    """
 
     text: str | None
     picture: ImageRef | int | None = None
@@ -65,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call. arguments: an object, its strings and numbers as written."""
+    """A tool call. arguments: an object with strings and numbers as written."""
 
     id: str | None
     name: str
@@ -74,8 +78,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Message:
-    """One message. parts: of its content; is_text: it was written as one string without placeholders; trains: what its
-    flag says; extra: `name` and `tool_call_id`."""
+    """One message.
+
+    parts: the parts of its content.
+    is_text: whether the content was written as one string without placeholders.
+    thought: the text of its reasoning.
+    trains: whether the message is trained on by its flag; None without a flag.
+    extra: its `name` and `tool_call_id`.
+    """
 
     role: str
     parts: tuple[Part, ...]
@@ -87,13 +97,13 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The text of its content."""
+        """The text of the message's content, without images."""
         return "".join(part.text for part in self.parts if part.text is not None)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, ready for a chat template. options: variables of the template."""
+    """A conversation, ready for a chat template. options: values for variables of the template."""
 
     messages: tuple[Message, ...]
     tools: tuple[JSON, ...] = ()
@@ -101,26 +111,31 @@ class Chat:
 
     @property
     def pictures(self) -> list[ImageRef | int | None]:
-        """Of each image part, in order."""
+        """The picture of each image part, in order."""
         return [part.picture for message in self.messages for part in message.parts if part.is_image]
 
 
 class MessageReader:
-    """Reads the chats of one set of rows."""
+    """Reads the chats of one data set."""
 
     def __init__(
         self, dataset: DatasetSettings, placeholders: re.Pattern[str], refuse_special: Callable[[str, str], None],
         plain: Callable[[str], str],
     ) -> None:  # fmt: skip
-        """placeholders: texts that stand for an image; refuse_special(text, where): raises for structure in a text;
-        plain: a text as it may be read."""
+        """placeholders: matches the texts that stand for an image.
+        refuse_special: called with a text and where it stands; raises RowError for structure tokens in the text.
+        plain: replaces the model's image token in a text by plain words.
+        """
         self.dataset, self._plain = dataset, plain
         self._placeholders, self._refuse_special = placeholders, refuse_special
         self._roles: dict[str, str] = ROLES | {alias.lower(): role for alias, role in dataset.roles.items()}
         self._ignored = frozenset(dataset.ignore_message_keys)
 
     def read(self, value: Mapping[str, Any], to_image: Callable[[object], ImageRef]) -> Chat:
-        """The conversation of a row. to_image: what an image part names, as `image_ref`. Raises RowError."""
+        """Reads the conversation of a row. to_image: reads the image that a part names, as `image_ref`.
+
+        Raises RowError with the field, the value and the remedy.
+        """
         column, raw_messages = self._conversation(value)
         messages = [self._message(message, f"message {n}", to_image) for n, message in enumerate(raw_messages)]
         if system := self._system(value):
@@ -138,7 +153,7 @@ class MessageReader:
     # ---------------------------------------------------------------- columns
 
     def _conversation(self, value: Mapping[str, Any]) -> tuple[str, list[Any]]:
-        """The column of the messages, and what it holds."""
+        """Returns the name of the column that holds the messages, and its value."""
         names = [self.dataset.column(field) for field in ("messages", "conversations")]
         present_columns = [name for name in dict.fromkeys(names) if value.get(name) is not None]
         chosen = [name for name in present_columns if name in self.dataset.columns.values()]
@@ -228,7 +243,7 @@ class MessageReader:
         return Message(role, parts, is_text, thought, calls, trains, tuple(extra))
 
     def _known(self, value: JSON, known: Collection[str], where: str) -> JSON:
-        """The keys that say something. Raises RowError for one that is not known."""
+        """Returns the keys that are neither null nor ignored. Raises RowError for an unknown one."""
         named = {key: entry for key, entry in value.items() if entry is not None and key not in self._ignored}
         for key in named:
             if key not in known or key in ("refusal", "audio"):
@@ -309,7 +324,7 @@ class MessageReader:
         return Call(number, name, arguments)
 
     def _calls_of_text(self, content: object, where: str) -> tuple[Call, ...]:
-        """Of ShareGPT's `function_call`: one call or several, as JSON."""
+        """Reads the calls of ShareGPT's `function_call`: one call or several, as JSON."""
         parsed = _parsed(content, where) if isinstance(content, str) else content
         calls = parsed if isinstance(parsed, list) else [parsed]
         if not calls:
@@ -321,7 +336,7 @@ class MessageReader:
     def _content(
         self, content: object, where: str, to_image: Callable[[object], ImageRef]
     ) -> tuple[tuple[Part, ...], bool]:
-        """The parts of a content, and whether it was one string without placeholders."""
+        """Returns the parts of a content, and whether it was one string without placeholders."""
         if isinstance(content, str):
             pieces = self._placeholders.split(self._plain(content))
             parts: list[Part] = []
@@ -355,12 +370,12 @@ class MessageReader:
                 raise RowError(
                     "wrong_type", f"{where}: an image part has a text, {named['text']!r:.60}; make it a part"
                 )
-            _flag(named, f"{where}: an image part")  # pictures never train
+            _flag(named, f"{where}: an image part")  # images are never trained on
             return Part(None, self._picture(named, where, to_image))
         raise RowError("wrong_type", f"{where}: a part must be of type 'text' or 'image', not {part!r:.80}")
 
     def _picture(self, named: JSON, where: str, to_image: Callable[[object], ImageRef]) -> ImageRef | int | None:
-        """What an image part says its picture is."""
+        """Returns the picture that an image part names, as in `Part.picture`."""
         names = [named[key] for key in _IMAGE_KEYS if key in named]
         entries = [name.get("url") if isinstance(name, dict) and "url" in name else name for name in names]
         pictures = [to_image(entry) for entry in entries]
@@ -375,9 +390,9 @@ class MessageReader:
 
 
 def placed_images(chat: Chat, images: Sequence[ImageRef], column: str) -> tuple[ImageRef, ...]:
-    """The pictures of a chat's image parts, in their order. images: of the row's column.
+    """Returns the pictures of a chat's image parts, in their order. images: those of the row's column.
 
-    Raises RowError where a part names another picture than the column, or a place that the column does not have.
+    Raises RowError where a part names another picture than the column, or an index that the column does not have.
     """
     pictures = chat.pictures
     for picture in pictures:
@@ -410,13 +425,13 @@ def _shown(image: ImageRef) -> str:
 
 
 def missing_column(column: str, value: Mapping[str, Any]) -> RowError:
-    """The error of a row without a column, with the fields that it has."""
+    """Builds the error of a row that lacks a column, with the fields that it has."""
     fields = ", ".join(map(repr, value)) or "none"
     return RowError("missing_column", f"the row has no {column}; its fields are {fields:.200}; see data: columns")
 
 
 def without_nulls(value: Any) -> Any:
-    """Without keys that are null, at any depth: a Parquet struct fills in every key that some row has."""
+    """Removes keys that are null, at any depth: a Parquet struct fills in every key that some row has."""
     if isinstance(value, dict):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list):
@@ -432,7 +447,10 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _one_of(named: JSON, keys: Sequence[str], where: str) -> Any:
-    """What the first of some keys of one meaning says. Raises RowError where two say different things."""
+    """Returns the value of the first present key among keys of one meaning; None where all are absent.
+
+    Raises RowError where two of them differ.
+    """
     present_keys = [key for key in keys if key in named]
     for key in present_keys[1:]:
         if named[key] != named[present_keys[0]]:
@@ -441,7 +459,8 @@ def _one_of(named: JSON, keys: Sequence[str], where: str) -> Any:
 
 
 def _flag(named: JSON, where: str) -> bool | None:
-    """Whether a message trains by its own flag; None without one."""
+    """Returns whether a message is trained on by its flag; None without a flag. Raises RowError for a bad flag."""
+
     flags = [(key, named[key]) for key in FLAGS if key in named]
     for key, value in flags:
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
