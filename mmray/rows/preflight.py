@@ -1,8 +1,8 @@
-"""The first rows of each set of rows, encoded before any actor starts.
+"""Checks the first rows of each data set before any actor starts.
 
-They show what hours of training would not: a marker that stands nowhere, a template that marks nothing, a set of rows
-of which no token trains. Only a few rows are read, so that a mistake costs seconds; a rare role may be missing there
-by chance, and the message says what was looked at.
+They reveal what hours of training would not: a marker that is never found, a template that marks nothing, a data set of
+which no token is trained on. Only a few rows are read, so that a mistake costs seconds; a rare role may be missing from
+them by chance, so the message says how many rows were examined.
 """
 
 import logging
@@ -35,19 +35,22 @@ log = logging.getLogger("mmray")
 def check_first_rows(
     encoder: Encoder, job_labels: LabelMaker, pieces: Sequence[Piece], *, split: str, some_good: bool = False
 ) -> list[LossSource]:
-    """Log for each set of rows what its loss comes from; returns these sources in order.
+    """Checks the first rows of each data set and logs the source of its loss; returns these sources in order.
 
-    job_labels: by the job's `loss`; pieces: of all rows, in order; split: `train` or `eval`. Raises UserError, with the
-    beginning of a row as the tokenizer reads it, for a set whose first rows lack the markers of a role to train, or
-    train no token, and for one that names a column they do not have. A set whose first rows are all bad is an
-    error with some_good, and is not judged without.
+    job_labels: the label maker of the job's `loss`.
+    pieces: the pieces of all rows, in order.
+    split: `train` or `eval`.
+    some_good: whether a data set whose first rows are all rejected is an error; otherwise it is not checked.
+
+    Raises UserError, with the beginning of a row as the tokenizer reads it, for a data set whose first rows lack the
+    markers of a role to train on, or have no token to train on, and for one that names a column they do not have.
     """
     for number, (dataset, source) in enumerate(zip(encoder.datasets, encoder.sources, strict=True)):
         name = set_name(split, number, dataset)
         rows = first_rows(pieces, number)
         if some_good:
             SetRows.of(encoder.encode(rows, compare=False)).check_some_good(name)
-        # First without the rows' messages: what is wrong with boundaries is wrong with every row.
+        # Without comparing rows with their messages: wrong boundaries are wrong in every row.
         samples = [row for row in encoder.encode(rows, compare=False) if isinstance(row, Sample)]
         check_columns(name, dataset, rows, samples)
         labels = job_labels if dataset.loss is None else label_maker(dataset.loss, encoder.family)
@@ -69,7 +72,7 @@ def check_first_rows(
 
 
 def check_columns(name: str, dataset: DatasetSettings, rows: Sequence[RawRow], samples: Sequence[Sample]) -> None:
-    """Raise UserError for a set that names a column which none of its first rows has (`mmray.rows.columns`)."""
+    """Raises UserError for a data set that names a column which none of its first rows has (`mmray.rows.columns`)."""
     values = [row.value for row in rows if isinstance(row.value, dict)]
     present_columns = {column for value in values for column in watched_columns(value, dataset)}
     images = sum(len(sample.images) for sample in samples)
@@ -79,18 +82,18 @@ def check_columns(name: str, dataset: DatasetSettings, rows: Sequence[RawRow], s
 
 
 def set_name(split: str, number: int, dataset: DatasetSettings) -> str:
-    """What messages call a set of rows: `data.train[0] (chat)`."""
+    """Returns the name of a data set in messages: `data.train[0] (chat)`."""
     return f"data.{split}[{number}] ({dataset.kind})"
 
 
 def first_rows(pieces: Iterable[Piece], dataset: int) -> list[RawRow]:
-    """The first rows of one set of rows."""
+    """Reads the first rows of one data set."""
     rows = (row for piece in pieces if piece.dataset == dataset for row in read_piece(piece))
     return list(islice(rows, FIRST_ROWS))
 
 
 def sample_labels(samples: Sequence[Sample], labels: LabelMaker) -> list[np.ndarray]:
-    """The labels of each sample, int64 [n]."""
+    """Computes the labels of each sample, int64 [n]."""
     lengths = np.asarray([len(sample.input_ids) for sample in samples])
     starts = lengths.cumsum() - lengths
     given_masks = [sample.given_mask if sample.rule == LossRule.GIVEN else sample.input_ids < 0 for sample in samples]
@@ -105,7 +108,7 @@ def sample_labels(samples: Sequence[Sample], labels: LabelMaker) -> list[np.ndar
 
 
 def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence[int]) -> str:
-    """What a source trains, with the ids of its markers."""
+    """Describes what a source trains on, with the ids of its markers."""
     match source:
         case LossSource.EVERY_TOKEN:
             return "every token but media"
@@ -121,7 +124,7 @@ def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence
 
 
 def _turns(labels: LabelMaker, role: str) -> str:
-    """`assistant turns, start [1, 3] or [1, 4], end [9]`."""
+    """Describes the turns of a role: `assistant turns, start [1, 3] or [1, 4], end [9]`."""
     role_boundaries = [boundary for boundary in labels.boundaries if boundary.role == role]
     starts = " or ".join(str(list(start)) for start in dict.fromkeys(boundary.start for boundary in role_boundaries))
     ends = " or ".join(dict.fromkeys(_end(boundary) for boundary in role_boundaries))
@@ -135,12 +138,12 @@ def _end(boundary: RoleBoundary) -> str:
 
 
 def _teaches_to_stop(loss: RoleLoss) -> bool:
-    """Whether ends of the assistant's turns are asked for."""
+    """Tells whether a setting trains on the ends of the assistant's turns."""
     return SAMPLED_ROLE in loss.roles and loss.train_on_eos != "none"
 
 
 class _FirstSamples:
-    """The good ones of the first rows of one set."""
+    """Checks the samples of the first rows of one data set."""
 
     def __init__(self, name: str, samples: Sequence[Sample], family: Family) -> None:
         self.name, self.samples, self.family = name, samples, family
@@ -163,7 +166,7 @@ class _FirstSamples:
                 )
 
     def check_own_markers(self, labels: LabelMaker) -> None:
-        """Someone wrote each boundary for these rows: each that trains something opens a turn, and its end ends one."""
+        """Raises UserError unless each boundary of the job that is trained on opens a turn, and its end closes one."""
         turns = [turn for sample in self.samples for turn in opened_turns(sample.input_ids, labels.boundaries)]
         for number, boundary in enumerate(labels.boundaries):
             if boundary.role not in labels.roles_to_train and labels.train_on_eos != "all":
@@ -188,7 +191,8 @@ class _FirstSamples:
                 )
 
     def open_ends(self, labels: LabelMaker, ending_token_ids: Sequence[int]) -> str:
-        """`; 3 of 5 last turns end without a stop token`, or nothing where all have one."""
+        """Describes missing stop tokens: `; 3 of 5 last turns end without a stop token`, or "" where none is
+        missing."""
         ends = {*ending_token_ids, self.family.tokenizer.eos_token_id}
         trained = [ids[ids != IGNORE_INDEX] for ids in sample_labels(self.samples, labels)]
         last = [self._last(ids) for ids in trained if len(ids)]
@@ -196,7 +200,7 @@ class _FirstSamples:
         return f"; {missing} of {len(last)} last turns end without a stop token" if missing else ""
 
     def _last(self, ids: np.ndarray) -> int:
-        """The last of some tokens that is not blank; templates write blanks behind an end."""
+        """Returns the last token that is not blank; templates write blanks behind an end."""
         decode = self.family.tokenizer.decode
         return next((token for token in reversed(ids.tolist()) if decode([token]).strip()), int(ids[-1]))
 
@@ -221,7 +225,7 @@ class _FirstSamples:
 
 
 def head(sample: Sample, family: Family) -> str:
-    """The beginning of a sample as text, each run of a media token as one."""
+    """Decodes the beginning of a sample, with each run of a media token as one token."""
     ids = sample.input_ids
     repeats = np.isin(ids, family.media_token_ids)
     repeats[1:] &= ids[1:] == ids[:-1]

@@ -1,4 +1,4 @@
-"""What a `tokenized` row says itself: its token ids, which of them train, and where its images stand."""
+"""Reads a `tokenized` row: its token ids, the tokens to train on, and where its images stand."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,8 @@ from mmray.rows.settings import DatasetSettings
 
 
 def row_token_ids(value: dict[str, Any], dataset: DatasetSettings, vocabulary_size: int) -> np.ndarray:
-    """The row's ids, int32 [n]. Raises RowError for none, and for ids that the tokenizer lacks."""
+    """Reads the row's token ids, int32 [n]. Raises RowError for a row without ids, and for ids that the tokenizer
+    lacks."""
     column = dataset.column("input_ids")
     if value.get(column) is None:
         raise missing_column(repr(column), value)
@@ -31,9 +32,9 @@ def row_token_ids(value: dict[str, Any], dataset: DatasetSettings, vocabulary_si
 
 
 def row_trained_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.ndarray) -> np.ndarray:
-    """Which tokens train by the row's `sampled_mask` or its `labels`, bool [n].
+    """Marks the tokens to train on by the row's `sampled_mask` or `labels`, bool [n].
 
-    Raises RowError for a row with neither, and for one in which they disagree.
+    Raises RowError for a row with neither of them, and for one in which they disagree.
     """
     label_column, mask_column = dataset.column("labels"), dataset.column("sampled_mask")
     labels, mask = value.get(label_column), value.get(mask_column)
@@ -57,7 +58,10 @@ def row_trained_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.nd
 
 
 def attended_tokens(value: dict[str, Any], dataset: DatasetSettings, num_tokens: int) -> np.ndarray:
-    """Where the row's `attention_mask` is not 0, bool [n]: all tokens of a row without one. Raises RowError."""
+    """Marks the tokens whose `attention_mask` is not 0, bool [n]; all tokens of a row without a mask.
+
+    Raises RowError for a mask that does not fit the tokens.
+    """
     column = dataset.column("attention_mask")
     mask = value.get(column)
     return np.ones(num_tokens, dtype=bool) if mask is None else _flags(mask, column, num_tokens)
@@ -66,11 +70,12 @@ def attended_tokens(value: dict[str, Any], dataset: DatasetSettings, num_tokens:
 def image_blocks(
     ids: np.ndarray, plans: Sequence[TilePlan], tiles: Sequence[list[tuple[np.ndarray, int]]], image_token_id: int
 ) -> tuple[np.ndarray, int]:
-    """Where the images of ready-made ids stand (`Sample.blocks`), and their visual tokens together.
+    """Finds where the images stand in a `tokenized` row's ids (`Sample.blocks`), and counts their visual tokens.
 
-    tiles: for each image, for each of its tiles, the tokens it becomes and how many of them carry features. Each tile
-    must stand there with just these tokens: a wrong number, or the images in another order than their tokens, would
-    give the model the features of one image for another.
+    tiles: for each image and each of its tiles, the tokens that it becomes and how many of them carry features.
+
+    Raises RowError `image_tokens` unless each tile stands there with exactly these tokens: a wrong number, or images in
+    another order than their tokens, would give the model the features of one image for another.
     """
     places = np.flatnonzero(ids == image_token_id)
     total = sum(visual for spans in tiles for _, visual in spans)
