@@ -83,7 +83,7 @@ class ImageHeader:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, upright."""
+        """The size (width, height) in pixels, upright."""
         return self.width, self.height
 
 

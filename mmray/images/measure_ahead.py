@@ -27,7 +27,7 @@ class MeasureAhead:
     """Measures expected images ahead of the calls that ask for them."""
 
     def __init__(self, measure: Measure, *, max_pixels: int, one_frame: bool) -> None:
-        """max_pixels, one_frame: the arguments of every call of `measure`."""
+        """Measures with `measure`. max_pixels, one_frame: its arguments in every call."""
         self._measure, self._max_pixels, self._one_frame = measure, max_pixels, one_frame
         self._order: dict[str, int] = {}
         self._sources: list[str] = []

@@ -155,7 +155,7 @@ def describe_source(source: ImageSource) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of another library says, to stand in a one-line message that names the image."""
+    """Returns the message of another library's exception as one line of at most 200 characters."""
     text = str((isinstance(error, OSError) and error.strerror) or error)
     return " ".join(text.split())[:200] or type(error).__name__
 

@@ -62,7 +62,10 @@ class TileCache:
     """Renders tiles and remembers them; each process has one, and all may share a folder on one machine's disk."""
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
-        """max_bytes: the most bytes that all entries take. Raises UserError where the folder cannot be created."""
+        """Creates the folder where it is missing; raises UserError where it cannot be created.
+
+        max_bytes: the most bytes that all entries take.
+        """
         self.folder = Path(folder)
         self.max_bytes = max_bytes
         self._codec = pa.Codec("lz4")

@@ -29,17 +29,17 @@ class TilePlan:
     """The tiles of one page, in reading order, the overview first. Tuples have one entry for each tile."""
 
     size: tuple[int, int]
-    """(width, height) of the upright page in pixels."""
+    """The size (width, height) of the upright page in pixels."""
     shape: str
     """The visual shape, a key to group pages by: equal for cut pages with the same grid and tile_sizes, for example
     "2x3@512x512" or, with an overview, "2x3@512x512+448x448"; "page" for every page that is not cut."""
     grid: tuple[int, int]
-    """(columns, rows), without the overview."""
+    """The grid (columns, rows) of tiles, without the overview."""
     boxes: tuple[Box, ...]
     """The region that each tile shows: (left, top, right, bottom) in pixels of the upright page, right and bottom
     excluded."""
     tile_sizes: tuple[tuple[int, int], ...]
-    """(width, height) of each tile in pixels."""
+    """The size (width, height) of each tile in pixels."""
     labels: tuple[str | None, ...]
     """The text before each tile; None: no text."""
     upscale: tuple[bool, ...]

@@ -26,7 +26,7 @@ from torch import Tensor
 from mmray.base.compiled import compiled
 
 SIZE_BITS = 15
-"""Markers are shorter than 2**SIZE_BITS tokens: a rule is packed in 63 bits."""
+"""Markers are shorter than 2**SIZE_BITS tokens, so that a rule is packed in 63 bits."""
 
 
 class Rule(NamedTuple):
@@ -39,7 +39,7 @@ class Rule(NamedTuple):
     trains_content: bool
     trains_end: bool
     until_next: bool
-    """No end marker: the span ends where any start matches."""
+    """Whether the span ends where any start marker matches, instead of at an end marker."""
 
 
 class ScanPlan:
@@ -190,11 +190,11 @@ class _Spans(NamedTuple):
 
     rule: Tensor
     content: Tensor
-    """Position after the start marker."""
+    """The position after the start marker."""
     end: Tensor
-    """Position of the end marker, or the end of the sample."""
+    """The position of the end marker, or the end of the sample."""
     stop: Tensor
-    """Where the scan goes on."""
+    """The position at which the scan goes on."""
 
 
 def scan_tensors(rows: Tensor, segments: Tensor | None, plan: ScanPlan) -> Tensor:

@@ -21,7 +21,7 @@ MAX_COST_RATIO = 1.05
 MAX_BIN_RATIO = 1.25
 """Most bins that are tried, over the number that `pack_2d` needs."""
 DRAWN_BINS = 8
-"""Bins of a step, drawn at random, of which the costliest is looked at."""
+"""Bins of a step, drawn at random, of which the costliest decides the time of the step."""
 
 
 def pack_equal_cost(

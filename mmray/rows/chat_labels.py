@@ -63,8 +63,10 @@ class ChatLabels:
     """Determines the trained tokens of the chats of one data set."""
 
     def __init__(self, loss: Loss, family: Family, *, is_job_wide: bool) -> None:
-        """is_job_wide: whether the label maker used in training has this setting; otherwise every row carries its
-        mask."""
+        """Prepares labels for chats under a `loss` setting.
+
+        is_job_wide: whether the label maker used in training has this setting; otherwise every row carries its mask.
+        """
         self.loss, self._family = loss, family
         self._scans = isinstance(loss, RoleLoss)
         self._own_boundaries = isinstance(loss, RoleLoss) and loss.boundaries is not None
@@ -151,7 +153,8 @@ class ChatLabels:
                 first = tokens.start + int(wrong[0])
                 last = first + int((np.diff(wrong) == 1).argmin() if (np.diff(wrong) != 1).any() else len(wrong) - 1)
                 piece = placed.text_of(slice(first, last + 1))
-                verb = "leaves out" if trains else "trains"
+                verb = "leaves out" if trains else "trains on"
+
                 return RowError(
                     "turns_differ",
                     f"message {message} ({role}): the boundaries' scan {verb} {piece!r:.{_SHOWN}}, which is this "

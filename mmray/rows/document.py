@@ -1,4 +1,4 @@
-"""Rows as a user wrote them to text with one placeholder unit per image, and the list of their images.
+"""Turns rows as a user wrote them into text with one placeholder unit per image and the list of their images.
 
 Both kinds of rows with text become a `Document`, whose text is ready for the tokenizer except that images are still
 single units. Typed text is never structure: the family's special tokens inside the text of a row are refused, and so

@@ -53,7 +53,7 @@ class DuplicateIds:
     """
 
     def __init__(self, expected: int) -> None:
-        """expected: the approximate number of ids, which decides the number of partitions."""
+        """Chooses the number of partitions. expected: the approximate number of ids."""
         self._bits = min(10, max(0, (expected // PARTITION_IDS).bit_length()))
         self._count = 0
         self._waiting: list[np.ndarray] = []

@@ -197,17 +197,21 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, 
 
 
 def _saved_dataset(number: int, folder: str) -> SourceFile:
-    """A folder of `Dataset.save_to_disk`; its size is its number of rows."""
+    """Describes a folder of `Dataset.save_to_disk` as a row file, whose size is its number of rows."""
     return SourceFile(number, folder, "huggingface", len(SavedRows(folder)), saved_version(folder))
 
 
 def plan_chunks(
     files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int, dealing: int = DEALING
 ) -> list[Chunk]:
-    """Deal all rows into chunks of chunk_rows and windows of window_rows (a multiple of chunk_rows).
+    """Deals all rows into chunks and windows. Only the last chunk may be shorter; line breaks are found by threads.
 
-    Every window has every file at its share (`dealing.py`); dealing 1: the files one after another. Only the last chunk
-    may be shorter. Line breaks are looked up with a few threads.
+    window_rows: the rows of a window, a multiple of chunk_rows.
+    chunk_rows: the rows of a chunk.
+    dealing: the version of dealing. 2: every window holds every file's share (`dealing.py`); 1: the files come one
+        after another.
+
+    Raises UserError for a file that cannot be read, and for a pattern of `members` that chooses nothing.
     """
     if window_rows % chunk_rows:
         raise ValueError(f"window_rows {window_rows} is no multiple of chunk_rows {chunk_rows}")
@@ -221,7 +225,7 @@ def plan_chunks(
 
 
 def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> Iterator[tuple[RowIndex, int, int]]:
-    """Stretches of rows in the order in which windows take them: of a file the first row, and the stop."""
+    """Yields stretches of rows in the order in which windows take them: (file, first row, stop)."""
     lanes = lanes_of([index.num_rows for index in indexed], [index.file.dataset for index in indexed], dealing)
     ends = [np.cumsum([indexed[file].num_rows for file in lane]).tolist() for lane in lanes]
     done = [0] * len(lanes)
@@ -229,7 +233,7 @@ def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> 
         for lane, count in enumerate(window):
             stop = done[lane] + count
             while done[lane] < stop:
-                place = bisect.bisect_right(ends[lane], done[lane])  # in the lane, of the file that holds the next row
+                place = bisect.bisect_right(ends[lane], done[lane])  # place in the lane of the next row's file
                 index, end = indexed[lanes[lane][place]], min(stop, ends[lane][place])
                 before = ends[lane][place] - index.num_rows
                 yield index, done[lane] - before, end - before
@@ -237,12 +241,12 @@ def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> 
 
 
 def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """The chunks of each window, of chunks in order."""
+    """Groups chunks, which are in order, by their window."""
     return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
 
 
 def _chunk_pieces(stretches: Iterable[tuple[RowIndex, int, int]], chunk_rows: int) -> Iterator[list[Piece]]:
-    """Pieces of exactly chunk_rows rows together (the last group may be shorter)."""
+    """Yields groups of pieces with a total of chunk_rows rows each; the last group may have fewer."""
     group: list[Piece] = []
     room = chunk_rows
     for index, row, stop in stretches:
@@ -258,7 +262,7 @@ def _chunk_pieces(stretches: Iterable[tuple[RowIndex, int, int]], chunk_rows: in
 
 
 def _check_members(indexed: Sequence[RowIndex]) -> None:
-    """Raise UserError where a pattern of `members` chooses none of a set's shards."""
+    """Raises UserError where a pattern of `members` chooses no member of a data set's shards."""
     endings: dict[tuple[int, tuple[str, ...]], frozenset[str]] = {}
     for index in indexed:
         if members := index.reading.shard.members:

@@ -122,7 +122,9 @@ class MessageReader:
         self, dataset: DatasetSettings, placeholders: re.Pattern[str], refuse_special: Callable[[str, str], None],
         plain: Callable[[str], str],
     ) -> None:  # fmt: skip
-        """placeholders: matches the texts that stand for an image.
+        """Prepares to read the chats of a data set.
+
+        placeholders: matches the texts that stand for an image.
         refuse_special: called with a text and where it stands; raises RowError for structure tokens in the text.
         plain: replaces the model's image token in a text by plain words.
         """
@@ -238,7 +240,7 @@ class MessageReader:
         for part in parts:
             if part.trains and role != SAMPLED_ROLE:
                 raise RowError(
-                    "unsupported_flag", f"{where}: a part of role {role!r} is to train; name it in loss.roles"
+                    "unsupported_flag", f"{where}: a part of role {role!r} is to be trained on; name it in loss.roles"
                 )
         return Message(role, parts, is_text, thought, calls, trains, tuple(extra))
 

@@ -206,7 +206,9 @@ class _FirstSamples:
 
     def check_trained(self, labels: LabelMaker) -> None:
         if not any((row_labels != IGNORE_INDEX).any() for row_labels in sample_labels(self.samples, labels)):
-            self._refuse(f"no token of {self._rows} trains; see `loss` in the job file, and the rows' roles or labels")
+            self._refuse(
+                f"no token of {self._rows} is trained on; see `loss` in the job file, and the rows' roles or labels"
+            )
 
     @property
     def _rows(self) -> str:

@@ -101,7 +101,11 @@ class Writer:
     """
 
     def __init__(self, words: re.Pattern[str], forms: "Forms", *, masked: bool, blanks: bool) -> None:
-        """masked: whether each leaf is replaced by a mark; blanks: whether an empty message is a leaf too."""
+        """Prepares to write one conversation.
+
+        masked: whether each leaf is replaced by a mark.
+        blanks: whether an empty message is a leaf too.
+        """
         self._words, self._forms, self._masked, self._blanks = words, forms, masked, blanks
         self._leaves: list[Leaf] = []
         self._marks: list[str] = []

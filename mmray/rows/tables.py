@@ -63,7 +63,7 @@ class TableRows:
     """Reads the rows of one file forwards; going back, or past a group's end, starts at a group."""
 
     def __init__(self, uri: str, format_: str, columns: Sequence[str]) -> None:
-        """columns: the columns that are used; () for all."""
+        """Opens the file. columns: the columns that are used; () for all."""
         self.uri, self.columns = uri, tuple(columns)
         self._groups: _Groups = (_ParquetGroups if format_ == "parquet" else _ArrowGroups)(uri, self.columns)
         self._group = -1

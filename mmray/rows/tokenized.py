@@ -52,7 +52,7 @@ def row_trained_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.nd
         raise RowError(
             "wrong_type",
             f"{label_column}[{place}] is {labels[place]} but {mask_column}[{place}] is {int(sampled[place])}: they "
-            "disagree on what trains; leave one of them out",
+            "disagree on what is trained on; leave one of them out",
         )
     return sampled
 

@@ -28,7 +28,7 @@ class TypedMarkers:
     """Searches typed text for the turn markers of a job."""
 
     def __init__(self, family: Family, markers: Sequence[RoleMarkers], boundaries: Sequence[RoleBoundary]) -> None:
-        """boundaries: the markers as tokens, in the same order."""
+        """Prepares the search. boundaries: the markers as tokens, in the order of `markers`."""
         self.boundaries = tuple(boundaries)
         self._backend: Tokenizer = family.tokenizer.backend_tokenizer
         self.special_tokens = _special_tokens(family, markers)
