@@ -218,7 +218,8 @@ def test_each_set_is_looked_at(check):
 def test_a_set_of_which_nothing_trains(check, loss):
     """The assistant says nothing, and its end is not to be trained."""
     asked = [chat(f"Question {number}?") for number in range(3)]
-    nothing = "no token of the first 3 good rows is trained on" if loss == "sampled" else "no turn of role 'assistant' begins"
+    untrained = "no token of the first 3 good rows is trained on"
+    nothing = untrained if loss == "sampled" else "no turn of role 'assistant' begins"
     assert nothing in refused(check, ("chat", asked), loss=loss)
     silent = [chat("Question?", "") for _ in range(3)]
     if loss != "sampled":
