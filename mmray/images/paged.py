@@ -50,7 +50,7 @@ class PageOfFile:
 
     @property
     def is_pdf(self) -> bool:
-        """Whether the file's name ends as that of a PDF."""
+        """True if the file's name ends as that of a PDF."""
         return bool(_PDF.fullmatch(self.file))
 
 

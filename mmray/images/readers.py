@@ -56,12 +56,12 @@ class TiffReader(TiffImageFile):
     """Bits of each value of a pixel."""
     is_signed: bool
     is_white_zero: bool
-    """Whether this is grey of more than 8 bits whose smallest value is white. Pillow inverts fewer bits itself."""
+    """True if this is grey of more than 8 bits whose smallest value is white. Pillow inverts fewer bits itself."""
     is_alpha_named: bool
-    """Whether ExtraSamples names the fourth channel as transparency; otherwise Pillow only guesses that."""
+    """True if ExtraSamples names the fourth channel as transparency; otherwise Pillow only guesses that."""
 
     is_preview: bool
-    """Whether the page is a smaller version of another page of the file, or a mask for one."""
+    """True if the page is a smaller version of another page of the file, or a mask for one."""
 
     def _setup(self) -> None:
         tags = self.tag_v2

@@ -25,7 +25,7 @@ the whole page, where a reduced page is 1.0, 1.2, 1.4 or 2 times as large as its
 300 dpi scan, 3.6, 2.8, 2.0, 1.3 on a sheet full of rendered 9-point print."""
 
 _FLIPPED = {2: (True, False), 3: (True, True), 4: (False, True), 6: (True, False), 7: (True, True), 8: (False, True)}
-"""Whether the upright page's left edge and its top edge are stored last, by EXIF orientation."""
+"""Flags of the upright page by EXIF orientation: left edge stored last, top edge stored last."""
 
 
 def render_tiles(source: ImageSource, plan: TilePlan, *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:

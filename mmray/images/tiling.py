@@ -43,11 +43,11 @@ class TilePlan:
     labels: tuple[str | None, ...]
     """The text before each tile; None: no text."""
     upscale: tuple[bool, ...]
-    """Whether a box smaller than its tile is enlarged to fit the tile; otherwise it keeps its scale."""
+    """True for each tile whose smaller box is enlarged to fit the tile; otherwise the box keeps its scale."""
     pad_color: tuple[int, int, int]
     """The colour (red, green, blue) of the part of a tile that its box does not fill."""
     exact_pixels: bool
-    """Whether `render_tiles` decodes and resizes exactly as `load_image` and `cut_tiles` do; otherwise faster."""
+    """True if `render_tiles` decodes and resizes exactly as `load_image` and `cut_tiles` do; otherwise faster."""
 
     @property
     def inner_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -56,7 +56,7 @@ class TilePlan:
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the policy cuts or scales the page; otherwise it is left to the model family's processor."""
+        """True if the policy cuts or scales the page; otherwise it is left to the model family's processor."""
         return self.shape != UNTILED_SHAPE or self.tile_sizes != (self.size,)
 
 

@@ -45,12 +45,12 @@ class RoleBoundary:
     end: tuple[int, ...] = ()
     """Token ids that close a turn; empty: the turn goes on to the end of the sample."""
     include_start: bool = False
-    """Whether the start marker is trained on with the turn."""
+    """True if the start marker is trained on with the turn."""
     include_end: bool = True
-    """Whether the end marker belongs to the turn: it may be trained on (`train_on_eos`) and the scan goes on
+    """True if the end marker belongs to the turn: it may be trained on (`train_on_eos`) and the scan goes on
     after it. False: it is never trained on as an end, and may be the next turn's start."""
     until_next: bool = False
-    """Whether the turn goes on to the start marker of any turn, or to the end of the sample; `end` must be empty."""
+    """True if the turn goes on to the start marker of any turn, or to the end of the sample; `end` must be empty."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", self._marker("start", self.start))

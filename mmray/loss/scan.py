@@ -39,7 +39,7 @@ class Rule(NamedTuple):
     trains_content: bool
     trains_end: bool
     until_next: bool
-    """Whether the span ends where any start marker matches, instead of at an end marker."""
+    """True if the span ends where any start marker matches, instead of at an end marker."""
 
 
 class ScanPlan:

@@ -22,7 +22,7 @@ class OpenedTurn(NamedTuple):
     start: int
     stop: int
     is_closed: bool
-    """Whether the turn ends at the end marker of its boundary."""
+    """True if the turn ends at the end marker of its boundary."""
 
 
 def opened_turns(input_ids: np.ndarray, boundaries: Sequence[RoleBoundary]) -> list[OpenedTurn]:

@@ -46,11 +46,11 @@ class Document:
     blanked: str = ""
     notes: tuple[str, ...] = ()
     ends: bool = False
-    """Whether the row was written with an end of document, which is removed from the text."""
+    """True if the row was written with an end of document, which is removed from the text."""
 
     @property
     def is_answered(self) -> bool:
-        """Whether the last message is the assistant's."""
+        """True if the last message is the assistant's."""
         return self.rendered is not None and self.rendered.chat.messages[-1].role == SAMPLED_ROLE
 
 

@@ -72,7 +72,7 @@ class Encoder:
         )  # fmt: skip
         self._compares = True
         self.tells_messages = False
-        """Whether samples carry the message of each token (`Sample.messages`), for showing rows to a person."""
+        """True if samples carry the message of each token (`Sample.messages`), for showing rows to a person."""
         for dataset in datasets:
             check_chats(dataset, family)
         self.losses: list[Loss] = [loss if dataset.loss is None else dataset.loss for dataset in datasets]

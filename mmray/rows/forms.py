@@ -56,7 +56,7 @@ class Form:
 
     @property
     def is_plain(self) -> bool:
-        """Whether bytes of the file are bytes of its rows, so that reading can start anywhere."""
+        """True if bytes of the file are bytes of its rows, so that reading can start anywhere."""
         return not self.compression and self.encoding == "utf-8"
 
 

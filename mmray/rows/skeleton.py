@@ -246,7 +246,7 @@ class Forms:
     single: set[str]
     """Roles of which the template writes only the first text part."""
     wants_argument_text: bool = False
-    """Whether the template expects arguments as JSON text instead of an object."""
+    """True if the template expects arguments as JSON text instead of an object."""
 
     def of(self, role: str) -> set[type]:
         return self.by_role.get(role, {str, list})
@@ -267,7 +267,7 @@ class Skeleton:
     pieces: tuple[str, ...]
     occurrences: tuple[Occurrence, ...]
     broken: bool = False
-    """Whether a mark stands in the output in a form that no known change produces."""
+    """True if a mark stands in the output in a form that no known change produces."""
 
     def filled(self, leaves: Sequence[Leaf]) -> "FilledSkeleton":
         texts = [occurrence.change(leaves[occurrence.leaf].text) for occurrence in self.occurrences]
