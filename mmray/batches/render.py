@@ -21,7 +21,7 @@ from PIL import Image
 from mmray.errors import RowError, UserError
 from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
 from mmray.images.header import MAX_PIXELS
-from mmray.images.retries import patiently
+from mmray.images.retries import with_retries
 from mmray.images.source import describe_source
 from mmray.prepared import Bin
 
@@ -72,7 +72,7 @@ def render_pages(packed: Bin, policy: TilingPolicy, render_page: RenderPage, on_
         plan = plan_tiles(size, policy)
         max_pixels = max(MAX_PIXELS, size[0] * size[1])  # checked when preparing
         try:
-            tiles.append(patiently(partial(render_page, source, plan, max_pixels=max_pixels), source))
+            tiles.append(with_retries(partial(render_page, source, plan, max_pixels=max_pixels), source))
         except RowError as error:
             sample = image["sample"]
             problem = _problem(packed, sample, source, error)

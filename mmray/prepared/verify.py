@@ -25,7 +25,7 @@ from mmray.images import ImageSource, load_image
 from mmray.images.header import MAX_PIXELS, read_header
 from mmray.images.jpeg import lacks_pixels
 from mmray.images.paged import file_of
-from mmray.images.retries import patiently
+from mmray.images.retries import with_retries
 from mmray.images.source import describe_source, image_file
 from mmray.prepared.dataset import PreparedDataset
 from mmray.prepared.window import BINS_PER_ROW_GROUP
@@ -156,7 +156,7 @@ def looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str
     Raises UserError where its storage cannot be reached.
     """
     try:
-        return patiently(lambda: _looked_at(source, size), source)
+        return with_retries(lambda: _looked_at(source, size), source)
     except RowError as error:
         return [(error.reason, error.message)]
 

@@ -66,7 +66,7 @@ def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] 
         return {
             "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
             "visual_tokens": row.visual_tokens, "visual_pairs": row.visual_pairs, "input_ids": row.input_ids,
-            "given": row.given, "notes": row.notes, "columns": row.columns,
+            "given": row.given_mask, "notes": row.notes, "columns": row.columns,
             "images": [
                 {
                     "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
