@@ -181,10 +181,10 @@ def verify(
         job = load_job(path)
         paths = [job.prepared_path(split) for split in ("train", "eval") if getattr(job.data, split)]
     broken = 0
-    for each in paths:
-        with ProgressBar(f"pictures of {each}", "bins") as bar:
-            verified = verify_pictures(each, processes=processes, on_progress=bar.update)
-        Console().print(verified_table(each, verified))
+    for prepared_path in paths:
+        with ProgressBar(f"pictures of {prepared_path}", "bins") as bar:
+            verified = verify_pictures(prepared_path, processes=processes, on_progress=bar.update)
+        Console().print(verified_table(prepared_path, verified))
         broken += verified.broken
     sys.exit(1 if broken else 0)
 
@@ -232,8 +232,8 @@ def inspect(
 
 def _refuse(what: str, options: dict[str, Any]) -> None:
     """Raise UserError for options that have no meaning for what is looked at."""
-    if given := [name for name, value in options.items() if value]:
-        raise UserError(f"{given[0]} has no meaning for {what}; leave it out")
+    if used_options := [name for name, value in options.items() if value]:
+        raise UserError(f"{used_options[0]} has no meaning for {what}; leave it out")
 
 
 def _inspect_rows(
@@ -293,12 +293,12 @@ def doctor(
 
     console = Console(stderr=json_only)
     findings = []
-    for each in examine(load_job(job_file, overrides)):
-        if isinstance(each, FirstRows):
+    for entry in examine(load_job(job_file, overrides)):
+        if isinstance(entry, FirstRows):
             if not json_only:
-                each.preview(console)
+                entry.preview(console)
         else:
-            findings.append(each)
+            findings.append(entry)
     if json_only:
         print(as_json(findings))
     else:

@@ -208,18 +208,18 @@ class Folder:
         """Sizes in bytes of the files right inside, by name; empty when the folder does not exist."""
         system, root = self._located
         try:
-            found = system.ls(root, detail=True)
+            entries = system.ls(root, detail=True)
         except FileNotFoundError:
             return {}
-        names = {posixpath.basename(str(each["name"])): int(each["size"] or 0) for each in found}
+        names = {posixpath.basename(str(entry["name"])): int(entry["size"] or 0) for entry in entries}
         names.pop("", None)  # what consoles of object stores leave where someone made a "folder"
         return names
 
     def files(self) -> dict[str, FileState]:
         """All files of the folder and the folders in it, by name."""
         system, root = self._located
-        found = system.find(root, detail=True)
-        states = {path: FileState(int(info["size"] or 0), file_version(info)) for path, info in found.items()}
+        entries = system.find(root, detail=True)
+        states = {path: FileState(int(info["size"] or 0), file_version(info)) for path, info in entries.items()}
         return {path.removeprefix(root).lstrip("/"): state for path, state in sorted(states.items())}
 
     def get(self, name: str, target: Path) -> None:

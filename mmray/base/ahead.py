@@ -19,13 +19,13 @@ def in_order(
     holds whatever its user is slower to take.
     """
     waiting: deque[Future[Result]] = deque()
-    rest = iter(items)
+    remaining = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         try:
-            waiting.extend(pool.submit(function, item) for item in islice(rest, ahead))
+            waiting.extend(pool.submit(function, item) for item in islice(remaining, ahead))
             while waiting:
                 result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in islice(rest, 1))
+                waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
                 yield result
         finally:
             for future in waiting:

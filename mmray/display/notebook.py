@@ -24,7 +24,7 @@ def in_notebook() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-class Shown:
+class LiveOutput:
     """A place in a cell's output whose content can be replaced, from any thread."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ def live(content: Callable[[], str]) -> Iterator[None]:
     >>> with live(lambda: Run(job.output.run)._repr_html_()):
     ...     train(job, open_prepared(job))
     """
-    shown, stop = Shown(), threading.Event()
+    shown, stop = LiveOutput(), threading.Event()
 
     def show() -> None:
         while not stop.wait(UPDATE_SECONDS):

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mmray.display.notebook import Shown, in_notebook
+from mmray.display.notebook import LiveOutput, in_notebook
 
 LOG_SECONDS = 10
 """Least time between two lines of a log."""
@@ -146,7 +146,7 @@ class _Notebook:
     """HTML that Jupyter replaces in place: no widgets, so it also stands in a saved notebook."""
 
     def __init__(self) -> None:
-        self._shown = Shown()
+        self._shown = LiveOutput()
         self._drawn = float("-inf")
         self._state: State | None = None
 
@@ -170,6 +170,6 @@ def _duration(seconds: float) -> str:
     """`14 s`, `2:05`, `1:02:05`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"

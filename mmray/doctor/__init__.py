@@ -82,8 +82,8 @@ def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Fami
     kind = type(family).__name__ if family.is_verified else "general rules, unverified"
     rows, ids = family.embedding_rows(config), family.num_token_ids
     vectors = f"{ids:,} token ids have a vector" if ids <= rows else f"{rows:,} vectors become {ids:,}"
-    said = f"{name} loads, and is the {config.model_type} model's own (family: {kind}); {vectors}"
-    yield passed("processor", said)
+    detail = f"{name} loads, and is the {config.model_type} model's own (family: {kind}); {vectors}"
+    yield passed("processor", detail)
     yield guarded("attention", lambda: _attention(job, config, family))
     yield guarded(NAMES, lambda: examine_names(job))
     if job.training.deepspeed:

@@ -65,7 +65,7 @@ def guarded(check: str, run: Callable[[], Finding]) -> Finding:
 
 def has_failed(findings: Sequence[Finding]) -> bool:
     """Whether any check failed."""
-    return any(each.status is Status.FAIL for each in findings)
+    return any(finding.status is Status.FAIL for finding in findings)
 
 
 def as_table(findings: Sequence[Finding]) -> Table:
@@ -74,15 +74,15 @@ def as_table(findings: Sequence[Finding]) -> Table:
     table.add_column("check")
     table.add_column("")
     table.add_column("found", overflow="fold")
-    for each in findings:
-        text = Text(each.detail)
-        if each.remedy:
-            text.append(f"\n→ {each.remedy}", "bold")
-        word = "n/a" if each.status is Status.NOT_APPLICABLE else each.status
-        table.add_row(Text(each.check), Text(word, _STYLES[each.status]), text)
+    for finding in findings:
+        text = Text(finding.detail)
+        if finding.remedy:
+            text.append(f"\n→ {finding.remedy}", "bold")
+        word = "n/a" if finding.status is Status.NOT_APPLICABLE else finding.status
+        table.add_row(Text(finding.check), Text(word, _STYLES[finding.status]), text)
     return table
 
 
 def as_json(findings: Sequence[Finding]) -> str:
     """All findings for a program."""
-    return json.dumps({"ok": not has_failed(findings), "findings": [asdict(each) for each in findings]}, indent=1)
+    return json.dumps({"ok": not has_failed(findings), "findings": [asdict(finding) for finding in findings]}, indent=1)

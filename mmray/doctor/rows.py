@@ -35,7 +35,7 @@ COUNT_SECONDS = 10.0
 """How long rows are counted for."""
 SHOWN_SETS = 3
 """Of which a row is printed."""
-TRAINS = {
+TRAINED_PARTS = {
     LossSource.EVERY_TOKEN: "every token trains",
     LossSource.ROW: "each row's own mask or labels",
     LossSource.MESSAGES: "what the assistant says, by the messages",
@@ -147,20 +147,20 @@ def _readable(rows: FirstRows) -> Iterator[Finding]:
     for number, results in enumerate(rows.results):
         counts = SetRows.of(results)
         bad = counts.rejected.total()
-        said = f"{rows.name(number)}: {len(results) - bad} of the first {len(results)} rows are good"
+        detail = f"{rows.name(number)}: {len(results) - bad} of the first {len(results)} rows are good"
         if not results:
             yield failed(
                 "rows", f"{rows.name(number)}: its files hold no rows", f"see data.{rows.split}[{number}].files"
             )
         elif not bad:
-            yield passed("rows", said)
+            yield passed("rows", detail)
         elif rows.job.data.on_bad_row == "error":
-            yield failed("rows", f"{said}; {counts.reasons}", "mend them, or set data.on_bad_row: reject")
+            yield failed("rows", f"{detail}; {counts.reasons}", "mend them, or set data.on_bad_row: reject")
         elif rows.stops(number, bad):
             allowed = f"preparing stops at more than {rows.job.data.max_rejected_share:.1%} (data.max_rejected_share)"
-            yield failed("rows", f"{said}; {counts.reasons}", f"mend them; {allowed}")
+            yield failed("rows", f"{detail}; {counts.reasons}", f"mend them; {allowed}")
         else:
-            yield passed("rows", f"{said}; {counts.reasons}")
+            yield passed("rows", f"{detail}; {counts.reasons}")
 
 
 def _capacities(rows: FirstRows) -> Finding:
@@ -215,11 +215,11 @@ def _loss(rows: FirstRows) -> Finding:
     except UserError as error:
         return failed("loss", str(error))
     judged = [bool(rows.good(number)) for number in range(len(sources))]
-    said = "; ".join(
-        f"{rows.name(number)}: {source}, {TRAINS[source] if judged[number] else 'not judged: no good row'}"
+    detail = "; ".join(
+        f"{rows.name(number)}: {source}, {TRAINED_PARTS[source] if judged[number] else 'not judged: no good row'}"
         for number, source in enumerate(sources)
     )
-    return passed("loss", said) if any(judged) else not_applicable("loss", said)
+    return passed("loss", detail) if any(judged) else not_applicable("loss", detail)
 
 
 def _trained(rows: FirstRows) -> Iterator[Finding]:
@@ -228,13 +228,16 @@ def _trained(rows: FirstRows) -> Iterator[Finding]:
         samples = rows.good(number)
         if not samples:
             continue
-        made = sample_labels(samples, labels)
-        trained, tokens = sum(int((each != IGNORE_INDEX).sum()) for each in made), sum(map(len, made))
-        found = f"{rows.name(number)}: {trained / tokens:.1%} of {tokens:,} tokens in {len(samples)} rows train"
+        label_arrays = sample_labels(samples, labels)
+        trained, tokens = (
+            sum(int((label_ids != IGNORE_INDEX).sum()) for label_ids in label_arrays),
+            sum(map(len, label_arrays)),
+        )
+        detail = f"{rows.name(number)}: {trained / tokens:.1%} of {tokens:,} tokens in {len(samples)} rows train"
         if trained or allows_empty(rows.job.loss):
-            yield passed("trained tokens", found)
+            yield passed("trained tokens", detail)
         else:
-            yield failed("trained tokens", found, "see `loss` in the job file, and the rows' roles or labels")
+            yield failed("trained tokens", detail, "see `loss` in the job file, and the rows' roles or labels")
 
 
 def _lengths(rows: FirstRows) -> Finding:
@@ -251,11 +254,11 @@ def _lengths(rows: FirstRows) -> Finding:
     if unreadable:
         return failed(LENGTHS, f"{len(unreadable)} of {len(picked)} rows of data.{rows.split}: {unreadable[0]}")
     pictures = sum(len(sample.images) for sample in samples if isinstance(sample, Sample))
-    said = [f"{compared} rows of data.{rows.split} have the tokens of {type(rows.family.processor).__name__}"]
-    said += [f"{ready_made} tokenized rows of data.{rows.split} are taken as they are"]
-    said = said[: 1 + bool(ready_made)][not compared :]
-    said += [f"their {pictures} pictures, decoded, have the features that the tokens ask for"] if pictures else []
-    return passed(LENGTHS, "; ".join(said)) if compared else not_applicable(LENGTHS, "; ".join(said))
+    facts = [f"{compared} rows of data.{rows.split} have the tokens of {type(rows.family.processor).__name__}"]
+    facts += [f"{ready_made} tokenized rows of data.{rows.split} are taken as they are"]
+    facts = facts[: 1 + bool(ready_made)][not compared :]
+    facts += [f"their {pictures} pictures, decoded, have the features that the tokens ask for"] if pictures else []
+    return passed(LENGTHS, "; ".join(facts)) if compared else not_applicable(LENGTHS, "; ".join(facts))
 
 
 def _undecodable(rows: FirstRows, samples: Sequence[Sample | RejectedRow]) -> list[str]:
@@ -263,9 +266,9 @@ def _undecodable(rows: FirstRows, samples: Sequence[Sample | RejectedRow]) -> li
     labels = label_maker(rows.job.loss, rows.family)
     packing = rows.job.packing.model_copy(update={"mode": "none"})
     problems = []
-    for each in window_bins(pack_window(samples_table(samples), packing, labels, allow_empty=True)):
+    for sample_bin in window_bins(pack_window(samples_table(samples), packing, labels, allow_empty=True)):
         try:
-            rendered = render([each], Place(0, 0, 0), rows.family, rows.policy)
+            rendered = render([sample_bin], Place(0, 0, 0), rows.family, rows.policy)
         except UserError as error:
             problems.append(str(error))
         else:

@@ -64,8 +64,8 @@ def _shrink_width(text: Values) -> None:
         "shared_expert_intermediate_size",
     ):
         if name in text:
-            found = text[name]
-            text[name] = [2 * width] * len(found) if isinstance(found, list) else 2 * width
+            size = text[name]
+            text[name] = [2 * width] * len(size) if isinstance(size, list) else 2 * width
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if text.get(name):
             text[name] = min(int(text[name]), MAX_EXPERTS)

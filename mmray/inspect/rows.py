@@ -107,7 +107,7 @@ class JobRows:
 
     def with_id(self, row_id: str, name: str | None = None) -> Iterator[ShownRow]:
         """The rows with an id, of a set or of all. Raises UserError where there is none."""
-        found = False
+        is_found = False
         sets = self._sets(name) if name else [*self._sets(None), *self._all("eval")]
         for split, number in sets:
             encoder = self._encoder(split)
@@ -116,9 +116,9 @@ class JobRows:
             pieces: Iterable[RowsPiece] = (piece for chunk in chunks for piece in chunk.pieces)
             for piece in pieces:
                 rows = [row for row in read_piece(piece) if _id_of(row, column) == row_id]
-                found |= bool(rows)
+                is_found |= bool(rows)
                 yield from self._shown(split, number, rows)
-        if not found:
+        if not is_found:
             raise UserError(f"no row has the id {row_id!r}; rows without an id go by their place, file:line")
 
     def _sets(self, name: str | None) -> list[tuple[str, int]]:
@@ -206,5 +206,5 @@ def _roles(views: Iterable[SampleView]) -> tuple[str, ...]:
 
 
 def _id_of(row: RawRow, column: str) -> str:
-    found = row.value.get(column) if isinstance(row.value, dict) else None
-    return row.source if found is None else str(found)
+    row_id = row.value.get(column) if isinstance(row.value, dict) else None
+    return row.source if row_id is None else str(row_id)

@@ -25,7 +25,7 @@ def token_texts(
         is_waiting = text.endswith(_UNFINISHED) and stop < len(ids) and stop - start < MAX_BYTES_OF_A_CHARACTER
         if is_waiting:
             continue
-        own = text.removeprefix(known) if text.startswith(known) else decode(ids[start:stop])
-        pieces.append((stop - start, own))
+        piece_text = text.removeprefix(known) if text.startswith(known) else decode(ids[start:stop])
+        pieces.append((stop - start, piece_text))
         context, start = start, stop
     return pieces

@@ -173,8 +173,8 @@ def family_of_prepared(
 
 def turn_boundaries(loss: Loss, family: Family) -> tuple[RoleBoundary, ...]:
     """The boundaries that turns are found by, whichever roles train: the job's, else the family's."""
-    own = loss.boundaries if isinstance(loss, RoleLoss) else None
-    return label_maker(RoleLoss(roles=(), boundaries=own, allow_empty=True), family).boundaries
+    job_boundaries = loss.boundaries if isinstance(loss, RoleLoss) else None
+    return label_maker(RoleLoss(roles=(), boundaries=job_boundaries, allow_empty=True), family).boundaries
 
 
 def _described(loss: Loss, prepared: PreparedDataset) -> str:
@@ -206,9 +206,9 @@ def _with_turns(
     samples: Sequence[SampleView], shown: Bin, family: Family, loss: Loss, boundaries: Sequence[RoleBoundary]
 ) -> Iterator[SampleView]:
     blocks = [(image["first_token"], image["num_tokens"]) for image in shown.images]
-    given = shown.given if len(shown.given) else np.zeros(len(shown.input_ids), dtype=bool)
+    given_mask = shown.given_mask if len(shown.given_mask) else np.zeros(len(shown.input_ids), dtype=bool)
     labels = label_maker(loss, family).of_arrays(
-        shown.input_ids, shown.sample_lengths, shown.sample_rules, given, blocks
+        shown.input_ids, shown.sample_lengths, shown.sample_rules, given_mask, blocks
     )
     trained = labels != IGNORE_INDEX
     marks = np.asarray([Mark.CONTEXT, Mark.MEDIA, Mark.TRAINED], dtype=object)[
@@ -216,13 +216,13 @@ def _with_turns(
     ]
     roles, turns = _roles_and_turns(shown, boundaries)
     for number, sample in enumerate(samples):
-        own = slice(sample.start, sample.start + sample.num_tokens)
-        pieces = view_pieces(shown.input_ids[own].tolist(), marks[own].tolist(), turns[own].tolist(), family)
+        tokens = slice(sample.start, sample.start + sample.num_tokens)
+        pieces = view_pieces(shown.input_ids[tokens].tolist(), marks[tokens].tolist(), turns[tokens].tolist(), family)
         if _is_document(shown.sample_rules[number], loss):
-            found = [Turn(None, tuple(pieces))]
+            sample_turns = [Turn(None, tuple(pieces))]
         else:
-            found = _turns(pieces, turns[own], roles)
-        yield replace(sample, trained=int(trained[own].sum()), turns=tuple(found))
+            sample_turns = _turns(pieces, turns[tokens], roles)
+        yield replace(sample, trained=int(trained[tokens].sum()), turns=tuple(sample_turns))
 
 
 def _is_media(shown: Bin, family: Family) -> np.ndarray:
@@ -257,7 +257,7 @@ def _roles_and_turns(shown: Bin, boundaries: Sequence[RoleBoundary]) -> tuple[li
     starts = (role >= 0) & ~stretches(inner, names)
     changes = np.diff(role, prepend=-2) != 0
     changes |= starts & ~np.concatenate([[False], starts[:-1]])
-    return [names[each] if each >= 0 else None for each in role[changes].tolist()], changes.cumsum() - 1
+    return [names[number] if number >= 0 else None for number in role[changes].tolist()], changes.cumsum() - 1
 
 
 def view_pieces(ids: list[int], marks: list[Mark], turns: list[int], family: Family) -> list[Piece]:
@@ -293,12 +293,12 @@ def view_pieces(ids: list[int], marks: list[Mark], turns: list[int], family: Fam
 def _turns(pieces: Sequence[Piece], turns: np.ndarray, roles: Sequence[str | None]) -> list[Turn]:
     """The turns of a sample, each with the blank text after it that belongs to no role: what a template writes between
     them. turns: of each token of the sample."""
-    found: list[Turn] = []
+    merged: list[Turn] = []
     for number, group in groupby(pieces, lambda piece: int(turns[piece.start])):
         turn = Turn(roles[number], tuple(group))
         is_gap = turn.role is None and all(not piece.text.strip() for piece in turn.pieces)
-        if found and is_gap:
-            found[-1] = replace(found[-1], pieces=found[-1].pieces + turn.pieces)
+        if merged and is_gap:
+            merged[-1] = replace(merged[-1], pieces=merged[-1].pieces + turn.pieces)
         else:
-            found.append(turn)
-    return found
+            merged.append(turn)
+    return merged

@@ -60,7 +60,7 @@ class ListedPicture:
 
 
 @dataclass
-class Verified:
+class VerifyResult:
     """What came of a dataset's pictures. listed: how many of each reason; examples: one of each; folder: where
     report.jsonl lists them all."""
 
@@ -77,7 +77,7 @@ class Verified:
 
 def verify(
     path: str, *, processes: int | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> Verified:
+) -> VerifyResult:
     """Decode every picture of a prepared dataset, and list what is not sound in the folder `PATH-verify`.
 
     processes: default one for each CPU; 1: this one. on_progress(bins done, bins). Raises UserError where there is no
@@ -90,24 +90,24 @@ def verify(
         folder.remove_tree("")
     folder.create()
     folder.write(_PLAN, plan)
-    there = set(folder.names())
+    written_parts = set(folder.names())
     parts = {_name(first): first for first in range(0, len(prepared), BINS_PER_PART)}
-    missing = [first for name, first in parts.items() if name not in there]
+    missing = [first for name, first in parts.items() if name not in written_parts]
     done = len(parts) - len(missing)
     on_progress(min(done * BINS_PER_PART, len(prepared)), len(prepared))
     spans = [(first, min(first + BINS_PER_PART, len(prepared))) for first in missing]
-    for first, found in _each(path, spans, processes or os.cpu_count() or 1):
-        folder.write(_name(first), json.dumps(found).encode())
+    for first, part_result in _run_parts(path, spans, processes or os.cpu_count() or 1):
+        folder.write(_name(first), json.dumps(part_result).encode())
         done += 1
         on_progress(min(done * BINS_PER_PART, len(prepared)), len(prepared))
-    return _joined(folder, list(parts))
+    return _write_report(folder, list(parts))
 
 
 def _name(first: int) -> str:
     return f"part-{first:012d}.json"
 
 
-def _each(path: str, spans: list[tuple[int, int]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _run_parts(path: str, spans: list[tuple[int, int]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """What the parts have come to, in the order in which they are done."""
     if processes == 1 or len(spans) < 2:
         yield from ((first, verify_part(path, first, stop)) for first, stop in spans)
@@ -132,42 +132,42 @@ def verify_part(path: str, first: int, stop: int) -> dict[str, Any]:
     """Decode the pictures of the bins [first, stop): their number, and those to list."""
     prepared = PreparedDataset(path)
     pictures, listed = 0, list[dict[str, str]]()
-    seen: set[tuple[str, int, int]] = set()
+    decoded_images: set[tuple[str, int, int]] = set()
     for packed in prepared.bins(first, stop):
         for image in packed.images:
             size = image["width"], image["height"]
             source = image["data"] if image["data"] is not None else image["uri"]
             if isinstance(source, str):
-                if (source, *size) in seen:
+                if (source, *size) in decoded_images:
                     continue
-                seen.add((source, *size))
+                decoded_images.add((source, *size))
             pictures += 1
             name, sample = describe_source(source), image["sample"]
             listed += [
                 asdict(ListedPicture(reason, message, name, packed.sample_ids[sample], packed.sample_sources[sample]))
-                for reason, message in looked_at(source, size)
+                for reason, message in picture_problems(source, size)
             ]
     return {"pictures": pictures, "listed": listed}
 
 
-def looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
+def picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
     """What is to be said of a picture that was prepared with a size: (reason, message) each; of a sound one nothing.
 
     Raises UserError where its storage cannot be reached.
     """
     try:
-        return patiently(lambda: _looked_at(source, size), source)
+        return patiently(lambda: _picture_problems(source, size), source)
     except RowError as error:
         return [(error.reason, error.message)]
 
 
-def _looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
+def _picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
     name, max_pixels = describe_source(source), max(MAX_PIXELS, size[0] * size[1])
     page = load_image(source, max_pixels=max_pixels)
     header = read_header(source, max_pixels=max_pixels)
     if page.size != size:
-        planned, found = ("{} x {}".format(*each) for each in (size, page.size))
-        message = f"{name}: planned for {planned} pixels, the image now has {found}; prepare the dataset again"
+        planned, actual_pixels = ("{} x {}".format(*width_height) for width_height in (size, page.size))
+        message = f"{name}: planned for {planned} pixels, the image now has {actual_pixels}; prepare the dataset again"
         return [("image_changed", message)]
     if header.format == "JPEG":
         with image_file(source) as file:
@@ -185,9 +185,9 @@ def _looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, st
     return listed
 
 
-def _joined(folder: Folder, names: list[str]) -> Verified:
+def _write_report(folder: Folder, names: list[str]) -> VerifyResult:
     """All parts together, in the order of bins; writes the report."""
-    verified = Verified(folder=folder.uri)
+    verified = VerifyResult(folder=folder.uri)
     with folder.writing(_REPORT) as file:
         for name in names:
             part = json.loads(folder.read(name))

@@ -55,11 +55,11 @@ def check_new_run(prepared: PreparedDataset, encoder: Encoder, labels: LabelMake
             raise UserError(f"{name} {problem}: {remedy}") from error
         results = dict(zip((row.source for row in rows), encoder.encode(rows)))
         for source, ids, trained in _stored(prepared, labels, set(results)):
-            found = results[source]
-            if isinstance(found, RejectedRow):
-                raise UserError(f"{name} row {source} is refused now ({found.reason}: {found.message}): {remedy}")
-            (made,) = sample_labels([found], labels)
-            if not np.array_equal(found.input_ids, ids) or not np.array_equal(made != IGNORE_INDEX, trained):
+            result = results[source]
+            if isinstance(result, RejectedRow):
+                raise UserError(f"{name} row {source} is refused now ({result.reason}: {result.message}): {remedy}")
+            (new_labels,) = sample_labels([result], labels)
+            if not np.array_equal(result.input_ids, ids) or not np.array_equal(new_labels != IGNORE_INDEX, trained):
                 raise UserError(f"{name} row {source} trains otherwise now: {remedy}")
 
 
@@ -90,8 +90,15 @@ def labels_record(labels: LabelMaker, sources: list[str]) -> dict[str, Any]:
     if "roles" in sources:
         record |= {
             "boundaries": [
-                [each.role, list(each.start), list(each.end), each.include_start, each.include_end, each.until_next]
-                for each in labels.boundaries
+                [
+                    boundary.role,
+                    list(boundary.start),
+                    list(boundary.end),
+                    boundary.include_start,
+                    boundary.include_end,
+                    boundary.until_next,
+                ]
+                for boundary in labels.boundaries
             ],
             "roles": sorted(labels.roles_to_train),
             "train_on_eos": labels.train_on_eos,
@@ -132,5 +139,5 @@ def trained_tokens(shown: Bin, labels: LabelMaker) -> int:
 def bin_labels(shown: Bin, labels: LabelMaker) -> np.ndarray:
     """The labels of a bin as training makes them, int64 [L]."""
     blocks = [(image["first_token"], image["num_tokens"]) for image in shown.images]
-    given = shown.given if len(shown.given) else shown.input_ids < 0
-    return labels.of_arrays(shown.input_ids, shown.sample_lengths, shown.sample_rules, given, blocks)
+    given_mask = shown.given_mask if len(shown.given_mask) else shown.input_ids < 0
+    return labels.of_arrays(shown.input_ids, shown.sample_lengths, shown.sample_rules, given_mask, blocks)

@@ -186,7 +186,7 @@ class _Columns:
     rules: np.ndarray
     reasons: list[str | None]
     images: list[list[dict[str, Any]]]
-    given: np.ndarray
+    given_mask: np.ndarray
     notes: list[list[str]]
     datasets: np.ndarray
 
@@ -195,9 +195,9 @@ class _Columns:
         ids = table["input_ids"].combine_chunks()
         lengths = ids.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         rules = table["rule"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False)
-        given = np.zeros(int(lengths.sum()), dtype=bool)
+        given_mask = np.zeros(int(lengths.sum()), dtype=bool)
         flags = table["given"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        given[np.repeat(rules == LossRule.GIVEN, lengths)] = flags
+        given_mask[np.repeat(rules == LossRule.GIVEN, lengths)] = flags
         return cls(
             table=table,
             ids=ids.flatten().to_numpy(),
@@ -209,22 +209,22 @@ class _Columns:
             rules=rules,
             reasons=table["reason"].to_pylist(),
             images=table["images"].to_pylist(),
-            given=given,
+            given_mask=given_mask,
             notes=[notes or [] for notes in table["notes"].to_pylist()],
             datasets=table["dataset"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False),
         )
 
     def set_columns(self) -> dict[str, dict[str, Any]]:
         """Of each set of rows: its images and the columns by which it is judged (`mmray.rows.columns`)."""
-        found: dict[str, dict[str, Any]] = {}
+        facts_of_sets: dict[str, dict[str, Any]] = {}
         named = self.table["columns"].to_pylist()
         for number, images, names in zip(self.datasets.tolist(), self.images, named):
             if number < 0:
                 continue
-            facts = found.setdefault(str(number), {"images": 0, "columns": []})
+            facts = facts_of_sets.setdefault(str(number), {"images": 0, "columns": []})
             facts["images"] += len(images)
             facts["columns"] += [name for name in names or () if name not in facts["columns"]]
-        return found
+        return facts_of_sets
 
     def tokens(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
@@ -236,8 +236,8 @@ class _Columns:
             for index, images in enumerate(self.images)
             for image in images
         ]
-        made = labels.of_arrays(self.ids, self.lengths, self.rules, self.given, blocks)
-        before = np.concatenate([[0], (made != IGNORE_INDEX).cumsum()])
+        label_ids = labels.of_arrays(self.ids, self.lengths, self.rules, self.given_mask, blocks)
+        before = np.concatenate([[0], (label_ids != IGNORE_INDEX).cumsum()])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
     def loads(self, trained: np.ndarray) -> Loads:
@@ -261,7 +261,7 @@ class _Columns:
             for image in self.images[index]
         ]
         any_given = bool((self.rules[list(members)] == LossRule.GIVEN).any())
-        given = [self.given[self.offsets[index] : self.offsets[index + 1]] for index in members]
+        given_masks = [self.given_mask[self.offsets[index] : self.offsets[index + 1]] for index in members]
         return {
             "bucket": buckets.pop() if len(buckets) == 1 else "mixed",
             "num_tokens": int(starts[-1]),
@@ -273,7 +273,7 @@ class _Columns:
             "sample_sources": [self.table["source"][index].as_py() for index in members],
             "sample_rules": self.rules[list(members)],
             "sample_sets": self.datasets[list(members)],
-            "given": np.concatenate(given) if any_given else [],
+            "given": np.concatenate(given_masks) if any_given else [],
             "images": images,
         }
 
@@ -325,7 +325,7 @@ def pack_by_bucket(
         return float(max(tokens / packing.token_capacity, images / packing.visual_capacity))
 
     kept: list[list[int]] = []
-    rest: list[int] = []
+    leftovers: list[int] = []
     of_bucket: dict[str, list[int]] = {}
     for index, bucket in enumerate(buckets):
         of_bucket.setdefault(str(bucket), []).append(index)
@@ -334,8 +334,8 @@ def pack_by_bucket(
             if fill(members) >= packing.bucket_fill:
                 kept.append(members)
             else:
-                rest += members
-    return kept + (pack(sorted(rest)) if rest else [])
+                leftovers += members
+    return kept + (pack(sorted(leftovers)) if leftovers else [])
 
 
 def _parquet(table: pa.Table, row_group_size: int, footer: dict[bytes, bytes]) -> bytes:

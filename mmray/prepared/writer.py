@@ -174,9 +174,9 @@ class PreparedWriter:
 
             statistics = add_statistics(joined(), capacities)
             rejected.write()
-            for number, own in statistics["set_columns"].items():
+            for number, set_facts in statistics["set_columns"].items():
                 dataset = record["datasets"][int(number)]
-                if problem := columns_problem(f"data set {number}", dataset, own["images"], own["columns"]):
+                if problem := columns_problem(f"data set {number}", dataset, set_facts["images"], set_facts["columns"]):
                     raise UserError(f"{self.path}: {problem}")
             if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
                 raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
@@ -199,9 +199,11 @@ class PreparedWriter:
     ) -> None:  # fmt: skip
         """Add the number of samples whose id another one has, and some such ids, to the statistics."""
         statistics["duplicate_ids"], places = ids.duplicates()
-        own = {window: self._sample_ids(shards[window]["file"]) for window in {window for window, _ in places}}
+        ids_of_windows = {
+            window: self._sample_ids(shards[window]["file"]) for window in {window for window, _ in places}
+        }
         if places:
-            examples = [own[window][place] for window, place in places]
+            examples = [ids_of_windows[window][place] for window, place in places]
             statistics["examples"]["duplicate_ids"] = list(dict.fromkeys(examples))
 
     def _sample_ids(self, bins_file: str) -> list[str]:
@@ -244,10 +246,10 @@ class PreparedWriter:
 
         def read(number: int) -> dict[str, Any]:
             try:
-                found = json.loads(self._folder.read(_commit_name(number, self.token)))
+                commit = json.loads(self._folder.read(_commit_name(number, self.token)))
             except ValueError:
                 return {}
-            return found if isinstance(found, dict) else {}
+            return commit if isinstance(commit, dict) else {}
 
         return in_order(read, numbers, threads=_READERS, ahead=2 * _READERS)
 
@@ -305,8 +307,8 @@ def _commit_name(window: int, token: str) -> str:
 
 def _committed(names: Iterable[str], token: str) -> list[int]:
     """The windows with a commit of a plan."""
-    found = (re.fullmatch(rf"{_COMMIT_PREFIX}(\d+)-{re.escape(token)}\.json", name) for name in names)
-    return sorted(int(match[1]) for match in found if match)
+    matches = (re.fullmatch(rf"{_COMMIT_PREFIX}(\d+)-{re.escape(token)}\.json", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _is_whole(commit: dict[str, Any], sizes: Mapping[str, int]) -> bool:
@@ -328,9 +330,9 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     sets: dict[str, dict[str, Any]] = {}
     for part in parts:
         for number, counts in part.get("set_columns", {}).items():
-            own = sets.setdefault(number, {"images": 0, "columns": []})
-            own["images"] += counts["images"]
-            own["columns"] = sorted({*own["columns"], *counts["columns"]})
+            set_facts = sets.setdefault(number, {"images": 0, "columns": []})
+            set_facts["images"] += counts["images"]
+            set_facts["columns"] = sorted({*set_facts["columns"], *counts["columns"]})
         reasons.update(part["rejected_by_reason"])
         notes.update(part["image_notes"])
         for name, places in part["examples"].items():
@@ -350,11 +352,11 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     }
 
 
-def _other_result(path: str, found: dict[str, Any], record: dict[str, Any]) -> str:
-    lines = differences(found.get("record"), json.loads(_json(record)))
+def _other_result(path: str, existing: dict[str, Any], record: dict[str, Any]) -> str:
+    lines = differences(existing.get("record"), json.loads(_json(record)))
     shown = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
     return (
-        f"{path} was prepared from other input (fingerprint {found.get('fingerprint')}, this job has "
+        f"{path} was prepared from other input (fingerprint {existing.get('fingerprint')}, this job has "
         f"{fingerprint(record)}):\n  {shown}\nChoose another output.prepared, or run jobs/prepare.py with --replace "
         "to delete the old one"
     )

@@ -59,7 +59,7 @@ class Axis:
     @classmethod
     def around(cls, *values: np.ndarray, zero: bool = False, log: bool | None = None) -> "Axis":
         """A range that holds all finite values with a little room; zero: begins at zero; log: None decides by them."""
-        known = np.concatenate([np.asarray(each, dtype=np.float64).ravel() for each in values])
+        known = np.concatenate([np.asarray(array, dtype=np.float64).ravel() for array in values])
         known = known[np.isfinite(known)]
         low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
         if log is None:
@@ -160,15 +160,15 @@ def over_steps(
 ) -> Plot:  # fmt: skip
     """Series as lines over steps. marks: (step, what happened)."""
     x = Axis(first_step, max(last_step, first_step + 1))
-    y = Axis.around(*(each.values for each in series), zero=zero)
-    drawn = [each for each in series if len(each.values)]
+    y = Axis.around(*(curve_series.values for curve_series in series), zero=zero)
+    drawn = [curve_series for curve_series in series if len(curve_series.values)]
     return Plot(
         title=title,
         note=note,
         x_name=x_name,
         x_ticks=[tick for tick in x.ticks if "." not in tick.text or tick.text[-1] in "kMG"],
         y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
-        curves=[_curve(each, x, y) for each in drawn],
+        curves=[_curve(curve_series, x, y) for curve_series in drawn],
         marks=[Tick(float(x.at(np.asarray(step)).clip(0, 1000)), text) for step, text in marks],
         hover=_hover(drawn, x, x_name),
     )
@@ -219,9 +219,9 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _band(x: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> str:
-    there = [f"{left:.1f} {height:.1f}" for left, height in zip(x, top)]
-    back = [f"{left:.1f} {height:.1f}" for left, height in zip(x[::-1], bottom[::-1])]
-    return f"M{'L'.join(there + back)}Z"
+    upper = [f"{left:.1f} {height:.1f}" for left, height in zip(x, top)]
+    lower = [f"{left:.1f} {height:.1f}" for left, height in zip(x[::-1], bottom[::-1])]
+    return f"M{'L'.join(upper + lower)}Z"
 
 
 def _hover(series: Sequence[Series], x: Axis, x_name: str) -> list[Box]:
@@ -230,7 +230,7 @@ def _hover(series: Sequence[Series], x: Axis, x_name: str) -> list[Box]:
     borders = np.linspace(x.low - 0.5, x.high + 0.5, columns + 1)
     boxes = []
     for left, right in pairwise(borders.tolist()):
-        lines = [line for each in series for line in _told(each, left, right)]
+        lines = [line for curve_series in series for line in _hover_lines(curve_series, left, right)]
         if lines:
             first, last = math.ceil(left), math.ceil(right) - 1
             steps = f"{x_name} {first:,}" + (f" to {last:,}" if last > first else "")
@@ -239,7 +239,7 @@ def _hover(series: Sequence[Series], x: Axis, x_name: str) -> list[Box]:
     return boxes
 
 
-def _told(series: Series, left: float, right: float) -> list[str]:
+def _hover_lines(series: Series, left: float, right: float) -> list[str]:
     first, stop = np.searchsorted(series.steps, [left, right])
     values = series.values[first:stop]
     if not len(values):

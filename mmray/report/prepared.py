@@ -115,14 +115,14 @@ def _slowest(
 ) -> np.ndarray:
     """Of each step: time with ranks that wait for one another after every micro-batch, against equal ranks."""
     ranks = range(settings.workers)
-    dealt = np.asarray([[_of_rank(order, settings, step, rank) for rank in ranks] for step in range(steps)])
+    dealt = np.asarray([[_rank_bins(order, settings, step, rank) for rank in ranks] for step in range(steps)])
     cost = np.zeros(dealt.shape)  # [steps, ranks, micro-batches, bins]
     cost[dealt >= 0] = settings.balance.costs(prepared.loads(dealt[dealt >= 0]))
     micro = cost.sum(axis=3)
     return micro.max(axis=1).sum(axis=1) / micro.mean(axis=1).sum(axis=1)
 
 
-def _of_rank(order: Schedule | BoundSchedule, settings: StepSettings, step: int, rank: int) -> list[list[int]]:
+def _rank_bins(order: Schedule | BoundSchedule, settings: StepSettings, step: int, rank: int) -> list[list[int]]:
     """The bins of each micro-batch of a rank; -1: none."""
     micros = order.rank_bins(step, rank, settings.workers, settings.micro_batch_bins)
     return [[-1 if number is None else number for number in micro] for micro in micros]
@@ -144,7 +144,7 @@ def rejects(prepared: PreparedDataset) -> Rejects:
     if counts:
         for number, part in enumerate(prepared.rejected_parts()):
             if number >= MOST_REJECTED_PARTS or all(
-                len(found) >= min(EXAMPLES, counts[reason]) for reason, found in examples.items()
+                len(rows) >= min(EXAMPLES, counts[reason]) for reason, rows in examples.items()
             ):
                 break
             _add_examples(examples, part)
@@ -153,9 +153,9 @@ def rejects(prepared: PreparedDataset) -> Rejects:
 
 def _add_examples(examples: dict[str, list[dict[str, Any]]], part: pa.Table) -> None:
     reasons = np.asarray(part["reason"].to_pylist(), dtype=object)
-    for reason, found in examples.items():
-        places = np.flatnonzero(reasons == reason)[: EXAMPLES - len(found)]
-        found += part.take(places).to_pylist()
+    for reason, rows in examples.items():
+        places = np.flatnonzero(reasons == reason)[: EXAMPLES - len(rows)]
+        rows += part.take(places).to_pylist()
 
 
 def bins_to_show(distributions: Distributions, prepared: PreparedDataset, most: int = SHOWN_BINS) -> list[int]:
@@ -168,8 +168,8 @@ def bins_to_show(distributions: Distributions, prepared: PreparedDataset, most: 
     names, counts = np.unique(loads.bucket, return_counts=True)
     chosen = []
     for name in names[np.argsort(-counts, kind="stable")][:most]:
-        own = np.flatnonzero(loads.bucket == name)
-        by_length = own[np.argsort(loads.tokens[own], kind="stable")]
+        bucket_bins = np.flatnonzero(loads.bucket == name)
+        by_length = bucket_bins[np.argsort(loads.tokens[bucket_bins], kind="stable")]
         chosen.append(int(numbers[by_length[len(by_length) // 2]]))
     return chosen
 

@@ -92,13 +92,13 @@ class Run:
     @cached_property
     def checkpoints(self) -> list[SavedCheckpoint]:
         """The checkpoints that are there, by step. Damaged ones are left out."""
-        found = []
+        checkpoints = []
         for name in self._checkpoint_names:
             try:
-                found.append(SavedCheckpoint(name, Cursor.read(self.folder / name / CURSOR_FILE).step))
+                checkpoints.append(SavedCheckpoint(name, Cursor.read(self.folder / name / CURSOR_FILE).step))
             except UserError:
                 continue
-        return sorted(found, key=lambda each: each.step)
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
     def column(self, name: str) -> np.ndarray:
         """A value of every training step, float64 [steps]; NaN where it was not finite or is not known."""
@@ -127,12 +127,12 @@ class Run:
     @cached_property
     def workers(self) -> np.ndarray:
         """Ranks of every training step, float64 [steps]: as metrics say, else as the history does; NaN: not known."""
-        steps, told = self.column("step"), np.full(len(self.steps), np.nan)
+        steps, from_history = self.column("step"), np.full(len(self.steps), np.nan)
         for event in self.history:
             if event["event"] in ("start", "resume") and event["workers"]:
-                told[steps > event["step"]] = event["workers"]
+                from_history[steps > event["step"]] = event["workers"]
         counted = self.column("workers")
-        return np.where(np.isnan(counted), told, counted)
+        return np.where(np.isnan(counted), from_history, counted)
 
     def _repr_html_(self) -> str:
         if not self.steps:
@@ -143,7 +143,9 @@ class Run:
         if self.evaluations:
             facts.append(Fact("evaluation loss", _from_to(self.eval_column("eval_loss"))))
         if self.checkpoints:
-            facts.append(Fact("checkpoints", ", ".join(f"step {each.step:,}" for each in self.checkpoints[-4:])))
+            facts.append(
+                Fact("checkpoints", ", ".join(f"step {checkpoint.step:,}" for checkpoint in self.checkpoints[-4:]))
+            )
         if resumes:
             facts.append(Fact("resumed", ", ".join(f"at step {step:,}" for step in resumes[-8:])))
         return card(f"Run: {self.last_step:,} steps, {state}", str(self.folder), facts, chart=loss_chart(self))
@@ -184,8 +186,8 @@ def marks(run: Run) -> list[tuple[int, str]]:
     for event in run.history:
         if event["event"] in MARKS:
             at.setdefault(event["step"], []).append(MARKS[event["event"]])
-    found = [(step, ", ".join(dict.fromkeys(names))) for step, names in sorted(at.items())]
-    return found if len(found) <= MOST_MARKS else [(step, "") for step, _ in found]
+    texts = [(step, ", ".join(dict.fromkeys(names))) for step, names in sorted(at.items())]
+    return texts if len(texts) <= MOST_MARKS else [(step, "") for step, _ in texts]
 
 
 def _from_to(values: np.ndarray) -> str:

@@ -27,7 +27,7 @@ def run_page(run: Run) -> str:
         events_note=_events_note(run, len(events)),
         warnings=run.warnings[-MOST_WARNINGS:],
         skipped=run.skipped[-MOST_SKIPPED:],
-        made=made_by(),
+        footer=made_by(),
     )
 
 
@@ -79,7 +79,7 @@ def _charts(run: Run) -> list[Plot]:
 
     tokens, seconds, waited = run.column("tokens"), run.column("step_seconds"), run.column("data_wait_seconds")
     speed = tokens / np.maximum(seconds, 1e-9)
-    found = [
+    plots = [
         loss_chart(run),
         chart("Learning rate", f"Highest {np.nanmax(run.column('lr')):.3g}." if _has(run, "lr") else "",
               [column("learning rate", "tokens", "lr")], True),
@@ -92,18 +92,18 @@ def _charts(run: Run) -> list[Plot]:
     if np.isfinite(run.workers).any():
         few, many = np.nanmin(run.workers), np.nanmax(run.workers)
         note = f"{few:.0f} throughout." if few == many else f"From {few:.0f} to {many:.0f}."
-        found.append(chart("Workers", note, [Series("workers", "grey", steps, run.workers)], True))
+        plots.append(chart("Workers", note, [Series("workers", "grey", steps, run.workers)], True))
     saved = [event for event in run.history if event["event"] == "checkpoint" and event.get("seconds") is not None]
     if saved:
         values = np.asarray([event["seconds"] for event in saved], dtype=np.float64)
         when = np.asarray([event["step"] for event in saved], dtype=np.float64)
         note = f"The step loop held up at each; {values.sum():,.1f} s in all, {np.median(values):.2g} s at the median."
-        found.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
+        plots.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
     skipped = run.column("skipped_samples")
     if np.nansum(skipped):
         note = f"Samples whose picture could not be used: {np.nansum(skipped):,.0f} in all."
-        found.append(chart("Skipped samples", note, [Series("samples", "bad", steps, skipped)], True))
-    return [plot for plot in found if plot.curves and any(curve.line or curve.dots for curve in plot.curves)]
+        plots.append(chart("Skipped samples", note, [Series("samples", "bad", steps, skipped)], True))
+    return [plot for plot in plots if plot.curves and any(curve.line or curve.dots for curve in plot.curves)]
 
 
 def _has(run: Run, key: str) -> bool:

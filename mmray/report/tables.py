@@ -7,7 +7,7 @@ from rich.text import Text
 
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
-from mmray.prepared.verify import Verified
+from mmray.prepared.verify import VerifyResult
 from mmray.report.prepared import rejects
 from mmray.report.run import Run
 
@@ -68,7 +68,7 @@ def _from_to(values: np.ndarray) -> str:
     return f"{first} -> {last}"
 
 
-def verified_table(path: str, verified: Verified) -> Table:
+def verified_table(path: str, verified: VerifyResult) -> Table:
     """The pictures of a prepared dataset in one table: those to look at, by reason, each with an example."""
     table = Table("", "pictures", "such as", title=escape(path), title_justify="left")
     sound = verified.pictures - sum(verified.listed.values())

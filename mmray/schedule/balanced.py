@@ -37,7 +37,7 @@ from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.loads import Loads
 from mmray.schedule.schedule import Schedule, mix_many
 
-LoadsOf = Callable[[np.ndarray], Loads]
+ReadLoads = Callable[[np.ndarray], Loads]
 """The loads of some bins, by their numbers, int64 [n]. Pure: the same in every process."""
 
 _WINDOWS_KEPT = 4
@@ -109,7 +109,7 @@ class BalancedSchedule:
         """Micro-batches that each rank runs in one step, as `Schedule.micro_batches_per_rank`."""
         return self.order.micro_batches_per_rank(world_size, micro_batch_bins)
 
-    def bound_to(self, loads: LoadsOf) -> "BoundSchedule":
+    def bound_to(self, loads: ReadLoads) -> "BoundSchedule":
         """The order itself. loads: those of the data set with the schedule's fingerprint (`PreparedDataset.loads`)."""
         return BoundSchedule(self, loads)
 
@@ -117,7 +117,7 @@ class BalancedSchedule:
 class BoundSchedule:
     """The bins of each step of a balanced schedule, computed from their loads."""
 
-    def __init__(self, schedule: BalancedSchedule, loads: LoadsOf) -> None:
+    def __init__(self, schedule: BalancedSchedule, loads: ReadLoads) -> None:
         self.schedule = schedule
         self._loads = loads
         self._window = lru_cache(maxsize=_WINDOWS_KEPT)(self._arranged)
@@ -191,8 +191,8 @@ def _batches(shape: np.ndarray, size: int, group: int, random: "_Random") -> np.
     shape [n]: bins are sorted by it, and by cost within each shape.
     """
     order = _in_groups(shape, group, random)
-    pure, rest = _whole_batches(shape[order], size)
-    order = order[np.concatenate([pure, rest])]
+    pure, mixed = _whole_batches(shape[order], size)
+    order = order[np.concatenate([pure, mixed])]
     full, short = divmod(len(order), size)
     place = np.append(np.argsort(random.fractions(full)), full)  # of each batch; the short one stays last
     batch = np.empty(len(order), dtype=np.int64)

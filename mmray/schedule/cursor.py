@@ -104,19 +104,19 @@ class Cursor:
         job = Cursor.at(schedule)
         for name, remedy in _ORDER_REMEDIES.items():
             self._compare(name, getattr(self, name), getattr(job, name), remedy)
-        states = [each.balance is not None for each in (self, job)]
+        states = [cursor.balance is not None for cursor in (self, job)]
         remedy = f"set balance.across_batches to {json.dumps(states[0])} in the job file"
         self._compare("balance.across_batches", states[0], states[1], remedy)
-        saved, given = self.balance or {}, job.balance or {}
-        for name in sorted(saved.keys() | given.keys()):
+        saved, job_balance = self.balance or {}, job.balance or {}
+        for name in sorted(saved.keys() | job_balance.keys()):
             remedy = f"set balance.{name} to {json.dumps(saved.get(name))} in the job file"
-            self._compare(f"balance.{name}", saved.get(name), given.get(name), remedy)
+            self._compare(f"balance.{name}", saved.get(name), job_balance.get(name), remedy)
 
-    def _compare(self, name: str, saved: Any, given: Any, remedy: str) -> None:
-        if saved != given:
+    def _compare(self, name: str, saved: Any, job_value: Any, remedy: str) -> None:
+        if saved != job_value:
             raise UserError(
                 f"the checkpoint stands at step {self.step} of another order: its {name} is {saved!r}, "
-                f"this job's is {given!r}; {remedy}, or start from step 0 in a new output folder"
+                f"this job's is {job_value!r}; {remedy}, or start from step 0 in a new output folder"
             )
 
     def to_json(self) -> str:

@@ -84,7 +84,7 @@ class Schedule:
         more = ", …" if self.global_batch_bins > len(slots) else ""
 
         def bins(step: int) -> str:
-            return ", ".join("empty" if each is None else f"{each:,}" for each in self._slots(step, slots)) + more
+            return ", ".join("empty" if number is None else f"{number:,}" for number in self._slots(step, slots)) + more
 
         return card(
             f"Schedule: {self.steps_per_epoch:,} steps an epoch",
