@@ -205,7 +205,7 @@ class PreparedDataset:
         return self._open_file(file).read(columns)
 
     def loads(self, bins: np.ndarray) -> Loads:
-        """Read the loads of bins, in the order of `bins`, from the footers of their files; the last 256 files are cached.
+        """Read the loads of bins, in the order of `bins`, from file footers; the last 256 footers are cached.
 
         bins: bin numbers, int64 [n], at least one.
         """

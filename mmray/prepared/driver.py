@@ -37,7 +37,7 @@ from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 log = logging.getLogger("mmray")
 
 RunWindows = Callable[[PrepareContext, str, Sequence[Chunk], KeptSizes | None], Iterator[int]]
-"""Makes and commits windows: takes (context, token of the plan, chunks of whole windows in order, known image sizes) and
+"""Makes and commits windows: takes (context, token of the plan, chunks of whole windows in order, known image sizes),
 yields the number of each window once it is committed. Puts the sizes it measured into `KeptSizes.measured`. Raises
 UserError."""
 

@@ -36,7 +36,7 @@ MOST_KINDS = 8
 """Number of windows up to which each is packed by itself; of more windows, only one whole window is packed."""
 
 Windows = Counter[tuple[tuple[int, int, int], ...]]
-"""Number of windows of each kind. A kind is the rows of each set in the window: (number of the set, first row, rows)."""
+"""Number of windows of each kind. A kind is the rows of each set in it: (number of the set, first row, rows)."""
 
 
 @dataclass(frozen=True)

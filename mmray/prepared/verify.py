@@ -1,11 +1,11 @@
-"""Every picture of a prepared dataset, decoded once: which are broken, blank, or not what was prepared.
+"""Decodes every picture of a prepared dataset once, and lists those that are broken, blank, or not as prepared.
 
-Preparing reads headers alone, so a picture that is broken behind its header is found in training, where its sample is
-left out. This looks before. It decodes, so it takes what training's render actors take, once.
+Preparing reads headers alone, so only training would find a picture that is broken behind its header, and would leave
+its sample out of the loss. `verify` finds it before, at the cost of decoding once as training's render actors do.
 
-The dataset is looked at in parts of some bins, by as many processes as there are CPUs. What a part has come to is
-written, whole, into a folder beside the dataset; the same command after a stop goes on with the parts that are missing.
-A process holds one group of rows and one decoded picture.
+The dataset is checked in parts of some bins, by as many processes as there are CPUs. The result of each part is written
+whole into a folder beside the dataset; after a stop, the same command continues with the missing parts. A process holds
+one group of rows and one decoded picture.
 """
 
 import json
@@ -32,13 +32,13 @@ from mmray.prepared.window import BINS_PER_ROW_GROUP
 from mmray.storage import Folder
 
 BINS_PER_PART = 16 * BINS_PER_ROW_GROUP
-"""Bins that a process looks at at a time: the work that a stop loses."""
+"""Number of bins that a process checks at a time: the work that a stop loses."""
 
 BLANK, OTHER_FORMAT = "blank", "other_format"
-"""What is listed beside the reasons of docs/rows.md, and is no reason to leave a picture out."""
+"""Reasons that are listed beside those of docs/rows.md; training keeps such pictures."""
 
 BLANK_RANGE = 4
-"""The most by which the pixels of a blank picture differ, of 255."""
+"""Largest difference between the pixels of a blank picture, in levels of 255."""
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png", ".apng"), "WEBP": (".webp",),
@@ -50,7 +50,7 @@ _PLAN, _REPORT, _SUMMARY = "plan.json", "report.jsonl", "summary.json"
 
 @dataclass(frozen=True)
 class ListedPicture:
-    """A picture that a person should look at. row, source: the id of its row, and where that was read."""
+    """A picture that a person should look at. row: the id of its row; source: the place of its row."""
 
     reason: str
     message: str
@@ -61,8 +61,11 @@ class ListedPicture:
 
 @dataclass
 class VerifyResult:
-    """What came of a dataset's pictures. listed: how many of each reason; examples: one of each; folder: where
-    report.jsonl lists them all."""
+    """The result of verifying a dataset's pictures.
+
+    pictures: number of pictures that were decoded; listed: number of listed pictures by reason; examples: one listed
+    picture of each reason; folder: the folder whose report.jsonl lists them all.
+    """
 
     pictures: int = 0
     listed: Counter[str] = field(default_factory=Counter)
@@ -71,17 +74,19 @@ class VerifyResult:
 
     @property
     def broken(self) -> int:
-        """Pictures whose samples training leaves out."""
+        """Number of pictures whose samples training leaves out of the loss."""
         return sum(count for reason, count in self.listed.items() if reason not in (BLANK, OTHER_FORMAT))
 
 
 def verify(
     path: str, *, processes: int | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> VerifyResult:
-    """Decode every picture of a prepared dataset, and list what is not sound in the folder `PATH-verify`.
+    """Decode every picture of a prepared dataset, and list the faulty ones in the folder `PATH-verify`.
 
-    processes: default one for each CPU; 1: this one. on_progress(bins done, bins). Raises UserError where there is no
-    prepared dataset, and where storage cannot be reached.
+    processes: number of processes; default: one for each CPU; 1: this process.
+    on_progress: called with (bins done, all bins).
+
+    Raises UserError when there is no prepared dataset, and when storage cannot be reached.
     """
     prepared = PreparedDataset(path)
     folder = Folder(f"{path.rstrip('/')}-verify")
@@ -108,7 +113,7 @@ def _name(first: int) -> str:
 
 
 def _run_parts(path: str, spans: list[tuple[int, int]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What the parts have come to, in the order in which they are done."""
+    """Yield (first bin, result) of each part, in the order in which the parts are done."""
     if processes == 1 or len(spans) < 2:
         yield from ((first, verify_part(path, first, stop)) for first, stop in spans)
         return
@@ -129,7 +134,7 @@ def _run_parts(path: str, spans: list[tuple[int, int]], processes: int) -> Itera
 
 
 def verify_part(path: str, first: int, stop: int) -> dict[str, Any]:
-    """Decode the pictures of the bins [first, stop): their number, and those to list."""
+    """Decode the pictures of the bins `first` to `stop` - 1; returns their number and those to list, as JSON."""
     prepared = PreparedDataset(path)
     pictures, listed = 0, list[dict[str, str]]()
     decoded_images: set[tuple[str, int, int]] = set()
@@ -151,9 +156,9 @@ def verify_part(path: str, first: int, stop: int) -> dict[str, Any]:
 
 
 def picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
-    """What is to be said of a picture that was prepared with a size: (reason, message) each; of a sound one nothing.
+    """Find the problems of a picture, as (reason, message); a sound picture has none.
 
-    Raises UserError where its storage cannot be reached.
+    size: the (width, height) in pixels that it was prepared with. Raises UserError when its storage cannot be reached.
     """
     try:
         return patiently(lambda: _picture_problems(source, size), source)
@@ -186,7 +191,7 @@ def _picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[
 
 
 def _write_report(folder: Folder, names: list[str]) -> VerifyResult:
-    """All parts together, in the order of bins; writes the report."""
+    """Join the results of all parts, in the order of bins, and write the report and the summary."""
     verified = VerifyResult(folder=folder.uri)
     with folder.writing(_REPORT) as file:
         for name in names:
