@@ -1,8 +1,8 @@
-"""What a small random copy of the job's model shows: that packing is right, and that losses are what they should be.
+"""Checks packing and losses on a small random copy of the job's model.
 
-The copy has the classes, kinds of layers and attention of the configured model (`shrink`), and gets a few samples of
-different layouts by the job's own way: processor, tiling, packer, masks. Its weights are enlarged for the comparison of
-packed with unpacked: as initialised, attention is nearly even, and no mistake would show.
+The copy has the classes, kinds of layers and attention of the configured model (`shrink`). It gets a few samples of
+different layouts, made by the job's processor, tiling, packer and masks. Its weights are enlarged for the comparison of
+packed with unpacked samples: as initialised, attention is nearly even, and no mistake would show.
 """
 
 import io
@@ -42,13 +42,13 @@ PACKED, ACCUMULATION = "packed = unpacked", "accumulation steps"
 CPU = torch.device("cpu")
 ENLARGED = 6.0
 OPEN_GATE, OPEN_WEIGHTS = 0.5, 0.1
-"""What stands in the place of single numbers, and of matrices, that start at zero."""
+"""Replacement of scalars that start at zero, and standard deviation of matrices that do."""
 TOLERANCE = 1e-4
-"""Of logits, relative to the largest."""
+"""Tolerance of logits, relative to the largest."""
 SPLIT_TOLERANCE = 1e-3
-"""Of the mean loss and the gradient's norm, relative, between splits of a batch."""
+"""Relative tolerance of the mean loss and the gradient's norm between splits of a batch."""
 FRESH_LOSS = 0.15
-"""How far from ln(vocabulary), as a part of it, the loss of random weights may be."""
+"""Largest relative distance of the loss of random weights from ln(vocabulary)."""
 PICTURES = ((160, 220), (220, 120), (60, 60))
 TEXTS = (
     "<image>\nTotal 12.50\nPlease pay by the end of the month.",
@@ -59,7 +59,7 @@ TEXTS = (
 
 
 def examine_model(job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> Iterator[Finding]:
-    """The checks that run the copy."""
+    """Yield the findings of the checks that run the small copy."""
     try:
         copy = _SmallCopy.of(job, family, policy, config)
     except Exception as error:  # noqa: BLE001 (a configuration of any class is taken apart)
@@ -76,6 +76,8 @@ def examine_model(job: Job, family: Family, policy: TilingPolicy, config: Pretra
 
 @dataclass
 class _SmallCopy:
+    """The small model, and samples for it in bins of one and in one packed bin."""
+
     model: Any
     family: Family
     policy: TilingPolicy
@@ -84,7 +86,7 @@ class _SmallCopy:
     packed_bin: Bin
     described: str
     packing_problem: str | None
-    """Why it cannot pack."""
+    """The reason why the model cannot pack; None when it can."""
 
     @classmethod
     def of(cls, job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> "_SmallCopy":
@@ -117,8 +119,11 @@ class _SmallCopy:
         )
 
     def enlarge(self) -> None:
-        """As initialised, attention is nearly even, and some models are blind (the projector of Gemma 3, the gates of
-        Llama 3.2): no mistake would show."""
+        """Enlarge the weights, so that mistakes show.
+
+        As initialised, attention is nearly even, and some models ignore images (the projector of Gemma 3, the gates of
+        Llama 3.2).
+        """
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -142,10 +147,11 @@ class _SmallCopy:
             return self.model(**inputs, use_cache=False).logits[0]
 
     def step(self, split: Sequence[Sequence[Bin]]) -> tuple[float, float]:
-        """(mean loss, norm of its gradient) of a global batch in micro-batches of some bins each, as a training step
-        makes them: every micro-batch's sum, scaled by the trained tokens of all (`TrainingEngine.step`).
+        """The mean loss of a global batch and the norm of its gradient, as a training step computes them.
 
-        The gradient is that of the vectors (gains, biases): all layers have some, and they take no memory.
+        split: the bins of each micro-batch. The sum of each micro-batch is scaled by the trained tokens of all
+        (`TrainingEngine.step`). The gradient is that of vectors alone (gains, biases): all layers have some, and they
+        take little memory.
         """
         batches = [self.batch(*bins) for bins in split]
         scale = 1 / max(1, sum(int(count_trained_tokens(batch.labels)) for batch in batches))
@@ -188,7 +194,7 @@ class _SmallCopy:
         return passed(CACHE, "use_cache is off in the configurations of model and text model; no cache comes back")
 
     def pictures_seen(self) -> Finding:
-        """Logits change with a picture, and not before it."""
+        """Check that logits change when a picture changes, and only from the picture on."""
         masked = max((self.batch(single).masked for single in self.single_bins), key=_first_of_last_picture)
         first = _first_of_last_picture(masked)
         before, after = (
@@ -207,7 +213,7 @@ class _SmallCopy:
         return passed(PICTURES_SEEN, detail)
 
     def labels_and_loss(self) -> Finding:
-        """Labels are the tokens themselves, and the loss is that of the next token."""
+        """Check that labels are the tokens themselves, and that the loss is that of the next token."""
         batch = self.batch(self.single_bins[0])
         ids, labels = torch.from_numpy(batch.masked.input_ids.astype(np.int64)), batch.labels[0]
         trained = labels != IGNORE_INDEX
@@ -242,7 +248,7 @@ class _SmallCopy:
         return passed(PACKED, detail)
 
     def error(self, inputs: dict[str, Any]) -> float:
-        """The largest difference of a packed row's logits from those of its samples alone."""
+        """The largest difference of a packed row's logits from those of its samples alone, relative to the largest."""
         packed = self.logits(inputs)
         errors, start = [], 0
         for single in self._order():
@@ -254,7 +260,7 @@ class _SmallCopy:
         return max(errors)
 
     def naive_inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        """The row as if it were one sample; the pictures stay the samples', some models count them."""
+        """The inputs of a row as if it were one sample; pictures stay with their samples: some models count them."""
         masked = batch.masked
         whole = replace(
             masked,
@@ -280,13 +286,13 @@ class _SmallCopy:
         return failed(ACCUMULATION, detail, "the step depends on how a batch is split; please report the model")
 
     def _order(self) -> list[Bin]:
-        """The bins of one sample in the order in which their samples stand in the packed one."""
+        """The bins of one sample, in the order of the samples in the packed bin."""
         by_id = {single.sample_ids[0]: single for single in self.single_bins}
         return [by_id[sample_id] for sample_id in self.packed_bin.sample_ids]
 
 
 def _first_of_last_picture(masked: Masked) -> int:
-    """The first token of the last picture of a row; -1 where it has none."""
+    """Place of the first token of a row's last picture; -1 without a picture."""
     return int(masked.blocks[-1, 0]) if len(masked.blocks) else -1
 
 
@@ -304,7 +310,7 @@ def _close(value: float, expected: float) -> bool:
 
 
 def _samples(family: Family, policy: TilingPolicy) -> list[Sample]:
-    """Samples of different layouts, by the job's tiling."""
+    """Make samples of different layouts, with the job's tiling."""
     dataset = DatasetSettings(files=("doctor",), kind="pretrain", add_eos=False)
     packing = PackingSettings(token_capacity=2**30, visual_capacity=2**30)
     encoder = Encoder(DataSettings(train=(dataset,)), (dataset,), family, policy, packing)
@@ -320,7 +326,7 @@ def _samples(family: Family, policy: TilingPolicy) -> list[Sample]:
 
 
 def _picture(size: tuple[int, int], seed: int) -> bytes:
-    """A picture in which no pixel is like its neighbour, as PNG."""
+    """Make a picture of random pixels, as PNG."""
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "png")

@@ -1,4 +1,4 @@
-"""Whether the model gets the pictures of the first rows as its own processor would give them."""
+"""Checks that the model gets the pictures of the first rows as its own processor would give them."""
 
 from collections.abc import Iterator
 
@@ -20,19 +20,19 @@ from mmray.prepared.window import pack_window, samples_table
 CHECK = "pixels"
 ROWS = 4
 LARGEST, MEAN = 0.05, 0.003
-"""Differences that ways of resizing make, as parts of the values' range: 13 and 0.8 of 255 grey levels."""
+"""Largest and mean difference that ways of resizing make, as parts of the values' range: 13 and 0.8 of 255 levels."""
 
 
 def examine_pixels(rows: FirstRows, config: PretrainedConfig) -> Finding:
-    """The pixel inputs of some rows, made as in training, against the processor's own of the same tiles.
+    """Compare the pixel inputs of some rows, made as in training, with the processor's for the same tiles.
 
-    It finds patches in another order, values that are normalised otherwise, and tiles in another order.
+    The comparison finds patches or tiles in another order, and values with another normalisation.
     """
     compared, largest = 0, 0.0
     for sample_bin in _with_pictures(rows):
         try:
             pages = render_pages(sample_bin, rows.policy, render_tiles, "error")
-        except UserError:  # "exact lengths" tells of it
+        except UserError:  # the check "exact lengths" reports it
             continue
         tiles = [tile for image in pages.tiles for tile in image]
         theirs = rows.family.process(" ".join([rows.family.placeholder_unit] * len(tiles)), tiles, return_tensors="pt")
@@ -60,7 +60,7 @@ def _differs(what: str) -> Finding:
 
 
 def _with_pictures(rows: FirstRows) -> list[Bin]:
-    """The smallest of the first rows with pictures, as bins of one sample."""
+    """The first rows with pictures, the smallest of them, as bins of one sample."""
     samples = sorted((sample for sample in rows.samples() if sample.images), key=lambda sample: sample.visual_tokens)[
         :ROWS
     ]
@@ -77,7 +77,7 @@ def _ours(sample_bin: Bin, rows: FirstRows, config: PretrainedConfig) -> dict[st
 
 
 def _pairs(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What both give of pictures: pixels, and where patches lie."""
+    """Yield (name, ours, the processor's) of each tensor of pixels or of places of patches that both have."""
     for name in sorted(theirs):
         if name in ours and ("pixel_values" in name or "grid" in name or "position" in name or "aspect" in name):
             yield name, ours[name], torch.as_tensor(theirs[name])

@@ -1,5 +1,7 @@
-"""The model's own weights: whether its files hold all of them; and the loss that they give on the first rows, where
-memory is at hand."""
+"""Checks the model's weights: that its files hold all of them, and the loss that they give on the first rows.
+
+The loss is computed only when the machine has memory for the weights.
+"""
 
 import math
 import os
@@ -24,8 +26,11 @@ from mmray.training.weights import UnknownWeights
 NAMES, CHECK = "weights", "loss of the weights"
 USUAL_LOSS = (0.5, 2.0)
 PLAUSIBLE_LOSS = (0.05, 4.0)
-"""In nats a token. Below, the answer stands in the question, or the model has seen the rows; above, template, processor
-or weights are another model's: a vocabulary of 150,000 at random gives 11.9."""
+"""Range of a plausible loss, in nats a token.
+
+Below it, the question contains the answer, or the model was trained on the rows. Above it, template, processor or
+weights are another model's: random weights with a vocabulary of 150,000 give 11.9.
+"""
 MAX_TOKENS = 4096
 MEMORY_SHARE = 0.7
 DECODING_REMEDY = "mend or leave out the pictures: training would stop at them"
@@ -33,7 +38,7 @@ MEMORY_INFO = Path("/proc/meminfo")
 
 
 def examine_names(job: Job) -> Finding:
-    """Whether every weight of the model is in its files, in its shape, and no other: nothing is loaded."""
+    """Check that the model's files hold every weight in its shape, and no other weight; loads none."""
     if job.model.path is None:
         return not_applicable(NAMES, "the model starts from random weights")
     try:
@@ -45,7 +50,7 @@ def examine_names(job: Job) -> Finding:
 
 
 def examine_weights(job: Job, rows: FirstRows) -> Finding:
-    """The mean loss of the first rows, up to 4,096 tokens, on the CPU."""
+    """Check the mean loss of the first rows, up to MAX_TOKENS tokens, on the CPU."""
     if job.model.path is None:
         return not_applicable(CHECK, "the model starts from random weights")
     folder = Path(job.model.path)
@@ -73,7 +78,7 @@ def examine_weights(job: Job, rows: FirstRows) -> Finding:
 
 
 def _bins(job: Job, rows: FirstRows) -> list[Bin]:
-    """Bins of one sample, of MAX_TOKENS tokens together."""
+    """Bins of one sample, at most MAX_TOKENS tokens in all."""
     packing = job.packing.model_copy(update={"mode": "none"})
     labels = label_maker(job.loss, rows.family)
     bins, tokens = [], 0
@@ -85,7 +90,7 @@ def _bins(job: Job, rows: FirstRows) -> list[Bin]:
 
 
 def _rendered(rows: FirstRows, bins: Sequence[Bin]) -> tuple[list[Rendered], list[str]]:
-    """Those of the bins that can be decoded, and what is detail of the others."""
+    """Render the bins that can be decoded; returns them, and the error messages of the others."""
     rendered, unreadable = [], []
     for sample_bin in bins:
         try:
@@ -109,13 +114,13 @@ def _loss(job: Job, rows: FirstRows, bins: Sequence[Rendered]) -> tuple[float, i
 
 
 def _weights_bytes(folder: Path) -> int:
-    """Of what is loaded: folders may hold the weights in two forms."""
+    """Size of the weights that are loaded, in bytes; a folder may hold them in two formats."""
     files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     return sum(file.stat().st_size for file in files)
 
 
 def _free_bytes() -> int:
-    """Memory that can be had: what the page cache holds counts, where the system tells it."""
+    """Available memory in bytes, including the page cache where the system reports it."""
     if MEMORY_INFO.exists():
         for line in MEMORY_INFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""A training run as it lies in its folder, for reports and notebooks."""
+"""Reads a training run from its folder, for reports and notebooks."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,22 +24,22 @@ from mmray.training.json_lines import read_json_lines
 
 MOST_MARKS = 8
 MARKS = {"resume": "resumed", "preemption": "preempted", "damaged_checkpoint": "damaged", "continue_on": "other data"}
-"""Events that have a line in the charts, and what stands there."""
+"""Events that are marked in charts, with their labels."""
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint in the run's folder. step: steps that its weights have seen."""
+    """A checkpoint in the run's folder. step: number of steps that its weights were trained for."""
 
     name: str
     step: int
 
 
 class Run:
-    """Read access to a run's folder, as it was when its parts were first asked for: a new Run sees more.
+    """Gives read access to a run's folder. Each part is read once, when first used; a new Run reads what is new.
 
     >>> run = Run("/shared/ocr_pages/run")
-    >>> run.column("loss")[-1], run.history[-1]["event"], [each.step for each in run.checkpoints]
+    >>> run.column("loss")[-1], run.history[-1]["event"], [checkpoint.step for checkpoint in run.checkpoints]
     (1.83, 'finish', [800, 1000])
 
     Raises UserError for a folder that holds no run.
@@ -48,7 +48,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         run = RunFolder(folder)
         self.folder = run.fetch()
-        """Where its files are here; of a run in an object store copies of them."""
+        """Local folder of its files; for a run in an object store, of copies of them."""
         if not self.is_one(self.folder):
             raise UserError(f"{folder} holds no run: no {METRICS_FILE}; give output.run of a job that trains")
         self._checkpoint_names = run.checkpoint_names()
@@ -66,17 +66,17 @@ class Run:
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """The training steps."""
+        """The lines of metrics.jsonl that are training steps."""
         return [line for line in self.metrics if "loss" in line]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluations."""
+        """The lines of metrics.jsonl that are evaluations."""
         return [line for line in self.metrics if "eval_loss" in line]
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """What happened to the run (`training.history`); none where it was written before there was a history."""
+        """The events of the run (`run.history`); empty for a run of an earlier version, without a history."""
         return read_history(self.folder)
 
     @cached_property
@@ -86,12 +86,12 @@ class Run:
 
     @cached_property
     def skipped(self) -> list[dict[str, Any]]:
-        """Samples that were left out of the loss (`training.skipped`), by step."""
+        """Samples that were left out of the loss (`run.skipped`), by step."""
         return read_json_lines(self.folder / SKIPPED_FILE)
 
     @cached_property
     def checkpoints(self) -> list[SavedCheckpoint]:
-        """The checkpoints that are there, by step. Damaged ones are left out."""
+        """The checkpoints in the folder, by step, without damaged ones."""
         checkpoints = []
         for name in self._checkpoint_names:
             try:
@@ -101,32 +101,32 @@ class Run:
         return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
     def column(self, name: str) -> np.ndarray:
-        """A value of every training step, float64 [steps]; NaN where it was not finite or is not known."""
+        """A value of every training step, float64 [steps]; NaN where it is unknown or was not finite."""
         return _numbers(self.steps, name)
 
     def eval_column(self, name: str) -> np.ndarray:
-        """The same of every evaluation."""
+        """A value of every evaluation, float64 [evaluations]; NaN where it is unknown or was not finite."""
         return _numbers(self.evaluations, name)
 
     @property
     def last_step(self) -> int:
-        """Steps done."""
+        """Number of the last training step; 0 before the first."""
         return int(self.steps[-1]["step"]) if self.steps else 0
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last thing that happened was its end. False too of runs without a history."""
+        """Whether the last event is the end of the run. False for runs without a history."""
         return bool(self.history) and self.history[-1]["event"] == "finish"
 
     @property
     def lasted(self) -> timedelta | None:
-        """From the first to the last event, interruptions included; None without two events."""
+        """Time from the first to the last event, interruptions included; None without two events."""
         times = [datetime.fromisoformat(event["time"]) for event in self.history]
         return max(times) - min(times) if len(times) > 1 else None
 
     @cached_property
     def workers(self) -> np.ndarray:
-        """Ranks of every training step, float64 [steps]: as metrics say, else as the history does; NaN: not known."""
+        """Number of ranks in every training step, float64 [steps], from metrics or else the history; NaN if unknown."""
         steps, from_history = self.column("step"), np.full(len(self.steps), np.nan)
         for event in self.history:
             if event["event"] in ("start", "resume") and event["workers"]:
@@ -155,7 +155,7 @@ class Run:
 
 
 def live_run(folder: str | Path) -> AbstractContextManager[None]:
-    """Shows a run in a notebook, anew while the block runs; also of one that is only about to begin.
+    """Shows a run in a notebook and updates it while the block runs; the run may begin inside the block.
 
     >>> with live_run(job.output.run):
     ...     train(job, open_prepared(job))
@@ -170,7 +170,7 @@ def live_run(folder: str | Path) -> AbstractContextManager[None]:
 
 
 def loss_chart(run: Run) -> Plot:
-    """The loss of training and evaluations over steps, with what happened along the way. run: with a step."""
+    """Draw the loss of training and evaluations over steps, with marks for events. run: has at least one step."""
     steps, trained = run.column("step"), run.column("loss")
     series = [Series("training", "tokens", steps, trained)]
     if run.evaluations:
@@ -181,7 +181,7 @@ def loss_chart(run: Run) -> Plot:
 
 
 def marks(run: Run) -> list[tuple[int, str]]:
-    """(step, what happened) for the lines in charts, those of one step together; of very many the lines alone."""
+    """The (step, label) of each mark in charts; labels of one step are joined, and empty with more than MOST_MARKS."""
     at: dict[int, list[str]] = {}
     for event in run.history:
         if event["event"] in MARKS:

@@ -1,4 +1,4 @@
-"""The page of a training run: curves over steps, and what happened to it along the way."""
+"""Renders the page of a training run: curves over steps, and the events of the run."""
 
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,7 @@ COLOURS = {"resume": "warn", "preemption": "warn", "damaged_checkpoint": "bad", 
 
 
 def run_page(run: Run) -> str:
-    """The report of a run as one page; also of one whose first step is not done yet."""
+    """The report of a run as one page of HTML; the run may have no step yet."""
     events = [event for event in run.history if event["event"] != "checkpoint"]
     return template("report_run.html.jinja").render(
         run=run,
@@ -66,7 +66,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
 
 
 def _charts(run: Run) -> list[Plot]:
-    """The charts whose values the run has."""
+    """Draw the charts for which the run has values."""
     steps, last = run.column("step"), run.last_step
     first = int(steps[0])
     lines = [(step, "") for step, _ in marks(run)]
