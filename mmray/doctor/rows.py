@@ -36,7 +36,7 @@ COUNT_SECONDS = 10.0
 SHOWN_SETS = 3
 """Number of sets of which a row is printed."""
 TRAINED_PARTS = {
-    LossSource.EVERY_TOKEN: "every token trains",
+    LossSource.EVERY_TOKEN: "every token is trained on",
     LossSource.ROW: "each row's own mask or labels",
     LossSource.MESSAGES: "what the assistant says, by the messages",
     LossSource.ANSWER: "what follows each row's prompt",
@@ -234,7 +234,9 @@ def _trained(rows: FirstRows) -> Iterator[Finding]:
             sum(int((label_ids != IGNORE_INDEX).sum()) for label_ids in label_arrays),
             sum(map(len, label_arrays)),
         )
-        detail = f"{rows.name(number)}: {trained / tokens:.1%} of {tokens:,} tokens in {len(samples)} rows train"
+        detail = (
+            f"{rows.name(number)}: {trained / tokens:.1%} of {tokens:,} tokens in {len(samples)} rows are trained on"
+        )
         if trained or allows_empty(rows.job.loss):
             yield passed("trained tokens", detail)
         else:

@@ -181,7 +181,9 @@ def print_rows(console: Console, rows: Iterable[ShownRow]) -> None:
     for row in rows:
         view = row.as_view(0)
         counts = (
-            "" if isinstance(row.result, RejectedRow) else f" ({row.trained:,} of {view.num_tokens:,} tokens train)"
+            ""
+            if isinstance(row.result, RejectedRow)
+            else f" ({row.trained:,} of {view.num_tokens:,} tokens are trained on)"
         )
         print_sample(console, f"{row.name}: {view.id}{counts}", view, _roles([view]))
         console.print()

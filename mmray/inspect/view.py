@@ -110,8 +110,8 @@ class BinView:
         if not counts or sum(counts) == self.trained_tokens:
             return None
         return (
-            f"{sum(counts):,} tokens train, {self.trained_tokens:,} when the dataset was prepared: training will stop "
-            "here. Prepare it anew with --replace"
+            f"{sum(counts):,} tokens are trained on, {self.trained_tokens:,} were counted when preparing: training "
+            "will stop here. Prepare it anew with --replace"
         )
 
 

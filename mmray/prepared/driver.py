@@ -191,7 +191,7 @@ _NOTES = {
     SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
     BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
     DROPPED_THOUGHTS: "chats have thoughts that the chat template leaves out (allow_dropped)",
-    WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
+    WITHOUT_IMAGE: "texts of shards have no image, and are trained on as text alone",
 }
 
 

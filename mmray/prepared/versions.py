@@ -52,7 +52,7 @@ def check_new_run(prepared: PreparedDataset, encoder: Encoder, labels: LabelMake
         try:
             rows = _first_rows(encoder, number)
         except (UserError, OSError) as error:
-            problem = f"the rows cannot be read to see whether all train as they should ({error})"
+            problem = f"the rows cannot be read to check which of their tokens are trained on ({error})"
             raise UserError(f"{name} {problem}: {remedy}") from error
         results = dict(zip((row.source for row in rows), encoder.encode(rows)))
         for source, ids, trained in _stored(prepared, labels, set(results)):
@@ -61,7 +61,7 @@ def check_new_run(prepared: PreparedDataset, encoder: Encoder, labels: LabelMake
                 raise UserError(f"{name} row {source} is refused now ({result.reason}: {result.message}): {remedy}")
             (new_labels,) = sample_labels([result], labels)
             if not np.array_equal(result.input_ids, ids) or not np.array_equal(new_labels != IGNORE_INDEX, trained):
-                raise UserError(f"{name} row {source} trains otherwise now: {remedy}")
+                raise UserError(f"{name} row {source} has other trained tokens now: {remedy}")
 
 
 def _first_rows(encoder: Encoder, number: int) -> list[RawRow]:
@@ -121,8 +121,8 @@ def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
         wrong = sorted(key for key in recorded.keys() | now.keys() if recorded.get(key) != now.get(key))
         if wrong:
             raise UserError(
-                f"{prepared.path}: this version of mmray finds what trains in another way than the one that prepared "
-                f"it ({', '.join(wrong)} of the model family): prepare it anew (jobs/prepare.py --replace)"
+                f"{prepared.path}: this version of mmray chooses the tokens to train on in another way than the one "
+                f"that prepared it ({', '.join(wrong)} of the model family): prepare it anew (jobs/prepare.py --replace)"
             )
         return
     count = len(prepared)
@@ -130,8 +130,8 @@ def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
         shown = prepared.bin(number)
         if trained_tokens(shown, labels) != shown.trained_tokens:
             raise UserError(
-                f"{prepared.path}: bin {number} trains other tokens than were counted when preparing (loss): prepare "
-                "it anew (jobs/prepare.py --replace)"
+                f"{prepared.path}: bin {number} has other trained tokens than were counted when preparing (loss): "
+                "prepare it anew (jobs/prepare.py --replace)"
             )
 
 
