@@ -275,7 +275,7 @@ def export(
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in OUT.")] = False,
 ) -> None:
-    """Write a checkpoint as a model folder that transformers loads, with its processor and instructions to prompt it."""
+    """Write a checkpoint as a model folder that transformers loads, with its processor and a prompt's form."""
     if dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--dtype {dtype}: give bf16 or fp32")
     from mmray.config.job import load_job

@@ -122,7 +122,8 @@ def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
         if wrong:
             raise UserError(
                 f"{prepared.path}: this version of mmray chooses the tokens to train on in another way than the one "
-                f"that prepared it ({', '.join(wrong)} of the model family): prepare it anew (jobs/prepare.py --replace)"
+                f"that prepared it ({', '.join(wrong)} of the model family): "
+                "prepare it anew (jobs/prepare.py --replace)"
             )
         return
     count = len(prepared)

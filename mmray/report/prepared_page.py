@@ -273,4 +273,4 @@ def _bins(
         )
         for number in numbers
     ]
-    return shown, "Of each of the commonest buckets the bin of middling length, as training sees it."
+    return shown, "The bin of median length in each of the most frequent buckets, as training uses it."

@@ -84,7 +84,7 @@ def _charts(run: Run) -> list[Plot]:
         chart("Learning rate", f"Highest {np.nanmax(run.column('lr')):.3g}." if _has(run, "lr") else "",
               [column("learning rate", "tokens", "lr")], True),
         chart("Gradient norm", "Before clipping.", [column("norm", "visual", "grad_norm")]),
-        chart("Tokens per second", f"Of stepping, without waiting for data; median {np.nanmedian(speed):,.0f}.",
+        chart("Tokens per second", f"During steps, without waiting for data; median {np.nanmedian(speed):,.0f}.",
               [Series("tokens per second", "good", steps, speed)], True),
         chart("Waiting for data", f"Seconds of each step; {np.nansum(waited):,.1f} s in all, beside "
               f"{np.nansum(seconds):,.1f} s of stepping.", [Series("seconds", "warn", steps, waited)], True),
