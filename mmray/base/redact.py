@@ -21,5 +21,5 @@ def redacted(text: str) -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a URI in the text holds a password or a token."""
+    """True when a URI in the text holds a password or a token."""
     return redacted(text) != text

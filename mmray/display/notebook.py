@@ -16,7 +16,7 @@ UPDATE_SECONDS = 2.0
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel, which can show HTML."""
+    """True when this process is a notebook's kernel, which can show HTML."""
     if "ipykernel" not in sys.modules:
         return False
     from IPython import get_ipython

@@ -64,7 +64,7 @@ def guarded(check: str, run: Callable[[], Finding]) -> Finding:
 
 
 def has_failed(findings: Sequence[Finding]) -> bool:
-    """Whether any check failed."""
+    """True when any check failed."""
     return any(finding.status is Status.FAIL for finding in findings)
 
 

@@ -104,7 +104,7 @@ class FirstRows:
         return [result for result in self.results[number] if isinstance(result, Sample)]
 
     def stops(self, number: int, bad: int) -> bool:
-        """Whether preparing would stop at a set with `bad` bad ones among its first rows (`rows.rejections`), if its
+        """True when preparing would stop at a set with `bad` bad ones among its first rows (`rows.rejections`), if its
         other rows are alike. All rows are counted only when the share among the first rows is too large."""
         looked_at, max_share = len(self.results[number]), self.job.data.max_rejected_share
         if not bad or bad == looked_at:

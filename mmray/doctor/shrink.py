@@ -106,7 +106,7 @@ def _shrink_depth(part: Values) -> None:
 
 
 def _are_layers(value: list[Any], depth: int) -> bool:
-    """Whether a list holds numbers of layers."""
+    """True when a list holds numbers of layers."""
     return (
         bool(value)
         and all(type(entry) is int and 0 <= entry < depth for entry in value)

@@ -44,7 +44,7 @@ def print_sample(console: Console, title: str, sample: SampleView, roles: tuple[
 
 
 def is_plain(console: Console) -> bool:
-    """Whether the console has no colours."""
+    """True when the console has no colours."""
     return console.color_system is None or console.no_color
 
 

@@ -238,7 +238,7 @@ def _is_media(shown: Bin, family: Family) -> np.ndarray:
 
 
 def _is_document(rule: int, loss: Loss) -> bool:
-    """Whether a sample is certainly not a chat: all of it is trained on, and chats are not. It has no turns then."""
+    """True when a sample is certainly not a chat: all of it is trained on, and chats are not. It has no turns then."""
     chats_train_whole = loss == "all" or (isinstance(loss, RoleLoss) and loss.train_on_inputs)
     return rule == LossRule.ALL and not chats_train_whole
 

@@ -90,7 +90,7 @@ class PreparedWriter:
         return record
 
     def is_finished(self, record: dict[str, Any]) -> bool:
-        """Whether the folder holds the result for this record. Raises UserError when it holds another's."""
+        """True when the folder holds the result for this record. Raises UserError when it holds another's."""
         with explained(self.path):
             if self._folder.exists(MANIFEST) and self._is_of_version_2(self._read(MANIFEST), record):
                 return True
@@ -100,7 +100,7 @@ class PreparedWriter:
             return self._folder.exists(MANIFEST)
 
     def _is_of_version_2(self, manifest: dict[str, Any], record: dict[str, Any]) -> bool:
-        """Whether version 2 made the dataset from the same record. Training checks whether a run may begin on it."""
+        """True when version 2 made the dataset from the same record. Training checks whether a run may begin on it."""
         return bool(manifest.get("fingerprint") == fingerprint(record | {"format_version": 2}))
 
     def begin(self, record: dict[str, Any]) -> set[int]:

@@ -55,7 +55,7 @@ class Run:
 
     @staticmethod
     def is_one(folder: str | Path) -> bool:
-        """Whether a folder, by path or URI, holds a run."""
+        """True when a folder, by path or URI, holds a run."""
         return any(Folder(str(folder)).exists(name) for name in (METRICS_FILE, HISTORY_FILE))
 
     @cached_property
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last event is the end of the run. False for runs without a history."""
+        """True when the last event is the end of the run. False for runs without a history."""
         return bool(self.history) and self.history[-1]["event"] == "finish"
 
     @property

@@ -1,11 +1,11 @@
-"""Computes what a bin costs to train on; defines the `balance` part of the job file.
+"""What a bin costs to train on, and the `balance` part of the job file.
 
-Ranks get equal work inside a global batch, whose bins are those of the plain shuffled order: a fair sample of the data.
-`across_batches` chooses by cost which bins form a batch instead, and the model learns far worse (docs/training.md).
+Equal work is made inside a global batch, whose bins are those of the plain shuffled order: a fair sample of the data.
+`across_batches` makes it by choosing which bins form a batch, and the model learns far worse for it (docs/training.md).
 
-The unit of cost is one text token in the linear layers of the language model. Other work is counted in multiply-adds
-and divided by those of that token, since the backward pass doubles all of them alike. Numbers of tokens alone are not
-enough: bins of the same 16,384 tokens differ by a factor of two in time, depending on the pages among them.
+A cost is a number of text tokens: 1 is what one token takes in the linear layers of the language model. The rest is
+counted in multiply-adds and divided by that, since the backward pass doubles all of them alike. Tokens alone are not
+enough: bins packed to the same 16,384 tokens differ by a factor of two in time, by the pages among them.
 
 | part | grows with | multiply-adds, d layers of width h |
 | --- | --- | --- |
@@ -15,8 +15,8 @@ enough: bins of the same 16,384 tokens differ by a factor of two in time, depend
 | vision tower | visual tokens | p patches in each: p·d (4 h² + 2 h·m), and the projector to the language model |
 | its attention | visual tokens of each tile, squared | p²·2 d·h (nothing is masked) |
 
-Counts of multiply-adds (Kaplan et al., "Scaling Laws for Neural Language Models", 2020, table 1) approximate time; for
-a model whose kernels are far from that, put measured numbers in the job file.
+Counts of multiply-adds (Kaplan et al., "Scaling Laws for Neural Language Models", 2020, table 1) stand for time; where
+a model's kernels are far from that, put measured numbers in the job file.
 """
 
 from dataclasses import dataclass
@@ -136,17 +136,14 @@ class BalanceSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The dimensions of a stack of transformer layers.
-
-    count: number of layers; kv: width of keys, and of values; equal to `hidden` without grouped-query attention.
-    """
+    """The dimensions of a stack of transformer layers. kv: width of keys (and of values), hidden without grouping."""
 
     count: int
     hidden: int
     intermediate: int
     kv: int
     gated: bool
-    """Whether the MLP has a gate: three matrices, not two."""
+    """The MLP has a gate: three matrices, not two."""
 
     @property
     def linear(self) -> int:
