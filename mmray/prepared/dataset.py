@@ -126,7 +126,7 @@ class PreparedDataset:
 
     @property
     def is_read_otherwise(self) -> bool:
-        """True when its images were measured by an earlier `IMAGE_READING`, which reads other sizes from some headers."""
+        """True when an earlier mmray, which reads some sizes otherwise, measured its images (`IMAGE_READING`)."""
         return bool(self.statistics["images"]) and self.manifest.get("image_reading", 1) < IMAGE_READING
 
     def __len__(self) -> int:
