@@ -69,28 +69,29 @@ def needs(pools: Sequence[Pool]) -> dict[str, float]:
     """Resources that pools take in all."""
     total: Counter[str] = Counter()
     for pool in pools:
-        for name, each in pool.needs.items():
-            total[name] += pool.count * each  # type: ignore[assignment]
+        for name, needed in pool.needs.items():
+            total[name] += pool.count * needed  # type: ignore[assignment]
     return dict(total)
 
 
 def lack(pools: Sequence[Pool], nodes: Sequence[Node], labels: Mapping[str, str]) -> str:
     """What pools need and nodes with these labels have no room for, in words; "" where all fit."""
-    own = labelled(nodes, labels)
+    labelled_nodes = labelled(nodes, labels)
     on = " on nodes labelled " + ", ".join(f"{key}: {value}" for key, value in labels.items()) if labels else ""
     short = [
-        f"{each:g} {name} (it has {amount(own, name):g})"
-        for name, each in needs(pools).items()
-        if amount(own, name) + _TINY < each
+        f"{needed:g} {name} (it has {amount(labelled_nodes, name):g})"
+        for name, needed in needs(pools).items()
+        if amount(labelled_nodes, name) + _TINY < needed
     ]
     if short:
         return ", ".join(short) + on
-    free = [_Free(node) for node in own]
+    free = [_Free(node) for node in labelled_nodes]
     for pool in sorted(pools, key=lambda pool: (pool.needs.get("GPU", 0), pool.needs.get("CPU", 0)), reverse=True):
         placed = sum(any(node.take(pool.needs) for node in free) for _ in range(pool.count))
         if placed < pool.count:
-            of = ", ".join(f"{each:g} {name}" for name, each in pool.needs.items())
-            return f"nodes that hold {pool.count} {pool.name} of {of} each; its own ({_shown(own)}) hold {placed}{on}"
+            of = ", ".join(f"{needed:g} {name}" for name, needed in pool.needs.items())
+            nodes_shown = _shown(labelled_nodes)
+            return f"nodes that hold {pool.count} {pool.name} of {of} each; its own ({nodes_shown}) hold {placed}{on}"
     return ""
 
 

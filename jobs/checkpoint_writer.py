@@ -54,7 +54,7 @@ class CheckpointWriter:
         """
         self._idle.wait()
         self._scratch.mkdir(parents=True, exist_ok=True)
-        with _told(self._scratch):
+        with _as_user_error(self._scratch):
             folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch))
             write(folder)
         self._idle.clear()
@@ -95,7 +95,7 @@ class CheckpointWriter:
             if self._ranks.rank == 0:
                 prune(self._run, self._keep)
             files = list_files(Path(checkpoint.path))
-            with _told(target):
+            with _as_user_error(target):
                 system.create_dir(f"{target}/{LISTS}")
                 pyarrow.fs.copy_files(
                     checkpoint.path, target, destination_filesystem=system, chunk_size=COPY_CHUNK_BYTES,
@@ -109,7 +109,7 @@ class CheckpointWriter:
 
 
 @contextmanager
-def _told(folder: Path | str) -> Iterator[None]:
+def _as_user_error(folder: Path | str) -> Iterator[None]:
     """A disk that is full, or may not be written, as an error that a person can read, and that may pass."""
     try:
         yield

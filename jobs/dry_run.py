@@ -142,16 +142,16 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
     split. counts: whether to estimate."""
     rows, guesses = None, {}
     with console.status("looking at the job as mmray doctor does: up to a minute"):
-        for each in examine(plan.job):
-            if isinstance(each, FirstRows):
-                rows = each
+        for finding in examine(plan.job):
+            if isinstance(finding, FirstRows):
+                rows = finding
             else:
-                plan.findings.append(each)
+                plan.findings.append(finding)
     with console.status("counting rows"):
         for split in plan.job.data.splits if rows and counts else ():
-            found = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
-            if found is not None:
-                guesses[split] = found
+            guess = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
+            if guess is not None:
+                guesses[split] = guess
     return rows, guesses
 
 
@@ -161,13 +161,13 @@ def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
 
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
-    kinds = [each.kind for each in plan.job.data.splits[split]]
+    kinds = [dataset.kind for dataset in plan.job.data.splits[split]]
     plan.add(f"{split} rows", f"{guess.rows}, in {guess.windows:,} {'window' if guess.windows == 1 else 'windows'}")
-    for number, (each, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
-        files = "1 file" if each.files == 1 else f"{each.files:,} files"
-        bad = each.sampled - each.good
-        rejects = f"; {bad} of {each.sampled:,} looked at would be rejected" if bad else ""
-        plan.add(f"  data.{split}[{number}] ({kind})", f"{each.rows} in {files}{rejects}")
+    for number, (set_estimate, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
+        files = "1 file" if set_estimate.files == 1 else f"{set_estimate.files:,} files"
+        bad = set_estimate.sampled - set_estimate.good
+        rejects = f"; {bad} of {set_estimate.sampled:,} looked at would be rejected" if bad else ""
+        plan.add(f"  data.{split}[{number}] ({kind})", f"{set_estimate.rows} in {files}{rejects}")
 
 
 def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
@@ -190,12 +190,12 @@ def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
 def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, continue_on: bool) -> None:
     """Steps, and where the run begins or goes on."""
     job, run = plan.job, RunFolder(plan.job.output.run)
-    made = run_plan(job, dict(prepared), gpus, continue_on)
+    planned_run = run_plan(job, dict(prepared), gpus, continue_on)
     checkpoint = plan.attempt("checkpoints", lambda: newest_looking_whole(run))
-    cursor = plan.attempt("resume", lambda: made.place(checkpoint, prepared["train"]))
+    cursor = plan.attempt("resume", lambda: planned_run.place(checkpoint, prepared["train"]))
     if cursor is None:
         return
-    total = made.total_steps(cursor)
+    total = planned_run.total_steps(cursor)
     left = max(0, total - cursor.step)
     _add_steps(plan, len(prepared["train"]), total=total)
     if checkpoint is None:
@@ -227,7 +227,7 @@ def _add_workers(plan: _Plan, gpus: bool) -> None:
     pools = train_pools(job, gpus)
     most = f" to {resources.max_workers}" if resources.is_elastic else ""
     for pool, more in zip(pools, (most, "", "")):
-        of = " and ".join(f"{each:g} {name}" for name, each in pool.needs.items())
+        of = " and ".join(f"{needed:g} {name}" for name, needed in pool.needs.items())
         plan.add(pool.name.removeprefix("training "), f"{pool.count}{more}, {of} each")
     every = f"every {training.eval_every_steps:,} steps" if training.eval_every_steps else "none"
     plan.add("evaluation", every)

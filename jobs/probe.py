@@ -58,15 +58,15 @@ def check_nodes(
     labels: of the nodes that the job uses; outputs: folders by the name of their setting; modules: beside mmray's own,
     what nodes must be able to import. A node that does not answer is a warning.
     """
-    if ray.get_runtime_context().runtime_env.get("working_dir") and (found := shared_folder(nodes)):
-        raise UserError(found)
+    if ray.get_runtime_context().runtime_env.get("working_dir") and (reason := shared_folder(nodes)):
+        raise UserError(reason)
     used = [node for node in labelled(nodes, labels) if node.resources.get("CPU", 0) > 0]
     with _marks(outputs) as marks:
         answers = _ask(used, marks, [*ROOMS, *modules])
-    own = look({}, [])
+    driver_answer = look({}, [])
     for node, answer in answers:
-        if found := problem(node, answer, own, outputs, gpus=gpus):
-            raise UserError(found)
+        if reason := problem(node, answer, driver_answer, outputs, gpus=gpus):
+            raise UserError(reason)
         check_shared_memory(node, answer.shared_memory)
 
 
@@ -81,11 +81,11 @@ def shared_folder(nodes: Sequence[Node]) -> str | None:
     for node in nodes:  # socket: folder/session_…/sockets/raylet; a second in the same folder has another name
         folder = os.path.dirname(os.path.dirname(os.path.dirname(node.socket)))
         sockets.setdefault((node.address, folder), set()).add(node.socket)
-    for (address, folder), own in sockets.items():
-        if len(own) > 1:
+    for (address, folder), node_sockets in sockets.items():
+        if len(node_sockets) > 1:
             return (
-                f"{len(own)} nodes on {address} share {folder}, where Ray would replace the submitted code under "
-                "processes that run from it; start each with a folder of its own: ray start --address=… "
+                f"{len(node_sockets)} nodes on {address} share {folder}, where Ray would replace the submitted code "
+                "under processes that run from it; start each with a folder of its own: ray start --address=… "
                 f"--temp-dir={folder}-2"
             )
     return None
@@ -93,24 +93,26 @@ def shared_folder(nodes: Sequence[Node]) -> str | None:
 
 def packages_of(job: Job, *, trains: bool) -> list[str]:
     """Modules that nodes need beside mmray's own: those of training, of the job's trackers and of its addresses."""
-    trackers = [each.library for each in job.tracking.trackers().values()]
-    rows = [uri for each in (*job.data.train, *job.data.eval) for uri in each.files]
+    trackers = [tracker.library for tracker in job.tracking.trackers().values()]
+    rows = [uri for dataset in (*job.data.train, *job.data.eval) for uri in dataset.files]
     uses_s3 = any(text.startswith(("s3://", "s3a://")) for text in (job.output.prepared, job.output.run, *rows))
     return [*(["deepspeed", *trackers] if trains else []), *(["s3fs"] if uses_s3 else [])]
 
 
-def problem(node: Node, answer: Answer, own: Answer, outputs: Mapping[str, str], *, gpus: bool = False) -> str | None:
-    """What is wrong with a node, with its remedy, in one line. own: of this process."""
+def problem(
+    node: Node, answer: Answer, driver_answer: Answer, outputs: Mapping[str, str], *, gpus: bool = False
+) -> str | None:
+    """What is wrong with a node, with its remedy, in one line. driver_answer: that of this process."""
     where = f"node {node.address}"
-    python, mine = str(answer.versions["python"]), str(own.versions["python"])
+    python, mine = str(answer.versions["python"]), str(driver_answer.versions["python"])
     if python.split(".")[:2] != mine.split(".")[:2]:
         return f"{where} runs Python {python}, this process {mine}; start its Ray with the same Python"
     for name in PACKAGES:
-        found, wanted = answer.versions[name], own.versions[name] or ""
-        if found is None or found.split("+")[0] != wanted.split("+")[0]:
+        version, wanted = answer.versions[name], driver_answer.versions[name] or ""
+        if version is None or version.split("+")[0] != wanted.split("+")[0]:
             return (
-                f"{where} has {f'{name} {found}' if found else f'no {name}'}, this process has {wanted}; install the "
-                f"same there: pip install {name}=={wanted.split('+')[0]}"
+                f"{where} has {f'{name} {version}' if version else f'no {name}'}, this process has {wanted}; install "
+                f"the same there: pip install {name}=={wanted.split('+')[0]}"
             )
     if rooms := [name for name in answer.missing if name in ROOMS]:
         return (
@@ -216,7 +218,7 @@ def _marks(outputs: Mapping[str, str]) -> Iterator[dict[str, str]]:
         if "://" in folder:
             continue
         path = Path(folder).absolute()
-        nearest = next(each for each in (path, *path.parents) if each.is_dir())
+        nearest = next(parent for parent in (path, *path.parents) if parent.is_dir())
         marks[name] = str(nearest / f".mmray-{uuid.uuid4().hex}")
     try:
         for name, mark in marks.items():

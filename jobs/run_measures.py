@@ -42,14 +42,14 @@ class RunMeasures(Callback):
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         if self._rank > 0:
             return
-        job, trained, metrics, seen = self._job, done.step.trained, done.metrics, done.step.seen
+        job, trained, metrics, counts = self._job, done.step.trained, done.metrics, done.step.counts
         add(STEPS, 1, job_name=job)
         add(STEP_SECONDS, done.seconds, job_name=job)
         observe(STEP_SPREAD, done.seconds, job_name=job)
         add(TOKENS, metrics.tokens, job_name=job)
         add(TRAINED_TOKENS, metrics.trained_tokens, job_name=job)
-        add(SAMPLES, seen.samples, job_name=job)
-        add(SKIPPED_SAMPLES, len(seen.skipped), job_name=job)
+        add(SAMPLES, counts.samples, job_name=job)
+        add(SKIPPED_SAMPLES, len(counts.skipped), job_name=job)
         put(STEP, trained.step, job_name=job)
         put(EPOCH, done.epoch, job_name=job)
         put(WORKERS, trained.workers, job_name=job)

@@ -31,7 +31,9 @@ class RunWatch:
         self._run, self._every = run, POLL_SECONDS if run.shared_path else PUBLISH_SECONDS
         self._name, self._path, self._total = name, run.fetch() / METRICS_FILE, total_steps
         self._warnings, self._history = run.path / WARNINGS_FILE, run.path / HISTORY_FILE
-        self._old_warnings, self._told, self._old_metrics = map(_size, (self._warnings, self._history, self._path))
+        self._old_warnings, self._events_read, self._old_metrics = map(
+            _size, (self._warnings, self._history, self._path)
+        )
         self._stop = threading.Event()
         self.has_begun = False
         """Whether workers have started, or started again, since."""
@@ -44,8 +46,8 @@ class RunWatch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if found := read_warnings(self._warnings, self._old_warnings):
-            log.warning("%s: %d warnings, the last: %s", self._warnings, len(found), found[-1])
+        if new_warnings := read_warnings(self._warnings, self._old_warnings):
+            log.warning("%s: %d warnings, the last: %s", self._warnings, len(new_warnings), new_warnings[-1])
 
     def _show(self) -> None:
         with ProgressBar(f"{self._name}: training", "steps") as bar:
@@ -61,13 +63,13 @@ class RunWatch:
 
     def _tell_events(self) -> None:
         """A line for each event since the last look."""
-        if _size(self._history) <= self._told:
+        if _size(self._history) <= self._events_read:
             return
         with self._history.open("rb") as file:
-            file.seek(self._told)
+            file.seek(self._events_read)
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        self._told += len(whole)
+        self._events_read += len(whole)
         for line in whole.splitlines():
             event = json.loads(line)
             self.has_begun |= event["event"] in ("start", "resume")
@@ -82,8 +84,8 @@ class RunWatch:
         if lines:
             last = lines[-1]
             note = _step_note(last)
-            if found := read_warnings(self._warnings, self._old_warnings):
-                note += f"  warnings: {len(found)}"
+            if warning_lines := read_warnings(self._warnings, self._old_warnings):
+                note += f"  warnings: {len(warning_lines)}"
             bar.update(last["step"], self._total, note)
 
 

@@ -87,6 +87,8 @@ def _table(step: int, samples: list[TracedSample], metrics: dict[str, Any] | Non
         table.add_column(name, justify="right")
     for name in ("sample", "source"):
         table.add_column(name, overflow="fold")
-    for each in samples:
-        table.add_row(str(each.rank), str(each.micro_batch), str(each.bin), escape(each.id), escape(each.source))
+    for sample in samples:
+        table.add_row(
+            str(sample.rank), str(sample.micro_batch), str(sample.bin), escape(sample.id), escape(sample.source)
+        )
     return table

@@ -42,7 +42,7 @@ def cluster_amount(resource: str, labels: Mapping[str, str]) -> float:
     return amount(labelled(alive_nodes(), labels), resource)
 
 
-class MadeThere:
+class PickledActor:
     """An actor's callable that is imported and made where it is called.
 
     The process that schedules a split unpickles the whole graph. As bytes, an actor's class does not make it import
@@ -72,11 +72,11 @@ def out_of_room(error: BaseException) -> str:
     return ""
 
 
-class RenderThere(MadeThere):
+class RenderActor(PickledActor):
     """Under this name Ray's dashboard and process lists show the actors that decode."""
 
 
-class MaskThere(MadeThere):
+class MaskActor(PickledActor):
     """And those that compute labels."""
 
 

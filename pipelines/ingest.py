@@ -32,7 +32,7 @@ from mmray.config.job import ResourceSettings, TileCacheSettings
 from mmray.errors import PassingError, UserError
 from mmray.families import Tile
 from mmray.run.warnings import keep_warnings
-from pipelines.dataset import ERROR, MadeThere, MaskThere, RenderThere, numbers
+from pipelines.dataset import ERROR, MaskActor, PickledActor, RenderActor, numbers
 from pipelines.measures import StageClock, clocked
 
 PASSES = "passes"
@@ -66,7 +66,7 @@ class Shares:
         turn, rank = divmod(number, self.plan.world_size)
         first = self.start * self.plan.micro_batches + turn * self.per_share
         end = min(first + self.per_share, self.stop * self.plan.micro_batches)
-        counted = (divmod(each, self.plan.micro_batches) for each in range(first, end))
+        counted = (divmod(position, self.plan.micro_batches) for position in range(first, end))
         return [Place(step, rank, micro) for step, micro in counted]
 
 
@@ -122,7 +122,7 @@ def parts(share: pa.Table) -> list[pa.Table]:
         if int(number) == len(columns):
             columns.append({})
         columns[int(number)][name] = share[label]
-    return [pa.table(each) for each in columns]
+    return [pa.table(table_columns) for table_columns in columns]
 
 
 class Ingest:
@@ -166,8 +166,8 @@ class Ingest:
         render = partial(Render, shares, resources.tile_cache, self.warnings, self.job)
         mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu", self.job)
         dataset = numbers(len(shares), resources.train_labels)
-        dataset = _map(dataset, RenderThere, render, min(resources.render_actors, len(shares)), num_cpus=1)
-        dataset = _map(dataset, MaskThere, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
+        dataset = _map(dataset, RenderActor, render, min(resources.render_actors, len(shares)), num_cpus=1)
+        dataset = _map(dataset, MaskActor, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
         return list(dataset.streaming_split(self.plan.world_size, equal=True))
 
     def receive(self, shard: Any, rank: int, start: int, stop: int) -> Iterator[list[MicroBatch]]:
@@ -193,7 +193,7 @@ class Ingest:
             raise RuntimeError(f"expected {expected} with bins {bins}, received {batch.place} with bins {batch.bins}")
 
 
-def _map(dataset: Dataset, kind: type[MadeThere], make: Callable[[], Any], actors: int, **resources: Any) -> Dataset:
+def _map(dataset: Dataset, kind: type[PickledActor], make: Callable[[], Any], actors: int, **resources: Any) -> Dataset:
     """Each block through one of so many actors, each with what `make()` gives."""
     return dataset.map_batches(
         kind, batch_size=None, batch_format="pyarrow", fn_constructor_args=(pickle.dumps(make),),
@@ -204,8 +204,8 @@ def _map(dataset: Dataset, kind: type[MadeThere], make: Callable[[], Any], actor
 def _next(shares: Iterator[pa.Table], step: int) -> pa.Table:
     share = next(shares, None)
     if share is None or share.num_rows != 1:
-        found = "no more batches" if share is None else f"a block of {share.num_rows} rows"
-        raise RuntimeError(f"step {step}: the data stream gave {found}")
+        received = "no more batches" if share is None else f"a block of {share.num_rows} rows"
+        raise RuntimeError(f"step {step}: the data stream gave {received}")
     if ERROR in share.column_names:
         kind = PassingError if share[PASSES][0].as_py() else UserError
         raise kind(share[ERROR][0].as_py())

@@ -67,7 +67,7 @@ EVAL_LOSS = Measure("mmray_eval_loss", "gauge", "loss of the last evaluation")
 LEARNING_RATE = Measure("mmray_learning_rate", "gauge", "of the last step")
 GRAD_NORM = Measure("mmray_grad_norm", "gauge", "of the last step, before clipping")
 
-MEASURES = tuple(each for each in list(globals().values()) if isinstance(each, Measure))
+MEASURES = tuple(value for value in list(globals().values()) if isinstance(value, Measure))
 
 
 def add(measure: Measure, value: float, **tags: str) -> None:

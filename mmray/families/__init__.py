@@ -78,7 +78,7 @@ def family_of(processor: Any, *, tiled: bool = False, model_type: str | None = N
         if model_type is None or model_type in family.model_types:
             return family(processor, tiled=tiled)
     if served and any(model_type in family.model_types for family in FAMILIES):
-        types = ", ".join(each for family in served for each in family.model_types)
+        types = ", ".join(known_type for family in served for known_type in family.model_types)
         raise UserError(
             f"the model is a {model_type}, but {name} is a processor of {types}; set model.processor to the model's own"
         )

@@ -133,10 +133,10 @@ class Family(ABC):
 
     def token_id(self, token: str) -> int:
         """The id of a token that must be in the vocabulary; the unknown-token id is never accepted for it."""
-        found = self.tokenizer.convert_tokens_to_ids(token)
-        if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or (token_id == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise ValueError(f"the tokenizer of {type(self.processor).__name__} has no token {token!r}")
-        return int(found)
+        return int(token_id)
 
     @functools.cached_property
     def num_token_ids(self) -> int:
@@ -147,7 +147,9 @@ class Family(ABC):
     def padding_id(self) -> int:
         """The token between samples: any that is no image's would do."""
         tokenizer = self.tokenizer
-        return int(next(found for found in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if found is not None))
+        return int(
+            next(token_id for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token_id is not None)
+        )
 
     def known_token_ids(self, tokens: Sequence[str]) -> list[int]:
         """The ids of those of `tokens` that the vocabulary has as single tokens."""
@@ -174,10 +176,10 @@ class Family(ABC):
         tokenizer = self.tokenizer
         special = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
         markers = "".join(marker.start + marker.end for marker in self.role_markers)
-        found = {token for token in special if token.strip() and token in markers}  # Gemma adds line breaks, too
-        found.update(token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token)
-        found.update(tokenizer.convert_ids_to_tokens(list(self.media_token_ids)))
-        return tuple(sorted(found))
+        structure = {token for token in special if token.strip() and token in markers}  # Gemma adds line breaks, too
+        structure.update(token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token)
+        structure.update(tokenizer.convert_ids_to_tokens(list(self.media_token_ids)))
+        return tuple(sorted(structure))
 
     def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:
         """Rendered text as the tokenizer gets it, each tile still its placeholder: with what the processor writes
@@ -206,16 +208,16 @@ class Family(ABC):
         """The policy with tile sizes this family's processor keeps as they are."""
         return policy.aligned(self.tile_multiple) if policy.is_tiled else policy
 
-    def span(self, tile_size: Size, together: int = 1) -> Span:
+    def span(self, tile_size: Size, num_tiles: int = 1) -> Span:
         """The tokens of a tile of this size, equal to what the processor writes for it.
 
-        together: tiles of the whole sample. Some processors treat a lone picture in another way.
+        num_tiles: tiles of the whole sample. Some processors treat a lone picture in another way.
         Raises ValueError for a size that the processor refuses.
         """
-        return self._span(tile_size, together)
+        return self._span(tile_size, num_tiles)
 
     @abstractmethod
-    def _measure_span(self, tile_size: Size, together: int) -> Span: ...
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span: ...
 
     @property
     def processor_kwargs(self) -> dict[str, Any]:
@@ -225,9 +227,9 @@ class Family(ABC):
     # ---------------------------------------------------------------- pixels
 
     @abstractmethod
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         """The tile as the vision tower sees it before arithmetic: uint8 arrays [height, width, 3], resized, split and
-        padded by the processor's own rule. together: as for `span`."""
+        padded by the processor's own rule. num_tiles: as for `span`."""
 
     @abstractmethod
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

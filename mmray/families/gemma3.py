@@ -53,7 +53,7 @@ class GemmaText(OneSize):
     def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:
         return text.replace(self.placeholder, f"\n\n{self.placeholder}\n\n")
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         tokenizer = self.tokenizer
         ids = [tokenizer.boi_token_id, *[self.image_token_id] * self.features, tokenizer.eoi_token_id]
         return Span(np.asarray(ids, dtype=np.int32), self.features)
@@ -82,8 +82,8 @@ class Gemma3(GemmaText):
         text = config.get_text_config()
         samples = sample_numbers(row)
         images = run_numbers(row.input_ids == self.image_token_id, samples)
-        seen = seeing_blocks(causal_mask(samples), images)
-        masks = {"full_attention": given_mask(seen, config, dtype)}
+        visible = seeing_blocks(causal_mask(samples), images)
+        masks = {"full_attention": given_mask(visible, config, dtype)}
         if "sliding_attention" in text.layer_types:
-            masks["sliding_attention"] = given_mask(within_window(seen, text.sliding_window), config, dtype)
+            masks["sliding_attention"] = given_mask(within_window(visible, text.sliding_window), config, dtype)
         return {"attention_mask": masks}

@@ -110,7 +110,7 @@ class Gemma4(Family):
             )
         return features
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         if self.tiled or not self.images.do_resize:
             count = self._check_frame(tile_size)
         else:
@@ -120,7 +120,7 @@ class Gemma4(Family):
         ids = [edges[0], *[self.image_token_id] * count, edges[1]]
         return Span(np.asarray(ids, dtype=np.int32), count)
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         pixels = as_frame(tile)
         if self.tiled or not self.images.do_resize:
             return [pixels]

@@ -81,12 +81,12 @@ class Generic(Family):
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         return f"no test has shown how a {config.model_type} keeps samples apart"
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         page = Image.new("RGB", tile_size, "white")
         ids = np.asarray(self.process(self.placeholder_unit, [page], add_special_tokens=False)["input_ids"][0])
         return Span(ids.astype(np.int32), int((ids == self.image_token_id).sum()))
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         """The tile itself."""
         return [as_frame(tile)]
 

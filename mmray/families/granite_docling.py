@@ -82,7 +82,7 @@ class GraniteDocling(Family):
     def _is_single(self, tile_size: Size) -> bool:
         return self._grid(tile_size) == (1, 1)
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         rows, columns = self._grid(tile_size)
         grid: dict[str, Any] = {"rows": [[rows]], "cols": [[columns]]}
         if self.images.fine_route:
@@ -93,7 +93,7 @@ class GraniteDocling(Family):
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         return Span(ids, int((ids == self.image_token_id).sum()))
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == (self.images.size.width, self.square):
             return [as_frame(tile)]
         output = self.images(tile, do_rescale=False, do_normalize=False, return_tensors=None, **self.processor_kwargs)

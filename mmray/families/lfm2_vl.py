@@ -146,7 +146,7 @@ class Lfm2VL(Family):
         piece = (images.tile_size // images.encoder_patch_size) ** 2 if self._splits else 0
         return int(max(images.max_image_tokens * images.downsample_factor**2, piece))
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         rows, columns, (width, height) = self._layout(tile_size)
         processor = self.processor
         text = processor._build_image_tokens(
@@ -158,7 +158,7 @@ class Lfm2VL(Family):
 
     # ---------------------------------------------------------------- pixels
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled:
             return [as_frame(tile)]
         channels_first = torch.from_numpy(np.array(tile, dtype=np.uint8)).permute(2, 0, 1)

@@ -81,12 +81,12 @@ class Llama4(Family):
         rows, columns = (canvas // self.square).tolist()
         return rows, columns
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         text = self.processor._prompt_split_image(self._grid(tile_size), self.square_tokens)
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         return Span(ids, int((ids == self.image_token_id).sum()))
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == (self.square, self.square):
             return [as_frame(tile)]
         output = self.images(tile, do_rescale=False, do_normalize=False, return_tensors=None, **self.processor_kwargs)

@@ -52,7 +52,7 @@ class Llava(OnTextModel):
     def processor_kwargs(self) -> dict[str, Any]:
         return {"do_resize": False, "do_pad": False} if self.tiled else {}
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         return features_span(self, self._features(tile_size if self.tiled else self._output_size(tile_size)))
 
     def _output_size(self, tile_size: Size) -> Size:
@@ -71,7 +71,7 @@ class Llava(OnTextModel):
         dropped = int(self.processor.vision_feature_select_strategy == "default")
         return (height // patch) * (width // patch) + self.processor.num_additional_image_tokens - dropped
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == self.frame_size:
             return [as_frame(tile)]
         output = self.images(tile, do_rescale=False, do_normalize=False, return_tensors=None, **self.processor_kwargs)
@@ -113,12 +113,12 @@ def vision_problem(config: PretrainedConfig, frame_size: Size, features: int) ->
     if frame_size != (side, side):
         return f"its vision tower takes frames of {side} x {side} pixels, the processor makes {width} x {height}"
     dropped = int(config.vision_feature_select_strategy == "default")
-    made = (side // vision.patch_size) ** 2 + _TOWER_TOKENS[vision.model_type] - dropped
-    if made == features:
+    num_features = (side // vision.patch_size) ** 2 + _TOWER_TOKENS[vision.model_type] - dropped
+    if num_features == features:
         return None
     return (
-        f"its vision tower makes {made} features of a frame, and the processor writes {features} tokens for them; "
-        "take both from one revision"
+        f"its vision tower makes {num_features} features of a frame, and the processor writes {features} tokens for "
+        "them; take both from one revision"
     )
 
 

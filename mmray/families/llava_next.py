@@ -64,18 +64,18 @@ class LlavaNext(OnTextModel):
             )
         return policy
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         dropped = int(self.processor.vision_feature_select_strategy == "default")
-        return features_span(self, self._count(tile_size, together) - dropped)
+        return features_span(self, self._count(tile_size, num_tiles) - dropped)
 
-    def _count(self, tile_size: Size, together: int) -> int:
+    def _count(self, tile_size: Size, num_tiles: int) -> int:
         (width, height), (frame_width, frame_height) = tile_size, self.frame_size
         try:
             return int(self.processor._get_number_of_features(height, width, frame_height, frame_width))
         except ZeroDivisionError as error:
             raise ValueError(f"one of image_grid_pinpoints is smaller than a frame, {self.frame_size}") from error
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         return self._frames([tile])
 
     def _frames(self, pictures: Any) -> list[np.ndarray]:
@@ -110,7 +110,7 @@ class LlavaNext(OnTextModel):
         return int((height // patch) * (width // patch) + self.processor.num_additional_image_tokens) - dropped
 
     def model_problem(self, config: PretrainedConfig) -> str | None:
-        ours, theirs = ([list(size) for size in each.image_grid_pinpoints] for each in (self.images, config))
+        ours, theirs = ([list(size) for size in settings.image_grid_pinpoints] for settings in (self.images, config))
         if ours != theirs:
             return f"its image_grid_pinpoints are {theirs}, those of the image processor {ours}; make them the same"
         return vision_problem(config, self.frame_size, self._frame_features)

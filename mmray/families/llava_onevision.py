@@ -47,26 +47,26 @@ class LlavaOnevision(LlavaNext):
             )
         return policy.with_fixed_tiles(self.frame_size)
 
-    def _count(self, tile_size: Size, together: int) -> int:
-        if together == 1:
-            return super()._count(tile_size, together)
+    def _count(self, tile_size: Size, num_tiles: int) -> int:
+        if num_tiles == 1:
+            return super()._count(tile_size, num_tiles)
         return int(self.processor.num_image_tokens) + 1  # the end of the only row
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
-        if self.tiled and together > 1 and tile.size == self.frame_size:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
+        if self.tiled and num_tiles > 1 and tile.size == self.frame_size:
             return [as_frame(tile)]
         # Any second picture makes the first one of several.
-        return self._frames([[tile] if together == 1 else [tile, Image.new("RGB", (1, 1))]])
+        return self._frames([[tile] if num_tiles == 1 else [tile, Image.new("RGB", (1, 1))]])
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """As LLaVA-NeXT, and batch_num_images: int64 [samples with pictures], how many each has."""
         inputs = super().pixel_inputs(tiles, frames, dtype)
-        numbers = [len(list(own)) for _, own in groupby(tiles, key=lambda tile: tile.sample)]
+        numbers = [len(list(sample_tiles)) for _, sample_tiles in groupby(tiles, key=lambda tile: tile.sample)]
         device = inputs["pixel_values"].device
         return inputs | {"batch_num_images": torch.tensor(numbers, dtype=torch.int64, device=device)}
 
     def feature_count(self, tile: Tile) -> int:
-        return self.span(tile.size, together=1 if len(tile.frame_sizes) > 1 else 2).visual_tokens
+        return self.span(tile.size, num_tiles=1 if len(tile.frame_sizes) > 1 else 2).visual_tokens
 
     @property
     def _frame_features(self) -> int:

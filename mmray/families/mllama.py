@@ -87,10 +87,10 @@ class Mllama(Family):
                 )
         return aligned
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         return Span(np.asarray([self.image_token_id], dtype=np.int32), 1)
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         """The canvas."""
         if self.tiled:
             return [as_frame(tile)]
@@ -144,8 +144,8 @@ class Mllama(Family):
             if stops[number] == places[number] + 1:
                 stops[number] = stops[number + 1]
         most = self.images.max_image_tiles
-        seen = torch.zeros((1, length, len(places), most), dtype=torch.int64, device=row.input_ids.device)
+        visible = torch.zeros((1, length, len(places), most), dtype=torch.int64, device=row.input_ids.device)
         for number, (start, stop, tile) in enumerate(zip(places, stops, row.tiles, strict=True)):
             ((rows, columns),) = map(self._grid, tile.frame_sizes)
-            seen[0, start:stop, number, : rows * columns] = 1
-        return {"cross_attention_mask": seen}
+            visible[0, start:stop, number, : rows * columns] = 1
+        return {"cross_attention_mask": visible}

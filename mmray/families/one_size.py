@@ -42,7 +42,7 @@ class OneSize(Family):
         """Settings of the image processor alone that make it do what it does for the processor."""
         return {}
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == self.frame_size:
             return [as_frame(tile)]
         options = {"do_rescale": False, "do_normalize": False, "return_tensors": None}

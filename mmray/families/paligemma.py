@@ -73,7 +73,7 @@ class PaliGemma(OneSize):
             output[name] = value[:, :-1] if isinstance(value, Tensor) else [ids[:-1] for ids in value]
         return output
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         return Span(np.full(self.features, self.image_token_id, dtype=np.int32), self.features)
 
     def position_ids(self, row: PackedRow) -> Tensor:

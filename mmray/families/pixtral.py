@@ -75,7 +75,7 @@ class PixtralVision(OnTextModel):
         width, height = frame_size
         return height // self.tile_multiple, width // self.tile_multiple
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         rows, columns = self._grid(self._frame_size(tile_size))
         if not rows or not columns:
             raise ValueError(f"{type(self.processor).__name__} makes nothing of a page of {tile_size}")
@@ -85,7 +85,7 @@ class PixtralVision(OnTextModel):
     def _tokens(self, rows: int, columns: int) -> list[int]:
         """The token ids of a picture of so many rows and columns of features."""
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled:
             return [as_frame(tile)]
         height, width = self._resize_multiple

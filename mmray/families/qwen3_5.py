@@ -62,7 +62,7 @@ def missing_kernels() -> list[str]:
 
 def _keeps_apart(modules: tuple[str, ...], function: str, argument: str) -> bool:
     try:
-        found = [getattr(importlib.import_module(module), function, None) for module in modules]
+        kernels = [getattr(importlib.import_module(module), function, None) for module in modules]
     except Exception:  # noqa: BLE001  A package may raise anything where it finds no GPU; transformers does without it.
         return False
-    return any(each is not None and argument in inspect.signature(each).parameters for each in found)
+    return any(kernel is not None and argument in inspect.signature(kernel).parameters for kernel in kernels)

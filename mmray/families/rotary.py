@@ -42,7 +42,7 @@ class RotaryFamily(Family):
 
     # ---------------------------------------------------------------- sizes
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         count = self._resized_tokens(tile_size) if self.resizes else self._merged(tile_size)
         return Span(np.full(count, self.image_token_id, dtype=np.int32), count)
 
@@ -66,7 +66,7 @@ class RotaryFamily(Family):
         """What the image processor's `resize` wants besides sizes."""
         return {}
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         page = as_frame(tile)
         if not self.resizes:
             return [page]

@@ -60,12 +60,12 @@ def _lengths_that_matter(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """Kinds of rotary embeddings, of all layers or of each kind of layer, whose frequencies change with the longest
     position in a row, and from how many tokens on."""
     rope = settings.get("rope_parameters") or {}
-    for each in (rope, *rope.values()):
-        kind = each.get("rope_type") if isinstance(each, dict) else None
+    for parameters in (rope, *rope.values()):
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
         if kind == "dynamic":
             yield kind, settings["max_position_embeddings"]
         elif kind == "longrope":
-            yield kind, each["original_max_position_embeddings"]
+            yield kind, parameters["original_max_position_embeddings"]
 
 
 def role_markers(processor: Any) -> tuple[RoleMarkers, ...]:

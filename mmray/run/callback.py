@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mmray.run.skipped import Seen
+from mmray.run.skipped import BatchCounts
 from mmray.run.state import RunState
 from mmray.training.bins_log import TrainedStep
 from mmray.training.engine import StepMetrics
@@ -26,7 +26,7 @@ class Step:
 
     trained: TrainedStep
     """Its number, counted from 1, and the bins of each rank."""
-    seen: Seen
+    counts: BatchCounts
     """Samples of all ranks."""
     waited: float
     """Seconds that this rank waited for its micro-batches."""
@@ -67,7 +67,7 @@ class Evaluation:
     loss: float
     """Mean cross-entropy of the trained tokens, in nats; NaN where there is none."""
     trained_tokens: int
-    seen: Seen
+    counts: BatchCounts
     """Samples of all ranks."""
 
 

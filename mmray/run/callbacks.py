@@ -10,7 +10,7 @@ from mmray.batches.plan import BatchMaker
 from mmray.errors import UserError
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from mmray.run.metrics import MetricsLog
-from mmray.run.skipped import Seen, SkippedLog
+from mmray.run.skipped import BatchCounts, SkippedLog
 from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
 from mmray.schedule.schedule import Schedule
@@ -128,12 +128,12 @@ class Records(Callback):
 
     def before_step(self, loop: Loop, step: Step) -> None:
         if self._skipped:
-            self._skipped.add(step.number, "train", step.seen)
+            self._skipped.add(step.number, "train", step.counts)
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         if not self._skipped:
             return
-        trained, metrics, seen = done.step.trained, done.metrics, done.step.seen
+        trained, metrics, counts = done.step.trained, done.metrics, done.step.counts
         self._trained.append(asdict(trained))
         self._metrics.write(
             done.number,
@@ -144,8 +144,8 @@ class Records(Callback):
             trained_tokens=metrics.trained_tokens,
             bins=len(trained.all_bins),
             workers=trained.workers,
-            samples=seen.samples,
-            skipped_samples=len(seen.skipped),
+            samples=counts.samples,
+            skipped_samples=len(counts.skipped),
             lr=metrics.learning_rate,
             grad_norm=metrics.grad_norm,
             step_seconds=done.seconds,
@@ -155,12 +155,12 @@ class Records(Callback):
     def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:
         if not self._skipped:
             return
-        seen = evaluation.seen
-        self._skipped.add(evaluation.step, "eval", seen)
+        counts = evaluation.counts
+        self._skipped.add(evaluation.step, "eval", counts)
         self._metrics.write(
             evaluation.step, epoch=evaluation.epoch, eval_loss=evaluation.loss,
-            eval_trained_tokens=evaluation.trained_tokens, eval_samples=seen.samples,
-            eval_skipped_samples=len(seen.skipped),
+            eval_trained_tokens=evaluation.trained_tokens, eval_samples=counts.samples,
+            eval_skipped_samples=len(counts.skipped),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -179,12 +179,12 @@ class Evaluate(Callback):
         maker = self._maker if is_due(done.number, self._run.plan.job.training.eval_every_steps) else None
         if maker is None:
             return
-        run, seen_here = self._run, Seen()
+        run, rank_counts = self._run, BatchCounts()
         steps = maker.plan.schedule.steps_per_epoch
-        loss, tokens = run.engine.evaluate(seen_here.through(maker.steps(run.ranks.rank, 0, steps)))
-        counts = run.ranks.every(seen_here.samples)
-        seen = Seen(sum(counts), run.engine.gather_objects(seen_here.skipped))
-        loop.evaluated(Evaluation(done.number, done.epoch, loss, tokens, seen))
+        loss, tokens = run.engine.evaluate(rank_counts.through(maker.steps(run.ranks.rank, 0, steps)))
+        sample_counts = run.ranks.every(rank_counts.samples)
+        counts = BatchCounts(sum(sample_counts), run.engine.gather_objects(rank_counts.skipped))
+        loop.evaluated(Evaluation(done.number, done.epoch, loss, tokens, counts))
 
     @cached_property
     def _maker(self) -> BatchMaker | None:

@@ -36,7 +36,7 @@ def looks_whole(folder: Path) -> bool:
     """Whether all ranks' files are there in their sizes, and the small ones unchanged: a look, without reading all."""
     files, problem = _contents(folder)
     looks = (f.problem_in(folder) if f.size <= SMALL_BYTES else f.size_problem_in(folder) for f in files)
-    return problem is None and all(found is None for found in looks)
+    return problem is None and not any(looks)
 
 
 def newest_looking_whole(run: Path | RunFolder) -> Path | None:
@@ -122,8 +122,8 @@ def _problem(folder: Path, ranks: Ranks, own_node: list[int]) -> str | None:
     if unknown is not None:
         return unknown
     mine = (file.problem_in(folder) for file in files[own_node.index(ranks.rank) :: len(own_node)])
-    found = ranks.every(next((problem for problem in mine if problem is not None), None))
-    return next((problem for problem in found if problem is not None), None)
+    rank_problems = ranks.every(next((problem for problem in mine if problem is not None), None))
+    return next((problem for problem in rank_problems if problem is not None), None)
 
 
 def _contents(folder: Path) -> tuple[list[ListedFile], str | None]:

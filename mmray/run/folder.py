@@ -91,10 +91,12 @@ class RunFolder:
         """Bring the records here, as they were last published; returns `path`."""
         if self._remote is None:
             return self.path
-        found = self._remote.files()
-        wanted = {name: state for name, state in found.items() if _is_record(name) and self._fetched.get(name) != state}
+        remote_files = self._remote.files()
+        wanted = {
+            name: state for name, state in remote_files.items() if _is_record(name) and self._fetched.get(name) != state
+        }
         self._fetched |= {name: wanted[name] for name in self._download(self._remote, self.path, wanted)}
-        self._join_warnings([name for name in found if name.startswith(f"{WARNINGS_FOLDER}/")])
+        self._join_warnings([name for name in remote_files if name.startswith(f"{WARNINGS_FOLDER}/")])
         return self.path
 
     def publish(self) -> None:
@@ -166,12 +168,14 @@ class RunFolder:
         folder, shadow = Folder(f"{self.uri}/{name}"), self.path / ".shadows" / name
         shutil.rmtree(shadow, ignore_errors=True)
         files = folder.files()
-        small = [each for each in files if each.endswith(".json") or files[each].size <= SMALL_BYTES]
+        small = [
+            file_name for file_name in files if file_name.endswith(".json") or files[file_name].size <= SMALL_BYTES
+        ]
         self._download(folder, shadow, small)
-        for each in files.keys() - set(small):
-            (shadow / each).parent.mkdir(parents=True, exist_ok=True)
-            with (shadow / each).open("wb") as file:
-                file.truncate(files[each].size)
+        for file_name in files.keys() - set(small):
+            (shadow / file_name).parent.mkdir(parents=True, exist_ok=True)
+            with (shadow / file_name).open("wb") as file:
+                file.truncate(files[file_name].size)
         return shadow
 
     def restored(self, name: str, scratch: Path) -> Path:
@@ -237,9 +241,9 @@ class RunFolder:
 
 
 def _is_record(name: str) -> bool:
-    top, _, rest = name.partition("/")
+    top, _, below = name.partition("/")
     if _CHECKPOINT.match(top):
-        return rest == _PLACE
+        return below == _PLACE
     return not top.startswith((DAMAGED, ".")) and top not in (_RAY_TRAIN_MEMORY, MODEL_FOLDER)
 
 

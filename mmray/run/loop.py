@@ -19,7 +19,7 @@ from mmray.batches.micro_batch import MicroBatch
 from mmray.run.callback import Callback, DoneStep, Evaluation, Step
 from mmray.run.callback_states import write_callback_states
 from mmray.run.place import write_place
-from mmray.run.skipped import Seen
+from mmray.run.skipped import BatchCounts
 from mmray.run.state import RunState
 from mmray.schedule.cursor import Cursor
 from mmray.training.bins_log import TrainedStep
@@ -145,7 +145,7 @@ class TrainingLoop:
 
     def _exchange(self, micro_batches: list[MicroBatch], waited: float) -> Step:
         """What all ranks are given in the next step, by the batches themselves. Collective."""
-        run, here = self.run, Seen.of(micro_batches)
+        run, here = self.run, BatchCounts.of(micro_batches)
         bins = [number for batch in micro_batches for number in batch.bins]
         padding = [-1] * (run.batches.micro_batches * run.batches.micro_batch_bins - len(bins))
         flags = [int(callback.flag()) for callback in self._callbacks]
@@ -160,7 +160,7 @@ class TrainingLoop:
         )
         return Step(
             trained,
-            Seen(sum(row[0] for row in rows), skipped),
+            BatchCounts(sum(row[0] for row in rows), skipped),
             waited,
             {callback.name: [row[2 + index] for row in rows] for index, callback in enumerate(self._callbacks)},
         )

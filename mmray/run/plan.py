@@ -90,5 +90,5 @@ class RunPlan:
 
 def run_plan(job: Job, prepared: dict[str, PreparedDataset], gpus: bool, continue_on: bool = False) -> RunPlan:
     """The plan of a run over prepared datasets."""
-    shapes = {name: (len(each), each.fingerprint) for name, each in prepared.items()}
+    shapes = {name: (len(dataset), dataset.fingerprint) for name, dataset in prepared.items()}
     return RunPlan(job, shapes["train"], shapes.get("eval"), gpus, continue_on, git_commit(Path.cwd()))

@@ -28,7 +28,7 @@ SKIPPED_FILE = "skipped.jsonl"
 WINDOW = 10_000
 """Samples that are looked back on."""
 
-FLOOR = 20
+ALWAYS_ALLOWED = 20
 """Skipped samples of these that never stop a run."""
 
 EXAMPLES = 3
@@ -51,14 +51,14 @@ class SkipLimit:
         while self._samples - self._steps[0][0] >= WINDOW:
             samples, skipped = self._steps.popleft()
             self._samples, self._skipped = self._samples - samples, self._skipped - skipped
-        return self._skipped <= max(FLOOR, self._max_share * self._samples)
+        return self._skipped <= max(ALWAYS_ALLOWED, self._max_share * self._samples)
 
     def __str__(self) -> str:
         return f"{self._skipped} of the last {self._samples} samples"
 
 
 @dataclass
-class Seen:
+class BatchCounts:
     """What this rank was given: its samples, and those of them that are skipped."""
 
     samples: int = 0
@@ -67,18 +67,18 @@ class Seen:
     @classmethod
     def of(cls, batches: Iterable[MicroBatch]) -> Self:
         """What is in these micro-batches."""
-        seen = cls()
+        counts = cls()
         for batch in batches:
-            seen.samples += batch.num_samples
-            seen.skipped += batch.skipped
-        return seen
+            counts.samples += batch.num_samples
+            counts.skipped += batch.skipped
+        return counts
 
     def through(self, steps: Iterable[list[MicroBatch]]) -> Iterator[list[MicroBatch]]:
         """The same micro-batches, counted as they pass."""
         for batches in steps:
-            passing = Seen.of(batches)
-            self.samples += passing.samples
-            self.skipped += passing.skipped
+            step_counts = BatchCounts.of(batches)
+            self.samples += step_counts.samples
+            self.skipped += step_counts.skipped
             yield batches
 
 
@@ -96,19 +96,19 @@ class SkippedLog:
         for line in read_json_lines(run / METRICS_FILE):
             self._limits["train"].count(line.get("samples", 0), line.get("skipped_samples", 0))
 
-    def add(self, step: int, split: Literal["train", "eval"], seen: Seen) -> None:
+    def add(self, step: int, split: Literal["train", "eval"], counts: BatchCounts) -> None:
         """What all ranks saw in a step: a line and a warning for each skipped sample.
 
         Raises UserError when there are too many of them.
         """
-        if seen.skipped:
+        if counts.skipped:
             with closing(JsonLines(self._path)) as file:
-                for each in seen.skipped:
-                    file.append({"step": step, "split": split} | asdict(each))
-                    log.warning("left out of the loss: %s", each)
+                for sample in counts.skipped:
+                    file.append({"step": step, "split": split} | asdict(sample))
+                    log.warning("left out of the loss: %s", sample)
         limit = self._limits[split]
-        if not limit.count(seen.samples, len(seen.skipped)):
-            examples = "; ".join(map(str, seen.skipped[:EXAMPLES]))
+        if not limit.count(counts.samples, len(counts.skipped)):
+            examples = "; ".join(map(str, counts.skipped[:EXAMPLES]))
             raise UserError(
                 f"{limit} of {split} have pictures that cannot be used, data.max_skipped_share is "
                 f"{self._max_share:g}: is the storage of the images there? The run stops, so that it does not go on "

@@ -69,8 +69,8 @@ class Tracer:
         for rank in range(workers):
             for micro, bins in enumerate(_micro_batches(plan, step, rank, done)):
                 for number in bins:
-                    found = prepared.bin(number)
-                    for id_, source in zip(found.sample_ids, found.sample_sources, strict=True):
+                    content = prepared.bin(number)
+                    for id_, source in zip(content.sample_ids, content.sample_sources, strict=True):
                         yield TracedSample(step, workers, rank, micro, number, id_, source, done is not None)
 
     def _prepared(self, span: DataSpan) -> PreparedDataset:

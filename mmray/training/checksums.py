@@ -58,14 +58,14 @@ def listed_files(folder: Path, num_lists: int) -> list[ListedFile]:
 
     Raises OSError where a list is missing, ValueError where one is damaged.
     """
-    found = []
+    files = []
     for rank in range(num_lists):
         content = json.loads((folder / list_name(rank)).read_text())
         try:
-            found += [ListedFile(name, size, digest) for name, (size, digest) in content.items()]
+            files += [ListedFile(name, size, digest) for name, (size, digest) in content.items()]
         except (AttributeError, TypeError) as error:
             raise ValueError(f"{list_name(rank)} is no list of files") from error
-    return sorted(found, key=lambda file: (-file.size, file.name))
+    return sorted(files, key=lambda file: (-file.size, file.name))
 
 
 def _digest(path: Path) -> str:

@@ -54,7 +54,7 @@ def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ra
         visible = ranks.every(work.is_dir())
         if not all(visible):
             raise UserError(
-                f"workers {[rank for rank, seen in enumerate(visible) if not seen]} do not see {scratch}; "
+                f"workers {[rank for rank, sees in enumerate(visible) if not sees]} do not see {scratch}; "
                 f"to resume with another number of workers, give a folder that all of them share"
             )
         yield work

@@ -210,13 +210,13 @@ class TrainingEngine:
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)
         every = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(every, mine)
-        return [each.tolist() for each in every]
+        return [rank_values.tolist() for rank_values in every]
 
     def gather_objects(self, values: Sequence[Any]) -> list[Any]:
         """The values of all ranks one after another, in the order of ranks. Collective."""
         every: list[Any] = [None] * self.world_size
         dist.all_gather_object(every, list(values))
-        return [value for each in every for value in each]
+        return [value for rank_values in every for value in rank_values]
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
@@ -239,7 +239,7 @@ class TrainingEngine:
             deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves))
         groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
         self.group_weight_decay = [group["weight_decay"] for group in groups]
-        with buffers_kept(model), _told():
+        with buffers_kept(model), _as_user_error():
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         return engine
 
@@ -305,7 +305,7 @@ class TrainingEngine:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _as_user_error() -> Iterator[None]:
     """What DeepSpeed refuses of its configuration, as a mistake that a person can mend."""
     try:
         yield

@@ -88,9 +88,9 @@ def check_weights(settings: ModelSettings, *, download: bool = False) -> str:
     stored = stored_shapes(settings.path, download=download)
     empty = empty_model(settings)
     names = {*stored, *empty.state_dict()}
-    found = fit(empty, stored)
-    check_patterns(settings.allow_missing, {*names, *found.unexpected})
-    return check_fit(settings.path, found, settings.allow_missing)
+    weights_fit = fit(empty, stored)
+    check_patterns(settings.allow_missing, {*names, *weights_fit.unexpected})
+    return check_fit(settings.path, weights_fit, settings.allow_missing)
 
 
 def _warn_of_weights(settings: ModelSettings) -> None:

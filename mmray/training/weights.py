@@ -112,27 +112,31 @@ def fit(empty: PreTrainedModel, stored: Shapes) -> Fit:
     return Fit(
         missing=sorted(info.missing_keys - broken),
         unexpected=sorted(info.unexpected_keys),
-        mismatched={name: (tuple(found), tuple(wanted)) for name, found, wanted in sorted(info.mismatched_keys)},
+        mismatched={
+            name: (tuple(stored_shape), tuple(wanted)) for name, stored_shape, wanted in sorted(info.mismatched_keys)
+        },
         unmergeable=sorted(broken),
     )
 
 
-def check_fit(path: str, found: Fit, allowed: Sequence[str]) -> str:
+def check_fit(path: str, weights_fit: Fit, allowed: Sequence[str]) -> str:
     """What is left out or drawn anew because `allowed` (patterns, `model.allow_missing`) says so; "" for nothing.
 
     Raises UserError naming every weight of `path` that does not fit.
     """
-    missing, unexpected = (_without(names, allowed) for names in (found.missing, found.unexpected))
+    missing, unexpected = (_without(names, allowed) for names in (weights_fit.missing, weights_fit.unexpected))
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing from the files, which would be drawn at random: {_listed(missing)}")
     if unexpected:
         problems.append(f"{len(unexpected)} in the files that the model does not have: {_listed(unexpected)}")
-    if found.mismatched:
-        shapes = [f"{list(stored)} instead of {list(wanted)}" for stored, wanted in found.mismatched.values()]
-        problems.append(f"{len(shapes)} of another shape: {_listed(list(found.mismatched), shapes)}")
-    if found.unmergeable:
-        problems.append(f"{len(found.unmergeable)} whose parts do not go together: {_listed(found.unmergeable)}")
+    if weights_fit.mismatched:
+        shapes = [f"{list(stored)} instead of {list(wanted)}" for stored, wanted in weights_fit.mismatched.values()]
+        problems.append(f"{len(shapes)} of another shape: {_listed(list(weights_fit.mismatched), shapes)}")
+    if weights_fit.unmergeable:
+        problems.append(
+            f"{len(weights_fit.unmergeable)} whose parts do not go together: {_listed(weights_fit.unmergeable)}"
+        )
     if problems:
         remedy = "give whole files of this model, or, where it is meant, name the weights in model.allow_missing"
         if any(name.startswith(ADAPTER_PREFIX) for name in unexpected):
@@ -142,7 +146,7 @@ def check_fit(path: str, found: Fit, allowed: Sequence[str]) -> str:
         raise UserError(f"the weights of {path} do not fit its model: {'; '.join(problems)}. Remedy: {remedy}")
     exempt = [
         f"{len(names)} {said}: {_listed(names)}"
-        for names, said in ((found.missing, "drawn at random"), (found.unexpected, "left out"))
+        for names, said in ((weights_fit.missing, "drawn at random"), (weights_fit.unexpected, "left out"))
         if names
     ]
     return "; ".join(exempt)
@@ -169,8 +173,8 @@ def _listed(names: Sequence[str], said: Sequence[str] = ()) -> str:
         " ".join([of_group[0] if len(of_group) == 1 else f"{pattern} ({len(of_group)} times)", *more])
         for (pattern, *more), of_group in groups.items()
     ]
-    rest = sum(map(len, list(groups.values())[SHOWN:]))
-    return ", ".join(shown[:SHOWN]) + (f", and {rest} more" if rest else "")
+    num_more = sum(map(len, list(groups.values())[SHOWN:]))
+    return ", ".join(shown[:SHOWN]) + (f", and {num_more} more" if num_more else "")
 
 
 @contextmanager

@@ -77,15 +77,15 @@ class RowScores:
 def score_row(reference: str, prediction: str, normalisation: Normalisation | None = None) -> RowScores:
     """Compare a prediction with what stands on the page."""
     normalisation = normalisation or Normalisation()
-    expected, found = normalisation.of(reference), normalisation.of(prediction)
+    expected, predicted = normalisation.of(reference), normalisation.of(prediction)
     words = expected.split()
     return RowScores(
         characters=len(expected),
-        predicted_characters=len(found),
-        character_errors=Levenshtein.distance(expected, found),
+        predicted_characters=len(predicted),
+        character_errors=Levenshtein.distance(expected, predicted),
         words=len(words),
-        word_errors=Levenshtein.distance(words, found.split()),
-        is_exact=expected == found,
+        word_errors=Levenshtein.distance(words, predicted.split()),
+        is_exact=expected == predicted,
     )
 
 

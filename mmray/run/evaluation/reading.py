@@ -50,7 +50,7 @@ class Reader:
 
     def _stop_token_ids(self) -> tuple[int, ...]:
         """By which training ended documents and the assistant's turns, and those of the model's own settings."""
-        own = self.model.generation_config.eos_token_id
+        eos = self.model.generation_config.eos_token_id
         family = self.prompt.family
-        ids = [*ending_token_ids(family), family.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        ids = [*ending_token_ids(family), family.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
         return tuple(sorted({token for token in ids if token is not None}))

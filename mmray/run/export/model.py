@@ -85,11 +85,11 @@ def export_model(
         step=checkpoint.state.step,
         tiling=policy,
         processor_call=family.processor_kwargs,
-        kinds=tuple(sorted({each["kind"] for each in prepared["record"]["datasets"]})),
+        kinds=tuple(sorted({dataset["kind"] for dataset in prepared["record"]["datasets"]})),
         prepared=prepared["path"],
         fingerprint=prepared["fingerprint"],
     )
-    with writing_folder(out, replaces=SIDECAR if replace else None) as folder, _full_disk_told(out):
+    with writing_folder(out, replaces=SIDECAR if replace else None) as folder, _full_disk_as_user_error(out):
         copy_processor(settings.processor_source, folder)
         _fill(model, checkpoint, final)
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -144,7 +144,7 @@ def _fill(model: PreTrainedModel, checkpoint: SourceCheckpoint, dtype: Dtype) ->
 
 
 @contextmanager
-def _full_disk_told(out: str) -> Iterator[None]:
+def _full_disk_as_user_error(out: str) -> Iterator[None]:
     """A disk that is full, or may not be written, as a mistake that a person can read."""
     try:
         yield

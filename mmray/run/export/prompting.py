@@ -116,9 +116,11 @@ class Prompt:
         tail = text.split(self.family.placeholder_unit)[-1]
         backend = self.family.tokenizer.backend_tokenizer
         followed = [f"{tail}{letter}" for letter in string.ascii_letters]
-        alone, *others = (each.ids for each in backend.encode_batch([tail, *followed], add_special_tokens=False))
+        alone, *others = (
+            encoding.ids for encoding in backend.encode_batch([tail, *followed], add_special_tokens=False)
+        )
         same = (itertools.takewhile(bool, map(operator.eq, alone, ids)) for ids in others)
-        return len(alone) - min(sum(each) for each in same)
+        return len(alone) - min(sum(matches) for matches in same)
 
     def _reader(self, kind: RowKind, *, opens_answer: bool = False) -> DocumentReader:
         dataset = DatasetSettings(files=(_SOURCE,), kind=kind)
@@ -137,8 +139,8 @@ class Prompt:
         sizes = [tuple((frame.shape[1], frame.shape[0]) for frame in of_tile) for of_tile in frames]
         planned = [Tile(0, tile.size, frame_sizes) for tile, frame_sizes in zip(tiles, sizes)]
         flat = [torch.from_numpy(frame.copy()) for of_tile in frames for frame in of_tile]
-        made = self.family.pixel_inputs(planned, flat, self.dtype)
-        return {name: value for name, value in made.items() if name in inputs and value.shape == inputs[name].shape}
+        pixels = self.family.pixel_inputs(planned, flat, self.dtype)
+        return {name: value for name, value in pixels.items() if name in inputs and value.shape == inputs[name].shape}
 
 
 def _source(image: Picture) -> ImageSource:

@@ -34,7 +34,7 @@ def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> st
         model=known and (known[0].path or "random weights"),
         settings=_shown(known[1]) if known else {},
         rows=prepared.get("rows"),
-        sets=[{"kind": each["kind"], "files": each["files"]} for each in sets[:MOST_SETS]],
+        sets=[{"kind": dataset["kind"], "files": dataset["files"]} for dataset in sets[:MOST_SETS]],
         more_sets=max(0, len(sets) - MOST_SETS),
         evaluation=checkpoint.evaluation,
     )

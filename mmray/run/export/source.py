@@ -48,10 +48,10 @@ class SourceCheckpoint:
         source = source.rstrip("/")
         if Folder(source).exists(STATE_FILE):
             path = source if "://" in source else str(Path(source).absolute())
-            found = cls(RunFolder(posixpath.dirname(path)), posixpath.basename(path))
-            if step is not None and found.state.step != step:
-                raise UserError(f"{source} is the checkpoint of step {found.state.step}; leave --step out")
-            return found
+            checkpoint = cls(RunFolder(posixpath.dirname(path)), posixpath.basename(path))
+            if step is not None and checkpoint.state.step != step:
+                raise UserError(f"{source} is the checkpoint of step {checkpoint.state.step}; leave --step out")
+            return checkpoint
         run = RunFolder(source)
         names = checkpoint_names(run)
         if not names:

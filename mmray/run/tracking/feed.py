@@ -35,7 +35,7 @@ CLOSE_SECONDS = 60.0
 
 
 @dataclass
-class Told:
+class TrackerProgress:
     """What a tracker has of a run. steps: the last one of each name; failed: it was told less than the run logged."""
 
     id: str | None = None
@@ -43,7 +43,7 @@ class Told:
     failed: bool = False
 
     @classmethod
-    def read(cls, path: Path) -> "Told":
+    def read(cls, path: Path) -> "TrackerProgress":
         """As written; nothing where there is no such file, or half of one."""
         try:
             return cls(**json.loads(path.read_text()))
@@ -61,7 +61,7 @@ class Told:
         for name in names:
             self.steps[name] = max(step, self.steps.get(name, 0))
 
-    def missing(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+    def missing_values(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """What of a step's numbers it has not."""
         return {name: value for name, value in values.items() if step > self.steps.get(name, 0)}
 
@@ -79,10 +79,10 @@ class Feed:
         """logged: what the run's metrics had when it stopped; kept: the step after which they will be done again."""
         self._name, self._settings, self._run = name, settings, run
         self._path = run.folder / TRACKING_FOLDER / f"{name}.json"
-        self._told = Told.read(self._path)
-        if self._told.id and not self._told.failed:
+        self._progress = TrackerProgress.read(self._path)
+        if self._progress.id and not self._progress.failed:
             for step, values in logged:
-                self._told.note(step, values)
+                self._progress.note(step, values)
         self._earlier = [(step, values) for step, values in logged if step <= kept]
         self._waiting: queue.Queue[Numbers | None] = queue.Queue(MOST_WAITING)
         self._ended = threading.Event()
@@ -108,23 +108,23 @@ class Feed:
 
     def _feed(self) -> None:
         try:
-            tracker, self._told.id = self._settings.open(self._run, self._told.id)
-            self._told.write(self._path)
+            tracker, self._progress.id = self._settings.open(self._run, self._progress.id)
+            self._progress.write(self._path)
             for step, values in self._earlier:
                 self._tell(tracker, step, values)
-            self._told.failed = False
-            self._told.write(self._path)
+            self._progress.failed = False
+            self._progress.write(self._path)
             while not self._ended.is_set() and (item := self._waiting.get()) is not None:
                 self._tell(tracker, *item)
             tracker.close()
-            self._told.write(self._path)
+            self._progress.write(self._path)
         except BaseException as error:  # noqa: BLE001 (of libraries that may raise or exit as they like)
             self._give_up(" ".join(f"{type(error).__name__}: {error}".split()))
 
     def _tell(self, tracker: Tracker, step: int, values: Mapping[str, float]) -> None:
-        if new := self._told.missing(step, values):
+        if new := self._progress.missing_values(step, values):
             tracker.write(step, new)
-            self._told.note(step, new)
+            self._progress.note(step, new)
 
     def _give_up(self, problem: str) -> None:
         if self._ended.is_set():
@@ -134,6 +134,6 @@ class Feed:
             "tracking.%s: %.300s; training goes on without it, and the next start of this run makes up for it",
             self._name, problem,
         )  # fmt: skip
-        self._told.failed = True
+        self._progress.failed = True
         with contextlib.suppress(OSError):
-            self._told.write(self._path)
+            self._progress.write(self._path)

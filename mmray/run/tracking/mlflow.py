@@ -46,8 +46,8 @@ class MlflowSettings(Settings):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if run_id is None:
             name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.name
-            found = client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else client.create_experiment(name)
+            known_experiment = client.get_experiment_by_name(name)
+            experiment = known_experiment.experiment_id if known_experiment else client.create_experiment(name)
             run_id = client.create_run(experiment, run_name=run.name).info.run_id
         client.update_run(run_id, status="RUNNING")
         _describe(client, run_id, run)
@@ -58,12 +58,12 @@ def _describe(client: Any, run_id: str, run: TrackedRun) -> None:
     """Settings as parameters; those that are others than when the run began, the folder and the commit as tags."""
     from mlflow.entities import Param, RunTag
 
-    given = {name: _text(value)[:PARAM_LENGTH] for name, value in _flat(run.settings)}
+    params = {name: _text(value)[:PARAM_LENGTH] for name, value in _flat(run.settings)}
     known: dict[str, str] = client.get_run(run_id).data.params
-    new = [Param(name, text) for name, text in given.items() if name not in known]
+    new = [Param(name, text) for name, text in params.items() if name not in known]
     for first in range(0, len(new), PARAMS_PER_CALL):
         client.log_batch(run_id, params=new[first : first + PARAMS_PER_CALL])
-    tags = {f"changed.{name}": text for name, text in given.items() if known.get(name, text) != text}
+    tags = {f"changed.{name}": text for name, text in params.items() if known.get(name, text) != text}
     tags["run_folder"] = str(run.folder)
     if run.commit:
         tags["mlflow.source.git.commit"] = run.commit
