@@ -34,7 +34,7 @@ from mmray.families.parts import Parts
 
 
 class GemmaText(OneSize):
-    """Turns and the text around images, as Gemma 3 and Gemma 3n have them."""
+    """The turns of Gemma 3 and Gemma 3n, and the text they have around images."""
 
     @functools.cached_property
     def media_token_ids(self) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ class GemmaText(OneSize):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        """A system message stands at the head of the first user turn."""
+        """The markers of user and model turns. A system message stands at the head of the first user turn."""
         return tuple(
             RoleMarkers(role, f"<start_of_turn>{name}{line_break}", "<end_of_turn>")
             for line_break in header_ends()

@@ -21,7 +21,7 @@ from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 LARGEST_GRID = 16
-"""Rows and columns of squares that the vocabulary has tokens for."""
+"""The most rows and columns of squares that the vocabulary has tokens for."""
 
 
 class GraniteDocling(Family):
@@ -61,7 +61,8 @@ class GraniteDocling(Family):
         )
 
     def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:
-        """With the line break that the processor writes after a page of one square: it may melt into the text."""
+        """Rendered text with the line break that the processor writes after a page of one square, which may merge with
+        the text."""
         head, *tails = text.split(self.placeholder)
         ends = ("\n" if self._is_single(size) else "" for size in tile_sizes)
         return head + "".join(self.placeholder + end + tail for end, tail in zip(ends, tails, strict=True))
@@ -74,7 +75,7 @@ class GraniteDocling(Family):
         return {"crop_to_patches": False} if self.tiled else {}
 
     def _grid(self, tile_size: Size) -> tuple[int, int]:
-        """(rows, columns) of squares."""
+        """The (rows, columns) of squares of a page."""
         width, height = tile_size
         rows, columns = self.images.get_tile_grid(height, width, self.processor_kwargs)
         return rows, columns

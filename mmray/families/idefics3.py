@@ -72,7 +72,7 @@ class Idefics3(Family):
         return {"do_image_splitting": False, "do_resize": False} if self.tiled else {}
 
     def _splits(self, tile_size: Size) -> tuple[int, int]:
-        """(rows, columns) the processor splits a page into; (0, 0) for a single frame."""
+        """The (rows, columns) into which the processor splits a page; (0, 0) for a single frame."""
         if self.tiled or not self.images.do_image_splitting:
             return 0, 0
         width, height = tile_size

@@ -22,7 +22,7 @@ from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
-"""What the chat template writes for each role."""
+"""The name that the chat template writes for each role."""
 
 
 class Llama4(Family):
@@ -73,7 +73,7 @@ class Llama4(Family):
         return {"resize_to_max_canvas": False} if self.tiled else {}
 
     def _grid(self, tile_size: Size) -> tuple[int, int]:
-        """(rows, columns) of squares."""
+        """The (rows, columns) of squares of a page."""
         width, height = tile_size
         canvases = self._rule.find_supported_resolutions(self.images.max_patches, self.images.size)
         to_largest = self.images.resize_to_max_canvas and not self.tiled

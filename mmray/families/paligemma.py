@@ -61,7 +61,7 @@ class PaliGemma(OneSize):
         return f"{prompt}{image}{self.tokenizer.bos_token}\n", answer.removeprefix("\n")
 
     def process(self, text: str, tiles: Sequence[Image.Image], **options: Any) -> Any:
-        """The processor's output for the prompt and the answer of a row, without the end that it writes after an
+        """The processor's output for the prompt and the answer of a row, without the end token that it writes after an
         answer."""
         prompt, answer = self.prompt_and_answer(text)
         if not tiles:
@@ -77,7 +77,7 @@ class PaliGemma(OneSize):
         return Span(np.full(self.features, self.image_token_id, dtype=np.int32), self.features)
 
     def position_ids(self, row: PackedRow) -> Tensor:
-        """From 1, as the model counts itself."""
+        """Positions that start at 1 in each sample, as the model counts itself."""
         return super().position_ids(row) + 1
 
     def model_problem(self, config: PretrainedConfig) -> str | None:
@@ -107,13 +107,13 @@ class PaliGemma(OneSize):
 
 
 def _sliding_window(config: PretrainedConfig) -> int | None:
-    """Tokens that the sliding layers of the text model see; None without such layers, as in Gemma."""
+    """Tokens that the sliding layers of the text model attend over; None without such layers, as in Gemma."""
     text = config.get_text_config()
     return None if text.model_type == "gemma" else text.sliding_window
 
 
 def _before_answers(trained: Tensor, samples: Tensor, count: int) -> Tensor:
-    """bool [L]: what stands before the first trained token of its sample; all of a sample without one."""
+    """Which tokens come before the first trained token of their sample, bool [L]: all of a sample without one."""
     places = torch.arange(len(samples), device=samples.device)
     first = torch.full((count,), len(samples), device=samples.device)
     first.scatter_reduce_(0, samples, places.masked_fill(~trained, len(samples)), "amin")

@@ -24,8 +24,8 @@ _KERNELS = {
     "flash-linear-attention": (("fla", "fla.ops.gated_delta_rule"), "chunk_gated_delta_rule", "cu_seqlens"),
     "causal-conv1d": (("causal_conv1d",), "causal_conv1d_fn", "seq_idx"),
 }
-"""Of each distribution: the modules where linear attention looks for its function, that function, and the argument by
-which it keeps samples apart."""
+"""For each distribution: the modules in which linear attention looks for a function, that function, and the argument
+that keeps samples apart."""
 
 
 class Qwen35(Qwen2VL):
@@ -44,8 +44,11 @@ class Qwen35(Qwen2VL):
         return super().packing_problem(config, sample_tokens=sample_tokens, row_tokens=row_tokens)
 
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
-        """Where samples begin, in each form that some layer reads. None for a single sample: a picture added after it
-        changes nothing before it, and transformers refuses these inputs where the kernels are missing."""
+        """The beginnings of the samples, in each form that some layer reads.
+
+        None for a single sample: a picture added after it changes nothing before it, and transformers refuses these
+        inputs where the kernels are missing.
+        """
         if int(row.segment_ids.max()) < 1:
             return {}
         number = torch.arange(len(row.lengths), dtype=torch.int32, device=row.lengths.device)
@@ -54,9 +57,12 @@ class Qwen35(Qwen2VL):
 
 
 def missing_kernels() -> list[str]:
-    """The distributions that linear attention lacks here to keep samples apart, found as transformers finds them: by
-    importing. An old version, whose function has no such argument, is missing too: transformers leaves out arguments
-    that a function does not name."""
+    """The distributions that linear attention needs to keep samples apart and that are not installed here.
+
+    They are found as transformers finds them, by importing. An old version, whose function has no such argument, is
+    missing
+    too: transformers leaves out arguments that a function does not name.
+    """
     return [name for name, kernel in _KERNELS.items() if not _keeps_apart(*kernel)]
 
 
