@@ -195,8 +195,7 @@ class Family(ABC):
         """Rendered text as the tokenizer gets it, with each tile still a placeholder.
 
         Adds what the processor writes around images and what may merge with the text beside them into other tokens.
-        tile_sizes:
-        those of the text's tiles, in order.
+        tile_sizes: those of the text's tiles, in order.
         """
         return text
 

@@ -87,7 +87,7 @@ class LlavaNext(OnTextModel):
         """The arguments `pixel_values` and `image_sizes`.
 
         pixel_values: [tiles, most frames of a tile, 3, height, width], with frames of zeros after those of tiles that
-        have fewer;
+        have fewer.
         image_sizes: int64 [tiles, 2], (height, width) of the pages.
         """
         pixels = normalised(channels_first(frames), self.images, dtype)

@@ -60,8 +60,7 @@ def missing_kernels() -> list[str]:
     """The distributions that linear attention needs to keep samples apart and that are not installed here.
 
     They are found as transformers finds them, by importing. An old version, whose function has no such argument, is
-    missing
-    too: transformers leaves out arguments that a function does not name.
+    missing too: transformers leaves out arguments that a function does not name.
     """
     return [name for name, kernel in _KERNELS.items() if not _keeps_apart(*kernel)]
 

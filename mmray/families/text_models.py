@@ -145,7 +145,7 @@ def _answer(tokenizer: Any, template: str, start: str, before: str = "") -> Role
     """The markers of the assistant's turn.
 
     It ends with the first of these tokens that the template writes, or else with the next turn: a template of
-    LLaVA-NeXT wrote `<\s>` for `</s>`, and LLaVA 1.5's writes none.
+    LLaVA-NeXT wrote `<\\s>` for `</s>`, and LLaVA 1.5's writes none.
     """
     eos = tokenizer.eos_token or ""
     writes_eos = bool(eos) and (eos in template or "eos_token" in template)
