@@ -21,17 +21,19 @@ from mmray.training.json_lines import JsonLines
 log = logging.getLogger("mmray")
 
 STORE_LOOK_SECONDS = 5.0
-"""How often an object store is asked whether the run shall stop; a folder is before each step."""
+"""How often, in seconds, an object store is checked for a request to stop; a folder is checked before each step."""
 
 
 def standard_callbacks(
     run: RunState, *, watching: Sequence[Callback] = (), asking: Sequence[Callback] = ()
 ) -> list[Callback]:
-    """The callbacks of a run in the order in which they are called; it stands here alone.
+    """The callbacks of a run in the order in which they are called; no other place decides that order.
 
     Args:
-        watching: those that only look on; they are told of a step when it is in the records, before an evaluation.
-        asking: those that ask the loop to save or to stop; they come when a step is evaluated, before the periodic
+        watching: callbacks that only observe. They are called for a step when it is in the records, before an
+        evaluation.
+        asking: callbacks that ask the loop to save or to stop. They are called when a step is evaluated, before the
+        periodic
             checkpoint is asked for.
     """
     return [
@@ -47,7 +49,7 @@ def standard_callbacks(
 
 
 class History(Callback):
-    """Writes what happens to the run into its `history.jsonl`."""
+    """Writes the events of the run into its `history.jsonl`."""
 
     def at_start(self, loop: Loop) -> None:
         run = loop.run
@@ -70,7 +72,7 @@ class History(Callback):
 
 
 class FirstLoss(Callback):
-    """Says loudly, in log and history, where the first loss is not one of the weights that were given."""
+    """Warns, in the log and the history, where the first loss is not one of the pretrained weights."""
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         run, metrics = loop.run, done.metrics
@@ -84,7 +86,7 @@ class FirstLoss(Callback):
 
 
 class PlannedStop(Callback):
-    """Ends the run after the step it is in when its folder says so (`RunFolder.ask_to_stop`)."""
+    """Ends the run after the current step when its folder asks for that (`RunFolder.ask_to_stop`)."""
 
     def __init__(self, run: RunState) -> None:
         self._folder, self._looks = run.folder, run.is_first
@@ -92,7 +94,7 @@ class PlannedStop(Callback):
         self._next_look, self._who = 0.0, "another rank"
 
     def flag(self) -> int:
-        """Whether to stop. Rank 0's answer counts for all."""
+        """Whether to stop. The answer of rank 0 counts for all ranks."""
         if not self._looks or time.monotonic() < self._next_look:
             return 0
         self._next_look = time.monotonic() + self._pause
@@ -109,14 +111,14 @@ class PlannedStop(Callback):
 
 
 class Records(Callback):
-    """Rank 0 writes the numbers of each step (`metrics.jsonl`, trackers), the bins it trained on (`trained.jsonl`) and
-    the samples it left out (`skipped.jsonl`).
+    """Writes, on rank 0, the numbers of each step (`metrics.jsonl`, trackers), the bins it trained on (`trained.jsonl`)
+    and the samples it left out (`skipped.jsonl`).
 
-    It stops the run before a step where too many samples are left out.
+    Stops the run before a step where too many samples are left out.
     """
 
     def __init__(self, run: RunState) -> None:
-        """Numbers of steps that will be done again are forgotten."""
+        """Opens the records on rank 0 and forgets the numbers of steps that will be done again."""
         self._skipped: SkippedLog | None = None
         if not run.is_first:
             return
@@ -170,7 +172,7 @@ class Records(Callback):
 
 
 class Evaluate(Callback):
-    """Evaluates the job's eval set every `training.eval_every_steps` steps, where it has one."""
+    """Evaluates the job's eval set, where it has one, every `training.eval_every_steps` steps."""
 
     def __init__(self, run: RunState) -> None:
         self._run = run
@@ -188,7 +190,7 @@ class Evaluate(Callback):
 
     @cached_property
     def _maker(self) -> BatchMaker | None:
-        """Makes the batches of the eval set, whose few bins are rendered in this process."""
+        """The maker of the eval set's batches, whose few bins are rendered in this process."""
         plan, ranks = self._run.plan, self._run.ranks
         if plan.eval is None:
             return None
@@ -199,10 +201,10 @@ class Evaluate(Callback):
 
 
 class PeriodicCheckpoints(Callback):
-    """Asks for a checkpoint every so many steps. The loop itself saves the last."""
+    """Asks for a checkpoint every `every_steps` steps. The loop itself saves the last one."""
 
     def __init__(self, every_steps: int | None) -> None:
-        """every_steps: None for the last checkpoint only."""
+        """Sets the number of steps between checkpoints. every_steps: None for the last checkpoint only."""
         self._every_steps = every_steps
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
@@ -211,5 +213,5 @@ class PeriodicCheckpoints(Callback):
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one; None: never."""
+    """Whether an event that happens every `every` steps happens after this step; it never does where that is None."""
     return every_steps is not None and step % every_steps == 0

@@ -1,12 +1,12 @@
-"""Samples that a run left out of its loss: `skipped.jsonl`, and the point at which there are too many of them.
+"""Samples that a run left out of its loss: `skipped.jsonl`, and the limit above which the run stops.
 
     {"step": 7, "split": "train", "id": "a#1", "source": "rows.jsonl:3", "reason": "image_corrupt", "message": "…"}
 
-One line for each such sample of each step, as it was finally done: a run that resumes cuts the file back to its
-checkpoint, as it does its metrics. So the lines of a step are as many as its `skipped_samples` in `metrics.jsonl`.
+The file has one line for each such sample of each step, as it was finally done: a run that resumes cuts the file back
+to its checkpoint, as it does its metrics. So a step has as many lines as its `skipped_samples` in `metrics.jsonl`.
 
-Some broken pictures are no reason to stop a run of weeks. Many at once are: a share that is not mounted, a key that
-has expired, would turn all that follows into training on nothing.
+Some images that cannot be read are no reason to stop a run of weeks. Many at once are: a share that is not mounted, or
+a key that has expired, would turn all further steps into training on nothing.
 """
 
 import logging
@@ -26,10 +26,10 @@ from mmray.training.json_lines import JsonLines, read_json_lines, replace_json_l
 SKIPPED_FILE = "skipped.jsonl"
 
 WINDOW = 10_000
-"""Samples that are looked back on."""
+"""Number of latest samples that the limit applies to."""
 
 ALWAYS_ALLOWED = 20
-"""Skipped samples of these that never stop a run."""
+"""Number of skipped samples among the latest that never stops a run, whatever their share."""
 
 EXAMPLES = 3
 
@@ -37,7 +37,7 @@ log = logging.getLogger("mmray")
 
 
 class SkipLimit:
-    """Counts the samples of the last steps. max_share: of them that may be skipped."""
+    """Counts the samples of the latest steps. max_share: share of them that may be skipped."""
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
@@ -45,7 +45,7 @@ class SkipLimit:
         self._samples = self._skipped = 0
 
     def count(self, samples: int, skipped: int) -> bool:
-        """Whether, with one more step of so many samples, of which so many were skipped, it is still not too many."""
+        """Counts one more step with its samples and skipped samples; returns whether the limit still holds."""
         self._steps.append((samples, skipped))
         self._samples, self._skipped = self._samples + samples, self._skipped + skipped
         while self._samples - self._steps[0][0] >= WINDOW:
@@ -59,14 +59,14 @@ class SkipLimit:
 
 @dataclass
 class BatchCounts:
-    """What this rank was given: its samples, and those of them that are skipped."""
+    """The samples in some micro-batches: their number, and those of them that are skipped."""
 
     samples: int = 0
     skipped: list[SkippedSample] = field(default_factory=list)
 
     @classmethod
     def of(cls, batches: Iterable[MicroBatch]) -> Self:
-        """What is in these micro-batches."""
+        """The counts of these micro-batches."""
         counts = cls()
         for batch in batches:
             counts.samples += batch.num_samples
@@ -74,7 +74,7 @@ class BatchCounts:
         return counts
 
     def through(self, steps: Iterable[list[MicroBatch]]) -> Iterator[list[MicroBatch]]:
-        """The same micro-batches, counted as they pass."""
+        """Yields the micro-batches unchanged and counts them as they pass."""
         for batches in steps:
             step_counts = BatchCounts.of(batches)
             self.samples += step_counts.samples
@@ -86,8 +86,8 @@ class SkippedLog:
     """Rank 0's record of a run's skipped samples."""
 
     def __init__(self, run: Path, step: int, max_share: float) -> None:
-        """run: its folder, whose metrics end with `step`, the last that is done; max_share: of samples that may be
-        skipped."""
+        """Opens the log. run: folder whose metrics end with `step`, the last that is done; max_share: share of samples
+        that may be skipped."""
         self._path, self._max_share = run / SKIPPED_FILE, max_share
         self._limits = {"train": SkipLimit(max_share), "eval": SkipLimit(max_share)}
         lines = read_json_lines(self._path)
@@ -97,7 +97,7 @@ class SkippedLog:
             self._limits["train"].count(line.get("samples", 0), line.get("skipped_samples", 0))
 
     def add(self, step: int, split: Literal["train", "eval"], counts: BatchCounts) -> None:
-        """What all ranks saw in a step: a line and a warning for each skipped sample.
+        """Records a step of all ranks: a line and a warning for each skipped sample.
 
         Raises UserError when there are too many of them.
         """

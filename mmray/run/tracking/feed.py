@@ -1,12 +1,12 @@
-"""A tracker is fed from a thread of its own, so that training never waits for one, and never ends with one.
+"""Feeding a tracker from a thread of its own, so that training never waits for one, and never ends with one.
 
-`metrics.jsonl` is the record, a tracker a view of it: what a tracker does not have yet is taken from there, whether it
-is new to a run that is long under way, or was out of reach for a day. Which steps it has stands in
-`tracking/NAME.json`, beside its id of the run.
+`metrics.jsonl` is the record, a tracker a view of it: values that a tracker lacks are taken from there, whether it is
+added to a run that is long under way, or was out of reach for a day. `tracking/NAME.json` records which steps it has,
+beside its id of the run.
 
-Trackers cannot forget. A run that goes on from a checkpoint does some steps again; the tracker keeps what it was told
-the first time, the same up to rounding, and each step stands there once. What was on its way when a process was killed
-(a second's worth) may be missing there.
+Trackers cannot forget. A run that continues from a checkpoint does some steps again; the tracker keeps the values it
+got the first time, which are the same up to rounding, and holds each step once. Values on their way when a process was
+killed (those of a second) may be missing there.
 
 The first error, whatever it is, ends the feed with one warning. The next start of the run makes up for it.
 """
@@ -29,14 +29,17 @@ log = logging.getLogger("mmray")
 
 TRACKING_FOLDER = "tracking"
 MOST_WAITING = 100_000
-"""Steps that wait for a slow tracker at most: some 50 MB."""
+"""The most steps that wait for a slow tracker: some 50 MB."""
 CLOSE_SECONDS = 60.0
-"""The longest that the end of a run waits for a tracker."""
+"""The longest time, in seconds, that the end of a run waits for a tracker."""
 
 
 @dataclass
 class TrackerProgress:
-    """What a tracker has of a run. steps: the last one of each name; failed: it was told less than the run logged."""
+    """The part of a run that a tracker has.
+
+    steps: the last step of each name; failed: whether the tracker received less than the run logged.
+    """
 
     id: str | None = None
     steps: dict[str, int] = field(default_factory=dict)
@@ -44,25 +47,25 @@ class TrackerProgress:
 
     @classmethod
     def read(cls, path: Path) -> "TrackerProgress":
-        """As written; nothing where there is no such file, or half of one."""
+        """Reads the file; nothing is known where it is missing or incomplete."""
         try:
             return cls(**json.loads(path.read_text()))
         except (FileNotFoundError, ValueError):
             return cls()
 
     def write(self, path: Path) -> None:
-        """Replace the file, all at once."""
+        """Replaces the file atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, sync=False) as beside:
             beside.write_text(json.dumps(asdict(self)))
 
     def note(self, step: int, names: Iterable[str]) -> None:
-        """It has these now."""
+        """Records that the tracker has these values of a step."""
         for name in names:
             self.steps[name] = max(step, self.steps.get(name, 0))
 
     def missing_values(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """What of a step's numbers it has not."""
+        """The values of a step that the tracker lacks."""
         return {name: value for name, value in values.items() if step > self.steps.get(name, 0)}
 
 
@@ -76,7 +79,8 @@ class Feed:
     def __init__(
         self, name: str, settings: TrackerSettings, run: TrackedRun, *, logged: list[Numbers], kept: int
     ) -> None:
-        """logged: what the run's metrics had when it stopped; kept: the step after which they will be done again."""
+        """Starts the feed. logged: the metrics of the run when it stopped; kept: the last step that will not be done
+        again."""
         self._name, self._settings, self._run = name, settings, run
         self._path = run.folder / TRACKING_FOLDER / f"{name}.json"
         self._progress = TrackerProgress.read(self._path)
@@ -90,7 +94,7 @@ class Feed:
         self._thread.start()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Leave the numbers of a step for the tracker. Returns at once."""
+        """Queues the numbers of a step for the tracker and returns at once."""
         if not self._ended.is_set():
             try:
                 self._waiting.put_nowait((step, dict(values)))
@@ -98,7 +102,7 @@ class Feed:
                 self._give_up("is too slow")
 
     def close(self) -> None:
-        """Wait until the tracker has everything, but not longer than CLOSE_SECONDS."""
+        """Waits until the tracker has everything, but not longer than CLOSE_SECONDS."""
         deadline = time.monotonic() + CLOSE_SECONDS
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=0 if self._ended.is_set() else CLOSE_SECONDS)

@@ -1,7 +1,7 @@
-"""MLflow.
+"""The MLflow tracker.
 
 A step's numbers are one call of its client, 4 ms with SQLite here. MLflow never changes the parameters of a run, so a
-setting that is another after a resume becomes a tag, `changed.training.steps`.
+setting that differs after a resume becomes a tag, `changed.training.steps`.
 """
 
 import json
@@ -18,14 +18,14 @@ from mmray.run.tracking.run import TrackedRun
 
 PARAMS_PER_CALL = 100
 PARAM_LENGTH = 6000
-"""The most that MLflow takes, parameters in one call and characters in one."""
+"""The most characters that MLflow takes in one parameter."""
 
 
 class MlflowSettings(Settings):
-    """A run of MLflow. Credentials come the ordinary way: MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
+    """A run of MLflow. Credentials are read from MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
 
     experiment: str | None = None
-    """Experiment, made where it is new; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
+    """Name of the experiment, created where it does not exist; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
 
     uri: str | None = None
     """Tracking server, or a store such as `sqlite:////shared/mlflow.db`; null: MLFLOW_TRACKING_URI, else the file
@@ -39,7 +39,7 @@ class MlflowSettings(Settings):
         return {"experiment": value} if isinstance(value, str) else value
 
     def open(self, run: TrackedRun, run_id: str | None) -> tuple[Tracker, str]:
-        """Begin or continue the run."""
+        """Begins or continues the run."""
         from mlflow.tracking import MlflowClient
 
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder.absolute()}/mlflow.db"
@@ -55,7 +55,8 @@ class MlflowSettings(Settings):
 
 
 def _describe(client: Any, run_id: str, run: TrackedRun) -> None:
-    """Settings as parameters; those that are others than when the run began, the folder and the commit as tags."""
+    """Sends settings as parameters; settings that differ from those at the run's begin, the folder and the commit as
+    tags."""
     from mlflow.entities import Param, RunTag
 
     params = {name: _text(value)[:PARAM_LENGTH] for name, value in _flat(run.settings)}
@@ -86,7 +87,7 @@ class _Mlflow:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`training.steps` and its value, for each that is given."""
+    """Each setting as a dotted name, such as `training.steps`, and its value."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
