@@ -1,8 +1,8 @@
-"""What the nodes of a cluster say of themselves, before work starts: their packages, the folders of the job, memory.
+"""A probe of the nodes of a cluster before work starts: their packages, the folders of the job, their memory.
 
-One small task on each node that the job may use, all at once, without CPUs: it finds a free one, or a busy node's. It
-imports nothing large. That the nodes see the same folders as this process is shown by a file of a random name, which is
-there only while they look.
+One small task runs on each node that the job may use, all at once and without CPUs, so that it also runs on a busy
+node. It imports nothing large. A file with a random name, which exists only during the probe, shows whether a node sees
+the same folders as this process.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ log = logging.getLogger("mmray")
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_SECONDS = 60
 PACKAGES = ("ray", "torch", "transformers")
-"""Whose versions must be the same everywhere."""
+"""Packages whose versions must be the same everywhere."""
 ROOMS = ("mmray", "pipelines", "jobs")
 LEAST_SHARED_MEMORY = 10**9
 SHARED_MEMORY = "/dev/shm"
@@ -38,9 +38,13 @@ SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a node says. versions: of `python` and PACKAGES, None: not there; missing: modules that are not there;
-    unseen, closed: settings whose folder lacks the mark, or may not be written in; shared_memory: bytes of /dev/shm,
-    None where a system has none."""
+    """A node's answer.
+
+    versions: those of `python` and PACKAGES, None for a package that is not installed.
+    missing: modules that are not installed.
+    unseen, closed: settings whose folder lacks the mark, or cannot be written.
+    shared_memory: size of /dev/shm in bytes, None where a system has none.
+    """
 
     versions: dict[str, str | None]
     missing: list[str]
@@ -53,10 +57,13 @@ def check_nodes(
     nodes: Sequence[Node], labels: Mapping[str, str], outputs: Mapping[str, str], *,
     modules: Sequence[str] = (), gpus: bool = False,
 ) -> None:  # fmt: skip
-    """Raise UserError where a node cannot do its part of a job.
+    """Raises UserError where a node cannot do its part of a job.
 
-    labels: of the nodes that the job uses; outputs: folders by the name of their setting; modules: beside mmray's own,
-    what nodes must be able to import. A node that does not answer is a warning.
+    labels: those of the nodes that the job uses.
+    outputs: folders by the name of their setting.
+    modules: modules, beside mmray's own, that nodes must be able to import.
+
+    A node that does not answer is only warned of.
     """
     if ray.get_runtime_context().runtime_env.get("working_dir") and (reason := shared_folder(nodes)):
         raise UserError(reason)
@@ -71,11 +78,11 @@ def check_nodes(
 
 
 def shared_folder(nodes: Sequence[Node]) -> str | None:
-    """What is wrong where nodes of one machine share Ray's folder, in one line.
+    """The problem where nodes of one machine share Ray's folder, in one line; None where they do not.
 
-    When a node first runs something of a job, Ray 2.60 deletes what is at the place of the job's working folder and
-    unpacks it there (`overwrite=True` in its `runtime_env/working_dir.py`): under the driver, and under actors of the
-    other nodes, if the place is theirs too.
+    When a node first runs something of a job, Ray 2.60 deletes the job's working folder and unpacks it again
+    (`overwrite=True` in its `runtime_env/working_dir.py`): under the driver, and under actors of the other nodes, if
+    they share the folder.
     """
     sockets: dict[tuple[str, str], set[str]] = {}
     for node in nodes:  # socket: folder/session_…/sockets/raylet; a second in the same folder has another name
@@ -102,7 +109,8 @@ def packages_of(job: Job, *, trains: bool) -> list[str]:
 def problem(
     node: Node, answer: Answer, driver_answer: Answer, outputs: Mapping[str, str], *, gpus: bool = False
 ) -> str | None:
-    """What is wrong with a node, with its remedy, in one line. driver_answer: that of this process."""
+    """The problem with a node, with its remedy, in one line; None for none. driver_answer: the answer of this
+    process."""
     where = f"node {node.address}"
     python, mine = str(answer.versions["python"]), str(driver_answer.versions["python"])
     if python.split(".")[:2] != mine.split(".")[:2]:
@@ -137,7 +145,7 @@ def problem(
 
 
 def check_shared_memory(node: Node, size: int | None) -> None:
-    """Warn where Ray's object store cannot be in shared memory, or that is small. size: of /dev/shm in bytes."""
+    """Warns where Ray's object store cannot be in shared memory, or that is small. size: of /dev/shm in bytes."""
     store = node.resources.get("object_store_memory", 0)
     if size is not None and size < max(store, LEAST_SHARED_MEMORY):
         log.warning(
@@ -147,17 +155,17 @@ def check_shared_memory(node: Node, size: int | None) -> None:
 
 
 def check_own_memory(nodes: Sequence[Node]) -> None:
-    """Warn where the shared memory of this machine is small, whose one node this process has started."""
+    """Warns where this process has started Ray on this machine, and its shared memory is small."""
     check_shared_memory(nodes[0], look({}, []).shared_memory)
 
 
 def look(marks: Mapping[str, str], modules: Sequence[str]) -> Answer:
-    """The answer of the machine this runs on."""
+    """The answer of the machine that this runs on."""
     return Answer(**_looker()(dict(marks), list(modules), PACKAGES, SHARED_MEMORY))
 
 
 def _looker() -> Callable[..., dict[str, Any]]:
-    """The task, as a function that travels whole: nodes may lack the module it stands in."""
+    """The task, as a function that is pickled whole: nodes may lack the module it is defined in."""
 
     def look(marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str) -> dict[str, Any]:
         import importlib.metadata
@@ -184,7 +192,7 @@ def _looker() -> Callable[..., dict[str, Any]]:
 
 
 def _ask(nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str]) -> list[tuple[Node, Answer]]:
-    """The answers of the nodes that give one in time."""
+    """The answers of the nodes that answer in time."""
     task = ray.remote(num_cpus=0, max_retries=0)(_looker())
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
@@ -212,7 +220,7 @@ def _ask(nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str]
 
 @contextmanager
 def _marks(outputs: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """A file of a random name in the folder of each setting, or the nearest above that is there; URIs have none."""
+    """Files with a random name in the folder of each setting, or in its nearest existing parent; URIs get none."""
     marks = {}
     for name, folder in outputs.items():
         if "://" in folder:

@@ -1,4 +1,5 @@
-"""What a training worker tells Prometheus. All but the wait for data is of the whole run, and rank 0 tells it."""
+"""The Prometheus metrics of a training worker. Except for the wait for data they are those of the run, set by rank
+0."""
 
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from pipelines.measures import (
@@ -27,7 +28,7 @@ from pipelines.measures import (
 
 
 class RunMeasures(Callback):
-    """Tells Prometheus the measures of one rank of a run."""
+    """Reports the measures of one rank of a run to Prometheus."""
 
     def __init__(self, job: str, rank: int) -> None:
         self._job, self._rank = job, rank

@@ -1,7 +1,7 @@
-"""What a training shows while it runs: the driver reads what rank 0 and the actors append to the run's folder.
+"""The display of a training while it runs: the driver reads what rank 0 and the actors append to the run's folder.
 
-A line for each event worth reading, the progress of the steps, how many warnings there are; at the end the last of
-them. Workers themselves print nothing that a person would have to read.
+It prints a line for each event worth reading, the progress of the steps and the number of warnings; at the end the last
+of the warnings. Workers themselves print nothing that a person has to read.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ TAIL_BYTES = 4096
 
 
 class RunWatch:
-    """`with RunWatch(name, run, total_steps): …` around the training of a run."""
+    """Shows the progress of a run: `with RunWatch(name, run, total_steps): …` around its training."""
 
     def __init__(self, name: str, run: RunFolder, total_steps: int) -> None:
         self._run, self._every = run, POLL_SECONDS if run.shared_path else PUBLISH_SECONDS
@@ -36,7 +36,7 @@ class RunWatch:
         )
         self._stop = threading.Event()
         self.has_begun = False
-        """Whether workers have started, or started again, since."""
+        """Whether workers have started, or were restarted, since then."""
         self._thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> Self:
@@ -62,7 +62,7 @@ class RunWatch:
                     self._update(bar)
 
     def _tell_events(self) -> None:
-        """A line for each event since the last look."""
+        """Prints a line for each event since the last call."""
         if _size(self._history) <= self._events_read:
             return
         with self._history.open("rb") as file:
@@ -90,7 +90,7 @@ class RunWatch:
 
 
 def _step_note(line: dict[str, Any]) -> str:
-    """A step in a few words, by its metrics."""
+    """The metrics of a step in a few words."""
     waited, seconds = line["data_wait_seconds"], line["step_seconds"]
     whole = max(waited + seconds, 1e-9)
     words = [f"loss {line['loss']:.4f}", f"{line['tokens'] / whole:,.0f} tokens/s", f"data wait {waited / whole:.0%}"]
@@ -100,5 +100,5 @@ def _step_note(line: dict[str, Any]) -> str:
 
 
 def _size(path: Path) -> int:
-    """0 where there is no file."""
+    """The size of a file in bytes; 0 where there is none."""
     return path.stat().st_size if path.exists() else 0

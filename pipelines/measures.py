@@ -1,10 +1,10 @@
-"""What mmray tells Prometheus, through Ray: every node's own endpoint has the sums of the processes on it.
+"""The metrics that mmray reports to Prometheus, through Ray: every node's endpoint has the sums of the processes on it.
 
-Each measure is declared here and nowhere else; Ray puts `ray_` before its name and, for counters, `_total` behind.
-Averages and rates are for the reader to take (`rate(…_seconds_total)` is the share of time, over `rate(…)` of a count
-its mean), so nearly all are counters: those stay right across processes that come and go, and Ray's histograms have
-only estimates of sums. Tags have few values: jobs, splits, stages, reasons, ranks. A call costs some microseconds,
-and processes hand over what they have every ten seconds: the last seconds of one that is killed are lost.
+Each measure is declared here and nowhere else; Ray puts `ray_` before its name and, for counters, appends `_total`.
+Averages and rates are for the reader to compute (`rate(…_seconds_total)` is the share of time, over `rate(…)` of a
+count its mean), so nearly all are counters: those stay right across processes that come and go, and Ray's histograms
+have only estimates of sums. Tags have few values: jobs, splits, stages, reasons, ranks. A call costs some microseconds,
+and processes report every ten seconds: the last seconds of one that is killed are lost.
 """
 
 import time
@@ -21,7 +21,8 @@ from ray.util import metrics
 class Measure:
     """One metric.
 
-    tags: besides `job_name`, for Prometheus itself has a label `job`; boundaries: of a histogram's buckets.
+    tags: in addition to `job_name`, because Prometheus itself has a label `job`; boundaries: those of a histogram's
+    buckets.
     """
 
     name: str
@@ -71,19 +72,19 @@ MEASURES = tuple(value for value in list(globals().values()) if isinstance(value
 
 
 def add(measure: Measure, value: float, **tags: str) -> None:
-    """Add to a counter; nothing is added by 0."""
+    """Adds to a counter; 0 leaves it as it is."""
     if value > 0:
         _metric(measure).inc(value, tags)
 
 
 def put(measure: Measure, value: float | None, **tags: str) -> None:
-    """Set a gauge; None leaves it as it was."""
+    """Sets a gauge; None leaves it as it is."""
     if value is not None:
         _metric(measure).set(value, tags)
 
 
 def observe(measure: Measure, value: float, **tags: str) -> None:
-    """Put a value into a histogram."""
+    """Adds a value to a histogram."""
     _metric(measure).observe(value, tags)
 
 
@@ -96,7 +97,7 @@ def _metric(measure: Measure) -> Any:
 
 
 class StageClock:
-    """The time that one actor of a stage works, and the time it waits between two calls."""
+    """Measures the time that one actor of a stage works, and the time it waits between two calls."""
 
     def __init__(self, stage: str, job: str) -> None:
         self._tags = {"stage": stage, "job_name": job}
@@ -104,7 +105,7 @@ class StageClock:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """One call."""
+        """Times one call."""
         began = time.monotonic()
         if self._idle_since is not None:
             add(STAGE_WAIT_SECONDS, began - self._idle_since, **self._tags)
@@ -119,7 +120,7 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def clocked(call: Call) -> Call:
-    """A method of an actor that has a `clock`, timed by it."""
+    """Decorates a method of an actor that has a `clock` so that the clock times it."""
 
     @wraps(call)
     def timed(self: Any, *arguments: Any) -> Any:

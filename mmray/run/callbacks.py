@@ -213,5 +213,5 @@ class PeriodicCheckpoints(Callback):
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
-    """Whether an event that happens every `every` steps happens after this step; it never does where that is None."""
+    """Whether an event that happens every `every_steps` steps happens after this step; None: it never does."""
     return every_steps is not None and step % every_steps == 0

@@ -103,7 +103,8 @@ class SavedWeights:
         return flat
 
     def _pieces_of_masters(self, files: Sequence[str]) -> dict[str, list[_Piece]]:
-        """Of stages 1 and 2, where DeepSpeed says which rank has which part of a weight, in which group."""
+        """The pieces of each weight at stages 1 and 2, where DeepSpeed records which rank has which part of it, in
+        which group."""
         pieces: dict[str, list[_Piece]] = {}
         for file in files:
             mappings = self._files[file]["optimizer_state_dict"]["param_slice_mappings"]
@@ -113,7 +114,8 @@ class SavedWeights:
         return pieces
 
     def _pieces_of_stage_3(self, files: Sequence[str]) -> dict[str, list[_Piece]]:
-        """Of stage 3, where each rank has an equal part of every weight, one weight after another in its groups."""
+        """The pieces of each weight at stage 3, where each rank has an equal part of it, in the order of weights in a
+        group."""
         pieces: dict[str, list[_Piece]] = {name: [] for name in self._shapes}
         for file in files:
             groups = self._files[file]["optimizer_state_dict"]["fp32_flat_groups"]

@@ -18,7 +18,7 @@ from mmray.run.tracking.run import TrackedRun
 
 PARAMS_PER_CALL = 100
 PARAM_LENGTH = 6000
-"""The most characters that MLflow takes in one parameter."""
+"""Limits of MLflow: parameters in one call, and characters in one parameter."""
 
 
 class MlflowSettings(Settings):
