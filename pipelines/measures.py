@@ -45,7 +45,9 @@ ROWS_PACKED = Measure("mmray_rows_packed", "counter", "rows in committed bins", 
 ROWS_REJECTED = Measure("mmray_rows_rejected", "counter", "rows set aside in committed windows", ("split", "reason"))
 BINS_WRITTEN = Measure("mmray_bins_written", "counter", "bins in committed windows", ("split",))
 STAGE_BUSY_SECONDS = Measure("mmray_stage_busy_seconds", "counter", "time that a stage's actors work", ("stage",))
-STAGE_WAIT_SECONDS = Measure("mmray_stage_wait_seconds", "counter", "time that they wait for input", ("stage",))
+STAGE_WAIT_SECONDS = Measure(
+    "mmray_stage_wait_seconds", "counter", "time that a stage's actors wait for input", ("stage",)
+)
 
 STEPS = Measure("mmray_steps", "counter", "optimizer steps done, those done again too")
 STEP_SECONDS = Measure("mmray_step_busy_seconds", "counter", "time in steps, without the wait for data")
@@ -53,20 +55,22 @@ STEP_SPREAD = Measure(
     "mmray_step_seconds", "histogram", "time of a step", boundaries=(0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 )
 DATA_WAIT_SECONDS = Measure("mmray_data_wait_seconds", "counter", "time a rank waits for data", ("rank",))
-TOKENS = Measure("mmray_tokens", "counter", "tokens trained on or seen")
+TOKENS = Measure("mmray_tokens", "counter", "tokens of the samples in steps done")
 TRAINED_TOKENS = Measure("mmray_trained_tokens", "counter", "tokens in the loss")
-SAMPLES = Measure("mmray_samples", "counter", "samples seen")
-SKIPPED_SAMPLES = Measure("mmray_skipped_samples", "counter", "samples left out because of a picture")
+SAMPLES = Measure("mmray_samples", "counter", "samples in steps done")
+SKIPPED_SAMPLES = Measure(
+    "mmray_skipped_samples", "counter", "samples left out because of an image that cannot be read"
+)
 CHECKPOINTS = Measure("mmray_checkpoints", "counter", "checkpoints begun")
 CHECKPOINT_SECONDS = Measure("mmray_checkpoint_seconds", "counter", "time that steps waited for checkpoints")
-RESTARTS = Measure("mmray_restarts", "counter", "times that the run went on from a checkpoint")
+RESTARTS = Measure("mmray_restarts", "counter", "times that the run resumed from a checkpoint")
 STEP = Measure("mmray_step", "gauge", "the last step that is done")
 EPOCH = Measure("mmray_epoch", "gauge", "epochs of the data that are done")
 WORKERS = Measure("mmray_workers", "gauge", "ranks of the run")
 LOSS = Measure("mmray_loss", "gauge", "loss of the last step")
 EVAL_LOSS = Measure("mmray_eval_loss", "gauge", "loss of the last evaluation")
-LEARNING_RATE = Measure("mmray_learning_rate", "gauge", "of the last step")
-GRAD_NORM = Measure("mmray_grad_norm", "gauge", "of the last step, before clipping")
+LEARNING_RATE = Measure("mmray_learning_rate", "gauge", "learning rate of the last step")
+GRAD_NORM = Measure("mmray_grad_norm", "gauge", "gradient norm of the last step, before clipping")
 
 MEASURES = tuple(value for value in list(globals().values()) if isinstance(value, Measure))
 

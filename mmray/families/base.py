@@ -73,8 +73,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A packed row as its family sees it: L tokens in S samples. Padding between and after samples counts as samples,
-    too."""
+    """A packed row in the form that families take: L tokens in S samples. Padding between and after samples counts as
+    samples."""
 
     input_ids: Tensor
     """Token ids, int64 [L]."""
@@ -240,7 +240,7 @@ class Family(ABC):
 
     @abstractmethod
     def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
-        """The tile as the vision tower sees it before arithmetic: uint8 arrays [height, width, 3].
+        """The tile in the form of the vision tower, before arithmetic: uint8 arrays [height, width, 3].
 
         They are resized, split and padded by the processor's own rule. num_tiles: tiles of the whole sample, as for
         `span`.

@@ -1,14 +1,14 @@
-"""Gemma 3: pictures of one size, a fixed number of tokens, which see each other in both directions.
+"""Gemma 3: pictures of one size with a fixed number of tokens, which attend to each other in both directions.
 
-So a packed row needs its masks given (`mmray.families.attention`), one for the layers with a sliding window and one
-for the others, and no `token_type_ids`. What an image's tokens see ahead ends at no window; behind them they see as
-far as any token.
+So a packed row needs masks built by mmray (`mmray.families.attention`), one for the layers with a sliding window and
+one for the others, and no `token_type_ids`. No window limits how far an image's tokens attend ahead; backward they
+attend as far as any token.
 
-The processor writes two line breaks before and after an image. With the text beside them they may become other
+The processor writes two line breaks before and after an image. With the text beside them they may merge into other
 tokens (three breaks are one token of Gemma), so they belong to the text and not to the image's span.
 
 Pan and scan cannot be set in the processor's files: transformers 5.23 reads it from the call alone. Tiling is the way
-to see details.
+to show details to the model.
 """
 
 import functools
@@ -60,7 +60,8 @@ class GemmaText(OneSize):
 
 
 class Gemma3(GemmaText):
-    """Gemma 3: masks for its two kinds of layers, in which an image's tokens see each other; no flash attention."""
+    """Gemma 3: masks for its two kinds of layers, in which an image's tokens attend to each other; no flash
+    attention."""
 
     model_types = ("gemma3",)
     processor_classes = ("Gemma3Processor",)

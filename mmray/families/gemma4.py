@@ -1,7 +1,7 @@
 """Gemma 4: pictures in patches of any grid, resized to use up the image processor's budget of tokens.
 
 Most sizes are causal, and positions keep samples apart. Where `use_bidirectional_attention` is "vision", an image's
-tokens see each other in the layers with a sliding window, and only there: then the masks are given
+tokens attend to each other in the layers with a sliding window, and only there. Then mmray builds the masks
 (`mmray.families.attention`), one for each kind of layer, as a single one would lose the window.
 
 Video and audio are not read.

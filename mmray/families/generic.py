@@ -1,10 +1,10 @@
 """Support for any other processor by general rules: slow, and with one sample per row.
 
-The processor itself is asked for everything: run on a blank page of each size it tells the tokens, and in the training
-process it makes the pixel inputs from the decoded pages. How the model keeps samples of one row apart is not known,
-so bins hold one sample (`packing.mode: none`), and the model works out positions itself. No test of mmray has seen the
-model: a seeded sample of rows is still compared with the processor when preparing, which stops the job where the rules
-do not hold.
+All answers come from the processor itself: run on a blank page of each size it gives the tokens, and in the training
+process it makes the pixel inputs from the decoded pages. How the model keeps samples of one row apart is not known, so
+bins hold one sample (`packing.mode: none`), and the model computes positions itself. No test of mmray covers the model:
+when preparing, a seeded sample of rows is still compared with the processor, which stops the job where the rules do not
+hold.
 """
 
 import functools

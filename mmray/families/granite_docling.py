@@ -1,9 +1,11 @@
-"""Granite for Docling (`model_type` granite_docling; granite-docling-258M is an Idefics3): a page as squares of one
-size on the grid that fits its shape best, and the whole page once more.
+"""Granite for Docling (`model_type` granite_docling): squares of one size on the grid that suits the page, and the
+whole page.
+
+granite-docling-258M is not of this family but an Idefics3.
 
 The image processor's `fine_route` sends all pages of a job through the connector's fine path, with four times the
 tokens; so the samples of a row are of one kind, as the model wants it. Its density router, which chooses the path of a
-page, is no part of the loss and keeps its weights.
+page, does not enter the loss and keeps its weights.
 """
 
 import functools

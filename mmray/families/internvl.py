@@ -1,4 +1,4 @@
-"""InternVL: square frames, a fixed number of tokens for each, one pair of markers around all frames of a page.
+"""InternVL: square frames with a fixed number of tokens each, and one pair of markers around all frames of a page.
 
 Untiled, the processor cuts a page into the grid of frames nearest to its shape and adds the whole page as a last one.
 Under an mmray tiling policy every tile is one frame, so cutting is turned off.

@@ -1,10 +1,10 @@
-"""LFM2-VL: pictures of any grid of patches; large ones are split by the processor, with the whole beside the pieces.
+"""LFM2-VL: pictures of any grid of patches; the processor splits large ones and adds the whole picture to the pieces.
 
 Its text model has convolutions among the attention layers, which look back over a few tokens whatever their positions.
-So samples stand apart in a row by as many padding tokens, and a mask tells the convolutions to take these for zeros,
-which is what they find before the first token of a row.
+So samples are separated in a row by as many padding tokens, which a mask makes zeros for the convolutions, as the
+tokens before the beginning of a row are.
 
-There is no PIL image processor of this model: pictures are resized by torchvision, which must be installed.
+There is no PIL image processor for this model: pictures are resized by torchvision, which must be installed.
 """
 
 import functools

@@ -1,9 +1,9 @@
-"""Llama 4: a page as up to 16 squares and an overview, each square the same number of tokens.
+"""Llama 4: a page becomes up to 16 squares and an overview, each with the same number of tokens.
 
-There is no PIL image processor of this model: pictures are resized by torchvision, which must be installed.
+There is no PIL image processor for this model: pictures are resized by torchvision, which must be installed.
 
-Rows pack up to a length: the layers without rotary positions scale queries by the token's place in the row, not in its
-sample, from `floor_scale` tokens on. The others attend within chunks, which transformers counts from a sample's
+Rows pack up to a length: from `floor_scale` tokens on, the layers without rotary positions scale queries by the token's
+place in the row, not in its sample. The other layers attend within chunks, which transformers counts from a sample's
 beginning.
 """
 

@@ -1,12 +1,12 @@
-"""Llama 3.2 Vision: one token for a picture; the text looks at the pictures through cross-attention layers.
+"""Llama 3.2 Vision: one token for a picture; the text attends to the pictures through cross-attention layers.
 
-The processor spreads a page over a canvas of up to four squares, filled up with black; the vision tower always gets
-four squares for a picture, so that each costs it the same, whatever its size, and is one visual token here.
+The processor spreads a page over a canvas of up to four squares, padded with black. The vision tower always gets four
+squares for a picture, so each picture costs it the same, whatever its size, and is one visual token here.
 
-Why rows of several samples are wrong: a token that stands before every image of its row looks at all of them in
+Rows of several samples would be wrong: a token before the first image of its row attends to all images of the row in
 transformers' cross-attention (its mask is emptied, not closed). In a row of one sample these are the sample's own, as
-in pretraining; a sample without images would see its neighbours'. For the same reason a row without any image cannot
-run the vision tower beside ranks whose rows have some: the added picture would be seen.
+in pretraining; a sample without images would attend to its neighbours'. For the same reason a row without any image
+cannot run the vision tower beside ranks whose rows have some: its tokens would attend to the dummy picture.
 """
 
 import functools

@@ -1,5 +1,5 @@
 """PaddleOCR-VL: patches in reading order over the whole picture, which the model merges itself, and turns marked by
-plain words.
+words.
 
 "User:" and "Assistant:" are no tokens of their own; the tokenizer writes them alike at the beginning of a text, after a
 special token and after a line break, which it never joins with other text. Published templates write a space or a line

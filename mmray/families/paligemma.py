@@ -1,21 +1,22 @@
-"""PaliGemma and PaliGemma 2: a prompt that the model sees as a whole, then an answer that it generates.
+"""PaliGemma and PaliGemma 2: a prompt that the model attends to as a whole, then an answer that it generates.
 
-The processor has no chat template and makes `<image>…<image><bos>prompt\\n` of a prompt, all of it seen both ways
-(`token_type_ids` 0), then of its `suffix` the answer, causal (1), with labels on the answer alone. In a `pretrain` row
-everything up to the last image is the prompt, with the beginning of sequence and the line break that the processor
-writes after it, and all text after it is the answer; a line break right after the image is the processor's own. So
-the row `<image>\\nThe page's text` is what the processor makes of the prompt `<image>` and the suffix
-`The page's text`, and the model learns to read a page when asked nothing. Prompt and answer are tokenised apart, as the
-processor does. To train text as part of the prompt, which the processor does to text without a suffix, would show the
-model each token that it is to predict.
+The processor has no chat template and makes `<image>…<image><bos>prompt\\n` of a prompt, with attention in both
+directions (`token_type_ids` 0), then of its `suffix` the answer, causal (1), with labels on the answer alone. In a
+`pretrain` row everything up to the last image is the prompt, with the beginning of sequence and the line break that the
+processor writes after it, and all text after it is the answer; a line break right after the image is the processor's
+own. So the row `<image>\\nThe page's text` is what the processor makes of the prompt `<image>` and the suffix `The
+page's text`, and the model learns to read a page when asked nothing. Prompt and answer are tokenised apart, as the
+processor does. Training on text as part of the prompt, which the processor does with text without a suffix, would show
+the model each token that it is to predict.
 
-A prompt after the images is for `tokenized` rows: what of a sample stands before its first trained token is its prompt,
-whatever the kind of row. Text without an image, which the processor refuses, gets the same form without image tokens.
+A prompt after the images is for `tokenized` rows: all that comes before the first trained token of a sample is its
+prompt, whatever the kind of row. Text without an image, which the processor refuses, gets the same form without image
+tokens.
 
-Every prompt of a packed row would be one block for transformers, so the mask is given (`mmray.families.attention`);
-with neither mask nor types the model sees everything both ways under sdpa. It takes a given mask for all its layers:
-that of PaliGemma 2 has no sliding window, and its samples must not be longer than the window where they are packed. A
-sample alone in a row longer than the window gets its types instead of a mask, and keeps the window.
+Every prompt of a packed row would be one block for transformers, so mmray builds the mask (`mmray.families.attention`);
+with neither mask nor types the model attends in both directions everywhere under sdpa. It takes a mask for all its
+layers: that of PaliGemma 2 has no sliding window, and its samples must not be longer than the window where they are
+packed. A sample alone in a row longer than the window gets its types instead of a mask, and keeps the window.
 """
 
 import functools
@@ -35,8 +36,8 @@ from mmray.families.parts import Parts
 
 
 class PaliGemma(OneSize):
-    """PaliGemma, and PaliGemma 2 with eager attention: a mask in which a prompt's tokens see each other; samples of
-    PaliGemma 2 pack up to its sliding window; no flash attention, no chats."""
+    """PaliGemma, and PaliGemma 2 with eager attention: a mask in which a prompt's tokens attend to each other; samples
+    of PaliGemma 2 pack up to its sliding window; no flash attention, no chats."""
 
     model_types = ("paligemma",)
     processor_classes = ("PaliGemmaProcessor",)

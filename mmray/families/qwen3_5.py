@@ -1,13 +1,13 @@
 """Qwen3.5 and its mixture of experts: three of four layers are linear attention, which carries a state along the row.
 
-Positions alone do not keep samples apart there: the state and the convolution before it run on, and logits are off by
-their own size. The kernels of two packages can be told where samples begin, flash-linear-attention by cumulative
-lengths and causal-conv1d by a number for each token; they get both, always, because one alone is silently wrong and
-because transformers refuses both on its plain torch implementation. So rows of several samples need both packages.
+Positions alone do not keep samples apart there: the state, and the convolution before it, continue into the next
+sample, and logits are off by their own size. The kernels of two packages accept the beginnings of samples,
+flash-linear-attention as cumulative lengths and causal-conv1d as a number for each token. They always get both, because
+one alone is silently wrong and because transformers refuses both on its plain torch implementation. So rows of several
+samples need both packages.
 
-What tests show of this: that transformers passes these inputs to the two functions, and that packed equals unpacked
-with stand-ins of plain torch that do what the packages document. The kernels themselves, which need a GPU, were not
-run.
+Tests show that transformers passes these inputs to the two functions, and that packed equals unpacked with stand-ins of
+plain torch that do what the packages document. The kernels themselves, which need a GPU, were not run.
 """
 
 import importlib
