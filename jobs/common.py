@@ -8,22 +8,20 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import ray
 import ray._private.services as ray_services
 import ray.data  # sets the level of its own loggers when imported
-import typer
 from rich.console import Console
 
+from jobs.command_line import as_ctrl_c
 from mmray.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 REACH_SECONDS = 10
 
 console = Console(stderr=False)
@@ -62,7 +60,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
             logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return False
-    ends_softly = signal.getsignal(signal.SIGTERM) is _as_ctrl_c
+    ends_softly = signal.getsignal(signal.SIGTERM) is as_ctrl_c
     options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
@@ -75,7 +73,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
     else:
         _start_here(local_cpus(cpus), options)
     if ends_softly:  # Ray has set handlers of its own, which print a stack and abort
-        signal.signal(signal.SIGTERM, _as_ctrl_c)
+        signal.signal(signal.SIGTERM, as_ctrl_c)
     return bool(address)
 
 
@@ -148,37 +146,6 @@ def in_submitted_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def run_main(main: Callable[..., None]) -> NoReturn:
-    """Run a job's command line: a mistake of the user is one red line and exit code 2, without a stack trace.
-
-    SIGTERM, which `ray job stop` sends, ends it as Ctrl-C does. Either is exit code 130.
-    """
-    signal.signal(signal.SIGTERM, _as_ctrl_c)
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(EXIT_USER_ERROR)
-    except Stopped as stop:
-        Console(stderr=True).print(_escaped(str(stop)), highlight=False, soft_wrap=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
-        usage = getattr(error, "show", None)  # click's own messages about the command line
-        if usage is None:
-            raise
-        usage()
-        sys.exit(EXIT_USER_ERROR)
-    if code == EXIT_INTERRUPTED:  # what typer makes of Ctrl-C
-        Console(stderr=True).print("interrupted; the same command continues")
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-class Stopped(Exception):
-    """The work was asked to stop and is saved so far; the message says where."""
-
-
 class _ToStderr(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stderr` is at the moment: a live progress bar puts itself there, and lines above the bar."""
 
@@ -188,18 +155,3 @@ class _ToStderr(logging.StreamHandler[TextIO]):
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stderr
-
-
-def _as_ctrl_c(_: int, frame: FrameType | None) -> None:
-    """Handle a signal as whoever handles Ctrl-C now would: Ray Train first ends its workers.
-
-    SIGINT itself would not arrive in a submitted job, where Ray blocks it.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        raise KeyboardInterrupt
-    handler(signal.SIGINT, frame)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -20,8 +20,9 @@ import jobs  # noqa: F401  (says what is missing)
 import ray
 from rich.table import Table
 
-from jobs.common import ROOT, connect, console, run_main
-from jobs.prepare import prepare_splits
+from jobs.command_line import run_main
+from jobs.common import ROOT, connect, console
+from jobs.preparing import prepare_splits
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset

@@ -1,4 +1,7 @@
-"""Prepare a job's rows: `python jobs/prepare.py JOB.yaml`, or the same words behind `ray job submit`."""
+"""Prepare a job's rows: `python jobs/prepare.py JOB.yaml`, or the same words behind `ray job submit`.
+
+What it does is in `jobs/preparing.py`, which imports Ray and torch: a mistake in the job file is told before that.
+"""
 
 import sys
 from pathlib import Path
@@ -11,36 +14,8 @@ import jobs  # noqa: F401  (says what is missing)
 # isort: split
 import typer
 
-from jobs.capacity import prepare_cpus
-from jobs.checks import cluster_checks, job_checks, require
-from jobs.common import connect, console, run_main
-from jobs.dry_run import plan_prepare
-from mmray.config.job import Job, load_job
-from mmray.display.progress import ProgressBar
-from mmray.prepared import PreparedDataset
-from mmray.report import prepared_table
-from pipelines.nodes import alive_nodes
-
-
-def prepare_splits(job: Job, *, replace: bool = False, joined: bool = False) -> dict[str, PreparedDataset]:
-    """Prepare `train` and, where the job has one, `eval`, with a progress bar and a table each.
-
-    joined: whether Ray is a cluster that others started, whose nodes are then asked first.
-    """
-    from pipelines.prepare import prepare
-
-    require(cluster_checks(job, alive_nodes(), trains=False, joined=joined))
-    done = {}
-    for split in job.data.splits:
-        with ProgressBar(f"{job.name}: preparing {split}", "rows") as bar:
-            prepared, made = prepare(job, split, replace=replace, on_progress=bar.update)
-        if made:
-            console.print(prepared_table(prepared))
-        else:
-            console.print(f"{prepared.path} is up to date (fingerprint {prepared.fingerprint}); nothing to do")
-        prepared.check_has_bins()
-        done[split] = prepared
-    return done
+from jobs.command_line import run_main
+from mmray.config.job import load_job
 
 
 def main(
@@ -53,11 +28,9 @@ def main(
 ) -> None:
     """Turn rows into a prepared dataset: exact lengths, packed bins, rejected rows with their reasons."""
     job = load_job(job_file, overrides)
-    if dry_run:
-        raise typer.Exit(plan_prepare(job, address, replace=replace, verbose=verbose))
-    require(job_checks(job, trains=False))
-    joined = connect(address, cpus=prepare_cpus(job), verbose=verbose)
-    prepare_splits(job, replace=replace, joined=joined)
+    from jobs import preparing
+
+    preparing.run(job, replace=replace, dry_run=dry_run, verbose=verbose, address=address)
 
 
 if __name__ == "__main__":

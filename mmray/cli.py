@@ -94,6 +94,8 @@ def report(
 ) -> None:
     """Show what was prepared, or how a run went: a table, or a page with charts (--html)."""
     from mmray.config.job import load_job
+
+    job = None if job_file is None else load_job(job_file)  # a mistake is told before torch is imported
     from mmray.display.html import write_html
     from mmray.prepared import PreparedDataset
     from mmray.report import Run, prepared_page, prepared_table, run_page, run_table
@@ -109,7 +111,6 @@ def report(
         if html is None:
             console.print(prepared_table(prepared))
             return
-        job = None if job_file is None else load_job(job_file)
         page = prepared_page(prepared, processor, job=job, trust_remote_code=trust_remote_code)
     size = write_html(html, page)
     console.print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
@@ -171,15 +172,16 @@ def verify(
 
     Exit code 1 where a picture is broken. Again, after a stop: goes on where it was.
     """
-    from mmray.config.job import load_job
+    paths = [path]
+    if path.endswith((".yaml", ".yml")):
+        from mmray.config.job import load_job
+
+        job = load_job(path)
+        paths = [job.prepared_path(split) for split in job.data.splits]
     from mmray.display.progress import ProgressBar
     from mmray.prepared.verify import verify as verify_pictures
     from mmray.report.tables import verified_table
 
-    paths = [path]
-    if path.endswith((".yaml", ".yml")):
-        job = load_job(path)
-        paths = [job.prepared_path(split) for split in ("train", "eval") if getattr(job.data, split)]
     broken = 0
     for each in paths:
         with ProgressBar(f"pictures of {each}", "bins") as bar:
@@ -213,14 +215,14 @@ def inspect(
 ) -> None:
     """Show one bin: its samples, whose turn each stretch of text is, what trains, and the pictures (--html). Of a job
     file: what becomes of its rows, before anything is prepared."""
-    from mmray.inspect import print_bin, write_bin_page
-    from mmray.prepared import PreparedDataset
-
     if path.endswith((".yaml", ".yml")):
         _refuse("a job file", {"--bin": bin_number, "--processor": processor, "--trust-remote-code": trust_remote_code})
         _inspect_rows(Path(path), rows, row_id, row_set, html=html, as_json=as_json)
         return
     _refuse("a prepared dataset", {"--rows": rows, "--id": row_id, "--set": row_set, "--json": as_json})
+    from mmray.inspect import print_bin, write_bin_page
+    from mmray.prepared import PreparedDataset
+
     bin_number = bin_number or 0
     prepared, console = PreparedDataset(path), Console()
     if html is None:
@@ -240,13 +242,15 @@ def _inspect_rows(
     job_file: Path, count: int | None, row_id: str | None, name: str | None, *, html: str | None, as_json: bool
 ) -> None:
     from mmray.config.job import load_job
-    from mmray.inspect.rows import JobRows, print_rows, write_rows_page
 
     if (count is None) == (row_id is None):
         raise UserError("of a job file say which rows: --rows N or --id ID")
     if html is not None and as_json:
         raise UserError("give --json or --html, not both")
-    jobs = JobRows(load_job(job_file))
+    job = load_job(job_file)
+    from mmray.inspect.rows import JobRows, print_rows, write_rows_page
+
+    jobs = JobRows(job)
     shown = jobs.first(count, name) if count is not None else jobs.with_id(str(row_id), name)
     if as_json:
         for row in shown:
@@ -274,9 +278,10 @@ def export(
     if dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--dtype {dtype}: give bf16 or fp32")
     from mmray.config.job import load_job
-    from mmray.run.export import export_model
 
     settings = None if job_file is None else load_job(job_file).model
+    from mmray.run.export import export_model
+
     exported = export_model(source, out, step=step, dtype=dtype, settings=settings, replace=replace)  # type: ignore[arg-type]
     Console().print(str(exported), markup=False, highlight=False, soft_wrap=True)
 
@@ -289,11 +294,13 @@ def doctor(
 ) -> None:
     """Check a job before it runs: processor, template, masks, lengths, packing, loss. Exit code 1 if anything fails."""
     from mmray.config.job import load_job
+
+    job = load_job(job_file, overrides)
     from mmray.doctor import FirstRows, as_json, as_table, examine, has_failed
 
     console = Console(stderr=json_only)
     findings = []
-    for each in examine(load_job(job_file, overrides)):
+    for each in examine(job):
         if isinstance(each, FirstRows):
             if not json_only:
                 each.preview(console)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from jobs.train import check_old_chats
+from jobs.training import check_old_chats
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError

@@ -76,7 +76,7 @@ def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] 
             ],
         }  # fmt: skip
 
-    sets = [None] * len(rows) if datasets is None else datasets
+    sets = [row.dataset for row in rows] if datasets is None else datasets
     records = [record(row) | {"dataset": number} for row, number in zip(rows, sets, strict=True)]
     return pa.Table.from_pylist(records, schema=SAMPLES)
 

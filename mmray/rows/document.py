@@ -191,7 +191,8 @@ class DocumentReader:
         pages = self._with_pages((image_ref(entry, root),))
         if len(pages) != 1:
             raise RowError(
-                "image_count", f"a part of a message names {len(pages)} pages, {entry!r:.60}; give each page a part"
+                "placeholder_count",
+                f"a part of a message names {len(pages)} pages, {entry!r:.60}; give each page a part",
             )
         return pages[0]
 

@@ -239,7 +239,7 @@ def test_a_job_without_ray_is_one_line(script: str) -> None:
 def test_a_cluster_of_another_ray_is_one_line_with_both_versions(ray_head: RayHead) -> None:
     done = python(
         "import ray._private.utils as utils; utils.compute_version_info = lambda: ('1.2.3', '3.4.5')\n"
-        "from jobs.common import connect, run_main\n"
+        "from jobs.command_line import run_main; from jobs.common import connect\n"
         f"def main() -> None: connect('{ray_head.address}', cpus=1)\n"
         "run_main(main)",
         **ray_head.environment,

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 PROCESS = """
 import sys, time
 from pathlib import Path
-from jobs.common import run_main, Stopped
+from jobs.command_line import run_main, Stopped
 from jobs.stopping import run_until_stopped
 from mmray.run.folder import RunFolder
 

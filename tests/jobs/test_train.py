@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from jobs.checks import open_prepared
 from jobs.trace import run_tracer
-from jobs.train import train
+from jobs.training import train
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset

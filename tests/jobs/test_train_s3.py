@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.checks import open_prepared
-from jobs.train import train
+from jobs.training import train
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
 from mmray.report import Run

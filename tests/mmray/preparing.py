@@ -22,6 +22,7 @@ from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset, PreparedWriter, WindowWriter
 from mmray.prepared.driver import RunWindows, prepare_files
 from mmray.prepared.stages import PrepareContext, WindowPacker
+from mmray.prepared.versions import labels_record
 from mmray.prepared.window import Window, samples_table
 from mmray.rows.dealing import dealing_of
 from mmray.rows.files import Chunk, plan_chunks, set_files, source_files
@@ -130,6 +131,7 @@ class Preparation:
         facts = {
             "model_family": type(self.family).__name__, "model_type": None, "processor_source": None,
             "loss_sources": [source.value for source in self.encoder.sources],
+            "labels": labels_record(self.labels, [source.value for source in self.encoder.sources]),
             "set_files": set_files(source_files(self.data.train), len(self.data.train)),
         }  # fmt: skip
         return writer.finish(self.record, num_windows, tiling=self.policy, capacities=capacities, facts=facts)

@@ -5,7 +5,7 @@ from unittest.mock import ANY
 
 import pytest
 
-from jobs.prepare import prepare_splits
+from jobs.preparing import prepare_splits
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset

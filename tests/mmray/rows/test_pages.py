@@ -195,3 +195,20 @@ def test_chats_name_pages_too(processors: dict[str, Any], folder: Path) -> None:
     made = Preparation(processors["qwen2_vl"], {"files": ("x",), "kind": "chat"}, tiling={"pdf_dpi": 72})
     row = chat("<image><image> Read.", "x", images=["scan.pdf#pages=2-3"])
     assert made.sample(row, source=f"{folder}/rows.jsonl").sizes == ((110, 120), (130, 120))
+
+
+def test_a_part_of_a_message_names_one_page(processors: dict[str, Any], folder: Path) -> None:
+    made = Preparation(processors["qwen2_vl"], {"files": ("x",), "kind": "chat"}, tiling={"pdf_dpi": 72})
+    for name, sizes in (("scan.pdf#page=2", ((110, 120),)), ("scan.pdf#pages=1-2", None)):
+        part = {"type": "image", "image": name}
+        row = {
+            "messages": [
+                {"role": "user", "content": [part, {"type": "text", "text": "Read."}]},
+                {"role": "assistant", "content": "x"},
+            ]
+        }
+        if sizes:
+            assert made.sample(row, source=f"{folder}/rows.jsonl").sizes == sizes
+        else:
+            rejected = made.rejected(row, source=f"{folder}/rows.jsonl")
+            assert (rejected.reason, "2 pages" in rejected.message) == ("placeholder_count", True)

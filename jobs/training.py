@@ -1,0 +1,191 @@
+"""Training a job on the cluster that this process is connected to, and what `jobs/train.py` does around it."""
+
+import logging
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import typer
+from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs.capacity import train_cpus, uses_gpus, worker_needs
+from jobs.checks import check_job_settings, cluster_checks, job_checks, open_prepared, require
+from jobs.command_line import Stopped
+from jobs.common import connect, console
+from jobs.dry_run import plan_train
+from jobs.mistakes import EndAtMistakes
+from jobs.run_watch import RunWatch
+from jobs.stopping import run_until_stopped
+from jobs.trace import trace
+from jobs.train_loop import train_worker, worker_config
+from mmray.config.compatibility import job_family
+from mmray.config.job import Job
+from mmray.errors import PassingError, UserError
+from mmray.loss.sources import label_maker
+from mmray.prepared import PreparedDataset
+from mmray.prepared.dataset import MANIFEST
+from mmray.prepared.versions import check_new_run, old_chats
+from mmray.report import Run, run_table
+from mmray.rows.encode import Encoder
+from mmray.run.callback import Callback
+from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.export import export_finished
+from mmray.run.folder import RunFolder
+from mmray.run.history import read_history
+from mmray.run.plan import run_plan
+from mmray.storage import Folder, arrow_file_system
+from pipelines.nodes import alive_nodes
+
+log = logging.getLogger("mmray")
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+"""Environment of workers that train on CPUs, also on machines that have GPUs."""
+RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
+"""What Ray Train remembers of a run's checkpoints. Torn or out of date it would not start; mmray asks the folder itself
+(`mmray/run/checkpoints.py`)."""
+LEFTOVER_DATA = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
+"""Seconds after which the resources that Ray Data asked for an interrupted data stream are free for the next one."""
+
+
+def with_data(job: Job, prepared: str) -> Job:
+    """The job with another output.prepared. Raises UserError for a folder that is no such."""
+    path = prepared if "://" in prepared else str(Path.cwd() / prepared)
+    if Folder(path).exists(MANIFEST):
+        raise UserError(f"--continue-on {prepared}: give the folder that holds `train`, as in output.prepared")
+    return job.model_copy(update={"output": job.output.model_copy(update={"prepared": path})})
+
+
+def check_old_chats(job: Job, split: str, prepared: PreparedDataset) -> None:
+    """Raise UserError where a new run would begin on chats of an earlier version that train otherwise now."""
+    if old_chats(prepared.manifest):
+        family = job_family(job)
+        encoder = Encoder(
+            job.data.lenient,
+            job.data.splits[split],
+            family,
+            family.resolved_tiling(job.images),
+            job.packing,
+            loss=job.loss,
+        )
+        check_new_run(prepared, encoder, label_maker(job.loss, family))
+
+
+def train(
+    job: Job,
+    prepared: dict[str, PreparedDataset],
+    *,
+    continue_on: bool = False,
+    joined: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> int | None:
+    """Run training to its end, resuming where a checkpoint is. Ray must be connected.
+
+    Args:
+        continue_on: a checkpoint trained on other data than `prepared` is continued on it.
+        joined: whether Ray is a cluster that others started, whose nodes are then asked first.
+        callbacks: of this run alone, beside the standard ones; they are pickled, and every rank has its copy.
+
+    Returns the step after which the run was asked to stop; None where it has done its last.
+    """
+    nodes = alive_nodes()
+    gpus = uses_gpus(job, nodes)
+    plan = run_plan(job, prepared, gpus, continue_on)
+    run = RunFolder(job.output.run)
+    checkpoint = newest_looking_whole(run)
+    if checkpoint is None or continue_on:
+        for split, each in prepared.items():
+            check_old_chats(job, split, each)
+    cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
+    if job.balance and job.balance.across_batches is None and cursor.balance is not None:
+        console.print(f"{run} began with batches of bins of like cost and goes on so (balance.across_batches)")
+    if checkpoint is not None and cursor.step >= plan.total_steps(cursor):
+        last = _last_event(run)
+        if (last.get("event"), last.get("step")) == ("finish", cursor.step):
+            console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
+            export_at_end(job)
+            return None
+    if not gpus:
+        console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
+    require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
+    run.remove(RAY_TRAIN_MEMORY)
+    run.forget_stop()
+    system, place = arrow_file_system(job.output.run)
+    training, resources = job.training, job.resources
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=worker_config(plan, callbacks),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=resources.workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=resources.resize_seconds,
+            use_gpu=gpus,
+            label_selector=resources.train_labels or None,
+            resources_per_worker=worker_needs(job, gpus),
+        ),
+        run_config=RunConfig(
+            worker_runtime_env={"env_vars": LEFTOVER_DATA | ({} if gpus else NO_GPU)},
+            name=posixpath.basename(place),
+            storage_path=posixpath.dirname(place),
+            storage_filesystem=None if run.shared_path else system,
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=training.max_failures,
+                max_preemption_failures=-1 if training.max_preemptions is None else training.max_preemptions,
+            ),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[EndAtMistakes()],  # type: ignore[list-item]
+        ),
+    )
+    with RunWatch(job.name, run, plan.total_steps(cursor)) as watch:
+        try:
+            run_until_stopped(trainer.fit, run, lambda: watch.has_begun, training.stop_seconds)
+        except ControllerError as error:
+            if isinstance(error.controller_failure, UserError):
+                raise UserError(str(error.controller_failure)) from error
+            raise
+        except WorkerGroupError as error:  # storage that did not come back in all tries
+            passing = [failure for failure in error.worker_failures.values() if isinstance(failure, PassingError)]
+            if not passing:
+                raise
+            raise UserError(str(passing[0])) from error
+    last = _last_event(run)
+    if last.get("event") == "stop":
+        return last["step"]
+    export_at_end(job)
+    return None
+
+
+def export_at_end(job: Job) -> None:
+    """Write the model of a finished run, where the job says so, and tell where it is."""
+    if job.output.export.at_end:
+        console.print(f"{job.name}: finished, the model is in {export_finished(job.output.run, job.model)}")
+
+
+def _last_event(run: RunFolder) -> dict[str, Any]:
+    history = read_history(run.fetch())
+    return history[-1] if history else {}
+
+
+def run(
+    job: Job, *, other_data: str | None, steps: str | None, as_json: bool, dry_run: bool, verbose: bool,
+    address: str | None,
+) -> None:  # fmt: skip
+    """Do what the command line of `jobs/train.py` asks for; its arguments, with `steps` for `--trace`."""
+    if other_data is not None:
+        job = with_data(job, other_data)
+    if steps is not None:
+        trace(job, steps, continue_on=other_data is not None, as_json=as_json)
+        return
+    if dry_run:
+        raise typer.Exit(plan_train(job, address, continue_on=other_data is not None, verbose=verbose))
+    require(job_checks(job, trains=True))
+    check_job_settings(job)
+    prepared = open_prepared(job)
+    joined = connect(address, cpus=train_cpus(job), verbose=verbose)
+    stopped = train(job, prepared, continue_on=other_data is not None, joined=joined)
+    if stopped is not None:
+        raise Stopped(f"stopped after step {stopped}, which is saved; the same command continues")
+    console.print(run_table(Run(job.output.run)))
+    ray.shutdown()
