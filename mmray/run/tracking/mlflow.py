@@ -1,7 +1,7 @@
-"""MLflow.
+"""The MLflow tracker.
 
 A step's numbers are one call of its client, 4 ms with SQLite here. MLflow never changes the parameters of a run, so a
-setting that is another after a resume becomes a tag, `changed.training.steps`.
+setting that differs after a resume becomes a tag, `changed.training.steps`.
 """
 
 import json
@@ -18,14 +18,14 @@ from mmray.run.tracking.run import TrackedRun
 
 PARAMS_PER_CALL = 100
 PARAM_LENGTH = 6000
-"""The most that MLflow takes, parameters in one call and characters in one."""
+"""Limits of MLflow: parameters in one call, and characters in one parameter."""
 
 
 class MlflowSettings(Settings):
-    """A run of MLflow. Credentials come the ordinary way: MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
+    """A run of MLflow. Credentials are read from MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
 
     experiment: str | None = None
-    """Experiment, made where it is new; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
+    """Name of the experiment, created where it does not exist; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
 
     uri: str | None = None
     """Tracking server, or a store such as `sqlite:////shared/mlflow.db`; null: MLFLOW_TRACKING_URI, else the file
@@ -39,15 +39,15 @@ class MlflowSettings(Settings):
         return {"experiment": value} if isinstance(value, str) else value
 
     def open(self, run: TrackedRun, run_id: str | None) -> tuple[Tracker, str]:
-        """Begin or continue the run."""
+        """Begins or continues the run."""
         from mlflow.tracking import MlflowClient
 
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder.absolute()}/mlflow.db"
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if run_id is None:
             name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.name
-            found = client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else client.create_experiment(name)
+            known_experiment = client.get_experiment_by_name(name)
+            experiment = known_experiment.experiment_id if known_experiment else client.create_experiment(name)
             run_id = client.create_run(experiment, run_name=run.name).info.run_id
         client.update_run(run_id, status="RUNNING")
         _describe(client, run_id, run)
@@ -55,15 +55,16 @@ class MlflowSettings(Settings):
 
 
 def _describe(client: Any, run_id: str, run: TrackedRun) -> None:
-    """Settings as parameters; those that are others than when the run began, the folder and the commit as tags."""
+    """Sends settings as parameters; settings that differ from those at the run's begin, the folder and the commit as
+    tags."""
     from mlflow.entities import Param, RunTag
 
-    given = {name: _text(value)[:PARAM_LENGTH] for name, value in _flat(run.settings)}
+    params = {name: _text(value)[:PARAM_LENGTH] for name, value in _flat(run.settings)}
     known: dict[str, str] = client.get_run(run_id).data.params
-    new = [Param(name, text) for name, text in given.items() if name not in known]
+    new = [Param(name, text) for name, text in params.items() if name not in known]
     for first in range(0, len(new), PARAMS_PER_CALL):
         client.log_batch(run_id, params=new[first : first + PARAMS_PER_CALL])
-    tags = {f"changed.{name}": text for name, text in given.items() if known.get(name, text) != text}
+    tags = {f"changed.{name}": text for name, text in params.items() if known.get(name, text) != text}
     tags["run_folder"] = str(run.folder)
     if run.commit:
         tags["mlflow.source.git.commit"] = run.commit
@@ -86,7 +87,7 @@ class _Mlflow:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`training.steps` and its value, for each that is given."""
+    """Each setting as a dotted name, such as `training.steps`, and its value."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,8 +1,8 @@
-"""Weights & Biases.
+"""The Weights & Biases tracker.
 
-The numbers' axis is `step`, a value of ours: W&B's own step only counts calls, and refuses to go back. So an
-evaluation that ends late still stands at its step, and the parts of a run that was interrupted, also those of an
-offline one, which are separate folders, join to one run with one id.
+The numbers' axis is `step`, a value of mmray's: W&B's own step only counts calls, and cannot go back. So an evaluation
+that ends late still gets its step, and the parts of a run that was interrupted join to one run with one id, also those
+of an offline run, which are separate folders.
 """
 
 import os
@@ -17,20 +17,20 @@ from mmray.run.tracking.base import Tracker
 from mmray.run.tracking.run import TrackedRun
 
 FLUSH_SECONDS = 1.0
-"""An offline run's file is behind by as much: what a crash takes with it. W&B's own default is 15."""
+"""Seconds between writes of an offline run's file, which a crash loses. W&B's own default is 15."""
 
 
 class WandbSettings(Settings):
-    """A run of Weights & Biases. The key comes the ordinary way: WANDB_API_KEY, or `wandb login` on every node."""
+    """A run of Weights & Biases. The key is read from WANDB_API_KEY, or from `wandb login` on every node."""
 
     project: str | None = None
-    """Project; null: WANDB_PROJECT, else the job's name."""
+    """Name of the project; null: WANDB_PROJECT, else the job's name."""
 
     entity: str | None = None
-    """Team or user; null: WANDB_ENTITY, else your default one."""
+    """Team or user that owns the project; null: WANDB_ENTITY, else your default one."""
 
     mode: Literal["online", "offline"] | None = None
-    """`offline` writes into the run's folder `wandb/` alone, for `wandb sync` later; null: WANDB_MODE, else online."""
+    """`offline` only writes into the run's folder `wandb/`, for `wandb sync` later; null: WANDB_MODE, else online."""
 
     tags: tuple[str, ...] = ()
     """Tags of the run."""
@@ -43,7 +43,7 @@ class WandbSettings(Settings):
         return {"project": value} if isinstance(value, str) else value
 
     def open(self, run: TrackedRun, run_id: str | None) -> tuple[Tracker, str]:
-        """Begin or continue the run."""
+        """Begins or continues the run."""
         import wandb
 
         run_id = run_id or secrets.token_hex(4)

@@ -284,8 +284,8 @@ def test_rows_of_which_nothing_trains(make_job, tmp_path):
 
 
 def test_lengths_that_are_not_the_processor_s(make_job, monkeypatch):
-    def wrong(self, tile_size, together):
-        span = measure(self, tile_size, together)
+    def wrong(self, tile_size, num_tiles):
+        span = measure(self, tile_size, num_tiles)
         return type(span)(span.token_ids[1:], span.visual_tokens - 1)
 
     measure = Qwen2VL._measure_span
