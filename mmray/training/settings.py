@@ -92,7 +92,7 @@ class ModelSettings(Settings):
 
     @property
     def processor_source(self) -> str:
-        """Folder or hub name that the processor is loaded from. Raises UserError when neither processor nor path says so."""
+        """Folder or hub name of the processor. Raises UserError when neither processor nor path is set."""
         source = self.processor or self.path
         if source is None:
             raise UserError("model.config gives no processor; set model.processor to its folder or hub name")
