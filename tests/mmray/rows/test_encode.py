@@ -493,8 +493,8 @@ def wrong_family(processor, change):
     right = family_of(processor)
 
     class Wrong(type(right)):
-        def _measure_span(self, tile_size, together):
-            return change(super()._measure_span(tile_size, together))
+        def _measure_span(self, tile_size, num_tiles):
+            return change(super()._measure_span(tile_size, num_tiles))
 
     return Wrong(processor)
 
