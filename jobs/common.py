@@ -143,7 +143,7 @@ def _own_process_groups() -> Iterator[None]:
 
 
 def in_submitted_job() -> bool:
-    """Whether this process was started by `ray job submit`."""
+    """True in a process that `ray job submit` started."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 

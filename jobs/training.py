@@ -44,8 +44,8 @@ log = logging.getLogger("mmray")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Environment of workers that train on CPUs, also on machines that have GPUs."""
 RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
-"""What Ray Train remembers of a run's checkpoints. Torn or out of date it would not start; mmray asks the folder itself
-(`mmray/run/checkpoints.py`)."""
+"""Ray Train's memory of a run's checkpoints. Torn or out of date it would keep Ray Train from starting; mmray asks the
+folder itself (`mmray/run/checkpoints.py`)."""
 LEFTOVER_DATA = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
 """Seconds after which the resources that Ray Data asked for an interrupted data stream are free for the next one."""
 

@@ -16,7 +16,7 @@ __all__ = ["__version__", "prompt"]
 
 
 def prompt(folder: str, *, trust_remote_code: bool = False) -> "Prompt":
-    """What makes a model's inputs of pages and text as training made them, for a folder that `mmray export` wrote.
+    """Open a folder that `mmray export` wrote, to make model inputs of pages and text exactly as training made them.
 
     >>> inputs = mmray.prompt("out/model")("<image>", images=["page.png"])
 

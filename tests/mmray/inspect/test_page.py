@@ -112,7 +112,7 @@ def test_the_head_has_the_counts_and_both_fills(paged):
     assert head[1] == f"{tokens} of 900 ({tokens / 900:.1%})"
     assert [element.text for element in found.of("h2")] == ["turns", "[red]odd[/]␛[1m", "page"]
     facts = [element.text for element in found.of("b") if element.is_in("facts")]
-    assert facts[:4] == ["3", "mixed", "Qwen2VL", "sampled (by boundaries, all)"]
+    assert facts[:4] == ["3", "mixed", "Qwen2VL", "sampled (by messages, all)"]
 
 
 # ---- Pictures ----

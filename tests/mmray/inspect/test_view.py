@@ -213,7 +213,7 @@ def test_turns_of_every_role_whatever_trains(viewed, family, loss):
     turns, end = turns_of(view.samples[0]), ENDS[family]
     roles = ["user", "assistant"] * 2
     assert [role for role, _ in turns if role in roles] == roles
-    assert view.roles == ("system", "user", "assistant")
+    assert view.roles == ("system", "user", "assistant", "tool")
     texts = [text for role, text in turns if role == "assistant"]
     assert texts[0].endswith(f"A page.{end}\n")  # with the template's line break, which belongs to no role
     assert texts[1].endswith(f"Yes, 日本 \N{GRINNING FACE}.{end}\n")
@@ -284,7 +284,7 @@ def test_a_bin_has_counts_and_a_row_for_each_sample(shown, viewed, folder):
         f"tokens {tokens} of 900 ({tokens / 900:.1%})",
         f"visual 60 of 600 ({60 / 600:.1%})",
         f"trained {trained} of {tokens} ({trained / tokens:.1%})",
-        "loss sampled (by boundaries, all)",
+        "loss sampled (by messages, all)",
         "legend ⟦trained⟧ not trained [n × media] ↵ line break",
     ]
     titles, *rows = [line.split() for line in table.splitlines()]
