@@ -158,7 +158,7 @@ class ChatLabels:
         return not (spans.is_open and self._family.stop_tokens) and bool((scanned[ends] == truth[ends]).all())
 
     def _check_blocks(self, rendered: RenderedChat) -> None:
-        """Raise UserError unless `{% generation %}` blocks and messages agree, but for blanks, stop tokens, pictures."""
+        """Raise UserError unless `{% generation %}` blocks and messages agree but for blanks, stop tokens, pictures."""
         plain = trained_text(_without_flags(rendered), "sampled")
         letters = np.zeros((2, len(rendered.text)), dtype=bool)
         for which, spans in enumerate((rendered.generated, plain.spans)):

@@ -25,7 +25,7 @@ def parse_row(line: bytes) -> dict[str, Any] | RowError:
 
 
 def lone_surrogate(text: str, value: Any) -> str | None:
-    """Half a character, which JSON may write as \\ud83d: there is no UTF-8 for it, so no file and no tokenizer takes it.
+    """Half a character, which JSON may write as \\ud83d: UTF-8 has none, so neither files nor tokenizers take it.
 
     text: JSON; value: what it says.
     """

@@ -86,13 +86,13 @@ def test_half_a_character_in_json_inside_json_spoils_one_row_alone(processors, r
 
 @pytest.mark.parametrize("loss", ["sampled", RoleLoss(), RoleLoss(train_on_eos="last")])
 def test_a_part_may_train_where_its_message_does_not(qwen, loss):
-    parts = [{"type": "text", "text": " Open.", "train": True}, {"type": "text", "text": "Secret."}]
+    parts = [{"type": "text", "text": "Open.", "train": True}, {"type": "text", "text": "Secret."}]
     row = {"messages": [*answer(parts, train=False)["messages"], *answer()["messages"]]}
     assert qwen(row, loss).replace(END, "") == "Open.Anna."
 
 
 def test_a_part_may_train_where_only_the_last_turn_does(qwen):
-    parts = [{"type": "text", "text": " Open.", "weight": 1}, {"type": "text", "text": "Secret."}]
+    parts = [{"type": "text", "text": "Open.", "weight": 1}, {"type": "text", "text": "Secret."}]
     row = {"messages": [*answer(parts)["messages"], *answer()["messages"]]}
     assert qwen(row, RoleLoss(turns="last")) == f"Open.Anna.{END}"
 
