@@ -16,7 +16,7 @@ from benchmarks.common import Result, best_seconds
 from mmray.packing.equal_cost import pack_equal_cost
 from mmray.rows.dealing import dealt
 from mmray.schedule.balance import BalanceSettings
-from mmray.schedule.balanced import BalancedSchedule, BoundSchedule, LoadsOf
+from mmray.schedule.balanced import BalancedSchedule, BoundSchedule, ReadLoads
 from mmray.schedule.loads import Loads
 from mmray.schedule.schedule import Schedule, mix_many
 
@@ -344,7 +344,7 @@ def seek_of_large_batches() -> Result:
     )
 
 
-def seeking(num_bins: int, size: int, step: int, loads: LoadsOf) -> Callable[[], object]:
+def seeking(num_bins: int, size: int, step: int, loads: ReadLoads) -> Callable[[], object]:
     def work() -> object:
         order = Schedule(num_bins, size, seed=0, fingerprint="benchmark")
         return BalancedSchedule(order, DEFAULTS).bound_to(loads).bins(step)

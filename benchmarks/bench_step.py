@@ -204,9 +204,9 @@ class Samples:
 
     def _labels(self, sample: Sample) -> Tensor:
         count = len(sample.input_ids)
-        given = sample.given if len(sample.given) else np.zeros(count, dtype=bool)
+        given_mask = sample.given_mask if len(sample.given_mask) else np.zeros(count, dtype=bool)
         lengths, rules = np.asarray([count]), np.asarray([sample.rule])
-        return torch.from_numpy(self.labels.of_arrays(sample.input_ids, lengths, rules, given, sample.blocks))
+        return torch.from_numpy(self.labels.of_arrays(sample.input_ids, lengths, rules, given_mask, sample.blocks))
 
     def _renumbered(self, inputs: Inputs, labels: Tensor) -> Batch:
         vocabulary = self.vocabulary()

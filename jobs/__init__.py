@@ -1,5 +1,8 @@
-"""What a person runs. Here only what comes before any module of a job imports a package: one line where one is missing,
-and what Ray reads of the environment when it is imported."""
+"""The commands that a person runs.
+
+This module does what must come before any module of a job imports a package: one line where a package is missing, and
+the environment that Ray reads when it is imported.
+"""
 
 import importlib.util
 import os
@@ -14,5 +17,5 @@ if _missing := [name for name in ("typer", "torch", "ray") if importlib.util.fin
     sys.exit(2)
 
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "killed by `ray.kill`")
-"""Lines that Ray leaves out of a driver's output: when a job is interrupted, Ray Data kills its actors, and each of
-their tasks would be told as failed."""
+"""Pattern of lines that Ray leaves out of a driver's output: when a job is interrupted, Ray Data kills its actors, and
+would report each of their tasks as failed."""

@@ -1,7 +1,7 @@
-"""Whether a cluster has room for all pools of a job at once. Where it has not, they wait for each other forever.
+"""A check that a cluster has room for all pools of a job at once. Without it, they would wait for each other forever.
 
-Totals are not enough: a worker's CPUs, and a share of one GPU, must be free on one node. So workers and actors are put
-on the nodes as they would be, the largest first, each on the first that holds it.
+Totals are not enough: a worker's CPUs, and a share of one GPU, must be free on one node. So workers and actors are
+placed on the nodes as Ray would place them, the largest first, each on the first node that holds it.
 """
 
 import math
@@ -19,7 +19,10 @@ SHOWN_NODES = 4
 
 @dataclass(frozen=True)
 class Pool:
-    """A group of identical workers or actors. name: of several of them; needs: resources that each of them takes."""
+    """A group of identical workers or actors.
+
+    name: its plural, for messages; needs: resources of each worker or actor.
+    """
 
     name: str
     count: int
@@ -27,17 +30,17 @@ class Pool:
 
 
 def prepare_cpus(job: Job) -> int:
-    """CPUs that preparing wants when all its actors run."""
+    """Number of CPUs that preparing uses when all its actors run."""
     return job.resources.encode_actors + job.resources.pack_actors
 
 
 def prepare_pools() -> list[Pool]:
-    """The fewest actors that prepare rows: its pools begin with what there is room for, and grow."""
+    """The fewest actors that prepare rows: its pools begin with as many as fit, and grow."""
     return [Pool("encode actors", 1, {"CPU": 1}), Pool("pack actors", 1, {"CPU": 1})]
 
 
 def uses_gpus(job: Job, nodes: Sequence[Node]) -> bool:
-    """Whether training takes GPUs: as the job says, else where the cluster has any."""
+    """Whether training uses GPUs: as the job says, otherwise where the cluster has any."""
     has_gpus = amount(nodes, "GPU") > 0
     if job.resources.use_gpu and not has_gpus and not job.resources.autoscaling:
         raise UserError("resources.use_gpu is true but the cluster has no GPU; add GPU nodes or set it to false")
@@ -45,13 +48,13 @@ def uses_gpus(job: Job, nodes: Sequence[Node]) -> bool:
 
 
 def worker_needs(job: Job, gpus: bool) -> dict[str, float]:
-    """What one training worker takes."""
+    """Resources of one training worker."""
     resources = job.resources
     return {"CPU": resources.cpus_per_worker} | ({"GPU": 1 - resources.gpu_share} if gpus else {})
 
 
 def train_pools(job: Job, gpus: bool) -> list[Pool]:
-    """All workers, or the fewest of an elastic run, and all actors of a training."""
+    """The pools of a training: all workers, or the fewest of an elastic run, and all actors."""
     resources = job.resources
     return [
         Pool("training workers", resources.min_workers, worker_needs(job, gpus)),
@@ -61,48 +64,49 @@ def train_pools(job: Job, gpus: bool) -> list[Pool]:
 
 
 def train_cpus(job: Job) -> int:
-    """Logical CPUs that training takes where it has no GPU."""
+    """Number of logical CPUs that training uses without a GPU."""
     return math.ceil(needs(train_pools(job, gpus=False))["CPU"])
 
 
 def needs(pools: Sequence[Pool]) -> dict[str, float]:
-    """Resources that pools take in all."""
+    """Total resources of some pools."""
     total: Counter[str] = Counter()
     for pool in pools:
-        for name, each in pool.needs.items():
-            total[name] += pool.count * each  # type: ignore[assignment]
+        for name, needed in pool.needs.items():
+            total[name] += pool.count * needed  # type: ignore[assignment]
     return dict(total)
 
 
 def lack(pools: Sequence[Pool], nodes: Sequence[Node], labels: Mapping[str, str]) -> str:
-    """What pools need and nodes with these labels have no room for, in words; "" where all fit."""
-    own = labelled(nodes, labels)
+    """The resources that pools need and the nodes with these labels lack, in words; "" where all pools fit."""
+    labelled_nodes = labelled(nodes, labels)
     on = " on nodes labelled " + ", ".join(f"{key}: {value}" for key, value in labels.items()) if labels else ""
     short = [
-        f"{each:g} {name} (it has {amount(own, name):g})"
-        for name, each in needs(pools).items()
-        if amount(own, name) + _TINY < each
+        f"{needed:g} {name} (it has {amount(labelled_nodes, name):g})"
+        for name, needed in needs(pools).items()
+        if amount(labelled_nodes, name) + _TINY < needed
     ]
     if short:
         return ", ".join(short) + on
-    free = [_Free(node) for node in own]
+    free = [_Free(node) for node in labelled_nodes]
     for pool in sorted(pools, key=lambda pool: (pool.needs.get("GPU", 0), pool.needs.get("CPU", 0)), reverse=True):
         placed = sum(any(node.take(pool.needs) for node in free) for _ in range(pool.count))
         if placed < pool.count:
-            of = ", ".join(f"{each:g} {name}" for name, each in pool.needs.items())
-            return f"nodes that hold {pool.count} {pool.name} of {of} each; its own ({_shown(own)}) hold {placed}{on}"
+            of = ", ".join(f"{needed:g} {name}" for name, needed in pool.needs.items())
+            nodes_shown = _shown(labelled_nodes)
+            return f"nodes that hold {pool.count} {pool.name} of {of} each; its own ({nodes_shown}) hold {placed}{on}"
     return ""
 
 
 class _Free:
-    """What is left of a node, GPU by GPU: a share must be of one."""
+    """The free resources of a node, GPU by GPU: a share must come from one GPU."""
 
     def __init__(self, node: Node) -> None:
         self.cpus = node.resources.get("CPU", 0.0)
         self.gpus = [1.0] * int(node.resources.get("GPU", 0))
 
     def take(self, wanted: Mapping[str, float]) -> bool:
-        """Take it, if it is there."""
+        """Takes these resources from the node; returns whether they were free."""
         cpus, share = wanted.get("CPU", 0.0), wanted.get("GPU", 0.0)
         gpu = next((number for number, left in enumerate(self.gpus) if left + _TINY >= share), None)
         if self.cpus + _TINY < cpus or (share and gpu is None):
@@ -114,7 +118,7 @@ class _Free:
 
 
 def _shown(nodes: Sequence[Node]) -> str:
-    """`2 × 8 CPU, 16 CPU + 1 GPU`."""
+    """The resources of nodes in words, such as `2 × 8 CPU, 16 CPU + 1 GPU`."""
     kinds = Counter(
         " + ".join(f"{node.resources[name]:g} {name}" for name in ("CPU", "GPU") if node.resources.get(name))
         or "no CPU"
@@ -127,13 +131,13 @@ def _shown(nodes: Sequence[Node]) -> str:
 def check_capacity(
     job: Job, pools: Sequence[Pool], what: str, labels: Mapping[str, str], nodes: Sequence[Node]
 ) -> str | None:
-    """Raise UserError when the cluster cannot run all of these pools at once.
+    """Raises UserError when the cluster cannot run all of these pools at once.
 
     Args:
         what: the work, for the message.
-        labels: of the nodes that count; {}: all.
+        labels: labels of the nodes that count; {}: all nodes.
 
-    Returns what it waits for, where with `resources.autoscaling` nodes will come.
+    Returns a text on what the job waits for, where `resources.autoscaling` will add nodes.
     """
     lacks = lack(pools, nodes, labels)
     if not lacks:
@@ -148,9 +152,10 @@ def check_capacity(
 
 
 def check_elastic(job: Job, gpus: bool, nodes: Sequence[Node]) -> None:
-    """Raise UserError where the workers of an elastic run would leave too little for the actors that feed them.
+    """Checks that an elastic run leaves CPUs and GPU shares for its render and label actors; raises UserError
+    otherwise.
 
-    Ray Train counts how many workers fit on each node and starts as many, without regard to what else the run needs.
+    Ray Train counts how many workers fit on each node and starts as many, without regard to the other needs of the run.
     """
     problem = shared_gpu_problem(job, nodes) if gpus else None
     problem = problem or too_few_cpus_problem(job, nodes, gpus)
@@ -159,7 +164,8 @@ def check_elastic(job: Job, gpus: bool, nodes: Sequence[Node]) -> None:
 
 
 def shared_gpu_problem(job: Job, nodes: Sequence[Node]) -> str | None:
-    """Ray Train divides a node's GPUs by a worker's part of one: with large shares it counts one worker too many."""
+    """The problem with a worker's share of a GPU, with which Ray Train counts one worker too many on a node; None for
+    none."""
     share, most = job.resources.gpu_share, max(int(node.resources.get("GPU", 0)) for node in nodes)
     if share * (most + 1) < 1:
         return None
@@ -170,7 +176,10 @@ def shared_gpu_problem(job: Job, nodes: Sequence[Node]) -> str | None:
 
 
 def too_few_cpus_problem(job: Job, nodes: Sequence[Node], gpus: bool) -> str | None:
-    """As many workers as fit would leave no CPUs for the actors that render images, and wait for them forever."""
+    """The problem with CPUs where as many workers as fit leave none for the actors that render images; None for none.
+
+    The workers would wait for these actors forever.
+    """
     wanted, resources = worker_needs(job, gpus), job.resources
     fit = sum(int(min(node.resources.get(name, 0) // need for name, need in wanted.items())) for node in nodes)
     workers = min(fit, resources.max_workers)

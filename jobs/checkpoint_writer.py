@@ -1,10 +1,10 @@
-"""Checkpoints on their way from a rank into the run's folder, through Ray Train, beside the training.
+"""Takes checkpoints from a rank to the run's folder, through Ray Train, beside the training.
 
-A rank writes its part into a folder on its node's own disk, which the step loop waits for; hashing and copying it into
-the run's folder is done by a thread of Ray Train while the next steps run. A rank's list of files is copied last: a
-checkpoint with all lists is whole, one that lost its writer on the way never looks so. One checkpoint is on its way at
-a time: the next one waits for it, so the local disk holds one. Measured, two workers on two cores and one disk, 610 MB:
-the steps wait 0.4 to 1.4 s, against 2.4 to 4.1 s for all of it.
+A rank writes its part into a folder on its node's own disk, which the step loop waits for. A thread of Ray Train hashes
+it and copies it into the run's folder while the next steps run. A rank's list of files is copied last: a checkpoint
+with all lists is whole, and one that lost its writer on the way never looks so. One checkpoint is on its way at a time:
+the next one waits for it, so the local disk holds one. Measured with two workers on two cores and one disk, 610 MB: the
+steps wait 0.4 to 1.4 s, against 2.4 to 4.1 s for all of it.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ TORCH_WRITE_ERROR = "inline_container"
 
 
 class CheckpointWriter:
-    """Takes the checkpoints of one rank to the run's folder, as a `CheckpointStore` of the loop."""
+    """Takes the checkpoints of one rank to the run's folder; a `CheckpointStore` of the loop."""
 
     def __init__(self, run: RunFolder, ranks: Ranks, keep: int) -> None:
-        """keep: whole checkpoints that older ones are deleted for."""
+        """Opens the store. keep: number of whole checkpoints that are kept; older ones are deleted."""
         self._run, self._ranks, self._keep = run, ranks, keep
         self._storage = ray.train.get_context().get_storage()
         self._idle = threading.Event()
@@ -45,16 +45,16 @@ class CheckpointWriter:
         self._clear()  # what a worker that was killed here has left
 
     def save(self, write: Callable[[Path], None], step: int, *, wait: bool) -> str:
-        """Have a checkpoint written and take it to the run's folder; its name. Collective.
+        """Writes a checkpoint and takes it to the run's folder; returns its name. Collective.
 
         Args:
             write: writes this rank's files into an empty folder.
-            step: steps done.
-            wait: until this rank's part is in the run's folder.
+            step: number of steps done.
+            wait: whether to return only when this rank's part is in the run's folder.
         """
         self._idle.wait()
         self._scratch.mkdir(parents=True, exist_ok=True)
-        with _told(self._scratch):
+        with _as_user_error(self._scratch):
             folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch))
             write(folder)
         self._idle.clear()
@@ -75,7 +75,7 @@ class CheckpointWriter:
         return self._scratch
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is whole, and delete what is no longer kept. Collective."""
+        """Waits until the last checkpoint is whole, and deletes those that are no longer kept. Collective."""
         self._idle.wait()
         self._ranks.every(None)
         self._clear()
@@ -83,19 +83,19 @@ class CheckpointWriter:
             prune(self._run, self._keep)
 
     def _clear(self) -> None:
-        """One rank of each node deletes the run's folder on its disk."""
+        """Deletes the run's folder on the node's own disk, on one rank of each node."""
         if self._clears:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
-        """Copy this rank's files into the run's folder, and after them their list."""
+        """Copies this rank's files into the run's folder, and after them their list."""
         target, system = self._storage.build_checkpoint_path_from_name(name), self._storage.storage_filesystem
         threads = not isinstance(system, pyarrow.fs.S3FileSystem)  # uploads to S3 from threads can hang in Arrow
         try:
             if self._ranks.rank == 0:
                 prune(self._run, self._keep)
             files = list_files(Path(checkpoint.path))
-            with _told(target):
+            with _as_user_error(target):
                 system.create_dir(f"{target}/{LISTS}")
                 pyarrow.fs.copy_files(
                     checkpoint.path, target, destination_filesystem=system, chunk_size=COPY_CHUNK_BYTES,
@@ -109,8 +109,8 @@ class CheckpointWriter:
 
 
 @contextmanager
-def _told(folder: Path | str) -> Iterator[None]:
-    """A disk that is full, or may not be written, as an error that a person can read, and that may pass."""
+def _as_user_error(folder: Path | str) -> Iterator[None]:
+    """Raises the error of a disk that is full or may not be written as a UserError that may pass."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -127,5 +127,5 @@ def _told(folder: Path | str) -> Iterator[None]:
 
 
 def _scratch(run: RunFolder) -> Path:
-    """This run's folder on the node's own disk."""
+    """The run's folder on the node's own disk."""
     return Path(tempfile.gettempdir()) / f"mmray-{hashlib.blake2b(str(run).encode(), digest_size=8).hexdigest()}"

@@ -1,10 +1,10 @@
-"""What must hold before work starts, checked alike by prepare, train and the dry run.
+"""Checks before work starts, the same for prepare, train and the dry run.
 
-    job_checks       what a job and its settings tell without a cluster
-    open_prepared    the prepared datasets, which must be of these settings
+    job_checks       the job and its settings, without a cluster
+    open_prepared    the prepared datasets, which must have been made with these settings
     cluster_checks   whether the nodes have room, and can do their part
 
-A run raises the first mistake (`require`); a dry run tells all of them.
+A run raises the first mistake (`require`); a dry run lists all of them.
 """
 
 import logging
@@ -31,25 +31,25 @@ log = logging.getLogger("mmray")
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold."""
+    """One condition that must hold before work starts."""
 
     name: str
-    """As a dry run's table calls it."""
+    """Name of the check in a dry run's table."""
     run: Callable[[], str | None]
-    """Raises UserError where it does not hold; returns a note for a person, or None."""
+    """Function that raises UserError where the condition does not hold; returns a note for a person, or None."""
     passed: str = ""
-    """What a dry run says where it holds without a note; "": nothing."""
+    """Text of a dry run where the condition holds without a note; "": nothing."""
 
 
 def require(checks: Iterable[Check]) -> None:
-    """Run checks one after another; notes are logged. Raises UserError of the first that fails."""
+    """Runs checks one after another and logs their notes. Raises UserError of the first that fails."""
     for check in checks:
         if note := check.run():
             log.warning("%s", note)
 
 
 def job_checks(job: Job, *, trains: bool) -> Iterator[Check]:
-    """What a job and its settings tell without a cluster."""
+    """The checks of a job and its settings that need no cluster."""
     yield Check("outputs", partial(check_outputs, job))
     if trains:
         yield Check("tracking", job.tracking.check)
@@ -58,10 +58,10 @@ def job_checks(job: Job, *, trains: bool) -> Iterator[Check]:
 def cluster_checks(
     job: Job, nodes: Sequence[Node], *, trains: bool, gpus: bool = False, joined: bool | None
 ) -> Iterator[Check]:
-    """Whether the nodes have room for a job, and can do their part.
+    """The checks that the nodes have room for a job, and can do their part.
 
     Args:
-        gpus: whether training uses them.
+        gpus: whether training uses GPUs.
         joined: whether this process has joined a cluster, whose nodes are asked, or started Ray here; None for a
             machine on which no Ray runs.
     """
@@ -82,7 +82,7 @@ def cluster_checks(
 
 
 def check_job_settings(job: Job) -> None:
-    """The cheap part of `mmray doctor`, before anything starts: a line for each check, UserError for a failed one."""
+    """The cheap part of `mmray doctor`, before anything starts: one line for each check, UserError for a failed one."""
     for finding in examine_settings(job):
         if finding.status is Status.FAIL:
             raise UserError(f"{finding.check}: {finding.detail}")
@@ -90,7 +90,7 @@ def check_job_settings(job: Job) -> None:
 
 
 def open_prepared(job: Job) -> dict[str, PreparedDataset]:
-    """The job's prepared datasets. Raises UserError when one is missing, empty, or made with other settings."""
+    """The job's prepared datasets. Raises UserError when one is missing, empty, or was made with other settings."""
     family = job_family(job)
     datasets = {}
     for split in job.data.splits:
@@ -113,7 +113,7 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
 
 
 def check_outputs(job: Job) -> None:
-    """Raise UserError when results would go into Ray's copy of a submitted checkout, which vanishes with the job."""
+    """Raises UserError when results would go into Ray's copy of a submitted checkout, which vanishes with the job."""
     here = Path.cwd()
     cache = job.resources.tile_cache
     shared, local = "that all nodes share", "on each node's own disk"

@@ -95,10 +95,10 @@ def _join(address: str, options: dict[str, Any]) -> None:
         versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
         if not str(error).startswith("Version mismatch") or len(versions) != 2:
             raise
-        (theirs, their_python), (own, own_python) = versions
+        (cluster_ray, cluster_python), (local_ray, local_python) = versions
         raise UserError(
-            f"the cluster at {address} runs Ray {theirs} with Python {their_python}, this process Ray {own} with "
-            f"Python {own_python}; run this where both are the same, or start the cluster from this environment"
+            f"the cluster at {address} runs Ray {cluster_ray} with Python {cluster_python}, this process Ray {local_ray} "
+            f"with Python {local_python}; run this where both are the same, or start the cluster from this environment"
         ) from error
 
 

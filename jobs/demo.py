@@ -39,7 +39,7 @@ STARTUP_SECONDS = 600
 
 
 def write_inputs() -> SyntheticPages:
-    """Pages, rows, processor and model configuration, all made here."""
+    """Writes pages, rows, processor and model configuration, all generated here."""
     pages = write_pages(OUTPUT / "data")
     processor = write_processor(OUTPUT / "processor", "qwen2_vl")
     small_config("qwen2_vl", processor).save_pretrained(OUTPUT / "model")
@@ -47,7 +47,7 @@ def write_inputs() -> SyntheticPages:
 
 
 def train_and_kill(metrics: Path) -> int:
-    """Run `jobs/train.py` and kill it, as a lost machine would, after some steps; returns the last step it logged."""
+    """Runs `jobs/train.py` and kills it after some steps, as a lost machine would; returns the last step it logged."""
     process = subprocess.Popen(train_command(), start_new_session=True)
     deadline = time.monotonic() + STARTUP_SECONDS
     while last_step(metrics) < KILL_AFTER_STEP:
@@ -77,7 +77,7 @@ def checkpoint_step(run: Path) -> int:
 
 
 def summary(job: Job, killed_at: int, resumed_from: int) -> Table:
-    """What went in and what came out."""
+    """A table of the inputs and results of the demo."""
     facts = PreparedDataset(job.prepared_path("train")).statistics
     lines = read_metrics(Path(job.output.run) / METRICS_FILE)
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -108,7 +108,7 @@ def summary(job: Job, killed_at: int, resumed_from: int) -> Table:
 
 
 def main() -> None:
-    """Draw pages, prepare them, train, kill, resume, report."""
+    """Draws pages, prepares them, trains, kills, resumes and reports."""
     os.chdir(ROOT)
     shutil.rmtree(OUTPUT, ignore_errors=True)
     console.rule("1. Draw pages")

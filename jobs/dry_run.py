@@ -1,7 +1,7 @@
-"""`--dry-run`: the plan of a job, what the doctor finds in it, and whether the cluster has room. It writes nothing.
+"""The dry run: the plan of a job, the doctor's findings, and whether the cluster has room. It writes nothing.
 
 Without an address no Ray is started: the plan is for this machine. With one the cluster is asked, as a run would ask it
-before it starts (`jobs/checks.py`); files of a moment in the output folders are all that is written.
+before it starts (`jobs/checks.py`); short-lived files in the output folders are all that is written.
 """
 
 import math
@@ -41,7 +41,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class _Plan:
-    """Lines of the plan, and findings as they come."""
+    """The lines of the plan, and the findings so far."""
 
     job: Job
     findings: list[Finding] = field(default_factory=list)
@@ -51,7 +51,7 @@ class _Plan:
         self.lines.append((name, text))
 
     def attempt(self, check: str, run: Callable[[], Value]) -> Value | None:
-        """What a step gives; where it fails, its error is a finding, and None."""
+        """The result of a function; where it fails, its error becomes a finding, and the result is None."""
         try:
             return run()
         except Exception as error:  # noqa: BLE001 (a plan tells all that is wrong, not only the first)
@@ -59,7 +59,7 @@ class _Plan:
             return None
 
     def check(self, checks: Iterable[Check]) -> None:
-        """Run checks; each that fails, or has something to say, is a finding."""
+        """Runs checks; each that fails, or returns a note, becomes a finding."""
         for check in checks:
             failures = len(self.findings)
             note = self.attempt(check.name, check.run)
@@ -67,7 +67,7 @@ class _Plan:
                 self.findings.append(passed(check.name, text))
 
     def show(self, title: str) -> int:
-        """Print it; the exit code."""
+        """Prints the plan; returns the exit code."""
         table = Table(title=escape(title), title_justify="left", show_header=False, box=box.ROUNDED)
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
@@ -84,7 +84,7 @@ class _Plan:
 
 
 def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool) -> int:
-    """Show what `jobs/prepare.py` would do; its exit code."""
+    """Shows what `jobs/prepare.py` would do; returns the exit code."""
     plan = _Plan(job)
     rows, guesses = _examined(plan)
     for split, guess in guesses.items():
@@ -105,7 +105,7 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
 
 
 def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: bool) -> int:
-    """Show what `jobs/train.py` would do; its exit code."""
+    """Shows what `jobs/train.py` would do; returns the exit code."""
     plan = _Plan(job)
     is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits)
     _, guesses = _examined(plan, counts=not is_prepared)
@@ -138,20 +138,23 @@ def _address(address: str | None) -> str | None:
 
 
 def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[str, Estimate]]:
-    """What the doctor finds is put into the plan; where it can read the rows, their first, and the estimate of each
-    split. counts: whether to estimate."""
+    """Adds the doctor's findings to the plan; returns the first rows, where they can be read, and the estimate of each
+    split.
+
+    counts: whether to estimate.
+    """
     rows, guesses = None, {}
     with console.status("looking at the job as mmray doctor does: up to a minute"):
-        for each in examine(plan.job):
-            if isinstance(each, FirstRows):
-                rows = each
+        for finding in examine(plan.job):
+            if isinstance(finding, FirstRows):
+                rows = finding
             else:
-                plan.findings.append(each)
+                plan.findings.append(finding)
     with console.status("counting rows"):
         for split in plan.job.data.splits if rows and counts else ():
-            found = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
-            if found is not None:
-                guesses[split] = found
+            guess = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
+            if guess is not None:
+                guesses[split] = guess
     return rows, guesses
 
 
@@ -161,13 +164,13 @@ def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
 
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
-    kinds = [each.kind for each in plan.job.data.splits[split]]
+    kinds = [dataset.kind for dataset in plan.job.data.splits[split]]
     plan.add(f"{split} rows", f"{guess.rows}, in {guess.windows:,} {'window' if guess.windows == 1 else 'windows'}")
-    for number, (each, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
-        files = "1 file" if each.files == 1 else f"{each.files:,} files"
-        bad = each.sampled - each.good
-        rejects = f"; {bad} of {each.sampled:,} looked at would be rejected" if bad else ""
-        plan.add(f"  data.{split}[{number}] ({kind})", f"{each.rows} in {files}{rejects}")
+    for number, (set_estimate, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
+        files = "1 file" if set_estimate.files == 1 else f"{set_estimate.files:,} files"
+        bad = set_estimate.sampled - set_estimate.good
+        rejects = f"; {bad} of {set_estimate.sampled:,} looked at would be rejected" if bad else ""
+        plan.add(f"  data.{split}[{number}] ({kind})", f"{set_estimate.rows} in {files}{rejects}")
 
 
 def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
@@ -188,14 +191,14 @@ def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
 
 
 def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, continue_on: bool) -> None:
-    """Steps, and where the run begins or goes on."""
+    """Adds the steps, and where the run begins or continues."""
     job, run = plan.job, RunFolder(plan.job.output.run)
-    made = run_plan(job, dict(prepared), gpus, continue_on)
+    planned_run = run_plan(job, dict(prepared), gpus, continue_on)
     checkpoint = plan.attempt("checkpoints", lambda: newest_looking_whole(run))
-    cursor = plan.attempt("resume", lambda: made.place(checkpoint, prepared["train"]))
+    cursor = plan.attempt("resume", lambda: planned_run.place(checkpoint, prepared["train"]))
     if cursor is None:
         return
-    total = made.total_steps(cursor)
+    total = planned_run.total_steps(cursor)
     left = max(0, total - cursor.step)
     _add_steps(plan, len(prepared["train"]), total=total)
     if checkpoint is None:
@@ -207,7 +210,7 @@ def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, c
 
 
 def _add_steps(plan: _Plan, bins: int, mark: str = "", total: int | None = None) -> None:
-    """mark: before numbers that are estimates; total: steps, where they are known."""
+    """Adds the number of steps. mark: text before numbers that are estimates; total: steps, where they are known."""
     training, resources = plan.job.training, plan.job.resources
     per_epoch = max(1, math.ceil(bins / training.global_batch_bins))
     steps = total or training.steps or max(1, round((training.epochs or 1) * per_epoch))
@@ -227,7 +230,7 @@ def _add_workers(plan: _Plan, gpus: bool) -> None:
     pools = train_pools(job, gpus)
     most = f" to {resources.max_workers}" if resources.is_elastic else ""
     for pool, more in zip(pools, (most, "", "")):
-        of = " and ".join(f"{each:g} {name}" for name, each in pool.needs.items())
+        of = " and ".join(f"{needed:g} {name}" for name, needed in pool.needs.items())
         plan.add(pool.name.removeprefix("training "), f"{pool.count}{more}, {of} each")
     every = f"every {training.eval_every_steps:,} steps" if training.eval_every_steps else "none"
     plan.add("evaluation", every)
@@ -236,7 +239,8 @@ def _add_workers(plan: _Plan, gpus: bool) -> None:
 
 
 def _nodes(plan: _Plan, address: str | None, cpus: int, verbose: bool) -> list[Node] | None:
-    """The nodes of the cluster at an address, None where none answers; or this machine as Ray here would have it."""
+    """The nodes of the cluster at an address, None where none answers; without an address, this machine as Ray would
+    see it."""
     if _address(address):
         joined = plan.attempt("cluster", lambda: connect(address, cpus=cpus, verbose=verbose))
         return None if joined is None else alive_nodes()
@@ -251,7 +255,7 @@ def _add_cluster(plan: _Plan, nodes: Sequence[Node], pools: Sequence[Pool], what
 
 
 def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:
-    """What is at the output of a split. Raises UserError where it is another job's."""
+    """The state of a split's output. Raises UserError where it belongs to another job."""
     assert rows is not None
     folder, datasets = Folder(job.prepared_path(split)), job.data.splits[split]
     if not (folder.exists(MANIFEST) or folder.exists(PLAN)):

@@ -1,6 +1,6 @@
-"""A mistake is not tried again: what a person must mend ends a run at once, whatever `training.max_failures` says.
+"""Ends a run at a user's mistake: it is not retried, whatever `training.max_failures` says.
 
-Imported by Ray Train's controller, so it imports little.
+Ray Train's controller imports this module, so it imports little.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ from mmray.errors import PassingError, UserError
 class EndAtMistakes(UserCallback):
     """Ends a run where a worker raised a UserError, unless that may pass.
 
-    What this raises, Ray Train's controller raises from `fit` as the cause of a ControllerError, and does not start
-    the workers again.
+    Ray Train's controller raises the error from `fit` as the cause of a ControllerError, and does not restart the
+    workers.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

@@ -1,8 +1,8 @@
-"""Notices that a node will be taken away, agreed on by all ranks.
+"""Notices that a node will be preempted, agreed on by all ranks.
 
-Ray Train learns of a node that drains by looking every five seconds, and gives the notice through a call that waits for
-all ranks and goes through an actor (3 ms with two). So ranks ask at most once a second: rank 0 decides when, and what
-it decided travels with the numbers that ranks exchange before each step anyway (0.4 ms).
+Ray Train learns of a node that drains by polling every five seconds, and passes the notice on through a call that waits
+for all ranks and goes through an actor (3 ms with two). So ranks ask at most once a second: rank 0 decides when, and
+its decision travels with the numbers that ranks exchange before each step anyway (0.4 ms).
 """
 
 import logging
@@ -26,7 +26,7 @@ class Preemption(Callback):
         self._known: set[str] = set()
 
     def flag(self) -> int:
-        """Whether it is time to ask. Rank 0's answer counts for all."""
+        """Whether it is time to ask. The answer of rank 0 counts for all ranks."""
         return int(time.monotonic() - self._asked >= ASK_SECONDS)
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
@@ -37,7 +37,8 @@ class Preemption(Callback):
             loop.save(wait=True)
 
     def _ask(self) -> dict[str, Any] | None:
-        """`nodes` and `deadline` (ISO 8601, or None) of a notice that names a node not named before. Collective."""
+        """The `nodes` and `deadline` (ISO 8601, or None) of a notice that names a node for the first time.
+        Collective."""
         info = ray.train.get_preemption_info()
         self._asked = time.monotonic()
         if info is None or self._known.issuperset(info.preempted_node_ids):

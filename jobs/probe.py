@@ -1,8 +1,8 @@
-"""What the nodes of a cluster say of themselves, before work starts: their packages, the folders of the job, memory.
+"""A probe of the nodes of a cluster before work starts: their packages, the folders of the job, their memory.
 
-One small task on each node that the job may use, all at once, without CPUs: it finds a free one, or a busy node's. It
-imports nothing large. That the nodes see the same folders as this process is shown by a file of a random name, which is
-there only while they look.
+One small task runs on each node that the job may use, all at once and without CPUs, so that it also runs on a busy
+node. It imports nothing large. A file with a random name, which exists only during the probe, shows whether a node sees
+the same folders as this process.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ log = logging.getLogger("mmray")
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_SECONDS = 60
 PACKAGES = ("ray", "torch", "transformers")
-"""Whose versions must be the same everywhere."""
+"""Packages whose versions must be the same everywhere."""
 ROOMS = ("mmray", "pipelines", "jobs")
 LEAST_SHARED_MEMORY = 10**9
 SHARED_MEMORY = "/dev/shm"
@@ -38,9 +38,13 @@ SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a node says. versions: of `python` and PACKAGES, None: not there; missing: modules that are not there;
-    unseen, closed: settings whose folder lacks the mark, or may not be written in; shared_memory: bytes of /dev/shm,
-    None where a system has none."""
+    """A node's answer.
+
+    versions: those of `python` and PACKAGES, None for a package that is not installed.
+    missing: modules that are not installed.
+    unseen, closed: settings whose folder lacks the mark, or cannot be written.
+    shared_memory: size of /dev/shm in bytes, None where a system has none.
+    """
 
     versions: dict[str, str | None]
     missing: list[str]
@@ -53,39 +57,42 @@ def check_nodes(
     nodes: Sequence[Node], labels: Mapping[str, str], outputs: Mapping[str, str], *,
     modules: Sequence[str] = (), gpus: bool = False,
 ) -> None:  # fmt: skip
-    """Raise UserError where a node cannot do its part of a job.
+    """Raises UserError where a node cannot do its part of a job.
 
-    labels: of the nodes that the job uses; outputs: folders by the name of their setting; modules: beside mmray's own,
-    what nodes must be able to import. A node that does not answer is a warning.
+    labels: those of the nodes that the job uses.
+    outputs: folders by the name of their setting.
+    modules: modules, beside mmray's own, that nodes must be able to import.
+
+    A node that does not answer is only warned of.
     """
-    if ray.get_runtime_context().runtime_env.get("working_dir") and (found := shared_folder(nodes)):
-        raise UserError(found)
+    if ray.get_runtime_context().runtime_env.get("working_dir") and (reason := shared_folder(nodes)):
+        raise UserError(reason)
     used = [node for node in labelled(nodes, labels) if node.resources.get("CPU", 0) > 0]
     with _marks(outputs) as marks:
         answers = _ask(used, marks, [*ROOMS, *modules])
-    own = look({}, [])
+    driver_answer = look({}, [])
     for node, answer in answers:
-        if found := problem(node, answer, own, outputs, gpus=gpus):
-            raise UserError(found)
+        if reason := problem(node, answer, driver_answer, outputs, gpus=gpus):
+            raise UserError(reason)
         check_shared_memory(node, answer.shared_memory)
 
 
 def shared_folder(nodes: Sequence[Node]) -> str | None:
-    """What is wrong where nodes of one machine share Ray's folder, in one line.
+    """The problem where nodes of one machine share Ray's folder, in one line; None where they do not.
 
-    When a node first runs something of a job, Ray 2.60 deletes what is at the place of the job's working folder and
-    unpacks it there (`overwrite=True` in its `runtime_env/working_dir.py`): under the driver, and under actors of the
-    other nodes, if the place is theirs too.
+    When a node first runs something of a job, Ray 2.60 deletes the job's working folder and unpacks it again
+    (`overwrite=True` in its `runtime_env/working_dir.py`): under the driver, and under actors of the other nodes, if
+    they share the folder.
     """
     sockets: dict[tuple[str, str], set[str]] = {}
     for node in nodes:  # socket: folder/session_…/sockets/raylet; a second in the same folder has another name
         folder = os.path.dirname(os.path.dirname(os.path.dirname(node.socket)))
         sockets.setdefault((node.address, folder), set()).add(node.socket)
-    for (address, folder), own in sockets.items():
-        if len(own) > 1:
+    for (address, folder), node_sockets in sockets.items():
+        if len(node_sockets) > 1:
             return (
-                f"{len(own)} nodes on {address} share {folder}, where Ray would replace the submitted code under "
-                "processes that run from it; start each with a folder of its own: ray start --address=… "
+                f"{len(node_sockets)} nodes on {address} share {folder}, where Ray would replace the submitted code "
+                "under processes that run from it; start each with a folder of its own: ray start --address=… "
                 f"--temp-dir={folder}-2"
             )
     return None
@@ -93,24 +100,27 @@ def shared_folder(nodes: Sequence[Node]) -> str | None:
 
 def packages_of(job: Job, *, trains: bool) -> list[str]:
     """Modules that nodes need beside mmray's own: those of training, of the job's trackers and of its addresses."""
-    trackers = [each.library for each in job.tracking.trackers().values()]
-    rows = [uri for each in (*job.data.train, *job.data.eval) for uri in each.files]
+    trackers = [tracker.library for tracker in job.tracking.trackers().values()]
+    rows = [uri for dataset in (*job.data.train, *job.data.eval) for uri in dataset.files]
     uses_s3 = any(text.startswith(("s3://", "s3a://")) for text in (job.output.prepared, job.output.run, *rows))
     return [*(["deepspeed", *trackers] if trains else []), *(["s3fs"] if uses_s3 else [])]
 
 
-def problem(node: Node, answer: Answer, own: Answer, outputs: Mapping[str, str], *, gpus: bool = False) -> str | None:
-    """What is wrong with a node, with its remedy, in one line. own: of this process."""
+def problem(
+    node: Node, answer: Answer, driver_answer: Answer, outputs: Mapping[str, str], *, gpus: bool = False
+) -> str | None:
+    """The problem with a node, with its remedy, in one line; None for none. driver_answer: the answer of this
+    process."""
     where = f"node {node.address}"
-    python, mine = str(answer.versions["python"]), str(own.versions["python"])
+    python, mine = str(answer.versions["python"]), str(driver_answer.versions["python"])
     if python.split(".")[:2] != mine.split(".")[:2]:
         return f"{where} runs Python {python}, this process {mine}; start its Ray with the same Python"
     for name in PACKAGES:
-        found, wanted = answer.versions[name], own.versions[name] or ""
-        if found is None or found.split("+")[0] != wanted.split("+")[0]:
+        version, wanted = answer.versions[name], driver_answer.versions[name] or ""
+        if version is None or version.split("+")[0] != wanted.split("+")[0]:
             return (
-                f"{where} has {f'{name} {found}' if found else f'no {name}'}, this process has {wanted}; install the "
-                f"same there: pip install {name}=={wanted.split('+')[0]}"
+                f"{where} has {f'{name} {version}' if version else f'no {name}'}, this process has {wanted}; install "
+                f"the same there: pip install {name}=={wanted.split('+')[0]}"
             )
     if rooms := [name for name in answer.missing if name in ROOMS]:
         return (
@@ -135,7 +145,7 @@ def problem(node: Node, answer: Answer, own: Answer, outputs: Mapping[str, str],
 
 
 def check_shared_memory(node: Node, size: int | None) -> None:
-    """Warn where Ray's object store cannot be in shared memory, or that is small. size: of /dev/shm in bytes."""
+    """Warns where Ray's object store cannot be in shared memory, or that is small. size: of /dev/shm in bytes."""
     store = node.resources.get("object_store_memory", 0)
     if size is not None and size < max(store, LEAST_SHARED_MEMORY):
         log.warning(
@@ -145,17 +155,17 @@ def check_shared_memory(node: Node, size: int | None) -> None:
 
 
 def check_own_memory(nodes: Sequence[Node]) -> None:
-    """Warn where the shared memory of this machine is small, whose one node this process has started."""
+    """Warns where this process has started Ray on this machine, and its shared memory is small."""
     check_shared_memory(nodes[0], look({}, []).shared_memory)
 
 
 def look(marks: Mapping[str, str], modules: Sequence[str]) -> Answer:
-    """The answer of the machine this runs on."""
+    """The answer of the machine that this runs on."""
     return Answer(**_looker()(dict(marks), list(modules), PACKAGES, SHARED_MEMORY))
 
 
 def _looker() -> Callable[..., dict[str, Any]]:
-    """The task, as a function that travels whole: nodes may lack the module it stands in."""
+    """The task, as a function that is pickled whole: nodes may lack the module it is defined in."""
 
     def look(marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str) -> dict[str, Any]:
         import importlib.metadata
@@ -182,7 +192,7 @@ def _looker() -> Callable[..., dict[str, Any]]:
 
 
 def _ask(nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str]) -> list[tuple[Node, Answer]]:
-    """The answers of the nodes that give one in time."""
+    """The answers of the nodes that answer in time."""
     task = ray.remote(num_cpus=0, max_retries=0)(_looker())
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
@@ -210,13 +220,13 @@ def _ask(nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str]
 
 @contextmanager
 def _marks(outputs: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """A file of a random name in the folder of each setting, or the nearest above that is there; URIs have none."""
+    """Files with a random name in the folder of each setting, or in its nearest existing parent; URIs get none."""
     marks = {}
     for name, folder in outputs.items():
         if "://" in folder:
             continue
         path = Path(folder).absolute()
-        nearest = next(each for each in (path, *path.parents) if each.is_dir())
+        nearest = next(parent for parent in (path, *path.parents) if parent.is_dir())
         marks[name] = str(nearest / f".mmray-{uuid.uuid4().hex}")
     try:
         for name, mark in marks.items():

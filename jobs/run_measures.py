@@ -1,4 +1,5 @@
-"""What a training worker tells Prometheus. All but the wait for data is of the whole run, and rank 0 tells it."""
+"""The Prometheus metrics of a training worker. Except for the wait for data they are those of the run, set by rank
+0."""
 
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from pipelines.measures import (
@@ -27,7 +28,7 @@ from pipelines.measures import (
 
 
 class RunMeasures(Callback):
-    """Tells Prometheus the measures of one rank of a run."""
+    """Reports the measures of one rank of a run to Prometheus."""
 
     def __init__(self, job: str, rank: int) -> None:
         self._job, self._rank = job, rank
@@ -42,14 +43,14 @@ class RunMeasures(Callback):
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         if self._rank > 0:
             return
-        job, trained, metrics, seen = self._job, done.step.trained, done.metrics, done.step.seen
+        job, trained, metrics, counts = self._job, done.step.trained, done.metrics, done.step.counts
         add(STEPS, 1, job_name=job)
         add(STEP_SECONDS, done.seconds, job_name=job)
         observe(STEP_SPREAD, done.seconds, job_name=job)
         add(TOKENS, metrics.tokens, job_name=job)
         add(TRAINED_TOKENS, metrics.trained_tokens, job_name=job)
-        add(SAMPLES, seen.samples, job_name=job)
-        add(SKIPPED_SAMPLES, len(seen.skipped), job_name=job)
+        add(SAMPLES, counts.samples, job_name=job)
+        add(SKIPPED_SAMPLES, len(counts.skipped), job_name=job)
         put(STEP, trained.step, job_name=job)
         put(EPOCH, done.epoch, job_name=job)
         put(WORKERS, trained.workers, job_name=job)

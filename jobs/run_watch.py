@@ -1,7 +1,7 @@
-"""What a training shows while it runs: the driver reads what rank 0 and the actors append to the run's folder.
+"""The display of a training while it runs: the driver reads what rank 0 and the actors append to the run's folder.
 
-A line for each event worth reading, the progress of the steps, how many warnings there are; at the end the last of
-them. Workers themselves print nothing that a person would have to read.
+It prints a line for each event worth reading, the progress of the steps and the number of warnings; at the end the last
+of the warnings. Workers themselves print nothing that a person has to read.
 """
 
 import contextlib
@@ -25,16 +25,18 @@ TAIL_BYTES = 4096
 
 
 class RunWatch:
-    """`with RunWatch(name, run, total_steps): …` around the training of a run."""
+    """Shows the progress of a run: `with RunWatch(name, run, total_steps): …` around its training."""
 
     def __init__(self, name: str, run: RunFolder, total_steps: int) -> None:
         self._run, self._every = run, POLL_SECONDS if run.shared_path else PUBLISH_SECONDS
         self._name, self._path, self._total = name, run.fetch() / METRICS_FILE, total_steps
         self._warnings, self._history = run.path / WARNINGS_FILE, run.path / HISTORY_FILE
-        self._old_warnings, self._told, self._old_metrics = map(_size, (self._warnings, self._history, self._path))
+        self._old_warnings, self._events_read, self._old_metrics = map(
+            _size, (self._warnings, self._history, self._path)
+        )
         self._stop = threading.Event()
         self.has_begun = False
-        """Whether workers have started, or started again, since."""
+        """Whether workers have started, or were restarted, since then."""
         self._thread = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> Self:
@@ -44,8 +46,8 @@ class RunWatch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if found := read_warnings(self._warnings, self._old_warnings):
-            log.warning("%s: %d warnings, the last: %s", self._warnings, len(found), found[-1])
+        if new_warnings := read_warnings(self._warnings, self._old_warnings):
+            log.warning("%s: %d warnings, the last: %s", self._warnings, len(new_warnings), new_warnings[-1])
 
     def _show(self) -> None:
         with ProgressBar(f"{self._name}: training", "steps") as bar:
@@ -60,14 +62,14 @@ class RunWatch:
                     self._update(bar)
 
     def _tell_events(self) -> None:
-        """A line for each event since the last look."""
-        if _size(self._history) <= self._told:
+        """Prints a line for each event since the last call."""
+        if _size(self._history) <= self._events_read:
             return
         with self._history.open("rb") as file:
-            file.seek(self._told)
+            file.seek(self._events_read)
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        self._told += len(whole)
+        self._events_read += len(whole)
         for line in whole.splitlines():
             event = json.loads(line)
             self.has_begun |= event["event"] in ("start", "resume")
@@ -82,13 +84,13 @@ class RunWatch:
         if lines:
             last = lines[-1]
             note = _step_note(last)
-            if found := read_warnings(self._warnings, self._old_warnings):
-                note += f"  warnings: {len(found)}"
+            if warning_lines := read_warnings(self._warnings, self._old_warnings):
+                note += f"  warnings: {len(warning_lines)}"
             bar.update(last["step"], self._total, note)
 
 
 def _step_note(line: dict[str, Any]) -> str:
-    """A step in a few words, by its metrics."""
+    """The metrics of a step in a few words."""
     waited, seconds = line["data_wait_seconds"], line["step_seconds"]
     whole = max(waited + seconds, 1e-9)
     words = [f"loss {line['loss']:.4f}", f"{line['tokens'] / whole:,.0f} tokens/s", f"data wait {waited / whole:.0%}"]
@@ -98,5 +100,5 @@ def _step_note(line: dict[str, Any]) -> str:
 
 
 def _size(path: Path) -> int:
-    """0 where there is no file."""
+    """The size of a file in bytes; 0 where there is none."""
     return path.stat().st_size if path.exists() else 0

@@ -1,4 +1,4 @@
-"""A planned stop: Ctrl-C, SIGTERM and `ray job stop` let a run end the step it is in and save it.
+"""A planned stop: Ctrl-C, SIGTERM and `ray job stop` let a run finish its step and save it.
 
 Ray Train's own answer to Ctrl-C is to end the workers where they are. So `fit` runs in a thread, where it sets no
 handler, and this process's main thread waits for signals: at the first it asks the run's folder for a stop, which rank
@@ -19,20 +19,20 @@ log = logging.getLogger("mmray")
 
 POLL_SECONDS = 0.2
 BOUNCE_SECONDS = 1.0
-"""A second signal within this time is the first once more: supervisors signal a process and its group."""
+"""Seconds within which a second signal counts as the first: supervisors signal a process and its group."""
 
 
 def run_until_stopped(
     work: Callable[[], object], run: RunFolder, has_begun: Callable[[], bool], seconds: float
 ) -> None:
-    """Do the work to its end. The first Ctrl-C or SIGTERM asks the run to stop, the second ends it at once.
+    """Does the work to its end. The first Ctrl-C or SIGTERM asks the run to stop, the second ends it at once.
 
     Args:
-        has_begun: whether workers train, so that there is something to save; else the first signal ends it, too.
-        seconds: after the first signal, until it ends at once.
+        has_begun: whether workers train, so that there is something to save; otherwise the first signal ends it, too.
+        seconds: time after the first signal until it ends at once.
 
-    Raises what the work raises, and KeyboardInterrupt where it ends at once. Outside of the main thread signals do not
-    arrive, and it only does the work.
+    Raises the errors of the work, and KeyboardInterrupt where it ends at once. Outside of the main thread signals do
+    not arrive, and it only does the work.
     """
     if threading.current_thread() is not threading.main_thread():
         work()
@@ -70,7 +70,8 @@ def _keep_error(work: Callable[[], object], errors: list[BaseException]) -> None
 
 
 class _Signals:
-    """Inside, SIGINT and SIGTERM are noted; a second one, later than BOUNCE_SECONDS, raises KeyboardInterrupt."""
+    """Records SIGINT and SIGTERM inside the block; a second one, later than BOUNCE_SECONDS, raises
+    KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.first: float | None = None

@@ -1,4 +1,4 @@
-"""`python jobs/train.py JOB --trace STEP`: the samples of a step, without a cluster."""
+"""The command `python jobs/train.py JOB --trace STEP`: the samples of a step, without a cluster."""
 
 import json
 from dataclasses import replace
@@ -24,9 +24,9 @@ from mmray.training.bins_log import read_trained
 
 
 def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:
-    """Print the samples of some steps: a table each, or with `as_json` one line of JSON for each sample.
+    """Prints the samples of some steps: a table for each step, or with `as_json` one line of JSON for each sample.
 
-    steps: one, counted from 1 as in metrics.jsonl, or the first and the last, as in `100:105`.
+    steps: one step, counted from 1 as in metrics.jsonl, or the first and the last, as in `100:105`.
     """
     first, last = _range(steps)
     run = RunFolder(job.output.run).fetch()
@@ -42,7 +42,8 @@ def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:
 
 
 def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
-    """The tracer of a job's run. continue_on: steps to come are those of the job's data, where the run's is other."""
+    """The tracer of a job's run. continue_on: whether later steps are those of the job's data, where the run's data
+    differs."""
     folder = RunFolder(job.output.run)
     run = folder.fetch()
     prepared = PreparedDataset(job.prepared_path("train"))
@@ -87,6 +88,8 @@ def _table(step: int, samples: list[TracedSample], metrics: dict[str, Any] | Non
         table.add_column(name, justify="right")
     for name in ("sample", "source"):
         table.add_column(name, overflow="fold")
-    for each in samples:
-        table.add_row(str(each.rank), str(each.micro_batch), str(each.bin), escape(each.id), escape(each.source))
+    for sample in samples:
+        table.add_row(
+            str(sample.rank), str(sample.micro_batch), str(sample.bin), escape(sample.id), escape(sample.source)
+        )
     return table

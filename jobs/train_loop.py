@@ -1,8 +1,9 @@
-"""What every Ray Train worker runs: the loop of the library (`mmray/run/loop.py`) with what is Ray's handed in.
+"""The train function of every Ray Train worker: the loop of the library (`mmray/run/loop.py`) with Ray's parts handed
+in.
 
-A worker knows its place from the checkpoint alone: the cursor in it says how many global batches the weights have
-seen, and the data stream is built from there. The split is made inside this function (rank 0 makes it, the others
-receive their part), because what Ray Train evaluates outside does not see the checkpoint being restored.
+A worker knows its place from the checkpoint alone: the cursor in it says how many global batches the weights were
+trained on, and the data stream is built from there. The split is made inside this function (rank 0 makes it, the others
+receive their part), because code that Ray Train evaluates outside does not see the checkpoint being restored.
 """
 
 import pickle
@@ -32,16 +33,16 @@ from pipelines.ingest import Ingest
 
 
 def worker_config(plan: RunPlan, callbacks: Sequence[Callback]) -> dict[str, bytes]:
-    """What `train_worker` takes. callbacks: of this run alone, beside the standard ones.
+    """The argument of `train_worker`. callbacks: those of this run alone, in addition to the standard ones.
 
-    Pickled: Ray Train's controller unpickles what it is given, and would import all of mmray, transformers and torch
+    It is pickled: Ray Train's controller unpickles its arguments, and would import all of mmray, transformers and torch
     for it, some seconds before it begins to start workers.
     """
     return {"pickled": pickle.dumps((plan, callbacks))}
 
 
 def train_worker(config: dict[str, bytes]) -> None:
-    """The train function of one rank. config: of `worker_config`."""
+    """The train function of one rank. config: made by `worker_config`."""
     plan, callbacks = pickle.loads(config["pickled"])
     if plan.gpus:
         torch.cuda.set_device(ray.train.torch.get_device())
@@ -57,7 +58,7 @@ def train_worker(config: dict[str, bytes]) -> None:
 
 
 def _train(plan: RunPlan, folder: RunFolder, ranks: Ranks, own_callbacks: Sequence[Callback]) -> None:
-    """Train from the newest whole checkpoint, or from the start, to the end."""
+    """Trains from the newest whole checkpoint, or from the start, to the end."""
     checkpoints = CheckpointWriter(folder, ranks, plan.job.training.keep_checkpoints)
     node = ray.get_runtime_context().get_node_id()
     run = open_run(plan, folder, ranks, scratch=checkpoints.scratch, node=node)
@@ -68,7 +69,7 @@ def _train(plan: RunPlan, folder: RunFolder, ranks: Ranks, own_callbacks: Sequen
 
 
 class StreamedBatches:
-    """This rank's micro-batches, through Ray Data."""
+    """The micro-batches of this rank, read through Ray Data."""
 
     def __init__(self, run: RunState) -> None:
         plan = run.plan
@@ -78,12 +79,12 @@ class StreamedBatches:
         )
 
     def __call__(self, start: int, stop: int) -> Iterator[list[MicroBatch]]:
-        """Those of the steps [start, stop), step by step. Collective."""
+        """Yields the micro-batches of the steps [start, stop), step by step. Collective."""
         for first, last in self._ingest.segments(start, stop):
             yield from self._ingest.receive(self._shard(first, last), self._rank, first, last)
 
     def _shard(self, start: int, stop: int) -> Any:
-        """This rank's iterator over steps [start, stop); rank 0 builds the graph. A collective call."""
+        """This rank's iterator over steps [start, stop); rank 0 builds the graph. Collective."""
         reference = None
         if self._rank == 0:
             reference = ray.put(self._ingest.split(start, stop))

@@ -96,8 +96,8 @@ def train(
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
     if checkpoint is None or continue_on:
-        for split, each in prepared.items():
-            check_old_chats(job, split, each)
+        for split, dataset in prepared.items():
+            check_old_chats(job, split, dataset)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
     if job.balance and job.balance.across_batches is None and cursor.balance is not None:
         console.print(f"{run} began with batches of bins of like cost and goes on so (balance.across_batches)")

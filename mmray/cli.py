@@ -1,4 +1,4 @@
-"""The `mmray` command: what needs no cluster."""
+"""Checks, shows and exports the data and runs of mmray; `prepare` and `train` run the jobs of a checkout."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from rich.console import Console
 import mmray
 from mmray.errors import UserError
 
-_SHOWN = 10
-"""Examples of each kind that a command prints."""
+_MAX_EXAMPLES = 10
+"""Most examples of each kind that a command prints."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 ALL_TO_THE_JOB = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""Of a command whose arguments are those of a job's script, `--help` too."""
+"""Context settings of a command that passes all its arguments to a job's script, `--help` too."""
 
 
 def _show_version(asked: bool) -> None:
@@ -49,7 +49,7 @@ def train(context: typer.Context) -> None:
 
 
 def _run_job(name: str, arguments: list[str]) -> None:
-    """Become the script of a job. Raises UserError where there is no checkout."""
+    """Replace this process by a job's script. Raises UserError when there is no checkout."""
     script = Path(mmray.__file__).parents[1] / "jobs" / f"{name}.py"
     if not script.exists():
         raise UserError(
@@ -61,7 +61,9 @@ def _run_job(name: str, arguments: list[str]) -> None:
 
 @app.command()
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="A page for people instead: every setting.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a page with every setting, for people, instead.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of the job file: for editors that complete and check YAML."""
     if markdown:
@@ -82,7 +84,7 @@ def report(
     ] = None,
     job_file: Annotated[
         Path | None,
-        typer.Option("--job", metavar="JOB.yaml", help="With --html: whose workers and batches the page reckons with."),
+        typer.Option("--job", metavar="JOB.yaml", help="With --html: the job whose workers and batches the page uses."),
     ] = None,
     processor: Annotated[
         str | None,
@@ -92,10 +94,10 @@ def report(
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the processor.")
     ] = False,
 ) -> None:
-    """Show what was prepared, or how a run went: a table, or a page with charts (--html)."""
+    """Report a prepared dataset or a run: a table, or a page with charts (--html)."""
     from mmray.config.job import load_job
 
-    job = None if job_file is None else load_job(job_file)  # a mistake is told before torch is imported
+    job = None if job_file is None else load_job(job_file)  # a mistake is reported before torch is imported
     from mmray.display.html import write_html
     from mmray.prepared import PreparedDataset
     from mmray.report import Run, prepared_page, prepared_table, run_page, run_table
@@ -119,14 +121,15 @@ def report(
 @app.command("from-huggingface")
 def from_huggingface(
     path: Annotated[str, typer.Argument(help="As for datasets.load_dataset: a hub name, imagefolder, json, …")],
-    target: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the Parquet files go: a folder or URI.")],
+    target: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of the Parquet files: a path or URI.")],
     name: Annotated[str | None, typer.Option(help="The configuration of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="The split.")] = "train",
     revision: Annotated[str | None, typer.Option(help="The commit of a dataset on the hub.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="The folder of a local dataset.")] = None,
     data_files: Annotated[str | None, typer.Option(help="The files of a local dataset, or a glob.")] = None,
 ) -> None:
-    """Write a dataset of Hugging Face into Parquet row files, image bytes included. Again: goes on where it was."""
+    """Write a Hugging Face dataset into Parquet row files, image bytes included. After a stop, the same command
+    continues."""
     from mmray.rows.huggingface import write_rows
 
     rows = write_rows(
@@ -138,12 +141,12 @@ def from_huggingface(
 @app.command("from-pdf")
 def from_pdf(
     files: Annotated[list[str], typer.Argument(help="PDFs: paths, folders, globs, or URIs of them.")],
-    out: Annotated[str, typer.Option(metavar="ROWS.jsonl", help="Where the rows go, a local file.")],
+    out: Annotated[str, typer.Option(metavar="ROWS.jsonl", help="The local file for the rows.")],
     text: Annotated[
         bool, typer.Option("--text", help="Write each page's text layer as its text, marked with text_from.")
     ] = False,
 ) -> None:
-    """Write a row for each page of PDFs; nothing is rendered. Again, after a stop: goes on where it was."""
+    """Write a row for each page of PDFs; nothing is rendered. After a stop, the same command continues."""
     from mmray.display.progress import ProgressBar
     from mmray.rows.from_pdf import write_pdf_rows
 
@@ -153,10 +156,10 @@ def from_pdf(
     console.print(f"{out}: {written.rows:,} rows")
     if written.without_text:
         console.print(f"{written.without_text:,} pages have no text layer and are left out")
-    for reason in written.failed[:_SHOWN]:
+    for reason in written.failed[:_MAX_EXAMPLES]:
         console.print(f"left out: {reason}")
-    if len(written.failed) > _SHOWN:
-        console.print(f"… and {len(written.failed) - _SHOWN:,} more files are left out")
+    if len(written.failed) > _MAX_EXAMPLES:
+        console.print(f"… and {len(written.failed) - _MAX_EXAMPLES:,} more files are left out")
     if written.image_root:
         console.print(f"the job names where the PDFs lie: image_root: {written.image_root}")
 
@@ -168,9 +171,9 @@ def verify(
         int | None, typer.Option(min=1, help="Processes that decode; default: one for each CPU.")
     ] = None,
 ) -> None:
-    """Decode every picture of a prepared dataset once, and list what is broken, blank or not what was prepared.
+    """Decode every picture of a prepared dataset once, and list those that are broken, blank or not as prepared.
 
-    Exit code 1 where a picture is broken. Again, after a stop: goes on where it was.
+    Exit code 1 when a picture is broken. After a stop, the same command continues.
     """
     paths = [path]
     if path.endswith((".yaml", ".yml")):
@@ -183,10 +186,10 @@ def verify(
     from mmray.report.tables import verified_table
 
     broken = 0
-    for each in paths:
-        with ProgressBar(f"pictures of {each}", "bins") as bar:
-            verified = verify_pictures(each, processes=processes, on_progress=bar.update)
-        Console().print(verified_table(each, verified))
+    for prepared_path in paths:
+        with ProgressBar(f"pictures of {prepared_path}", "bins") as bar:
+            verified = verify_pictures(prepared_path, processes=processes, on_progress=bar.update)
+        Console().print(verified_table(prepared_path, verified))
         broken += verified.broken
     sys.exit(1 if broken else 0)
 
@@ -195,14 +198,16 @@ def verify(
 def inspect(
     path: Annotated[str, typer.Argument(help="A prepared dataset, or a job file (JOB.yaml) with --rows or --id.")],
     bin_number: Annotated[int | None, typer.Option("--bin", help="Which bin, from 0; default: the first.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Of a job file: the first rows of each set.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="For a job file: the number of first rows of each set.")
+    ] = None,
     row_id: Annotated[
-        str | None, typer.Option("--id", metavar="ID", help="Of a job file: the row with this id.")
+        str | None, typer.Option("--id", metavar="ID", help="For a job file: the row with this id.")
     ] = None,
     row_set: Annotated[
-        str | None, typer.Option("--set", metavar="SET", help="Of a job file: one set of rows, as train.1.")
+        str | None, typer.Option("--set", metavar="SET", help="For a job file: one set of rows, such as train.1.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Of a job file: a line of JSON for each row.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For a job file: print a line of JSON for each row.")] = False,
     processor: Annotated[
         str | None, typer.Option(help="Processor folder or hub name; default: the one the dataset was prepared with.")
     ] = None,
@@ -213,8 +218,8 @@ def inspect(
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the processor.")
     ] = False,
 ) -> None:
-    """Show one bin: its samples, whose turn each stretch of text is, what trains, and the pictures (--html). Of a job
-    file: what becomes of its rows, before anything is prepared."""
+    """Show one bin: its samples, the turns of their text, the trained tokens, and the pictures (--html). For a job
+    file: its rows as samples, before anything is prepared."""
     if path.endswith((".yaml", ".yml")):
         _refuse("a job file", {"--bin": bin_number, "--processor": processor, "--trust-remote-code": trust_remote_code})
         _inspect_rows(Path(path), rows, row_id, row_set, html=html, as_json=as_json)
@@ -233,9 +238,9 @@ def inspect(
 
 
 def _refuse(what: str, options: dict[str, Any]) -> None:
-    """Raise UserError for options that have no meaning for what is looked at."""
-    if given := [name for name, value in options.items() if value]:
-        raise UserError(f"{given[0]} has no meaning for {what}; leave it out")
+    """Raise UserError for options that have no meaning for a kind of input."""
+    if used_options := [name for name, value in options.items() if value]:
+        raise UserError(f"{used_options[0]} has no meaning for {what}; leave it out")
 
 
 def _inspect_rows(
@@ -266,15 +271,15 @@ def _inspect_rows(
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or a checkpoint in it.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write: a path or URI.")],
-    step: Annotated[int | None, typer.Option(help="Of which step; default: the newest whole checkpoint.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: that of the training.")] = None,
+    step: Annotated[int | None, typer.Option(help="The step of the checkpoint; default: the newest whole one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: the dtype of the training.")] = None,
     job_file: Annotated[
         Path | None,
         typer.Option("--job", metavar="JOB.yaml", help="The run's job, for checkpoints that do not name their model."),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in OUT.")] = False,
 ) -> None:
-    """Write a checkpoint as a model folder that transformers loads, with its processor and how to prompt it."""
+    """Write a checkpoint as a model folder that transformers loads, with its processor and a prompt's form."""
     if dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--dtype {dtype}: give bf16 or fp32")
     from mmray.config.job import load_job
@@ -300,12 +305,12 @@ def doctor(
 
     console = Console(stderr=json_only)
     findings = []
-    for each in examine(job):
-        if isinstance(each, FirstRows):
+    for entry in examine(job):
+        if isinstance(entry, FirstRows):
             if not json_only:
-                each.preview(console)
+                entry.preview(console)
         else:
-            findings.append(each)
+            findings.append(entry)
     if json_only:
         print(as_json(findings))
     else:
@@ -314,7 +319,7 @@ def doctor(
 
 
 def main() -> Any:
-    """Entry point: mistakes of the user are one line and exit code 2."""
+    """Run the command; a mistake of the user gives one line and exit code 2."""
     try:
         return app()
     except UserError as error:

@@ -1,12 +1,12 @@
-"""Files of any file system, local or a URI, with writes that appear whole or not at all.
+"""Reads and writes files of any file system, local or by URI; a written file appears whole or not at all.
 
-fsspec does the work (`s3://`, `gs://`, `memory://`, … as far as their packages are installed), with the credentials
-and endpoints that its packages find by themselves (environment, configuration files, roles). A local file is written
-beside its place and renamed over it; object stores put an object whole by themselves, from memory, in parts where it
-is large (S3: above 100 MB, up to 5 TB). So nothing here needs a rename, and a reader never sees half a file.
+fsspec does the work (`s3://`, `gs://`, `memory://`, … when their packages are installed), with the credentials and
+endpoints that its packages read from the environment, configuration files and roles. A local file is written under a
+temporary name beside its place and renamed; object stores put an object whole, from memory, in parts when it is large
+(S3: above 100 MB, up to 5 TB). So remote files need no rename, and a reader never sees half a file.
 
-Listings are never cached: another machine may have written in between. Files are read by the ranges that are asked
-for: fsspec's own read-ahead fetches 5 to 50 MB for each jump.
+Listings are never cached: another machine may have written in between. Reads fetch just the requested range: fsspec's
+read-ahead would fetch 5 to 50 MB for each jump.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ from fsspec.implementations.local import LocalFileSystem
 from mmray.errors import PassingError, UserError
 
 _VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What file systems call the state of a file, the surest first."""
+"""Names that file systems use for the version of a file, the most reliable first."""
 
 
 _CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google"}
-"""Packages of remote file systems that raise errors of their own, unrelated to OSError."""
+"""Packages of remote file systems whose errors are no OSError."""
 
 _REFUSED = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
-"""What S3 calls credentials that are wrong everywhere, not for one object alone."""
+"""S3's error codes for credentials that are wrong for every object."""
 
 
 def file_system(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URI, and the path in it.
 
-    A remote one raises OSError (ConnectionError where the store cannot be reached) and, for missing or refused
-    credentials, UserError; never an error of its client's package. Raises UserError where nothing opens the URI.
+    A remote file system raises OSError (ConnectionError when the store cannot be reached) and, for missing or refused
+    credentials, UserError; never an error of its client's package. Raises UserError when no package opens the URI.
     """
     try:
         system, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
@@ -56,7 +56,7 @@ def file_system(uri: str) -> tuple[Any, str]:
 
 
 class _Remote:
-    """A remote file system, or a file of one, with the errors that `file_system` promises."""
+    """Wraps a remote file system, or a file of one, so that it raises the errors that `file_system` promises."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -92,7 +92,7 @@ def _plainly(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plain(error: Exception) -> Exception | None:
-    """The builtin error, or the user's, that an error of a client stands for; None for one that is plain already."""
+    """The builtin error or UserError that corresponds to a client's error; None for an error to raise as it is."""
     code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
     text = " ".join(str(error).split())
     if code in _REFUSED:
@@ -105,17 +105,23 @@ def _plain(error: Exception) -> Exception | None:
 
 
 def file_version(info: Mapping[str, Any]) -> str:
-    """What tells a file from one that replaced it: etag or modification time, of fsspec's `info`. "" for none."""
+    """The version of a file, which changes when the file is replaced: its etag or modification time; "" without any.
+
+    info: what fsspec's `info` returns.
+    """
     return str(next((info[key] for key in _VERSION_KEYS if info.get(key)), ""))
 
 
 _LASTING = (PermissionError, FileExistsError, NotADirectoryError, FileNotFoundError)
-"""Errors that a new try would meet again."""
+"""Errors that a retry would raise again."""
 
 
 @contextmanager
 def explained(place: str) -> Iterator[None]:
-    """Errors of a file system, inside, as a UserError: the place, what is wrong, the remedy."""
+    """Turns an OSError in the block into a UserError that names the place, the problem and the remedy.
+
+    The error is a PassingError when a retry may succeed.
+    """
     try:
         yield
     except OSError as error:
@@ -140,12 +146,14 @@ def _remedy(error: OSError) -> str:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """A local file to write beside `path`, which takes that name when the block ends well: whoever reads `path` finds
-    the older file or the whole new one.
+    """Yields the path of a local file to write, which replaces `path` when the block ends without an error.
 
-    sync: write it to the disk first, so that this holds for a machine that loses its power too. When the block raises,
-    the older file stays and nothing is left beside it; the name of what a killed process leaves begins with a dot.
-    Raises OSError where the folder is not there or cannot be written.
+    Whoever reads `path` gets the older file or the whole new one. When the block raises, the older file stays and the
+    new one is deleted; the name of what a killed process leaves begins with a dot.
+
+    sync: write the file to the disk first, so that this also holds after a loss of power.
+
+    Raises OSError when the folder does not exist or cannot be written.
     """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -160,14 +168,14 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells a file from what stood there before."""
+    """The size and version of a file, which differ after the file is replaced."""
 
     size: int
     version: str
 
 
 def arrow_file_system(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system of a path or URI for Arrow, by fsspec too, and the path in it. Raises what `file_system` does."""
+    """The Arrow file system of a path or URI, on top of fsspec, and the path in it. Raises what `file_system` does."""
     system, path = file_system(uri)
     inner = system._inner if isinstance(system, _Remote) else system  # Ray compares file systems
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(inner)), path
@@ -193,7 +201,7 @@ class Folder:
         return posixpath.join(root, name) if name else root
 
     def create(self) -> None:
-        """Make the folder and its parents. Object stores have none: a bucket that is not there is an error later."""
+        """Make the folder and its parents. Object stores have no folders: a missing bucket is an error later."""
         if self.is_local:
             self._located[0].makedirs(self.path(), exist_ok=True)
 
@@ -201,37 +209,37 @@ class Folder:
         return bool(self._located[0].exists(self.path(name)))
 
     def names(self) -> list[str]:
-        """Names of the files right inside, sorted; empty when the folder does not exist."""
+        """Names of the files directly inside, sorted; empty when the folder does not exist."""
         return sorted(self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Sizes in bytes of the files right inside, by name; empty when the folder does not exist."""
+        """Sizes in bytes of the files directly inside, by name; empty when the folder does not exist."""
         system, root = self._located
         try:
-            found = system.ls(root, detail=True)
+            entries = system.ls(root, detail=True)
         except FileNotFoundError:
             return {}
-        names = {posixpath.basename(str(each["name"])): int(each["size"] or 0) for each in found}
-        names.pop("", None)  # what consoles of object stores leave where someone made a "folder"
+        names = {posixpath.basename(str(entry["name"])): int(entry["size"] or 0) for entry in entries}
+        names.pop("", None)  # left by consoles of object stores for a "folder"
         return names
 
     def files(self) -> dict[str, FileState]:
-        """All files of the folder and the folders in it, by name."""
+        """States of all files in the folder and its subfolders, by name."""
         system, root = self._located
-        found = system.find(root, detail=True)
-        states = {path: FileState(int(info["size"] or 0), file_version(info)) for path, info in found.items()}
+        entries = system.find(root, detail=True)
+        states = {path: FileState(int(info["size"] or 0), file_version(info)) for path, info in entries.items()}
         return {path.removeprefix(root).lstrip("/"): state for path, state in sorted(states.items())}
 
     def get(self, name: str, target: Path) -> None:
-        """Copy a file to a local path, whatever its size."""
+        """Copy a file of any size to a local path."""
         self._located[0].get_file(self.path(name), str(target))
 
     def put(self, source: Path, name: str) -> None:
-        """Copy a local file to a name, whatever its size."""
+        """Copy a local file of any size to a name."""
         self._located[0].put_file(str(source), self.path(name))
 
     def open(self, name: str) -> IO[bytes]:
-        """A file to read; of a remote one each read is a request for just its range."""
+        """Open a file to read; each read of a remote file is a request for just its range."""
         return self._located[0].open(self.path(name), "rb", cache_type="none")
 
     def read(self, name: str) -> bytes:
@@ -247,7 +255,7 @@ class Folder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
-        """A file to write to, which takes its name when the block ends well and leaves nothing when it does not."""
+        """Yields a file to write, which gets its name when the block ends without an error, and else is deleted."""
         if not self.is_local:
             # Closing a remote file commits what it holds, after an error too; so nothing is sent before the end.
             with tempfile.NamedTemporaryFile(prefix="mmray-") as kept:
@@ -265,12 +273,12 @@ class Folder:
         self._located[0].rm(self.path(name), recursive=True)
 
     def remove_tree(self, name: str) -> None:
-        """Delete a file, or a folder with all in it; nothing where there is none."""
+        """Delete a file, or a folder with everything in it; no error when it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             self._located[0].rm(self.path(name), recursive=True)
 
     def remove_files(self, names: Iterable[str]) -> None:
-        """Delete files, in few requests where the folder is remote. Those that are gone already are no error."""
+        """Delete files, in few requests when the folder is remote; missing files are no error."""
         if not self.is_local:
             if paths := [self.path(name) for name in names]:
                 self._located[0].rm(paths)

@@ -1,4 +1,5 @@
-"""What both graphs ask of Ray Data: blocks of one row that keep their order, and errors a person can read."""
+"""Settings of Ray Data that both graphs share: blocks of one row that keep their order, and errors a person can
+read."""
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,36 +15,37 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryErro
 from pipelines.nodes import alive_nodes, amount, labelled
 
 ERROR = "error"
-"""Column in which an actor hands on the message of a UserError. As an exception it would arrive inside wrappers of Ray
-that lose what they wrap when they travel on."""
+"""Column in which an actor passes on the message of a UserError. An exception would arrive inside wrappers of Ray that
+lose their cause when they are pickled."""
 
 
 def one_row_blocks(items: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> Dataset:
     """A dataset with one block per item, in this order. labels: of the nodes that its operators run on; {}: any.
 
-    Operators on it deliver blocks in order whatever the actors' pace, and never split one.
+    Its operators deliver blocks in order whatever the actors' pace, and never split one.
     """
     return _in_order(ray.data.from_items(list(items), override_num_blocks=len(items)), labels, block_bytes=None)
 
 
 def numbers(count: int, labels: Mapping[str, str]) -> Dataset:
-    """A dataset with one block, of one row, for each `number` from 0 to count - 1, made while it is read. labels: of
-    the nodes that its operators run on; {}: any.
+    """A dataset with one block, of one row, for each `number` from 0 to count - 1, generated while it is read.
 
-    Before the first block of `one_row_blocks` comes, all are put into the object store, 1 ms each. Here one task that
-    takes no CPU lists them. All operators on it must give blocks of one row.
+    labels: of the nodes that its operators run on; {}: any. All its operators must return blocks of one row.
+
+    `one_row_blocks` puts all blocks into the object store before the first is delivered, 1 ms each. Here one task that
+    uses no CPU lists them.
     """
     dataset = ray.data.read_datasource(_Numbers(count), override_num_blocks=1, num_cpus=0)
     return _in_order(dataset, labels, block_bytes=1)
 
 
 def cluster_amount(resource: str, labels: Mapping[str, str]) -> float:
-    """CPUs (or GPUs), busy ones too, of the cluster's nodes that have these labels now; {}: of all nodes."""
+    """Number of CPUs (or GPUs), busy ones too, of the cluster's nodes that have these labels now; {}: of all nodes."""
     return amount(labelled(alive_nodes(), labels), resource)
 
 
-class MadeThere:
-    """An actor's callable that is imported and made where it is called.
+class PickledActor:
+    """Unpickles and builds an actor's callable inside the actor.
 
     The process that schedules a split unpickles the whole graph. As bytes, an actor's class does not make it import
     torch and transformers, 5 s before the actors themselves can begin to.
@@ -57,7 +59,7 @@ class MadeThere:
 
 
 def out_of_room(error: BaseException) -> str:
-    """What Ray lacked, by an error or what caused it, in a word for a person; "" where it lacked nothing."""
+    """The resource that Ray lacked, by an error or its cause, in a few words; "" where it lacked none."""
     lacks: dict[type[BaseException], str] = {
         OutOfMemoryError: "a machine of the cluster is out of memory",
         ObjectStoreFullError: "Ray's object store is full",
@@ -72,16 +74,19 @@ def out_of_room(error: BaseException) -> str:
     return ""
 
 
-class RenderThere(MadeThere):
-    """Under this name Ray's dashboard and process lists show the actors that decode."""
+class RenderActor(PickledActor):
+    """The actor that decodes images, under this name in Ray's dashboard and process lists."""
 
 
-class MaskThere(MadeThere):
-    """And those that compute labels."""
+class MaskActor(PickledActor):
+    """The actor that computes labels, under this name in Ray's dashboard and process lists."""
 
 
 def _in_order(dataset: Dataset, labels: Mapping[str, str], block_bytes: int | None) -> Dataset:
-    """block_bytes: a block ends when it has as many, so with 1 after each row; None: with the task that makes it."""
+    """Sets a dataset to keep the order of its blocks.
+
+    block_bytes: a block ends when it has as many, so with 1 after each row; None: with the task that makes it.
+    """
     context = dataset.context
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = dict(labels) or None
@@ -92,7 +97,7 @@ def _in_order(dataset: Dataset, labels: Mapping[str, str], block_bytes: int | No
 
 
 class _Numbers(Datasource):
-    """One read task whose blocks are numbers."""
+    """A data source with one read task whose blocks are numbers."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -100,7 +105,7 @@ class _Numbers(Datasource):
 
     @property
     def supports_distributed_reads(self) -> bool:
-        """False: on the node of the graph's driver. On another, its loss would begin the list again."""
+        """False, so that it runs on the node of the graph's driver. On another, its loss would begin the list again."""
         return False
 
     def estimate_inmemory_data_size(self) -> int | None:

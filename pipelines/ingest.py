@@ -1,4 +1,4 @@
-"""A prepared dataset to the micro-batches of each rank, through Ray Data, in schedule order.
+"""Turns a prepared dataset into the micro-batches of each rank, through Ray Data, in schedule order.
 
     shares ─ Render (CPU actors: read bins, decode, tile) ─ Mask (GPU actors: labels, positions) ─ streaming_split
 
@@ -9,8 +9,8 @@ a silent reorder.
 
 Ray spends about 10 ms on each block, whatever is in it, so small micro-batches travel together (`per_share`). Shares
 are listed lazily, so that the first batch comes as soon at step 1,000,000, and of a long run, as at step 0 of a short
-one. A graph still ends after `SEGMENT_SHARES` and another is built, which takes its actors' start: Ray 2.60 keeps some
-notes of every block as long as a graph runs.
+one. A graph still ends after `SEGMENT_SHARES` and another is built, which takes as long as its actors' start: Ray 2.60
+keeps some notes of every block as long as a graph runs.
 """
 
 import pickle
@@ -32,21 +32,21 @@ from mmray.config.job import ResourceSettings, TileCacheSettings
 from mmray.errors import PassingError, UserError
 from mmray.families import Tile
 from mmray.run.warnings import keep_warnings
-from pipelines.dataset import ERROR, MadeThere, MaskThere, RenderThere, numbers
+from pipelines.dataset import ERROR, MaskActor, PickledActor, RenderActor, numbers
 from pipelines.measures import StageClock, clocked
 
 PASSES = "passes"
-"""Column beside ERROR: whether that is a PassingError."""
+"""Column beside ERROR that tells whether the error is a PassingError."""
 
 SEGMENT_SHARES = 32_768
-"""Shares, over all ranks, of one Ray Data execution. Measured: the process that schedules it grows by 5 to 9 kB a
-share, so by 0.3 GB at most."""
+"""Number of shares, over all ranks, of one Ray Data execution. Measured: the process that schedules it grows by 5 to 9
+kB a share, so by 0.3 GB at most."""
 
 SHARE_BYTES = 2 << 20
-"""What a share should at least hold: rendering that much takes longer than Ray takes for a block."""
+"""Bytes that a share should at least hold: rendering that much takes longer than Ray takes for a block."""
 
 MOST_PER_SHARE = 32
-"""Micro-batches of one share at most: one actor makes all of a share, while its rank waits for the first."""
+"""The most micro-batches of one share: one actor makes all of a share, while its rank waits for the first."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class Shares:
         return -(-(self.stop - self.start) * self.plan.micro_batches // self.per_share) * self.plan.world_size
 
     def places(self, number: int) -> list[Place]:
-        """The micro-batches of one share."""
+        """The places of the micro-batches of one share."""
         turn, rank = divmod(number, self.plan.world_size)
         first = self.start * self.plan.micro_batches + turn * self.per_share
         end = min(first + self.per_share, self.stop * self.plan.micro_batches)
-        counted = (divmod(each, self.plan.micro_batches) for each in range(first, end))
+        counted = (divmod(position, self.plan.micro_batches) for position in range(first, end))
         return [Place(step, rank, micro) for step, micro in counted]
 
 
 class Render:
-    """Actor: the micro-batches of one share with their pictures decoded. warnings: file in which it keeps its own."""
+    """Actor that decodes the images of one share's micro-batches. warnings: file in which it keeps its warnings."""
 
     def __init__(self, shares: Shares, tile_cache: TileCacheSettings | None, warnings: str | None, job: str) -> None:
         torch.set_num_threads(1)
@@ -91,7 +91,7 @@ class Render:
 
 
 class Mask:
-    """Actor: labels and positions of the micro-batches of one share, on `device`."""
+    """Actor that computes labels and positions of one share's micro-batches on `device`."""
 
     def __init__(self, plan: BatchPlan, device: str, job: str) -> None:
         torch.set_num_threads(1)
@@ -109,25 +109,28 @@ class Mask:
 
 
 def joined(tables: list[pa.Table]) -> pa.Table:
-    """One-row tables side by side in one row, not copied: column `name` of table k is `k.name`."""
+    """Joins one-row tables into one row without copying: column `name` of table k becomes `k.name`."""
     columns = {f"{number}.{name}": table[name] for number, table in enumerate(tables) for name in table.column_names}
     return pa.table(columns)
 
 
 def parts(share: pa.Table) -> list[pa.Table]:
-    """The tables that `joined` put together."""
+    """The tables that `joined` joined."""
     columns: list[dict[str, pa.ChunkedArray]] = []
     for label in share.column_names:
         number, name = label.split(".", 1)
         if int(number) == len(columns):
             columns.append({})
         columns[int(number)][name] = share[label]
-    return [pa.table(each) for each in columns]
+    return [pa.table(table_columns) for table_columns in columns]
 
 
 class Ingest:
-    """The way of a plan's micro-batches to its ranks. gpus: mask actors take a share of a GPU; warnings: file in which
-    actors keep theirs; job: the name under which they tell Prometheus their times."""
+    """The Ray Data graph that brings a plan's micro-batches to its ranks.
+
+    gpus: whether mask actors use a share of a GPU; warnings: file in which actors keep their warnings; job: the name
+    under which they report their times to Prometheus.
+    """
 
     def __init__(
         self,
@@ -142,7 +145,8 @@ class Ingest:
 
     @cached_property
     def per_share(self) -> int:
-        """Micro-batches of a share, so that it holds about SHARE_BYTES: by the bins' mean numbers of tokens."""
+        """Number of micro-batches of a share, so that it holds about SHARE_BYTES, by the bins' mean numbers of
+        tokens."""
         family, statistics = self.maker.family, self.maker.prepared.statistics
         frames = family.dummy_frames
         sizes = tuple((frame.shape[1], frame.shape[0]) for frame in frames)
@@ -166,12 +170,13 @@ class Ingest:
         render = partial(Render, shares, resources.tile_cache, self.warnings, self.job)
         mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu", self.job)
         dataset = numbers(len(shares), resources.train_labels)
-        dataset = _map(dataset, RenderThere, render, min(resources.render_actors, len(shares)), num_cpus=1)
-        dataset = _map(dataset, MaskThere, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
+        dataset = _map(dataset, RenderActor, render, min(resources.render_actors, len(shares)), num_cpus=1)
+        dataset = _map(dataset, MaskActor, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
         return list(dataset.streaming_split(self.plan.world_size, equal=True))
 
     def receive(self, shard: Any, rank: int, start: int, stop: int) -> Iterator[list[MicroBatch]]:
-        """One rank's micro-batches, step by step, each checked against the schedule. shard: its iterator of `split`.
+        """Yields one rank's micro-batches, step by step, each checked against the schedule. shard: the rank's iterator
+        of `split`.
 
         Raises UserError for a row that cannot be rendered, RuntimeError for a batch that is not the expected one.
         """
@@ -193,8 +198,8 @@ class Ingest:
             raise RuntimeError(f"expected {expected} with bins {bins}, received {batch.place} with bins {batch.bins}")
 
 
-def _map(dataset: Dataset, kind: type[MadeThere], make: Callable[[], Any], actors: int, **resources: Any) -> Dataset:
-    """Each block through one of so many actors, each with what `make()` gives."""
+def _map(dataset: Dataset, kind: type[PickledActor], make: Callable[[], Any], actors: int, **resources: Any) -> Dataset:
+    """Passes each block through one of `actors` actors, each with the callable that `make()` returns."""
     return dataset.map_batches(
         kind, batch_size=None, batch_format="pyarrow", fn_constructor_args=(pickle.dumps(make),),
         compute=ray.data.ActorPoolStrategy(size=actors), **resources,
@@ -204,8 +209,8 @@ def _map(dataset: Dataset, kind: type[MadeThere], make: Callable[[], Any], actor
 def _next(shares: Iterator[pa.Table], step: int) -> pa.Table:
     share = next(shares, None)
     if share is None or share.num_rows != 1:
-        found = "no more batches" if share is None else f"a block of {share.num_rows} rows"
-        raise RuntimeError(f"step {step}: the data stream gave {found}")
+        received = "no more batches" if share is None else f"a block of {share.num_rows} rows"
+        raise RuntimeError(f"step {step}: the data stream gave {received}")
     if ERROR in share.column_names:
         kind = PassingError if share[PASSES][0].as_py() else UserError
         raise kind(share[ERROR][0].as_py())

@@ -1,4 +1,4 @@
-"""The nodes of the cluster, as all that asks for them sees them."""
+"""The nodes of the cluster, with their resources and labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,10 @@ import ray
 
 @dataclass(frozen=True)
 class Node:
-    """A node of Ray. resources: all it has, busy or not; socket: of its raylet, a path of its own within a folder."""
+    """A node of Ray.
+
+    resources: all its resources, busy or not; socket: that of its raylet, whose path is unique within a folder.
+    """
 
     address: str
     resources: Mapping[str, float]

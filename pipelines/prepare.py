@@ -1,12 +1,12 @@
-"""Where a prepare makes its windows on a Ray cluster; all else of it is `mmray.prepared.driver`'s.
+"""Makes the windows of a prepare on a Ray cluster; all other parts are `mmray.prepared.driver`'s.
 
     chunks of 512 rows ─ EncodeChunk (actors: headers, tokens, exact lengths) ─ PackWindow (actors: 2D bins, Parquet)
 
 A chunk goes through Ray Data as one row, its samples as one Arrow buffer, so no block is ever split or merged and a
-window is always the same chunks: bins are byte-equal for any number of actors.
+window always consists of the same chunks: bins are byte-equal for any number of actors.
 
-With `data.size_cache` all actors look into one table in the object store; what they measure themselves comes back with
-the windows.
+With `data.size_cache` all actors look into one table in the object store; sizes that they measure themselves come back
+with the windows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ def prepare(
     job: Job, split: str, *, replace: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
-    """Do what `driver.prepare` does, on the cluster that this process is connected to."""
+    """Prepares a split as `driver.prepare` does, on the cluster that this process is connected to."""
     return driver.prepare(
         job, split, replace=replace, on_progress=on_progress, run_windows=partial(_run_windows, job),
         hash_ids=partial(hash_ids, labels=job.resources.prepare_labels),
@@ -42,10 +42,10 @@ def prepare(
 
 
 class EncodeChunk:
-    """Actor: the samples of one chunk, and the sizes of its images that the cache lacks."""
+    """Actor that encodes the samples of one chunk, and measures the images that the size cache lacks."""
 
     def __init__(self, job: Job, split: str, known: "ray.ObjectRef[pa.Table] | None" = None) -> None:
-        """known: `KeptSizes.known`; None where there is no cache."""
+        """Stores the arguments. known: `KeptSizes.known`; None without a size cache."""
         self.job, self.split = job, split
         self.sizes = SizeCache(ray.get(known)) if known else None
         self.clock = StageClock("encode", job.name)
@@ -53,7 +53,7 @@ class EncodeChunk:
 
     @cached_property
     def encode(self) -> ChunkEncoder:
-        """Made with the first chunk: what is wrong then is told like a mistake in a row."""
+        """The encoder, built with the first chunk, so that its errors are reported like a mistake in a row."""
         return ChunkEncoder(PrepareContext.of(self.job, self.split), self.sizes)
 
     @clocked
@@ -76,17 +76,18 @@ class EncodeChunk:
 
 
 class PackWindow:
-    """Actor: packs the chunks of one window and commits its files. Hands on the sizes."""
+    """Actor that packs the chunks of one window and commits its files. Passes the sizes on."""
 
     def __init__(self, job: Job, split: str, token: str, dealing: int) -> None:
-        """token: of the plan whose windows these are (`PreparedWriter.begin`); dealing: the way its rows are dealt."""
+        """Stores the arguments. token: of the plan whose windows these are (`PreparedWriter.begin`); dealing: how its
+        rows are dealt."""
         self.job, self.split, self.token, self.dealing = job, split, token, dealing
         self.clock = StageClock("pack", job.name)
         self.tags = {"job_name": job.name, "split": split}
 
     @cached_property
     def pack(self) -> WindowPacker:
-        """Made with the first window."""
+        """The packer, built with the first window."""
         return WindowPacker(PrepareContext.of(self.job, self.split).dealt(self.dealing), self.token)
 
     @clocked
@@ -116,9 +117,9 @@ class PackWindow:
 def _run_windows(
     job: Job, context: PrepareContext, token: str, chunks: Sequence[Chunk], sizes: KeptSizes | None
 ) -> Iterator[int]:
-    """Execute the graph over these chunks: the `driver.RunWindows` of a job.
+    """Executes the graph over these chunks: the `driver.RunWindows` of a job.
 
-    Raises UserError for what actors find, and where Ray has no room.
+    Raises UserError for mistakes that actors find, and where Ray lacks resources.
     """
     if not chunks:
         return
@@ -150,9 +151,10 @@ def _run_windows(
 
 
 def _pool(most: int, *, room: int) -> ray.data.ActorPoolStrategy:
-    """A pool of up to `most` actors that begins with all that fit. room: CPUs of the nodes that are there for it.
+    """A pool of up to `most` actors that begins with as many as fit. room: CPUs of the nodes that may run them.
 
-    The rest come as nodes do. Beginning with one and growing would leave the others' imports, some seconds, for later.
+    More are added as nodes join. Beginning with one and growing would leave the others' imports, some seconds, for
+    later.
     """
     return ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(most, max(1, room)))
 

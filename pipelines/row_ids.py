@@ -1,7 +1,7 @@
-"""The ids of rows, hashed on the cluster before anything is prepared (`data.duplicate_ids`).
+"""Hashes the ids of rows on the cluster before anything is prepared (`data.duplicate_ids`).
 
-One task for each chunk reads its rows and gives 16 bytes for each; the driver puts them side by side. Which rows are
-set aside depends on their order alone, so windows can still be made anywhere, and again.
+One task for each chunk reads its rows and returns 16 bytes for each; the driver joins them. Which rows are set aside
+depends on their order alone, so windows can still be made anywhere, and again.
 """
 
 import functools

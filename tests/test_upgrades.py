@@ -87,8 +87,8 @@ def test_a_prepared_dataset_is_up_to_date_for_its_job(state: Path, split: str) -
 
 
 def same_bins(before: PreparedDataset, anew: PreparedDataset, job: Job) -> None:
-    """Two datasets have the same samples in the same bins, of which the same tokens train. Format 3 also names each
-    sample's set, and has of chats what trains token by token."""
+    """Two datasets have the same samples in the same bins, with the same trained tokens. Format 3 also names each
+    sample's set, and says of each token of a chat whether it is trained on."""
     labels = label_maker(job.loss, job_family(job))
     assert len(before) == len(anew)
     for number in range(len(before)):
@@ -137,7 +137,7 @@ def test_a_new_run_may_begin_on_chats_that_train_as_they_did(state: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"train": False}, "trains otherwise now"),
+        ({"train": False}, "has other trained tokens now"),
         ({"mood": "sad"}, "is refused now \\(unknown_field: message 1 has the key 'mood'"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What every room stands on and which needs none of them: settings, compiled loops, texts that are safe to show."""
+"""Holds what all other packages use, and uses none of them: settings, compiled loops, text that is safe to show."""

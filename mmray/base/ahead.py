@@ -1,4 +1,4 @@
-"""Work that waits, done by threads some steps ahead of who uses it, in order and in flat memory."""
+"""Runs work that waits for storage in threads, ahead of its use, in order and in constant memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,19 +13,19 @@ Result = TypeVar("Result")
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Iterator[Result]:
-    """What `function` gives for each item, in the order of the items. An error comes at its item's turn.
+    """Yield `function(item)` for each item, in order. An error is raised at its item's turn.
 
-    ahead: results that are made or being made before they are asked for. `map` of an executor has no such bound, and
-    holds whatever its user is slower to take.
+    threads: number of threads; ahead: number of results that are computed before they are used. `map` of an executor
+    has no such bound: its results pile up when they are used slowly.
     """
     waiting: deque[Future[Result]] = deque()
-    rest = iter(items)
+    remaining = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         try:
-            waiting.extend(pool.submit(function, item) for item in islice(rest, ahead))
+            waiting.extend(pool.submit(function, item) for item in islice(remaining, ahead))
             while waiting:
                 result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in islice(rest, 1))
+                waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
                 yield result
         finally:
             for future in waiting:

@@ -1,4 +1,4 @@
-"""Compiling loops: once a machine where a folder can be written, else once a process."""
+"""Compiles loops: once a machine when the cache folder can be written, else once a process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,11 @@ from numba import njit
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
-    """numba's `njit`, without the lock of Python. What is compiled is kept on disk where numba finds a place for it:
-    beside the source or in the home folder. Containers may have neither, and numba then refuses its cache."""
+    """Compile with numba's `njit`, without Python's global lock, and with a cache on disk where that is possible.
+
+    numba writes its cache beside the source or in the home folder. It refuses to cache when a container lets it write
+    to neither; the function is then compiled in each process.
+    """
 
     def decorate(function: Any) -> Any:
         try:

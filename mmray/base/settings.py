@@ -1,4 +1,4 @@
-"""The base of every part of the job file: frozen, no unknown keys, meanings written under each field.
+"""Defines the base of every part of the job file: frozen, no unknown keys, meanings written under each field.
 
 The docstring under a field is its description in the JSON Schema (`mmray schema`) and in error messages, so a
 setting is documented exactly once.
@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 RowKind = Literal["pretrain", "chat", "tokenized"]
-"""What a row is: text, a chat, or ready-made token ids (`DatasetSettings.kind`)."""
+"""The kind of a row: text, a chat, or ready-made token ids (`DatasetSettings.kind`)."""
 
 
 class Settings(BaseModel):

@@ -1,3 +1,3 @@
-"""The version of mmray."""
+"""Holds the version of mmray."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Text of the data as a person may see it: with nothing in it that acts on what shows it."""
+"""Makes text of the data safe to show: control characters become visible and have no effect."""
 
 # Formatting characters that reorder the text around them or cannot be seen: in training data both are worth knowing.
 _FORMATTING = (0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF)
@@ -12,5 +12,5 @@ _VISIBLE: dict[int, str] = {
 
 
 def visible(text: str) -> str:
-    """Text of the data with its control characters as pictures and its line breaks marked (`↵`)."""
+    """Replace control and formatting characters of a text by visible signs, and mark line breaks (`↵`)."""
     return text.translate(_VISIBLE)

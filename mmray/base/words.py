@@ -1,4 +1,4 @@
-"""Numbers and notes as reports write them."""
+"""Formats numbers and notes for reports."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -6,7 +6,7 @@ from mmray.base.version import __version__
 
 
 def amount(count: int) -> str:
-    """A count as a person takes it in at a glance: 1,959 or 5.62 M."""
+    """Format a count to read at a glance: 1,959 or 5.62 M."""
     for limit, letter in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
         if count >= limit:
             return f"{count / limit:.3g} {letter}"
@@ -14,7 +14,7 @@ def amount(count: int) -> str:
 
 
 def span(time: timedelta) -> str:
-    """A length of time in its two largest units: 3 d 4 h, 12 min 5 s."""
+    """Format a length of time in its two largest units: 3 d 4 h, 12 min 5 s."""
     seconds = int(time.total_seconds())
     parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
     first = next((place for place, (count, _) in enumerate(parts) if count), 3)
@@ -22,5 +22,5 @@ def span(time: timedelta) -> str:
 
 
 def made_by() -> str:
-    """The last line of a page."""
+    """The last line of a page: version and time."""
     return f"mmray {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

@@ -1,5 +1,6 @@
-"""The way from bins to micro-batches: `render` decodes pages, `micro_batch` joins them with tokens and labels, `plan`
-says which bins each rank gets.
+"""Makes micro-batches from bins.
+
+`render` decodes pages, `micro_batch` joins them with tokens and labels, `plan` says which bins each rank gets.
 """
 
 from mmray.batches.micro_batch import MicroBatch, Place

@@ -1,15 +1,23 @@
-"""From bins to the micro-batches a model takes: render, mask, and on the training device pixels.
+"""Makes the micro-batches that a model takes from bins, in three steps that can run in three places.
+
+- `render`, on CPU actors: decodes, crops and resizes pictures, which stay uint8.
+- `mask`, on GPU actors: makes labels and positions.
+- `MicroBatch.model_inputs`, in the training process: rescales, normalises and lays out pixels on the training device.
 
 A micro-batch is one packed row: the samples of its bins one after another, `[1, L]`, without padding between them.
-Where it holds no image (or no bin at all, at the end of an epoch) a sample of one small white picture is added, outside
-every loss, so that each rank runs the vision tower in every pass and no collective operation waits for a rank that
-does not come.
+Two samples of 3 tokens and 2 tokens with an image of 2 tokens in the first, `x I I` and `y z`, become:
 
-A sample whose picture cannot be used stays in its place, outside the loss (`mmray.batches.render`).
+| array | value |
+| --- | --- |
+| input_ids | `x I I y z` |
+| lengths | 3 2 |
+| blocks (first token and number of tokens of each image) | (1, 2) |
+| tiles (number of the sample, width, height, frames) | (0, 56, 28, 1) |
 
-The three steps are three functions so that they can run in three places: `render` on CPU actors (decode, crop, resize;
-pictures stay uint8), `mask` on GPU actors (labels, positions), `MicroBatch.model_inputs` in the training process
-(rescale, normalise, patch layout).
+A micro-batch without an image (or without a bin, at the end of an epoch) gets a sample of one small white picture,
+outside every loss: each rank then runs the vision tower in every pass, and no collective operation waits for a rank
+that does not take part. A sample with a picture that cannot be used keeps its place, outside the loss
+(`mmray.batches.render`).
 """
 
 import logging
@@ -43,13 +51,16 @@ from mmray.prepared.arrow import binary_cell
 
 log = logging.getLogger("mmray")
 
-_told_limits: set[int] = set()
-"""Positions of models of which it was said that a sample has more."""
+_reported_limits: set[int] = set()
+"""Position limits of models for which a warning about longer samples was logged."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which micro-batch of a run this is. step counts global batches; micro counts within the rank's step."""
+    """Identifies a micro-batch of a run.
+
+    step: global batches before it; rank: the rank that trains on it; micro: its number within the rank's step.
+    """
 
     step: int
     rank: int
@@ -58,17 +69,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A micro-batch as arrays, pictures decoded. L: tokens; S: samples, with gaps and the added one; I: images."""
+    """A micro-batch as arrays, with its pictures decoded.
+
+    L: number of tokens; S: number of samples, where gaps and the added picture count too; I: number of images.
+    """
 
     place: np.ndarray  # int64 [3]: step, rank, micro
-    bins: np.ndarray  # int64, the numbers of its bins; empty bins are left out
+    bins: np.ndarray  # int64 [bins], the numbers of its bins; empty bins are left out
     input_ids: np.ndarray  # int32 [L]
     lengths: np.ndarray  # int32 [S]
     padding: np.ndarray  # bool [S], True for what is no sample: gaps between samples, the added picture
-    skipped: np.ndarray  # bool [S], True for samples outside the loss: a picture of theirs cannot be used
-    problems: np.ndarray  # uint8, why: `skipped_to_array` of as many
+    skipped: np.ndarray  # bool [S], True for samples outside the loss: one of their pictures cannot be used
+    problems: np.ndarray  # uint8, why they are skipped (`skipped_to_array`)
     rules: np.ndarray  # int8 [S], LossRule
-    given: np.ndarray  # bool [L], for LossRule.GIVEN
+    given_mask: np.ndarray  # bool [L], the tokens that rows with LossRule.GIVEN mark as trained on
     blocks: np.ndarray  # int32 [I, 2], first token and number of tokens of each image
     trained_tokens: np.ndarray  # int64 [1], as counted when preparing
     tiles: np.ndarray  # int32 [tiles, 4]: number of the sample, width and height in pixels, number of frames
@@ -78,7 +92,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Masked(Rendered):
-    """A micro-batch with its masks."""
+    """A rendered micro-batch with its labels and positions."""
 
     labels: np.ndarray  # int64 [L]
     position_ids: np.ndarray  # int64 [rows, L] (`Family.position_rows`)
@@ -88,30 +102,31 @@ def render(
     bins: Sequence[Bin | None], place: Place, family: Family, policy: TilingPolicy,
     render_page: RenderPage = render_tiles, *, on_bad_row: OnBadRow = "error",
 ) -> Rendered:  # fmt: skip
-    """Decode and tile the images of some bins and put their samples into one row. None is an empty bin.
+    """Decode and tile the images of some bins and put their samples into one row.
 
-    on_bad_row: "reject" leaves a sample out of the loss when a picture of it is gone, broken or no longer what was
-    prepared; "error" raises UserError naming the row and the image.
+    bins: the bins of the micro-batch; None is an empty bin.
+    on_bad_row: what happens when a picture is missing, cannot be read or no longer has the prepared size: "reject"
+    leaves its sample out of the loss, "error" raises UserError naming the row and the image.
     """
-    present = [each for each in bins if each is not None]
+    present = [packed_bin for packed_bin in bins if packed_bin is not None]
     row = _RowBuilder(family)
-    for each in present:
-        row.add(each, render_pages(each, policy, render_page, on_bad_row))
+    for packed_bin in present:
+        row.add(packed_bin, render_pages(packed_bin, policy, render_page, on_bad_row))
     if sum(map(family.feature_count, row.tiles)) < family.least_features:
         row.add_dummy()
     _check_features(row, present)
     return Rendered(
         place=np.asarray([place.step, place.rank, place.micro], dtype=np.int64),
-        bins=np.asarray([each.index for each in present], dtype=np.int64),
+        bins=np.asarray([packed_bin.index for packed_bin in present], dtype=np.int64),
         input_ids=np.concatenate(row.ids).astype(np.int32),
         lengths=np.asarray([len(ids) for ids in row.ids], dtype=np.int32),
         padding=np.asarray(row.padding, dtype=bool),
         skipped=np.asarray(row.skipped, dtype=bool),
         problems=skipped_to_array(row.problems),
         rules=np.asarray(row.rules, dtype=np.int8),
-        given=np.concatenate(row.given),
+        given_mask=np.concatenate(row.given_masks),
         blocks=np.asarray(row.blocks, dtype=np.int32).reshape(-1, 2),
-        trained_tokens=np.asarray([sum(each.trained_tokens for each in present)], dtype=np.int64),
+        trained_tokens=np.asarray([sum(packed_bin.trained_tokens for packed_bin in present)], dtype=np.int64),
         tiles=np.asarray(
             [(tile.sample, *tile.size, len(tile.frame_sizes)) for tile in row.tiles], dtype=np.int32
         ).reshape(-1, 4),
@@ -121,8 +136,7 @@ def render(
 
 
 class _RowBuilder:
-    """The samples of one row as they are put together: an entry of `ids`, `padding`, `skipped`, `rules` and
-    `given` each."""
+    """Joins samples into one row. Each sample is one entry in `ids`, `padding`, `skipped`, `rules`, `given_masks`."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -131,32 +145,36 @@ class _RowBuilder:
         self.skipped: list[bool] = []
         self.problems: list[SkippedSample] = []
         self.rules: list[int] = []
-        self.given: list[np.ndarray] = []
+        self.given_masks: list[np.ndarray] = []
         self.blocks: list[tuple[int, int]] = []
         self.tiles: list[Tile] = []
         self.frames: list[np.ndarray] = []
         self.length = 0
 
     def add(self, packed: Bin, pages: Pages) -> None:
-        """All samples of a bin with its pages."""
+        """Append all samples of a bin with its pages."""
         starts = np.concatenate([[0], packed.sample_lengths.cumsum()]).tolist()
-        given = packed.given if len(packed.given) else np.zeros(starts[-1], dtype=bool)
+        given_mask = packed.given_mask if len(packed.given_mask) else np.zeros(starts[-1], dtype=bool)
         for number, (start, stop) in enumerate(pairwise(starts)):
             if self.ids and self.family.sample_gap:
                 self._append(self._gap, padding=True)
-            own = [(image, tiles) for image, tiles in zip(packed.images, pages.tiles) if image["sample"] == number]
-            self.blocks += [(image["first_token"] - start + self.length, image["num_tokens"]) for image, _ in own]
-            together = sum(len(tiles) for _, tiles in own)
-            for tile in (tile for _, tiles in own for tile in tiles):
-                self._picture(tile.size, self.family.frames(tile, together))
+            sample_images = [
+                (image, tiles) for image, tiles in zip(packed.images, pages.tiles) if image["sample"] == number
+            ]
+            self.blocks += [
+                (image["first_token"] - start + self.length, image["num_tokens"]) for image, _ in sample_images
+            ]
+            num_tiles = sum(len(tiles) for _, tiles in sample_images)
+            for tile in (tile for _, tiles in sample_images for tile in tiles):
+                self._picture(tile.size, self.family.frames(tile, num_tiles))
             self._append(
                 packed.input_ids[start:stop], skipped=number in pages.skipped, rule=packed.sample_rules[number],
-                given=given[start:stop],
+                given_mask=given_mask[start:stop],
             )  # fmt: skip
         self.problems += pages.skipped.values()
 
     def add_dummy(self) -> None:
-        """A sample of one small picture, outside every loss."""
+        """Append a sample of one small picture, outside every loss."""
         tile = self._picture(self.family.dummy_size, self.family.dummy_frames)
         count = self.family.feature_count(tile)
         self._append(np.full(count, self.family.image_token_id, dtype=np.int32), padding=True)
@@ -173,13 +191,13 @@ class _RowBuilder:
 
     def _append(
         self, ids: np.ndarray, *, padding: bool = False, skipped: bool = False, rule: int = 0,
-        given: np.ndarray | None = None,
+        given_mask: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.ids.append(ids)
         self.padding.append(padding)
         self.skipped.append(skipped)
         self.rules.append(rule)
-        self.given.append(np.zeros(len(ids), dtype=bool) if given is None else given)
+        self.given_masks.append(np.zeros(len(ids), dtype=bool) if given_mask is None else given_mask)
         self.length += len(ids)
 
 
@@ -192,42 +210,42 @@ def _check_features(row: _RowBuilder, bins: Sequence[Bin]) -> None:
     tokens = sum(int((ids == row.family.image_token_id).sum()) for ids in row.ids)
     if features != tokens:
         raise UserError(
-            f"bins {[each.index for each in bins]}: {tokens} image tokens but {features} image features. The prepared "
-            "dataset was made with another processor or version; prepare it anew with --replace"
+            f"bins {[packed_bin.index for packed_bin in bins]}: {tokens} image tokens but {features} image features. "
+            "The prepared dataset was made with another processor or version; prepare it anew with --replace"
         )
 
 
 def mask(rendered: Rendered, family: Family, maker: LabelMaker, device: torch.device) -> Masked:
-    """Labels and positions of a micro-batch, computed on `device`.
+    """Make the labels and positions of a micro-batch, on `device`.
 
-    Raises RuntimeError when the trained tokens, those of skipped samples with them, are not as many as were counted
-    when preparing.
+    Raises RuntimeError when the number of trained tokens, skipped samples included, differs from the number that was
+    counted when preparing.
     """
     row = packed_row(rendered, device)
     labels = maker.labels(
         row.input_ids,
         row.segment_ids,
         _tensor(rendered.rules).to(device, torch.int64),
-        _tensor(rendered.given).to(device),
+        _tensor(rendered.given_mask).to(device),
         _tensor(rendered.blocks).to(device, torch.int64),
     )
     positions = family.position_ids(row)
     trained, expected = int((labels != IGNORE_INDEX).sum()), int(rendered.trained_tokens[0])
     if trained != expected:
         raise RuntimeError(f"bins {rendered.bins.tolist()}: {trained} trained tokens, {expected} when prepared")
-    labels = labels.masked_fill(_of_skipped(rendered, device), IGNORE_INDEX)
+    labels = labels.masked_fill(_skipped_tokens(rendered, device), IGNORE_INDEX)
     rendered_arrays = {field.name: getattr(rendered, field.name) for field in fields(Rendered)}
     return Masked(**rendered_arrays, labels=labels.cpu().numpy(), position_ids=positions.cpu().numpy())
 
 
-def _of_skipped(rendered: Rendered, device: torch.device) -> Tensor:
-    """bool [L]: the tokens of samples that are left out of the loss."""
+def _skipped_tokens(rendered: Rendered, device: torch.device) -> Tensor:
+    """Marks the tokens of samples that are left out of the loss, bool [L]."""
     lengths = _tensor(rendered.lengths).to(device, torch.int64)
     return torch.repeat_interleave(_tensor(rendered.skipped).to(device), lengths, output_size=len(rendered.input_ids))
 
 
 def packed_row(rendered: Rendered, device: torch.device) -> PackedRow:
-    """The row of a micro-batch as its family sees it, on `device`."""
+    """The row of a micro-batch as a family takes it, on `device`."""
     lengths = _tensor(rendered.lengths).to(device, torch.int64)
     sizes = iter((int(width), int(height)) for width, height in rendered.frame_sizes)
     return PackedRow(
@@ -256,43 +274,44 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its samples, without what is added."""
+        """Number of tokens of its samples, without gaps and the added picture."""
         return int(self.masked.lengths[~self.masked.padding].sum())
 
     @property
     def trained_segments(self) -> Tensor:
-        """int64 [L]: the number of each token's sample; -1 outside samples, and in those that are skipped."""
+        """The number of each token's sample, int64 [L]; -1 outside samples and in skipped ones."""
         masked = self.masked
         left_out = _tensor(masked.padding | masked.skipped)
         return segment_ids(_tensor(masked.lengths), left_out, total=len(masked.input_ids))
 
     @property
     def num_samples(self) -> int:
-        """Its samples, also those that are skipped."""
+        """Number of its samples, skipped ones included."""
         return int((~self.masked.padding).sum())
 
     @property
     def skipped(self) -> list[SkippedSample]:
-        """Its samples outside the loss because a picture of theirs cannot be used."""
+        """Its samples that are outside the loss because one of their pictures cannot be used."""
         return skipped_from_array(self.masked.problems)
 
     @property
     def bins(self) -> list[int]:
-        """The numbers of its bins, without empty ones."""
+        """Numbers of its bins, without empty ones."""
         return [int(number) for number in self.masked.bins]
 
-    def _tell_long_samples(self, config: PretrainedConfig) -> None:
+    def _warn_of_long_samples(self, config: PretrainedConfig) -> None:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if limit and (positions := _positions(self.masked)) > limit:
-            _tell_long_samples(limit, f"bins {self.bins}: a sample has {positions} positions")
+            _warn_of_long_samples(limit, f"bins {self.bins}: a sample has {positions} positions")
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
-        """The keyword arguments of the model's forward, on `device`; pixels and masks as `dtype`.
+        """The keyword arguments of the model's forward, on `device`.
 
-        config: the model's, with the attention implementation it runs.
+        dtype: that of pixels and attention masks.
+        config: the model's configuration, with the attention implementation it runs.
         """
         masked = self.masked
-        self._tell_long_samples(config)
+        self._warn_of_long_samples(config)
         row = replace(packed_row(masked, device), trained=(_tensor(masked.labels) != IGNORE_INDEX).to(device))
         pixels = _tensor(masked.pixels).to(device, non_blocking=True)
         sizes = [size for tile in row.tiles for size in tile.frame_sizes]
@@ -305,15 +324,15 @@ class MicroBatch:
 
 
 def _positions(masked: Masked) -> int:
-    """Those that the sample with most has; of rows and columns where the model takes such."""
+    """The number of positions of the sample that has the most; under M-RoPE, of its axes."""
     positions = masked.position_ids[-3:]
     return int(positions.max()) + 1 if positions.size else int(masked.lengths.max())
 
 
-def _tell_long_samples(limit: int, example: str) -> None:
-    if limit in _told_limits:
+def _warn_of_long_samples(limit: int, example: str) -> None:
+    if limit in _reported_limits:
         return
-    _told_limits.add(limit)
+    _reported_limits.add(limit)
     log.warning(
         "%s, more than the %d that the model was made for (max_position_embeddings); packing.token_capacity rejects "
         "longer rows. Others are not told",
@@ -322,7 +341,10 @@ def _tell_long_samples(limit: int, example: str) -> None:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the array's memory. Arrays out of Arrow are read-only: torch warns of it, nothing here writes."""
+    """A tensor that shares the array's memory.
+
+    Arrays that come out of Arrow are read-only. torch warns about that; nothing here writes to them.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
@@ -332,7 +354,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def to_table(arrays: Rendered) -> pa.Table:
-    """A one-row Arrow table with every array as bytes; the pictures are not copied."""
+    """A one-row Arrow table with each array as the bytes of one cell; pictures are not copied."""
     return pa.table(
         {field.name: binary_cell(np.ascontiguousarray(getattr(arrays, field.name))) for field in fields(arrays)}
     )
@@ -342,7 +364,7 @@ Arrays = TypeVar("Arrays", bound=Rendered)
 
 
 def from_table(kind: type[Arrays], table: pa.Table) -> Arrays:
-    """The inverse of `to_table`; the arrays are views of the table's memory."""
+    """The arrays that `to_table` wrote, as views of the table's memory."""
     arrays = {field.name: _array(table[field.name], field.name) for field in fields(kind)}
     if "position_ids" in arrays:
         arrays["position_ids"] = arrays["position_ids"].reshape(-1, len(arrays["input_ids"]))
@@ -352,7 +374,7 @@ def from_table(kind: type[Arrays], table: pa.Table) -> Arrays:
 _DTYPES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "place": (np.int64, (-1,)), "bins": (np.int64, (-1,)), "input_ids": (np.int32, (-1,)),
     "lengths": (np.int32, (-1,)), "padding": (np.bool_, (-1,)), "skipped": (np.bool_, (-1,)),
-    "problems": (np.uint8, (-1,)), "rules": (np.int8, (-1,)), "given": (np.bool_, (-1,)),
+    "problems": (np.uint8, (-1,)), "rules": (np.int8, (-1,)), "given_mask": (np.bool_, (-1,)),
     "blocks": (np.int32, (-1, 2)), "trained_tokens": (np.int64, (-1,)), "tiles": (np.int32, (-1, 4)),
     "frame_sizes": (np.int32, (-1, 2)), "pixels": (np.uint8, (-1,)), "labels": (np.int64, (-1,)),
     "position_ids": (np.int64, (-1,)),
@@ -360,7 +382,10 @@ _DTYPES: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 def _array(column: pa.ChunkedArray, name: str) -> np.ndarray:
-    """The array in the one cell of a column. Not `column[0].as_buffer()`: a scalar is a copy, 0.6 ms a megabyte."""
+    """The array in the one cell of a column.
+
+    `column[0].as_buffer()` would give it too, but a scalar is a copy: 0.6 ms a megabyte.
+    """
     (cell,) = (chunk for chunk in column.chunks if len(chunk))
     _, offsets, data = cell.buffers()
     start, stop = np.frombuffer(offsets, dtype=np.int64)[cell.offset : cell.offset + 2]

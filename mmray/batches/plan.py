@@ -1,5 +1,7 @@
-"""The micro-batches of a prepared dataset in one process, without Ray: for evaluation, for looking at a batch, and for
-anyone who trains with something else. `pipelines/ingest.py` runs the same steps on actors.
+"""Makes the micro-batches of a prepared dataset in one process, without Ray.
+
+Evaluation uses it, so does whoever inspects a batch or trains with another engine. `pipelines/ingest.py` runs the same
+steps on actors.
 """
 
 from collections.abc import Iterator
@@ -25,11 +27,15 @@ from mmray.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Everything that the batches of a run follow from, small enough to send to every actor.
+    """Determines every batch of a run; small enough to send to every actor.
 
-    prepared: path of the prepared dataset; processor: folder or hub name; model_type: `config.model_type` of the
-    model; world_size: ranks; micro_batch_bins: bins of one micro-batch; on_bad_row: as for `render`; first_step: step
-    of the run at which the schedule begins, since a run may have trained on other data before.
+    prepared: path of the prepared dataset.
+    processor: folder or hub name of the processor.
+    model_type: `config.model_type` of the model.
+    world_size: number of ranks.
+    micro_batch_bins: number of bins in one micro-batch.
+    on_bad_row: what happens to a sample with a picture that cannot be used (`render`).
+    first_step: step of the run at which the schedule begins; above 0 when the run trained on other data before.
     """
 
     prepared: str
@@ -45,17 +51,17 @@ class BatchPlan:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of each rank in one step."""
+        """Number of micro-batches of each rank in one step."""
         return self.schedule.micro_batches_per_rank(self.world_size, self.micro_batch_bins)
 
     @cached_property
     def dataset(self) -> PreparedDataset:
-        """The prepared dataset. Opened in each process that asks: a plan travels without it."""
+        """The prepared dataset, opened in each process that uses it: a pickled plan does not hold it."""
         return PreparedDataset(self.prepared)
 
     @cached_property
     def order(self) -> Schedule | BoundSchedule:
-        """The bins of each step; of a balanced schedule they follow from the dataset's loads."""
+        """The order of bins; a balanced schedule derives it from the dataset's loads."""
         if isinstance(self.schedule, BalancedSchedule):
             return self.schedule.bound_to(self.dataset.loads)
         return self.schedule
@@ -64,7 +70,7 @@ class BatchPlan:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def bins(self, place: Place) -> list[int | None]:
-        """The bins of one micro-batch; None is an empty one."""
+        """The bin numbers of one micro-batch; None is an empty bin."""
         step = place.step - self.first_step
         return self.order.rank_bins(step, place.rank, self.world_size, self.micro_batch_bins)[place.micro]
 
@@ -103,21 +109,21 @@ class BatchMaker:
 
     @cached_property
     def render_page(self) -> RenderPage:
-        """How the tiles of one page are come by."""
+        """The function that renders the tiles of a page, from the tile cache where there is one."""
         if self._tile_cache is None:
             return render_tiles
         return TileCache(self._tile_cache.folder, self._tile_cache.max_bytes).render_tiles
 
     def render(self, place: Place) -> Rendered:
-        """The micro-batch with its pictures decoded (CPU)."""
+        """Render a micro-batch: decode its pictures, on the CPU."""
         bins = [None if number is None else self.prepared.bin(number) for number in self.plan.bins(place)]
         return render(bins, place, self.family, self.policy, self.render_page, on_bad_row=self.plan.on_bad_row)
 
     def micro_batch(self, place: Place) -> MicroBatch:
-        """The finished micro-batch; masks are computed on this maker's device."""
+        """Make a micro-batch, with labels and positions computed on this maker's device."""
         return MicroBatch(mask(self.render(place), self.family, self.labels, self.device), self.family)
 
     def steps(self, rank: int, start: int, stop: int) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of one rank, step by step, from step `start` to before `stop`."""
+        """Yield the micro-batches of one rank in each step from `start` to `stop` - 1."""
         for step in range(start, stop):
             yield [self.micro_batch(Place(step, rank, micro)) for micro in range(self.plan.micro_batches)]

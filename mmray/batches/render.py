@@ -1,12 +1,11 @@
-"""The pages of a bin when it trains: their tiles, and what becomes of a sample whose picture cannot be used.
+"""Renders the pages of a bin for training, and decides what happens to a sample with a picture that cannot be used.
 
-Preparing reads headers only, and files change, vanish and rot in the weeks of a run. With `on_bad_row: reject` such a
-picture does not stop the run and nothing is changed without a word: white tiles of the planned sizes stand in its
-place, so that tokens, positions and masks of all other samples stay the same to the bit, and its sample, whole, is
-outside the loss and named. It is not cut out of its bin: the order of a run, its loads and its checks all rest on bins
-being what was prepared.
+Preparing reads headers only, and files change, disappear and decay in the weeks of a run. With `on_bad_row: reject`
+such a picture does not stop the run: white tiles of the planned sizes take its place, so that tokens, positions and
+masks of all other samples stay the same to the bit; its whole sample is left out of the loss, and reported. The sample
+is not cut out of its bin, since the order of a run, its loads and its checks all rely on bins as they were prepared.
 
-Errors of storage are no such thing: see `mmray.images.retries`.
+Storage that fails is another matter: see `mmray.images.retries`.
 """
 
 import json
@@ -21,7 +20,7 @@ from PIL import Image
 from mmray.errors import RowError, UserError
 from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
 from mmray.images.header import MAX_PIXELS
-from mmray.images.retries import patiently
+from mmray.images.retries import with_retries
 from mmray.images.source import describe_source
 from mmray.prepared import Bin
 
@@ -29,22 +28,22 @@ OnBadRow = Literal["reject", "error"]
 
 
 class RenderPage(Protocol):
-    """`render_tiles`, or that of a `TileCache`."""
+    """Renders the tiles of one page: `render_tiles`, or the method of a `TileCache`."""
 
     def __call__(self, source: ImageSource, plan: TilePlan, *, max_pixels: int) -> list[Image.Image]: ...
 
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample outside the loss because a picture of it cannot be used. Named as in `rejected.parquet`."""
+    """A sample that is outside the loss because one of its pictures cannot be used; fields as in `rejected.parquet`."""
 
     id: str
     source: str
-    """Where its row was read: file:line, or file:row of Parquet."""
+    """The place of its row: file:line, or file:row in Parquet."""
     reason: str
-    """Of docs/rows.md, such as `image_corrupt`."""
+    """A reason of docs/rows.md, such as `image_corrupt`."""
     message: str
-    """One line: the picture, what was found."""
+    """One line for a person: the picture, and what is wrong with it."""
 
     def __str__(self) -> str:
         return f"row {self.id!r} ({self.source}): {self.reason}: {self.message}"
@@ -52,17 +51,20 @@ class SkippedSample:
 
 @dataclass(frozen=True)
 class Pages:
-    """The tiles of each image of a bin, and its samples that cannot be used, by their number in the bin."""
+    """The rendered images of a bin.
+
+    tiles: the tiles of each image; skipped: the samples with a picture that cannot be used, by number in the bin.
+    """
 
     tiles: list[list[Image.Image]]
     skipped: dict[int, SkippedSample]
 
 
 def render_pages(packed: Bin, policy: TilingPolicy, render_page: RenderPage, on_bad_row: OnBadRow) -> Pages:
-    """Decode and cut all images of a bin.
+    """Decode all images of a bin and cut them into tiles.
 
-    Raises UserError naming the row and the image when a picture is gone, broken or no longer what was prepared, and
-    `on_bad_row` is "error"; and when its storage cannot be reached.
+    Raises UserError naming the row and the image when a picture is missing, cannot be read or no longer has the
+    prepared size, and `on_bad_row` is "error"; and when its storage cannot be reached.
     """
     tiles: list[list[Image.Image]] = []
     skipped: dict[int, SkippedSample] = {}
@@ -72,7 +74,7 @@ def render_pages(packed: Bin, policy: TilingPolicy, render_page: RenderPage, on_
         plan = plan_tiles(size, policy)
         max_pixels = max(MAX_PIXELS, size[0] * size[1])  # checked when preparing
         try:
-            tiles.append(patiently(partial(render_page, source, plan, max_pixels=max_pixels), source))
+            tiles.append(with_retries(partial(render_page, source, plan, max_pixels=max_pixels), source))
         except RowError as error:
             sample = image["sample"]
             problem = _problem(packed, sample, source, error)
@@ -93,11 +95,11 @@ def _problem(packed: Bin, sample: int, source: ImageSource, error: RowError) -> 
 
 
 def skipped_to_array(skipped: Sequence[SkippedSample]) -> np.ndarray:
-    """As bytes, uint8 [n], to travel with a micro-batch."""
-    return np.frombuffer(json.dumps([asdict(each) for each in skipped]).encode(), dtype=np.uint8)
+    """Encode skipped samples as JSON bytes, uint8 [n], that travel with a micro-batch."""
+    return np.frombuffer(json.dumps([asdict(sample) for sample in skipped]).encode(), dtype=np.uint8)
 
 
 def skipped_from_array(array: np.ndarray) -> list[SkippedSample]:
-    """The inverse of `skipped_to_array`."""
-    found: list[dict[str, Any]] = json.loads(array.tobytes())
-    return [SkippedSample(**each) for each in found]
+    """Decode the skipped samples that `skipped_to_array` encoded."""
+    records: list[dict[str, Any]] = json.loads(array.tobytes())
+    return [SkippedSample(**record) for record in records]

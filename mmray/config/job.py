@@ -1,7 +1,8 @@
 """The job file: one YAML that `jobs/prepare.py` and `jobs/train.py` both read.
 
-Each part's settings live beside the code they steer; here they are put together, read and checked once. A wrong file
-gives one line per mistake: where it is, what was found, and for an unknown key the nearest one that exists.
+Each part's settings live beside the code that uses them; here they are put together, read and checked once. A wrong
+file gives one line per mistake: its place, what is wrong, the value there, and for an unknown key the nearest one that
+exists.
 """
 
 import difflib
@@ -27,13 +28,14 @@ from mmray.training.settings import ModelSettings, TrainingSettings, load_deepsp
 
 
 class TileCacheSettings(Settings):
-    """Tiles of pages kept on the machines that render them, so that later epochs do not cut them anew."""
+    """A cache of cut tiles on each machine that renders pages, so that later epochs need not cut them again."""
 
     folder: str
-    """Folder on each machine's own disk, made where absent; all render actors of a machine share it."""
+    """Cache folder on each machine's own disk, created if it does not exist. All render actors of a machine share
+    it."""
 
     max_gigabytes: Annotated[float, Field(gt=0)]
-    """The most that the folder takes on each machine, in 10^9 bytes."""
+    """Largest size of the cache on each machine, in units of 10^9 bytes."""
 
     @field_validator("folder")
     @classmethod
@@ -53,49 +55,54 @@ LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-
 
 
 class ResourceSettings(Settings):
-    """What of the cluster a job takes. Actors are Ray actors; CPUs and GPUs are Ray's logical ones."""
+    """Cluster resources the job uses. Actors are Ray actors; CPUs and GPUs are Ray's logical ones."""
 
     encode_actors: Annotated[int, Field(gt=0)] = 2
-    """Prepare: actors that read headers and tokenise, one CPU each. The pool grows up to this as CPUs come."""
+    """Prepare: number of actors that read headers and tokenise, one CPU each. The pool grows up to this number as CPUs
+    become free."""
 
     pack_actors: Annotated[int, Field(gt=0)] = 1
-    """Prepare: actors that pack windows and write bins, one CPU each."""
+    """Prepare: number of actors that pack windows and write bins, one CPU each."""
 
     render_actors: Annotated[int, Field(gt=0)] = 1
-    """Training: actors that decode and tile images, one CPU each."""
+    """Training: number of actors that decode and tile images, one CPU each."""
 
     mask_actors: Annotated[int, Field(gt=0)] = 1
-    """Training: actors that compute labels and positions; on a GPU share each, or one CPU where there is no GPU."""
+    """Training: number of actors that compute labels and positions. Each uses a share of a GPU, or one CPU where there
+    is no GPU."""
 
     gpu_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    """Part of a GPU that one mask actor takes. Training workers reserve the rest of their GPU, so both fit. Under one
-    half, so that two workers never share a GPU."""
+    """Fraction of a GPU that one mask actor uses. Training workers reserve the rest of their GPU, so that both fit. It
+    must be under one half, so that two workers never share a GPU."""
 
     tile_cache: TileCacheSettings | None = None
-    """Training: where each machine keeps the tiles of pages for later epochs; null: pages are cut each time."""
+    """Training: where each machine keeps cut tiles for later epochs. null: pages are cut again in each epoch."""
 
     workers: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = 1
-    """Training workers, one rank each. Any number continues a run begun with any other. `[min, max]`: as many as the
-    cluster has room for; the run shrinks when a node goes and grows when one comes, each time going on from its last
-    checkpoint."""
+    """Number of training workers, one rank each. A run can continue with any other number. `[min, max]` makes the run
+    elastic: it uses as many workers as the cluster has room for, shrinks when a node leaves and grows when one joins,
+    each time continuing from its last checkpoint."""
 
     resize_seconds: Annotated[float, Field(gt=0)] = 60
-    """With workers `[min, max]`: seconds between looks whether there is room for more."""
+    """How often, in seconds, an elastic run (workers `[min, max]`) checks whether more workers fit."""
 
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """CPUs a training worker takes."""
+    """CPUs that each training worker uses."""
 
     use_gpu: bool | None = None
-    """Train on GPUs, one per worker. null: where the cluster has any."""
+    """Whether to train on GPUs, one per worker. null: yes if the cluster has any."""
 
     autoscaling: bool = False
-    """The cluster grows when work waits: a job larger than the cluster is now waits for nodes. false: it is refused."""
+    """Whether the cluster adds nodes when work waits. true: a job larger than the cluster waits for nodes. false: such
+    a job is refused."""
 
     prepare_labels: dict[str, LabelValue] = Field(default_factory=dict)
-    """Prepare: labels of the Ray nodes whose CPUs it takes, as `ray start --labels` gives them. Empty: of any node."""
+    """Prepare: labels, as given to `ray start --labels`, of the Ray nodes whose CPUs preparing uses. Empty: any
+    node."""
 
     train_labels: dict[str, LabelValue] = Field(default_factory=dict)
-    """Training: labels of the Ray nodes for workers, render and mask actors. Empty: any node that has room."""
+    """Training: labels of the Ray nodes that run workers, render actors and mask actors. Empty: any node that has
+    room."""
 
     @field_validator("workers")
     @classmethod
@@ -106,75 +113,78 @@ class ResourceSettings(Settings):
 
     @property
     def min_workers(self) -> int:
-        """The workers that a run needs at least."""
+        """Smallest number of workers the run may have."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """The workers that a run takes at most."""
+        """Largest number of workers the run may have."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def is_elastic(self) -> bool:
-        """The number of workers follows the cluster."""
+        """Whether the number of workers follows the cluster."""
         return not isinstance(self.workers, int)
 
 
 class ExportSettings(Settings):
-    """The model folder that a run ends with."""
+    """Whether and how a run ends with a model folder that transformers loads."""
 
     at_end: bool = False
-    """Write the model when training is finished, as `mmray export` does, into the folder `model` of the run. The driver
-    does it: its machine needs memory for the weights."""
+    """Whether to write the model into the folder `model` of the run when training is finished, as `mmray export` does.
+    The driver writes it, so its machine needs memory for the weights."""
 
 
 class OutputSettings(Settings):
-    """Where results go."""
+    """Where results are written."""
 
     prepared: str
-    """Folder or URI of the prepared dataset; `train` and `eval` are made inside. All nodes must reach it."""
+    """Folder or URI of the prepared dataset. The folders `train` and `eval` are created inside. All nodes must reach
+    it."""
 
     run: str
     """Folder or URI of the training run: metrics.jsonl, TensorBoard files, checkpoints. All nodes must reach it."""
 
     export: ExportSettings = ExportSettings()
-    """Whether the run ends with a folder that transformers loads."""
+    """Whether the run ends with a model folder that transformers loads."""
 
 
 class Job(Settings):
-    """One job: what to train, on which rows, cut and packed how, with what, to where."""
+    """A whole job: the model, the rows, how pages are cut and samples packed, how to train, and where results are
+    written."""
 
     name: str
-    """A short name, shown with the progress of its jobs."""
+    """A short name, shown with the job's progress."""
     model: ModelSettings
     """The model and its processor."""
     data: DataSettings
     """Rows to train and evaluate on."""
     images: TilingPolicy = TilingPolicy()
-    """How pages are cut into tiles; nothing set: whole pages, sized by the model's processor."""
+    """How pages are cut into tiles. Not set: pages stay whole, and the model's processor sizes them."""
     packing: PackingSettings
-    """How samples become bins."""
+    """How samples are packed into bins."""
     loss: LossSetting = "sampled"
-    """Which tokens of `chat` and `tokenized` rows train. `sampled`: those the model would have sampled; `all`: every
-    token but media; or the turns of some roles, `{roles: […]}`. Of `pretrain` rows every token but media trains."""
+    """Which tokens of `chat` and `tokenized` rows are trained on. `sampled`: those the model would have sampled. `all`:
+    every token except media. `{roles: […]}`: the turns of some roles. In `pretrain` rows every token except media is
+    trained on."""
     training: TrainingSettings
     """Steps, optimizer, DeepSpeed, evaluation and checkpoints."""
     balance: BalanceSettings | None = BalanceSettings()
-    """How ranks are given equal work; null: bins are dealt in plain shuffled order."""
+    """How ranks are given equal work. null: bins are dealt in plain shuffled order."""
     resources: ResourceSettings = ResourceSettings()
     """Actors, workers and GPUs."""
     output: OutputSettings
-    """Where results go."""
+    """Where results are written."""
     tracking: TrackingSettings = TrackingSettings()
-    """Weights & Biases, MLflow."""
+    """Experiment trackers: Weights & Biases, MLflow."""
 
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, content: Any) -> Any:
-        """What a job file says is written into manifests and logs."""
-        if found := [path for path, text in _texts(content) if holds_secret(text)]:
+        """Refuse passwords and tokens, since a job file's content is written into manifests and logs."""
+        if secrets := [path for path, text in _texts(content) if holds_secret(text)]:
             raise ValueError(
-                f"{found[0]} holds a password or a token; leave it out, and give credentials to every node by its "
+                f"{secrets[0]} holds a password or a token; leave it out, and give credentials to every node by its "
                 "environment, a configuration file or a role"
             )
         return content
@@ -204,21 +214,22 @@ class Job(Settings):
 
     @property
     def packing_costs(self) -> BalanceSettings | None:
-        """What samples cost, where bins are packed to equal cost."""
+        """Costs by which bins are packed to equal cost; None in the other packing modes."""
         if self.packing.mode != "equal_cost" or self.balance is None:
             return None
         return self.balance.for_attention(self.model.attention)
 
     def prepared_path(self, split: str) -> str:
-        """The prepared dataset of `train` or `eval`."""
+        """Path of the prepared dataset of one split, `train` or `eval`."""
         return f"{self.output.prepared.rstrip('/')}/{split}"
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Read a job file. overrides: `key.path=value` each, the value read as YAML.
+    """Read and check a job file.
 
-    Relative paths are taken from the current folder and made absolute: workers run in folders of their own.
-    Raises UserError with one line for each mistake.
+    path: the file. overrides: texts `key.path=value`, whose values are read as YAML and replace those of the file.
+    Returns the job with absolute paths, since workers run in folders of their own; relative ones are taken from the
+    current folder. Raises UserError with one line for each mistake.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -239,7 +250,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without code, where a key written twice is an error: one of the two values would be lost."""
+    """Safe YAML loader that refuses a key written twice, because one of its two values would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -252,7 +263,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a job file's content, with its path."""
+    """Yield every text in a job file's content as (path, text)."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _texts(inner, f"{path}.{key}".lstrip("."))
@@ -264,22 +275,24 @@ def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _yaml_problem(error: Exception) -> str:
-    """One line: where and what."""
+    """Describe an error of YAML in one line: its place, if known, and what is wrong."""
     mark = getattr(error, "problem_mark", None)
     text = " ".join(str(getattr(error, "problem", None) or error).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else text
 
 
 def _with_absolute_paths(job: Job) -> Job:
+    """Return the job with absolute paths, and with the content of its DeepSpeed file in place of the path."""
+
     def datasets(sets: Sequence[DatasetSettings]) -> tuple[DatasetSettings, ...]:
         return tuple(
-            each.model_copy(
+            dataset.model_copy(
                 update={
-                    "files": tuple(_absolute(file) for file in each.files),
-                    "image_root": None if each.image_root is None else _absolute(each.image_root),
+                    "files": tuple(_absolute(file) for file in dataset.files),
+                    "image_root": None if dataset.image_root is None else _absolute(dataset.image_root),
                 }
             )
-            for each in sets
+            for dataset in sets
         )
 
     model = {
@@ -345,81 +358,104 @@ def _list_index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
+# How pydantic's errors are explained.
+#
+# Job.model_validate reports mistakes as (location, type, message, input). Two things in them are not for a reader.
+#
+# 1. A value of several kinds is tried as each kind, and the mistakes of every kind are reported, with the kind as one
+#    part of the location. For `images: {overview: [{max_ratio: 1, sizes: [512, 512]}]}`, where overview is a size or a
+#    list of buckets:
+#
+#        images, overview, tuple[constrained-int, constrained-int], 0        should be an integer   (as a size)
+#        images, overview, tuple[constrained-int, constrained-int], 1        is missing             (as a size)
+#        images, overview, tuple[OverviewBucket, ...], 0, size               is missing             (as buckets)
+#        images, overview, tuple[OverviewBucket, ...], 0, sizes              is unknown             (as buckets)
+#
+#    The kind that was meant is the one whose mistakes lie deepest, here the buckets. Only its mistakes are told,
+#    without the kind: `images.overview.0.sizes: unknown key; did you mean 'size'?`
+#
+# 2. A list with a wrong entry is also reported as too short, since pydantic leaves the entry out. Only the entry's
+#    mistake is told.
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
-    """A line for each mistake: path, what is wrong, what was found, the nearest known key."""
+    """Yield a line for each mistake, `path: message`."""
     mistakes = error.errors()
+    locations = [mistake["loc"] for mistake in mistakes]
     for mistake in mistakes:
-        location, kind = mistake["loc"], _kind_index(mistake["loc"])
-        if any(mistake["type"] == "too_short" and _is_inside(other["loc"], location) for other in mistakes):
-            continue  # only short because a wrong entry was left out
-        if kind is not None and not _is_likely(location, kind, [other["loc"] for other in mistakes]):
+        location = mistake["loc"]
+        if mistake["type"] == "too_short" and any(_is_inside(other, location) for other in locations):
             continue
-        path = ".".join(str(part) for index, part in enumerate(location) if index != kind)
+        kind_index = _kind_index(location)
+        if kind_index is not None and not _is_kind_meant(location, kind_index, locations):
+            continue
+        path = ".".join(str(part) for index, part in enumerate(location) if index != kind_index)
         yield f"{path or 'job'}: {_message(dict(mistake))}"
 
 
 def _message(mistake: dict[str, Any]) -> str:
+    """Say what is wrong, with the value or, for an unknown key, with the nearest known one."""
+    location, value = mistake["loc"], mistake["input"]
     if mistake["type"] == "extra_forbidden":
-        known = _known_keys(mistake["loc"][:-1])
-        near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1, cutoff=0.5)
-        return "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
+        known_keys = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known_keys, n=1, cutoff=0.5)
+        remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known_keys)}"
+        return f"unknown key; {remedy}"
     if mistake["type"] == "missing":
         return "required and not given"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "model_type":
-        message = "must be keys with values"
-    if mistake["type"] == "tuple_type":
-        message = "must be a list"
-    found = mistake["input"]
-    return message if isinstance(found, (dict, BaseModel)) else f"{message} (found {found!r:.80})"
+    plain_messages = {"model_type": "must be keys with values", "tuple_type": "must be a list"}
+    message = plain_messages.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
+    return message if isinstance(value, (dict, BaseModel)) else f"{message} (found {value!r:.80})"
 
 
 def _is_inside(location: Sequence[Any], outer: Sequence[Any]) -> bool:
+    """Whether a location lies below another one."""
     return len(location) > len(outer) and location[: len(outer)] == outer
 
 
-def _is_likely(location: Sequence[Any], kind: int, others: Sequence[Sequence[Any]]) -> bool:
-    """Of a value that may be of several kinds, pydantic tells the mistakes for each; what was meant is the kind that
-    fits deepest."""
-    rivals = [other for other in others if _is_inside(other, location[:kind])]
-    own = max(len(other) for other in rivals if other[kind] == location[kind])
-    return own == max(map(len, rivals))
+def _is_kind_meant(location: Sequence[Any], kind_index: int, locations: Sequence[Sequence[Any]]) -> bool:
+    """Whether a mistake belongs to the kind whose mistakes lie deepest among all kinds of its value.
+
+    location: of the mistake, with its kind at kind_index; locations: of all mistakes.
+    """
+    same_value = [other for other in locations if _is_inside(other, location[:kind_index])]
+    same_kind = [other for other in same_value if other[kind_index] == location[kind_index]]
+    return max(map(len, same_kind)) == max(map(len, same_value))
 
 
 def _kind_index(location: Sequence[Any]) -> int | None:
-    """The place where a location says of which kind a value was taken, which is no key of the job file."""
-    model: Any = Job
+    """Return the index in a location where pydantic names the kind of a value, or None where it names no kind."""
+    settings: Any = Job
     for index, part in enumerate(location[:-1]):
         if isinstance(part, int):
             continue
-        fields = getattr(model, "model_fields", {})
+        fields = getattr(settings, "model_fields", {})
         if part not in fields:
             return None
-        kinds = [kind for kind in typing.get_args(fields[part].annotation) if kind is not types.NoneType]
-        if typing.get_origin(fields[part].annotation) in (types.UnionType, typing.Union) and len(kinds) > 1:
+        annotation = fields[part].annotation
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+        if typing.get_origin(annotation) in (types.UnionType, typing.Union) and len(kinds) > 1:
             return index + 1
-        model = _settings_class(fields[part].annotation)
+        settings = _settings_class(annotation)
     return None
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:
-    """The keys of the settings at a path of the job."""
-    model: Any = Job
+    """Return the keys of the settings at a location of the job."""
+    settings: Any = Job
     for part in location:
-        if isinstance(part, int):
-            continue
-        fields = getattr(model, "model_fields", {})
+        fields = {} if isinstance(part, int) else getattr(settings, "model_fields", {})
         if part in fields:
-            model = _settings_class(fields[part].annotation)
-    return list(getattr(model, "model_fields", {}))
+            settings = _settings_class(fields[part].annotation)
+    return list(getattr(settings, "model_fields", {}))
 
 
 def _settings_class(annotation: Any) -> Any:
-    """The Settings class inside an annotation such as `tuple[X, ...] | None`."""
+    """Return the Settings class inside an annotation such as `tuple[X, ...] | None`, or None."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, Settings) else None
     for inner in typing.get_args(annotation):
-        found = _settings_class(inner)
-        if found is not None:
-            return found
+        settings = _settings_class(inner)
+        if settings is not None:
+            return settings
     return None

@@ -1,7 +1,7 @@
-"""Every setting of the job file on one page, written from the settings classes themselves.
+"""Every setting of the job file on one page, generated from the settings classes.
 
-`mmray schema --markdown` prints it, docs/settings.md holds it, and a test compares the two: a setting cannot be new,
-renamed or differently meant without the page saying so.
+`mmray schema --markdown` prints the page, docs/settings.md holds it, and a test compares the two: a setting cannot be
+added, renamed or changed without the page saying so.
 """
 
 import json
@@ -22,25 +22,25 @@ Node = dict[str, Any]
 
 
 def settings_page() -> str:
-    """The page, in Markdown: a section for each group of settings, in the order of the job file."""
+    """Return the page in Markdown: a section for each group of settings, in the order of the job file."""
     schema = Job.model_json_schema()
     sections = list(_groups(schema, schema, ""))
     return _HEAD + "".join(f"\n{_section(schema, path, group)}" for path, group in sections)
 
 
 def _groups(schema: Node, group: Node, path: str) -> Iterator[tuple[str, Node]]:
-    """Each group with its place in the job file, once: `data.train[]` for the entries of a list."""
+    """Yield each group once, with its path in the job file; `data.train[]` are the entries of a list."""
     yield path, group
-    seen = set()
+    listed = set()
     for name, setting in group["properties"].items():
         for reference, within in _references(setting):
-            if reference not in seen:
-                seen.add(reference)
+            if reference not in listed:
+                listed.add(reference)
                 yield from _groups(schema, _resolved(schema, reference), f"{path}.{name}{within}".lstrip("."))
 
 
 def _references(setting: Node, within: str = "") -> Iterator[tuple[str, str]]:
-    """The groups a setting may hold, each with how it is reached: itself, or the entries of a list or mapping."""
+    """Yield the groups a setting may hold, each with `[]` for every list or mapping that it lies in."""
     if "$ref" in setting:
         yield setting["$ref"], within
     for kind in _kinds(setting):
@@ -66,7 +66,7 @@ def _description_inside(schema: Node, setting: Node) -> str:
 
 
 def _default(value: Any) -> str:
-    """Groups show their defaults in sections of their own."""
+    """Return a default as JSON; groups of settings show theirs in sections of their own."""
     return "see below" if isinstance(value, dict) and value else f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
@@ -89,7 +89,7 @@ def _type(setting: Node) -> str:
 
 
 def _kinds(setting: Node) -> list[Node]:
-    """What a value may be one of."""
+    """Return the schemas of the kinds that a value may have."""
     kinds: list[Node] = [kind for key in ("anyOf", "oneOf", "allOf") for kind in setting.get(key, ())]
     return kinds
 

@@ -1,4 +1,4 @@
-"""How things are shown, whatever they are: pages without scripts, cards of a notebook, progress.
+"""Displays things, whatever they are: pages without scripts, cards in a notebook, progress.
 
-What is shown of a run or of a prepared dataset is in `mmray.report`, of samples in `mmray.inspect`.
+`mmray.report` decides what to show of runs and prepared datasets, `mmray.inspect` what to show of samples.
 """

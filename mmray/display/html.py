@@ -1,7 +1,7 @@
-"""Web pages and pieces of them that need nothing else: no script, no file beside them, no network.
+"""Renders web pages and pieces of them that need nothing else: no script, no other file, no network.
 
-Templates lie in `mmray/display/templates`; everything from the data is escaped by them. Pages also forbid scripts and
-foreign content themselves (Content-Security-Policy), should that ever fail.
+Templates are in `mmray/display/templates`, and escape everything from the data. In case that fails, pages forbid
+scripts and foreign content too (Content-Security-Policy).
 """
 
 import html
@@ -17,7 +17,10 @@ from mmray.images.source import one_line
 
 @cache
 def template(name: str) -> Template:
-    """A template of `mmray/display/templates`, escaping. Filters: `visible` (text of the data), `count` (1,234)."""
+    """Load a template of `mmray/display/templates`, which escapes.
+
+    Filters: `visible` (text of the data), `count` (1,234), `percent` (12.3%).
+    """
     environment = Environment(
         loader=PackageLoader("mmray.display", "templates"),
         autoescape=True,
@@ -30,7 +33,7 @@ def template(name: str) -> Template:
 
 
 def write_html(path: str | Path, page: str) -> int:
-    """Write a page; returns its bytes. Raises UserError where the file cannot be written."""
+    """Write a page; returns its size in bytes. Raises UserError when the file cannot be written."""
     data = page.encode(errors="backslashreplace")
     try:
         return Path(path).write_bytes(data)
@@ -39,10 +42,10 @@ def write_html(path: str | Path, page: str) -> int:
 
 
 class InlinePage:
-    """A whole page inside a notebook's output: a frame of its own, so that neither's styles touch the other's."""
+    """Shows a whole page in a notebook's output, inside a frame: the styles of page and notebook stay apart."""
 
     def __init__(self, page: str, height: int = 640) -> None:
-        """height: of the frame, in pixels."""
+        """page: the HTML; height: height of the frame in pixels."""
         self.page, self.height = page, height
 
     def _repr_html_(self) -> str:

@@ -1,6 +1,6 @@
-"""What a notebook shows: pieces of HTML that change in place while a cell works, and objects as small cards.
+"""Shows things in a notebook: HTML that changes in place while a cell runs, and objects as small cards.
 
-IPython is asked for only where a notebook runs, which has it; nothing else of Jupyter is needed (no widgets).
+IPython is imported only inside a notebook, which has it; nothing else of Jupyter is needed (no widgets).
 """
 
 import sys
@@ -16,7 +16,7 @@ UPDATE_SECONDS = 2.0
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook, which shows HTML."""
+    """True when this process is a notebook's kernel, which can show HTML."""
     if "ipykernel" not in sys.modules:
         return False
     from IPython import get_ipython
@@ -24,8 +24,8 @@ def in_notebook() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-class Shown:
-    """A place in a cell's output whose content can be replaced, from any thread."""
+class LiveOutput:
+    """Output of a notebook cell whose content can be replaced, from any thread."""
 
     def __init__(self) -> None:
         from IPython.display import display
@@ -33,18 +33,18 @@ class Shown:
         self._handle = display(_Html(""), display_id=True)
 
     def replace(self, content: str) -> None:
-        """content: HTML, escaped by whoever made it."""
+        """Replace the content. content: HTML, escaped by the caller."""
         self._handle.update(_Html(content))
 
 
 @contextmanager
 def live(content: Callable[[], str]) -> Iterator[None]:
-    """Shows what `content` gives, anew every `UPDATE_SECONDS` while the block runs and once at its end.
+    """Shows the HTML that `content` returns; updates it every `UPDATE_SECONDS` while the block runs, and at its end.
 
     >>> with live(lambda: Run(job.output.run)._repr_html_()):
     ...     train(job, open_prepared(job))
     """
-    shown, stop = Shown(), threading.Event()
+    shown, stop = LiveOutput(), threading.Event()
 
     def show() -> None:
         while not stop.wait(UPDATE_SECONDS):
@@ -62,7 +62,7 @@ def live(content: Callable[[], str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Fact:
-    """A line of a card. share: from 0 to 1, drawn as a bar of the colour (a class of `charts.css.jinja`)."""
+    """A line of a card. share: from 0 to 1, drawn as a bar; colour: of the bar, a class of `charts.css.jinja`."""
 
     name: str
     text: str
@@ -72,7 +72,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a strip that is drawn to scale. width: of the whole, from 0 to 1."""
+    """A part of a strip that is drawn to scale. width: its share of the strip, from 0 to 1."""
 
     width: float
     colour: str
@@ -80,9 +80,9 @@ class Segment:
 
 
 def card(title: str, where: str, facts: list[Fact], *, chart: Any = None, strip: list[Segment] | None = None) -> str:
-    """What a notebook shows of an object: a few kB of HTML that fit a light and a dark page, all text escaped.
+    """Render an object as a card: a few kB of HTML for light and dark pages, with all text escaped.
 
-    where: under the title; chart: a `report.charts.Plot`.
+    where: the line under the title; chart: a `report.charts.Plot`; strip: segments drawn side by side.
     """
     return template("card.html.jinja").render(title=title, where=where, facts=facts, chart=chart, strip=strip or [])
 

@@ -1,8 +1,7 @@
-"""Progress that reads well where it is shown: a live bar in a terminal, one that is redrawn in place in a notebook, a
-line now and then in a log.
+"""Shows progress: a live bar in a terminal, a bar that is redrawn in place in a notebook, some lines in a log.
 
-The rate is that of the last minute: rows done by an earlier run do not count, and a slow start falsifies the time that
-is left for no longer than that.
+The rate is that of the last minute: rows done by an earlier run do not count, and a slow start falsifies the remaining
+time for a minute at most.
 """
 
 import html
@@ -16,19 +15,19 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mmray.display.notebook import Shown, in_notebook
+from mmray.display.notebook import LiveOutput, in_notebook
 
 LOG_SECONDS = 10
-"""Least time between two lines of a log."""
+"""Shortest time between two lines of a log."""
 REDRAW_SECONDS = 0.5
-"""Least time between two drawings of a notebook's bar."""
+"""Shortest time between two drawings of a notebook's bar."""
 RATE_SECONDS = 60
-"""The time over which the rate is taken."""
+"""Length of time over which the rate is measured."""
 
 
 @dataclass(frozen=True)
 class State:
-    """How far something is. rate: units a second, None where it is not known yet."""
+    """The state of some progress. rate: in units a second, None while it is unknown."""
 
     title: str
     unit: str
@@ -40,17 +39,17 @@ class State:
 
     @property
     def part(self) -> float:
-        """Between 0 and 1; nothing to do is done."""
+        """The share that is done, from 0 to 1; 1 when there is nothing to do."""
         return self.done / self.total if self.total else 1.0
 
     @property
     def count(self) -> str:
-        """`3/10 steps (30%)`."""
+        """The count in words: `3/10 steps (30%)`."""
         return f"{self.done:,}/{self.total:,} {self.unit} ({self.part:.0%})"
 
     @property
     def pace(self) -> str:
-        """`120 rows/s, 1:10 left`; empty where it is not known yet."""
+        """The rate and the remaining time in words: `120 rows/s, 1:10 left`; empty while the rate is unknown."""
         if not self.rate:
             return ""
         speed = f"{self.rate:,.0f} {self.unit}/s" if self.rate >= 10 else f"{self.rate:.2g} {self.unit}/s"
@@ -58,17 +57,17 @@ class State:
 
 
 class View(Protocol):
-    """Where progress is shown."""
+    """Displays progress in a terminal, a notebook or a log."""
 
     def show(self, state: State) -> None:
-        """Show it; how often is for the view to decide."""
+        """Show the state; the view decides how often it draws."""
 
     def close(self) -> None:
-        """Leave the last state standing."""
+        """End the display; the last state stays visible."""
 
 
 class ProgressBar:
-    """`with ProgressBar("preparing", "rows") as bar: bar.update(done, total, note)`."""
+    """Shows progress inside a block: `with ProgressBar("preparing", "rows") as bar: bar.update(done, total, note)`."""
 
     def __init__(self, title: str, unit: str) -> None:
         self.title, self.unit = title, unit
@@ -80,9 +79,9 @@ class ProgressBar:
         return self
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """Set the state. note: a few words at the end of the line."""
+        """Show a new state. note: a few words at the end of the line."""
         now = time.monotonic()
-        if self._recent and done < self._recent[-1][1]:  # it goes on from an earlier place
+        if self._recent and done < self._recent[-1][1]:  # it continues from an earlier state
             self._recent.clear()
         if not self._recent or done != self._recent[-1][1]:
             self._recent.append((now, done))
@@ -143,10 +142,10 @@ class _Log:
 
 
 class _Notebook:
-    """HTML that Jupyter replaces in place: no widgets, so it also stands in a saved notebook."""
+    """Shows HTML that Jupyter replaces in place; without widgets, so a saved notebook keeps it."""
 
     def __init__(self) -> None:
-        self._shown = Shown()
+        self._shown = LiveOutput()
         self._drawn = float("-inf")
         self._state: State | None = None
 
@@ -167,9 +166,9 @@ class _Notebook:
 
 
 def _duration(seconds: float) -> str:
-    """`14 s`, `2:05`, `1:02:05`."""
+    """Format a duration: `14 s`, `2:05`, `1:02:05`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"

@@ -1,6 +1,6 @@
-"""What an expert checks by hand before a run, without a cluster and in about a minute: `mmray doctor JOB.yaml`.
+"""Checks a job before it runs, without a cluster and in about a minute: `mmray doctor JOB.yaml`.
 
-`examine` looks at everything; `examine_settings`, its cheap part, is what a training job runs before it takes a GPU.
+`examine` runs every check; `examine_settings`, the cheap part, is run by a training job before it uses a GPU.
 """
 
 from collections.abc import Generator, Iterator
@@ -37,14 +37,14 @@ __all__ = ["Finding", "FirstRows", "Status", "as_json", "as_table", "examine", "
 
 
 def examine_settings(job: Job) -> Iterator[Finding]:
-    """The checks of a job's settings: no row is read, no model built."""
+    """Yield the findings on a job's settings; reads no row, builds no model."""
     yield from _settings(job)
 
 
 def examine(job: Job) -> Iterator[Finding | FirstRows]:
-    """Every check, one after the other as they are done; the first rows of the training set, for a preview, between.
+    """Yield the finding of every check, and between them the first rows of the training set, for a preview.
 
-    A check that needs what another one failed to give is left out.
+    A check that needs the result of a failed one is left out.
     """
     known = yield from _settings(job)
     if known is None:
@@ -72,7 +72,7 @@ def examine(job: Job) -> Iterator[Finding | FirstRows]:
 
 
 def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Family] | None]:
-    """The checks of model, processor and packing; what they built, where the first of them passes."""
+    """Yield the findings on model, processor and packing; returns configuration and family, or None without a fit."""
     try:
         config, family = fitting_family(job)
     except UserError as error:
@@ -82,8 +82,8 @@ def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Fami
     kind = type(family).__name__ if family.is_verified else "general rules, unverified"
     rows, ids = family.embedding_rows(config), family.num_token_ids
     vectors = f"{ids:,} token ids have a vector" if ids <= rows else f"{rows:,} vectors become {ids:,}"
-    said = f"{name} loads, and is the {config.model_type} model's own (family: {kind}); {vectors}"
-    yield passed("processor", said)
+    detail = f"{name} loads, and is the {config.model_type} model's own (family: {kind}); {vectors}"
+    yield passed("processor", detail)
     yield guarded("attention", lambda: _attention(job, config, family))
     yield guarded(NAMES, lambda: examine_names(job))
     if job.training.deepspeed:
@@ -109,7 +109,7 @@ def _deepspeed(job: Job) -> Finding:
 
 
 def _rows(rows: FirstRows) -> Generator[Finding, None, bool]:
-    """The checks of a split's first rows; whether they could be read."""
+    """Yield the findings on a split's first rows; returns whether the rows can be read."""
     try:
         yield from examine_rows(rows)
     except Exception as error:  # noqa: BLE001 (files of any kind and place are tried)

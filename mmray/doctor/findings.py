@@ -1,4 +1,4 @@
-"""What a check found, and how a person or a program reads it."""
+"""Represents the outcomes of checks, and renders them for a person or a program."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from mmray.errors import UserError
 
 
 class Status(StrEnum):
-    """How a check went."""
+    """The outcome of a check, in a word."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -25,7 +25,7 @@ _STYLES = {Status.PASS: "green", Status.FAIL: "bold red", Status.NOT_APPLICABLE:
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check. remedy: what to do, of a failed one."""
+    """The outcome of one check. detail: what was checked, with numbers; remedy: what to do after a failure."""
 
     check: str
     status: Status
@@ -34,29 +34,29 @@ class Finding:
 
 
 def passed(check: str, detail: str) -> Finding:
-    """A check that found nothing wrong; detail: what it looked at, with numbers."""
+    """Make the finding of a check that passed."""
     return Finding(check, Status.PASS, detail)
 
 
 def failed(check: str, detail: str, remedy: str = "") -> Finding:
-    """A check that found a mistake."""
+    """Make the finding of a check that failed."""
     return Finding(check, Status.FAIL, detail, remedy)
 
 
 def not_applicable(check: str, why: str) -> Finding:
-    """A check with nothing to look at, or that needs what another one failed to give."""
+    """Make the finding of a check without anything to check, or that needs the result of a failed one."""
     return Finding(check, Status.NOT_APPLICABLE, why)
 
 
 def failed_by(check: str, error: Exception) -> Finding:
-    """A check that an error ended: the user's mistake as it is worded, any other with its type."""
+    """Make the finding of a check that raised: a UserError by its message, another error with its type too."""
     if isinstance(error, UserError):
         return failed(check, str(error))
     return failed(check, f"{type(error).__name__}: {error}", "please report it, with the job file")
 
 
 def guarded(check: str, run: Callable[[], Finding]) -> Finding:
-    """What a check finds. Its errors are findings too: one of them must not cost the others."""
+    """Run a check. An error becomes a finding, so that the other checks still run."""
     try:
         return run()
     except Exception as error:  # noqa: BLE001 (models, processors and pictures of any kind are tried)
@@ -64,25 +64,25 @@ def guarded(check: str, run: Callable[[], Finding]) -> Finding:
 
 
 def has_failed(findings: Sequence[Finding]) -> bool:
-    """Whether any check failed."""
-    return any(each.status is Status.FAIL for each in findings)
+    """True when any check failed."""
+    return any(finding.status is Status.FAIL for finding in findings)
 
 
 def as_table(findings: Sequence[Finding]) -> Table:
-    """All findings for a terminal."""
+    """All findings as a table for a terminal."""
     table = Table(show_edge=False, pad_edge=False, box=box.SIMPLE_HEAD)
     table.add_column("check")
     table.add_column("")
     table.add_column("found", overflow="fold")
-    for each in findings:
-        text = Text(each.detail)
-        if each.remedy:
-            text.append(f"\n→ {each.remedy}", "bold")
-        word = "n/a" if each.status is Status.NOT_APPLICABLE else each.status
-        table.add_row(Text(each.check), Text(word, _STYLES[each.status]), text)
+    for finding in findings:
+        text = Text(finding.detail)
+        if finding.remedy:
+            text.append(f"\n→ {finding.remedy}", "bold")
+        word = "n/a" if finding.status is Status.NOT_APPLICABLE else finding.status
+        table.add_row(Text(finding.check), Text(word, _STYLES[finding.status]), text)
     return table
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """All findings for a program."""
-    return json.dumps({"ok": not has_failed(findings), "findings": [asdict(each) for each in findings]}, indent=1)
+    """All findings as JSON for a program."""
+    return json.dumps({"ok": not has_failed(findings), "findings": [asdict(finding) for finding in findings]}, indent=1)

@@ -1,8 +1,8 @@
-"""What a small random copy of the job's model shows: that packing is right, and that losses are what they should be.
+"""Checks packing and losses on a small random copy of the job's model.
 
-The copy has the classes, kinds of layers and attention of the configured model (`shrink`), and gets a few samples of
-different layouts by the job's own way: processor, tiling, packer, masks. Its weights are enlarged for the comparison of
-packed with unpacked: as initialised, attention is nearly even, and no mistake would show.
+The copy has the classes, kinds of layers and attention of the configured model (`shrink`). It gets a few samples of
+different layouts, made by the job's processor, tiling, packer and masks. Its weights are enlarged for the comparison of
+packed with unpacked samples: as initialised, attention is nearly even, and no mistake would show.
 """
 
 import io
@@ -42,13 +42,13 @@ PACKED, ACCUMULATION = "packed = unpacked", "accumulation steps"
 CPU = torch.device("cpu")
 ENLARGED = 6.0
 OPEN_GATE, OPEN_WEIGHTS = 0.5, 0.1
-"""What stands in the place of single numbers, and of matrices, that start at zero."""
+"""Replacement of scalars that start at zero, and standard deviation of matrices that do."""
 TOLERANCE = 1e-4
-"""Of logits, relative to the largest."""
+"""Tolerance of logits, relative to the largest."""
 SPLIT_TOLERANCE = 1e-3
-"""Of the mean loss and the gradient's norm, relative, between splits of a batch."""
+"""Relative tolerance of the mean loss and the gradient's norm between splits of a batch."""
 FRESH_LOSS = 0.15
-"""How far from ln(vocabulary), as a part of it, the loss of random weights may be."""
+"""Largest relative distance of the loss of random weights from ln(vocabulary)."""
 PICTURES = ((160, 220), (220, 120), (60, 60))
 TEXTS = (
     "<image>\nTotal 12.50\nPlease pay by the end of the month.",
@@ -59,9 +59,9 @@ TEXTS = (
 
 
 def examine_model(job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> Iterator[Finding]:
-    """The checks that run the copy."""
+    """Yield the findings of the checks that run the small copy."""
     try:
-        copy = _Copy.of(job, family, policy, config)
+        copy = _SmallCopy.of(job, family, policy, config)
     except Exception as error:  # noqa: BLE001 (a configuration of any class is taken apart)
         yield failed_by("small copy", error)
         return
@@ -75,19 +75,21 @@ def examine_model(job: Job, family: Family, policy: TilingPolicy, config: Pretra
 
 
 @dataclass
-class _Copy:
+class _SmallCopy:
+    """The small model, and samples for it in bins of one and in one packed bin."""
+
     model: Any
     family: Family
     policy: TilingPolicy
     labels: LabelMaker
-    apart: list[Bin]
-    together: Bin
+    single_bins: list[Bin]
+    packed_bin: Bin
     described: str
-    packs_not: str | None
-    """Why it cannot pack."""
+    packing_problem: str | None
+    """The reason why the model cannot pack; None when it can."""
 
     @classmethod
-    def of(cls, job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> "_Copy":
+    def of(cls, job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> "_SmallCopy":
         small = shrunken(config)
         attention = job.model.attention if job.model.attention != "flash_attention_2" else "sdpa"
         model = build_model(
@@ -106,10 +108,10 @@ class _Copy:
             family=family,
             policy=policy,
             labels=labels,
-            apart=_bins(samples, family, labels, "none"),
-            together=_bins(samples, family, labels, "bins")[0],
+            single_bins=_bins(samples, family, labels, "none"),
+            packed_bin=_bins(samples, family, labels, "bins")[0],
             described=f"a copy with {layers} text layers and random weights, {attention} attention on the CPU in fp32",
-            packs_not=family.packing_problem(
+            packing_problem=family.packing_problem(
                 model.config,
                 sample_tokens=job.packing.token_capacity,
                 row_tokens=job.packing.token_capacity * job.training.micro_batch_bins,
@@ -117,8 +119,11 @@ class _Copy:
         )
 
     def enlarge(self) -> None:
-        """As initialised, attention is nearly even, and some models are blind (the projector of Gemma 3, the gates of
-        Llama 3.2): no mistake would show."""
+        """Enlarge the weights, so that mistakes show.
+
+        As initialised, attention is nearly even, and some models ignore images (the projector of Gemma 3, the gates of
+        Llama 3.2).
+        """
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -142,10 +147,11 @@ class _Copy:
             return self.model(**inputs, use_cache=False).logits[0]
 
     def step(self, split: Sequence[Sequence[Bin]]) -> tuple[float, float]:
-        """(mean loss, norm of its gradient) of a global batch in micro-batches of some bins each, as a training step
-        makes them: every micro-batch's sum, scaled by the trained tokens of all (`TrainingEngine.step`).
+        """The mean loss of a global batch and the norm of its gradient, as a training step computes them.
 
-        The gradient is that of the vectors (gains, biases): all layers have some, and they take no memory.
+        split: the bins of each micro-batch. The sum of each micro-batch is scaled by the trained tokens of all
+        (`TrainingEngine.step`). The gradient is that of vectors alone (gains, biases): all layers have some, and they
+        take little memory.
         """
         batches = [self.batch(*bins) for bins in split]
         scale = 1 / max(1, sum(int(count_trained_tokens(batch.labels)) for batch in batches))
@@ -163,15 +169,15 @@ class _Copy:
     # ---------------------------------------------------------------- checks
 
     def fresh_loss(self) -> Finding:
-        batch = self.batch(self.apart[0])
+        batch = self.batch(self.single_bins[0])
         with torch.no_grad():
             total = packed_loss_sum(self.model, self.inputs(batch), batch.labels)
-        found = float(total) / int(count_trained_tokens(batch.labels))
+        loss = float(total) / int(count_trained_tokens(batch.labels))
         expected = math.log(self.model.config.get_text_config().vocab_size)
-        said = f"{found:.2f} with random weights; ln(vocabulary) is {expected:.2f} ({self.described})"
-        if abs(found - expected) < FRESH_LOSS * expected:
-            return passed(FRESH, said)
-        return failed(FRESH, said, "the model starts far from even odds: see initializer_range in its configuration")
+        detail = f"{loss:.2f} with random weights; ln(vocabulary) is {expected:.2f} ({self.described})"
+        if abs(loss - expected) < FRESH_LOSS * expected:
+            return passed(FRESH, detail)
+        return failed(FRESH, detail, "the model starts far from even odds: see initializer_range in its configuration")
 
     def cache(self) -> Finding:
         blind = "with a cache, transformers does not see packed samples"
@@ -182,77 +188,79 @@ class _Copy:
                 CACHE, f"use_cache is on in the configuration of the {' and the '.join(switched_on)}: {blind}"
             )
         with torch.no_grad():
-            output = self.model(**self.inputs(self.batch(self.apart[0])), use_cache=False)
+            output = self.model(**self.inputs(self.batch(self.single_bins[0])), use_cache=False)
         if output.get("past_key_values") is not None:
             return failed(CACHE, f"the model returns a cache all the same: {blind}")
         return passed(CACHE, "use_cache is off in the configurations of model and text model; no cache comes back")
 
     def pictures_seen(self) -> Finding:
-        """Logits change with a picture, and not before it."""
-        masked = max((self.batch(each).masked for each in self.apart), key=_first_of_last_picture)
+        """Check that logits change when a picture changes, and only from the picture on."""
+        masked = max((self.batch(single).masked for single in self.single_bins), key=_first_of_last_picture)
         first = _first_of_last_picture(masked)
         before, after = (
-            self.logits(self.inputs(MicroBatch(each, self.family))) for each in (masked, _other_last_tile(masked))
+            self.logits(self.inputs(MicroBatch(version, self.family))) for version in (masked, _other_last_tile(masked))
         )
         change = (after - before).abs().amax(dim=-1) / before.abs().max()
         earlier, later = float(change[:first].max()), float(change[first:].max())
-        said = (
+        detail = (
             f"with another picture at token {first:,} logits change by {later:.0e} of the largest from there on, by "
             f"{earlier:.0e} before it ({self.described})"
         )
         if not later > 10 * TOLERANCE:
-            return failed(PICTURES_SEEN, said, "the model does not see its pictures: please report the model")
+            return failed(PICTURES_SEEN, detail, "the model does not see its pictures: please report the model")
         if not (earlier < TOLERANCE or self.family.looks_ahead):
-            return failed(PICTURES_SEEN, said, "tokens see what comes after them: please report the model")
-        return passed(PICTURES_SEEN, said)
+            return failed(PICTURES_SEEN, detail, "tokens see what comes after them: please report the model")
+        return passed(PICTURES_SEEN, detail)
 
     def labels_and_loss(self) -> Finding:
-        """Labels are the tokens themselves, and the loss is that of the next token."""
-        batch = self.batch(self.apart[0])
+        """Check that labels are the tokens themselves, and that the loss is that of the next token."""
+        batch = self.batch(self.single_bins[0])
         ids, labels = torch.from_numpy(batch.masked.input_ids.astype(np.int64)), batch.labels[0]
         trained = labels != IGNORE_INDEX
         wrong = int((labels[trained] != ids[trained]).sum())
         if wrong:
-            said = f"{wrong} of {int(trained.sum())} labels are not the token in their place"
-            return failed(LABELS, said, "please report the family and the job file")
+            detail = f"{wrong} of {int(trained.sum())} labels are not the token in their place"
+            return failed(LABELS, detail, "please report the family and the job file")
         inputs = self.inputs(batch)
         plain = float(cross_entropy(self.logits(inputs)[:-1], labels[1:], ignore_index=IGNORE_INDEX))
         with torch.no_grad():
-            found = float(packed_loss_sum(self.model, inputs, batch.labels)) / int(count_trained_tokens(batch.labels))
-        said = f"loss {found:.4f}, and {plain:.4f} from all logits, each against the next token"
-        if _close(found, plain):
-            return passed(LABELS, f"{int(trained.sum())} labels are the tokens in their places; {said}")
-        return failed(LABELS, said, "labels are shifted against logits: please report the model")
+            packed_loss = float(packed_loss_sum(self.model, inputs, batch.labels)) / int(
+                count_trained_tokens(batch.labels)
+            )
+        detail = f"loss {packed_loss:.4f}, and {plain:.4f} from all logits, each against the next token"
+        if _close(packed_loss, plain):
+            return passed(LABELS, f"{int(trained.sum())} labels are the tokens in their places; {detail}")
+        return failed(LABELS, detail, "labels are shifted against logits: please report the model")
 
     def packed_equals_unpacked(self) -> Finding:
-        if self.packs_not:
-            return not_applicable(PACKED, f"this model takes one sample a row: {self.packs_not}")
-        batch = self.batch(self.together)
+        if self.packing_problem:
+            return not_applicable(PACKED, f"this model takes one sample a row: {self.packing_problem}")
+        batch = self.batch(self.packed_bin)
         right, naive = self.error(self.inputs(batch)), self.error(self.naive_inputs(batch))
-        said = (
+        detail = (
             f"largest difference of logits {right:.0e} of the largest, {naive:.0e} if packed naively "
-            f"({len(self.apart)} samples in one row; {self.described})"
+            f"({len(self.single_bins)} samples in one row; {self.described})"
         )
         if not right < TOLERANCE:
-            return failed(PACKED, said, "samples of a row see each other: set packing.mode: none")
+            return failed(PACKED, detail, "samples of a row see each other: set packing.mode: none")
         if not naive > 100 * TOLERANCE:
-            return failed(PACKED, said, "the comparison cannot tell right from wrong here; please report the model")
-        return passed(PACKED, said)
+            return failed(PACKED, detail, "the comparison cannot tell right from wrong here; please report the model")
+        return passed(PACKED, detail)
 
     def error(self, inputs: dict[str, Any]) -> float:
-        """The largest difference of a packed row's logits from those of its samples alone."""
+        """The largest difference of a packed row's logits from those of its samples alone, relative to the largest."""
         packed = self.logits(inputs)
         errors, start = [], 0
-        for each in self._order():
-            alone = self.logits(self.inputs(self.batch(each)))
-            length = int(each.sample_lengths[0])
-            found, expected = packed[start : start + length], alone[:length]
-            errors.append(float((found - expected).abs().max() / expected.abs().max()))
+        for single in self._order():
+            alone = self.logits(self.inputs(self.batch(single)))
+            length = int(single.sample_lengths[0])
+            packed_logits, expected = packed[start : start + length], alone[:length]
+            errors.append(float((packed_logits - expected).abs().max() / expected.abs().max()))
             start += length + self.family.sample_gap
         return max(errors)
 
     def naive_inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        """The row as if it were one sample; the pictures stay the samples', some models count them."""
+        """The inputs of a row as if it were one sample; pictures stay with their samples: some models count them."""
         masked = batch.masked
         whole = replace(
             masked,
@@ -263,28 +271,28 @@ class _Copy:
         return self.inputs(MicroBatch(replace(whole, position_ids=positions), self.family))
 
     def accumulation(self) -> Finding:
-        if self.packs_not:
+        if self.packing_problem:
             return not_applicable(
                 ACCUMULATION, "this model takes one sample a row, so every split of a batch has the same micro-batches"
             )
-        first, *others = self.apart
-        splits = ([[self.together]], [[first], others], [[each] for each in self.apart])
+        first, *others = self.single_bins
+        splits = ([[self.packed_bin]], [[first], others], [[single] for single in self.single_bins])
         steps = {len(split): self.step(split) for split in splits}
-        (loss, norm), *rest = steps.values()
-        said = "; ".join(f"{number}: loss {a:.5f}, gradient {b:.5g}" for number, (a, b) in steps.items())
-        said = f"{len(self.apart)} samples in micro-batches, {said}"
-        if all(_close(loss, other) and _close(norm, other_norm) for other, other_norm in rest):
-            return passed(ACCUMULATION, said)
-        return failed(ACCUMULATION, said, "the step depends on how a batch is split; please report the model")
+        (loss, norm), *other_steps = steps.values()
+        detail = "; ".join(f"{number}: loss {a:.5f}, gradient {b:.5g}" for number, (a, b) in steps.items())
+        detail = f"{len(self.single_bins)} samples in micro-batches, {detail}"
+        if all(_close(loss, other) and _close(norm, other_norm) for other, other_norm in other_steps):
+            return passed(ACCUMULATION, detail)
+        return failed(ACCUMULATION, detail, "the step depends on how a batch is split; please report the model")
 
     def _order(self) -> list[Bin]:
-        """The bins of one sample in the order in which their samples stand in the packed one."""
-        by_id = {each.sample_ids[0]: each for each in self.apart}
-        return [by_id[found] for found in self.together.sample_ids]
+        """The bins of one sample, in the order of the samples in the packed bin."""
+        by_id = {single.sample_ids[0]: single for single in self.single_bins}
+        return [by_id[sample_id] for sample_id in self.packed_bin.sample_ids]
 
 
 def _first_of_last_picture(masked: Masked) -> int:
-    """The first token of the last picture of a row; -1 where it has none."""
+    """Place of the first token of a row's last picture; -1 without a picture."""
     return int(masked.blocks[-1, 0]) if len(masked.blocks) else -1
 
 
@@ -297,12 +305,12 @@ def _other_last_tile(masked: Masked) -> Masked:
     return replace(masked, pixels=pixels)
 
 
-def _close(found: float, expected: float) -> bool:
-    return math.isclose(found, expected, rel_tol=SPLIT_TOLERANCE)
+def _close(value: float, expected: float) -> bool:
+    return math.isclose(value, expected, rel_tol=SPLIT_TOLERANCE)
 
 
 def _samples(family: Family, policy: TilingPolicy) -> list[Sample]:
-    """Samples of different layouts, by the job's tiling."""
+    """Make samples of different layouts, with the job's tiling."""
     dataset = DatasetSettings(files=("doctor",), kind="pretrain", add_eos=False)
     packing = PackingSettings(token_capacity=2**30, visual_capacity=2**30)
     encoder = Encoder(DataSettings(train=(dataset,)), (dataset,), family, policy, packing)
@@ -318,7 +326,7 @@ def _samples(family: Family, policy: TilingPolicy) -> list[Sample]:
 
 
 def _picture(size: tuple[int, int], seed: int) -> bytes:
-    """A picture in which no pixel is like its neighbour, as PNG."""
+    """Make a picture of random pixels, as PNG."""
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "png")

@@ -1,4 +1,4 @@
-"""Whether the model gets the pictures of the first rows as its own processor would give them."""
+"""Checks that the model gets the pictures of the first rows as its own processor would give them."""
 
 from collections.abc import Iterator
 
@@ -20,28 +20,28 @@ from mmray.prepared.window import pack_window, samples_table
 CHECK = "pixels"
 ROWS = 4
 LARGEST, MEAN = 0.05, 0.003
-"""Differences that ways of resizing make, as parts of the values' range: 13 and 0.8 of 255 grey levels."""
+"""Largest and mean difference that ways of resizing make, as parts of the values' range: 13 and 0.8 of 255 levels."""
 
 
 def examine_pixels(rows: FirstRows, config: PretrainedConfig) -> Finding:
-    """The pixel inputs of some rows, made as in training, against the processor's own of the same tiles.
+    """Compare the pixel inputs of some rows, made as in training, with the processor's for the same tiles.
 
-    It finds patches in another order, values that are normalised otherwise, and tiles in another order.
+    The comparison finds patches or tiles in another order, and values with another normalisation.
     """
     compared, largest = 0, 0.0
-    for each in _with_pictures(rows):
+    for sample_bin in _with_pictures(rows):
         try:
-            pages = render_pages(each, rows.policy, render_tiles, "error")
-        except UserError:  # "exact lengths" tells of it
+            pages = render_pages(sample_bin, rows.policy, render_tiles, "error")
+        except UserError:  # the check "exact lengths" reports it
             continue
         tiles = [tile for image in pages.tiles for tile in image]
         theirs = rows.family.process(" ".join([rows.family.placeholder_unit] * len(tiles)), tiles, return_tensors="pt")
-        for name, found, expected in _pairs(_ours(each, rows, config), theirs):
-            place = f"{name} of row {each.sample_ids[0]!r} ({each.sample_sources[0]})"
-            if found.shape != expected.shape:
-                return _differs(f"{place}: shape {list(found.shape)}, the processor's is {list(expected.shape)}")
+        for name, actual, expected in _pairs(_ours(sample_bin, rows, config), theirs):
+            place = f"{name} of row {sample_bin.sample_ids[0]!r} ({sample_bin.sample_sources[0]})"
+            if actual.shape != expected.shape:
+                return _differs(f"{place}: shape {list(actual.shape)}, the processor's is {list(expected.shape)}")
             span = float(expected.max() - expected.min()) or 1.0
-            differences = (found.to(expected.dtype) - expected).abs().double() / span
+            differences = (actual.to(expected.dtype) - expected).abs().double() / span
             largest = max(largest, float(differences.max()))
             if float(differences.max()) > LARGEST or float(differences.mean()) > MEAN:
                 return _differs(
@@ -60,22 +60,24 @@ def _differs(what: str) -> Finding:
 
 
 def _with_pictures(rows: FirstRows) -> list[Bin]:
-    """The smallest of the first rows with pictures, as bins of one sample."""
-    samples = sorted((each for each in rows.samples() if each.images), key=lambda sample: sample.visual_tokens)[:ROWS]
+    """The first rows with pictures, the smallest of them, as bins of one sample."""
+    samples = sorted((sample for sample in rows.samples() if sample.images), key=lambda sample: sample.visual_tokens)[
+        :ROWS
+    ]
     packing = rows.job.packing.model_copy(update={"mode": "none"})
     labels = label_maker(rows.job.loss, rows.family)
     return list(window_bins(pack_window(samples_table(samples), packing, labels, allow_empty=True))) if samples else []
 
 
-def _ours(each: Bin, rows: FirstRows, config: PretrainedConfig) -> dict[str, Tensor]:
+def _ours(sample_bin: Bin, rows: FirstRows, config: PretrainedConfig) -> dict[str, Tensor]:
     cpu = torch.device("cpu")
     labels = label_maker(rows.job.loss, rows.family)
-    masked = mask(render([each], Place(0, 0, 0), rows.family, rows.policy), rows.family, labels, cpu)
+    masked = mask(render([sample_bin], Place(0, 0, 0), rows.family, rows.policy), rows.family, labels, cpu)
     return MicroBatch(masked, rows.family).model_inputs(cpu, torch.float32, config)
 
 
 def _pairs(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What both give of pictures: pixels, and where patches lie."""
+    """Yield (name, ours, the processor's) of each tensor of pixels or of places of patches that both have."""
     for name in sorted(theirs):
         if name in ours and ("pixel_values" in name or "grid" in name or "position" in name or "aspect" in name):
             yield name, ours[name], torch.as_tensor(theirs[name])

@@ -1,4 +1,4 @@
-"""What the first rows of each set show: that they can be read, are as long as the processor says, and train."""
+"""Checks the first rows of each set: that they can be read, have the processor's lengths, and are trained on."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -32,11 +32,11 @@ from mmray.rows.sample import RejectedRow, Sample
 LENGTHS = "exact lengths"
 DECODED_ROWS = 8
 COUNT_SECONDS = 10.0
-"""How long rows are counted for."""
+"""Longest time that counting rows takes."""
 SHOWN_SETS = 3
-"""Of which a row is printed."""
-TRAINS = {
-    LossSource.EVERY_TOKEN: "every token trains",
+"""Number of sets of which a row is printed."""
+TRAINED_PARTS = {
+    LossSource.EVERY_TOKEN: "every token is trained on",
     LossSource.ROW: "each row's own mask or labels",
     LossSource.MESSAGES: "what the assistant says, by the messages",
     LossSource.ANSWER: "what follows each row's prompt",
@@ -54,7 +54,7 @@ class FirstRows:
     family: Family
     policy: TilingPolicy
     positions: int | None = None
-    """The model's `max_position_embeddings`, where it has such."""
+    """The model's `max_position_embeddings`; None when it has none."""
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -71,7 +71,7 @@ class FirstRows:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """Those that hold the first rows of each set: the rest of its files need not be read."""
+        """The pieces of files that hold the first rows of each set; nothing else need be read."""
         return [piece for files in self.files for piece in self._first_pieces(files)]
 
     def _first_pieces(self, files: Sequence[SourceFile]) -> list[Piece]:
@@ -87,24 +87,25 @@ class FirstRows:
 
     @cached_property
     def raw(self) -> list[list[RawRow]]:
-        """As they were read, of each set."""
+        """The first rows of each set, as read."""
         return [first_rows(self.pieces, number) for number in range(len(self.encoder.datasets))]
 
     @cached_property
     def results(self) -> list[list[Sample | RejectedRow]]:
-        """As they were encoded, of each set."""
+        """The first rows of each set, as encoded."""
         return [self.encoder.encode(rows) for rows in self.raw]
 
     def samples(self) -> list[Sample]:
+        """The good first rows of all sets."""
         return [sample for number in range(len(self.results)) for sample in self.good(number)]
 
     def good(self, number: int) -> list[Sample]:
-        """The good rows of a set."""
+        """The good first rows of a set."""
         return [result for result in self.results[number] if isinstance(result, Sample)]
 
     def stops(self, number: int, bad: int) -> bool:
-        """Whether so many bad ones of the first rows of a set are more than preparing lets pass (`rows.rejections`), if
-        its other rows are alike. Where the first have a larger share of them than may be, all rows are counted."""
+        """True when preparing would stop at a set with `bad` bad ones among its first rows (`rows.rejections`), if its
+        other rows are alike. All rows are counted only when the share among the first rows is too large."""
         looked_at, max_share = len(self.results[number]), self.job.data.max_rejected_share
         if not bad or bad == looked_at:
             return bad > 0
@@ -114,7 +115,7 @@ class FirstRows:
         return too_many(bad / looked_at * rows, rows, max_share)
 
     def preview(self, console: Console) -> None:
-        """Print one good row of each of some sets, that of middle length, what trains coloured; chats first."""
+        """Print one good row of median length from some sets, chats first, with trained text coloured."""
         numbers = [number for number in range(len(self.results)) if self.good(number)]
         numbers.sort(key=lambda number: self.encoder.datasets[number].kind != "chat")
         labels = label_maker(self.job.loss, self.family)
@@ -133,7 +134,7 @@ class FirstRows:
 
 
 def examine_rows(rows: FirstRows) -> Iterator[Finding]:
-    """Every check of the first rows of a split. Raises UserError where they cannot be read at all."""
+    """Yield the findings on the first rows of a split. Raises UserError when they cannot be read at all."""
     yield from _readable(rows)
     yield _capacities(rows)
     yield _template(rows)
@@ -147,20 +148,20 @@ def _readable(rows: FirstRows) -> Iterator[Finding]:
     for number, results in enumerate(rows.results):
         counts = SetRows.of(results)
         bad = counts.rejected.total()
-        said = f"{rows.name(number)}: {len(results) - bad} of the first {len(results)} rows are good"
+        detail = f"{rows.name(number)}: {len(results) - bad} of the first {len(results)} rows are good"
         if not results:
             yield failed(
                 "rows", f"{rows.name(number)}: its files hold no rows", f"see data.{rows.split}[{number}].files"
             )
         elif not bad:
-            yield passed("rows", said)
+            yield passed("rows", detail)
         elif rows.job.data.on_bad_row == "error":
-            yield failed("rows", f"{said}; {counts.reasons}", "mend them, or set data.on_bad_row: reject")
+            yield failed("rows", f"{detail}; {counts.reasons}", "mend them, or set data.on_bad_row: reject")
         elif rows.stops(number, bad):
             allowed = f"preparing stops at more than {rows.job.data.max_rejected_share:.1%} (data.max_rejected_share)"
-            yield failed("rows", f"{said}; {counts.reasons}", f"mend them; {allowed}")
+            yield failed("rows", f"{detail}; {counts.reasons}", f"mend them; {allowed}")
         else:
-            yield passed("rows", f"{said}; {counts.reasons}")
+            yield passed("rows", f"{detail}; {counts.reasons}")
 
 
 def _capacities(rows: FirstRows) -> Finding:
@@ -215,11 +216,11 @@ def _loss(rows: FirstRows) -> Finding:
     except UserError as error:
         return failed("loss", str(error))
     judged = [bool(rows.good(number)) for number in range(len(sources))]
-    said = "; ".join(
-        f"{rows.name(number)}: {source}, {TRAINS[source] if judged[number] else 'not judged: no good row'}"
+    detail = "; ".join(
+        f"{rows.name(number)}: {source}, {TRAINED_PARTS[source] if judged[number] else 'not judged: no good row'}"
         for number, source in enumerate(sources)
     )
-    return passed("loss", said) if any(judged) else not_applicable("loss", said)
+    return passed("loss", detail) if any(judged) else not_applicable("loss", detail)
 
 
 def _trained(rows: FirstRows) -> Iterator[Finding]:
@@ -228,17 +229,22 @@ def _trained(rows: FirstRows) -> Iterator[Finding]:
         samples = rows.good(number)
         if not samples:
             continue
-        made = sample_labels(samples, labels)
-        trained, tokens = sum(int((each != IGNORE_INDEX).sum()) for each in made), sum(map(len, made))
-        found = f"{rows.name(number)}: {trained / tokens:.1%} of {tokens:,} tokens in {len(samples)} rows train"
+        label_arrays = sample_labels(samples, labels)
+        trained, tokens = (
+            sum(int((label_ids != IGNORE_INDEX).sum()) for label_ids in label_arrays),
+            sum(map(len, label_arrays)),
+        )
+        detail = (
+            f"{rows.name(number)}: {trained / tokens:.1%} of {tokens:,} tokens in {len(samples)} rows are trained on"
+        )
         if trained or allows_empty(rows.job.loss):
-            yield passed("trained tokens", found)
+            yield passed("trained tokens", detail)
         else:
-            yield failed("trained tokens", found, "see `loss` in the job file, and the rows' roles or labels")
+            yield failed("trained tokens", detail, "see `loss` in the job file, and the rows' roles or labels")
 
 
 def _lengths(rows: FirstRows) -> Finding:
-    """Tokens by sizes against the real processor, and image features of the decoded pictures against tokens."""
+    """Compare tokens counted from sizes with the real processor's, and features of decoded pictures with tokens."""
     good = [
         [row for row, result in zip(raw, results, strict=True) if isinstance(result, Sample)]
         for raw, results in zip(rows.raw, rows.results, strict=True)
@@ -251,21 +257,21 @@ def _lengths(rows: FirstRows) -> Finding:
     if unreadable:
         return failed(LENGTHS, f"{len(unreadable)} of {len(picked)} rows of data.{rows.split}: {unreadable[0]}")
     pictures = sum(len(sample.images) for sample in samples if isinstance(sample, Sample))
-    said = [f"{compared} rows of data.{rows.split} have the tokens of {type(rows.family.processor).__name__}"]
-    said += [f"{ready_made} tokenized rows of data.{rows.split} are taken as they are"]
-    said = said[: 1 + bool(ready_made)][not compared :]
-    said += [f"their {pictures} pictures, decoded, have the features that the tokens ask for"] if pictures else []
-    return passed(LENGTHS, "; ".join(said)) if compared else not_applicable(LENGTHS, "; ".join(said))
+    facts = [f"{compared} rows of data.{rows.split} have the tokens of {type(rows.family.processor).__name__}"]
+    facts += [f"{ready_made} tokenized rows of data.{rows.split} are taken as they are"]
+    facts = facts[: 1 + bool(ready_made)][not compared :]
+    facts += [f"their {pictures} pictures, decoded, have the features that the tokens ask for"] if pictures else []
+    return passed(LENGTHS, "; ".join(facts)) if compared else not_applicable(LENGTHS, "; ".join(facts))
 
 
 def _undecodable(rows: FirstRows, samples: Sequence[Sample | RejectedRow]) -> list[str]:
-    """What is said of the rows whose pictures cannot be decoded, or have other features than their tokens say."""
+    """Messages about rows whose pictures cannot be decoded, or whose image features do not match their tokens."""
     labels = label_maker(rows.job.loss, rows.family)
     packing = rows.job.packing.model_copy(update={"mode": "none"})
     problems = []
-    for each in window_bins(pack_window(samples_table(samples), packing, labels, allow_empty=True)):
+    for sample_bin in window_bins(pack_window(samples_table(samples), packing, labels, allow_empty=True)):
         try:
-            rendered = render([each], Place(0, 0, 0), rows.family, rows.policy)
+            rendered = render([sample_bin], Place(0, 0, 0), rows.family, rows.policy)
         except UserError as error:
             problems.append(str(error))
         else:

@@ -1,9 +1,10 @@
-"""A model's configuration, made small: the same classes, kinds of layers and special tokens, few weights.
+"""Makes a model's configuration small: equal classes, kinds of layers and special tokens, few weights.
 
-Layers: the first of each kind (sliding or full attention, linear, with or without rotary positions, …) and all that a
-list of layer numbers names. Width: fewer heads of the same size, so that whatever is set for a head (M-RoPE sections,
-scales) still fits; what must be as wide as the text model follows it. The vision tower keeps its width and its
-grid, and the vocabulary its size: token ids stay what they are.
+- Layers: the first of each kind (sliding or full attention, linear, with or without rotary positions, …) and all that
+  a list of layer numbers names.
+- Width: fewer heads of equal size, so that settings of a head (M-RoPE sections, scales) still fit. Parts that must be
+  as wide as the text model get its new width.
+- The vision tower keeps its width and its grid, the vocabulary its size: token ids do not change.
 """
 
 from collections.abc import Mapping
@@ -13,19 +14,19 @@ from transformers import AutoConfig, PretrainedConfig
 
 LAYER_COUNTS = ("num_hidden_layers", "depth")
 WIDTHS_OF_TEXT = ("out_hidden_size", "projection_dim")
-"""Fields of other parts that hold the text model's width."""
+"""Fields of other parts that must equal the text model's width."""
 
 MAX_KEY_VALUE_HEADS, MAX_GROUP, MAX_EXPERTS = 2, 2, 4
 MAX_NAMED_LAYERS = 8
-"""A longer list names a kind of layer, a shorter one single layers that other parts count on."""
+"""Longest list of layer numbers whose layers are all kept: other parts depend on them. A longer list names a kind."""
 
 Values = dict[str, Any]
 
 
 def shrunken(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of a small model of the same kind, with the same attention implementation.
+    """Make the configuration of a small model of the same kind, with the same attention implementation.
 
-    Raises ValueError or another error of the configuration's class where its parts do not fit any more.
+    Raises ValueError, or another error of the configuration's class, when its parts no longer fit together.
     """
     values = config.to_dict()
     text_name = next((name for name in ("text_config", "llm_config") if name in values), None)
@@ -47,7 +48,7 @@ def _parts(values: Values) -> list[tuple[str, Values]]:
 
 
 def _shrink_width(text: Values) -> None:
-    """Fewer heads, and what follows from their number."""
+    """Reduce the number of heads, and the sizes that follow from it."""
     heads = int(text["num_attention_heads"])
     key_values = int(text.get("num_key_value_heads") or heads)
     head_size = int(text.get("head_dim") or text["hidden_size"] // heads)
@@ -64,8 +65,8 @@ def _shrink_width(text: Values) -> None:
         "shared_expert_intermediate_size",
     ):
         if name in text:
-            found = text[name]
-            text[name] = [2 * width] * len(found) if isinstance(found, list) else 2 * width
+            size = text[name]
+            text[name] = [2 * width] * len(size) if isinstance(size, list) else 2 * width
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if text.get(name):
             text[name] = min(int(text[name]), MAX_EXPERTS)
@@ -105,7 +106,7 @@ def _shrink_depth(part: Values) -> None:
 
 
 def _are_layers(value: list[Any], depth: int) -> bool:
-    """Whether a list holds numbers of layers."""
+    """True when a list holds numbers of layers."""
     return (
         bool(value)
         and all(type(entry) is int and 0 <= entry < depth for entry in value)
@@ -114,7 +115,7 @@ def _are_layers(value: list[Any], depth: int) -> bool:
 
 
 def _layers_to_keep(depth: int, per_layer: Mapping[str, list[Any]], numbers: Mapping[str, list[int]]) -> list[int]:
-    """The first layer of each kind, and those that a short list names; two at least."""
+    """Numbers of the layers to keep: the first of each kind, and those in a short list; at least two."""
     named = {layer for value in numbers.values() if len(value) <= MAX_NAMED_LAYERS for layer in value}
     first: dict[Any, int] = {}
     for layer in range(depth):

@@ -1,5 +1,7 @@
-"""The model's own weights: whether its files hold all of them; and the loss that they give on the first rows, where
-memory is at hand."""
+"""Checks the model's weights: that its files hold all of them, and the loss that they give on the first rows.
+
+The loss is computed only when the machine has memory for the weights.
+"""
 
 import math
 import os
@@ -22,10 +24,13 @@ from mmray.training.model import build_model, check_weights
 from mmray.training.weights import UnknownWeights
 
 NAMES, CHECK = "weights", "loss of the weights"
-USUAL = (0.5, 2.0)
-SANE = (0.05, 4.0)
-"""In nats a token. Below, the answer stands in the question, or the model has seen the rows; above, template, processor
-or weights are another model's: a vocabulary of 150,000 at random gives 11.9."""
+USUAL_LOSS = (0.5, 2.0)
+PLAUSIBLE_LOSS = (0.05, 4.0)
+"""Range of a plausible loss, in nats a token.
+
+Below it, the question contains the answer, or the model was trained on the rows. Above it, template, processor or
+weights are another model's: random weights with a vocabulary of 150,000 give 11.9.
+"""
 MAX_TOKENS = 4096
 MEMORY_SHARE = 0.7
 DECODING_REMEDY = "mend or leave out the pictures: training would stop at them"
@@ -33,7 +38,7 @@ MEMORY_INFO = Path("/proc/meminfo")
 
 
 def examine_names(job: Job) -> Finding:
-    """Whether every weight of the model is in its files, in its shape, and no other: nothing is loaded."""
+    """Check that the model's files hold every weight in its shape, and no other weight; loads none."""
     if job.model.path is None:
         return not_applicable(NAMES, "the model starts from random weights")
     try:
@@ -45,7 +50,7 @@ def examine_names(job: Job) -> Finding:
 
 
 def examine_weights(job: Job, rows: FirstRows) -> Finding:
-    """The mean loss of the first rows, up to 4,096 tokens, on the CPU."""
+    """Check the mean loss of the first rows, up to MAX_TOKENS tokens, on the CPU."""
     if job.model.path is None:
         return not_applicable(CHECK, "the model starts from random weights")
     folder = Path(job.model.path)
@@ -60,34 +65,36 @@ def examine_weights(job: Job, rows: FirstRows) -> Finding:
     if not bins:
         return failed(CHECK, f"no row can be decoded: {unreadable[0]}", DECODING_REMEDY)
     loss, tokens = _loss(job, rows, bins)
-    said = f"{loss:.2f} over {tokens:,} trained tokens of {len(bins)} rows; {USUAL[0]} to {USUAL[1]} is usual"
+    detail = (
+        f"{loss:.2f} over {tokens:,} trained tokens of {len(bins)} rows; {USUAL_LOSS[0]} to {USUAL_LOSS[1]} is usual"
+    )
     if unreadable:
-        return failed(CHECK, f"{said}; {len(unreadable)} more cannot be decoded: {unreadable[0]}", DECODING_REMEDY)
-    if SANE[0] <= loss <= SANE[1]:
-        return passed(CHECK, said)
+        return failed(CHECK, f"{detail}; {len(unreadable)} more cannot be decoded: {unreadable[0]}", DECODING_REMEDY)
+    if PLAUSIBLE_LOSS[0] <= loss <= PLAUSIBLE_LOSS[1]:
+        return passed(CHECK, detail)
     lower = "the answer may stand in the question, or the model may have seen these rows"
     higher = "template, processor or weights may be another model's"
-    return failed(CHECK, said, lower if loss < SANE[0] else higher)
+    return failed(CHECK, detail, lower if loss < PLAUSIBLE_LOSS[0] else higher)
 
 
 def _bins(job: Job, rows: FirstRows) -> list[Bin]:
-    """Bins of one sample, of MAX_TOKENS tokens together."""
+    """Bins of one sample, at most MAX_TOKENS tokens in all."""
     packing = job.packing.model_copy(update={"mode": "none"})
     labels = label_maker(job.loss, rows.family)
     bins, tokens = [], 0
-    for each in window_bins(pack_window(samples_table(rows.samples()), packing, labels)):
-        if tokens + len(each.input_ids) <= MAX_TOKENS:
-            bins.append(each)
-            tokens += len(each.input_ids)
+    for sample_bin in window_bins(pack_window(samples_table(rows.samples()), packing, labels)):
+        if tokens + len(sample_bin.input_ids) <= MAX_TOKENS:
+            bins.append(sample_bin)
+            tokens += len(sample_bin.input_ids)
     return bins
 
 
 def _rendered(rows: FirstRows, bins: Sequence[Bin]) -> tuple[list[Rendered], list[str]]:
-    """Those of the bins that can be decoded, and what is said of the others."""
+    """Render the bins that can be decoded; returns them, and the error messages of the others."""
     rendered, unreadable = [], []
-    for each in bins:
+    for sample_bin in bins:
         try:
-            rendered.append(render([each], Place(0, 0, 0), rows.family, rows.policy))
+            rendered.append(render([sample_bin], Place(0, 0, 0), rows.family, rows.policy))
         except UserError as error:
             unreadable.append(str(error))
     return rendered, unreadable
@@ -98,22 +105,22 @@ def _loss(job: Job, rows: FirstRows, bins: Sequence[Rendered]) -> tuple[float, i
     attention = "sdpa" if job.model.attention == "flash_attention_2" else job.model.attention
     model = build_model(job.model.model_copy(update={"attention": attention, "gradient_checkpointing": False})).eval()
     total, tokens = 0.0, 0
-    for each in bins:
-        batch = MicroBatch(mask(each, rows.family, labels, cpu), rows.family)
+    for rendered in bins:
+        batch = MicroBatch(mask(rendered, rows.family, labels, cpu), rows.family)
         with torch.no_grad():
             total += float(packed_loss_sum(model, batch.model_inputs(cpu, model.dtype, model.config), batch.labels))
-        tokens += int(each.trained_tokens[0])
+        tokens += int(rendered.trained_tokens[0])
     return (total / tokens if tokens else math.nan), tokens
 
 
 def _weights_bytes(folder: Path) -> int:
-    """Of what is loaded: folders may hold the weights in two forms."""
+    """Size of the weights that are loaded, in bytes; a folder may hold them in two formats."""
     files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     return sum(file.stat().st_size for file in files)
 
 
 def _free_bytes() -> int:
-    """Memory that can be had: what the page cache holds counts, where the system tells it."""
+    """Available memory in bytes, including the page cache where the system reports it."""
     if MEMORY_INFO.exists():
         for line in MEMORY_INFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):

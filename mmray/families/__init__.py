@@ -1,4 +1,5 @@
-"""Model families: what packing, masks and pixels need to know of each, behind one contract (`base.Family`)."""
+"""Model families behind one contract (`base.Family`): how each one packs, masks and turns pictures into pixel
+inputs."""
 
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,13 @@ __all__ = [
 def family_of(processor: Any, *, tiled: bool = False, model_type: str | None = None) -> Family:
     """The family that serves a processor, bound to it.
 
-    tiled: pages are cut by an mmray tiling policy, so the processor must take each tile as it is.
-    model_type: `config.model_type` of the model, where it is known: some processors serve several families.
-    A processor or a model that no family serves gets general rules (`Generic`), with a warning. Raises UserError where
-    the model belongs to another family than the processor.
+    Args:
+        tiled: whether an mmray tiling policy cuts the pages, so that the processor must take each tile as it is.
+        model_type: `config.model_type` of the model, where it is known: some processors serve several families.
+
+    A processor or a model that no family serves gets general rules (`Generic`), with a warning.
+
+    Raises UserError where the model belongs to another family than the processor.
     """
     name = type(processor).__name__
     served = [family for family in FAMILIES if name in family.processor_classes]
@@ -78,7 +82,7 @@ def family_of(processor: Any, *, tiled: bool = False, model_type: str | None = N
         if model_type is None or model_type in family.model_types:
             return family(processor, tiled=tiled)
     if served and any(model_type in family.model_types for family in FAMILIES):
-        types = ", ".join(each for family in served for each in family.model_types)
+        types = ", ".join(known_type for family in served for known_type in family.model_types)
         raise UserError(
             f"the model is a {model_type}, but {name} is a processor of {types}; set model.processor to the model's own"
         )
@@ -86,13 +90,14 @@ def family_of(processor: Any, *, tiled: bool = False, model_type: str | None = N
 
 
 def leaf_modules(model_type: str) -> set[str]:
-    """The classes of `Family.leaf_modules` of a model type."""
+    """The class names that `Family.leaf_modules` lists for a model type."""
     return {name for family in FAMILIES if model_type in family.model_types for name in family.leaf_modules}
 
 
 def load_family(
     processor: str | Path, *, tiled: bool = False, model_type: str | None = None, trust_remote_code: bool = False
 ) -> Family:
-    """The family of a processor's folder or hub name: `load_processor`, then `family_of`. Raises UserError."""
+    """The family of a processor's folder or hub name: `load_processor`, then `family_of`. Raises UserError as they
+    do."""
     loaded = load_processor(processor, trust_remote_code=trust_remote_code)
     return family_of(loaded, tiled=tiled, model_type=model_type)

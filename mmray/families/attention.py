@@ -1,11 +1,12 @@
-"""Attention masks made here and given to the model, where its positions alone would not keep samples apart.
+"""Attention masks that mmray builds itself, for models whose positions alone would not keep samples apart.
 
-Models that see some tokens both ways (an image's, a prompt's) make their masks from positions and block numbers. In
-transformers 5.23 the two do not fit in packed rows: all prompts count as one block, and blocks are looked up at the
-place within the sample, where the row's first sample has its own. Nothing fails, samples of other layouts are wrong.
+Some models let some tokens (those of an image or a prompt) attend in both directions, and build their masks from
+positions and block numbers. In transformers 5.23 this fails in packed rows: all prompts count as one block, and blocks
+are looked up by the position within the sample, where those of the row's first sample are found. There is no error;
+samples of another layout than the first one get wrong masks.
 
-A mask is made once a row, not once a layer, with tensor operations on the training device: a byte for each pair of
-tokens, 64 MB for a row of 8,192, and never an integer for each pair on the way.
+A mask is built once per row, not once per layer, with tensor operations on the training device. It takes one byte for
+each pair of tokens, 64 MB for a row of 8,192, and no step on the way takes an integer for each pair.
 """
 
 import torch
@@ -16,11 +17,12 @@ from mmray.errors import UserError
 from mmray.families.base import PackedRow
 
 TAKE_MASKS = ("sdpa", "eager")
-"""Implementations of attention that take a mask for each pair of tokens."""
+"""Attention implementations that accept a mask with a value for each pair of tokens."""
 
 
 def mask_problem(config: PretrainedConfig) -> str | None:
-    """Why a model whose masks are made here cannot train with its attention implementation; None where it can."""
+    """The reason why a model that needs mmray's masks cannot train with its attention implementation; None where it
+    can."""
     implementation = config._attn_implementation
     if implementation in TAKE_MASKS:
         return None
@@ -31,20 +33,22 @@ def mask_problem(config: PretrainedConfig) -> str | None:
 
 
 def sample_numbers(row: PackedRow) -> Tensor:
-    """int64 [L]: the place of each token's sample among `lengths`; padding counts like samples."""
+    """The index of each token's sample in `lengths`, int64 [L]; padding counts as a sample."""
     numbers = torch.arange(len(row.lengths), device=row.lengths.device)
     return torch.repeat_interleave(numbers, row.lengths, output_size=len(row.input_ids))
 
 
 def run_numbers(members: Tensor, samples: Tensor) -> Tensor:
-    """int64 [L]: 1, 2, 3, … for the runs of True in `members` (bool [L]), 0 elsewhere. A run ends with its sample."""
+    """Numbers 1, 2, 3, … of the runs of True in `members` (bool [L]), int64 [L]; 0 elsewhere. A run ends with its
+    sample."""
     follows = torch.zeros_like(members)
     follows[1:] = members[:-1] & (samples[1:] == samples[:-1])
     return (members & ~follows).cumsum(0) * members
 
 
 def causal_mask(samples: Tensor) -> Tensor:
-    """bool [L, L], True where the token of a row may see that of a column: one of its sample, and none after it."""
+    """The causal mask of packed samples, bool [L, L]: True where a token (row) may attend to another (column) of its
+    sample that does not come after it."""
     places = torch.arange(len(samples), device=samples.device)
     mask = samples[:, None] == samples
     mask &= places[:, None] >= places
@@ -52,20 +56,21 @@ def causal_mask(samples: Tensor) -> Tensor:
 
 
 def seeing_blocks(mask: Tensor, blocks: Tensor) -> Tensor:
-    """`mask`, and tokens of one block see each other. blocks: int64 [L], 0 for tokens of none."""
+    """`mask` with attention in both directions inside each block. blocks: int64 [L], 0 for tokens in no block."""
     return mask | (blocks.masked_fill(blocks == 0, -1)[:, None] == blocks)
 
 
 def within_window(mask: Tensor, window: int) -> Tensor:
-    """`mask` without what lies `window` tokens or more before a token; what comes after it stays."""
+    """`mask` without the tokens that lie `window` or more tokens back; tokens that come after are unaffected."""
     places = torch.arange(len(mask), device=mask.device)
     return mask & (places > places[:, None] - window)
 
 
 def given_mask(mask: Tensor, config: PretrainedConfig, dtype: torch.dtype) -> Tensor:
-    """[1, 1, L, L] as the model's attention takes it: bool, or for eager a number of `dtype` to add to the scores.
+    """The mask in the form that the model's attention takes, [1, 1, L, L].
 
-    Raises UserError for an implementation that takes no masks.
+    It is bool, or for eager attention a number of `dtype` that is added to the scores. Raises UserError for an
+    attention implementation that takes no masks.
     """
     problem = mask_problem(config)
     if problem:

@@ -1,14 +1,14 @@
-"""Gemma 3: pictures of one size, a fixed number of tokens, which see each other in both directions.
+"""Gemma 3: pictures of one size with a fixed number of tokens, which attend to each other in both directions.
 
-So a packed row needs its masks given (`mmray.families.attention`), one for the layers with a sliding window and one
-for the others, and no `token_type_ids`. What an image's tokens see ahead ends at no window; behind them they see as
-far as any token.
+So a packed row needs masks built by mmray (`mmray.families.attention`), one for the layers with a sliding window and
+one for the others, and no `token_type_ids`. No window limits how far an image's tokens attend ahead; backward they
+attend as far as any token.
 
-The processor writes two line breaks before and after an image. With the text beside them they may become other
+The processor writes two line breaks before and after an image. With the text beside them they may merge into other
 tokens (three breaks are one token of Gemma), so they belong to the text and not to the image's span.
 
 Pan and scan cannot be set in the processor's files: transformers 5.23 reads it from the call alone. Tiling is the way
-to see details.
+to show details to the model.
 """
 
 import functools
@@ -34,7 +34,7 @@ from mmray.families.parts import Parts
 
 
 class GemmaText(OneSize):
-    """Turns and the text around images, as Gemma 3 and Gemma 3n have them."""
+    """The turns of Gemma 3 and Gemma 3n, and the text they have around images."""
 
     @functools.cached_property
     def media_token_ids(self) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ class GemmaText(OneSize):
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        """A system message stands at the head of the first user turn."""
+        """The markers of user and model turns. A system message stands at the head of the first user turn."""
         return tuple(
             RoleMarkers(role, f"<start_of_turn>{name}{line_break}", "<end_of_turn>")
             for line_break in header_ends()
@@ -53,14 +53,15 @@ class GemmaText(OneSize):
     def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:
         return text.replace(self.placeholder, f"\n\n{self.placeholder}\n\n")
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         tokenizer = self.tokenizer
         ids = [tokenizer.boi_token_id, *[self.image_token_id] * self.features, tokenizer.eoi_token_id]
         return Span(np.asarray(ids, dtype=np.int32), self.features)
 
 
 class Gemma3(GemmaText):
-    """Gemma 3: masks for its two kinds of layers, in which an image's tokens see each other; no flash attention."""
+    """Gemma 3: masks for its two kinds of layers, in which an image's tokens attend to each other; no flash
+    attention."""
 
     model_types = ("gemma3",)
     processor_classes = ("Gemma3Processor",)
@@ -82,8 +83,8 @@ class Gemma3(GemmaText):
         text = config.get_text_config()
         samples = sample_numbers(row)
         images = run_numbers(row.input_ids == self.image_token_id, samples)
-        seen = seeing_blocks(causal_mask(samples), images)
-        masks = {"full_attention": given_mask(seen, config, dtype)}
+        visible = seeing_blocks(causal_mask(samples), images)
+        masks = {"full_attention": given_mask(visible, config, dtype)}
         if "sliding_attention" in text.layer_types:
-            masks["sliding_attention"] = given_mask(within_window(seen, text.sliding_window), config, dtype)
+            masks["sliding_attention"] = given_mask(within_window(visible, text.sliding_window), config, dtype)
         return {"attention_mask": masks}

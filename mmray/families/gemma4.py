@@ -1,7 +1,7 @@
 """Gemma 4: pictures in patches of any grid, resized to use up the image processor's budget of tokens.
 
 Most sizes are causal, and positions keep samples apart. Where `use_bidirectional_attention` is "vision", an image's
-tokens see each other in the layers with a sliding window, and only there: then the masks are given
+tokens attend to each other in the layers with a sliding window, and only there. Then mmray builds the masks
 (`mmray.families.attention`), one for each kind of layer, as a single one would lose the window.
 
 Video and audio are not read.
@@ -32,8 +32,10 @@ from mmray.images import TilingPolicy
 
 
 def turn_markers() -> tuple[RoleMarkers, ...]:
-    """The role boundaries of Gemma 4's templates. The second header is for turns that begin with a line break: the
-    tokenizer makes one token of the two breaks."""
+    """The role boundaries of Gemma 4's templates.
+
+    The second header is for turns that begin with a line break: the tokenizer makes one token of the two breaks.
+    """
     return tuple(
         RoleMarkers(role, f"<|turn>{name}{line_break}", "<turn|>")
         for line_break in header_ends()
@@ -83,7 +85,8 @@ class Gemma4(Family):
         return turn_markers()
 
     def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:
-        """Raises ValueError for tiles or an overview over the image processor's budget of tokens."""
+        """Checks a tiling policy. Raises ValueError for tiles or an overview over the image processor's budget of
+        tokens."""
         resolved = super().resolve_tiling(policy)
         overviews = [bucket.size for bucket in resolved.overview_buckets]
         for size in overviews if resolved.tile_size is None else [resolved.tile_size, *overviews]:
@@ -99,7 +102,7 @@ class Gemma4(Family):
         return (width // self.tile_multiple) * (height // self.tile_multiple)
 
     def _check_frame(self, size: Size) -> int:
-        """The features of a picture that is not resized. Raises ValueError for one that the model cannot take."""
+        """Number of features of a picture that is not resized. Raises ValueError for one that the model cannot take."""
         if any(side % self.tile_multiple for side in size):
             raise ValueError(f"a picture of {size} that is not resized: its sides must divide by {self.tile_multiple}")
         features = self._pooled(size)
@@ -110,7 +113,7 @@ class Gemma4(Family):
             )
         return features
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         if self.tiled or not self.images.do_resize:
             count = self._check_frame(tile_size)
         else:
@@ -120,7 +123,7 @@ class Gemma4(Family):
         ids = [edges[0], *[self.image_token_id] * count, edges[1]]
         return Span(np.asarray(ids, dtype=np.int32), count)
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         pixels = as_frame(tile)
         if self.tiled or not self.images.do_resize:
             return [pixels]

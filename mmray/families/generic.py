@@ -1,10 +1,10 @@
-"""Any other processor: what can be done by general rules, slowly and with one sample a row.
+"""Support for any other processor by general rules: slow, and with one sample per row.
 
-The processor itself is asked for everything: run on a blank page of each size it tells the tokens, and in the training
-process it makes the pixel inputs from the decoded pages. How the model keeps samples of one row apart is not known,
-so bins hold one sample (`packing.mode: none`), and the model works out positions itself. No test of mmray has seen the
-model: a seeded sample of rows is still compared with the processor when preparing, which stops the job where the rules
-do not hold.
+All answers come from the processor itself: run on a blank page of each size it gives the tokens, and in the training
+process it makes the pixel inputs from the decoded pages. How the model keeps samples of one row apart is not known, so
+bins hold one sample (`packing.mode: none`), and the model computes positions itself. No test of mmray covers the model:
+when preparing, a seeded sample of rows is still compared with the processor, which stops the job where the rules do not
+hold.
 """
 
 import functools
@@ -24,7 +24,7 @@ from mmray.families.gemma4 import turn_markers
 from mmray.families.parts import Parts, parts_by_rules
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-"""What a processor makes of the text beside the pictures."""
+"""Outputs of a processor that belong to the text and not to the pictures."""
 
 log = logging.getLogger("mmray")
 
@@ -39,7 +39,7 @@ class Generic(Family):
     tile_multiple = 1
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
-        """Raises UserError for a processor without an image processor or an image token."""
+        """Binds the family to a processor. Raises UserError for one without an image processor or an image token."""
         name = type(processor).__name__
         if not hasattr(processor, "image_processor") or not hasattr(processor, "image_token"):
             raise UserError(
@@ -52,20 +52,21 @@ class Generic(Family):
 
     @functools.cached_property
     def media_token_ids(self) -> tuple[int, ...]:
-        """The special tokens of a picture."""
+        """Ids of the special tokens that stand for a picture."""
         special = set(self.known_token_ids(self.structure_names))
         return tuple(sorted(special.intersection(self.span(self.dummy_size).token_ids.tolist())))
 
     @functools.cached_property
     def role_markers(self) -> tuple[RoleMarkers, ...]:
-        """Those of Gemma 4's format, which gemma4_unified writes; of any other none are known."""
+        """The markers of Gemma 4's format, which gemma4_unified writes; none for any other format, because none is
+        known."""
         template = self.processor.chat_template or ""
         template = template.get("default", "") if isinstance(template, dict) else template
         return turn_markers() if "<|turn>" in template else ()
 
     @functools.cached_property
     def structure_names(self) -> tuple[str, ...]:
-        """All special tokens: which of them the template uses is not known."""
+        """All special tokens, because it is not known which of them the template uses."""
         tokenizer = self.tokenizer
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         return tuple(sorted(added | set(tokenizer.all_special_tokens)))
@@ -75,19 +76,22 @@ class Generic(Family):
         return self.structure_names
 
     def parts(self, model: PreTrainedModel) -> Parts:
-        """By what transformers says of the model; the rest is its projector. Raises UserError where it says nothing."""
+        """The parts that transformers tells of the model; all other modules are its projector.
+
+        Raises UserError where transformers does not tell any.
+        """
         return parts_by_rules(model)
 
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         return f"no test has shown how a {config.model_type} keeps samples apart"
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         page = Image.new("RGB", tile_size, "white")
         ids = np.asarray(self.process(self.placeholder_unit, [page], add_special_tokens=False)["input_ids"][0])
         return Span(ids.astype(np.int32), int((ids == self.image_token_id).sum()))
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
-        """The tile itself."""
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
+        """The tile itself, as the only frame."""
         return [as_frame(tile)]
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -111,7 +115,7 @@ class Generic(Family):
         return row.lengths.new_zeros((0, len(row.input_ids)))
 
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
-        """The types of tokens, where the processor gives them."""
+        """The token types, where the processor gives them."""
         types = (row.input_ids == self.image_token_id).to(torch.int64)[None]
         names = {"token_type_ids", "mm_token_type_ids"}.intersection(self.processor.model_input_names)
         return dict.fromkeys(sorted(names), types)

@@ -1,9 +1,11 @@
-"""Granite for Docling (`model_type` granite_docling; granite-docling-258M is an Idefics3): a page as squares of one
-size on the grid that fits its shape best, and the whole page once more.
+"""Granite for Docling (`model_type` granite_docling): squares of one size on the grid that suits the page, and the
+whole page.
+
+granite-docling-258M is not of this family but an Idefics3.
 
 The image processor's `fine_route` sends all pages of a job through the connector's fine path, with four times the
 tokens; so the samples of a row are of one kind, as the model wants it. Its density router, which chooses the path of a
-page, is no part of the loss and keeps its weights.
+page, does not enter the loss and keeps its weights.
 """
 
 import functools
@@ -21,7 +23,7 @@ from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 LARGEST_GRID = 16
-"""Rows and columns of squares that the vocabulary has tokens for."""
+"""The most rows and columns of squares that the vocabulary has tokens for."""
 
 
 class GraniteDocling(Family):
@@ -61,7 +63,8 @@ class GraniteDocling(Family):
         )
 
     def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:
-        """With the line break that the processor writes after a page of one square: it may melt into the text."""
+        """Rendered text with the line break that the processor writes after a page of one square, which may merge with
+        the text."""
         head, *tails = text.split(self.placeholder)
         ends = ("\n" if self._is_single(size) else "" for size in tile_sizes)
         return head + "".join(self.placeholder + end + tail for end, tail in zip(ends, tails, strict=True))
@@ -74,7 +77,7 @@ class GraniteDocling(Family):
         return {"crop_to_patches": False} if self.tiled else {}
 
     def _grid(self, tile_size: Size) -> tuple[int, int]:
-        """(rows, columns) of squares."""
+        """The (rows, columns) of squares of a page."""
         width, height = tile_size
         rows, columns = self.images.get_tile_grid(height, width, self.processor_kwargs)
         return rows, columns
@@ -82,7 +85,7 @@ class GraniteDocling(Family):
     def _is_single(self, tile_size: Size) -> bool:
         return self._grid(tile_size) == (1, 1)
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         rows, columns = self._grid(tile_size)
         grid: dict[str, Any] = {"rows": [[rows]], "cols": [[columns]]}
         if self.images.fine_route:
@@ -93,7 +96,7 @@ class GraniteDocling(Family):
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         return Span(ids, int((ids == self.image_token_id).sum()))
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == (self.images.size.width, self.square):
             return [as_frame(tile)]
         output = self.images(tile, do_rescale=False, do_normalize=False, return_tensors=None, **self.processor_kwargs)

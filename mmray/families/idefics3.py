@@ -72,7 +72,7 @@ class Idefics3(Family):
         return {"do_image_splitting": False, "do_resize": False} if self.tiled else {}
 
     def _splits(self, tile_size: Size) -> tuple[int, int]:
-        """(rows, columns) the processor splits a page into; (0, 0) for a single frame."""
+        """The (rows, columns) into which the processor splits a page; (0, 0) for a single frame."""
         if self.tiled or not self.images.do_image_splitting:
             return 0, 0
         width, height = tile_size
@@ -91,7 +91,7 @@ class Idefics3(Family):
             raise ValueError(f"{type(self.processor).__name__} makes nothing of a page of {tile_size}")
         return (rows, columns) if max(rows, columns) > 1 else (0, 0)
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         rows, columns = self._splits(tile_size)
         edge, overview = self._markers
         feature = self.placeholder * self.processor.image_seq_len
@@ -103,7 +103,7 @@ class Idefics3(Family):
         ids = self.tokenizer(f"{text}{edge}{overview}{feature}{edge}", add_special_tokens=False)["input_ids"]
         return Span(np.asarray(ids, dtype=np.int32), (rows * columns + 1) * self.processor.image_seq_len)
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == (self.frame_side, self.frame_side):
             return [as_frame(tile)]
         output = self.images(

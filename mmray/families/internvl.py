@@ -1,4 +1,4 @@
-"""InternVL: square frames, a fixed number of tokens for each, one pair of markers around all frames of a page.
+"""InternVL: square frames with a fixed number of tokens each, and one pair of markers around all frames of a page.
 
 Untiled, the processor cuts a page into the grid of frames nearest to its shape and adds the whole page as a last one.
 Under an mmray tiling policy every tile is one frame, so cutting is turned off.
@@ -50,14 +50,14 @@ class InternVL(OnTextModel):
     def processor_kwargs(self) -> dict[str, Any]:
         return {"crop_to_patches": False} if self.tiled else {}
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         width, height = tile_size
         frames = self.images.get_number_of_image_patches(height, width, self._settings)
         count = int(self.processor.image_seq_length * frames)
         start, end = self._markers
         return Span(np.asarray([start, *[self.image_token_id] * count, end], dtype=np.int32), count)
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == self.frame_size:
             return [as_frame(tile)]
         output = self.images(tile, **self._settings, do_rescale=False, do_normalize=False, return_tensors=None)
@@ -75,10 +75,10 @@ class InternVL(OnTextModel):
 
     def model_problem(self, config: PretrainedConfig) -> str | None:
         (height, width), (frame_width, frame_height) = config.vision_config.patch_size, self.frame_size
-        made = int((frame_height // height) * (frame_width // width) * config.downsample_ratio**2)
-        if made == self.processor.image_seq_length:
+        num_features = int((frame_height // height) * (frame_width // width) * config.downsample_ratio**2)
+        if num_features == self.processor.image_seq_length:
             return None
         return (
-            f"its vision tower makes {made} features of a frame of {frame_width} x {frame_height} pixels, and the "
-            f"processor writes {self.processor.image_seq_length} tokens for them; take both from one revision"
+            f"its vision tower makes {num_features} features of a frame of {frame_width} x {frame_height} pixels, and "
+            f"the processor writes {self.processor.image_seq_length} tokens for them; take both from one revision"
         )

@@ -1,10 +1,10 @@
-"""LFM2-VL: pictures of any grid of patches; large ones are split by the processor, with the whole beside the pieces.
+"""LFM2-VL: pictures of any grid of patches; the processor splits large ones and adds the whole picture to the pieces.
 
 Its text model has convolutions among the attention layers, which look back over a few tokens whatever their positions.
-So samples stand apart in a row by as many padding tokens, and a mask tells the convolutions to take these for zeros,
-which is what they find before the first token of a row.
+So samples are separated in a row by as many padding tokens, which a mask makes zeros for the convolutions, as the
+tokens before the beginning of a row are.
 
-There is no PIL image processor of this model: pictures are resized by torchvision, which must be installed.
+There is no PIL image processor for this model: pictures are resized by torchvision, which must be installed.
 """
 
 import functools
@@ -36,7 +36,7 @@ from mmray.images import TilingPolicy
 from mmray.packing.pack import PADDING_SEGMENT
 
 LARGEST_GRID = 10
-"""Rows and columns of pieces that a vocabulary may have tokens for."""
+"""The most rows and columns of pieces that a vocabulary may have tokens for."""
 
 
 class Lfm2VL(Family):
@@ -93,7 +93,7 @@ class Lfm2VL(Family):
 
     @property
     def _splitting(self) -> dict[str, Any]:
-        """What decides whether and how a page is split, as the image processor's functions take it."""
+        """The settings that decide whether and how a page is split, as arguments of the image processor's functions."""
         images = self.images
         return {
             "min_tiles": images.min_tiles if self._splits else 1,
@@ -116,7 +116,8 @@ class Lfm2VL(Family):
         }
 
     def _layout(self, tile_size: Size) -> tuple[int, int, Size]:
-        """Rows and columns a page is split into, (1, 1) where it is not, and the size of the whole after resizing."""
+        """The rows and columns a page is split into, (1, 1) where it is not split, and the size of the whole after
+        resizing."""
         width, height = tile_size
         splitting, limits = self._splitting, self._limits
         whole = self.images.smart_resize(height=height, width=width, **limits)
@@ -141,12 +142,12 @@ class Lfm2VL(Family):
 
     @property
     def _most_patches(self) -> int:
-        """That every frame is filled up to."""
+        """Number of patches that every frame is padded to."""
         images = self.images
         piece = (images.tile_size // images.encoder_patch_size) ** 2 if self._splits else 0
         return int(max(images.max_image_tokens * images.downsample_factor**2, piece))
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         rows, columns, (width, height) = self._layout(tile_size)
         processor = self.processor
         text = processor._build_image_tokens(
@@ -158,7 +159,7 @@ class Lfm2VL(Family):
 
     # ---------------------------------------------------------------- pixels
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled:
             return [as_frame(tile)]
         channels_first = torch.from_numpy(np.array(tile, dtype=np.uint8)).permute(2, 0, 1)
@@ -187,7 +188,7 @@ class Lfm2VL(Family):
         }
 
     def feature_count(self, tile: Tile) -> int:
-        """The projector joins squares of patches."""
+        """Number of features of a tile, of which the projector makes one for each square of patches."""
         patch, square = self.images.encoder_patch_size, self.images.downsample_factor
         return sum(
             math.ceil(width // patch / square) * math.ceil(height // patch / square)
@@ -210,8 +211,11 @@ class Lfm2VL(Family):
         return None
 
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
-        """A mask for each kind of layer: for attention the one that transformers makes of the positions, in the form
-        that the attention implementation takes; for convolutions bool [1, L], False outside samples."""
+        """One mask for each kind of layer.
+
+        For attention it is the one that transformers makes of the positions, in the form that the attention
+        implementation takes; for convolutions bool [1, L], False outside samples.
+        """
         text = config.get_text_config()
         like = torch.empty((1, len(row.input_ids), 1), dtype=dtype, device=row.input_ids.device)
         attention = create_causal_mask(

@@ -1,9 +1,9 @@
-"""Llama 4: a page as up to 16 squares and an overview, each square the same number of tokens.
+"""Llama 4: a page becomes up to 16 squares and an overview, each with the same number of tokens.
 
-There is no PIL image processor of this model: pictures are resized by torchvision, which must be installed.
+There is no PIL image processor for this model: pictures are resized by torchvision, which must be installed.
 
-Rows pack up to a length: the layers without rotary positions scale queries by the token's place in the row, not in its
-sample, from `floor_scale` tokens on. The others attend within chunks, which transformers counts from a sample's
+Rows pack up to a length: from `floor_scale` tokens on, the layers without rotary positions scale queries by the token's
+place in the row, not in its sample. The other layers attend within chunks, which transformers counts from a sample's
 beginning.
 """
 
@@ -22,7 +22,7 @@ from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
-"""What the chat template writes for each role."""
+"""The name that the chat template writes for each role."""
 
 
 class Llama4(Family):
@@ -73,7 +73,7 @@ class Llama4(Family):
         return {"resize_to_max_canvas": False} if self.tiled else {}
 
     def _grid(self, tile_size: Size) -> tuple[int, int]:
-        """(rows, columns) of squares."""
+        """The (rows, columns) of squares of a page."""
         width, height = tile_size
         canvases = self._rule.find_supported_resolutions(self.images.max_patches, self.images.size)
         to_largest = self.images.resize_to_max_canvas and not self.tiled
@@ -81,12 +81,12 @@ class Llama4(Family):
         rows, columns = (canvas // self.square).tolist()
         return rows, columns
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         text = self.processor._prompt_split_image(self._grid(tile_size), self.square_tokens)
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         return Span(ids, int((ids == self.image_token_id).sum()))
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == (self.square, self.square):
             return [as_frame(tile)]
         output = self.images(tile, do_rescale=False, do_normalize=False, return_tensors=None, **self.processor_kwargs)

@@ -21,7 +21,7 @@ from mmray.families.text_models import OnTextModel
 from mmray.images import TilingPolicy
 
 _TOWER_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Tokens that a vision tower makes beside those of the patches, by its model_type."""
+"""Tokens that a vision tower makes in addition to those of the patches, by its model_type."""
 
 
 class Llava(OnTextModel):
@@ -32,7 +32,7 @@ class Llava(OnTextModel):
     module_names = Parts(vision=("model.vision_tower",), projector=("model.multi_modal_projector",))
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
-        """Raises UserError for a processor that does not know its vision tower."""
+        """Binds the family to a processor. Raises UserError for one that does not know its vision tower."""
         self.placeholder = self.placeholder_unit = str(processor.image_token)
         super().__init__(processor, tiled)
         check_known(processor, "patch_size", "vision_feature_select_strategy")
@@ -52,12 +52,14 @@ class Llava(OnTextModel):
     def processor_kwargs(self) -> dict[str, Any]:
         return {"do_resize": False, "do_pad": False} if self.tiled else {}
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         return features_span(self, self._features(tile_size if self.tiled else self._output_size(tile_size)))
 
     def _output_size(self, tile_size: Size) -> Size:
-        """What the image processor makes of a picture. Asked on a blank one where its shape matters; published
-        processors cut all to one size."""
+        """The size that the image processor turns a picture into.
+
+        It is asked of a blank picture where the shape matters; published processors cut all pictures to one size.
+        """
         images = self.images
         if images.do_center_crop or (images.do_resize and images.size.height and images.size.width):
             return self.frame_size
@@ -65,13 +67,13 @@ class Llava(OnTextModel):
         return frame.shape[1], frame.shape[0]
 
     def _features(self, frame_size: Size) -> int:
-        """Patches of a frame, with the tower's other tokens that the model keeps."""
+        """Number of patches of a frame, with the tower's other tokens that the model keeps."""
         width, height = frame_size
         patch = self.processor.patch_size
         dropped = int(self.processor.vision_feature_select_strategy == "default")
         return (height // patch) * (width // patch) + self.processor.num_additional_image_tokens - dropped
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == self.frame_size:
             return [as_frame(tile)]
         output = self.images(tile, do_rescale=False, do_normalize=False, return_tensors=None, **self.processor_kwargs)
@@ -92,7 +94,7 @@ class Llava(OnTextModel):
 
 
 def features_span(family: Family, count: int) -> Span:
-    """The span of a picture that becomes its features alone. Raises ValueError where it becomes none."""
+    """The span of a picture that becomes image tokens alone. Raises ValueError where it becomes none."""
     if count < 1:
         raise ValueError(
             f"{type(family.processor).__name__} makes nothing of it: its patches are larger than its frames"
@@ -101,8 +103,10 @@ def features_span(family: Family, count: int) -> Span:
 
 
 def vision_problem(config: PretrainedConfig, frame_size: Size, features: int) -> str | None:
-    """Why the vision tower of a LLaVA does not make what its processor counts on; None where it does, or is one that
-    is not known here. features: the tokens that the processor writes for the patches of a frame.
+    """The reason why the vision tower of a LLaVA makes another number of features than its processor writes tokens for.
+
+    None where they agree, or where the tower is not known here. features: the tokens that the processor writes for the
+    patches of a frame.
 
     Where the two disagree the model stops, which may be at the first page of some shape, far into the training.
     """
@@ -113,18 +117,20 @@ def vision_problem(config: PretrainedConfig, frame_size: Size, features: int) ->
     if frame_size != (side, side):
         return f"its vision tower takes frames of {side} x {side} pixels, the processor makes {width} x {height}"
     dropped = int(config.vision_feature_select_strategy == "default")
-    made = (side // vision.patch_size) ** 2 + _TOWER_TOKENS[vision.model_type] - dropped
-    if made == features:
+    num_features = (side // vision.patch_size) ** 2 + _TOWER_TOKENS[vision.model_type] - dropped
+    if num_features == features:
         return None
     return (
-        f"its vision tower makes {made} features of a frame, and the processor writes {features} tokens for them; "
-        "take both from one revision"
+        f"its vision tower makes {num_features} features of a frame, and the processor writes {features} tokens for "
+        "them; take both from one revision"
     )
 
 
 def check_known(processor: Any, *names: str) -> None:
-    """Raise UserError where a processor lacks one of its settings: revisions of LLaVA from before 2025 did not have
-    them, and their lengths cannot be known."""
+    """Raises UserError where a processor lacks one of its settings.
+
+    Revisions of LLaVA from before 2025 did not have them, and their lengths cannot be known.
+    """
     for name in names:
         if getattr(processor, name) is None:
             raise UserError(
@@ -134,8 +140,10 @@ def check_known(processor: Any, *names: str) -> None:
 
 
 def frame_size(images: Any) -> Size:
-    """(width, height) of the frames that an image processor makes for the vision tower. Raises UserError for one whose
-    frames have no fixed size."""
+    """The (width, height) of the frames that an image processor makes for the vision tower.
+
+    Raises UserError for an image processor whose frames have no fixed size.
+    """
     size = images.crop_size if images.do_center_crop else images.size
     if size.height and size.width:
         return int(size.width), int(size.height)
@@ -148,5 +156,5 @@ def frame_size(images: Any) -> Size:
 
 
 def channels_last(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """[3, height, width] each, to the layout of `Family.frames`."""
+    """Turns frames of [3, height, width] each into the layout of `Family.frames`."""
     return [np.ascontiguousarray(frame.transpose(1, 2, 0)) for frame in frames]

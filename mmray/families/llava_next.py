@@ -1,9 +1,9 @@
-"""LLaVA-NeXT: a page in as many frames as suit its shape, and once more as a whole.
+"""LLaVA-NeXT: a page becomes as many frames as suit its shape, and one more of the whole page.
 
-Of a list of resolutions the processor takes the one that suits the page, scales the page into it, pads it with black
-and cuts it into frames. The model knows the page's size, drops the features of the padding, and adds one feature at
-the end of each row of patches. It splits every page, if only in two: no mmray tile could be one frame, so tiling
-policies are refused.
+From a list of resolutions the processor takes the one that suits the page, scales the page into it, pads it with black
+and cuts it into frames. The model knows the page's size, drops the features of the padding, and adds one feature at the
+end of each row of patches. It splits every page, at least in two: no mmray tile could be one frame, so tiling policies
+are refused.
 """
 
 import functools
@@ -41,7 +41,7 @@ class LlavaNext(OnTextModel):
     )
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
-        """Raises UserError for a processor that does not know its vision tower."""
+        """Binds the family to a processor. Raises UserError for one that does not know its vision tower."""
         self.placeholder = self.placeholder_unit = str(processor.image_token)
         super().__init__(processor, tiled)
         self._check_processor()
@@ -64,28 +64,32 @@ class LlavaNext(OnTextModel):
             )
         return policy
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         dropped = int(self.processor.vision_feature_select_strategy == "default")
-        return features_span(self, self._count(tile_size, together) - dropped)
+        return features_span(self, self._count(tile_size, num_tiles) - dropped)
 
-    def _count(self, tile_size: Size, together: int) -> int:
+    def _count(self, tile_size: Size, num_tiles: int) -> int:
         (width, height), (frame_width, frame_height) = tile_size, self.frame_size
         try:
             return int(self.processor._get_number_of_features(height, width, frame_height, frame_width))
         except ZeroDivisionError as error:
             raise ValueError(f"one of image_grid_pinpoints is smaller than a frame, {self.frame_size}") from error
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         return self._frames([tile])
 
     def _frames(self, pictures: Any) -> list[np.ndarray]:
-        """Of the first of some pictures."""
+        """The frames of the first of some pictures."""
         output = self.images(pictures, do_rescale=False, do_normalize=False, return_tensors=None)
         return channels_last(output["pixel_values"][0])
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """pixel_values: [tiles, most frames of a tile, 3, height, width], with frames of zeros behind those of tiles
-        that have fewer; image_sizes: int64 [tiles, 2], (height, width) of the pages."""
+        """The arguments `pixel_values` and `image_sizes`.
+
+        pixel_values: [tiles, most frames of a tile, 3, height, width], with frames of zeros after those of tiles that
+        have fewer.
+        image_sizes: int64 [tiles, 2], (height, width) of the pages.
+        """
         pixels = normalised(channels_first(frames), self.images, dtype)
         counts = [len(tile.frame_sizes) for tile in tiles]
         sizes = torch.tensor([tile.size[::-1] for tile in tiles], dtype=torch.int64, device=pixels.device)
@@ -104,13 +108,13 @@ class LlavaNext(OnTextModel):
 
     @property
     def _frame_features(self) -> int:
-        """Tokens that the processor writes for the page as a whole."""
+        """Number of tokens that the processor writes for the page as a whole."""
         (width, height), patch = self.frame_size, self.processor.patch_size
         dropped = int(self.processor.vision_feature_select_strategy == "default")
         return int((height // patch) * (width // patch) + self.processor.num_additional_image_tokens) - dropped
 
     def model_problem(self, config: PretrainedConfig) -> str | None:
-        ours, theirs = ([list(size) for size in each.image_grid_pinpoints] for each in (self.images, config))
+        ours, theirs = ([list(size) for size in settings.image_grid_pinpoints] for settings in (self.images, config))
         if ours != theirs:
             return f"its image_grid_pinpoints are {theirs}, those of the image processor {ours}; make them the same"
         return vision_problem(config, self.frame_size, self._frame_features)

@@ -1,8 +1,8 @@
-"""LLaVA-OneVision: a lone picture is split as in LLaVA-NeXT, several of one sample are one frame each.
+"""LLaVA-OneVision: a picture that is alone in its sample is split as in LLaVA-NeXT; several are one frame each.
 
-Of a lone picture with many frames the model shrinks the features, so that they are never more than a few frames'.
-Under an mmray tiling policy a page's tiles have the frame's size, so each is one frame; a page that becomes one tile
-is a lone picture, and is seen twice, whole and as its own only part.
+The model shrinks the features of a picture with many frames, so that they are never more than those of a few frames.
+Under an mmray tiling policy a page's tiles have the frame's size, so each is one frame. A page that becomes one tile is
+alone in its sample, and is encoded twice: whole, and as its own only part.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,14 @@ class LlavaOnevision(LlavaNext):
     model_types = ("llava_onevision",)
     processor_classes = ("LlavaOnevisionProcessor",)
     stop_tokens = ("<|im_end|>",)
-    """The published template's `{% generation %}` blocks leave it out."""
+    """The token that ends a turn, which the `{% generation %}` blocks of the published template leave out."""
 
     def _check_processor(self) -> None:
         check_known(self.processor, "num_image_tokens", "vision_feature_select_strategy")
 
     def process(self, text: str, tiles: Sequence[Image.Image], **options: Any) -> Any:
-        """Pictures go in a list of their sample's: in a flat one each would be a lone picture."""
+        """The processor's output. Pictures are passed as a list for each sample: in a flat list each would count as
+        alone."""
         return self.processor(text=[text], images=[list(tiles)] if tiles else None, **options)
 
     def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:
@@ -47,26 +48,27 @@ class LlavaOnevision(LlavaNext):
             )
         return policy.with_fixed_tiles(self.frame_size)
 
-    def _count(self, tile_size: Size, together: int) -> int:
-        if together == 1:
-            return super()._count(tile_size, together)
+    def _count(self, tile_size: Size, num_tiles: int) -> int:
+        if num_tiles == 1:
+            return super()._count(tile_size, num_tiles)
         return int(self.processor.num_image_tokens) + 1  # the end of the only row
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
-        if self.tiled and together > 1 and tile.size == self.frame_size:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
+        if self.tiled and num_tiles > 1 and tile.size == self.frame_size:
             return [as_frame(tile)]
         # Any second picture makes the first one of several.
-        return self._frames([[tile] if together == 1 else [tile, Image.new("RGB", (1, 1))]])
+        return self._frames([[tile] if num_tiles == 1 else [tile, Image.new("RGB", (1, 1))]])
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """As LLaVA-NeXT, and batch_num_images: int64 [samples with pictures], how many each has."""
+        """The arguments of LLaVA-NeXT, and `batch_num_images`, int64 [samples with pictures]: how many pictures each
+        has."""
         inputs = super().pixel_inputs(tiles, frames, dtype)
-        numbers = [len(list(own)) for _, own in groupby(tiles, key=lambda tile: tile.sample)]
+        numbers = [len(list(sample_tiles)) for _, sample_tiles in groupby(tiles, key=lambda tile: tile.sample)]
         device = inputs["pixel_values"].device
         return inputs | {"batch_num_images": torch.tensor(numbers, dtype=torch.int64, device=device)}
 
     def feature_count(self, tile: Tile) -> int:
-        return self.span(tile.size, together=1 if len(tile.frame_sizes) > 1 else 2).visual_tokens
+        return self.span(tile.size, num_tiles=1 if len(tile.frame_sizes) > 1 else 2).visual_tokens
 
     @property
     def _frame_features(self) -> int:

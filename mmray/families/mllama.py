@@ -1,12 +1,12 @@
-"""Llama 3.2 Vision: one token for a picture; the text looks at the pictures through cross-attention layers.
+"""Llama 3.2 Vision: one token for a picture; the text attends to the pictures through cross-attention layers.
 
-The processor spreads a page over a canvas of up to four squares, filled up with black; the vision tower always gets
-four squares for a picture, so that each costs it the same, whatever its size, and is one visual token here.
+The processor spreads a page over a canvas of up to four squares, padded with black. The vision tower always gets four
+squares for a picture, so each picture costs it the same, whatever its size, and is one visual token here.
 
-Why rows of several samples are wrong: a token that stands before every image of its row looks at all of them in
+Rows of several samples would be wrong: a token before the first image of its row attends to all images of the row in
 transformers' cross-attention (its mask is emptied, not closed). In a row of one sample these are the sample's own, as
-in pretraining; a sample without images would see its neighbours'. For the same reason a row without any image cannot
-run the vision tower beside ranks whose rows have some: the added picture would be seen.
+in pretraining; a sample without images would attend to its neighbours'. For the same reason a row without any image
+cannot run the vision tower beside ranks whose rows have some: its tokens would attend to the dummy picture.
 """
 
 import functools
@@ -26,7 +26,7 @@ from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
 HEADERS = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
-"""What the chat template writes for each role."""
+"""The name that the chat template writes for each role."""
 
 
 class Mllama(Family):
@@ -40,7 +40,7 @@ class Mllama(Family):
     looks_ahead = True  # what no token of a row of the mask may see is not masked in its attention
 
     def embedding_rows(self, config: PretrainedConfig) -> int:
-        """With eight more than the vocabulary, which the head does not have."""
+        """Number of token ids with an embedding: eight more than the vocabulary, which the head does not have."""
         return super().embedding_rows(config) + 8
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
@@ -64,11 +64,13 @@ class Mllama(Family):
         )
 
     def tokenizer_text(self, text: str, tile_sizes: Sequence[Size] = ()) -> str:
-        """With the beginning of text, which the processor writes after the images that a text begins with."""
+        """Rendered text with the begin-of-text token, which the processor writes after the images that a text begins
+        with."""
         return str(build_string_from_input(text, self.tokenizer.bos_token, self.placeholder))
 
     def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:
-        """Tiles of whole squares, as many as the processor allows, are pasted on a canvas of their own size."""
+        """The policy with tiles of whole squares. As many as the processor allows are pasted on a canvas of their own
+        size."""
         if not policy.is_tiled:
             return policy
         if policy.native_resolution:
@@ -87,11 +89,11 @@ class Mllama(Family):
                 )
         return aligned
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         return Span(np.asarray([self.image_token_id], dtype=np.int32), 1)
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
-        """The canvas."""
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
+        """The canvas with the page on it, as the only frame."""
         if self.tiled:
             return [as_frame(tile)]
         channels_first = as_frame(tile).transpose(2, 0, 1)
@@ -104,7 +106,7 @@ class Mllama(Family):
         return [np.ascontiguousarray(canvas.transpose(1, 2, 0))]
 
     def _grid(self, frame_size: Size) -> tuple[int, int]:
-        """(rows, columns) of squares on a canvas."""
+        """The (rows, columns) of squares on a canvas."""
         return frame_size[1] // self.square, frame_size[0] // self.square
 
     def pixel_inputs(self, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -135,8 +137,11 @@ class Mllama(Family):
         )
 
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
-        """Each image is looked at from its token on to the next image; of images without text between them, each to
-        where the last one's text ends. int64 [1, L, images, squares], as the processor's."""
+        """The cross-attention mask, int64 [1, L, images, squares], as the processor's.
+
+        Tokens attend to an image from its own token on, up to the next image. Of images without text between them, each
+        is attended to up to where the last one's text ends.
+        """
         length = len(row.input_ids)
         places = (row.input_ids == self.image_token_id).nonzero().flatten().tolist()
         stops = [*places[1:], length]
@@ -144,8 +149,8 @@ class Mllama(Family):
             if stops[number] == places[number] + 1:
                 stops[number] = stops[number + 1]
         most = self.images.max_image_tiles
-        seen = torch.zeros((1, length, len(places), most), dtype=torch.int64, device=row.input_ids.device)
+        visible = torch.zeros((1, length, len(places), most), dtype=torch.int64, device=row.input_ids.device)
         for number, (start, stop, tile) in enumerate(zip(places, stops, row.tiles, strict=True)):
             ((rows, columns),) = map(self._grid, tile.frame_sizes)
-            seen[0, start:stop, number, : rows * columns] = 1
-        return {"cross_attention_mask": seen}
+            visible[0, start:stop, number, : rows * columns] = 1
+        return {"cross_attention_mask": visible}

@@ -1,4 +1,4 @@
-"""Whether a folder or hub name of a model can be read at all, told at once and in plain words.
+"""A quick check in plain words that a model's folder or hub name can be read at all.
 
 transformers takes a folder that is missing for a hub name, and tries to reach the hub for some 20 s.
 """
@@ -18,7 +18,7 @@ REACH_SECONDS = 5
 
 
 def source_problem(name: str) -> str | None:
-    """What is wrong with a folder, a config.json or a hub name, in some words; None where it can be tried."""
+    """The problem with a folder, a config.json or a hub name, in a few words; None where loading it can be tried."""
     if Path(name).exists():
         return None
     if name.endswith(".json"):

@@ -1,4 +1,4 @@
-"""What families share whose processor resizes every picture to one size, of a fixed number of features."""
+"""The base of families whose processor resizes every picture to one size with a fixed number of features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +14,11 @@ from mmray.images import TilingPolicy
 
 
 class OneSize(Family):
-    """A picture is one frame of the processor's size. Tiles are cut to that size, and not resampled."""
+    """A family in which a picture is one frame of the processor's size. Tiles are cut to that size, and not
+    resampled."""
 
     def __init__(self, processor: Any, tiled: bool = False) -> None:
-        """Raises UserError for an image processor without a height and a width."""
+        """Binds the family to a processor. Raises UserError for an image processor without a height and a width."""
         super().__init__(processor, tiled)
         self.images = processor.image_processor
         size = self.images.size
@@ -39,10 +40,10 @@ class OneSize(Family):
 
     @property
     def frame_kwargs(self) -> dict[str, Any]:
-        """Settings of the image processor alone that make it do what it does for the processor."""
+        """Settings with which the image processor, called alone, does what it does for the processor."""
         return {}
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled and tile.size == self.frame_size:
             return [as_frame(tile)]
         options = {"do_rescale": False, "do_normalize": False, "return_tensors": None}

@@ -1,5 +1,5 @@
 """PaddleOCR-VL: patches in reading order over the whole picture, which the model merges itself, and turns marked by
-plain words.
+words.
 
 "User:" and "Assistant:" are no tokens of their own; the tokenizer writes them alike at the beginning of a text, after a
 special token and after a line break, which it never joins with other text. Published templates write a space or a line
@@ -41,11 +41,11 @@ class PaddleOCRVL(RotaryFamily):
         )
 
     def patches(self, frame: Tensor) -> Tensor:
-        """In reading order over the whole picture: [patches, 3, side, side]."""
+        """The patches of a frame in reading order over the whole picture, [patches, 3, side, side]."""
         size = self.images.patch_size
         cells = frame.reshape(frame.shape[0] // size, size, frame.shape[1] // size, size, 3)
         return cells.permute(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
 
     def timed(self, patches: Tensor) -> Tensor:
-        """[n, 3, side, side]: an image has one time."""
+        """The patches unchanged, [n, 3, side, side], because an image has one time."""
         return patches.repeat_interleave(self.images.temporal_patch_size, dim=1)

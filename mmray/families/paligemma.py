@@ -1,21 +1,22 @@
-"""PaliGemma and PaliGemma 2: a prompt that the model sees as a whole, then an answer that it generates.
+"""PaliGemma and PaliGemma 2: a prompt that the model attends to as a whole, then an answer that it generates.
 
-The processor has no chat template and makes `<image>…<image><bos>prompt\\n` of a prompt, all of it seen both ways
-(`token_type_ids` 0), then of its `suffix` the answer, causal (1), with labels on the answer alone. In a `pretrain` row
-everything up to the last image is the prompt, with the beginning of sequence and the line break that the processor
-writes after it, and all text after it is the answer; a line break right after the image is the processor's own. So
-the row `<image>\\nThe page's text` is what the processor makes of the prompt `<image>` and the suffix
-`The page's text`, and the model learns to read a page when asked nothing. Prompt and answer are tokenised apart, as the
-processor does. To train text as part of the prompt, which the processor does to text without a suffix, would show the
-model each token that it is to predict.
+The processor has no chat template and makes `<image>…<image><bos>prompt\\n` of a prompt, with attention in both
+directions (`token_type_ids` 0), then of its `suffix` the answer, causal (1), with labels on the answer alone. In a
+`pretrain` row everything up to the last image is the prompt, with the beginning of sequence and the line break that the
+processor writes after it, and all text after it is the answer; a line break right after the image is the processor's
+own. So the row `<image>\\nThe page's text` is what the processor makes of the prompt `<image>` and the suffix `The
+page's text`, and the model learns to read a page when asked nothing. Prompt and answer are tokenised apart, as the
+processor does. Training on text as part of the prompt, which the processor does with text without a suffix, would show
+the model each token that it is to predict.
 
-A prompt after the images is for `tokenized` rows: what of a sample stands before its first trained token is its prompt,
-whatever the kind of row. Text without an image, which the processor refuses, gets the same form without image tokens.
+A prompt after the images is for `tokenized` rows: all that comes before the first trained token of a sample is its
+prompt, whatever the kind of row. Text without an image, which the processor refuses, gets the same form without image
+tokens.
 
-Every prompt of a packed row would be one block for transformers, so the mask is given (`mmray.families.attention`);
-with neither mask nor types the model sees everything both ways under sdpa. It takes a given mask for all its layers:
-that of PaliGemma 2 has no sliding window, and its samples must not be longer than the window where they are packed. A
-sample alone in a row longer than the window gets its types instead of a mask, and keeps the window.
+Every prompt of a packed row would be one block for transformers, so mmray builds the mask (`mmray.families.attention`);
+with neither mask nor types the model attends in both directions everywhere under sdpa. It takes a mask for all its
+layers: that of PaliGemma 2 has no sliding window, and its samples must not be longer than the window where they are
+packed. A sample alone in a row longer than the window gets its types instead of a mask, and keeps the window.
 """
 
 import functools
@@ -35,8 +36,8 @@ from mmray.families.parts import Parts
 
 
 class PaliGemma(OneSize):
-    """PaliGemma, and PaliGemma 2 with eager attention: a mask in which a prompt's tokens see each other; samples of
-    PaliGemma 2 pack up to its sliding window; no flash attention, no chats."""
+    """PaliGemma, and PaliGemma 2 with eager attention: a mask in which a prompt's tokens attend to each other; samples
+    of PaliGemma 2 pack up to its sliding window; no flash attention, no chats."""
 
     model_types = ("paligemma",)
     processor_classes = ("PaliGemmaProcessor",)
@@ -61,7 +62,7 @@ class PaliGemma(OneSize):
         return f"{prompt}{image}{self.tokenizer.bos_token}\n", answer.removeprefix("\n")
 
     def process(self, text: str, tiles: Sequence[Image.Image], **options: Any) -> Any:
-        """The processor's output for the prompt and the answer of a row, without the end that it writes after an
+        """The processor's output for the prompt and the answer of a row, without the end token that it writes after an
         answer."""
         prompt, answer = self.prompt_and_answer(text)
         if not tiles:
@@ -73,11 +74,11 @@ class PaliGemma(OneSize):
             output[name] = value[:, :-1] if isinstance(value, Tensor) else [ids[:-1] for ids in value]
         return output
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         return Span(np.full(self.features, self.image_token_id, dtype=np.int32), self.features)
 
     def position_ids(self, row: PackedRow) -> Tensor:
-        """From 1, as the model counts itself."""
+        """Positions that start at 1 in each sample, as the model counts itself."""
         return super().position_ids(row) + 1
 
     def model_problem(self, config: PretrainedConfig) -> str | None:
@@ -107,13 +108,13 @@ class PaliGemma(OneSize):
 
 
 def _sliding_window(config: PretrainedConfig) -> int | None:
-    """Tokens that the sliding layers of the text model see; None without such layers, as in Gemma."""
+    """Tokens that the sliding layers of the text model attend over; None without such layers, as in Gemma."""
     text = config.get_text_config()
     return None if text.model_type == "gemma" else text.sliding_window
 
 
 def _before_answers(trained: Tensor, samples: Tensor, count: int) -> Tensor:
-    """bool [L]: what stands before the first trained token of its sample; all of a sample without one."""
+    """Which tokens come before the first trained token of their sample, bool [L]: all of a sample without one."""
     places = torch.arange(len(samples), device=samples.device)
     first = torch.full((count,), len(samples), device=samples.device)
     first.scatter_reduce_(0, samples, places.masked_fill(~trained, len(samples)), "amin")

@@ -1,4 +1,4 @@
-"""The parts of a model: which of its weights see, which join sight to text, which write.
+"""The parts of a model: vision tower, projector, language model, and embeddings with the head.
 
 A family names the modules of its parts once (`Family.module_names`), as transformers names them in a loaded model, not
 as they stand in the hub's files. A name stands for all weights below it, except those that a longer name of another
@@ -22,13 +22,13 @@ class Parts:
     vision: tuple[str, ...]
     """The vision tower."""
     projector: tuple[str, ...]
-    """What turns the vision tower's features into the language model's."""
+    """Modules that turn the vision tower's features into the language model's."""
     language: tuple[str, ...] = ("model.language_model",)
     """The language model's layers."""
     embeddings: tuple[str, ...] = ("model.language_model.embed_tokens", "lm_head")
     """The token embeddings and the head, which many models tie together."""
     audio: tuple[str, ...] = ()
-    """The audio tower and what joins it to the language model. mmray gives it nothing to learn from."""
+    """The audio tower and its connection to the language model. mmray reads no audio, so it learns nothing."""
 
     def items(self) -> Iterable[tuple[str, tuple[str, ...]]]:
         """Each part's name with its modules."""
@@ -49,7 +49,7 @@ class Parts:
         return names
 
     def of(self, model: PreTrainedModel) -> "Parts":
-        """The same parts without the names that this model has not, such as a head that only larger models own.
+        """These parts without the names that a given model lacks, such as a head that only larger models own.
 
         Raises UserError where a parameter of the model belongs to no part, or a part but audio has none.
         """
@@ -68,7 +68,7 @@ class Parts:
 
 
 def parts_by_rules(model: PreTrainedModel) -> Parts:
-    """The parts of a model that no family serves, by what transformers itself says of it.
+    """The parts of a model that no family serves, found by what transformers itself tells of it.
 
     transformers tells any model's token embeddings, head, language model and vision tower; whatever lies in none of
     them joins sight to text. Raises UserError where it tells no vision tower or no language model of this model.

@@ -23,7 +23,7 @@ from mmray.families.text_models import OnTextModel
 
 
 class PixtralVision(OnTextModel):
-    """What these models share: sizes and pixels."""
+    """The sizes and pixels of models with Pixtral's vision tower."""
 
     least_features = 2  # Mistral 3 takes a lone feature for a vector, and raises
 
@@ -47,7 +47,7 @@ class PixtralVision(OnTextModel):
     @property
     @abstractmethod
     def _resize_multiple(self) -> tuple[int, int]:
-        """(height, width) that the sides of a resized picture are multiples of."""
+        """The (height, width) of which the sides of a resized picture are multiples."""
 
     def _frame_size(self, tile_size: Size) -> Size:
         if self.tiled:
@@ -58,7 +58,7 @@ class PixtralVision(OnTextModel):
         return size
 
     def _resized(self, tile_size: Size) -> Size:
-        """A strip may come out without width or height."""
+        """The size of a picture after resizing. A narrow strip may come out without width or height."""
         width, height = tile_size
         limit = self.images.size
         rows, columns = get_resize_output_image_size(
@@ -71,11 +71,11 @@ class PixtralVision(OnTextModel):
         return columns, rows
 
     def _grid(self, frame_size: Size) -> tuple[int, int]:
-        """(rows, columns) of tokens."""
+        """The (rows, columns) of tokens of a picture."""
         width, height = frame_size
         return height // self.tile_multiple, width // self.tile_multiple
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         rows, columns = self._grid(self._frame_size(tile_size))
         if not rows or not columns:
             raise ValueError(f"{type(self.processor).__name__} makes nothing of a page of {tile_size}")
@@ -83,9 +83,9 @@ class PixtralVision(OnTextModel):
 
     @abstractmethod
     def _tokens(self, rows: int, columns: int) -> list[int]:
-        """The token ids of a picture of so many rows and columns of features."""
+        """The token ids of a picture with this many rows and columns of features."""
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         if self.tiled:
             return [as_frame(tile)]
         height, width = self._resize_multiple
@@ -163,7 +163,8 @@ class LightOnOcr(PixtralVision):
 
     @property
     def _resize_multiple(self) -> tuple[int, int]:
-        """A patch, though a token stands for a square of them: an odd row or column of patches gives no token."""
+        """The size of a patch, although a token stands for a square of them: an odd row or column of patches gives no
+        token."""
         patch = self.images.patch_size
         return (patch, patch) if isinstance(patch, int) else (patch["height"], patch["width"])
 

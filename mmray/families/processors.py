@@ -29,7 +29,7 @@ _CONFIG_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer
 
 @functools.cache
 def warn_of_remote_code(name: str) -> None:
-    """Say, once for each source in a process, that code from there may run."""
+    """Warns, once for each source in a process, that code from there may run."""
     log.warning(
         "WARNING: trust_remote_code is ON: Python code that comes with %s runs here, with all your rights, files and "
         "credentials. Leave it off unless you have read that code",
@@ -63,7 +63,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _processor_class(name: str) -> Any:
-    """The class the folder's files name; else the one transformers maps its model type to."""
+    """The class that the folder's files name; otherwise the one that transformers maps the model type to."""
     files = cached_files(name, list(_CONFIG_FILES), _raise_exceptions_for_missing_entries=False)
     for file in map(Path, files or ()):
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def _processor_class(name: str) -> Any:
 
 @functools.cache
 def _unguarded(cls: Any) -> Any:
-    """The class itself where transformers has put a stand-in that only says that torchvision is missing.
+    """The real class where transformers has put a stand-in that only says that torchvision is missing.
 
     Such a processor's module imports functions from the image processor for torchvision, as Pixtral's does. The PIL
     image processor's module has the same functions: while the processor's module loads, it stands for the other one.
@@ -112,7 +112,7 @@ def _image_only(cls: Any) -> Any:
 
 
 class _WithoutVideo(ProcessorMixin):
-    """Between a processor's class and the common one, to which some hand on a `video_processor` by name."""
+    """A class between a processor's class and the common one, to which some pass a `video_processor` by name."""
 
     def __init__(self, *args: Any, video_processor: None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

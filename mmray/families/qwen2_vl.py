@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL, and what later Qwen models took over from them: tokens and the ChatML template."""
+"""Qwen2-VL and Qwen2.5-VL: the tokens and the ChatML template that later Qwen models took over."""
 
 import functools
 from typing import ClassVar

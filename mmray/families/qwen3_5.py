@@ -1,13 +1,13 @@
 """Qwen3.5 and its mixture of experts: three of four layers are linear attention, which carries a state along the row.
 
-Positions alone do not keep samples apart there: the state and the convolution before it run on, and logits are off by
-their own size. The kernels of two packages can be told where samples begin, flash-linear-attention by cumulative
-lengths and causal-conv1d by a number for each token; they get both, always, because one alone is silently wrong and
-because transformers refuses both on its plain torch implementation. So rows of several samples need both packages.
+Positions alone do not keep samples apart there: the state, and the convolution before it, continue into the next
+sample, and logits are off by their own size. The kernels of two packages accept the beginnings of samples,
+flash-linear-attention as cumulative lengths and causal-conv1d as a number for each token. They always get both, because
+one alone is silently wrong and because transformers refuses both on its plain torch implementation. So rows of several
+samples need both packages.
 
-What tests show of this: that transformers passes these inputs to the two functions, and that packed equals unpacked
-with stand-ins of plain torch that do what the packages document. The kernels themselves, which need a GPU, were not
-run.
+Tests show that transformers passes these inputs to the two functions, and that packed equals unpacked with stand-ins of
+plain torch that do what the packages document. The kernels themselves, which need a GPU, were not run.
 """
 
 import importlib
@@ -24,8 +24,8 @@ _KERNELS = {
     "flash-linear-attention": (("fla", "fla.ops.gated_delta_rule"), "chunk_gated_delta_rule", "cu_seqlens"),
     "causal-conv1d": (("causal_conv1d",), "causal_conv1d_fn", "seq_idx"),
 }
-"""Of each distribution: the modules where linear attention looks for its function, that function, and the argument by
-which it keeps samples apart."""
+"""For each distribution: the modules in which linear attention looks for a function, that function, and the argument
+that keeps samples apart."""
 
 
 class Qwen35(Qwen2VL):
@@ -44,8 +44,11 @@ class Qwen35(Qwen2VL):
         return super().packing_problem(config, sample_tokens=sample_tokens, row_tokens=row_tokens)
 
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
-        """Where samples begin, in each form that some layer reads. None for a single sample: a picture added after it
-        changes nothing before it, and transformers refuses these inputs where the kernels are missing."""
+        """The beginnings of the samples, in each form that some layer reads.
+
+        None for a single sample: a picture added after it changes nothing before it, and transformers refuses these
+        inputs where the kernels are missing.
+        """
         if int(row.segment_ids.max()) < 1:
             return {}
         number = torch.arange(len(row.lengths), dtype=torch.int32, device=row.lengths.device)
@@ -54,15 +57,17 @@ class Qwen35(Qwen2VL):
 
 
 def missing_kernels() -> list[str]:
-    """The distributions that linear attention lacks here to keep samples apart, found as transformers finds them: by
-    importing. An old version, whose function has no such argument, is missing too: transformers leaves out arguments
-    that a function does not name."""
+    """The distributions that linear attention needs to keep samples apart and that are not installed here.
+
+    They are found as transformers finds them, by importing. An old version, whose function has no such argument, is
+    missing too: transformers leaves out arguments that a function does not name.
+    """
     return [name for name, kernel in _KERNELS.items() if not _keeps_apart(*kernel)]
 
 
 def _keeps_apart(modules: tuple[str, ...], function: str, argument: str) -> bool:
     try:
-        found = [getattr(importlib.import_module(module), function, None) for module in modules]
+        kernels = [getattr(importlib.import_module(module), function, None) for module in modules]
     except Exception:  # noqa: BLE001  A package may raise anything where it finds no GPU; transformers does without it.
         return False
-    return any(each is not None and argument in inspect.signature(each).parameters for each in found)
+    return any(kernel is not None and argument in inspect.signature(kernel).parameters for kernel in kernels)

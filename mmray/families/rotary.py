@@ -1,8 +1,9 @@
-"""What the families with M-RoPE share: pictures of any size in a grid of patches, a token for each merged square of
-them, and positions that count rows and columns inside a picture.
+"""The base of families with M-RoPE: pictures of any size on a grid of patches, and positions with rows and columns.
 
-One place, because Qwen's, GLM's and PaddleOCR's processors and `get_rope_index` are one design: they differ in the rule
-of sizes, which is asked of each, in the order of patches, and in their tokens.
+A picture gets one token for each square of patches that the model merges.
+
+Qwen's, GLM's and PaddleOCR's processors and `get_rope_index` are one design. They differ in the rule of sizes, which is
+asked of each processor, in the order of patches, and in their tokens.
 """
 
 import functools
@@ -19,7 +20,7 @@ from mmray.families.base import Family, PackedRow, Size, Span, Tile, as_frame, n
 
 
 class RotaryFamily(Family):
-    """A family of this kind; a subclass names its tokens and the markers of its template."""
+    """A family with M-RoPE. A subclass names its tokens and the markers of its template."""
 
     position_rows = 4
     media_tokens: ClassVar[tuple[str, ...]]
@@ -42,17 +43,17 @@ class RotaryFamily(Family):
 
     # ---------------------------------------------------------------- sizes
 
-    def _measure_span(self, tile_size: Size, together: int) -> Span:
+    def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         count = self._resized_tokens(tile_size) if self.resizes else self._merged(tile_size)
         return Span(np.full(count, self.image_token_id, dtype=np.int32), count)
 
     def _resized_tokens(self, tile_size: Size) -> int:
-        """The tokens of a tile that the processor resizes, by the processor's own rule."""
+        """Number of tokens of a tile that the processor resizes, by the processor's own rule."""
         width, height = tile_size
         return int(self.images.get_number_of_image_patches(height, width)) // self.images.merge_size**2
 
     def _merged(self, frame_size: Size) -> int:
-        """The tokens of a frame: merged squares of patches, of which it must be made."""
+        """Number of tokens of a frame: merged squares of patches. Raises ValueError where they do not fill it."""
         width, height = frame_size
         side = self.tile_multiple
         if width % side or height % side:
@@ -63,10 +64,10 @@ class RotaryFamily(Family):
 
     @property
     def resize_options(self) -> dict[str, Any]:
-        """What the image processor's `resize` wants besides sizes."""
+        """Arguments of the image processor's `resize` in addition to sizes."""
         return {}
 
-    def frames(self, tile: Image.Image, together: int = 1) -> list[np.ndarray]:
+    def frames(self, tile: Image.Image, num_tiles: int = 1) -> list[np.ndarray]:
         page = as_frame(tile)
         if not self.resizes:
             return [page]
@@ -84,16 +85,18 @@ class RotaryFamily(Family):
         return {"pixel_values": self.timed(patches), "image_grid_thw": grid}
 
     def patches(self, frame: Tensor) -> Tensor:
-        """The patches of a frame, uint8 [height, width, 3] to [patches, 3, side, side]: merged squares in reading
-        order, inside each its patches."""
+        """The patches of a frame: uint8 [height, width, 3] becomes [patches, 3, side, side].
+
+        Merged squares stand in reading order, and the patches inside each of them, too.
+        """
         size, merge = self.images.patch_size, self.images.merge_size
         rows, columns = frame.shape[0] // (size * merge), frame.shape[1] // (size * merge)
         cells = frame.reshape(rows, merge, size, columns, merge, size, 3)
         return cells.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, size, size)
 
     def timed(self, patches: Tensor) -> Tensor:
-        """Patches [n, 3, side, side] as the model takes them: [n, 3 * times * side * side], the same picture at all
-        times of a patch."""
+        """Patches [n, 3, side, side] in the form that the model takes, [n, 3 * times * side * side]: the picture is the
+        same at all times of a patch."""
         return patches.unsqueeze(2).expand(-1, -1, self.images.temporal_patch_size, -1, -1).flatten(1)
 
     def feature_count(self, tile: Tile) -> int:
@@ -102,8 +105,20 @@ class RotaryFamily(Family):
     # ---------------------------------------------------------------- positions
 
     def position_ids(self, row: PackedRow) -> Tensor:
-        """[4, L]. An image of r × c tokens counts rows and columns from the position it stands at and moves the
-        text after it on by max(r, c) (the rule of `get_rope_index`), here for all images of the row at once."""
+        """M-RoPE positions, int64 [4, L]: text, time, height and width (the rule of `get_rope_index`).
+
+        The tokens of an image with r rows and c columns count both from the position p at which the image stands. The
+        text after it goes on at p + max(r, c), which saves r · c - max(r, c) positions. A sample of two words, an image
+        of 2 × 3 tokens and one more word:
+
+            token    word  word  img  img  img  img  img  img  word
+            text        0     1    2    3    4    5    6    7     8
+            time        0     1    2    2    2    2    2    2     5
+            height      0     1    2    2    2    3    3    3     5
+            width       0     1    2    3    4    2    3    4     5
+
+        All images of the row are computed at once.
+        """
         input_ids, lengths = row.input_ids, row.lengths
         frame_sizes = [size for tile in row.tiles for size in tile.frame_sizes]
         device = input_ids.device

@@ -1,4 +1,4 @@
-"""What mmray must know of the text models that LLaVA and its kin are built on: any that transformers has.
+"""The text models that LLaVA and its relatives are built on: how they write turns, and which of them pack.
 
 How turns are written follows the text model, not the vision model: LLaVA-NeXT alone is published on Vicuna, Mistral,
 Llama 3, Qwen and Granite. The format is told from the chat template. Where markers are ordinary text, tokenizers read
@@ -21,11 +21,13 @@ PACKING_TEXT_MODELS = (
     "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "granitemoe", "llama", "ministral3", "mistral",
     "mixtral", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm",
 )  # fmt: skip
-"""`model_type` of the text models whose packed rows equal their samples, by test. Not gpt_oss: transformers 5.23 makes
-its masks without the positions."""
+"""The `model_type` of text models for which a test has shown that packed rows equal their samples.
+
+gpt_oss is not among them: transformers 5.23 makes its masks without the positions.
+"""
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-"""What ChatML writes for each role."""
+"""The name that ChatML writes for each role."""
 LLAMA_ROLES = ROLES | {"tool": "ipython"}
 
 
@@ -41,9 +43,10 @@ class OnTextModel(Family):
 
 
 def packing_problem(text: PretrainedConfig, sample_tokens: int) -> str | None:
-    """Why a text model cannot take several samples in one row, told apart by their positions; None where it can.
+    """The reason why a text model cannot take several samples in one row, told apart by their positions; None where it
+    can.
 
-    sample_tokens: the most that a sample will have.
+    sample_tokens: the most tokens that a sample will have.
     """
     if text.model_type not in PACKING_TEXT_MODELS:
         return f"no test has shown how its text model, a {text.model_type}, keeps samples apart"
@@ -57,19 +60,22 @@ def packing_problem(text: PretrainedConfig, sample_tokens: int) -> str | None:
 
 
 def _lengths_that_matter(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Kinds of rotary embeddings, of all layers or of each kind of layer, whose frequencies change with the longest
-    position in a row, and from how many tokens on."""
+    """Kinds of rotary embeddings whose frequencies depend on the longest position in a row, and from how many tokens
+    on.
+
+    They may be set for all layers or for each kind of layer.
+    """
     rope = settings.get("rope_parameters") or {}
-    for each in (rope, *rope.values()):
-        kind = each.get("rope_type") if isinstance(each, dict) else None
+    for parameters in (rope, *rope.values()):
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
         if kind == "dynamic":
             yield kind, settings["max_position_embeddings"]
         elif kind == "longrope":
-            yield kind, each["original_max_position_embeddings"]
+            yield kind, parameters["original_max_position_embeddings"]
 
 
 def role_markers(processor: Any) -> tuple[RoleMarkers, ...]:
-    """The role boundaries of the format that the chat template writes; none for a format that is not known here."""
+    """The role boundaries of the format that the chat template writes; none for an unknown format."""
     template = processor.chat_template or ""
     if isinstance(template, dict):
         template = template.get("default", "")
@@ -83,13 +89,16 @@ def role_markers(processor: Any) -> tuple[RoleMarkers, ...]:
 
 
 def _chatml(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
-    """LLaVA-OneVision writes a space and a line break after the role. The bare header is for turns whose first
-    characters are one token with these, and for those that begin with an image."""
+    """The markers of ChatML.
+
+    LLaVA-OneVision writes a space and a line break after the role. The bare header is for turns whose first characters
+    are one token with these, and for those that begin with an image.
+    """
     return _headers("<|im_start|>{}", ("\n", " \n", ""), "<|im_end|>", ROLES)
 
 
 def _llama3(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
-    """LLaVA-NeXT writes two line breaks after the header and one before each text."""
+    """The markers of Llama 3. LLaVA-NeXT writes two line breaks after the header and one before each text."""
     return _headers("<|start_header_id|>{}<|end_header_id|>", ("\n\n", "\n\n\n", ""), "<|eot_id|>", LLAMA_ROLES)
 
 
@@ -102,7 +111,7 @@ def _headers(header: str, breaks: Iterable[str], end: str, roles: Mapping[str, s
 
 
 def _bars(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
-    """Granite, Phi-3."""
+    """The markers of Granite and Phi-3."""
     for line_break in ("\n", ""):
         yield RoleMarkers("system", f"<|system|>{line_break}", until_next=True)
         yield RoleMarkers("user", f"<|user|>{line_break}", until_next=True)
@@ -111,7 +120,10 @@ def _bars(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
 
 
 def _mistral(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
-    """The marker after the user's turn opens the assistant's. The system's turn comes before the user's first."""
+    """The markers of Mistral.
+
+    The marker after the user's turn opens the assistant's. The system's turn comes before the user's first.
+    """
     yield RoleMarkers("system", "<<SYS>>", until_next=True)
     for space, before in _PLACES:
         yield RoleMarkers("user", f"{space}[INST]", start_after=before, until_next=True)
@@ -119,19 +131,22 @@ def _mistral(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
 
 
 def _vicuna(tokenizer: Any, template: str) -> Iterator[RoleMarkers]:
-    """The system's text has no marker."""
+    """The markers of Vicuna, whose system text has none."""
     for space, before in _PLACES:
         yield RoleMarkers("user", f"{space}USER:", start_after=before, until_next=True)
         yield _answer(tokenizer, template, f"{space}ASSISTANT:", before)
 
 
 _PLACES = (("", ""), (" ", "a"), ("", "\n"))
-"""Where markers of plain text stand: at the beginning, after a word, after a line break."""
+"""The places of markers that are plain text: at the beginning, after a word, after a line break."""
 
 
 def _answer(tokenizer: Any, template: str, start: str, before: str = "") -> RoleMarkers:
-    """The assistant's turn, which ends with the first of these that the template writes, or with the next turn: a
-    template of LLaVA-NeXT wrote `<\\s>` for `</s>`, and LLaVA 1.5's writes none."""
+    """The markers of the assistant's turn.
+
+    It ends with the first of these tokens that the template writes, or else with the next turn: a template of
+    LLaVA-NeXT wrote `<\\s>` for `</s>`, and LLaVA 1.5's writes none.
+    """
     eos = tokenizer.eos_token or ""
     writes_eos = bool(eos) and (eos in template or "eos_token" in template)
     end = "<|end|>" if "<|end|>" in template else eos if writes_eos else ""
@@ -145,4 +160,4 @@ _FORMATS: dict[str, Callable[[Any, str], Iterator[RoleMarkers]]] = {
     "[INST]": _mistral,
     "ASSISTANT:": _vicuna,
 }
-"""By what only templates of the format hold."""
+"""The markers of each format, by a text that only templates of that format contain."""

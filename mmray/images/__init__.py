@@ -1,4 +1,4 @@
-"""Images: their size from the header, their upright pixels, and the tiles a page is cut into."""
+"""Images: their size from the header, their upright pixels, and the tiles into which a page is cut."""
 
 from mmray.images.header import ImageHeader, image_size, read_header
 from mmray.images.load import load_image

@@ -1,11 +1,11 @@
-"""What a file is that is no picture, for the message that refuses it."""
+"""Recognises what a file is that is not an image, for the message that refuses it."""
 
 import re
 
 from mmray.images.readers import FORMATS
 
 CONTENTS_BYTES = 4096
-"""Bytes of a file's beginning that `contents` looks at."""
+"""Bytes at a file's beginning that `contents` examines."""
 
 _MAGICS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x1f\x8b", "gzip data", "unpack it"),
@@ -22,14 +22,14 @@ _MAGICS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x93NUMPY", "a NumPy array", ""),
     (b"PAR1", "a Parquet file", "name the pictures in it"),
 )
-"""(first bytes, what it is, what to do; "" to store it as a picture)"""
+"""Entries of (first bytes, what the file is, remedy); an empty remedy means: store it as an image."""
 
 _PDF_PLACE = 1024
-"""A PDF's mark stands within so many bytes (PDF 1.7, H.3.4.1)."""
+"""Bytes at a file's beginning within which the mark of a PDF stands (PDF 1.7, H.3.4.1)."""
 
 
 def contents(head: bytes) -> str:
-    """What a file is, by its first CONTENTS_BYTES, and what to do with it: the end of a message."""
+    """Describes a file by its first CONTENTS_BYTES, with a remedy; the text ends an error message."""
     what, remedy = _recognized(head)
     return f"{what}; {remedy or 'store it as one of ' + ', '.join(FORMATS)}"
 

@@ -1,14 +1,14 @@
-"""The size of an image as it is seen, from its header alone.
+"""Reads the size of an image as it is seen from its header alone.
 
 Lengths of rows follow from sizes, so this runs over every image of a dataset and must neither decode (0.05
 ms a page here, against 6 ms) nor be wrong: the size is the one after the EXIF orientation, the same that
 `load_image` gives. Both take the orientation from `_orientation` below, so they agree by construction. The
-usual way, `ImageOps.exif_transpose`, cannot serve: it decodes first, and so does `getexif` of a PNG.
+usual `ImageOps.exif_transpose` cannot be used: it decodes first, and so does `getexif` of a PNG.
 
-A file is opened once, for size, orientation and checks together; a remote one is read in one range, a PNG without
-EXIF in two, and only WebP and AVIF whole, since Pillow opens them so.
+A file is opened once for size, orientation and checks. A remote file is read in one range, a PNG without EXIF in two;
+only WebP and AVIF are read whole, because Pillow opens them so.
 
-What a header says is checked here: an image too large to decode safely is refused before a pixel is read.
+Headers are checked here: an image too large to decode safely is refused before a pixel is read.
 """
 
 import io
@@ -28,12 +28,12 @@ from PIL.GifImagePlugin import GifImageFile
 from mmray.errors import RowError
 from mmray.images import jpeg
 from mmray.images.contents import CONTENTS_BYTES, contents
-from mmray.images.paged import MOST_PAGES, PageOfFile
+from mmray.images.paged import MAX_PAGES, PageOfFile
 from mmray.images.pdf import num_pages, pdf_size
 from mmray.images.readers import TiffReader, UnknownKindError, open_picture
 from mmray.images.source import (
     HEADER_BLOCK_BYTES,
-    PASSING_ERRORS,
+    PASS_THROUGH_ERRORS,
     REMOTE_BLOCK_BYTES,
     ImageSource,
     describe_source,
@@ -42,29 +42,29 @@ from mmray.images.source import (
 )
 
 MAX_PIXELS = 250_000_000
-"""Pixels of the largest image that is opened: a sheet of A0 at 400 dpi has 245 million."""
+"""The most pixels of an image that is opened: a sheet of A0 at 400 dpi has 245 million."""
 
 _ORIENTATION_TAG = 274
 _INTEGER_KINDS = {1: "B", 3: "H", 4: "I"}
 _SIGNED_KINDS = {6: "b", 8: "h", 9: "i"}
 IMAGE_READING = 2
-"""Raised when the size of some image is read otherwise than before. 2: orientations of signed kinds count."""
+"""Version of size reading, raised when the size of some image is read differently. 2: signed orientations count."""
 _BROKEN = -1
-"""Stands for the orientation that EXIF would have said, had it been readable."""
+"""Stands for the orientation of EXIF that cannot be read."""
 BROKEN_EXIF = "broken_exif"
-"""The note on an image whose EXIF cannot be read, or says an orientation there is not: it is taken as it is stored."""
+"""The note on an image whose EXIF cannot be read or holds an unknown orientation: the image is used as stored."""
 SEVERAL_FRAMES = "several_frames"
-"""The note on a file of several pages or frames, of which the first alone is the image."""
+"""The note on a file of several pages or frames, of which only the first is used."""
 _ONE_PICTURE = ("JPEG", "MPO", "HEIF")
-"""Formats that hold one photograph, if in several views."""
+"""Formats that hold one photograph, possibly in several views."""
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _PNG_TAIL_BYTES = HEADER_BLOCK_BYTES
-"""How much of a PNG's end is searched for EXIF: one request. EXIF itself has at most 64 KB."""
+"""Bytes at the end of a PNG that are searched for EXIF: one request. EXIF itself has at most 64 KB."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What is known of an image without decoding it."""
+    """The properties of an image that are known without decoding it."""
 
     width: int
     """Width in pixels, upright: after the EXIF orientation."""
@@ -75,29 +75,34 @@ class ImageHeader:
     mode: str
     """Pillow's mode of the stored pixels, for example "RGB", "CMYK", "I;16"."""
     orientation: int
-    """EXIF orientation of the stored pixels, 1 (upright) to 8. 1 where none, or no valid one, is written."""
+    """EXIF orientation of the stored pixels, 1 (upright) to 8; 1 where no valid orientation is stored."""
     num_frames: int | None
-    """Pages or frames in the file, of which the first is used. None: only reading on would tell."""
+    """Number of pages or frames in the file, of which the first is used. None: unknown without reading on."""
     note: str = ""
-    """What was passed over: BROKEN_EXIF, or nothing."""
+    """The flaw that was tolerated: BROKEN_EXIF, or nothing."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, upright."""
+        """The size (width, height) in pixels, upright."""
         return self.width, self.height
 
 
 class Measured(NamedTuple):
-    """What preparing asks of an image. size: (width, height) in pixels, upright; note: as in `ImageHeader`."""
+    """The properties of an image that preparing needs.
+
+    size: (width, height) in pixels, upright.
+    note: the flaw that was tolerated: BROKEN_EXIF, SEVERAL_FRAMES, or nothing.
+    """
 
     size: tuple[int, int]
     note: str = ""
 
 
 def measured(source: ImageSource, *, max_pixels: int = MAX_PIXELS, one_frame: bool = False) -> Measured:
-    """The size of an image, and what was passed over. Errors as `read_header`.
+    """Measures an image without decoding it. Raises what `read_header` raises.
 
-    one_frame: raise RowError `image_frames` for a file of several pages or frames, of which the source names none.
+    one_frame: whether to raise RowError `image_frames` for a file of several pages or frames where the source names no
+        page.
     """
     page = page_of(source)
     if page and page.is_pdf:
@@ -112,28 +117,31 @@ def measured(source: ImageSource, *, max_pixels: int = MAX_PIXELS, one_frame: bo
 
 
 def frames_of(source: ImageSource) -> list[int]:
-    """The numbers, from 1, of the pages or frames of an image; previews and masks, and the further views of
-    photographs, are none. Errors as `read_header`, but for size."""
+    """Lists the pages or frames of an image by their numbers, from 1. Previews, masks and the further views of
+    photographs do not count. Raises what `read_header` raises, except for size."""
     with image_file(source, block_bytes=HEADER_BLOCK_BYTES) as file:
         image, _ = _identify(file, source)
         return _frames(image, source)
 
 
 def page_of(source: ImageSource) -> PageOfFile | None:
-    """The page that a source names, if it is a path or URI and names one."""
+    """Returns the page that a path or URI names; None for any other source."""
     return PageOfFile.written(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
 
 
 def image_size(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels as the image is seen, EXIF orientation applied. Errors as `read_header`."""
+    """Returns (width, height) in pixels as the image is seen, with the EXIF orientation applied.
+
+    Raises what `read_header` raises.
+    """
     return read_header(source, max_pixels=max_pixels).size
 
 
 def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Read an image's header; no pixel is decoded.
+    """Reads an image's header; no pixel is decoded.
 
     Raises RowError: those of `open_image`; `image_unreadable` where the file is empty or no image of FORMATS;
-    `image_too_large` above `max_pixels` pixels (width times height); `image_page` for a page that there is not; of
+    `image_too_large` above `max_pixels` pixels (width times height); `image_page` for a page that does not exist; for
     PDFs those of `pdf_size`.
     """
     page = page_of(source)
@@ -147,9 +155,9 @@ def read_header(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> ImageHe
 def opened_image(
     source: ImageSource, max_pixels: int, *, block_bytes: int = REMOTE_BLOCK_BYTES
 ) -> Iterator[tuple[ImageFile.ImageFile, ImageHeader]]:
-    """The image opened but not decoded, with its header; valid inside the block. Errors as `read_header`.
+    """Opens an image without decoding it; yields the image and its header, valid inside the block.
 
-    block_bytes: as in `open_image`.
+    block_bytes: as in `open_image`. Raises what `read_header` raises.
     """
     with image_file(source, block_bytes=block_bytes) as file, _pillow_limit_lifted:
         is_decoded = block_bytes != HEADER_BLOCK_BYTES
@@ -169,24 +177,25 @@ def opened_image(
 
 
 def _held(file: BinaryIO, source: ImageSource) -> BinaryIO:
-    """A file whose pixels are wanted; a JPEG in memory, as its bytes are looked at too (`mmray.images.jpeg`)."""
+    """Returns the file to decode: a JPEG as a copy in memory, because its bytes are checked too
+    (`mmray.images.jpeg`), any other file as it is."""
     try:
         file.seek(0)
         head = file.read(len(jpeg.SIGNATURE))
-        rest = file.read() if head == jpeg.SIGNATURE else b""
+        tail = file.read() if head == jpeg.SIGNATURE else b""
         file.seek(0)
-    except PASSING_ERRORS:
+    except PASS_THROUGH_ERRORS:
         raise
     except OSError as error:
         raise RowError("image_unreadable", f"{describe_source(source)}: {one_line(error)}; store it anew") from error
-    return io.BytesIO(head + rest) if rest else file
+    return io.BytesIO(head + tail) if tail else file
 
 
 class _PillowLimitLifted:
-    """Inside, `Image.MAX_IMAGE_PIXELS` is off: max_pixels is the limit, and Pillow's own is silent.
+    """Switches `Image.MAX_IMAGE_PIXELS` off inside a block, where max_pixels is the limit instead.
 
-    The setting is global, so the first thread in saves it and the last one out puts it back, unless someone
-    else has set it meanwhile.
+    Pillow's setting is global, so the first thread to enter saves it and the last one to leave restores it, unless
+    someone else has set it meanwhile.
     """
 
     def __init__(self) -> None:
@@ -214,7 +223,7 @@ def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile,
     try:
         image = open_picture(file)
         return image, _header_of(image, file)
-    except PASSING_ERRORS:
+    except PASS_THROUGH_ERRORS:
         raise
     except UnknownKindError as error:
         raise RowError("image_unreadable", f"{describe_source(source)}: {error}") from error
@@ -229,8 +238,9 @@ def _identify(file: BinaryIO, source: ImageSource) -> tuple[ImageFile.ImageFile,
 
 def _header_of(image: ImageFile.ImageFile, file: IO[bytes]) -> ImageHeader:
     width, height = image.size
-    found = _orientation(image, file)
-    orientation, note = (found, "") if 1 <= found <= 8 else (1, BROKEN_EXIF if found else "")
+    orientation, note = _orientation(image, file), ""
+    if not 1 <= orientation <= 8:
+        orientation, note = 1, BROKEN_EXIF if orientation else ""
     if orientation >= 5:
         width, height = height, width
     return ImageHeader(width, height, str(image.format), image.mode, orientation, _num_frames(image), note)
@@ -243,8 +253,11 @@ def _num_frames(image: ImageFile.ImageFile) -> int | None:
 
 
 def as_prepared(image: ImageFile.ImageFile, header: ImageHeader, size: tuple[int, int]) -> ImageHeader:
-    """The header of an image that was prepared with a size, before signed orientations counted (IMAGE_READING 1): it is
-    taken as it is stored, as it was measured. Any other header is as it is."""
+    """Adapts the header of an image that was prepared before signed orientations counted (IMAGE_READING 1).
+
+    Such an image is used as it is stored, because it was measured so. Any other header is returned unchanged.
+    size: the (width, height) in pixels with which the image was prepared.
+    """
     exif = image.info.get("exif")
     if header.size == size or header.size[::-1] != size or not isinstance(exif, bytes):
         return header
@@ -253,7 +266,10 @@ def as_prepared(image: ImageFile.ImageFile, header: ImageHeader, size: tuple[int
 
 
 def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: bool = False) -> list[int]:
-    """As `frames_of`; the image is then at its first frame again. is_any_enough: the second is not looked behind."""
+    """Lists the pages or frames of an opened image, which ends up at its first frame again.
+
+    is_any_enough: whether to stop at the second one.
+    """
     try:
         if isinstance(image, TiffReader):
             return _tiff_pages(image, is_any_enough)
@@ -261,8 +277,8 @@ def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: b
             return [1]
         if is_any_enough and isinstance(image, GifImageFile):
             return [1, 2] if image.is_animated else [1]
-        return list(range(1, min(getattr(image, "n_frames", 1), MOST_PAGES) + 1))
-    except (*PASSING_ERRORS, RowError):
+        return list(range(1, min(getattr(image, "n_frames", 1), MAX_PAGES) + 1))
+    except (*PASS_THROUGH_ERRORS, RowError):
         raise
     except UnknownKindError as error:
         raise RowError("image_unreadable", f"{describe_source(source)}: page {image.tell() + 1}: {error}") from error
@@ -272,7 +288,7 @@ def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: b
 
 def _tiff_pages(image: TiffReader, is_any_enough: bool) -> list[int]:
     pages = [1]
-    for number in range(2, MOST_PAGES + 1):
+    for number in range(2, MAX_PAGES + 1):
         try:
             image.seek(number - 1)
         except EOFError:
@@ -291,7 +307,8 @@ def _tiff_pages(image: TiffReader, is_any_enough: bool) -> list[int]:
 
 
 def _at_page(image: ImageFile.ImageFile, page: PageOfFile, source: ImageSource, is_decoded: bool) -> ImageHeader:
-    """Turn to a page of an opened image; its header. Pictures of animations are of one size, which nobody decodes."""
+    """Turns an opened image to a page; returns the page's header. Frames of an animation share one size, so they are
+    sought only where they will be decoded."""
     name = describe_source(source)
     is_cropped = isinstance(image, GifImageFile) and image.dispose_extent != (0, 0, *image.size)
     if page.page > 1 and is_cropped:
@@ -303,26 +320,26 @@ def _at_page(image: ImageFile.ImageFile, page: PageOfFile, source: ImageSource, 
         if page.page > 1 and (is_decoded or isinstance(image, TiffReader)):
             image.seek(page.page - 1)
         return _header_of(image, image.fp)
-    except (*PASSING_ERRORS, RowError):
+    except (*PASS_THROUGH_ERRORS, RowError):
         raise
     except Exception as error:  # a parser of foreign bytes may raise anything
         raise RowError("image_unreadable", f"{name}: {one_line(error)}; store the image anew") from error
 
 
 def _orientation(image: ImageFile.ImageFile, file: IO[bytes]) -> int:
-    """EXIF orientation, else that of XMP, else 1: what `ImageOps.exif_transpose` would find after decoding. Any other
-    number than 1 to 8 means the same as 1; 0 is what some cameras write, others are broken.
+    """Returns the EXIF orientation, else that of XMP, else 1, as `ImageOps.exif_transpose` finds it after decoding.
 
-    Two places are left out: XMP that stands behind the pixels of a PNG, and EXIF there that more than 128 KB follow.
+    Any number other than 1 to 8 means the same as 1; some cameras write 0, other numbers are broken. Two places are
+    not searched: XMP behind the pixels of a PNG, and EXIF behind them that is followed by more than 128 KB.
     """
     if isinstance(image, TiffReader):
         tag = image.tag_v2.get(_ORIENTATION_TAG)
-        found = tag if tag is None or isinstance(tag, int) else _BROKEN
+        orientation = tag if tag is None or isinstance(tag, int) else _BROKEN
     else:
-        found = _exif_orientation(_exif_bytes(image, file))
-    if found is None or found == _BROKEN:
-        found = _xmp_orientation(image) or found or 1
-    return found
+        orientation = _exif_orientation(_exif_bytes(image, file))
+    if orientation is None or orientation == _BROKEN:
+        orientation = _xmp_orientation(image) or orientation or 1
+    return orientation
 
 
 def _exif_bytes(image: ImageFile.ImageFile, file: IO[bytes]) -> bytes:
@@ -341,10 +358,10 @@ def _exif_bytes(image: ImageFile.ImageFile, file: IO[bytes]) -> bytes:
 
 
 def _png_exif(file: IO[bytes]) -> bytes:
-    """The eXIf chunk behind the pixels of a PNG: Pillow's header ends where they begin.
+    """Returns the eXIf chunk behind the pixels of a PNG, which Pillow's header does not reach; empty where none is.
 
-    Looked for at the file's end, by its checksum. Going there from chunk to chunk would take thousands of steps and,
-    in remote storage, read the whole file.
+    The chunk is searched for at the file's end and recognised by its checksum. Walking from chunk to chunk would take
+    thousands of steps and, in remote storage, read the whole file.
     """
     position = file.tell()
     end = file.seek(0, io.SEEK_END)
@@ -362,10 +379,10 @@ def _png_exif(file: IO[bytes]) -> bytes:
 
 
 def _exif_orientation(exif: bytes, kinds: Mapping[int, str] = _INTEGER_KINDS | _SIGNED_KINDS) -> int | None:
-    """The orientation in EXIF bytes, which are a TIFF header and directory (EXIF 2.32, 4.6.2); None where they have
-    none.
+    """Reads the orientation from EXIF bytes, which are a TIFF header and directory (EXIF 2.32, 4.6.2).
 
-    Never raises, whatever the bytes: a picture with a broken EXIF block is still a picture. It has _BROKEN.
+    Returns None where they hold no orientation, and _BROKEN where they cannot be read. Never raises, because an image
+    with a broken EXIF block can still be used.
     """
     if not exif:
         return None
@@ -392,5 +409,5 @@ def _exif_orientation(exif: bytes, kinds: Mapping[int, str] = _INTEGER_KINDS | _
 def _xmp_orientation(image: ImageFile.ImageFile) -> int | None:
     xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
     text = xmp.encode() if isinstance(xmp, str) else xmp
-    found = _XMP_ORIENTATION.search(text) if isinstance(text, bytes) else None
-    return int(found[1]) if found else None
+    match = _XMP_ORIENTATION.search(text) if isinstance(text, bytes) else None
+    return int(match[1]) if match else None

@@ -1,8 +1,8 @@
-"""Whether a JPEG is whole. Decoders fill what is missing with grey and say nothing.
+"""Checks whether a JPEG is complete. Decoders fill missing pixels with grey without an error.
 
-Two kinds of damage look alike to a decoder and are not: a file that lacks its end marker and nothing else (some
-scanners, downloads cut by two bytes) is a sound picture, and one whose pixels were lost is not. Zeros in the place of
-lost bytes, as file systems leave them, are mostly valid code; what they decode to is no picture.
+A decoder cannot tell two kinds of damage apart: a file that lacks only its end marker (some scanners, downloads cut by
+two bytes) holds a sound image, and one whose pixels were lost does not. Zeros in the place of lost bytes, as file
+systems leave them, are mostly valid code, but what they decode to is not the image.
 """
 
 import io
@@ -15,9 +15,9 @@ from PIL import Image
 SIGNATURE = b"\xff\xd8\xff"
 _END = b"\xff\xd9"
 _HOLE = bytes(64)
-"""So many zero bytes among compressed pixels are no picture, unless 512 bits of 0 mean blank blocks there."""
+"""A run of zero bytes that means lost pixels, unless 512 bits of 0 encode blank blocks there."""
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-"""What ends the compressed pixels of a scan."""
+"""Matches the marker that ends the compressed pixels of a scan."""
 _REFINEMENT_FREE_FRAMES = {0xC0, 0xC1, 0xC2}
 """Frames in Huffman code: baseline, extended, progressive."""
 _SCAN, _PROGRESSIVE = 0xDA, 0xC2
@@ -25,10 +25,10 @@ _TAILS = (b"", b"\x55" * 1024, b"\xaa" * 1024)
 
 
 def hole(data: bytes) -> int | None:
-    """Where zeros stand in the place of compressed pixels; None where they do nowhere.
+    """Returns the byte at which zeros stand in the place of compressed pixels; None where there are no such zeros.
 
-    A long run of zeros is right only where the scan's codes make it blank blocks (a zero difference, an end of
-    block), and never right up to the end of a file without its end marker.
+    A long run of zeros is valid only where the scan's codes make it blank blocks (a zero difference, an end of block),
+    and never valid up to the end of a file without its end marker.
     """
     if _HOLE not in data:
         return None
@@ -47,7 +47,7 @@ def hole(data: bytes) -> int | None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int, int]]:
-    """(marker, its segment, where what follows begins, where the next marker stands) up to the end of the picture."""
+    """Yields (marker, its segment, first byte behind the segment, first byte of the next marker) of each segment."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _END[1]:
         marker = data[at + 1]
@@ -63,7 +63,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int, int]]:
 
 
 def _first_symbols(segment: bytes) -> dict[int, int]:
-    """Of each Huffman table, by class and number in one byte: what the code of zero bits alone stands for."""
+    """Returns the symbol that the code of zero bits alone stands for, by table (class and number in one byte)."""
     symbols, at = {}, 0
     while at + 17 < len(segment):
         symbols[segment[at]] = segment[at + 17]
@@ -72,7 +72,7 @@ def _first_symbols(segment: bytes) -> dict[int, int]:
 
 
 def _zeros_are_blank(scan: bytes, frame: int, tables: dict[int, int]) -> bool:
-    """Whether bits of 0 alone are blank blocks of a scan (ITU T.81, B.2.3). scan: its header."""
+    """Tells whether bits of 0 alone encode blank blocks of a scan (ITU T.81, B.2.3). scan: the scan's header."""
     count = scan[0] if scan else 0
     if frame not in _REFINEMENT_FREE_FRAMES or len(scan) < 4 + 2 * count:
         return True
@@ -90,10 +90,10 @@ def _zeros_are_blank(scan: bytes, frame: int, tables: dict[int, int]) -> bool:
 
 
 def completed(data: bytes, load: Callable[[Image.Image], object] = Image.Image.load) -> Image.Image | None:
-    """The decoded picture of a JPEG that lacks its end marker and nothing else; None where pixels are missing.
+    """Decodes a JPEG that lacks only its end marker; returns None where pixels are missing.
 
-    Whatever would follow the pixels leaves a whole picture as it is, and becomes part of one that is not. load: decodes
-    the opened picture.
+    Different bytes are appended in turn: they do not change a complete image, and become part of an incomplete one.
+    load: decodes the opened image.
     """
     body = data.removesuffix(b"\xff")
     pictures = []
@@ -106,10 +106,10 @@ def completed(data: bytes, load: Callable[[Image.Image], object] = Image.Image.l
 
 
 def lacks_pixels(data: bytes) -> bool:
-    """Whether a JPEG that can be decoded ends before its pixels do, end marker or not.
+    """Tells whether a JPEG that can be decoded ends before its pixels do, with or without an end marker.
 
-    Decodes it three times, at an eighth of its size where that shows all, so it is for looking at pictures once and
-    not for training.
+    The image is decoded three times, at an eighth of its size where that is enough, so this is meant for checking
+    images once and not for training.
     """
     segments = [(marker, stop) for marker, _, _, stop in _segments(data)]
     stops = [stop for marker, stop in segments if marker == _SCAN]

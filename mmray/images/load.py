@@ -1,9 +1,9 @@
-"""An image as a person sees it: upright, RGB, eight bits.
+"""Loads an image as a person sees it: upright, RGB, eight bits.
 
-Pillow's own `convert("RGB")` is wrong for three kinds of page scans, all without a word: it clips 16-bit
-grey to its brightest value (a page becomes white), it shows the hidden colours under full transparency (a
-page becomes black), and it clips floating-point grey of the range 0 to 1 to black. What it loses before, of depth,
-sign and polarity, `mmray.images.readers` keeps.
+Pillow's `convert("RGB")` is silently wrong for three kinds of page scans: it clips 16-bit grey to its brightest value
+(a page becomes white), it shows the hidden colours under full transparency (a page becomes black), and it clips
+floating-point grey of the range 0 to 1 to black. Depth, sign and polarity, which Pillow loses before, are kept by
+`mmray.images.readers`.
 """
 
 import io
@@ -17,7 +17,7 @@ from mmray.images import jpeg
 from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image, page_of
 from mmray.images.pdf import render_pdf
 from mmray.images.readers import PngReader, TiffReader
-from mmray.images.source import PASSING_ERRORS, ImageSource, describe_source, one_line
+from mmray.images.source import PASS_THROUGH_ERRORS, ImageSource, describe_source, one_line
 
 _WHITE = (255, 255, 255)
 _UPRIGHT = {
@@ -29,14 +29,14 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings pixels stored with an EXIF orientation upright (EXIF 2.32, tag 274)."""
+"""The transposition that turns pixels upright, by their EXIF orientation (EXIF 2.32, tag 274)."""
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image, or render a page of a PDF: mode RGB, upright, of the size `image_size` tells; of several frames
-    the first, unless the source names another.
+    """Decodes an image, or renders a page of a PDF: mode RGB, upright, of the size that `image_size` returns.
 
-    Transparency is laid over white, and so is what a first frame leaves of its canvas. Grey above 8 bits is scaled
+    Of several frames the first is used, unless the source names another. Transparency is laid over white, and so is
+    the part of the canvas that a first frame leaves empty. Grey above 8 bits is scaled
     from its depth, up to 16 bits. Grey of 32 bits (integer or float), and signed grey, carries no range in the file:
     the smallest of 0..1 (float only), 0..255, 0..65535 that holds every value is taken, of unsigned values above
     2^31 the whole range, else the values are stretched from their least to their greatest. CMYK is converted without
@@ -53,17 +53,19 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 def decoded(image: ImageFile.ImageFile, header: ImageHeader, source: ImageSource, reduction: int = 1) -> Image.Image:
-    """The pixels of an opened image, as `load_image` gives them.
+    """Decodes the pixels of an opened image, as `load_image` does.
 
-    reduction: 2, 4 or 8, of a DCT JPEG only, for an image of that fraction of the size, rounded up: each pixel is
-    the mean of reduction x reduction, and much of the work of decoding is left out.
+    reduction: 2, 4 or 8, for a DCT JPEG only: the image gets that fraction of its size, rounded up. Each pixel is the
+        mean of reduction x reduction pixels, and much of the decoding work is saved.
+
+    Raises RowError `image_corrupt` where the pixels cannot be decoded.
     """
     expected = header.size
     if reduction > 1:
         expected = -(-header.width // reduction), -(-header.height // reduction)
     try:
         pixels = _decode(image, header, reduction)
-    except PASSING_ERRORS:
+    except PASS_THROUGH_ERRORS:
         raise
     except Exception as error:  # a decoder of foreign bytes may raise anything
         message = f"{describe_source(source)}: {one_line(error)}; store the image anew"
@@ -91,7 +93,7 @@ def _decode(image: ImageFile.ImageFile, header: ImageHeader, reduction: int) -> 
 
 
 def _whole_jpeg(image: ImageFile.ImageFile, reduction: int) -> Image.Image:
-    """The decoded JPEG. Raises ValueError where pixels are lost, as decoders do not."""
+    """Decodes a JPEG. Raises ValueError where pixels are lost, which decoders do not report."""
     if not isinstance(image.fp, io.BytesIO):
         raise TypeError("a JPEG is decoded from memory")
     data, size = image.fp.getvalue(), (image.width // reduction, image.height // reduction)
@@ -133,7 +135,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _trusted(image: Image.Image) -> Image.Image:
-    """RGBA whose fourth channel may be a filler: where it is 0 everywhere, the picture is opaque."""
+    """Makes RGBA opaque where the fourth channel is 0 everywhere and therefore a filler."""
     if image.getchannel("A").getextrema() == (0, 0):
         image.putalpha(255)
     return image
@@ -149,7 +151,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _on_canvas(frame: Image.Image, place: tuple[int, int, int, int]) -> Image.Image:
-    """The first frame of an animation in its place on a white canvas of the frame's size."""
+    """Puts the first frame of an animation in its place on a white canvas of the frame's size."""
     if place == (0, 0, *frame.size):
         return frame
     page = Image.new("RGB", frame.size, _WHITE)
@@ -158,7 +160,7 @@ def _on_canvas(frame: Image.Image, place: tuple[int, int, int, int]) -> Image.Im
 
 
 def _without_colour_16(image: PngReader, colour: tuple[int, int, int]) -> Image.Image:
-    """RGB of 16 bits with one of its 2^48 colours white, decoded once for the high and once for the low bytes."""
+    """Decodes RGB of 16 bits with one of its 2^48 colours made white, once for the high and once for the low bytes."""
     file = image.fp
     if file is None:
         raise ValueError("decoded already")
@@ -167,7 +169,7 @@ def _without_colour_16(image: PngReader, colour: tuple[int, int, int]) -> Image.
     low = PngReader(file)
     low.take_low_bytes()
     low.load()
-    high_bytes, low_bytes = (np.asarray(each, dtype=np.uint16) for each in (image, low))
+    high_bytes, low_bytes = (np.asarray(reader, dtype=np.uint16) for reader in (image, low))
     pixels = np.array(image)
     pixels[((high_bytes << 8 | low_bytes) == np.asarray(colour)).all(axis=2)] = 255
     return Image.fromarray(pixels)
@@ -185,7 +187,7 @@ def _tiff_grey(image: TiffReader) -> Image.Image:
 
 
 def _grey_16(image: Image.Image) -> Image.Image:
-    """0..65535 to 0..255; one value may be transparent."""
+    """Scales grey of 0..65535 to 0..255; one value may be transparent."""
     values = np.asarray(image)
     grey = _full_scale(values, 65535)
     transparent = image.info.get("transparency")
@@ -195,18 +197,18 @@ def _grey_16(image: Image.Image) -> Image.Image:
 
 
 def _grey(values: np.ndarray, is_white_zero: bool = False) -> Image.Image:
-    """RGB of grey values, uint8 [height, width]."""
+    """Builds an RGB image of grey values, uint8 [height, width]."""
     return Image.fromarray(255 - values if is_white_zero else values).convert("RGB")
 
 
-def _full_scale(values: np.ndarray, most: int) -> np.ndarray:
-    """Integers of 0..most to 0..255, uint8, rounded to the nearest."""
-    scaled: np.ndarray = (values.astype(np.uint32) * 255 + most // 2) // most
+def _full_scale(values: np.ndarray, max_value: int) -> np.ndarray:
+    """Scales integers of 0..max_value to 0..255, uint8, rounded to the nearest."""
+    scaled: np.ndarray = (values.astype(np.uint32) * 255 + max_value // 2) // max_value
     return scaled.clip(0, 255).astype(np.uint8)
 
 
 def _fitted(values: np.ndarray) -> np.ndarray:
-    """Numbers without a range to 0..255, uint8, by the range that they fit (see `load_image`)."""
+    """Scales numbers without a known range to 0..255, uint8, by the range that they fit (see `load_image`)."""
     is_float, is_unsigned = values.dtype.kind == "f", values.dtype == np.uint32
     values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())

@@ -1,8 +1,8 @@
-"""Sizes of images in object storage, asked for by many requests at a time.
+"""Measures images in object storage by many requests at a time.
 
 A header is 0.2 ms of work and, in object storage, 20 to 50 ms of waiting. So the images that a chunk of rows names are
-asked for AHEAD requests ahead of the row that is encoded: results, errors and their order are those of asking one
-after another. Local files are not: threads would only cost there.
+requested up to AHEAD images before the row that is encoded. Results, errors and their order are those of one request
+after another. Local files are measured in turn, because threads would only cost time there.
 """
 
 from collections.abc import Iterable
@@ -14,27 +14,27 @@ from mmray.images.header import Measured
 from mmray.images.source import ImageSource
 
 AHEAD = 32
-"""Requests that are under way or done before their image's turn."""
+"""The most requests that are under way or done before their image's turn."""
 
 
 class Measure(Protocol):
-    """`measured`, or that of a `SizeCache`."""
+    """Measures an image, as `mmray.images.header.measured` or a `SizeCache` does."""
 
     def __call__(self, source: ImageSource, *, max_pixels: int, one_frame: bool) -> Measured: ...
 
 
 class MeasureAhead:
-    """A `Measure` that begins early with the images it is told of."""
+    """Measures expected images ahead of the calls that ask for them."""
 
     def __init__(self, measure: Measure, *, max_pixels: int, one_frame: bool) -> None:
-        """max_pixels, one_frame: those of every call."""
+        """Measures with `measure`. max_pixels, one_frame: its arguments in every call."""
         self._measure, self._max_pixels, self._one_frame = measure, max_pixels, one_frame
         self._order: dict[str, int] = {}
         self._sources: list[str] = []
         self._results: list[Future[Measured]] = []
 
     def expect(self, sources: Iterable[str]) -> None:
-        """The URIs that calls will name next, about in this order; those of before are forgotten."""
+        """Announces the URIs that calls will name next, roughly in this order; earlier ones are dropped."""
         for result in self._results:
             result.cancel()
         self._sources = list(dict.fromkeys(sources))
@@ -42,7 +42,7 @@ class MeasureAhead:
         self._results = []
 
     def __call__(self, source: ImageSource) -> Measured:
-        """The size of an image; errors as `mmray.images.header.measured`."""
+        """Measures an image. Raises what `mmray.images.header.measured` raises."""
         number = self._order.get(source) if isinstance(source, str) else None
         if number is None:
             return self._measured(source)

@@ -1,11 +1,11 @@
-"""Pages of a file: of a PDF, or of a picture that holds several (TIFF, GIF, WebP).
+"""Names single pages of a file: of a PDF, or of an image that holds several (TIFF, GIF, WebP).
 
     scan.pdf#page=3            the third page, rendered with `images.pdf_dpi`
-    scan.pdf#page=3&dpi=200    as a prepared dataset names it: what is rendered depends on nothing else
+    scan.pdf#page=3&dpi=200    as a prepared dataset names it: the rendered pixels depend on nothing else
     scan.pdf#pages=1-5         five pages, in a row's list of images
     fax.tif#page=2             the second picture of the file
 
-The words are those of RFC 8118, "The application/pdf media type", for what stands behind a PDF's name.
+The syntax behind the file name is that of RFC 8118, "The application/pdf media type".
 """
 
 import re
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from mmray.errors import RowError
 
 DEFAULT_PDF_DPI = 150
-"""Pixels an inch of a page that names no resolution."""
+"""Resolution of a page that names none, in pixels an inch."""
 
-MOST_PAGES = 10_000
-"""Pages that one `#pages=` may stand for."""
+MAX_PAGES = 10_000
+"""The most pages that one `#pages=` may stand for."""
 
 _SUFFIXES = r"\.(?:pdf|tiff?|gif|webp|a?png|avif)(?:@\d+\+\d+)?"
 _PAGE = re.compile(rf"(?P<file>.+{_SUFFIXES})#page=(?P<page>\d+)(?:&dpi=(?P<dpi>\d+))?", re.DOTALL | re.IGNORECASE)
@@ -28,8 +28,12 @@ _PDF = re.compile(r".+\.pdf(?:@\d+\+\d+)?", re.DOTALL | re.IGNORECASE)
 
 @dataclass(frozen=True)
 class PageOfFile:
-    """One page. file: path, URI, or either of a part of a .tar; page: its number, from 1; dpi: pixels an inch, of PDFs
-    alone, None for the default."""
+    """One page of a file.
+
+    file: the path or URI, possibly of a part of a .tar.
+    page: the page's number, from 1.
+    dpi: the resolution in pixels an inch, for PDFs only; None: the default.
+    """
 
     file: str
     page: int
@@ -40,34 +44,34 @@ class PageOfFile:
 
     @classmethod
     def written(cls, text: str) -> "PageOfFile | None":
-        """The page that a text names; None for one that names a whole file."""
-        found = _PAGE.fullmatch(text) if "#page=" in text else None
-        return cls(found["file"], int(found["page"]), int(found["dpi"] or 0) or None) if found else None
+        """Parses a text that names a page; returns None for one that names a whole file."""
+        match = _PAGE.fullmatch(text) if "#page=" in text else None
+        return cls(match["file"], int(match["page"]), int(match["dpi"] or 0) or None) if match else None
 
     @property
     def is_pdf(self) -> bool:
-        """Whether the file's name is that of a PDF."""
+        """True if the file's name ends as that of a PDF."""
         return bool(_PDF.fullmatch(self.file))
 
 
 def file_of(text: str) -> str:
-    """The file of a page, by path or URI; a text that names no page is one itself."""
+    """Returns the file of a page, by path or URI; a text that names no page is returned unchanged."""
     page = PageOfFile.written(text)
     return page.file if page else text
 
 
 def each_page(text: str) -> list[str]:
-    """The pages that `#pages=1-5` stands for, as `#page=`; anything else stands for itself.
+    """Lists the pages that `#pages=1-5` stands for, each as `#page=`; any other text is listed unchanged.
 
-    Raises RowError `wrong_type` for what is no range.
+    Raises RowError `wrong_type` for a malformed range.
     """
-    found = _PAGES.fullmatch(text) if "#pages=" in text else None
-    if found is None:
+    match = _PAGES.fullmatch(text) if "#pages=" in text else None
+    if match is None:
         return [text]
-    span = _RANGE.fullmatch(found["pages"])
+    span = _RANGE.fullmatch(match["pages"])
     first, last = (int(span[1]), int(span[2])) if span else (0, 0)
     if span is None or not 1 <= first <= last:
         raise RowError("wrong_type", f"image {text!r:.200}: write the first and the last page, such as #pages=1-5")
-    if last - first >= MOST_PAGES:
-        raise RowError("wrong_type", f"image {text!r:.200}: names more than {MOST_PAGES} pages; write fewer in a row")
-    return [f"{found['file']}#page={page}{span[3] or ''}" for page in range(first, last + 1)]
+    if last - first >= MAX_PAGES:
+        raise RowError("wrong_type", f"image {text!r:.200}: names more than {MAX_PAGES} pages; write fewer in a row")
+    return [f"{match['file']}#page={page}{span[3] or ''}" for page in range(first, last + 1)]

@@ -1,11 +1,11 @@
-"""Pages of PDFs: exact sizes without rendering, and their pixels, by PDFium.
+"""Measures pages of PDFs without rendering, and renders them, with PDFium.
 
 A page of w x h points has ceil(w * dpi / 72) x ceil(h * dpi / 72) pixels, after its rotation and crop box; it is
-rendered into a bitmap of just that size. A size takes 0.1 ms where the document is open, a page of text about 20 ms.
+rendered into a bitmap of exactly that size. A size takes 0.1 ms where the document is open, a page of text about 20 ms.
 
 Pages of one document follow each other when preparing and are shuffled apart when training, so each process keeps the
-documents that it used last open. PDFium allows one thread at a time; those that wait for object storage do not wait
-for each other.
+documents open that it used last. PDFium allows one thread at a time; threads that wait for object storage do not block
+one another.
 """
 
 import atexit
@@ -25,17 +25,17 @@ from PIL import Image
 
 from mmray.errors import RowError
 from mmray.images.paged import DEFAULT_PDF_DPI, PageOfFile
-from mmray.images.source import PASSING_ERRORS, describe_source, image_file, one_line, source_state
+from mmray.images.source import PASS_THROUGH_ERRORS, describe_source, image_file, one_line, source_state
 from mmray.images.tar_member import PartOfFile
 
-MOST_DOCUMENTS = 16
-"""Documents that a process keeps open."""
+MAX_DOCUMENTS = 16
+"""The most documents that a process keeps open."""
 
-MOST_BYTES = 256 << 20
-"""Bytes of documents from remote storage, or from archives, that a process keeps in memory besides the last one."""
+MAX_BYTES = 256 << 20
+"""The most bytes of documents from remote storage or archives that a process keeps in memory besides the last one."""
 
 FRESH_SECONDS = 60.0
-"""How long a document of remote storage is used without asking whether it has changed."""
+"""How long, in seconds, a document in remote storage is used without checking whether it has changed."""
 
 _POINTS_PER_INCH = 72
 
@@ -49,8 +49,8 @@ class _Open:
 
 
 class Documents:
-    """Open PDFs of a process, the last used last. Threads share them: they fetch at the same time, each document once,
-    and use PDFium one after another."""
+    """The open PDFs of a process, in the order of use. Threads share them: they fetch documents at the same time, each
+    document once, and use PDFium one after another."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -59,7 +59,7 @@ class Documents:
 
     @contextmanager
     def using(self, file: str) -> Iterator[pypdfium2.PdfDocument]:
-        """The document of a path or URI, for this thread alone.
+        """Yields the document of a path or URI, locked for this thread.
 
         Raises RowError: those of `open_image`, `pdf_encrypted`, `pdf_damaged`.
         """
@@ -74,7 +74,8 @@ class Documents:
                 self._fetch(file)
 
     def _fetch(self, file: str) -> None:
-        """Open a document, unless another thread has meanwhile; its bytes come while others use PDFium."""
+        """Opens a document, unless another thread has done so meanwhile. Its bytes are fetched while other threads use
+        PDFium."""
         try:
             with self._lock:
                 is_there = self._fresh(file) is not None
@@ -87,13 +88,13 @@ class Documents:
                 self._fetching.pop(file, None)
 
     def close(self) -> None:
-        """Close all of them."""
+        """Closes all documents."""
         with self._lock:
             while self._open:
                 self._open.popitem()[1].document.close()
 
     def _fresh(self, file: str) -> _Open | None:
-        """The open document, as long as it is the one that the file holds."""
+        """Returns the open document if the file still holds it; else closes it and returns None."""
         entry = self._open.pop(file, None)
         if entry is None:
             return None
@@ -107,7 +108,7 @@ class Documents:
     def _add(self, file: str, state: tuple[str, str] | None, data: bytes | None) -> None:
         document = _opened(file, data)
         self._open[file] = _Open(document, state, len(data or b""), time.monotonic())
-        while len(self._open) > 1 and (len(self._open) > MOST_DOCUMENTS or self._num_bytes > MOST_BYTES):
+        while len(self._open) > 1 and (len(self._open) > MAX_DOCUMENTS or self._num_bytes > MAX_BYTES):
             self._open.popitem(last=False)[1].document.close()
 
     @property
@@ -119,7 +120,7 @@ _documents = Documents()
 
 
 def _forget() -> None:
-    """In a forked process: the positions in open files are shared with the parent, so documents are opened anew."""
+    """Drops the open documents in a forked process, which shares positions in open files with its parent."""
     global _documents
     _documents = Documents()
 
@@ -129,17 +130,20 @@ atexit.register(lambda: _documents.close())
 
 
 def pdf_size(page: PageOfFile, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in pixels of a rendered page.
+    """Returns the (width, height) in pixels of a rendered page.
 
     Raises RowError: those of `Documents.using`; `pdf_page` where the document has no such page; `pdf_empty_page` for
-    one without area; `image_too_large` above `max_pixels`.
+    a page without area; `image_too_large` above `max_pixels`.
     """
     with _explained(page) as document:
         return _size(page, document, max_pixels)
 
 
 def render_pdf(page: PageOfFile, max_pixels: int) -> Image.Image:
-    """A page as a person sees it, RGB on white, with its annotations and filled forms. Errors as `pdf_size`."""
+    """Renders a page as a person sees it, RGB on white, with its annotations and filled forms.
+
+    Raises what `pdf_size` raises.
+    """
     with _explained(page) as document:
         width, height = _size(page, document, max_pixels)
         opened = document[page.page - 1]
@@ -157,13 +161,16 @@ def render_pdf(page: PageOfFile, max_pixels: int) -> Image.Image:
 
 
 def num_pages(file: str) -> int:
-    """Pages of a PDF by path or URI. Raises what `Documents.using` does."""
+    """Counts the pages of a PDF by path or URI. Raises what `Documents.using` raises."""
     with _explained(PageOfFile(file, 1)) as document:
         return len(document)
 
 
 def page_text(page: PageOfFile) -> str:
-    """The text layer of a page, lines ended by line breaks; empty where it has none. Errors as `pdf_size`."""
+    """Returns the text layer of a page, with `\\n` between lines; empty where the page has none.
+
+    Raises what `pdf_size` raises.
+    """
     with _explained(page) as document:
         _check_page(page, document)
         opened = document[page.page - 1]
@@ -179,18 +186,19 @@ def page_text(page: PageOfFile) -> str:
 
 @contextmanager
 def _explained(page: PageOfFile) -> Iterator[pypdfium2.PdfDocument]:
-    """The page's document, for one thread; errors of PDFium as a RowError that names the page."""
+    """Yields the page's document, locked for this thread; turns errors of PDFium into a RowError that names the
+    page."""
     try:
         with _documents.using(page.file) as document:
             yield document
-    except (*PASSING_ERRORS, RowError):
+    except (*PASS_THROUGH_ERRORS, RowError):
         raise
     except Exception as error:  # a parser of foreign bytes may raise anything
         raise RowError("pdf_damaged", f"{describe_source(str(page))}: {one_line(error)}; store it anew") from error
 
 
 def _fetched(file: str) -> bytes | None:
-    """The bytes of a document that PDFium does not read from its path; None for one that it does."""
+    """Fetches the bytes of a document that PDFium cannot read from a path; returns None for one that it can."""
     by_path = "://" not in file and PartOfFile.written(file) is None
     with image_file(file) as opened:
         return None if by_path else opened.read()

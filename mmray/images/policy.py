@@ -50,31 +50,31 @@ PRESET_TILE_SIZE = (512, 512)
 
 
 _OF_WHOLE_PAGES = ("patch_multiple", "pdf_dpi", "max_pixels", "min_pixels")
-"""Settings with an effect also where nothing is cut."""
+"""Settings that also have an effect on pages that are not cut."""
 _LATER = ("pdf_dpi", "max_pixels", "min_pixels", "max_tile_pixels")
 """Settings that came after the first version of prepared datasets."""
 
 
 class ShapeBucket(Settings):
-    """The grid for pages of some range of shapes."""
+    """The grid for pages in a range of shapes."""
 
     max_ratio: Ratio | None = None
-    """Pages whose height divided by width is strictly under this, and under no earlier bucket's. null, in
-    the last bucket only: every remaining page."""
+    """Upper limit, exclusive, of a page's height divided by its width. A page uses the first bucket whose limit it is
+    under. null, in the last bucket only: no limit."""
 
     grid: Grid
-    """Tiles as (columns, rows)."""
+    """Number of tiles as (columns, rows)."""
 
 
 class OverviewBucket(Settings):
-    """The overview's size for pages of some range of shapes."""
+    """The overview's size for pages in a range of shapes."""
 
     max_ratio: Ratio | None = None
-    """Pages whose height divided by width is strictly under this, and under no earlier bucket's. null, in
-    the last bucket only: every remaining page."""
+    """Upper limit, exclusive, of a page's height divided by its width. A page uses the first bucket whose limit it is
+    under. null, in the last bucket only: no limit."""
 
     size: Size
-    """The overview tile, (width, height) in pixels."""
+    """Size of the overview tile, (width, height) in pixels."""
 
 
 PRESETS = {
@@ -89,51 +89,54 @@ columns)."""
 
 
 class TilingPolicy(Settings):
-    """How pages become tiles. Sizes are (width, height) in pixels of the upright page."""
+    """How pages are cut into tiles. Sizes are (width, height) in pixels of the upright page."""
 
     preset: Literal["ocr_pages"] | None = None
-    """A ready-made grid. ocr_pages: 3 columns x 2 rows for pages with height / width under 0.9, 2 x 3 under
-    1.7, 2 x 4 above; tiles of 512 x 512 unless tile_size or native_resolution says otherwise. Excludes grid
-    and buckets."""
+    """A ready-made set of grids. ocr_pages: 3 columns x 2 rows for pages with height / width under 0.9, 2 x 3 under
+    1.7, 2 x 4 above; tiles of 512 x 512 unless tile_size or native_resolution says otherwise. Excludes grid and
+    buckets."""
 
     grid: Grid | None = None
     """One grid for every page, (columns, rows). Excludes preset and buckets."""
 
     buckets: tuple[ShapeBucket, ...] | None = None
-    """Grids by the page's shape, by ascending max_ratio; the last one has max_ratio null. Excludes preset
-    and grid."""
+    """Grids chosen by the page's shape, by ascending max_ratio; the last one has max_ratio null. Excludes preset and
+    grid."""
 
     tile_size: SquareOrSize | None = None
-    """The size of every tile, (width, height) in pixels, or one number for both. A crop is scaled to fit, keeping its
+    """Size of every tile, (width, height) in pixels, or one number for both. A crop is scaled to fit, keeping its
     aspect ratio, and padded at the right or the bottom. Excludes native_resolution."""
 
     native_resolution: bool = False
-    """Tiles keep the page's own pixels and are only padded, at the right and the bottom, to multiples of
+    """Whether tiles keep the page's own pixels and are only padded, at the right and the bottom, to multiples of
     patch_multiple. Excludes tile_size."""
 
     max_tile_pixels: PositiveInt | None = None
-    """With native_resolution: tiles of more square pixels (width times height) are scaled down to fit. null: none."""
+    """Largest area (width times height) of a tile under native_resolution; larger tiles are scaled down to fit. null:
+    no limit."""
 
     max_pixels: PositiveInt | None = None
-    """Where pages are not cut: a page of more square pixels (width times height) is scaled down to fit, before the
-    model's processor sizes it. null: as the processor has it."""
+    """Largest area (width times height) of a page that is not cut into tiles; a larger page is scaled down to fit
+    before the model's processor sizes it. null: the processor's own limit."""
 
     min_pixels: PositiveInt | None = None
-    """Where pages are not cut: a page of fewer square pixels is enlarged to as many, before the model's processor sizes
-    it. null: as the processor has it."""
+    """Smallest area (width times height) of a page that is not cut into tiles; a smaller page is enlarged to it before
+    the model's processor sizes it. null: the processor's own limit."""
 
     overlap: Annotated[float, Field(ge=0, le=0.49)] = 0.0
-    """Fraction of a cell's width and height added to its tile on each side, ending at the page's edge."""
+    """How far a tile extends beyond its cell on each side, as a fraction of the cell's width and height. Tiles end at
+    the page's edge."""
 
     min_area: Annotated[int, Field(ge=0)] = 0
-    """Pages of fewer square pixels (width times height) become one tile, without overview and label."""
+    """Smallest area (width times height) of a page that is cut. A smaller page becomes one tile, without overview and
+    label."""
 
     overview: Size | tuple[OverviewBucket, ...] | None = None
-    """The whole page once more as a first tile: its (width, height) in pixels, or sizes by the page's
-    shape, by ascending max_ratio, the last one with max_ratio null. null: none."""
+    """Size of an additional first tile that shows the whole page: (width, height) in pixels, or sizes chosen by the
+    page's shape, by ascending max_ratio, the last one with max_ratio null. null: no overview."""
 
     no_upscale: bool = False
-    """A crop smaller than its tile keeps its scale and is padded instead of enlarged."""
+    """Whether a crop smaller than its tile keeps its scale and is padded instead of enlarged."""
 
     pad_color: Color = (255, 255, 255)
     """Colour of the padding: (red, green, blue) of 0 to 255, or a name (`white`, `"#f0f0f0"`)."""
@@ -142,30 +145,32 @@ class TilingPolicy(Settings):
     """Order of the tiles in a row, left to right or right to left. Rows go from top to bottom."""
 
     labels: bool = False
-    """Write a label before each tile of a page of several: <global_img> before the overview, <row1_col1>
-    and so on before the others, columns counted from the left in either reading order. A page of one tile
-    has no label."""
+    """Whether to write a label before each tile of a page of several tiles: <global_img> before the overview,
+    <row1_col1> and so on before the others. Columns are counted from the left in either reading order. A page of one
+    tile has no label."""
 
     exact_pixels: bool = False
-    """Decode pages whole and resize them with Pillow. Otherwise tiles are made two to seven times faster: of a JPEG
-    2.4 times as wide and high as its tiles or more, the decoder gives a half, a quarter or an eighth, and tiles
-    differ by 0.3 of 255 on average (1.5 on a sheet full of small print); other tiles are the same but for rounding.
-    Tokens do not depend on it, what the model sees does: like every setting here it stays as it was prepared."""
+    """Whether to decode pages whole and resize them with Pillow. false: tiles are made two to seven times faster. A
+    JPEG at least 2.4 times as wide and high as its tiles is then decoded at a half, a quarter or an eighth of its size,
+    and its tiles differ by 0.3 of 255 on average (1.5 on a sheet full of small print); other tiles differ by rounding
+    only. The setting changes what the model sees but no tokens; like every setting here, it is fixed when the dataset
+    is prepared."""
 
     pdf_dpi: Annotated[int, Field(ge=18, le=1200)] = DEFAULT_PDF_DPI
-    """Pixels an inch of pages of PDFs, unless a set of rows has its own. Pages of pictures have their own pixels."""
+    """Resolution of rendered PDF pages, in pixels per inch; a set of rows may set its own. Image files keep their own
+    pixels."""
 
     patch_multiple: PositiveInt = 1
-    """Pixels that tile widths and heights are a multiple of. Set by the model family."""
+    """Number of pixels that tile widths and heights are a multiple of. Set by the model family."""
 
     @property
     def is_tiled(self) -> bool:
-        """Whether pages are cut at all."""
+        """Whether pages are cut into tiles."""
         return bool(self.preset or self.grid or self.buckets)
 
     @property
     def shape_buckets(self) -> tuple[ShapeBucket, ...]:
-        """The grids by shape, whichever of preset, grid, buckets they come from. Empty: pages are not cut."""
+        """Grids by page shape, from preset, grid or buckets. Empty: pages are not cut."""
         if self.preset:
             return PRESETS[self.preset]
         if self.grid:
@@ -174,17 +179,17 @@ class TilingPolicy(Settings):
 
     @property
     def overview_buckets(self) -> tuple[OverviewBucket, ...]:
-        """The overview's sizes by shape. Empty: no overview."""
+        """Sizes of the overview by page shape. Empty: no overview."""
         if not self.overview:
             return ()
         buckets = tuple(bucket for bucket in self.overview if isinstance(bucket, OverviewBucket))
         return buckets or (OverviewBucket(size=cast(Size, self.overview)),)
 
     def aligned(self, multiple: int) -> Self:
-        """The policy for a model family whose merged patches cover `multiple` x `multiple` pixels.
+        """Adapt the policy to a model family whose merged patches cover `multiple` x `multiple` pixels.
 
-        The sizes of tiles and overview become the nearest multiple (upwards from the middle, at least one),
-        and patch_multiple is set, which native tiles are padded to. Raises ValueError for multiple < 1.
+        Sizes of tiles and overview are rounded to the nearest multiple (a half upwards, to at least one), and
+        patch_multiple, which native tiles are padded to, is set. Raises ValueError for multiple < 1.
         """
         if multiple < 1:
             raise ValueError(f"tile sizes are multiples of at least 1 pixel, not {multiple}")
@@ -201,9 +206,9 @@ class TilingPolicy(Settings):
         )
 
     def with_fixed_tiles(self, size: Size) -> Self:
-        """The policy for a model family that takes tiles of one size only: tiles and overview get it.
+        """Adapt the policy to a model family that only accepts tiles of one size, by giving it to tiles and overview.
 
-        A policy that cuts nothing is returned as it is: the family's processor sizes the page. Raises
+        A policy that cuts nothing is returned as it is, because the family's processor sizes the page. Raises
         ValueError for native_resolution, which cannot give tiles of one size.
         """
         if not self.is_tiled:
@@ -216,8 +221,10 @@ class TilingPolicy(Settings):
         return self._with(tile_size=size, overview=self.overview and size)
 
     def record(self) -> dict[str, Any]:
-        """The settings as plain JSON, for a prepared dataset's record. Keys that came after its first version stand
-        there only where they say something."""
+        """Return the settings as plain JSON for a prepared dataset's record.
+
+        Settings newer than the first version of the record are left out if they have their default.
+        """
         fields = type(self).model_fields
         unsaid = {name for name in _LATER if getattr(self, name) == fields[name].default}
         return self.model_dump(mode="json", exclude=unsaid)
@@ -266,7 +273,7 @@ class TilingPolicy(Settings):
 
 
 def _check_buckets(field: str, buckets: Sequence[ShapeBucket | OverviewBucket]) -> None:
-    """The buckets of a field cover every shape once: ascending, and only the last one open."""
+    """Check that the buckets of a field cover every shape once: ascending limits, and none on the last bucket only."""
     limits = [bucket.max_ratio for bucket in buckets]
     if not limits or limits[-1] is not None:
         raise ValueError(f"{field}: the last bucket takes every remaining page; end with max_ratio: null")

@@ -1,12 +1,12 @@
-"""Pillow's readers, corrected where they show another picture than the file's own tags describe.
+"""Pillow's readers, corrected where they decode a different image than the file's tags describe.
 
-Pillow keeps of a TIFF or PNG what fits its modes: the depth of grey above 8 bits, its sign and its polarity are not
-among it, and of a transparent colour it compares what the file says with what it has made of the pixels. So the tags
-are read here, what Pillow reads right is left to it, and the rest is put right afterwards (`mmray.images.load`) or
-refused with its depth and polarity.
+Pillow keeps only what fits its modes: the depth of grey above 8 bits, its sign and its polarity are lost, and a
+transparent colour is compared with pixels that Pillow has already converted. So the tags are read here. What Pillow
+reads correctly is left to it; the remaining kinds are corrected afterwards (`mmray.images.load`) or refused with their
+depth and polarity.
 
-Text, EXIF and XMP that stand beside the pixels are no part of a picture: none of them is parsed while decoding, where
-a broken one would break the picture.
+Text, EXIF and XMP beside the pixels are not parsed while decoding, because a broken block would make the image
+unreadable.
 """
 
 from typing import BinaryIO
@@ -18,8 +18,8 @@ from PIL.TiffImagePlugin import PREFIXES as TIFF_PREFIXES
 from PIL.TiffImagePlugin import TiffImageFile
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "AVIF"]
-"""Formats that are opened, in Pillow's names; HEIF too, where pillow-heif is installed. Others Pillow knows are guessed
-without a signature (TGA), run an interpreter (EPS) or hold sizes that decoding changes (ICO)."""
+"""Formats that are opened, by Pillow's names; HEIF too, where pillow-heif is installed. Pillow's other formats are
+guessed without a signature (TGA), run an interpreter (EPS) or hold sizes that decoding changes (ICO)."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CODESTREAM, _JP2 = b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"
@@ -42,26 +42,26 @@ _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "untyped"
 
 
 class UnknownKindError(ValueError):
-    """A picture of a known format in a kind that cannot be shown right. The message names the kind."""
+    """Raised for an image of a known format in a kind that cannot be decoded correctly. The message names the kind."""
 
 
 class TiffReader(TiffImageFile):
-    """A TIFF: depth, sign, polarity and planes of its current page as the tags say.
+    """Reads a TIFF with the depth, sign, polarity and planes that the tags of its current page state.
 
-    Pillow gets tags of the next kind that it decodes into the same numbers, which are read again by what is said here.
-    Its pixels stay as they are stored, whatever the orientation.
+    Pillow is given tags of the nearest kind that it decodes into the same numbers, which are then interpreted by the
+    attributes below. Pixels stay as they are stored, whatever the orientation.
     """
 
     bits: int
-    """Bits of a sample."""
+    """Bits of each value of a pixel."""
     is_signed: bool
     is_white_zero: bool
-    """Grey of more than 8 bits whose least value is white; Pillow itself turns what has fewer bits."""
+    """True if this is grey of more than 8 bits whose smallest value is white. Pillow inverts fewer bits itself."""
     is_alpha_named: bool
-    """ExtraSamples calls the fourth channel transparency; otherwise Pillow only guesses that."""
+    """True if ExtraSamples names the fourth channel as transparency; otherwise Pillow only guesses that."""
 
     is_preview: bool
-    """A smaller version of another page of the file, or a mask for one."""
+    """True if the page is a smaller version of another page of the file, or a mask for one."""
 
     def _setup(self) -> None:
         tags = self.tag_v2
@@ -100,14 +100,14 @@ class TiffReader(TiffImageFile):
         self._size = self._tile_size
 
     def _take_native_order(self) -> None:
-        """What libtiff has decoded is in the machine's byte order; Pillow thinks of the file's."""
+        """Sets the machine's byte order, in which libtiff decodes, where Pillow assumes the file's."""
         tile = self.tile[0]
         raw_mode, *arguments = tuple(tile.args or ())
         native = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}.get(raw_mode, raw_mode)
         self.tile = [tile._replace(args=(native, *arguments))]
 
     def load_end(self) -> None:
-        """Instead of Pillow's, which reads EXIF and XMP once more and turns the pixels."""
+        """Replaces Pillow's method, which reads EXIF and XMP once more and turns the pixels."""
         if not self.is_animated:
             self._close_exclusive_fp_after_loading = True
 
@@ -120,11 +120,10 @@ class TiffReader(TiffImageFile):
 
 
 class PngReader(PngImageFile):
-    """A PNG whose transparent colour is compared in the file's own depth, and of which nothing behind the pixels is
-    read."""
+    """Reads a PNG: the transparent colour is compared in the file's depth, and nothing behind the pixels is read."""
 
     transparent_16: tuple[int, int, int] | None = None
-    """The transparent colour of RGB in 16 bits a channel: Pillow keeps the high bytes of the pixels alone."""
+    """The transparent colour of RGB of 16 bits a channel, of which Pillow keeps only the high bytes."""
 
     def _open(self) -> None:
         super()._open()
@@ -132,22 +131,22 @@ class PngReader(PngImageFile):
         if raw_mode == "RGB;16B" and isinstance(colour, tuple):
             self.transparent_16 = self.info.pop("transparency")
         elif raw_mode in ("L", "L;2", "L;4") and isinstance(colour, int):
-            most = {"L": 255, "L;2": 3, "L;4": 15}[raw_mode]
-            self.info["transparency"] = (colour & most) * (255 // most)
+            max_value = {"L": 255, "L;2": 3, "L;4": 15}[raw_mode]
+            self.info["transparency"] = (colour & max_value) * (255 // max_value)
         elif raw_mode == "RGB" and isinstance(colour, tuple):
             self.info["transparency"] = tuple(value & 255 for value in colour)
 
     @property
     def raw_mode(self) -> str:
-        """How the pixels are stored, in Pillow's words, while they are not decoded."""
+        """Pillow's raw mode of the stored pixels; empty once they are decoded."""
         return str(self.tile[0].args) if self.tile else ""
 
     def take_low_bytes(self) -> None:
-        """Decode the low byte of each 16-bit sample instead of the high one."""
+        """Makes decoding return the low byte of each 16-bit value instead of the high one."""
         self.tile = [tile._replace(args="RGB;16L") for tile in self.tile]
 
     def load_end(self) -> None:
-        """Chunks behind the pixels are text; of animations the other frames."""
+        """Skips the chunks behind the pixels, which are text, except in animations, where they are frames."""
         if self.is_animated:
             super().load_end()
         elif self.png is not None:
@@ -156,7 +155,8 @@ class PngReader(PngImageFile):
 
 
 class Jpeg2000Reader(Jpeg2KImageFile):
-    """A JPEG 2000, unless it has colours of more than 8 bits: Pillow makes black of their brightest values."""
+    """Reads a JPEG 2000. Raises UnknownKindError for colours of more than 8 bits, whose brightest values Pillow makes
+    black."""
 
     def _open(self) -> None:
         super()._open()
@@ -174,7 +174,8 @@ class Jpeg2000Reader(Jpeg2KImageFile):
 
 
 def _bits_of_jpeg_2000(head: bytes) -> int:
-    """The greatest depth of a channel; 0 where the beginning of the file does not say (ISO 15444-1, A.5.1, I.5.3)."""
+    """Returns the greatest depth of a channel in bits, by ISO 15444-1, A.5.1 and I.5.3; 0 where the beginning of the
+    file does not hold it."""
     if head.startswith(_CODESTREAM):
         channels = int.from_bytes(head[40:42], "big")
         depths = head[42 : 42 + 3 * channels : 3]
@@ -187,9 +188,9 @@ def _bits_of_jpeg_2000(head: bytes) -> int:
 
 
 def open_picture(file: BinaryIO) -> ImageFile.ImageFile:
-    """Open a picture of FORMATS by its first bytes; nothing is decoded. file: at its beginning.
+    """Opens an image of FORMATS by its first bytes; nothing is decoded. file: open at its beginning.
 
-    Raises UnknownKindError and whatever Pillow's parsers do.
+    Raises UnknownKindError and whatever Pillow's parsers raise.
     """
     head = file.read(16)
     file.seek(0)
@@ -207,7 +208,7 @@ def open_picture(file: BinaryIO) -> ImageFile.ImageFile:
 
 
 def is_heif(head: bytes) -> bool:
-    """Whether the first 12 bytes of a file or more are those of HEIC, the photographs of telephones."""
+    """Tells whether the first bytes of a file, 12 or more, are those of HEIC, the format of phone photographs."""
     return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
 
 

@@ -1,14 +1,13 @@
-"""From an image's file to its tiles: what `load_image` and `cut_tiles` give, two to seven times faster.
+"""Renders the tiles of an image file as `load_image` and `cut_tiles` do, two to seven times faster.
 
-A tile shows a third of a 300 dpi page in 512 pixels; decoding six pixels for each one that is kept is most of the
-work of training's CPUs. A JPEG decoder can leave that out: scaled by 1/2, 1/4 or 1/8 it computes fewer
-coefficients of each block of 8 x 8. How much is right follows from the plan, so it must be known before decoding,
-and one function opens, decodes and cuts. The boxes of a reduced page have edges between pixels; tiles still show
-exactly the plan's regions.
+A tile shows a third of a 300 dpi page in 512 pixels; decoding six pixels for each one that is kept is most of the CPU
+work of training. A JPEG decoder can avoid that: scaled by 1/2, 1/4 or 1/8 it computes fewer coefficients of each block
+of 8 x 8. The right scale follows from the plan, so it must be known before decoding, and one function opens, decodes
+and cuts. The boxes of a reduced page have edges between pixels; tiles still show exactly the plan's regions.
 
-Measured, a letter page in 2 x 3 tiles of 512, against whole decoding, `crop`, `resize` and `paste`: 14 ms for 35
-at 150 dpi, 22 for 96 at 300. Half the pixels of a page are always 1.2 times those of its tiles or more; below
-that small print begins to differ visibly.
+Measured on a letter page in 2 x 3 tiles of 512, against whole decoding, `crop`, `resize` and `paste`: 14 ms instead of
+35 at 150 dpi, 22 instead of 96 at 300. A reduced page has at least 1.2 pixels along a side for each pixel of its tiles;
+below that small print begins to differ visibly.
 """
 
 from PIL import Image, ImageFile
@@ -21,19 +20,19 @@ from mmray.images.source import ImageSource
 from mmray.images.tiling import Box, TilePlan, check_planned, cut_tiles, padded
 
 MIN_SPARE = 1.2
-"""Pixels along a side that a reduced page has at least for each one of a tile. Mean difference of tiles from those
-of the whole page, of 255, where a page is just 1.0, 1.2, 1.4 or 2 times as large: 0.55, 0.37, 0.29, 0.19 on a
+"""The least pixels along a side of a reduced page for each pixel of a tile. Mean difference (of 255) from the tiles of
+the whole page, where a reduced page is 1.0, 1.2, 1.4 or 2 times as large as its tiles: 0.55, 0.37, 0.29, 0.19 on a
 300 dpi scan, 3.6, 2.8, 2.0, 1.3 on a sheet full of rendered 9-point print."""
 
 _FLIPPED = {2: (True, False), 3: (True, True), 4: (False, True), 6: (True, False), 7: (True, True), 8: (False, True)}
-"""Orientation to whether the upright page's left edge was stored last, and its top."""
+"""Flags of the upright page by EXIF orientation: left edge stored last, top edge stored last."""
 
 
 def render_tiles(source: ImageSource, plan: TilePlan, *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
-    """The tiles of an image, RGB, in the plan's order and sizes; the page itself where the plan cuts nothing.
+    """Renders the tiles of an image, RGB, in the plan's order and sizes; the page itself where the plan cuts nothing.
 
-    With `plan.exact_pixels`, or an uncut page, the same pixels as `cut_tiles(load_image(source), plan)`; else nearly
-    (see `TilingPolicy.exact_pixels`). Raises the RowErrors of both.
+    With `plan.exact_pixels`, or for an uncut page, the pixels equal those of `cut_tiles(load_image(source), plan)`;
+    otherwise they are close to them (see `TilingPolicy.exact_pixels`). Raises the RowErrors of both functions.
     """
     is_exact = plan.exact_pixels or not plan.is_tiled
     page_of_pdf = page_of(source)
@@ -56,9 +55,9 @@ def render_tiles(source: ImageSource, plan: TilePlan, *, max_pixels: int = MAX_P
 
 
 def _reduction(image: ImageFile.ImageFile, plan: TilePlan) -> int:
-    """1, 2, 4 or 8: how much smaller a page may be decoded for all its tiles to be sharp.
+    """Returns the factor, 1, 2, 4 or 8, by which a page may be decoded smaller with all its tiles still sharp.
 
-    Lossless JPEGs, which have no quantization tables, cannot be reduced: decoding fails.
+    Lossless JPEGs, which have no quantization tables, cannot be reduced: decoding them smaller fails.
     """
     if not getattr(image, "quantization", None):
         return 1
@@ -70,9 +69,9 @@ def _reduction(image: ImageFile.ImageFile, plan: TilePlan) -> int:
 
 
 def _origin(page: Image.Image, header: ImageHeader, reduction: int) -> tuple[float, float]:
-    """Where the upright page's top left is in the decoded one.
+    """Returns the position (x, y) of the upright page's top left corner in the decoded image.
 
-    The last column of a reduced JPEG may be only partly of the page; turned upright, it can be the first.
+    The last column of a reduced JPEG may belong only partly to the page; turned upright, it can be the first.
     """
     from_right, from_bottom = _FLIPPED.get(header.orientation, (False, False))
     return (

@@ -1,15 +1,15 @@
-"""Bicubic resizing of a part of a page, three to four times as fast as Pillow's and equal to it but for rounding.
+"""Bicubic resizing of a part of a page, three to four times as fast as Pillow's and equal to it except for rounding.
 
-Of the time from a page's file to its tiles, Pillow spends five sixths resizing: it handles a row's pixels one by
-one. Here both passes blend whole rows, which compilers turn into vector instructions: the picture is transposed,
-its columns blended as rows, transposed back, its rows blended. One pixel is one 32-bit number while it moves, so
-the two transpositions cost a fifth of the whole. torch has a resize as fast, but on x86 alone (elsewhere it is
-slower than Pillow) and of boxes with whole edges alone, which those of a reduced page are not.
+Of the time from a page's file to its tiles, Pillow spends five sixths on resizing, because it handles a row's pixels
+one by one. Here both passes blend whole rows, which compilers turn into vector instructions: the image is transposed,
+its columns blended as rows, transposed back, its rows blended. A pixel is moved as one 32-bit number, so that the two
+transpositions take a fifth of the time. torch has a resize as fast, but only on x86 (elsewhere it is slower than
+Pillow) and only for boxes with whole edges, which those of a reduced page are not.
 
-A page may come reduced: the JPEG decoder gives means of 2 x 2, 4 x 4 or 8 x 8 pixels for little more than the
-time to read the file (`mmray.images.render`). Taking means for pixels blurs, so the weights take the blur back:
-a mean over k pixels exceeds the middle's value by (1 - 1/k²)/24 times the second difference, to second order.
-This halves the difference to resizing the whole page, 0.3 instead of 0.6 of 255 on scans.
+A page may come reduced: the JPEG decoder returns means of 2 x 2, 4 x 4 or 8 x 8 pixels for little more than the time
+to read the file (`mmray.images.render`). Using means as pixels blurs, so the weights remove the blur: a mean over k
+pixels exceeds the value in the middle by (1 - 1/k²)/24 times the second difference, to second order. This halves the
+difference to resizing the whole page: 0.3 instead of 0.6 (of 255) on scans.
 """
 
 import functools
@@ -21,18 +21,19 @@ from PIL import Image
 from mmray.base.compiled import compiled
 
 FloatBox = tuple[float, float, float, float]
-"""(left, top, right, bottom) in pixels, parts of pixels included."""
+"""A box of (left, top, right, bottom) in pixels, including fractions of pixels."""
 
 _SUPPORT = 2.0
 
 
 def resample(image: Image.Image, size: tuple[int, int], box: FloatBox, *, reduction: int = 1) -> Image.Image:
-    """What `box` of an RGB image shows, as an image of `size` (width, height).
+    """Resizes the region `box` of an RGB image to `size` (width, height).
 
-    The same as `image.resize(size, BICUBIC, box)`: wide enough a filter to average what it shrinks, and pixels
-    around the box weigh in at its edges. Columns come first, whereas Pillow begins with what is less work; both
-    round in between. reduction: each pixel is the mean of that many pixels squared of the
-    page, whose own detail is wanted.
+    The result is that of `image.resize(size, BICUBIC, box)`: the filter is wide enough to average where it shrinks, and
+    pixels around the box contribute at its edges. Columns are resized first, whereas Pillow begins with the direction
+    that is less work; both round in between.
+
+    reduction: how many pixels of the page, along a side, each pixel of `image` is the mean of; their blur is removed.
     """
     left, top, right, bottom = box
     first_column, column_weights = _weights(left, right, image.width, size[0], reduction)
@@ -48,10 +49,10 @@ def resample(image: Image.Image, size: tuple[int, int], box: FloatBox, *, reduct
 
 @functools.lru_cache(maxsize=256)
 def _weights(start: float, stop: float, length: int, count: int, reduction: int) -> tuple[np.ndarray, np.ndarray]:
-    """How to blend `length` pixels into `count` that show [start, stop).
+    """Computes the weights that blend `length` pixels into `count` pixels that show [start, stop).
 
-    Returns the first pixel of each blend, int64 [count], ascending, and the weights from there on, float32
-    [count, taps], each row of sum 1. Pages of one size share them.
+    Returns the first pixel of each blend, int64 [count], ascending, and the weights from that pixel on, float32
+    [count, taps], each row with the sum 1. Pages of one size share them.
     """
     scale = (stop - start) / count
     filter_scale = max(scale, 1.0)
@@ -70,7 +71,8 @@ def _weights(start: float, stop: float, length: int, count: int, reduction: int)
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
-    """Keys, "Cubic convolution interpolation for digital image processing", 1981, with a = -1/2: Pillow's BICUBIC."""
+    """Computes the kernel of Pillow's BICUBIC (Keys, "Cubic convolution interpolation for digital image processing",
+    1981, with a = -1/2)."""
     x = np.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -78,9 +80,9 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """uint32 [height, width] of an RGB image: the bytes of a pixel are red, green, blue and one without meaning.
+    """Returns the pixels of an RGB image, uint32 [height, width]: bytes of red, green, blue and one without meaning.
 
-    Without a copy where Pillow holds the image in one piece, which it does up to 16 MB.
+    No copy is made where Pillow holds the image in one piece, which it does up to 16 MB.
     """
     try:
         values = pa.array(image).flatten().to_numpy()
@@ -91,7 +93,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 @compiled()
 def _transposed(pixels: np.ndarray) -> np.ndarray:
-    """Eight columns at a time: their rows in the result are written side by side, and each line of memory once."""
+    """Transposes eight columns at a time, so that each cache line of the result is written once."""
     height, width = pixels.shape
     result = np.empty((width, height), np.uint32)
     whole = width - width % 8
@@ -107,7 +109,7 @@ def _transposed(pixels: np.ndarray) -> np.ndarray:
 
 
 def _blended(pixels: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Rows blended from rows: uint32 [rows, n] to uint32 [len(first), n]."""
+    """Blends rows into rows: uint32 [rows, n] to uint32 [len(first), n]."""
     blended = np.empty((len(first), pixels.shape[1]), np.uint32)
     _blend(pixels.view(np.uint8), first, weights, blended.view(np.uint8))
     return blended
@@ -115,7 +117,7 @@ def _blended(pixels: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.n
 
 @compiled(fastmath=True)
 def _blend(rows: np.ndarray, first: np.ndarray, weights: np.ndarray, result: np.ndarray) -> None:
-    """result[i] = the rows from first[i] on, times weights[i]: uint8, rounded, kept within 0 and 255."""
+    """Sets result[i] to the rows from first[i] on, weighted by weights[i]: uint8, rounded, clipped to 0..255."""
     sums = np.empty(rows.shape[1], np.float32)
     for i in range(len(first)):
         sums[:] = np.float32(0.5)

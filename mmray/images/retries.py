@@ -1,8 +1,8 @@
-"""Reading that waits out what passes: a store with too many requests, a network or a mount that is gone for a moment.
+"""Retries reads that fail for transient storage reasons: too many requests, a network or a mount that is gone briefly.
 
-Such an error says nothing about an image. It is tried again three times within half a minute; a picture that still
-cannot be read then is no reason to leave its sample out, but to stop: training continues from its last checkpoint when
-the storage is back.
+Such an error says nothing about an image. The read is retried three times within half a minute. If the image still
+cannot be read, its sample is not skipped; the run stops instead and continues from its last checkpoint when the storage
+is back.
 """
 
 import errno
@@ -17,46 +17,46 @@ from mmray.images.source import ImageSource, describe_source, one_line
 log = logging.getLogger("mmray")
 
 PAUSES = (1.0, 5.0, 25.0)
-"""Seconds before each new try."""
+"""Seconds to wait before each retry."""
 
 _TYPES = (ConnectionError, TimeoutError)
 _NUMBERS = {
     errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
     errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESTALE,
 }  # fmt: skip
-"""Of operating systems, NFS and FUSE mounts. `EIO` is not among them: on a local disk it is a bad sector."""
+"""Transient errors of operating systems, NFS and FUSE mounts. `EIO` is left out: on a local disk it is a bad sector."""
 _NAMES = {
     "ConnectionError", "HTTPClientError", "ClientConnectionError", "ClientPayloadError", "ServiceRequestError",
     "ServiceResponseError", "ServiceUnavailable", "TooManyRequests",
 }  # fmt: skip
-"""Exceptions of botocore, aiohttp, requests, azure and google, which are not imported for this."""
+"""Transient exceptions of botocore, aiohttp, requests, azure and google, by name, so that none of them is imported."""
 
 Result = TypeVar("Result")
 
 
-def is_passing(error: BaseException, source: ImageSource) -> bool:
-    """Whether an error, or one that it was raised from, is of storage that may be back in a moment."""
+def is_transient(error: BaseException, source: ImageSource) -> bool:
+    """Tells whether an error, or one that it was raised from, comes from storage that may be back in a moment."""
     remote = isinstance(source, str) and "://" in source
     return any(_passes(cause) or (remote and _number(cause) == errno.EIO) for cause in _causes(error))
 
 
-def patiently(read: Callable[[], Result], source: ImageSource) -> Result:
-    """What `read` gives of `source`, tried again where the error is a passing one.
+def with_retries(read: Callable[[], Result], source: ImageSource) -> Result:
+    """Calls `read`, and retries it after transient errors. source: the image that is read, for messages.
 
-    Raises what it raises; after the last try of a passing error PassingError.
+    Raises what `read` raises; after the last try, PassingError for a transient error.
     """
     for pause in PAUSES:
         try:
             return read()
         except Exception as error:
-            if not is_passing(error, source):
+            if not is_transient(error, source):
                 raise
             log.warning("%s: %s; tried again in %g s", describe_source(source), one_line(error), pause)
             time.sleep(pause)
     try:
         return read()
     except Exception as error:
-        if not is_passing(error, source):
+        if not is_transient(error, source):
             raise
         raise PassingError(
             f"{describe_source(source)}: {one_line(error)}, also after {len(PAUSES)} more tries within "

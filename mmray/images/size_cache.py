@@ -1,14 +1,14 @@
-"""Sizes of images, kept from one prepare to the next, so that the next reads no image.
+"""A cache of image sizes, kept from one prepare to the next, so that the next one reads no image.
 
 One Parquet file holds a line for each image: a hash of its path, a hash of path, size in bytes and modification
-time (or etag), and the size in pixels. An image whose file has changed has another second hash and is measured
-anew. 24 bytes an image in memory, 10 million in 240 MB, as plain arrays that processes on a machine can share;
-a lookup is a binary search. An image whose header was not all in order is not kept: what was passed over in it is
-noted anew each time.
+time (or etag), and the size in pixels. An image whose file has changed has a different second hash and is measured
+again. An image takes 24 bytes in memory (10 million take 240 MB), in plain arrays that processes on a machine can
+share; a lookup is a binary search. An image with a flaw in its header is not cached, so that the flaw is noted each
+time.
 
-Many readers, one writer: each actor gets what `read_sizes` returned, asks its `SizeCache` for sizes, and hands back
-what it had to measure (`take_new`); whoever started them merges it all at the end (`kept_sizes`). What a crash
-loses is measured again. A cache is never needed: one that cannot be read is a warning.
+There are many readers and one writer: each actor gets what `read_sizes` returned, asks its `SizeCache` for sizes, and
+returns what it had to measure (`take_new`); the process that started the actors merges these tables at the end
+(`kept_sizes`). What a crash loses is measured again. A cache is optional: one that cannot be read is a warning.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ from mmray.storage import Folder
 log = logging.getLogger("mmray")
 
 FORMAT_VERSION = 3
-"""Raised when `measured` gives something else for some file than before: older caches are not used then."""
+"""Version of the cache, raised when `measured` returns something else for some file; older caches are then unused."""
 
 FILE_NAME = "image-sizes.parquet"
-"""The file's name where a cache is named by its folder."""
+"""The name of the file where a cache is named by its folder."""
 
 SIZES = pa.schema(
     [
@@ -47,42 +47,43 @@ Entry = tuple[int, int, int, int]
 
 
 class SizeCache:
-    """`image_size` that remembers. One for each process; `known` is what `read_sizes` gives, and not copied."""
+    """Measures images and remembers their sizes; each process has one. known: the table of `read_sizes`, not copied."""
 
     def __init__(self, known: pa.Table) -> None:
         self._places, self._states, self._widths, self._heights = (known[name].to_numpy() for name in SIZES.names)
         self._new: dict[int, Entry] = {}
 
     def image_size(self, source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-        """As `mmray.images.image_size`, errors too."""
+        """Returns what `mmray.images.image_size` returns, and raises what it raises."""
         return self.measured(source, max_pixels=max_pixels).size
 
     def measured(
         self, source: ImageSource, *, max_pixels: int = MAX_PIXELS, one_frame: bool = False
     ) -> Measured:  # fmt: skip
-        """As `mmray.images.header.measured`, errors too. Of a known image only the state of its file is asked for.
+        """Measures an image as `mmray.images.header.measured` does; for a known image only the file's state is read.
 
-        Only images that lie in a file with a modification time or etag are remembered, and only their sizes: whatever
-        raises an error or has a note is looked at each time.
+        Only the sizes of images in a file with a modification time or etag are remembered. An image that raises an
+        error or has a note is read each time.
         """
         keys = _keys(source, one_frame)
         known = keys and self._find(*keys)
         if known and known[0] * known[1] <= max_pixels:
             return Measured(known)
-        found = measured(source, max_pixels=max_pixels, one_frame=one_frame)
-        if keys and not found.note:
-            self._new[keys[0]] = (*keys, *found.size)
-        return found
+        measurement = measured(source, max_pixels=max_pixels, one_frame=one_frame)
+        if keys and not measurement.note:
+            self._new[keys[0]] = (*keys, *measurement.size)
+        return measurement
 
     def take_new(self) -> pa.Table:
-        """What was measured since the last call (`SIZES`, in no order), which is forgotten here: memory stays flat."""
+        """Returns and drops the sizes measured since the last call (`SIZES`, in no order), so that memory stays
+        flat."""
         taken, self._new = list(self._new.values()), {}
         return _table(taken)
 
     def _find(self, place: int, state: int) -> tuple[int, int] | None:
         if place in self._new:
-            _, found, width, height = self._new[place]
-            return (width, height) if found == state else None
+            _, known_state, width, height = self._new[place]
+            return (width, height) if known_state == state else None
         at = int(np.searchsorted(self._places, np.uint64(place)))
         if at == len(self._places) or self._places[at] != place or self._states[at] != state:
             return None
@@ -90,9 +91,12 @@ class SizeCache:
 
 
 def read_sizes(uri: str) -> pa.Table:
-    """The sizes kept in a cache (`SIZES`), none where there is no file yet. A damaged one is a warning, and none.
+    """Reads the sizes of a cache (`SIZES`); an empty table where the file does not exist, or, with a warning, where it
+    is damaged.
 
-    uri: path or URI of the file, which ends with .parquet, or of its folder. UserError for an unknown kind of URI.
+    uri: path or URI of the file, which ends with .parquet, or of its folder.
+
+    Raises UserError for an unknown kind of URI.
     """
     folder, name = _located(uri)
     try:
@@ -104,12 +108,12 @@ def read_sizes(uri: str) -> pa.Table:
     return _table([])
 
 
-def merge_sizes(uri: str, found: Iterable[pa.Table]) -> int:
-    """Add what readers measured (`SizeCache.take_new`) to a cache; returns the number of images it then knows.
+def merge_sizes(uri: str, new_tables: Iterable[pa.Table]) -> int:
+    """Adds what readers measured (`SizeCache.take_new`) to a cache; returns the number of images it then holds.
 
-    Of several entries for one path the last counts. The file is replaced whole or not at all.
+    The last of several entries for one path is kept. The file is replaced whole or not at all.
     """
-    measured = [table for table in found if len(table)]
+    measured = [table for table in new_tables if len(table)]
     known = read_sizes(uri)
     if measured:
         known = _merged([known, *measured])
@@ -122,8 +126,11 @@ def merge_sizes(uri: str, found: Iterable[pa.Table]) -> int:
 
 @dataclass
 class KeptSizes:
-    """The driver's side of a cache. known: what it held at the beginning, for every reader; measured: what readers had
-    to measure."""
+    """The driver's side of a cache.
+
+    known: the sizes at the beginning, for every reader.
+    measured: the sizes that readers had to measure.
+    """
 
     known: pa.Table
     measured: list[pa.Table] = field(default_factory=list)
@@ -131,7 +138,7 @@ class KeptSizes:
 
 @contextmanager
 def kept_sizes(uri: str) -> Iterator[KeptSizes]:
-    """The cache at `uri`, which at the end, whatever ends it, also holds what was measured by then.
+    """Yields the cache at `uri`, and adds the sizes measured by then when the block ends, with or without an error.
 
     A cache that cannot be written is a warning. Raises UserError for an unknown kind of URI.
     """
@@ -153,11 +160,12 @@ def _located(uri: str) -> tuple[Folder, str]:
 
 
 def _keys(source: ImageSource, one_frame: bool) -> tuple[int, int] | None:
-    """(place, state) of an image's file, None where there is none. one_frame: the state has been found to hold one."""
-    found = source_state(source)
-    if found is None:
+    """Returns the hashes (place, state) of an image's file, None where it has no file. one_frame: whether the size was
+    measured for a file of a single frame."""
+    file_state = source_state(source)
+    if file_state is None:
         return None
-    return _hash(found[0]), _hash("\0".join([*found, "one frame"] if one_frame else found))
+    return _hash(file_state[0]), _hash("\0".join([*file_state, "one frame"] if one_frame else file_state))
 
 
 def _hash(text: str) -> int:
@@ -170,14 +178,14 @@ def _table(entries: Sequence[Entry]) -> pa.Table:
 
 
 def _merged(tables: Sequence[pa.Table]) -> pa.Table:
-    """One entry for each place, the last, ascending."""
+    """Merges tables to one entry for each place, the last one, ascending."""
     table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
     _, from_end = np.unique(table["place"].to_numpy()[::-1], return_index=True)
     return table.take(len(table) - 1 - from_end).combine_chunks()
 
 
 def _checked(table: pa.Table) -> pa.Table:
-    """Raises ValueError for anything but what `merge_sizes` wrote, bit by bit."""
+    """Returns the table if it is bit by bit what `merge_sizes` wrote; else raises ValueError."""
     facts = table.schema.metadata or {}
     version = facts.get(b"format_version", b"").decode()
     if version != str(FORMAT_VERSION):

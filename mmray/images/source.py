@@ -1,6 +1,6 @@
-"""Where an image comes from: a path, a URI, bytes, or an open file, and the errors of opening it.
+"""Opens an image by path, URI, bytes or open file, and explains what went wrong.
 
-Rows come from people, so what a row may open is a closed list: local paths, and URIs of `ALLOWED_SCHEMES`.
+Rows come from people, so a row may open only a closed list of places: local paths, and URIs of `ALLOWED_SCHEMES`.
 A row cannot make a cluster call a web server (`http`), read a file by another name (`file://`) or chain
 file systems (`memory://a::file:///b`).
 """
@@ -19,31 +19,31 @@ from mmray.images.tar_member import PartOfFile
 from mmray.storage import file_system, file_version
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-"""A local path, a URI, either of a part of a .tar (`PartOfFile`) or of a page (`PageOfFile`), the encoded image itself,
-or a binary file, which is read from its beginning."""
+"""A local path or a URI, possibly of a part of a .tar (`PartOfFile`) or of a page (`PageOfFile`), the encoded image, or
+a binary file, which is read from its beginning."""
 
 ALLOWED_SCHEMES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hdfs", "webhdfs", "hf", "memory"}
-"""URI schemes a row may name. Add to it where your storage has another one that fsspec knows."""
+"""URI schemes that a row may name. Add the scheme of your storage if fsspec knows it."""
 
-PASSING_ERRORS = (ConnectionError, TimeoutError, MemoryError, UserError)
-"""Errors while reading an image that say nothing about it: they pass through instead of rejecting a row."""
+PASS_THROUGH_ERRORS = (ConnectionError, TimeoutError, MemoryError, UserError)
+"""Errors while reading an image that say nothing about the image: they are raised instead of rejecting the row."""
 
 REMOTE_BLOCK_BYTES = 1 << 20
 """Bytes fetched at a time from remote storage when an image is read whole: a page is most often one request."""
 
 HEADER_BLOCK_BYTES = 1 << 17
-"""Bytes fetched at a time when only a header is: it is one request, with EXIF (at most 64 KB) and all."""
+"""Bytes fetched at a time when only a header is read: one request holds it with its EXIF (at most 64 KB)."""
 
 
 def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) -> BinaryIO:
-    """Open an image, or the file of a page, for reading its bytes. A file object is given back as it is, its owner
-    closes it.
+    """Opens an image, or the file of a page, for reading its bytes. A file object is returned as it is and closed by
+    its owner.
 
-    block_bytes: how much is fetched at a time where the image lies in remote storage.
+    block_bytes: the bytes fetched at a time where the image lies in remote storage.
 
-    Raises RowError: `image_missing`, `image_unreadable` (no permission, a folder, an I/O error),
-    `image_scheme` (a URI of a scheme outside ALLOWED_SCHEMES). Raises UserError where a URI's file system
-    cannot be set up on this machine. PASSING_ERRORS pass through.
+    Raises RowError: `image_missing`, `image_unreadable` (no permission, a folder, an I/O error), `image_scheme` (a URI
+    of a scheme outside ALLOWED_SCHEMES). Raises UserError where a URI's file system cannot be set up on this machine.
+    PASS_THROUGH_ERRORS are raised as they are.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
@@ -54,7 +54,7 @@ def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) ->
             if part := PartOfFile.written(place):
                 return part.open_in(*locate_uri(part.file), block_bytes) if is_uri else part.open_local(block_bytes)
             return _open_uri(place, block_bytes) if is_uri else open(place, "rb")
-        except PASSING_ERRORS:
+        except PASS_THROUGH_ERRORS:
             raise
         except (OSError, ValueError) as error:
             raise _row_error(source, error) from error
@@ -65,7 +65,7 @@ def open_image(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) ->
 
 @contextmanager
 def image_file(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) -> Iterator[BinaryIO]:
-    """`open_image`, closed at the end unless the caller of mmray opened it."""
+    """Opens an image as `open_image` does, and closes it at the end of the block unless the caller opened it."""
     file = open_image(source, block_bytes=block_bytes)
     try:
         yield file
@@ -75,11 +75,11 @@ def image_file(source: ImageSource, *, block_bytes: int = REMOTE_BLOCK_BYTES) ->
 
 
 def source_state(source: ImageSource) -> tuple[str, str] | None:
-    """What tells the file of an image from another one, and from what stood there before: its absolute path or URI,
-    and its size in bytes with its modification time or etag. No byte of it is read.
+    """Returns the identity of an image's file: its absolute path or URI, and its size in bytes with its modification
+    time or etag. No byte of the file is read.
 
-    None where the image lies in no file, where the file system knows neither time nor etag, and where there is no
-    such file: opening it says why.
+    Returns None where the image lies in no file, where the file system knows neither time nor etag, and where the file
+    does not exist: opening it reports why.
     """
     if not isinstance(source, str | os.PathLike):
         return None
@@ -96,7 +96,7 @@ def source_state(source: ImageSource) -> tuple[str, str] | None:
             place = os.path.abspath(place)
             status = os.stat(file)
             num_bytes, version = status.st_size, str(status.st_mtime_ns)
-    except PASSING_ERRORS:
+    except PASS_THROUGH_ERRORS:
         raise
     except (OSError, ValueError, RowError):
         return None
@@ -105,14 +105,14 @@ def source_state(source: ImageSource) -> tuple[str, str] | None:
 
 _DATA_URI = re.compile(r"data:(?P<kind>[^,]{0,200}),", re.IGNORECASE)
 _BASE64_OF_PICTURES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkq", "TU0AK", "AAAADGpQ", "Qk")
-"""How the base64 of JPEG, PNG, GIF, WEBP, TIFF, JPEG2000 and BMP begins."""
+"""First letters of the base64 of JPEG, PNG, GIF, WEBP, TIFF, JPEG2000 and BMP."""
 _LEAST_BASE64 = 64
 
 
 def embedded_picture(text: str) -> bytes | None:
-    """The bytes of a picture that a text holds itself: a data URI, or base64 of a picture; None for a path or URI.
+    """Decodes an image that is embedded in a text, as a data URI or as base64; returns None for a path or URI.
 
-    Raises RowError `image_unreadable` where a data URI is not base64, or broken.
+    Raises RowError `image_unreadable` for a data URI that is not base64, or broken.
     """
     if text[:5].lower() == "data:":
         head = _DATA_URI.match(text)
@@ -130,9 +130,9 @@ def embedded_picture(text: str) -> bytes | None:
 
 
 def base64_bytes(text: str) -> bytes:
-    """The bytes that a text of base64 stands for, in either alphabet, with or without line breaks and padding.
+    """Decodes base64 in either alphabet, with or without line breaks and padding.
 
-    Raises RowError `image_unreadable`.
+    Raises RowError `image_unreadable` for a text that is not base64.
     """
     plain = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
     try:
@@ -143,7 +143,7 @@ def base64_bytes(text: str) -> bytes:
 
 
 def describe_source(source: ImageSource) -> str:
-    """The image's name in error messages: one line of at most 200 characters."""
+    """Returns the image's name for error messages: one line of at most 200 characters."""
     if isinstance(source, bytes | bytearray | memoryview):
         return f"image of {memoryview(source).nbytes} bytes"
     if isinstance(source, str | os.PathLike):
@@ -155,7 +155,7 @@ def describe_source(source: ImageSource) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of another library says, to stand in a one-line message that names the image."""
+    """Returns the message of another library's exception as one line of at most 200 characters."""
     text = str((isinstance(error, OSError) and error.strerror) or error)
     return " ".join(text.split())[:200] or type(error).__name__
 
@@ -166,8 +166,8 @@ def _open_uri(uri: str, block_bytes: int) -> BinaryIO:
 
 
 def locate_uri(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of a URI, and the path in it. Raises what `open_image` does."""
-    scheme, _, rest = uri.partition("://")
+    """Returns the fsspec file system of a URI, and the path in it. Raises what `open_image` raises."""
+    scheme, _, path = uri.partition("://")
     scheme = scheme.lower()
     if scheme not in ALLOWED_SCHEMES or "::" in uri:
         allowed = ", ".join(sorted(ALLOWED_SCHEMES))
@@ -176,7 +176,7 @@ def locate_uri(uri: str) -> tuple[Any, str]:
             f"{describe_source(uri)}: images are local paths or of {allowed}; copy it to one of these",
         )
     try:
-        return file_system(f"{scheme}://{rest}")
+        return file_system(f"{scheme}://{path}")
     except (UserError, OSError) as error:
         message = f"{describe_source(uri)}: {one_line(error)}; set up {scheme}:// on every node"
         raise UserError(message) from error

@@ -1,9 +1,9 @@
-"""Images that are part of a larger file: a range of bytes of a `.tar`, by path or URI.
+"""Names and opens images that are part of a `.tar`: a range of bytes of a path or URI.
 
     /data/pages-0001.tar#0007.jpg@1536+20481        the bytes [1536, 1536 + 20481), which the shard calls 0007.jpg
 
-Of a remote file only what is asked for is fetched, in blocks, without asking for its size first: a header is one
-request.
+From a remote file only the bytes that are read are fetched, in blocks, without asking for its size first: a header is
+one request.
 """
 
 import io
@@ -18,7 +18,12 @@ _WRITTEN = re.compile(r"(?P<file>.+?\.tar)#(?P<name>.*)@(?P<start>\d+)\+(?P<size
 
 @dataclass(frozen=True)
 class PartOfFile:
-    """A range of bytes. file: path or URI, which ends with .tar; name: what a person calls the part."""
+    """A range of bytes of a file.
+
+    file: the path or URI, which ends with .tar.
+    name: the name of the part, for a person.
+    start, size: the first byte and the number of bytes.
+    """
 
     file: str
     name: str
@@ -30,17 +35,17 @@ class PartOfFile:
 
     @classmethod
     def written(cls, text: str) -> "PartOfFile | None":
-        """The part that a text names; None for one that names a whole file."""
-        found = _WRITTEN.fullmatch(text) if "#" in text else None
-        return cls(found["file"], found["name"], int(found["start"]), int(found["size"])) if found else None
+        """Parses a text that names a part; returns None for one that names a whole file."""
+        match = _WRITTEN.fullmatch(text) if "#" in text else None
+        return cls(match["file"], match["name"], int(match["start"]), int(match["size"])) if match else None
 
     def open_local(self, block_bytes: int) -> io.BufferedReader:
-        """The part of a local file, to read. Raises OSError."""
+        """Opens the part of a local file for reading. Raises OSError."""
         file = open(self.file, "rb")  # noqa: SIM115  closed with its part
         return self._open(lambda start, stop: os.pread(file.fileno(), stop - start, start), block_bytes, file.close)
 
     def open_in(self, system: Any, path: str, block_bytes: int) -> io.BufferedReader:
-        """The part of the file `path` of an fsspec file system. Raises OSError, a missing file at once."""
+        """Opens the part of the file `path` in an fsspec file system. Raises OSError, for a missing file at once."""
         opened = self._open(lambda start, stop: system.cat_file(path, start=start, end=stop), block_bytes, lambda: None)
         opened.peek(1)
         return opened
@@ -52,7 +57,7 @@ class PartOfFile:
 
 
 class _Range(io.RawIOBase):
-    """The part as a file of its own, which begins at 0."""
+    """Presents the part as a file that begins at 0."""
 
     def __init__(self, part: PartOfFile, fetch: Callable[[int, int], bytes], close: Callable[[], None]) -> None:
         self.name = str(part)

@@ -1,18 +1,18 @@
-"""Tiles kept on a local disk, for the epochs after the first.
+"""A cache of tiles on a local disk, for the epochs after the first.
 
-A hit takes 2 ms where rendering a page anew takes 12 to 22, and 1.3 to 2.3 MB of disk where the JPEG takes 0.2 to 0.5
-(six tiles of 512 x 512). So it pays where the disk holds most of the data set. Measured before it was built: raw
-arrays are read in 1 ms but take 4.7 MB, zstd takes 3 ms and saves a quarter of the bytes, lossless WebP and PNG take
-25 to 40 ms: only LZ4 is both small and much faster than rendering.
+A hit takes 2 ms where rendering a page takes 12 to 22, and 1.3 to 2.3 MB of disk where the JPEG takes 0.2 to 0.5 (six
+tiles of 512 x 512). So the cache pays where the disk holds most of the data set. Measured alternatives: raw arrays are
+read in 1 ms but take 4.7 MB, zstd takes 3 ms and saves a quarter of the bytes, lossless WebP and PNG take 25 to 40 ms;
+only LZ4 is both small and much faster than rendering.
 
-An entry is found by a hash of everything that its pixels depend on: the image's file and its state, the plan without
-its labels, the versions of what decodes. It carries that hash and a checksum, and appears by renaming, so a process
-that dies, a full disk or a bad one cost time and never a wrong tile.
+An entry is identified by a hash of everything that its pixels depend on: the image's file and its state, the plan
+without its labels, the versions of the decoders. It carries that hash and a checksum, and is renamed into place, so
+that a process that dies, or a full or broken disk, costs time and never yields a wrong tile.
 
-The folder never holds more than `max_bytes`, whatever number of processes share it: room is booked, under a lock,
-before an entry is written. When it is full, entries make room that no one has used for two days. Not simply those
-longest unused: an epoch reads every page once, so where the disk holds half of a data set that rule would throw out
-each page just before its turn.
+The folder never holds more than `max_bytes`, however many processes share it: room is reserved, under a lock, before an
+entry is written. When the folder is full, entries that no process has used for two days are deleted. Deleting those
+unused longest would be wrong: an epoch reads every page once, so where the disk holds half of a data set each page
+would be deleted just before its turn.
 """
 
 import contextlib
@@ -41,13 +41,13 @@ from mmray.images.tiling import TilePlan
 log = logging.getLogger("mmray")
 
 PIXELS_VERSION = 2
-"""Raised when mmray makes other pixels of the same file and plan than before."""
+"""Version of the pixels, raised when mmray makes other pixels of the same file and plan."""
 
 FULL_SECONDS = 1800.0
-"""How long a process stores nothing after no room could be made: to look for some is to list the whole folder."""
+"""How long, in seconds, a process stores nothing after no room could be made; making room lists the whole folder."""
 
 UNUSED_SECONDS = 2 * 24 * 3600.0
-"""What no one has used for so long makes room. More than an epoch, or a pause and a restart, should take."""
+"""Seconds after which an unused entry may be deleted: more than an epoch, or a pause and a restart, should take."""
 
 _LOCK_TRIES, _LOCK_PAUSE = 20, 0.005
 
@@ -59,10 +59,13 @@ _LIBRARIES = (PIXELS_VERSION, PIL.__version__, features.version("jpg"), features
 
 
 class TileCache:
-    """`render_tiles` that remembers. One for each process; all may share a folder of one machine's disk."""
+    """Renders tiles and remembers them; each process has one, and all may share a folder on one machine's disk."""
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
-        """max_bytes: the most that all entries take together. Raises UserError where the folder cannot be made."""
+        """Creates the folder where it is missing; raises UserError where it cannot be created.
+
+        max_bytes: the most bytes that all entries take.
+        """
         self.folder = Path(folder)
         self.max_bytes = max_bytes
         self._codec = pa.Codec("lz4")
@@ -73,7 +76,7 @@ class TileCache:
             raise UserError(f"tile cache {folder}: {one_line(error)}; name a folder on this machine's disk") from error
 
     def render_tiles(self, source: ImageSource, plan: TilePlan, *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
-        """As `mmray.images.render_tiles`, errors too. Pages that are not cut are not kept."""
+        """Returns what `mmray.images.render_tiles` returns, and raises what it raises. Uncut pages are not cached."""
         key = _key(source, plan)
         if key is None or plan.size[0] * plan.size[1] > max_pixels:
             return render_tiles(source, plan, max_pixels=max_pixels)
@@ -108,7 +111,7 @@ class TileCache:
             return None
 
     def _tiles(self, entry: bytes, key: bytes, plan: TilePlan) -> list[Image.Image]:
-        """Raises ValueError or OSError for a damaged entry."""
+        """Unpacks the tiles of an entry. Raises ValueError or OSError for a damaged one."""
         packed = memoryview(entry)[_HEADER_BYTES:]
         if entry[:_HEADER_BYTES] != _header(key, packed):
             raise ValueError("damaged")
@@ -143,14 +146,15 @@ class TileCache:
             log.warning("tile cache %s: %s; pages are cut anew", self.folder, one_line(error))
 
     def _book(self, half: Path, num_bytes: int) -> bool:
-        """Claim room for an entry by a file of its size, so that who counts sees it; False where there is no room."""
+        """Reserves room for an entry by a file of its size, which counting includes; returns False where there is no
+        room."""
         if num_bytes > self.max_bytes:
             return False
         with (self.folder / _BOOKS).open("a+") as file:
             _lock(file)
             file.seek(0)
-            found = file.read()
-            booked = int(found) if found.isdecimal() else None
+            booked_text = file.read()
+            booked = int(booked_text) if booked_text.isdecimal() else None
             if booked is None or booked + num_bytes > self.max_bytes:
                 booked = self._make_room(num_bytes)
             fits = booked + num_bytes <= self.max_bytes
@@ -163,9 +167,10 @@ class TileCache:
         return fits
 
     def _make_room(self, num_bytes: int) -> int:
-        """Count what is there, and remove unused entries where `num_bytes` do not fit; returns the bytes that stay.
+        """Counts the bytes of all entries, and deletes unused ones where `num_bytes` do not fit; returns the bytes that
+        remain.
 
-        A twentieth is made free at once, so that counting stays rare.
+        A twentieth of the room is freed at once, so that counting stays rare.
         """
         entries = sorted(_entries(self.folder))
         total = sum(size for _, size, _ in entries)
@@ -183,7 +188,7 @@ class TileCache:
 
 
 def _lock(file: IO[str]) -> None:
-    """Lock a file, waiting a tenth of a second at most. Raises BlockingIOError where another holds it longer."""
+    """Locks a file, waiting at most a tenth of a second. Raises BlockingIOError where another holds it longer."""
     for attempt in range(_LOCK_TRIES):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +200,7 @@ def _lock(file: IO[str]) -> None:
 
 
 def _key(source: ImageSource, plan: TilePlan) -> bytes | None:
-    """The hash of all that the tiles' pixels depend on; None for tiles that are not kept."""
+    """Hashes everything that the tiles' pixels depend on; returns None for tiles that are not cached."""
     if not plan.is_tiled:
         return None
     if isinstance(source, bytes | bytearray | memoryview):
@@ -213,13 +218,13 @@ def _header(key: bytes, packed: bytes | memoryview) -> bytes:
 
 
 def _fill(half: Path, entry: bytes) -> None:
-    """Write into a file without changing its size on the way."""
+    """Writes into a file without changing its size meanwhile."""
     with half.open("r+b") as file:
         file.write(entry)
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, str]]:
-    """(time of last use, bytes, path) of every entry, half-written ones too."""
+    """Yields (time of last use, bytes, path) of every entry, including half-written ones."""
     for group in os.scandir(folder):
         if group.is_dir():
             for entry in os.scandir(group):

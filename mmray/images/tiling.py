@@ -1,9 +1,9 @@
-"""From a page's size to its tiles: `plan_tiles` is arithmetic, `cut_tiles` does what the plan says.
+"""Plans the tiles of a page from its size (`plan_tiles`), and cuts them as planned (`cut_tiles`).
 
-Preparing plans from the header's size, training cuts from the pixels, days later and elsewhere. The plan is
-a pure function of size and policy, so both see the same tiles. Cells are the page divided by whole numbers,
-edges rounded down: every pixel is in some tile, and a page narrower than its number of columns has tiles
-that repeat pixels rather than empty ones.
+Preparing plans from the header's size; training cuts from the pixels, days later and on other machines. The plan is a
+pure function of size and policy, so both see the same tiles. Cells are the page divided by whole numbers, edges rounded
+down: every pixel is in some tile, and a page narrower than its number of columns has tiles that repeat pixels rather
+than empty ones.
 """
 
 import math
@@ -26,43 +26,45 @@ _AnyBucket = TypeVar("_AnyBucket", ShapeBucket, OverviewBucket)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilePlan:
-    """The tiles of one page, in reading order, the overview first. The tuples have one entry a tile."""
+    """The tiles of one page, in reading order, the overview first. Tuples have one entry for each tile."""
 
     size: tuple[int, int]
-    """(width, height) of the upright page in pixels."""
+    """The size (width, height) of the upright page in pixels."""
     shape: str
-    """The visual shape, a key to group pages by. Of cut pages: equal where grid and tile_sizes are equal,
-    for example "2x3@512x512" or, with an overview, "2x3@512x512+448x448". "page" for every page that is not
-    cut."""
+    """The visual shape, a key to group pages by: equal for cut pages with the same grid and tile_sizes, for example
+    "2x3@512x512" or, with an overview, "2x3@512x512+448x448"; "page" for every page that is not cut."""
     grid: tuple[int, int]
-    """(columns, rows), without the overview."""
+    """The grid (columns, rows) of tiles, without the overview."""
     boxes: tuple[Box, ...]
-    """What each tile shows: (left, top, right, bottom) in pixels of the upright page, right and bottom
+    """The region that each tile shows: (left, top, right, bottom) in pixels of the upright page, right and bottom
     excluded."""
     tile_sizes: tuple[tuple[int, int], ...]
-    """(width, height) of each tile in pixels."""
+    """The size (width, height) of each tile in pixels."""
     labels: tuple[str | None, ...]
-    """Text before each tile, None for none."""
+    """The text before each tile; None: no text."""
     upscale: tuple[bool, ...]
-    """Whether a box smaller than its tile is enlarged to fit it, or keeps its scale."""
+    """True for each tile whose smaller box is enlarged to fit the tile; otherwise the box keeps its scale."""
     pad_color: tuple[int, int, int]
-    """(red, green, blue) of what the box does not fill."""
+    """The colour (red, green, blue) of the part of a tile that its box does not fill."""
     exact_pixels: bool
-    """Whether `render_tiles` decodes and resizes as `load_image` and `cut_tiles` do, or faster."""
+    """True if `render_tiles` decodes and resizes exactly as `load_image` and `cut_tiles` do; otherwise faster."""
 
     @property
     def inner_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(width, height) in pixels of what each box is scaled to; it stands at its tile's top left."""
+        """The (width, height) in pixels to which each box is scaled, at the top left of its tile."""
         return tuple(map(_inner_size, self.boxes, self.tile_sizes, self.upscale))
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the page is cut or scaled by the policy, or left to the model family's processor."""
+        """True if the policy cuts or scales the page; otherwise it is left to the model family's processor."""
         return self.shape != UNTILED_SHAPE or self.tile_sizes != (self.size,)
 
 
 def plan_tiles(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
-    """The tiles of a page of `size`, (width, height) in pixels, upright. ValueError for one under 1 x 1."""
+    """Plans the tiles of a page. size: its (width, height) in pixels, upright.
+
+    Raises ValueError for a page smaller than 1 x 1.
+    """
     width, height = size
     if width < 1 or height < 1:
         raise ValueError(f"a page has at least 1 x 1 pixels, not {width} x {height}")
@@ -99,12 +101,13 @@ def plan_tiles(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
-    """The RGB tiles of a page, in the plan's order and sizes. A page that is not cut is returned itself.
+    """Cuts the RGB tiles of a page, in the plan's order and sizes. A page that is not cut is returned unchanged.
 
-    A box is scaled to fit its tile (bicubic, aspect ratio kept) and stands at the tile's top left; the rest
-    is pad_color. Top left and not centred: text begins there, and a page's coordinates in a tile are one
-    multiplication. Raises RowError `image_changed` where the page is of another size than the plan's;
-    ValueError for a mode other than RGB.
+    A box is scaled to fit its tile (bicubic, aspect ratio kept) and stands at the tile's top left; the remaining part
+    of the tile is pad_color. Boxes are not centred because text begins at the top left, and so a page's coordinates in
+    a tile are one multiplication.
+
+    Raises RowError `image_changed` where the page's size differs from the plan's; ValueError for a mode other than RGB.
     """
     check_planned(image.size, plan)
     if not plan.is_tiled:
@@ -118,15 +121,15 @@ def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
 
 
 def check_planned(size: tuple[int, int], plan: TilePlan) -> None:
-    """Raise RowError `image_changed` where a page, (width, height) in pixels, is of another size than the plan's."""
+    """Raises RowError `image_changed` where a page's size, (width, height) in pixels, differs from the plan's."""
     if size != plan.size:
-        planned, found = ("{} x {}".format(*each) for each in (plan.size, size))
-        message = f"planned for {planned} pixels, the image now has {found}; prepare the dataset again"
+        planned_size, image_size = ("{} x {}".format(*pair) for pair in (plan.size, size))
+        message = f"planned for {planned_size} pixels, the image now has {image_size}; prepare the dataset again"
         raise RowError("image_changed", message)
 
 
 def padded(inner: Image.Image, tile_size: tuple[int, int], pad_color: tuple[int, int, int]) -> Image.Image:
-    """A tile with `inner` at its top left."""
+    """Returns a tile with `inner` at its top left."""
     if inner.size == tile_size:
         return inner
     tile = Image.new("RGB", tile_size, pad_color)
@@ -154,7 +157,7 @@ def _bucket_of(buckets: Sequence[_AnyBucket], ratio: float) -> _AnyBucket:
 
 
 def _cells(grid: tuple[int, int], reading_order: str) -> list[tuple[int, int]]:
-    """(column, row) of each cell, counted from 0 at the top left, in reading order."""
+    """Lists the (column, row) of each cell, counted from 0 at the top left, in reading order."""
     columns = range(grid[0]) if reading_order == "ltr" else range(grid[0] - 1, -1, -1)
     return [(column, row) for row in range(grid[1]) for column in columns]
 
@@ -166,7 +169,7 @@ def _cell_box(size: tuple[int, int], grid: tuple[int, int], cell: tuple[int, int
 
 
 def _span(length: int, parts: int, index: int, overlap: float) -> tuple[int, int]:
-    """Start and end of one of `parts` cells along `length` pixels, widened by the overlap: never empty."""
+    """Returns start and end of one of `parts` cells along `length` pixels, widened by the overlap; never empty."""
     start = index * length // parts
     end = max((index + 1) * length // parts, start + 1)
     margin = round(overlap * length / parts)
@@ -174,7 +177,7 @@ def _span(length: int, parts: int, index: int, overlap: float) -> tuple[int, int
 
 
 def _whole_size(size: tuple[int, int], policy: TilingPolicy) -> tuple[int, int]:
-    """The size of a page that is not cut, of its own shape, within the policy's pixels."""
+    """Returns the size of a page that is not cut: its aspect ratio within the policy's limits of pixels."""
     num_pixels = size[0] * size[1]
     if policy.max_pixels and num_pixels > policy.max_pixels:
         wanted, is_larger = policy.max_pixels, False
@@ -194,24 +197,24 @@ def _whole_size(size: tuple[int, int], policy: TilingPolicy) -> tuple[int, int]:
 
 
 def _native_size(box: Box, policy: TilingPolicy) -> tuple[int, int]:
-    """The size of a tile with the page's own pixels, or as many of them as max_tile_pixels allows."""
-    multiple, most = policy.patch_multiple, policy.max_tile_pixels
+    """Returns the size of a tile in the page's resolution, or in as many pixels as max_tile_pixels allows."""
+    multiple, max_pixels = policy.patch_multiple, policy.max_tile_pixels
     width, height = _padded_size(box, multiple)
-    if most is None or width * height <= most:
+    if max_pixels is None or width * height <= max_pixels:
         return width, height
-    scale = math.sqrt(most / (width * height))
+    scale = math.sqrt(max_pixels / (width * height))
     width, height = (max(1, int(side * scale / multiple)) * multiple for side in (width, height))
     return width, height
 
 
 def _padded_size(box: Box, multiple: int) -> tuple[int, int]:
-    """The size of a box, rounded up to multiples."""
+    """Returns the size of a box, rounded up to multiples."""
     left, top, right, bottom = box
     return -(-(right - left) // multiple) * multiple, -(-(bottom - top) // multiple) * multiple
 
 
 def _sizes_key(tile_sizes: Sequence[tuple[int, int]]) -> str:
-    """One size where all are equal, else the runs of equal sizes: "512x512" or "400x512*2,384x512"."""
+    """Writes one size where all are equal, else the runs of equal sizes: "512x512" or "400x512*2,384x512"."""
     runs = [(size, len(list(run))) for size, run in groupby(tile_sizes)]
     if len(runs) == 1:
         ((width, height), _) = runs[0]

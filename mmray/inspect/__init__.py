@@ -1,7 +1,6 @@
-"""One bin, shown to a person before GPU hours are spent: which samples stand in it, their images, whose turn each
-stretch of text is, and which tokens train.
+"""Shows one bin to a person: its samples, their images, the turns of their text, and the tokens that are trained on.
 
-`view.py` works out what there is to see, `terminal.py` prints it, `page.py` makes a web page of it.
+`view.py` computes what to show, `terminal.py` prints it, `page.py` makes a web page of it.
 """
 
 from rich.console import Console
@@ -20,11 +19,13 @@ def print_bin(
     console: Console, prepared: PreparedDataset, bin_number: int, processor: str | None = None, *,
     trust_remote_code: bool = False,
 ) -> None:  # fmt: skip
-    """Print one bin: counts, a table of its samples, their text with what trains of it.
+    """Print one bin: counts, a table of its samples, and their text with trained tokens marked.
 
-    processor: folder or hub name; default: where it was when the dataset was prepared. A dataset that does not know is
-    shown without text. Raises UserError for a bin that is not there, a processor that cannot be loaded, and another
-    one than the dataset's.
+    processor: folder or hub name; default: where it was when the dataset was prepared. A dataset that does not name its
+    processor is shown without text.
+
+    Raises UserError for a bin that does not exist, a processor that cannot be loaded, and another one than the
+    dataset's.
     """
     family = family_of_prepared(prepared, processor, trust_remote_code=trust_remote_code)
     print_view(console, view_bin(prepared, bin_number, family))
@@ -36,15 +37,17 @@ def write_bin_page(
     path: str, prepared: PreparedDataset, bin_number: int, processor: str | None = None, *,
     trust_remote_code: bool = False,
 ) -> int:  # fmt: skip
-    """Write one bin as a web page that holds its pictures too; returns its bytes. Arguments and UserErrors as of
-    `print_bin`; a processor must be known."""
+    """Write one bin as a web page that holds its pictures too; returns the size of the page in bytes.
+
+    Arguments and UserErrors as in `print_bin`; also raises UserError when the processor is unknown.
+    """
     return write_html(path, _bin_page(prepared, bin_number, processor, trust_remote_code))
 
 
 def show_bin(
     prepared: PreparedDataset, bin_number: int, processor: str | None = None, *, trust_remote_code: bool = False
 ) -> InlinePage:
-    """The same page as the output of a notebook's cell."""
+    """Show one bin as a page in a notebook. Arguments and UserErrors as in `write_bin_page`."""
     return InlinePage(_bin_page(prepared, bin_number, processor, trust_remote_code))
 
 

@@ -1,8 +1,8 @@
-"""A bin as one web page that needs nothing else: no script, no file beside it, no network.
+"""Renders a bin as one web page that needs nothing else: no script, no other file, no network.
 
-The text with its tokens, each with its places and its id in a tooltip, and the pictures that training cuts from each
-image, made smaller. Everything from the data is escaped by the template; should that ever fail, the page forbids
-scripts and foreign content itself (Content-Security-Policy).
+The page shows the text as tokens, each with its places and its id in a tooltip, and the tiles that training cuts from
+each image, made smaller. The template escapes everything from the data; in case that fails, the page forbids scripts
+and foreign content too (Content-Security-Policy).
 """
 
 import base64
@@ -23,16 +23,16 @@ from mmray.images.source import describe_source
 from mmray.inspect.view import BinView, Piece, SampleView
 
 MAX_PICTURE_PIXELS = 4_000_000
-"""Of all pictures of a page together, after scaling: about 1.5 MB as JPEG."""
+"""Largest number of pixels of all pictures of a page, after scaling: about 1.5 MB as JPEG."""
 MAX_PICTURE_SIDE = 1024
 JPEG_QUALITY = 70
 ROLE_COLOURS = 6
-"""Colours of roles in the template; further roles begin with the first again."""
+"""Number of role colours in the template; further roles use them again from the first."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A tile as the page shows it. size: (width, height) in pixels, of the tile itself."""
+    """A tile on the page. size: (width, height) of the tile in pixels, before scaling."""
 
     label: str
     size: tuple[int, int]
@@ -41,10 +41,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class ShownImage:
-    """An image of a sample: its tiles as they lie on the page, after the whole of it in small; or why there are none.
+    """An image of a sample on the page: its overview, then its tiles, or the reason why it cannot be shown.
 
-    size: (width, height) in pixels; columns: tiles beside one another; direction: of their order in a row, as HTML's
-    `dir` has it.
+    size: (width, height) in pixels; columns: number of tiles in a row; direction: reading order of a row, a value of
+    HTML's `dir`; error: the reason.
     """
 
     name: str
@@ -58,9 +58,9 @@ class ShownImage:
 
 @dataclass(frozen=True)
 class ShownBin:
-    """A bin with its pictures, as the pieces of a page in `templates/bin.html.jinja` take it.
+    """A bin with its pictures, for `templates/bin.html.jinja`.
 
-    samples: each with its images; role_class: the CSS class of each role.
+    samples: samples with their images; role_class: the CSS class of each role.
     """
 
     view: BinView
@@ -69,9 +69,10 @@ class ShownBin:
 
 
 def shown_bin(view: BinView, tiling: TilingPolicy, *, most_pixels: int, most_samples: int | None = None) -> ShownBin:
-    """A bin with its pictures, of all samples or of the first, scaled so that they have so many pixels together.
+    """Cut and scale the pictures of a bin.
 
-    view: with its turns; tiling: the dataset's.
+    view: the bin, with turns; tiling: the dataset's policy; most_pixels: largest number of pixels of all pictures;
+    most_samples: number of samples that are shown, from the first; None: all.
     """
     samples = view.samples[:most_samples]
     scale = _scale(samples, tiling, most_pixels)
@@ -83,7 +84,7 @@ def shown_bin(view: BinView, tiling: TilingPolicy, *, most_pixels: int, most_sam
 
 
 def page_of(view: BinView, family: Family, tiling: TilingPolicy) -> str:
-    """The page of a bin. view: with its turns; tiling: the dataset's."""
+    """Render the page of a bin. view: the bin, with turns; tiling: the dataset's policy."""
     return template("inspect.html.jinja").render(
         view=view,
         bin=shown_bin(view, tiling, most_pixels=MAX_PICTURE_PIXELS),
@@ -93,7 +94,7 @@ def page_of(view: BinView, family: Family, tiling: TilingPolicy) -> str:
 
 
 def _tooltip(sample: SampleView, piece: Piece, family: Family) -> str:
-    """Where a piece stands, its ids, and how the vocabulary writes them."""
+    """The tooltip of a piece: its places, its ids, and their entries in the vocabulary."""
     if piece.is_run:
         last = piece.start + len(piece.token_ids) - 1
         places = f"bin {sample.start + piece.start}–{sample.start + last} · sample {piece.start}–{last}"
@@ -106,7 +107,7 @@ def _tooltip(sample: SampleView, piece: Piece, family: Family) -> str:
 
 
 def _scale(samples: Sequence[SampleView], tiling: TilingPolicy, most_pixels: int) -> float:
-    """How much smaller all tiles are shown so that the page stays small."""
+    """The scale of all tiles, at most 1, that keeps the page small."""
     sizes = [
         size
         for sample in samples

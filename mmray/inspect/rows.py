@@ -1,7 +1,7 @@
-"""Rows of a job file, shown before anything is prepared: what becomes of each, turn by turn, or why it is refused.
+"""Shows rows of a job file before anything is prepared: each row turn by turn, or the reason of its rejection.
 
-The encoder and the label maker are those of preparing, so what is shown as trained is what would train. Nothing is
-written, no cluster is asked, and no more of the files is read than the rows that are shown.
+The encoder and the label maker are those of preparing, so text that is shown as trained would be trained on. Nothing is
+written, no cluster is used, and only the rows that are shown are read.
 """
 
 import json
@@ -39,8 +39,11 @@ _SEARCHED_ROWS = 512
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row of a job: a sample with the pieces of its text, or the reason of its refusal. name: of its set, as
-    `train.0`; messages: the message of each piece, None outside of messages."""
+    """One row of a job: a sample with the pieces of its text, or a rejected row.
+
+    name: the name of its set, such as `train.0`; messages: the number of the message of each piece, None outside
+    messages; trained: number of trained tokens.
+    """
 
     name: str
     result: Sample | RejectedRow
@@ -68,7 +71,7 @@ class ShownRow:
         return {"id": result.id, "set": self.name, "pieces": pieces, "images": images, "rejected": None}
 
     def as_view(self, start: int) -> SampleView:
-        """The row as a sample of a bin is shown. start: tokens of the rows before it."""
+        """The row in the form in which samples of a bin are shown. start: number of tokens of the rows before it."""
         result = self.result
         if isinstance(result, RejectedRow):
             text = f"rejected, {result.reason}: {result.message}"
@@ -89,25 +92,28 @@ class ShownRow:
 
 
 class JobRows:
-    """The rows of a job file, to be looked at."""
+    """Reads and encodes rows of a job file, to show them."""
 
     def __init__(self, job: Job) -> None:
-        """Raises UserError for a model, a processor or settings that do not fit."""
+        """Raises UserError for a model, a processor or settings that do not fit together."""
         self.job = job
         self.family: Family = job_family(job)
         self.policy: TilingPolicy = self.family.resolved_tiling(job.images)
         self._labels: LabelMaker = label_maker(job.loss, self.family)
 
     def first(self, count: int, name: str | None = None) -> Iterator[ShownRow]:
-        """The first rows of a set (`train.1`), or of each set that is trained on."""
+        """Yield the first `count` rows of a set, or of each training set.
+
+        name: the name of the set, such as `train.1`.
+        """
         for split, number in self._sets(name):
             pieces = (first_piece(file, count) for file in self._files(split, number))
             rows = list(islice((row for piece in pieces for row in read_piece(piece)), count))
             yield from self._shown(split, number, rows)
 
     def with_id(self, row_id: str, name: str | None = None) -> Iterator[ShownRow]:
-        """The rows with an id, of a set or of all. Raises UserError where there is none."""
-        found = False
+        """Yield the rows with an id, from one set or from all. Raises UserError when there is none."""
+        is_found = False
         sets = self._sets(name) if name else [*self._sets(None), *self._all("eval")]
         for split, number in sets:
             encoder = self._encoder(split)
@@ -116,9 +122,9 @@ class JobRows:
             pieces: Iterable[RowsPiece] = (piece for chunk in chunks for piece in chunk.pieces)
             for piece in pieces:
                 rows = [row for row in read_piece(piece) if _id_of(row, column) == row_id]
-                found |= bool(rows)
+                is_found |= bool(rows)
                 yield from self._shown(split, number, rows)
-        if not found:
+        if not is_found:
             raise UserError(f"no row has the id {row_id!r}; rows without an id go by their place, file:line")
 
     def _sets(self, name: str | None) -> list[tuple[str, int]]:
@@ -175,7 +181,9 @@ def print_rows(console: Console, rows: Iterable[ShownRow]) -> None:
     for row in rows:
         view = row.as_view(0)
         counts = (
-            "" if isinstance(row.result, RejectedRow) else f" ({row.trained:,} of {view.num_tokens:,} tokens train)"
+            ""
+            if isinstance(row.result, RejectedRow)
+            else f" ({row.trained:,} of {view.num_tokens:,} tokens are trained on)"
         )
         print_sample(console, f"{row.name}: {view.id}{counts}", view, _roles([view]))
         console.print()
@@ -183,7 +191,7 @@ def print_rows(console: Console, rows: Iterable[ShownRow]) -> None:
 
 
 def write_rows_page(path: str, jobs: JobRows, rows: Sequence[ShownRow]) -> int:
-    """Write rows as a web page that holds their pictures too; returns its bytes."""
+    """Write rows as a web page that holds their pictures too; returns the size of the page in bytes."""
     views, start = [], 0
     for row in rows:
         views.append(row.as_view(start))
@@ -206,5 +214,5 @@ def _roles(views: Iterable[SampleView]) -> tuple[str, ...]:
 
 
 def _id_of(row: RawRow, column: str) -> str:
-    found = row.value.get(column) if isinstance(row.value, dict) else None
-    return row.source if found is None else str(found)
+    row_id = row.value.get(column) if isinstance(row.value, dict) else None
+    return row.source if row_id is None else str(row_id)

@@ -1,8 +1,8 @@
-"""A bin in the terminal: a line of counts, a table of its samples, and their text, turn by turn.
+"""Prints a bin in the terminal: counts, a table of its samples, and their text, turn by turn.
 
-Trained text is green, text that is only read dim, what stands for images magenta; the role of a turn stands in the
-margin. Where there are no colours (a pipe, a file, NO_COLOR) trained text stands in ⟦white brackets⟧ instead. Whatever
-comes from the data is printed as text, never as markup and never as control characters of the terminal.
+Trained text is green, other text dim, tokens of images magenta; the role of a turn is in the margin. Without colours (a
+pipe, a file, NO_COLOR) trained text is in ⟦white brackets⟧ instead. Text of the data is printed as text, never as
+markup and never as control characters of the terminal.
 """
 
 from rich.console import Console
@@ -15,13 +15,13 @@ from mmray.inspect.view import BinView, Mark, Piece, SampleView, Turn
 
 STYLES = {Mark.TRAINED: "green", Mark.CONTEXT: "dim", Mark.MEDIA: "magenta"}
 ROLE_STYLES = ("yellow", "blue", "cyan", "red")
-"""Of the roles in order of their boundaries, from the first again where there are more."""
+"""Styles of the roles in order of their boundaries; further roles use them again from the first."""
 OPEN, CLOSE = "⟦", "⟧"
 _BRACKETS_AS_TEXT = str.maketrans({OPEN: r"\u27e6", CLOSE: r"\u27e7"})
 
 
 def print_view(console: Console, view: BinView) -> None:
-    """Print a bin; of a view without turns, its counts."""
+    """Print a bin; without turns, only its counts."""
     console.print(_head(view, is_plain(console)))
     if view.problem:
         console.print(_plain(view.problem, "bold red"))
@@ -33,7 +33,7 @@ def print_view(console: Console, view: BinView) -> None:
 
 
 def print_sample(console: Console, title: str, sample: SampleView, roles: tuple[str, ...]) -> None:
-    """Print one sample under its title: where it is from, its images, its text turn by turn."""
+    """Print one sample under its title: the place of its row, its images, its text turn by turn."""
     console.print(Rule(_plain(title, "bold"), align="left", style="none"))
     console.print(_plain(f"from {sample.source}"), soft_wrap=True)
     for place, image in enumerate(sample.images):
@@ -44,12 +44,12 @@ def print_sample(console: Console, title: str, sample: SampleView, roles: tuple[
 
 
 def is_plain(console: Console) -> bool:
-    """Whether there are no colours."""
+    """True when the console has no colours."""
     return console.color_system is None or console.no_color
 
 
 def _head(view: BinView, plain: bool) -> Table:
-    """What is true of the whole bin, and the legend."""
+    """The counts of the whole bin, and the legend."""
     used = {
         "tokens": (view.num_tokens, view.token_capacity),
         "visual": (view.visual_tokens, view.visual_capacity),
@@ -66,7 +66,7 @@ def _head(view: BinView, plain: bool) -> Table:
 
 
 def legend(plain: bool) -> Text:
-    """What the colours say, or without them the marks."""
+    """The legend of the colours, or of the marks without colours."""
     words = {
         Mark.TRAINED: f"{OPEN}trained{CLOSE}" if plain else "trained",
         Mark.CONTEXT: "not trained",
@@ -79,7 +79,7 @@ def legend(plain: bool) -> Text:
 
 
 def _table(view: BinView) -> Table:
-    """A row for each sample; trained tokens where they are known."""
+    """The table of samples, with trained tokens when they are known."""
     knows_trained = all(sample.trained is not None for sample in view.samples)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("sample", "tokens", "of images", *(("trained",) if knows_trained else ())):
@@ -94,7 +94,7 @@ def _table(view: BinView) -> Table:
 
 
 def _text(sample: SampleView, roles: tuple[str, ...], plain: bool) -> Table:
-    """The turns under one another, their roles in the margin."""
+    """The turns of a sample, one below the other, with their roles in the margin."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, max_width=16)
     table.add_column(overflow="fold")
@@ -105,7 +105,7 @@ def _text(sample: SampleView, roles: tuple[str, ...], plain: bool) -> Table:
 
 
 def turn_text(turn: Turn, *, plain: bool) -> Text:
-    """The text of a turn: in colours, or plain with trained text in brackets."""
+    """The text of a turn, in colours or, when plain, with trained text in brackets."""
     text = Text()
     for mark, pieces in turn.stretches:
         words = _joined(pieces)

@@ -1,9 +1,9 @@
-"""Token ids as the text a person reads, piece by piece."""
+"""Decodes token ids into the text that a person reads, piece by piece."""
 
 from collections.abc import Callable, Sequence
 
 MAX_BYTES_OF_A_CHARACTER = 4
-"""In UTF-8: a byte-level token may hold one of them only."""
+"""Most bytes of a character in UTF-8; a byte-level token may hold a single one of them."""
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -11,11 +11,12 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 def token_texts(
     ids: Sequence[int], decode: Callable[[list[int]], str], *, before: Sequence[int] = ()
 ) -> list[tuple[int, str]]:
-    """The text of each token, joined the text of all of them: (number of tokens, text) in order.
+    """Decode tokens into pieces (number of tokens, text), in order; the texts joined are the text of all tokens.
 
-    The number is more than 1 where only several tokens make a character. decode: the tokenizer's; before: the tokens
-    that stand before these. Each piece is decoded behind the one before it, and that one's text cut off: alone, many
-    tokenizers drop the space that a token begins with.
+    decode: the tokenizer's function; before: the tokens before these.
+
+    A piece has more than one token when only several tokens make a character. Each piece is decoded after the one
+    before it, whose text is then cut off: alone, many tokenizers drop the space that a token begins with.
     """
     ids = [*before, *ids]
     pieces: list[tuple[int, str]] = []
@@ -25,7 +26,7 @@ def token_texts(
         is_waiting = text.endswith(_UNFINISHED) and stop < len(ids) and stop - start < MAX_BYTES_OF_A_CHARACTER
         if is_waiting:
             continue
-        own = text.removeprefix(known) if text.startswith(known) else decode(ids[start:stop])
-        pieces.append((stop - start, own))
+        piece_text = text.removeprefix(known) if text.startswith(known) else decode(ids[start:stop])
+        pieces.append((stop - start, piece_text))
         context, start = start, stop
     return pieces

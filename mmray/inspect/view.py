@@ -1,7 +1,7 @@
-"""One bin as a person looks at it: samples, the turns of roles in them, and what each token is to the loss.
+"""Computes the view of one bin: samples, the turns of roles in them, and the mark of each token.
 
-Worked out once for every way of showing it. The labels are those of training: the same label maker, built from the
-setting the dataset was prepared with.
+Terminal and web page show the same view. Its labels are those of training: made by the same label maker, built from
+the loss setting that the dataset was prepared with.
 """
 
 import json
@@ -26,20 +26,20 @@ from mmray.prepared.fingerprint import differences, processor_record
 
 
 class Mark(StrEnum):
-    """What a token is to the loss."""
+    """The part that a token has in the loss."""
 
     TRAINED = "trained"
     CONTEXT = "context"
-    """Read, and not trained."""
+    """Text that the model reads and is not trained on."""
     MEDIA = "media"
-    """There for an image: never trained."""
+    """Part of an image: never trained on."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is shown as one: a token, the tokens that make one character together, or a run of one media token.
+    """A unit that is shown as one: a token, the tokens of one character, or a run of one media token.
 
-    start: place of its first token in the sample; text: as decoded; of a run, of one of its tokens.
+    start: place of its first token in the sample; text: decoded text; for a run, that of one token.
     """
 
     start: int
@@ -50,27 +50,30 @@ class Piece:
 
     @property
     def label(self) -> str:
-        """Its text, and of a run the number of tokens: `[48 × <|image_pad|>]`."""
+        """Its text; for a run, with the number of tokens: `[48 × <|image_pad|>]`."""
         return f"[{len(self.token_ids):,} × {self.text}]" if self.is_run else self.text
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A stretch of a sample that belongs to one role, its start marker to its end marker; role None: to none."""
+    """A stretch of a sample from the start marker to the end marker of a role; role None: text between turns."""
 
     role: str | None
     pieces: tuple[Piece, ...]
 
     @property
     def stretches(self) -> Iterator[tuple[Mark, list[Piece]]]:
-        """Its pieces, those of one mark together."""
+        """Its pieces, grouped by mark."""
         return ((mark, list(pieces)) for mark, pieces in groupby(self.pieces, lambda piece: piece.mark))
 
 
 @dataclass(frozen=True)
 class SampleView:
-    """One sample of a bin. start: place of its first token in the bin; images: as in `prepared.schema.IMAGES`; trained
-    and turns: None and empty where no processor is at hand."""
+    """One sample of a bin.
+
+    rule: name of its LossRule; start: place of its first token in the bin; images: as in `prepared.schema.IMAGES`;
+    trained: number of trained tokens, None without a processor; turns: empty without a processor.
+    """
 
     id: str
     source: str
@@ -85,7 +88,7 @@ class SampleView:
 
 @dataclass(frozen=True)
 class BinView:
-    """One bin. token_capacity, visual_capacity: of every bin of the dataset; roles: all that may have turns."""
+    """One bin. token_capacity, visual_capacity: capacities of every bin; roles: all roles that may have turns."""
 
     path: str
     index: int
@@ -102,20 +105,20 @@ class BinView:
 
     @property
     def problem(self) -> str | None:
-        """One line where training would stop at this bin."""
+        """One line about why training would stop at this bin; None when it would not."""
         counts = [sample.trained for sample in self.samples if sample.trained is not None]
         if not counts or sum(counts) == self.trained_tokens:
             return None
         return (
-            f"{sum(counts):,} tokens train, {self.trained_tokens:,} when the dataset was prepared: training will stop "
-            "here. Prepare it anew with --replace"
+            f"{sum(counts):,} tokens are trained on, {self.trained_tokens:,} were counted when preparing: training "
+            "will stop here. Prepare it anew with --replace"
         )
 
 
 def view_bin(prepared: PreparedDataset, number: int, family: Family | None) -> BinView:
-    """A bin of a prepared dataset; without a family, its counts alone.
+    """Compute the view of a bin of a prepared dataset.
 
-    family: `family_of_prepared`. Raises UserError for a bin that is not there.
+    family: from `family_of_prepared`; None: counts alone. Raises UserError for a bin that does not exist.
     """
     if not 0 <= number < len(prepared):
         raise UserError(f"{prepared.path} has {len(prepared)} bins, counted from 0; there is no bin {number}")
@@ -142,7 +145,7 @@ def view_bin(prepared: PreparedDataset, number: int, family: Family | None) -> B
 
 
 def view_samples(shown: Bin, family: Family, loss: Loss) -> tuple[tuple[str, ...], tuple[SampleView, ...]]:
-    """The roles that may have turns, and the samples of a bin with theirs."""
+    """Compute the roles that may have turns, and the samples of a bin with their turns."""
     boundaries = turn_boundaries(loss, family)
     roles = tuple(dict.fromkeys(boundary.role for boundary in boundaries))
     return roles, tuple(_with_turns(tuple(_counts(shown)), shown, family, loss, boundaries))
@@ -151,10 +154,11 @@ def view_samples(shown: Bin, family: Family, loss: Loss) -> tuple[tuple[str, ...
 def family_of_prepared(
     prepared: PreparedDataset, processor: str | None = None, *, trust_remote_code: bool = False
 ) -> Family | None:
-    """The family of a prepared dataset; None where neither the caller nor the dataset names its processor.
+    """Load the family of a prepared dataset; None when neither the caller nor the dataset names its processor.
 
-    processor: folder or hub name; default: where it was when the dataset was prepared. Raises UserError where it cannot
-    be loaded, and for another processor than the dataset's.
+    processor: folder or hub name; default: where it was when the dataset was prepared.
+
+    Raises UserError for a processor that cannot be loaded, and for another one than the dataset's.
     """
     source = processor or prepared.manifest.get("processor_source")
     if source is None:
@@ -172,20 +176,20 @@ def family_of_prepared(
 
 
 def turn_boundaries(loss: Loss, family: Family) -> tuple[RoleBoundary, ...]:
-    """The boundaries that turns are found by, whichever roles train: the job's, else the family's."""
-    own = loss.boundaries if isinstance(loss, RoleLoss) else None
-    return label_maker(RoleLoss(roles=(), boundaries=own, allow_empty=True), family).boundaries
+    """The role boundaries that delimit turns, of all roles: the job's, else the family's."""
+    job_boundaries = loss.boundaries if isinstance(loss, RoleLoss) else None
+    return label_maker(RoleLoss(roles=(), boundaries=job_boundaries, allow_empty=True), family).boundaries
 
 
 def _described(loss: Loss, prepared: PreparedDataset) -> str:
-    """The setting as the job file has it, and what each set of rows took its signal from."""
+    """The loss setting as in the job file, and the loss source of each set of rows."""
     setting = loss if isinstance(loss, str) else json.dumps(loss.model_dump(mode="json", exclude_defaults=True))
     sources = prepared.manifest.get("loss_sources", ())
     return f"{setting} (by {', '.join(sources)})" if sources else setting
 
 
 def _counts(shown: Bin) -> Iterator[SampleView]:
-    """The samples without their tokens."""
+    """Yield the samples of a bin with their counts, without turns."""
     start = 0
     for number, num_tokens in enumerate(shown.sample_lengths.tolist()):
         images = tuple(image for image in shown.images if image["sample"] == number)
@@ -206,9 +210,9 @@ def _with_turns(
     samples: Sequence[SampleView], shown: Bin, family: Family, loss: Loss, boundaries: Sequence[RoleBoundary]
 ) -> Iterator[SampleView]:
     blocks = [(image["first_token"], image["num_tokens"]) for image in shown.images]
-    given = shown.given if len(shown.given) else np.zeros(len(shown.input_ids), dtype=bool)
+    given_mask = shown.given_mask if len(shown.given_mask) else np.zeros(len(shown.input_ids), dtype=bool)
     labels = label_maker(loss, family).of_arrays(
-        shown.input_ids, shown.sample_lengths, shown.sample_rules, given, blocks
+        shown.input_ids, shown.sample_lengths, shown.sample_rules, given_mask, blocks
     )
     trained = labels != IGNORE_INDEX
     marks = np.asarray([Mark.CONTEXT, Mark.MEDIA, Mark.TRAINED], dtype=object)[
@@ -216,17 +220,17 @@ def _with_turns(
     ]
     roles, turns = _roles_and_turns(shown, boundaries)
     for number, sample in enumerate(samples):
-        own = slice(sample.start, sample.start + sample.num_tokens)
-        pieces = view_pieces(shown.input_ids[own].tolist(), marks[own].tolist(), turns[own].tolist(), family)
+        tokens = slice(sample.start, sample.start + sample.num_tokens)
+        pieces = view_pieces(shown.input_ids[tokens].tolist(), marks[tokens].tolist(), turns[tokens].tolist(), family)
         if _is_document(shown.sample_rules[number], loss):
-            found = [Turn(None, tuple(pieces))]
+            sample_turns = [Turn(None, tuple(pieces))]
         else:
-            found = _turns(pieces, turns[own], roles)
-        yield replace(sample, trained=int(trained[own].sum()), turns=tuple(found))
+            sample_turns = _turns(pieces, turns[tokens], roles)
+        yield replace(sample, trained=int(trained[tokens].sum()), turns=tuple(sample_turns))
 
 
 def _is_media(shown: Bin, family: Family) -> np.ndarray:
-    """Tokens that are there for an image, bool [L]: media tokens, and labels and line breaks between them."""
+    """Marks the tokens of images, bool [L]: media tokens, and labels and line breaks between them."""
     media = np.isin(shown.input_ids, family.media_token_ids)
     for image in shown.images:
         media[image["first_token"] : image["first_token"] + image["num_tokens"]] = True
@@ -234,14 +238,16 @@ def _is_media(shown: Bin, family: Family) -> np.ndarray:
 
 
 def _is_document(rule: int, loss: Loss) -> bool:
-    """Whether a sample is no chat for sure: it trains whole and chats do not. What looks like a turn there is text."""
+    """True when a sample is certainly not a chat: all of it is trained on, and chats are not. It has no turns then."""
     chats_train_whole = loss == "all" or (isinstance(loss, RoleLoss) and loss.train_on_inputs)
     return rule == LossRule.ALL and not chats_train_whole
 
 
 def _roles_and_turns(shown: Bin, boundaries: Sequence[RoleBoundary]) -> tuple[list[str | None], np.ndarray]:
-    """The role of each turn, and the number of each token's turn, int64 [L]. A stretch between turns counts as one,
-    of the role None."""
+    """The role of each turn, and the number of each token's turn, int64 [L].
+
+    A stretch between turns counts as a turn of the role None.
+    """
     ids = torch.from_numpy(shown.input_ids.astype(np.int64))
     segments = segment_ids(torch.from_numpy(shown.sample_lengths.astype(np.int64)))
     names = list(dict.fromkeys(boundary.role for boundary in boundaries))
@@ -257,11 +263,11 @@ def _roles_and_turns(shown: Bin, boundaries: Sequence[RoleBoundary]) -> tuple[li
     starts = (role >= 0) & ~stretches(inner, names)
     changes = np.diff(role, prepend=-2) != 0
     changes |= starts & ~np.concatenate([[False], starts[:-1]])
-    return [names[each] if each >= 0 else None for each in role[changes].tolist()], changes.cumsum() - 1
+    return [names[number] if number >= 0 else None for number in role[changes].tolist()], changes.cumsum() - 1
 
 
 def view_pieces(ids: list[int], marks: list[Mark], turns: list[int], family: Family) -> list[Piece]:
-    """The pieces of one sample. No piece holds tokens of two marks or two turns."""
+    """Cut one sample into pieces. No piece holds tokens of two marks or two turns."""
     media, pieces = set(family.media_token_ids), []
 
     def decode(token_ids: list[int]) -> str:
@@ -291,14 +297,16 @@ def view_pieces(ids: list[int], marks: list[Mark], turns: list[int], family: Fam
 
 
 def _turns(pieces: Sequence[Piece], turns: np.ndarray, roles: Sequence[str | None]) -> list[Turn]:
-    """The turns of a sample, each with the blank text after it that belongs to no role: what a template writes between
-    them. turns: of each token of the sample."""
-    found: list[Turn] = []
+    """Group pieces into the turns of a sample; blank text between turns joins the turn before it.
+
+    turns: number of the turn of each token of the sample.
+    """
+    merged: list[Turn] = []
     for number, group in groupby(pieces, lambda piece: int(turns[piece.start])):
         turn = Turn(roles[number], tuple(group))
         is_gap = turn.role is None and all(not piece.text.strip() for piece in turn.pieces)
-        if found and is_gap:
-            found[-1] = replace(found[-1], pieces=found[-1].pieces + turn.pieces)
+        if merged and is_gap:
+            merged[-1] = replace(merged[-1], pieces=merged[-1].pieces + turn.pieces)
         else:
-            found.append(turn)
-    return found
+            merged.append(turn)
+    return merged

@@ -1,9 +1,9 @@
-"""Which tokens of a chat train, found by the markers that open and close each role's turn.
+"""Finds the tokens of a chat to train on by the markers that open and close each role's turn.
 
 The scan of one sample reads from left to right. Outside a span, the longest `start` marker that matches opens
-one (the first declared wins a tie). Inside, only that boundary's own `end` is looked for, from after the
+one (the first declared wins a tie). Inside, only the `end` of that boundary is searched for, from after the
 start marker on; other starts there are plain text. The span ends at its first end marker, or with the sample.
-A boundary with `until_next` has no end of its own: its span ends where any start marker matches, as turns do
+A boundary with `until_next` has no end marker: its span ends where any start marker matches, as turns do
 in the GLM templates.
 An end marker that is consumed (`include_end`) is passed over; one that is not may be the next span's start,
 as `[/INST]` is in the Mistral templates. A sample is one row, or one run of `segment_ids`; no marker matches
@@ -32,7 +32,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class RoleBoundary:
-    """How the turns of one role begin and end, as token ids. A role may have several boundaries.
+    """Says how the turns of one role begin and end, in token ids. A role may have several boundaries.
 
     Raises ValueError, with the value, for an empty start, a marker of more than 32,767 tokens, or an id
     outside [0, 2**31).
@@ -43,14 +43,14 @@ class RoleBoundary:
     start: tuple[int, ...]
     """Token ids that open a turn; not empty."""
     end: tuple[int, ...] = ()
-    """Token ids that close it; empty: the turn goes on to the end of the sample."""
+    """Token ids that close a turn; empty: the turn goes on to the end of the sample."""
     include_start: bool = False
-    """The start marker trains with the turn."""
+    """True if the start marker is trained on with the turn."""
     include_end: bool = True
-    """The end marker belongs to the turn: it may train (`train_on_eos`) and the scan goes on after it.
-    False: it never trains as an end, and may be the next turn's start."""
+    """True if the end marker belongs to the turn: it may be trained on (`train_on_eos`) and the scan goes on
+    after it. False: it is never trained on as an end, and may be the next turn's start."""
     until_next: bool = False
-    """The turn goes on to the start marker of any turn, or to the end of the sample; `end` is then empty."""
+    """True if the turn goes on to the start marker of any turn, or to the end of the sample; `end` must be empty."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", self._marker("start", self.start))
@@ -83,22 +83,22 @@ def role_keep_mask(
     train_on_eos: TrainOnEos = "turn",
     segment_ids: Tensor | None = None,
 ) -> Tensor:
-    """The tokens that train: those of the turns of `roles_to_train`, by the scan this file begins with.
+    """Marks the tokens to train on: those of the turns of `roles_to_train`, by the scan described above.
 
     input_ids: integers, [batch, length] or [length].
     boundaries: in order of declaration; the longest matching start wins, then the first declared.
-    roles_to_train: roles whose content trains (the start marker too, where `include_start`). Empty: none.
-    train_on_eos: which end markers train; each only where its boundary has `include_end`.
+    roles_to_train: roles whose content is trained on (with the start marker, where `include_start`). Empty: none.
+    train_on_eos: the end markers to train on; each only where its boundary has `include_end`.
         "turn": those of trained turns.
         "all": those of every role's turns.
-        "last": in each sample, only that of its last trained turn. Where that turn is unclosed, none does:
-            an earlier turn is not the last one.
-        "none": never. It decides what trains, not how the scan goes on: a consumed end stays consumed.
-    segment_ids: integers, shape and device of input_ids. Each maximal run of one value is a sample of its
-        own; a value below 0 is padding, which never trains. None: each row is one sample.
+        "last": in each sample, only that of its last trained turn. Where that turn is unclosed, none is
+            trained on: an earlier turn is not the last one.
+        "none": never. This decides what is trained on, not how the scan goes on: a consumed end stays consumed.
+    segment_ids: integers, shape and device of input_ids. Each maximal run of one value is a separate sample; a
+        value below 0 is padding, which is never trained on. None: each row is one sample.
 
     Returns bool, shape and device of input_ids. Nothing inside waits for a GPU.
-    Raises ValueError, with the value found, for arguments that do not fit.
+    Raises ValueError, with the value received, for arguments that do not fit.
     """
     _check_ids(input_ids, segment_ids)
     _check_choices(boundaries, roles_to_train, train_on_eos)
@@ -143,7 +143,7 @@ def _check_choices(
 
 @lru_cache(maxsize=64)
 def _plan(boundaries: tuple[RoleBoundary, ...], roles: frozenset[str], train_on_eos: TrainOnEos) -> ScanPlan:
-    """Sorting is stable, so boundaries of one start length stay as declared."""
+    """Compiles boundaries to rules, longest start first; stable sorting keeps equal lengths as declared."""
     rules = []
     for boundary in sorted(boundaries, key=lambda boundary: -len(boundary.start)):
         trained = boundary.role in roles

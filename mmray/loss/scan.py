@@ -1,19 +1,19 @@
-"""The scan for role boundaries, computed in two ways that are equal on every input.
+"""The scan for role boundaries, computed in two ways that agree on every input.
 
-The rules of the scan are in `mmray.loss.roles`. It is sequential by nature: where a span begins depends on
+The rules of the scan are in `mmray.loss.roles`. The scan is sequential by nature: where a span begins depends on
 where the one before it ended.
 
 - `scan_compiled`, for the CPU: a compiled loop that reads each token about once. 1 to 2 ns a token on one
   thread; matching positions with tensor operations and walking the turns in Python costs 30 to 90.
 - `scan_tensors`, for any device: tensor operations only, nothing that waits for the device. Each position
-  that may open a span knows the one the walk would open after it; those that the walk really opens are
-  reachable from the row's beginning, and pointer doubling finds them in log2(turns) steps for all rows
-  together. The rest is prefix sums, scatters and gathers of the batch's size. Given up for it: on a CPU it is
-  200 times slower than the loop.
+  that may open a span points to the position where the next span would open after it. The spans that the scan
+  really opens are those reachable from the row's beginning, and pointer doubling finds them in log2(turns)
+  steps for all rows at once. The remaining steps are prefix sums, scatters and gathers over the batch. The
+  price: on a CPU it is 200 times slower than the loop.
 
-What waits for a GPU, and is therefore not here: `item`, `nonzero`, a boolean index, Python control flow on
-values, a table copied from the host. Numbers travel as kernel arguments; hence `masked_fill`, where
-`torch.where` would make a tensor of the number first.
+Operations that wait for a GPU are avoided: `item`, `nonzero`, a boolean index, Python control flow on values, a
+table copied from the host. Numbers travel as kernel arguments; hence `masked_fill`, where `torch.where` would
+make a tensor of the number first.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from torch import Tensor
 from mmray.base.compiled import compiled
 
 SIZE_BITS = 15
-"""Markers are shorter than 2**SIZE_BITS tokens: a rule is packed in 63 bits."""
+"""Markers are shorter than 2**SIZE_BITS tokens, so that a rule is packed in 63 bits."""
 
 
 class Rule(NamedTuple):
-    """One boundary, with what trains of its spans."""
+    """One boundary, with the parts of its spans to train on."""
 
     start: tuple[int, ...]
     end: tuple[int, ...]
@@ -39,14 +39,14 @@ class Rule(NamedTuple):
     trains_content: bool
     trains_end: bool
     until_next: bool
-    """No end marker: the span ends where any start matches."""
+    """True if the span ends where any start marker matches, instead of at an end marker."""
 
 
 class ScanPlan:
-    """What both ways need of the settings; made once for each combination of them.
+    """The settings in the form that both implementations read; built once for each combination of settings.
 
-    rules: the winner first.
-    last_end_only: of the end markers of a sample, only that of the last span that trains content may train.
+    rules: in order of precedence.
+    last_end_only: whether only the end marker of a sample's last trained span may be trained on.
     """
 
     def __init__(self, rules: Sequence[Rule], last_end_only: bool) -> None:
@@ -56,9 +56,10 @@ class ScanPlan:
 
 
 def _as_arrays(rules: Sequence[Rule]) -> tuple[np.ndarray, np.ndarray]:
-    """For the compiled loop: a table [rules, 9] and the ids of all markers, one after the other; both int64.
+    """Lays rules out for the compiled loop: a table [rules, 9] and the ids of all markers in one array; both int64.
 
-    Columns: where the start is among the ids, its size, the same two of the end, the five flags in order.
+    Columns: first index and size of the start marker in the array of ids, first index and size of the end marker,
+    then the five flags in order.
     """
     tokens: list[int] = []
     table = np.zeros((len(rules), 9), dtype=np.int64)
@@ -72,7 +73,7 @@ def _as_arrays(rules: Sequence[Rule]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scan_compiled(rows: Tensor, segments: Tensor | None, plan: ScanPlan) -> Tensor:
-    """bool [batch, length] of the tokens that train. rows, segments: integers [batch, length] on the CPU."""
+    """Marks the tokens to train on, bool [batch, length]. rows, segments: integers [batch, length] on the CPU."""
     keep = torch.zeros(rows.shape, dtype=torch.bool)
     ids = _as_array(rows)
     runs = ids[:0] if segments is None else _as_array(segments)
@@ -81,7 +82,7 @@ def scan_compiled(rows: Tensor, segments: Tensor | None, plan: ScanPlan) -> Tens
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:
-    """Contiguous int32 or int64, so that few variants of the loop are compiled."""
+    """Returns a contiguous int32 or int64 array, so that few variants of the loop are compiled."""
     wide = tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.to(torch.int32)
     return wide.contiguous().numpy()
 
@@ -98,7 +99,7 @@ def _matches(ids: np.ndarray, at: int, stop: int, tokens: np.ndarray, first: int
 
 @compiled()
 def _rule_at(ids: np.ndarray, at: int, stop: int, table: np.ndarray, tokens: np.ndarray) -> int:
-    """The rule whose start matches at a position; the number of rules where none does."""
+    """Finds the rule whose start matches at a position; returns the number of rules where none does."""
     rule = 0
     while rule < len(table) and not _matches(ids, at, stop, tokens, table[rule, 0], table[rule, 1]):
         rule += 1
@@ -115,7 +116,7 @@ def _scan_sample(
     last_end_only: bool,
     keep: np.ndarray,
 ) -> None:
-    """Scan ids[at:stop], one sample, and set its trained tokens in keep."""
+    """Scans ids[at:stop], one sample, and sets its trained tokens in keep."""
     last_end, last_end_stop = stop, stop
     while at < stop:
         rule = _rule_at(ids, at, stop, table, tokens)
@@ -176,28 +177,28 @@ def _scan_batch(
 
 # ---- Any device: tensor operations over the flattened batch of n tokens ----
 
-# A position that may open a span carries its rule as one integer, so that choosing the winner costs one
-# kernel a rule: 0 is no start; else the size of its start marker, that of its end marker, the end marker's
-# row among the distinct ones (15 bits each), and five flags.
+# A position that may open a span carries its rule as one integer, so that choosing the rule costs one kernel a
+# rule. 0: no start. Otherwise: the size of the start marker, the size of the end marker, the end marker's row
+# among the distinct end markers (15 bits each), and five flags.
 _END_SIZE, _END_ROW = SIZE_BITS, 2 * SIZE_BITS
 _FLAGS = tuple(1 << bit for bit in range(58, 63))
 _CONSUMES_END, _TRAINS_START, _TRAINS_CONTENT, _TRAINS_END, _UNTIL_NEXT = _FLAGS
 
 
 class _Spans(NamedTuple):
-    """The span that each position would open; all int64 [n]. Without meaning where `rule` is 0."""
+    """The span that each position would open; all int64 [n]. Undefined where `rule` is 0."""
 
     rule: Tensor
     content: Tensor
-    """Position after the start marker."""
+    """The position after the start marker."""
     end: Tensor
-    """Position of the end marker, or the end of the sample."""
+    """The position of the end marker, or the end of the sample."""
     stop: Tensor
-    """Where the scan goes on."""
+    """The position at which the scan goes on."""
 
 
 def scan_tensors(rows: Tensor, segments: Tensor | None, plan: ScanPlan) -> Tensor:
-    """The same on any device, and on that device's queue alone."""
+    """Marks the tokens to train on, on any device and without waiting for it; arguments as in `scan_compiled`."""
     num_rows, length = rows.shape
     if not plan.rules:
         return torch.zeros_like(rows, dtype=torch.bool)
@@ -210,7 +211,7 @@ def scan_tensors(rows: Tensor, segments: Tensor | None, plan: ScanPlan) -> Tenso
 
 
 def _next_true(flags: Tensor) -> Tensor:
-    """int64 [m + 1]: the first index with a True at or after each of 0…m; m where there is none."""
+    """Finds, for each index of 0…m, the first True at or after it; m where there is none. Returns int64 [m + 1]."""
     m = flags.numel()
     count = flags.cumsum(0)
     places = torch.full((m + 2,), m, dtype=torch.int64, device=flags.device)
@@ -221,7 +222,7 @@ def _next_true(flags: Tensor) -> Tensor:
 
 
 def _sample_ends(rows: Tensor, segments: Tensor | None) -> Tensor:
-    """int64 [n]: the flat position after the last token of each token's sample."""
+    """Finds the flat position after the last token of each token's sample. Returns int64 [n]."""
     num_rows, length = rows.shape
     if segments is None:
         row_end = torch.arange(length, (num_rows + 1) * length, length, device=rows.device)
@@ -238,7 +239,7 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
     widest = max(max(len(rule.start), len(rule.end)) for rule in plan.rules)
     ids = torch.nn.functional.pad(rows.reshape(-1).long(), (0, widest), value=-1)
 
-    def found(marker: tuple[int, ...]) -> Tensor:
+    def marker_matches(marker: tuple[int, ...]) -> Tensor:
         matches = room >= len(marker)
         for k, token in enumerate(marker):
             matches = matches & (ids[k : k + n] == token)
@@ -248,7 +249,7 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
     rule_at = torch.zeros_like(at)
     for rule in reversed(plan.rules):
         row = len(end_markers) if rule.until_next else end_markers.index(rule.end)
-        rule_at.masked_fill_(found(rule.start), _as_integer(rule, row))
+        rule_at.masked_fill_(marker_matches(rule.start), _as_integer(rule, row))
     if segments is not None:
         rule_at.masked_fill_(segments.reshape(-1) < 0, 0)
 
@@ -256,7 +257,7 @@ def _possible_spans(rows: Tensor, segments: Tensor | None, sample_end: Tensor, p
     content = at + (rule_at & size_mask)
     end_size = (rule_at >> _END_SIZE) & size_mask
     row_offset = ((rule_at >> _END_ROW) & size_mask) * n
-    ends = [found(marker) for marker in end_markers]
+    ends = [marker_matches(marker) for marker in end_markers]
     if any(rule.until_next for rule in plan.rules):
         ends.append(rule_at != 0)
     next_end = _next_true(torch.cat(ends))
@@ -273,9 +274,10 @@ def _as_integer(rule: Rule, end_row: int) -> int:
 
 
 def _opened(spans: _Spans, length: int, max_spans: int) -> Tensor:
-    """bool [n]: the starts that the scan of each row opens, by pointer doubling from the row's first start.
+    """Marks the starts that the scan of each row opens, by pointer doubling from the row's first start. bool [n].
 
-    A row's last start leads to the next row's first one, which is marked anyway; n leads to itself.
+    A row's last start leads to the next row's first one, which is marked anyway; n leads to itself. With starts at
+    0, 3, 5 and 9 of which the span at 3 covers 5, `follower` is 0 → 3, 3 → 9, 5 → 9: two doublings mark 0, 3, 9.
     """
     n = spans.rule.numel()
     next_start = _next_true(spans.rule != 0)
@@ -289,15 +291,15 @@ def _opened(spans: _Spans, length: int, max_spans: int) -> Tensor:
 
 
 def _only_last_ends(rule: Tensor, opened: Tensor, sample_end: Tensor) -> Tensor:
-    """The rules, with the end's training left only on the last trained span of each sample."""
+    """Clears the flag that trains the end marker on all but the last trained span of each sample."""
     following = _next_true(opened & ((rule & _TRAINS_CONTENT) != 0))[1:]
     return torch.where(following >= sample_end, rule, rule & ~_TRAINS_END)
 
 
 def _paint(spans: _Spans, opened: Tensor) -> Tensor:
-    """bool [n]: each token looks up the span opened last at or before it, and what of that span trains.
+    """Marks each token to train on, by the span opened last at or before it. bool [n].
 
-    Before the first one it finds position 0, which is then no start and trains nothing.
+    Before the first span a token looks up position 0, which then is no start and is not trained on.
     """
     at = torch.arange(opened.numel(), device=opened.device)
     count = opened.cumsum(0)

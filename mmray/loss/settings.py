@@ -1,7 +1,7 @@
-"""The `loss` setting of the job file as it is written: which tokens of a sample train.
+"""The `loss` setting of the job file: which tokens of a sample are trained on.
 
-Three modes: what the model would have sampled (`sampled`), every token (`all`), or the turns of some roles. What a
-model family makes of the setting is in `mmray.loss.sources`.
+Three modes: what the model would have sampled (`sampled`), every token (`all`), or the turns of some roles
+(`RoleLoss`). `mmray.loss.sources` turns the setting into labels for a model family.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,26 +13,27 @@ from mmray.base.settings import Settings
 TrainOnEos = Literal["turn", "all", "last", "none"]
 
 SAMPLED_ROLE = "assistant"
-"""The role whose turns a model samples."""
+"""Role whose turns a model samples."""
 
 
 class BoundarySettings(Settings):
     """The text around the turns of one role."""
 
     role: str
-    """The role's name, as `roles` uses it. A role may have several boundaries."""
+    """Name of the role, as `roles` uses it. A role may have several boundaries."""
     start: str
-    """Text that opens a turn, for example `<|im_start|>assistant\\n`. Of several that match, the longest wins, then the
-    one written first."""
+    """Text that opens a turn, for example `<|im_start|>assistant\\n`. If several starts match, the longest wins, then
+    the one written first."""
     end: Annotated[str, Field(min_length=1)] | None = None
-    """Text that closes it; `eos_token` stands for the tokenizer's; null: the sample's end."""
+    """Text that closes the turn. `eos_token` stands for the tokenizer's own; null: the turn ends with the sample."""
     include_start: bool = False
-    """Train the opening text too."""
+    """Whether the opening text is trained on too."""
     include_end: bool = True
-    """The closing text belongs to the turn: it is consumed, and trained as `train_on_eos` says. false: it is not
-    trained, and may open the next turn."""
+    """Whether the closing text belongs to the turn. true: it is consumed, and trained on as `train_on_eos` says. false:
+    it is not trained on, and may open the next turn."""
     until_next: bool = False
-    """No closing text: the turn goes on to where any boundary's `start` stands, or to the sample's end."""
+    """Whether the turn, having no closing text, continues to the next `start` of any boundary, or to the end of the
+    sample."""
 
     @model_validator(mode="after")
     def _ends_in_one_way(self) -> "BoundarySettings":
@@ -42,26 +43,28 @@ class BoundarySettings(Settings):
 
 
 class RoleLoss(Settings):
-    """Loss on the turns of some roles, found by the text around them."""
+    """Loss on the turns of some roles, which are located by the text around them."""
 
     roles: tuple[str, ...] = (SAMPLED_ROLE,)
-    """Roles whose turns are trained."""
+    """Roles whose turns are trained on."""
     train_on_eos: TrainOnEos = "turn"
-    """Closing markers to train: of the trained turns, of all turns, of the last trained turn, or none."""
+    """Which closing markers are trained on. `turn`: those of trained turns; `all`: those of all turns; `last`: that of
+    the last trained turn; `none`: none."""
     train_on_inputs: bool = False
-    """Train every token but media, whatever the role."""
+    """Whether every token except media is trained on, whatever the role."""
     boundaries: tuple[BoundarySettings, ...] | None = None
     """Role boundaries to use instead of the model family's."""
     turns: Literal["all", "last"] = "all"
-    """Of `chat` rows: turns to train. `last`: only the last of the trained roles' turns in each row."""
+    """In `chat` rows, which turns are trained on. `all`: every turn of the trained roles; `last`: only the last of
+    these in each row."""
     reasoning: Literal["all", "last", "none"] = "all"
-    """Of `chat` rows: thoughts of trained turns to train. `last`: only those of the last trained turn; `none`: never,
-    as for a model that is to answer at once."""
+    """In `chat` rows, which thoughts are trained on. `all`: those of every trained turn; `last`: only those of the last
+    trained turn; `none`: none, for a model that is to answer at once."""
     train_empty_thoughts: bool = True
-    """Of `chat` rows: train the empty think block that some templates write where a turn has no thought. false: the
-    model does not learn to think nothing."""
+    """In `chat` rows, whether to train on the empty think block that some templates write for a turn without a thought.
+    false: the model does not learn to skip thinking."""
     allow_empty: bool = False
-    """Keep rows that train no token, and allow an empty `roles`; else such rows are rejected."""
+    """Whether rows without a trained token are kept, and an empty `roles` is allowed. false: such rows are rejected."""
 
     @model_validator(mode="after")
     def _trains_something(self) -> "RoleLoss":
@@ -71,7 +74,7 @@ class RoleLoss(Settings):
 
     @property
     def chooses_messages(self) -> bool:
-        """Something is left out that only a chat's messages tell: turns but the last, or thoughts."""
+        """Whether the settings leave out turns or thoughts, which only a chat's messages identify."""
         return any(getattr(self, name) != type(self).model_fields[name].default for name in _BY_MESSAGES)
 
     @model_validator(mode="after")
@@ -86,13 +89,13 @@ class RoleLoss(Settings):
 
 
 _BY_MESSAGES = ("turns", "reasoning", "train_empty_thoughts")
-"""Keys of `RoleLoss` that boundaries cannot express: what they choose is known from a chat's messages alone."""
+"""Keys of `RoleLoss` that boundaries cannot express, because only a chat's messages identify what they choose."""
 _BY_TURNS = ("roles", "train_on_eos", "boundaries", *_BY_MESSAGES)
-"""Keys of `RoleLoss` that say which turns train, and what of them."""
+"""Keys of `RoleLoss` that choose turns to train on, and parts of them."""
 
 
 def _mode(value: Any) -> str | None:
-    """The tag of a value's kind; None for what is neither."""
+    """Return the tag of a value's kind for pydantic; None for a value that is neither."""
     if isinstance(value, (dict, RoleLoss)):
         return "RoleLoss"
     return "word" if value in ("sampled", "all") else None
@@ -107,13 +110,13 @@ LossSetting = Annotated[
         custom_error_message="Input should be 'sampled', 'all' or keys such as roles:",
     ),
 ]
-"""`Loss` as the job file reads it: of a value only the kind that was meant is spoken of."""
+"""`Loss` as the job file reads it; errors speak only of the kind of value that was meant."""
 
 _ADAPTER: TypeAdapter[Loss] = TypeAdapter(LossSetting)
 
 
 def loss_record(loss: Loss) -> Any:
-    """The setting as plain JSON. Keys that came later are left out where they say what was so before them."""
+    """Return the setting as plain JSON, without newer keys that have their default, as older versions wrote it."""
     record = _ADAPTER.dump_python(loss, mode="json")
     if isinstance(loss, RoleLoss):
         later = [name for name in _BY_MESSAGES if getattr(loss, name) == RoleLoss.model_fields[name].default]
@@ -122,10 +125,10 @@ def loss_record(loss: Loss) -> Any:
 
 
 def loss_of_record(record: Any) -> Loss:
-    """The inverse of `loss_record`."""
+    """Read a setting that `loss_record` wrote."""
     return _ADAPTER.validate_python(record)
 
 
 def allows_empty(loss: Loss) -> bool:
-    """Whether rows that train no token are kept."""
+    """Whether rows without a trained token are kept."""
     return isinstance(loss, RoleLoss) and loss.allow_empty

@@ -1,8 +1,8 @@
-"""The `loss` setting of the job file: which tokens of a sample train, by what signal, and the label maker it gives.
+"""The `loss` setting of the job file: by what signal trained tokens are determined, and the label maker it gives.
 
-Where the signal comes from is decided once for each set of rows (`loss_source`), never row by row: a job that quietly
-trained in another mode would look the same in every log. Of chats the messages say what trains; boundaries are the
-text around turns, by which `loss: {roles: …}` finds them again in tokens, on the actors that compute labels.
+The source of the signal is decided once for each data set (`loss_source`), never row by row: a job that silently
+trained in another mode would look the same in every log. In chats the messages say what is trained on. Boundaries are
+the text around turns, by which `loss: {roles: …}` finds turns again in tokens, on the actors that compute labels.
 """
 
 from enum import StrEnum
@@ -50,22 +50,22 @@ __all__ = [
 
 
 class LossSource(StrEnum):
-    """What says which tokens of a set of rows train."""
+    """The signal that determines which tokens of a data set are trained on."""
 
     EVERY_TOKEN = "all"
-    """Nothing has to: every token but media."""
+    """No signal needed: every token except media is trained on."""
     ROLES = "roles"
-    """The boundaries of the roles that the setting names."""
+    """The boundaries of the roles that the setting names determine the trained tokens."""
     ROW = "row"
-    """The row's own `sampled_mask` or `labels`."""
+    """The row's `sampled_mask` or `labels` determine the trained tokens."""
     MESSAGES = "messages"
-    """A chat's messages, each found in the text that the chat template makes of them."""
+    """A chat's messages, located in the text that the chat template writes, determine the trained tokens."""
     ANSWER = "answer"
-    """What follows the prompt of the row's text, where the model sees a prompt as a whole (`Family.has_prompt`)."""
+    """The text after the prompt is trained on, in models that read a prompt as a whole (`Family.has_prompt`)."""
 
     @property
     def rule(self) -> LossRule:
-        """The rule of its samples."""
+        """The LossRule of samples with this source."""
         return _RULES[self]
 
 
@@ -79,8 +79,10 @@ _RULES = {
 
 
 def loss_source(loss: Loss, kind: RowKind, family: Family) -> LossSource:
-    """What says which tokens of a set of rows train. Raises UserError for `tokenized` rows and a setting that only
-    messages can follow."""
+    """Chooses the signal that determines the trained tokens of a data set.
+
+    Raises UserError for `tokenized` rows and a setting that only messages can follow.
+    """
     if kind == "pretrain" and family.has_prompt:
         return LossSource.ANSWER
     if kind == "pretrain" or loss == "all" or (isinstance(loss, RoleLoss) and loss.train_on_inputs):
@@ -96,13 +98,13 @@ def loss_source(loss: Loss, kind: RowKind, family: Family) -> LossSource:
 
 
 def chat_template(processor: Any) -> str:
-    """The processor's chat template, the default one of several; empty where there is none."""
+    """Returns the processor's chat template, the default one of several; empty where there is none."""
     template = processor.chat_template
     return (template.get("default", "") if isinstance(template, dict) else template) or ""
 
 
 def marks_generated(processor: Any) -> bool:
-    """Whether the chat template says what the model generates: a `{% generation %}` block, outside comments."""
+    """Tells whether the chat template marks what the model generates: a `{% generation %}` block outside comments."""
     try:
         tokens = [token for token in Environment().lex(chat_template(processor)) if token[1] != "whitespace"]
     except TemplateSyntaxError:  # each row will say so
@@ -111,13 +113,13 @@ def marks_generated(processor: Any) -> bool:
 
 
 def stop_token_ids(family: Family) -> tuple[int, ...]:
-    """The ids of the family's stop tokens, those that the vocabulary has."""
+    """Returns the ids of those of the family's stop tokens that are in the vocabulary."""
     return tuple(family.known_token_ids(family.stop_tokens))
 
 
 def ending_texts(family: Family) -> tuple[str, ...]:
-    """The texts by which the model ends its turn: its stop tokens, the ends of the assistant's turns, and the end of
-    text that its tokenizer names."""
+    """Returns the texts by which the model ends its turn: its stop tokens, the end markers of the assistant's turns,
+    and the tokenizer's `eos_token`."""
     ends = (marker.end for marker in family.role_markers if marker.role == SAMPLED_ROLE and marker.end)
     eos = family.tokenizer.eos_token
     known = [token for token in family.stop_tokens if family.known_token_ids([token])]
@@ -125,30 +127,31 @@ def ending_texts(family: Family) -> tuple[str, ...]:
 
 
 def ending_token_ids(family: Family) -> tuple[int, ...]:
-    """The ids of all single tokens by which the model ends its turn."""
+    """Returns the ids of all single tokens by which the model ends its turn."""
     ends = (marker.end for marker in family.role_markers if marker.role == SAMPLED_ROLE and marker.end)
     return tuple(family.known_token_ids(tuple(dict.fromkeys((*family.stop_tokens, *ends)))))
 
 
 def turn_markers(loss: Loss, family: Family) -> tuple[RoleMarkers, ...]:
-    """The texts by which a job finds turns: its own, else the family's."""
+    """Returns the markers by which a job finds turns: those of `loss.boundaries`, else the family's."""
     if not isinstance(loss, RoleLoss) or loss.boundaries is None:
         return family.role_markers
     return tuple(
         RoleMarkers(
-            each.role,
-            each.start,
-            _end_text(each.end, family),
-            each.include_start,
-            each.include_end,
-            until_next=each.until_next,
+            boundary.role,
+            boundary.start,
+            _end_text(boundary.end, family),
+            boundary.include_start,
+            boundary.include_end,
+            until_next=boundary.until_next,
         )
-        for each in loss.boundaries
+        for boundary in loss.boundaries
     )
 
 
 def label_maker(loss: Loss, family: Family) -> LabelMaker:
-    """The label maker of a job. Raises UserError for a role without a boundary and a marker that cannot be encoded."""
+    """Builds the label maker of a job. Raises UserError for a role without a boundary and for a marker that cannot be
+    encoded."""
     if isinstance(loss, RoleLoss) and not loss.train_on_inputs:
         return LabelMaker(
             boundaries=_role_boundaries(loss, family),
@@ -202,9 +205,12 @@ def _encoded(markers: tuple[RoleMarkers, ...], family: Family) -> tuple[RoleBoun
 
 
 def _marker_ids(which: str, text: str, role: str, family: Family, after: str = "") -> tuple[int, ...]:
-    """The tokens of a marker as it stands after some text, without those that the tokenizer adds around a text."""
+    """Encodes a marker as it stands after the text `after`, without the tokens that the tokenizer adds around a text.
+
+    Raises UserError for a marker that encodes to no token or to unknown tokens.
+    """
     tokenizer = family.tokenizer
-    before, both = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (after, after + text))
+    before, both = (tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in (after, after + text))
     ids = tuple(both[len(before) :])
     if not ids:
         raise UserError(f"loss: the {which} {text!r} of role {role!r} encodes to no token")

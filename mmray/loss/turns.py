@@ -1,7 +1,7 @@
-"""The turns that the scan for role boundaries opens, one by one: what checks of rows and boundaries look at.
+"""The turns that the scan for role boundaries opens, one by one, for checks of rows and boundaries.
 
-Found with `role_keep_mask` itself, a scan for each boundary, so that they cannot differ from what trains; too slow for
-every row of a job, fast enough for some.
+They are found with `role_keep_mask` itself, one scan for each boundary, so that they cannot differ from what is trained
+on. That is too slow for every row of a job and fast enough for some.
 """
 
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ from mmray.loss.roles import RoleBoundary, role_keep_mask
 
 
 class OpenedTurn(NamedTuple):
-    """One turn: tokens [start, stop) of its sample, its markers with it where they belong to it."""
+    """One turn: tokens [start, stop) of its sample, including the markers that belong to it."""
 
     boundary: int
-    """Which of the boundaries opened it."""
+    """Index of the boundary that opened the turn."""
     start: int
     stop: int
     is_closed: bool
-    """It ends at its boundary's own end marker."""
+    """True if the turn ends at the end marker of its boundary."""
 
 
 def opened_turns(input_ids: np.ndarray, boundaries: Sequence[RoleBoundary]) -> list[OpenedTurn]:
-    """The turns of one sample, in order. input_ids: int [n]."""
+    """Finds the turns of one sample, in order. input_ids: int [n]."""
     ids = torch.from_numpy(input_ids.astype(np.int64))
     names = [str(number) for number in range(len(boundaries))]
-    whole = [replace(each, role=name, include_start=True) for each, name in zip(boundaries, names)]
-    inner = [replace(each, role=name, include_start=False) for each, name in zip(boundaries, names)]
+    whole = [replace(boundary, role=name, include_start=True) for boundary, name in zip(boundaries, names)]
+    inner = [replace(boundary, role=name, include_start=False) for boundary, name in zip(boundaries, names)]
     opener = np.full(len(ids), -1)
     for number, name in enumerate(names):
         opener[role_keep_mask(ids, whole, roles_to_train=[name]).numpy()] = number

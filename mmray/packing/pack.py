@@ -1,20 +1,21 @@
 """2D packing: rows into bins that hold a token capacity and a visual-token capacity, both at once.
 
-First-fit-decreasing: the largest row first, each into the first bin with room for it. Looking at every open
-bin for every row is quadratic (25 s for 50,000 rows in Python). Here the bins are the leaves of a tree whose
-nodes know the most room below them, and a row descends to its bin. In two dimensions the two largest rooms
-may be those of different bins, and a descent that trusts them returns from a subtree with empty hands. So a
-node knows more: for up to 15 levels of visual room, the most token room of the bins that have at least so
-much. Visual sizes are multiples of a tile's in practice; where there are 15 of them or fewer, a descent never
-fails and takes log2(bins) steps. Otherwise the failed steps are paid from an allowance of a constant times
-log2(bins) for each row, saved up from row to row; when it is spent, a row takes the first bin of which its
-levels are certain. O(n log n) whatever the sizes. Up to 200,000 rows of every mixture tried, the classical
-order never spent it (20 to 60 steps a row), and its bins are exactly those of the quadratic way.
+The algorithm is first-fit-decreasing: the largest row first, each into the first bin with room for it. Trying
+every open bin for every row is quadratic (25 s for 50,000 rows in Python). Here the bins are the leaves of a
+tree whose nodes store the most room below them, and a row descends to its bin. In two dimensions the most token
+room and the most visual room may belong to different bins, so that a descent that relies on them can fail in a
+subtree. A node therefore stores more: for up to 15 levels of visual room, the most token room of the bins that
+have at least this much visual room. In practice visual sizes are multiples of a tile's; where there are 15 of
+them or fewer, a descent never fails and takes log2(bins) steps. Otherwise failed steps are paid from an
+allowance of a constant times log2(bins) for each row, accumulated from row to row; once it is spent, a row takes
+the first bin that certainly has room by its levels. The cost is O(n log n) whatever the sizes. With up to
+200,000 rows of every mixture tried, the classical order never spent the allowance (20 to 60 steps a row), and
+its bins are exactly those of the quadratic algorithm.
 
-Which row is the largest depends on which capacity is scarce, so four orders are tried and the fewest bins
-win: by max(tokens / capacity, visual / capacity), the classical one, so that there are never more bins than
-its; and by three weighted sums of the two, which need up to 11 % fewer bins where text-heavy rows meet
-image-heavy ones. All four: about 0.1 s for 50,000 rows, 1 to 7 s for a million.
+Which row is the largest depends on which capacity is scarce, so four orders are tried and the one with the
+fewest bins is used: the classical one, max(tokens / capacity, visual / capacity), so that there are never more
+bins than with it; and three weighted sums of the two, which need up to 11 % fewer bins where text-heavy rows
+meet image-heavy ones. All four take about 0.1 s for 50,000 rows, 1 to 7 s for a million.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,12 +26,13 @@ import numpy as np
 from mmray.base.compiled import compiled
 
 PADDING_SEGMENT = -1
-"""In a packed row, the segment of tokens that belong to no sample."""
+"""The segment of tokens of a packed row that belong to no sample."""
 _MAX_CAPACITY = 2**31 - 1
 _NUM_LEVELS = 15
-"""With the most visual room, a node is 16 numbers of 4 bytes: one cache line."""
+"""Levels of visual room that a node stores. With the most visual room, a node is 16 numbers of 4 bytes: one cache
+line."""
 _STEPS_PER_ROW = 8
-"""Allowance of a row, in descents of the tree."""
+"""Steps that a row adds to the allowance, in descents of the tree."""
 _TOKEN_WEIGHTS = (0.5, 0.25, 0.75)
 
 
@@ -41,10 +43,10 @@ def pack_2d(
     token_capacity: int,
     visual_capacity: int,
 ) -> list[list[int]]:
-    """Put whole items into bins that hold at most token_capacity tokens and visual_capacity visual tokens.
+    """Packs whole items into bins that hold at most token_capacity tokens and visual_capacity visual tokens.
 
-    tokens, visual_tokens: for each item a whole number, 0 or more.
-    visual_capacity: may be 0 where all visual_tokens are.
+    tokens, visual_tokens: the size of each item, whole numbers, 0 or more.
+    token_capacity, visual_capacity: the capacity of a bin; visual_capacity may be 0 where all visual_tokens are.
 
     Returns the bins as lists of item indices, ascending within a bin; bins are in the order of their first
     index. Each index is in exactly one bin. The same input gives the same bins. No items: no bins.
@@ -74,9 +76,8 @@ def lower_bound(
     token_capacity: int,
     visual_capacity: int,
 ) -> int:
-    """No packing has fewer bins: the sum of each size over its capacity, rounded up; the larger of the two.
-
-    Arguments and errors as for `pack_2d`.
+    """Returns a number of bins below which no packing can go: the larger of the two sums of sizes over their
+    capacities, rounded up. Arguments and errors are those of `pack_2d`.
     """
     sizes = _checked(tokens, visual_tokens, token_capacity, visual_capacity)
     return _ceil_of_sums(sizes, token_capacity, visual_capacity)
@@ -93,7 +94,7 @@ def _checked(
     token_capacity: int,
     visual_capacity: int,
 ) -> np.ndarray:
-    """int64 [n, 2]: the items' tokens and visual tokens."""
+    """Returns the items' tokens and visual tokens, int64 [n, 2]. Raises ValueError as `pack_2d` does."""
     if not 1 <= token_capacity <= _MAX_CAPACITY:
         raise ValueError(f"token_capacity is {token_capacity}; it must be 1 to {_MAX_CAPACITY}")
     if not 0 <= visual_capacity <= _MAX_CAPACITY:
@@ -121,7 +122,7 @@ def _checked_sizes(name: str, values: Sequence[int] | np.ndarray, capacity_name:
 
 
 def _orders(sizes: np.ndarray, capacity: np.ndarray) -> Iterator[np.ndarray]:
-    """Item indices, the largest item first, equal ones as given; one array for each meaning of large."""
+    """Yields the orders to try: item indices, largest first, ties in the order of the input."""
     fractions = sizes / np.maximum(capacity, 1)
     yield np.argsort(-fractions.max(axis=1), kind="stable")
     if sizes[:, 1].any():
@@ -130,17 +131,18 @@ def _orders(sizes: np.ndarray, capacity: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _levels(visual: np.ndarray) -> np.ndarray:
-    """int64, ascending: all visual sizes where they are few, else some, the least and the most among them."""
+    """Chooses the levels of visual room, int64, ascending: all visual sizes where they are few, else _NUM_LEVELS
+    quantiles, including the smallest and the largest."""
     levels = np.unique(visual)
     if len(levels) > _NUM_LEVELS:
         levels = np.unique(np.quantile(visual, np.linspace(0, 1, _NUM_LEVELS), method="higher"))
     return levels
 
 
-# The tree: int32 [2 * leaves, levels + 1]. Node 1 is the root, nodes 2i and 2i + 1 are below node i, bin b is
-# node leaves + b. Column k: the most token room of the bins below with at least levels[k] of visual room; -1:
-# there is none. Last column: the most visual room below. A bin not yet opened has all its room, so a row
-# always finds one.
+# The tree is int32 [2 * leaves, levels + 1]. Node 1 is the root, nodes 2i and 2i + 1 are below node i, bin b is
+# node leaves + b. Column k holds the most token room of the bins below with at least levels[k] of visual room,
+# or -1 where there is no such bin. The last column holds the most visual room below. A bin that is not open yet
+# has all its room, so a row always finds a bin.
 
 
 @compiled()
@@ -151,7 +153,7 @@ def _first_fit(
     levels: np.ndarray,
     steps_per_row: int,
 ) -> np.ndarray:
-    """int64 [n]: the bin of each item, items placed in the order given, bins numbered as they were opened."""
+    """Places items in the given order; returns the bin of each item, int64 [n], bins numbered as they were opened."""
     bin_of_item = np.empty(len(sizes), dtype=np.int64)
     num_bins, depth, allowance = 0, 6, 2048 * steps_per_row
     tree = _full_tree(1 << depth, len(levels), capacity)
@@ -174,7 +176,8 @@ def _first_fit(
 
 @compiled()
 def _first_with_room(tree: np.ndarray, level: int, tokens: int, visual: int, allowance: int) -> tuple[int, int]:
-    """The first leaf that holds the item, and the steps taken; leaf 0 if the allowance ended before."""
+    """Finds the first leaf that has room for the item. Returns the leaf, 0 if the allowance ran out, and the steps
+    taken."""
     leaves, most_visual = len(tree) // 2, tree.shape[1] - 1
     node, steps = 1, 0
     while steps < allowance:
@@ -192,7 +195,7 @@ def _first_with_room(tree: np.ndarray, level: int, tokens: int, visual: int, all
 
 @compiled()
 def _first_certain(tree: np.ndarray, level: int, tokens: int) -> int:
-    """The first leaf with room for tokens and for the whole visual level."""
+    """Finds the first leaf with room for the tokens and for the whole visual level."""
     node = 1
     while node < len(tree) // 2:
         node *= 2
@@ -203,7 +206,7 @@ def _first_certain(tree: np.ndarray, level: int, tokens: int) -> int:
 
 @compiled()
 def _take_room(tree: np.ndarray, leaf: int, levels: np.ndarray, token_room: int, visual_room: int) -> None:
-    """Set a leaf's room, and that of the nodes above as far as it changes them."""
+    """Sets a leaf's room and updates the nodes above it that change."""
     for k in range(len(levels)):
         tree[leaf, k] = token_room if visual_room >= levels[k] else -1
     tree[leaf, len(levels)] = visual_room
@@ -227,7 +230,7 @@ def _full_tree(leaves: int, num_levels: int, capacity: np.ndarray) -> np.ndarray
 
 @compiled()
 def _doubled(tree: np.ndarray, num_levels: int, capacity: np.ndarray) -> np.ndarray:
-    """The tree as the left half of one with as many unopened bins to its right."""
+    """Doubles the tree: the old tree becomes the left half, and the right half holds unopened bins."""
     doubled = _full_tree(len(tree), num_levels, capacity)
     first = 1
     while first < len(tree):

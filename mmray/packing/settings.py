@@ -7,30 +7,31 @@ from pydantic import Field, model_validator
 from mmray.base.settings import Settings
 
 CHUNK_ROWS = 512
-"""Rows one encoder call takes: enough that starting a call costs nothing, few enough that two actors both have work."""
+"""Rows in one encoder call: enough that starting a call costs nothing, few enough that two actors both have work."""
 
 
 class PackingSettings(Settings):
-    """How samples are put together into bins."""
+    """How samples are packed into bins."""
 
     mode: Literal["bins", "equal_cost", "none"] = "bins"
-    """`bins`: samples share bins, as few as hold them. `equal_cost`: samples of all shapes share bins that take alike
-    long, by the costs of `balance`: for few bins a worker. `none`: a bin for each sample, for models that cannot tell
-    samples of one row apart; leave training.micro_batch_bins at 1 then."""
+    """`bins`: samples share as few bins as hold them. `equal_cost`: samples of all shapes share bins that take equally
+    long by the costs of `balance`, for runs with few bins per worker. `none`: each sample has a bin of its own, for
+    models that cannot tell samples of one row apart; training.micro_batch_bins must then stay 1."""
 
     token_capacity: Annotated[int, Field(gt=0)]
-    """Most tokens of a bin. A longer row is rejected whole, never cut."""
+    """Most tokens in a bin. A longer row is rejected whole, never cut."""
 
     visual_capacity: Annotated[int, Field(gt=0)]
-    """Most visual tokens (tokens that carry image features) of a bin: what the vision tower can hold at once."""
+    """Most visual tokens (tokens that carry image features) in a bin, which limits how much the vision tower processes
+    at once."""
 
     window_rows: Annotated[int, Field(gt=0)] = 8192
-    """Rows packed together. Larger windows fill bins a little better and take more memory. Up to 512, or a multiple
-    of 512."""
+    """Number of rows that are packed together. Larger windows fill bins a little better and use more memory. At most
+    512, or a multiple of 512."""
 
     bucket_fill: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Samples of one image shape are packed together first; bins filled to this part of a capacity are kept, the
-    samples of the others are packed again with those of all shapes. 0 never mixes shapes."""
+    """Samples are first packed with others of the same image shape. Bins at least this full are kept; samples of
+    emptier bins are repacked together, whatever their shape. 0 never mixes shapes."""
 
     @model_validator(mode="after")
     def _shapes_are_mixed(self) -> "PackingSettings":
@@ -46,4 +47,5 @@ class PackingSettings(Settings):
 
     @property
     def chunk_rows(self) -> int:
+        """Number of rows in one encoder call."""
         return min(self.window_rows, CHUNK_ROWS)

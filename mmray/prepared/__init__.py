@@ -1,4 +1,4 @@
-"""The prepared dataset: its files, how they are written, how they are read."""
+"""Reads and writes prepared datasets."""
 
 from mmray.prepared.dataset import Bin, PreparedDataset
 from mmray.prepared.writer import PreparedWriter, WindowWriter

@@ -1,7 +1,7 @@
-"""A prepared dataset: a folder with `bins-*.parquet`, `rejected.parquet` and, written last, `manifest.json`.
+"""Reads a prepared dataset: a folder with `bins-*.parquet`, `rejected.parquet` and, written last, `manifest.json`.
 
-The manifest is the commit: a folder without one is not a prepared dataset, and a file that it does not name is no part
-of it. How the folder comes about: `writer.py`.
+The manifest is the commit: a folder without one is not a prepared dataset, and a file that it does not name is not part
+of it. `writer.py` writes the folder.
 """
 
 import functools
@@ -27,14 +27,18 @@ from mmray.storage import Folder
 
 MANIFEST, PLAN, REJECTED_FILE = "manifest.json", "plan.json", "rejected.parquet"
 MOST_SHOWN_SAMPLES = 60
-"""Samples of a bin that a notebook shows to scale."""
+"""Number of samples of a bin that a notebook draws to scale."""
 
 
 @dataclass(frozen=True)
 class Bin:
-    """One bin. input_ids: int32 [L], the samples one after another; sample_sets: int32 [samples], the number of each
-    sample's set in the split, -1 in datasets of version 2; given: bool [L] or empty; images: a dict each, as in
-    `schema.IMAGES`."""
+    """One bin: samples that are packed together.
+
+    input_ids: int32 [L], the tokens of the samples, one sample after another.
+    sample_sets: int32 [samples], number of each sample's data set in the split; -1 in datasets of version 2.
+    given_mask: bool [L], the tokens that rows with LossRule.GIVEN mark as trained on; empty without such rows.
+    images: one dict for each image, as in `schema.IMAGES`.
+    """
 
     index: int
     bucket: str
@@ -46,19 +50,19 @@ class Bin:
     sample_sources: list[str]
     sample_rules: np.ndarray
     sample_sets: np.ndarray
-    given: np.ndarray
+    given_mask: np.ndarray
     images: list[dict[str, Any]]
 
     def _repr_html_(self) -> str:
-        """Its counts, and its samples to scale, those with images in another colour."""
+        """A card with its counts, and its samples drawn to scale, those with images in another colour."""
         with_images = {image["sample"] for image in self.images}
         whole, shown = max(len(self.input_ids), 1), self.sample_lengths.tolist()[:MOST_SHOWN_SAMPLES]
         strip = [
             Segment(length / whole, "visual" if number in with_images else "tokens", f"{name[:80]}: {length:,} tokens")
             for number, (name, length) in enumerate(zip(self.sample_ids, shown))
         ]
-        if rest := int(self.sample_lengths[MOST_SHOWN_SAMPLES:].sum()):
-            strip.append(Segment(rest / whole, "grey", f"the other samples: {rest:,} tokens"))
+        if hidden_tokens := int(self.sample_lengths[MOST_SHOWN_SAMPLES:].sum()):
+            strip.append(Segment(hidden_tokens / whole, "grey", f"the other samples: {hidden_tokens:,} tokens"))
         count = len(self.sample_ids)
         return card(
             f"Bin {self.index:,}: {count:,} {'sample' if count == 1 else 'samples'}",
@@ -75,7 +79,7 @@ class Bin:
 
 
 class PreparedDataset:
-    """Read access to a prepared dataset. Raises UserError when the folder has no manifest."""
+    """Gives read access to a prepared dataset. Raises UserError when the folder has no manifest."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -93,7 +97,7 @@ class PreparedDataset:
         self._file_loads = functools.lru_cache(maxsize=256)(lambda file: Loads.from_footer(self._open_file(file)))
 
     def _remedy(self) -> str:
-        """What to do where a folder holds something else."""
+        """The remedy for a folder without a manifest, by what it holds instead."""
         inside = [name for name in ("train", "eval") if Folder(f"{self.path.rstrip('/')}/{name}").exists(MANIFEST)]
         if inside:
             return f"It holds {' and '.join(inside)}: give {self.path.rstrip('/')}/{inside[0]}"
@@ -104,29 +108,32 @@ class PreparedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of what was prepared and of what came out of it: a training order belongs to both. The same rows and
-        settings give other bins where an image's size has changed since."""
+        """Identifies both the inputs and the bins made of them; a training order is valid only for both.
+
+        The bins of equal rows and settings differ when an image's size has changed in between.
+        """
         return f"{self.manifest['fingerprint']}-{self.manifest['content']}"
 
     @property
     def statistics(self) -> dict[str, Any]:
+        """Counts of rows, bins and tokens (`writer.add_statistics`)."""
         return dict(self.manifest["statistics"])
 
     @property
     def tiling(self) -> TilingPolicy:
-        """The tiling policy the samples were measured with, as resolved for the family."""
+        """The tiling policy that samples were measured with, as resolved for the family."""
         return TilingPolicy.model_validate(self.manifest["tiling"])
 
     @property
     def is_read_otherwise(self) -> bool:
-        """Whether an earlier mmray measured its images and reads the size of some otherwise (`IMAGE_READING`)."""
+        """True when an earlier mmray, which reads some sizes otherwise, measured its images (`IMAGE_READING`)."""
         return bool(self.statistics["images"]) and self.manifest.get("image_reading", 1) < IMAGE_READING
 
     def __len__(self) -> int:
         return int(self._first_bin[-1])
 
     def check_has_bins(self) -> None:
-        """Raise UserError where there is no bin to train on."""
+        """Raise UserError when there is no bin to train on."""
         if not len(self):
             raise UserError(f"{self.path} has no bins: every row was rejected, see its rejected.parquet")
 
@@ -159,7 +166,7 @@ class PreparedDataset:
         )
 
     def bin(self, index: int) -> Bin:
-        """Bin number `index`, from 0. Reads its row group."""
+        """Read bin number `index`, from 0; reads its whole row group. Raises IndexError for a number out of range."""
         if not 0 <= index < len(self):
             raise IndexError(f"bin {index} of a prepared dataset with {len(self)} bins")
         shard = int(np.searchsorted(self._first_bin, index, side="right")) - 1
@@ -168,7 +175,7 @@ class PreparedDataset:
         return _to_bin(index, group.slice(within % BINS_PER_ROW_GROUP, 1))
 
     def bins(self, first: int, stop: int) -> Iterator[Bin]:
-        """The bins [first, stop), in order. Reads each row group once."""
+        """Yield the bins `first` to `stop` - 1 in order; reads each row group once."""
         group_place, group = (-1, -1), None
         for index in range(first, stop):
             shard = int(np.searchsorted(self._first_bin, index, side="right")) - 1
@@ -179,23 +186,28 @@ class PreparedDataset:
             yield _to_bin(index, group.slice(within % BINS_PER_ROW_GROUP, 1))
 
     def column(self, name: str) -> np.ndarray:
-        """A column of counts (`num_tokens`, `visual_tokens`, `trained_tokens`) for all bins, in order."""
+        """Read a column of counts for all bins, in order: `num_tokens`, `visual_tokens` or `trained_tokens`."""
         tables = [self.read_file(shard, [name]) for shard in range(len(self.manifest["shards"]))]
         return np.concatenate([table[name].to_numpy() for table in tables]) if tables else np.zeros(0, dtype=np.int32)
 
     @property
     def files(self) -> dict[int, range]:
-        """The numbers of the files that have bins, each with its bins."""
+        """The bin numbers in each file that has bins, by the number of the file."""
         borders = enumerate(pairwise(self._first_bin.tolist()))
         return {file: range(first, stop) for file, (first, stop) in borders if stop > first}
 
     def read_file(self, file: int, columns: list[str]) -> pa.Table:
-        """Columns (of `schema.BINS`; `images.list.element.width` for one inside a list) of the bins of a file."""
+        """Read columns of the bins in one file.
+
+        columns: names of `schema.BINS`; `images.list.element.width` names a field inside a list.
+        """
         return self._open_file(file).read(columns)
 
     def loads(self, bins: np.ndarray) -> Loads:
-        """What bins cost, in the order given; bins: int64 [n], at least one. Reads the footers of their files, each
-        once while it is among the last 256."""
+        """Read the loads of bins, in the order of `bins`, from file footers; the last 256 footers are cached.
+
+        bins: bin numbers, int64 [n], at least one.
+        """
         files = np.searchsorted(self._first_bin, bins, side="right") - 1
         order = np.argsort(files, kind="stable")
         distinct, counts = np.unique(files, return_counts=True)
@@ -207,12 +219,12 @@ class PreparedDataset:
         return Loads.joined(parts).take(np.argsort(order))
 
     def rejected(self) -> pa.Table:
-        """The rejected rows (`schema.REJECTED`)."""
+        """Read all rejected rows (`schema.REJECTED`)."""
         with self._folder.open(REJECTED_FILE) as file:
             return pq.read_table(file)
 
     def rejected_parts(self) -> Iterator[pa.Table]:
-        """The rejected rows in parts of some thousand, for when there may be millions."""
+        """Yield the rejected rows in parts of some thousand rows, since there may be millions."""
         with self._folder.open(REJECTED_FILE) as file:
             opened = pq.ParquetFile(file)
             for part in range(opened.num_row_groups):
@@ -230,7 +242,7 @@ class PreparedDataset:
 
 
 def window_bins(window: Window) -> list[Bin]:
-    """The bins of a window that was not written."""
+    """The bins of a window in memory, without writing it to a file."""
     table = pq.read_table(pa.BufferReader(window.bins))
     return [_to_bin(index, table.slice(index, 1)) for index in range(table.num_rows)]
 
@@ -252,13 +264,13 @@ def _to_bin(index: int, row: pa.Table) -> Bin:
         sample_sources=row["sample_sources"][0].as_py(),
         sample_rules=array("sample_rules", np.int8),
         sample_sets=array("sample_sets", np.int32) if tells_sets else np.full(samples, -1, dtype=np.int32),
-        given=array("given", np.bool_),
+        given_mask=array("given", np.bool_),
         images=row["images"][0].as_py(),
     )
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """A JSON object that mmray wrote. Raises UserError for anything else."""
+    """Read a JSON object that mmray wrote. Raises UserError for anything else."""
     try:
         value = json.loads(folder.read(name))
     except ValueError as error:

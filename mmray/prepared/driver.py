@@ -1,11 +1,11 @@
-"""Rows to a prepared dataset: what is planned, checked, continued and finished, in one process and without Ray.
+"""Prepares a dataset from row files: plans, checks, continues and finishes, in one process and without Ray.
 
     row files ─ plan of windows and chunks ─ first rows checked ─ windows that are missing ─ manifest
                                                                   (`run_windows`)
 
-`prepare` makes windows in this process. Who has more machines hands in another `run_windows`: `pipelines/prepare.py`
-runs the same stages on the actors of a Ray cluster. Windows are committed one by one; what an interrupted run has
-committed is not made again, and bins are byte-equal wherever they were made.
+`prepare` makes windows in this process. For more machines, pass another `run_windows`: that of `pipelines/prepare.py`
+runs the same stages on the actors of a Ray cluster. Windows are committed one by one; a window that an interrupted run
+has committed is not made again, and bins are byte-equal wherever they are made.
 """
 
 import logging
@@ -37,17 +37,19 @@ from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 log = logging.getLogger("mmray")
 
 RunWindows = Callable[[PrepareContext, str, Sequence[Chunk], KeptSizes | None], Iterator[int]]
-"""Makes and commits windows: (context, token of the plan, the chunks of whole windows in order, known sizes) to the
-number of each window when it is committed. Puts the sizes it measured into `KeptSizes.measured`. Raises UserError."""
+"""Makes and commits windows: takes (context, token of the plan, chunks of whole windows in order, known image sizes),
+yields the number of each window once it is committed. Puts the sizes it measured into `KeptSizes.measured`. Raises
+UserError."""
 
 HashIds = Callable[[Sequence[Chunk], Sequence[DatasetSettings]], Iterable[bytes]]
-"""Hashes the ids of rows: (all chunks in order, their data sets) to `rows.duplicates.chunk_id_hashes` of each chunk."""
+"""Hashes the ids of rows: takes (all chunks in order, their data sets) and gives `rows.duplicates.chunk_id_hashes` of
+each chunk."""
 
 
 def run_windows_here(
     context: PrepareContext, token: str, chunks: Sequence[Chunk], sizes: KeptSizes | None
 ) -> Iterator[int]:
-    """Make windows in this process, one after another: the `RunWindows` of who has no cluster."""
+    """Make windows in this process, one after another: a `RunWindows` that needs no cluster."""
     cache = SizeCache(sizes.known) if sizes else None
     make = WindowMaker(context, token, cache)
     for window in by_window(chunks):
@@ -60,7 +62,7 @@ def run_windows_here(
 
 
 def hash_ids_here(chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings]) -> Iterator[bytes]:
-    """Hash the ids of rows in this process."""
+    """Hash the ids of rows in this process: a `HashIds` that needs no cluster."""
     return (chunk_id_hashes(chunk, datasets) for chunk in chunks)
 
 
@@ -69,13 +71,16 @@ def prepare(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     run_windows: RunWindows = run_windows_here, hash_ids: HashIds = hash_ids_here,
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
-    """Prepare one split (`train` or `eval`) of a job; returns the dataset, and whether there was anything to do.
+    """Prepare one split of a job.
 
-    replace: delete what is prepared there and start anew. on_progress(rows done, rows) is called as windows are
-    committed. run_windows, hash_ids: where the work is done; in this process by default. Raises UserError for what a
-    person can mend.
+    split: `train` or `eval`.
+    replace: delete what is prepared there and start anew.
+    on_progress: called with (rows done, all rows) when a window is committed.
+    run_windows, hash_ids: where the work is done; default: in this process.
+
+    Returns the dataset, and whether there was anything to do. Raises UserError for what a person can mend.
     """
-    files = source_files(job.data.splits[split])  # a file that is missing is told before a processor is loaded
+    files = source_files(job.data.splits[split])  # a missing file is reported before a processor is loaded
     context = PrepareContext.of(job, split)
     return prepare_files(
         context, files, replace=replace, on_progress=on_progress, run_windows=run_windows, hash_ids=hash_ids
@@ -87,7 +92,10 @@ def prepare_files(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     run_windows: RunWindows = run_windows_here, hash_ids: HashIds = hash_ids_here,
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
-    """Do what `prepare` does, for whoever has a context and no job. files: `source_files` of its data sets."""
+    """Prepare a split from a context instead of a job; arguments, returns and errors as in `prepare`.
+
+    files: `source_files` of the context's data sets.
+    """
     started = time.monotonic()
     record, data, packing = context.record(files), context.data, context.packing
     writer = PreparedWriter(context.path)
@@ -124,7 +132,7 @@ def prepare_files(
                 rejections.add(writer.statistics([number]))
             rejections.check_all()
         except Exception:
-            check_unchanged(files, context.datasets)  # what was found wrong may come of it
+            check_unchanged(files, context.datasets)  # a changed file may be the cause of the error
             raise
         check_unchanged(files, context.datasets)
     prepared = writer.finish(
@@ -142,31 +150,35 @@ def prepare_files(
             "seconds": round(time.monotonic() - started, 1),
         },
     )
-    _warn_of_passed_over(prepared)
+    _warn_of_oddities(prepared)
     return prepared, True
 
 
 class _Rejections:
-    """What windows have rejected of each set, judged by `data.max_rejected_share` as they are committed."""
+    """Counts the rejected rows of each set as windows are committed, and checks `data.max_rejected_share`."""
 
     def __init__(self, context: PrepareContext, chunks: Sequence[Chunk]) -> None:
         self._max_share = context.data.max_rejected_share
-        self._names = [set_name(context.split, number, each) for number, each in enumerate(context.datasets)]
+        self._names = [set_name(context.split, number, dataset) for number, dataset in enumerate(context.datasets)]
         self._sets = [SetRows() for _ in context.datasets]
         self._planned = [0] * len(context.datasets)
         for piece in (piece for chunk in chunks for piece in chunk.pieces):
             self._planned[piece.dataset] += piece.num_rows
 
     def add(self, windows: Iterable[dict[str, Any]]) -> None:
-        """Add the statistics of windows. Raises UserError where a set has more rejected rows than all of its rows, the
-        ones to come too, allow."""
+        """Add the statistics of windows.
+
+        Raises UserError when a set has more rejected rows than `max_rejected_share` of all its rows, those of later
+        windows included.
+        """
         for statistics in windows:
             for number, counts in statistics.get("sets", {}).items():  # an earlier mmray did not count by sets
                 self._sets[int(number)].add(counts)
         self._check(self._planned)
 
     def check_all(self) -> None:
-        """Judge by the rows that were read, when all windows are there: blank lines are planned, but no rows."""
+        """Check the shares of the rows that were read, after the last window: blank lines are planned as rows, but are
+        none. Raises UserError."""
         self._check([counts.read for counts in self._sets])
 
     def _check(self, rows: Sequence[int]) -> None:
@@ -179,12 +191,12 @@ _NOTES = {
     SEVERAL_FRAMES: f"images with {SEVERAL_FRAMES} are their first page or frame alone (data.image_frames)",
     BY_NUMBER: "samples of shards have numbered images in another order; they are taken by number",
     DROPPED_THOUGHTS: "chats have thoughts that the chat template leaves out (allow_dropped)",
-    WITHOUT_IMAGE: "texts of shards have no image, and train as text alone",
+    WITHOUT_IMAGE: "texts of shards have no image, and are trained on as text alone",
 }
 
 
-def _warn_of_passed_over(prepared: PreparedDataset) -> None:
-    """Warn of what was let pass, with examples."""
+def _warn_of_oddities(prepared: PreparedDataset) -> None:
+    """Log a warning for each kind of oddity that did not reject rows, with an example."""
     facts = prepared.statistics
     examples = facts["examples"]
     if facts["duplicate_ids"]:
@@ -199,7 +211,10 @@ def _warn_of_passed_over(prepared: PreparedDataset) -> None:
 
 
 def _check_first_rows(context: PrepareContext, chunks: Sequence[Chunk], sizes: KeptSizes | None) -> list[str]:
-    """`check_first_rows` of a split; the names of its sources. Bad rows stop a job later, if at all."""
+    """Check the first rows of a split (`check_first_rows`); returns the names of its loss sources.
+
+    Bad rows do not stop the job here, but later, if at all.
+    """
     encoder = context.encoder(context.data.lenient, SizeCache(sizes.known) if sizes else None)
     pieces = [piece for chunk in chunks for piece in chunk.pieces]
     sources = check_first_rows(
@@ -210,7 +225,7 @@ def _check_first_rows(context: PrepareContext, chunks: Sequence[Chunk], sizes: K
 
 
 def _with_verification(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
-    """Draw the rows to compare with the real processor; the same rows for the same input."""
+    """The chunks with rows drawn for comparison with the real processor; deterministic for equal input."""
     total = sum(chunk.num_rows for chunk in chunks)
     drawn = set(random.Random(0).sample(range(total), min(count, total)))
     return [

@@ -1,9 +1,10 @@
-"""What preparing a split would make, from a sample of its rows: for a plan, before anything is done.
+"""Estimates what preparing a split would make, from a sample of its rows.
 
-Rows are counted, some of each set are encoded as preparing does it, and these are repeated until there are as many as
-rows. Then the windows are packed by the same code; windows of the same sets are packed once. So the estimate has the
-fill of whole bins and of a window's last ones, and errs only as far as the sample is unlike the rest: it is the
-beginnings of up to eight files of a set. At most SAMPLE_ROWS rows: 1 to 2 s, and 10 s for counting many gigabytes.
+Rows are counted, and some rows of each set are encoded as preparing does it. The encoded rows are repeated until there
+are as many as rows were counted, and the windows of these are packed by the code that preparing uses; windows of the
+same sets are packed once. So the estimate has the fill of full bins and of a window's last bins, and is wrong only as
+far as the sample differs from the other rows: the sample is the beginnings of up to eight files of each set. It is at
+most SAMPLE_ROWS rows, which take 1 to 2 s; counting the rows of many gigabytes takes up to 10 s.
 """
 
 from collections import Counter
@@ -28,19 +29,19 @@ from mmray.rows.read import read_piece
 from mmray.rows.sample import Sample
 
 SAMPLE_ROWS = 512
-"""Rows that are encoded, of all sets of a split together; of each set FIRST_ROWS at least."""
+"""Number of rows that are encoded of all sets of a split; at least FIRST_ROWS of each set."""
 SAMPLE_FILES = 8
 COUNT_SECONDS = 10.0
 MOST_KINDS = 8
-"""Windows that are packed one by one: with more, those of sets that are dealt alike are packed once."""
+"""Number of windows up to which each is packed by itself; of more windows, only one whole window is packed."""
 
 Windows = Counter[tuple[tuple[int, int, int], ...]]
-"""How many windows there are of each kind; a kind is which rows it has of which set: number, first row, rows."""
+"""Number of windows of each kind. A kind is the rows of each set in it: (number of the set, first row, rows)."""
 
 
 @dataclass(frozen=True)
 class SetEstimate:
-    """One set of rows. sampled: rows that were encoded, good: those of them that preparing would pack."""
+    """The estimate of one set of rows. sampled: rows that were encoded; good: those that preparing would pack."""
 
     files: int
     rows: RowCount
@@ -50,7 +51,7 @@ class SetEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What would be made of a split."""
+    """The estimate of a split: the windows and bins that preparing would make."""
 
     sets: tuple[SetEstimate, ...]
     windows: int
@@ -62,17 +63,22 @@ class Estimate:
 
     @property
     def rows(self) -> RowCount:
-        return RowCount(sum(each.rows.rows for each in self.sets), all(each.rows.is_exact for each in self.sets))
+        return RowCount(
+            sum(estimate.rows.rows for estimate in self.sets), all(estimate.rows.is_exact for estimate in self.sets)
+        )
 
     @property
     def sampled(self) -> int:
-        return sum(each.sampled for each in self.sets)
+        return sum(estimate.sampled for estimate in self.sets)
 
 
 @dataclass(frozen=True)
 class _Sampled:
-    """The sample of one set, a number for each row. usable: bool, the row would be packed; lengths, visual: int64, its
-    tokens and visual tokens; buckets: its shape."""
+    """The encoded sample of one set, one entry for each row.
+
+    usable: bool, whether the row would be packed; lengths, visual: int64, its tokens and visual tokens; buckets: its
+    image shape.
+    """
 
     usable: np.ndarray
     lengths: np.ndarray
@@ -80,7 +86,7 @@ class _Sampled:
     buckets: np.ndarray
 
     def repeated(self, first: int, rows: int) -> np.ndarray:
-        """Which of the sample stand for so many rows of the set from the first on, the usable ones."""
+        """Numbers of the usable sampled rows that represent the rows `first` to `first + rows` - 1 of the set."""
         numbers = (first + np.arange(rows)) % len(self.usable)
         return numbers[self.usable[numbers]]
 
@@ -88,33 +94,37 @@ class _Sampled:
 def estimate_split(
     job: Job, split: str, family: Family, policy: TilingPolicy, *, seconds: float = COUNT_SECONDS
 ) -> Estimate:
-    """The estimate of `train` or `eval`. seconds: how long to count rows for; policy: as resolved for the family.
+    """Estimate what preparing a split would make; duplicate ids are not considered.
 
-    Duplicate ids are not looked for. Raises UserError for files that cannot be read.
+    split: `train` or `eval`.
+    policy: the tiling policy as resolved for the family.
+    seconds: time that counting rows may take.
+
+    Raises UserError for files that cannot be read.
     """
     datasets = job.data.splits[split]
     encoder = Encoder(job.data.lenient, datasets, family, policy, job.packing, loss=job.loss)
     files = source_files(datasets)
-    own = [[file for file in files if file.dataset == number] for number in range(len(datasets))]
-    counts = [count_rows(each, seconds / len(own)) for each in own]
-    wanted = max(FIRST_ROWS, SAMPLE_ROWS // len(own))
-    samples = [_sample(job, encoder, each, wanted) for each in own]
+    files_of_sets = [[file for file in files if file.dataset == number] for number in range(len(datasets))]
+    counts = [count_rows(set_files, seconds / len(files_of_sets)) for set_files in files_of_sets]
+    wanted = max(FIRST_ROWS, SAMPLE_ROWS // len(files_of_sets))
+    samples = [_sample(job, encoder, set_files, wanted) for set_files in files_of_sets]
     windows = _windows([count.rows for count in counts], job.packing.window_rows)
     bins, packed, tokens, visual = (0, 0, 0, 0)
     for kind, number in windows.items():
         lengths, visual_tokens, buckets = _window_rows(samples, kind)
-        made = pack_by_bucket(lengths, visual_tokens, buckets, job.packing, family.sample_gap)
-        bins, packed = bins + number * len(made), packed + number * len(lengths)
+        packed_bins = pack_by_bucket(lengths, visual_tokens, buckets, job.packing, family.sample_gap)
+        bins, packed = bins + number * len(packed_bins), packed + number * len(lengths)
         tokens, visual = tokens + number * int(lengths.sum()), visual + number * int(visual_tokens.sum())
     sets = tuple(
-        SetEstimate(len(each), count, len(sample.usable), int(sample.usable.sum()))
-        for each, count, sample in zip(own, counts, samples, strict=True)
+        SetEstimate(len(set_files), count, len(sample.usable), int(sample.usable.sum()))
+        for set_files, count, sample in zip(files_of_sets, counts, samples, strict=True)
     )
     return Estimate(sets, windows.total(), bins, packed, tokens, visual)
 
 
 def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int) -> _Sampled:
-    """About `wanted` rows of a set: the beginnings of its files, of larger ones more."""
+    """Encode about `wanted` rows of a set: the beginnings of its files, more of larger files."""
     ends = np.cumsum([file.size for file in files])
     places = (np.arange(SAMPLE_FILES) + 0.5) / SAMPLE_FILES * ends[-1]
     chosen = Counter(np.minimum(np.searchsorted(ends, places), len(files) - 1).tolist())
@@ -126,16 +136,16 @@ def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int
         np.zeros(len(results), dtype=bool), np.zeros(len(results), dtype=np.int64),
         np.zeros(len(results), dtype=np.int64), np.full(len(results), "", dtype=object),
     )  # fmt: skip
-    for (number, each), own in zip(good.items(), labels, strict=True):
-        sample.usable[number] = allows_empty(job.loss) or (own != IGNORE_INDEX).any()
-        sample.lengths[number], sample.visual[number] = len(each.input_ids), each.visual_tokens
-        sample.buckets[number] = each.bucket
+    for (number, encoded), label_ids in zip(good.items(), labels, strict=True):
+        sample.usable[number] = allows_empty(job.loss) or (label_ids != IGNORE_INDEX).any()
+        sample.lengths[number], sample.visual[number] = len(encoded.input_ids), encoded.visual_tokens
+        sample.buckets[number] = encoded.bucket
     return sample
 
 
 def _windows(rows_of_sets: Sequence[int], window_rows: int) -> Windows:
-    """The windows of sets that are dealt side by side. Where they are many, whole ones are taken to be alike: a set's
-    rows in each differ by one."""
+    """Count the windows of each kind. More than MOST_KINDS whole windows count as one kind: the number of a set's rows
+    in them differs by one at most."""
     total = sum(rows_of_sets)
     whole = total // window_rows
     if whole <= MOST_KINDS:
@@ -143,12 +153,12 @@ def _windows(rows_of_sets: Sequence[int], window_rows: int) -> Windows:
         first = [[sum(column) for column in zip(*windows[:number])] for number in range(1, len(windows))]
         none = [0] * len(rows_of_sets)
         return Counter(_kind(start, rows) for start, rows in zip([none, *first], windows, strict=False))
-    rest = [
+    remaining_rows = [
         rows - taken for rows, taken in zip(rows_of_sets, first_rows(rows_of_sets, whole * window_rows), strict=True)
     ]
-    none = [0] * len(rest)
+    none = [0] * len(remaining_rows)
     kinds = Counter({_kind(none, first_rows(rows_of_sets, window_rows)): whole})
-    return kinds + Counter([_kind(none, rest)] if any(rest) else [])
+    return kinds + Counter([_kind(none, remaining_rows)] if any(remaining_rows) else [])
 
 
 def _kind(first: Sequence[int], rows: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
@@ -158,7 +168,7 @@ def _kind(first: Sequence[int], rows: Sequence[int]) -> tuple[tuple[int, int, in
 def _window_rows(
     samples: Sequence[_Sampled], kind: Sequence[tuple[int, int, int]]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Tokens, visual tokens and shapes of a window's rows."""
+    """Tokens, visual tokens and image shapes of a window's rows."""
     parts = [
         (samples[number], samples[number].repeated(*rows)) for number, *rows in kind if len(samples[number].usable)
     ]

@@ -1,6 +1,6 @@
-"""What a prepared dataset depends on, as one record and its hash.
+"""Records what a prepared dataset depends on, and hashes the record.
 
-Two prepares with the same record give byte-equal bins; a record that differs names, key by key, why they would not.
+Two prepares with equal records give byte-equal bins; `differences` names, key by key, how two records differ.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from mmray.rows.settings import DatasetSettings, DataSettings
 
 
 def processor_record(processor: Any) -> dict[str, str]:
-    """Hashes of the parts of a processor that decide tokens and sizes."""
+    """The record of a processor: hashes of the parts that decide tokens and image sizes."""
     image_settings = {
         key: value for key, value in processor.image_processor.to_dict().items() if not key.startswith("_")
     }
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    # What a processor knows besides its parts, such as patch sizes and the tokens of a picture.
+    # Attributes of the processor itself, such as patch sizes and the tokens of a picture.
     settings = {name: value for name, value in vars(processor).items() if isinstance(value, (int, float, str))}
     settings = {name: value for name, value in settings.items() if not name.startswith("_") and name != "chat_template"}
-    calls = ("truncation", "padding")  # left there by whoever called the tokenizer last; mmray uses neither
+    calls = ("truncation", "padding")  # left by the last call of the tokenizer; mmray uses neither
     return {
         "class": type(processor).__name__,
         "tokenizer": _hash({key: value for key, value in tokenizer.items() if key not in calls}),
@@ -42,8 +42,10 @@ def prepare_record(
     *, files: Sequence[SourceFile], datasets: Sequence[DatasetSettings], data: DataSettings, processor: Any,
     tiling: TilingPolicy, packing: PackingSettings, loss: Loss, costs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that changes the result of a prepare, as plain JSON. costs: of `BalanceSettings.cost_record`; they
-    count where bins are packed to equal cost."""
+    """The record of everything that changes the result of a prepare, as plain JSON.
+
+    costs: `BalanceSettings.cost_record`; part of the record only when bins are packed to equal cost.
+    """
     return {
         "format_version": FORMAT_VERSION,
         **({"costs": costs} if packing.mode == "equal_cost" else {}),
@@ -64,10 +66,10 @@ def check_settings(
     path: str, record: dict[str, Any], *, processor: Any, tiling: TilingPolicy, packing: PackingSettings,
     loss: Loss, datasets: Sequence[DatasetSettings],
 ) -> None:  # fmt: skip
-    """Raise UserError when a prepared dataset was made with another processor or other settings than a job has now.
+    """Raise UserError when a prepared dataset was made with another processor or other settings than the job's.
 
-    Of the sets of rows only their own `loss` is compared. The row files are not looked at: they may be gone once they
-    are prepared.
+    record: the record in the dataset's manifest. Of the sets of rows only their own `loss` is compared. The row files
+    are not checked: a user may delete them once they are prepared.
     """
     now = {
         "processor": processor_record(processor),

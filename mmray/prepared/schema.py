@@ -1,12 +1,16 @@
-"""The columns of a prepared dataset's files. Token counts and ids are int32; sizes are pixels of the upright image."""
+"""Defines the columns of a prepared dataset's files.
+
+Token counts and ids are int32; sizes are in pixels of the upright image.
+"""
 
 import pyarrow as pa
 
 FORMAT_VERSION = 3
-"""Raised when a change makes older prepared datasets unreadable or unequal."""
+"""Version of the format; a change that makes older prepared datasets unreadable or unequal increases it."""
 
 READ_VERSIONS = (2, 3)
-"""Versions that are read. Of version 2 no sample tells its set, and what trains of chats was found by a scan alone."""
+"""Versions that can be read. In version 2, samples do not name their data set, and only a scan for turn markers decided
+which tokens of chats are trained on."""
 
 IMAGES = pa.list_(
     pa.struct(
@@ -53,7 +57,7 @@ SAMPLES = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
-        ("dataset", pa.int32()),  # number of its set of rows; null where no one counts by sets
+        ("dataset", pa.int32()),  # number of its set of rows; null when rows are not counted by sets
         ("rule", pa.int8()),
         ("bucket", pa.string()),
         ("visual_tokens", pa.int32()),
@@ -61,11 +65,11 @@ SAMPLES = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("given", pa.list_(pa.bool_())),
         ("images", IMAGES),
-        ("notes", pa.list_(pa.string())),  # what was passed over in its images
+        ("notes", pa.list_(pa.string())),  # oddities of its images that did not reject the row
         ("reason", pa.string()),  # not null: a rejected row
         ("message", pa.string()),
         ("row", pa.string()),
-        ("columns", pa.list_(pa.string())),  # of the row: those that its set is judged by
+        ("columns", pa.list_(pa.string())),  # columns of the row by which its set is checked (`mmray.rows.columns`)
     ]
 )
-"""What an encoder hands to the packer: the samples and rejected rows of a chunk, in the order of its rows."""
+"""Columns of the table that an encoder hands to the packer: the samples and rejected rows of a chunk, in row order."""

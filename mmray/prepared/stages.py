@@ -1,4 +1,4 @@
-"""The two stages of a prepare, encoding a chunk of rows and packing a window of chunks, wherever they run.
+"""Runs the two stages of a prepare: encodes a chunk of rows, packs a window of chunks.
 
 `driver.py` runs them in this process, `pipelines/prepare.py` in actors of a Ray cluster: both give the same bytes.
 """
@@ -34,11 +34,14 @@ from mmray.training.model import load_config
 
 @dataclass(frozen=True)
 class PrepareContext:
-    """What the rows of one split are prepared with, and where to.
+    """Holds everything that preparing one split needs.
 
-    split: `train` or `eval`; path: folder or URI of the prepared dataset; tiling: as resolved for the family;
-    model_type, processor_source: what the manifest says of the model; costs: what samples cost, where bins are
-    packed to equal cost; dealing: the way rows are dealt into windows, which the driver finds.
+    split: `train` or `eval`.
+    path: folder or URI of the prepared dataset.
+    tiling: the tiling policy as resolved for the family.
+    model_type, processor_source: written to the manifest.
+    costs: the costs of samples when bins are packed to equal cost, else None.
+    dealing: version of the way rows are dealt into windows; the driver sets it.
     """
 
     split: str
@@ -56,7 +59,7 @@ class PrepareContext:
 
     @classmethod
     def of(cls, job: Job, split: str) -> Self:
-        """The context of a split of a job. Loads the processor; raises UserError where it does not fit the model."""
+        """Make the context of a job's split. Loads the processor; raises UserError when it does not fit the model."""
         family = job_family(job)
         return cls(
             split, job.prepared_path(split), job.data.splits[split], job.data, job.packing, job.loss, family,
@@ -65,11 +68,11 @@ class PrepareContext:
         )  # fmt: skip
 
     def dealt(self, dealing: int) -> Self:
-        """The context with its rows dealt in this way."""
+        """A copy of the context with this `dealing`."""
         return replace(self, dealing=dealing)
 
     def record(self, files: Sequence[SourceFile]) -> dict[str, Any]:
-        """Everything that changes the result, as plain JSON."""
+        """The record of everything that changes the result, as plain JSON (`prepare_record`)."""
         return prepare_record(
             files=files, datasets=self.datasets, data=self.data, processor=self.family.processor,
             tiling=self.tiling, packing=self.packing, loss=self.loss,
@@ -77,29 +80,29 @@ class PrepareContext:
         )  # fmt: skip
 
     def encoder(self, data: DataSettings, sizes: SizeCache | None) -> Encoder:
-        """An encoder of the split's rows. It holds the tokenizer: one in each process is enough."""
+        """Make an encoder of the split's rows. It holds the tokenizer: one in each process is enough."""
         return Encoder(
             data, self.datasets, self.family, self.tiling, self.packing, loss=self.loss,
             measure=sizes.measured if sizes else measured,
         )  # fmt: skip
 
     def labels(self) -> LabelMaker:
-        """What the loss setting makes of tokens."""
+        """Make the label maker of the job's loss setting."""
         return label_maker(self.loss, self.family)
 
 
 class ChunkEncoder:
-    """Encodes chunks of rows. One in each process that encodes."""
+    """Encodes chunks of rows; each process that encodes has one."""
 
     def __init__(self, context: PrepareContext, sizes: SizeCache | None = None) -> None:
-        """sizes: what knows the sizes of images, and is told those it lacks; None where there is no size cache."""
+        """sizes: cache of image sizes that is read and filled; None without a size cache."""
         self._encoder = context.encoder(context.data, sizes)
         self._reader = RowReader()
 
     def __call__(self, chunk: Chunk) -> pa.Table:
-        """The samples and rejected rows of a chunk (`schema.SAMPLES`), in order.
+        """Encode a chunk; returns its samples and rejected rows (`schema.SAMPLES`) in row order.
 
-        Raises UserError for rows that stop the job, and where the rows or images cannot be reached.
+        Raises UserError for rows that stop the job, and when rows or images cannot be reached.
         """
         with explained(f"{chunk.pieces[0].uri} or its images"):  # a store that does not answer, a file that is gone
             rows = list(chunk_rows(chunk, self._reader))
@@ -109,10 +112,10 @@ class ChunkEncoder:
 
 
 class WindowPacker:
-    """Packs windows and commits their files. One in each process that packs."""
+    """Packs windows and commits their files; each process that packs has one."""
 
     def __init__(self, context: PrepareContext, token: str) -> None:
-        """token: of the plan whose windows these are (`PreparedWriter.begin`)."""
+        """token: token of the plan that the windows belong to (`PreparedWriter.begin`)."""
         self._context = context
         self._writer = WindowWriter(context.path, token)
 
@@ -121,7 +124,7 @@ class WindowPacker:
         return self._context.labels()
 
     def pack(self, samples: pa.Table) -> Window:
-        """The window of encoded rows (`schema.SAMPLES`)."""
+        """Pack encoded rows (`schema.SAMPLES`) into a window."""
         context = self._context
         return pack_window(
             samples, context.packing, self._labels, context.family.sample_gap, allows_empty(context.loss),
@@ -139,7 +142,7 @@ class WindowMaker:
     """Makes whole windows in this process: encodes their chunks, packs and commits them."""
 
     def __init__(self, context: PrepareContext, token: str, sizes: SizeCache | None = None) -> None:
-        """token: of the plan whose windows these are (`PreparedWriter.begin`); sizes: as for `ChunkEncoder`."""
+        """token: token of the plan that the windows belong to (`PreparedWriter.begin`); sizes: see `ChunkEncoder`."""
         self._encode, self._pack = ChunkEncoder(context, sizes), WindowPacker(context, token)
 
     def __call__(self, chunks: Sequence[Chunk]) -> int:

@@ -1,11 +1,11 @@
-"""Every picture of a prepared dataset, decoded once: which are broken, blank, or not what was prepared.
+"""Decodes every picture of a prepared dataset once, and lists those that are broken, blank, or not as prepared.
 
-Preparing reads headers alone, so a picture that is broken behind its header is found in training, where its sample is
-left out. This looks before. It decodes, so it takes what training's render actors take, once.
+Preparing reads headers alone, so only training would find a picture that is broken behind its header, and would leave
+its sample out of the loss. `verify` finds it before, at the cost of decoding once as training's render actors do.
 
-The dataset is looked at in parts of some bins, by as many processes as there are CPUs. What a part has come to is
-written, whole, into a folder beside the dataset; the same command after a stop goes on with the parts that are missing.
-A process holds one group of rows and one decoded picture.
+The dataset is checked in parts of some bins, by as many processes as there are CPUs. The result of each part is written
+whole into a folder beside the dataset; after a stop, the same command continues with the missing parts. A process holds
+one group of rows and one decoded picture.
 """
 
 import json
@@ -25,20 +25,20 @@ from mmray.images import ImageSource, load_image
 from mmray.images.header import MAX_PIXELS, read_header
 from mmray.images.jpeg import lacks_pixels
 from mmray.images.paged import file_of
-from mmray.images.retries import patiently
+from mmray.images.retries import with_retries
 from mmray.images.source import describe_source, image_file
 from mmray.prepared.dataset import PreparedDataset
 from mmray.prepared.window import BINS_PER_ROW_GROUP
 from mmray.storage import Folder
 
 BINS_PER_PART = 16 * BINS_PER_ROW_GROUP
-"""Bins that a process looks at at a time: the work that a stop loses."""
+"""Number of bins that a process checks at a time: the work that a stop loses."""
 
 BLANK, OTHER_FORMAT = "blank", "other_format"
-"""What is listed beside the reasons of docs/rows.md, and is no reason to leave a picture out."""
+"""Reasons that are listed beside those of docs/rows.md; training keeps such pictures."""
 
 BLANK_RANGE = 4
-"""The most by which the pixels of a blank picture differ, of 255."""
+"""Largest difference between the pixels of a blank picture, in levels of 255."""
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png", ".apng"), "WEBP": (".webp",),
@@ -50,7 +50,7 @@ _PLAN, _REPORT, _SUMMARY = "plan.json", "report.jsonl", "summary.json"
 
 @dataclass(frozen=True)
 class ListedPicture:
-    """A picture that a person should look at. row, source: the id of its row, and where that was read."""
+    """A picture that a person should look at. row: the id of its row; source: the place of its row."""
 
     reason: str
     message: str
@@ -60,9 +60,12 @@ class ListedPicture:
 
 
 @dataclass
-class Verified:
-    """What came of a dataset's pictures. listed: how many of each reason; examples: one of each; folder: where
-    report.jsonl lists them all."""
+class VerifyResult:
+    """The result of verifying a dataset's pictures.
+
+    pictures: number of pictures that were decoded; listed: number of listed pictures by reason; examples: one listed
+    picture of each reason; folder: the folder whose report.jsonl lists them all.
+    """
 
     pictures: int = 0
     listed: Counter[str] = field(default_factory=Counter)
@@ -71,17 +74,19 @@ class Verified:
 
     @property
     def broken(self) -> int:
-        """Pictures whose samples training leaves out."""
+        """Number of pictures whose samples training leaves out of the loss."""
         return sum(count for reason, count in self.listed.items() if reason not in (BLANK, OTHER_FORMAT))
 
 
 def verify(
     path: str, *, processes: int | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> Verified:
-    """Decode every picture of a prepared dataset, and list what is not sound in the folder `PATH-verify`.
+) -> VerifyResult:
+    """Decode every picture of a prepared dataset, and list the faulty ones in the folder `PATH-verify`.
 
-    processes: default one for each CPU; 1: this one. on_progress(bins done, bins). Raises UserError where there is no
-    prepared dataset, and where storage cannot be reached.
+    processes: number of processes; default: one for each CPU; 1: this process.
+    on_progress: called with (bins done, all bins).
+
+    Raises UserError when there is no prepared dataset, and when storage cannot be reached.
     """
     prepared = PreparedDataset(path)
     folder = Folder(f"{path.rstrip('/')}-verify")
@@ -90,25 +95,25 @@ def verify(
         folder.remove_tree("")
     folder.create()
     folder.write(_PLAN, plan)
-    there = set(folder.names())
+    written_parts = set(folder.names())
     parts = {_name(first): first for first in range(0, len(prepared), BINS_PER_PART)}
-    missing = [first for name, first in parts.items() if name not in there]
+    missing = [first for name, first in parts.items() if name not in written_parts]
     done = len(parts) - len(missing)
     on_progress(min(done * BINS_PER_PART, len(prepared)), len(prepared))
     spans = [(first, min(first + BINS_PER_PART, len(prepared))) for first in missing]
-    for first, found in _each(path, spans, processes or os.cpu_count() or 1):
-        folder.write(_name(first), json.dumps(found).encode())
+    for first, part_result in _run_parts(path, spans, processes or os.cpu_count() or 1):
+        folder.write(_name(first), json.dumps(part_result).encode())
         done += 1
         on_progress(min(done * BINS_PER_PART, len(prepared)), len(prepared))
-    return _joined(folder, list(parts))
+    return _write_report(folder, list(parts))
 
 
 def _name(first: int) -> str:
     return f"part-{first:012d}.json"
 
 
-def _each(path: str, spans: list[tuple[int, int]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What the parts have come to, in the order in which they are done."""
+def _run_parts(path: str, spans: list[tuple[int, int]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (first bin, result) of each part, in the order in which the parts are done."""
     if processes == 1 or len(spans) < 2:
         yield from ((first, verify_part(path, first, stop)) for first, stop in spans)
         return
@@ -129,45 +134,45 @@ def _each(path: str, spans: list[tuple[int, int]], processes: int) -> Iterator[t
 
 
 def verify_part(path: str, first: int, stop: int) -> dict[str, Any]:
-    """Decode the pictures of the bins [first, stop): their number, and those to list."""
+    """Decode the pictures of the bins `first` to `stop` - 1; returns their number and those to list, as JSON."""
     prepared = PreparedDataset(path)
     pictures, listed = 0, list[dict[str, str]]()
-    seen: set[tuple[str, int, int]] = set()
+    decoded_images: set[tuple[str, int, int]] = set()
     for packed in prepared.bins(first, stop):
         for image in packed.images:
             size = image["width"], image["height"]
             source = image["data"] if image["data"] is not None else image["uri"]
             if isinstance(source, str):
-                if (source, *size) in seen:
+                if (source, *size) in decoded_images:
                     continue
-                seen.add((source, *size))
+                decoded_images.add((source, *size))
             pictures += 1
             name, sample = describe_source(source), image["sample"]
             listed += [
                 asdict(ListedPicture(reason, message, name, packed.sample_ids[sample], packed.sample_sources[sample]))
-                for reason, message in looked_at(source, size)
+                for reason, message in picture_problems(source, size)
             ]
     return {"pictures": pictures, "listed": listed}
 
 
-def looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
-    """What is to be said of a picture that was prepared with a size: (reason, message) each; of a sound one nothing.
+def picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
+    """Find the problems of a picture, as (reason, message); a sound picture has none.
 
-    Raises UserError where its storage cannot be reached.
+    size: the (width, height) in pixels that it was prepared with. Raises UserError when its storage cannot be reached.
     """
     try:
-        return patiently(lambda: _looked_at(source, size), source)
+        return with_retries(lambda: _picture_problems(source, size), source)
     except RowError as error:
         return [(error.reason, error.message)]
 
 
-def _looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
+def _picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
     name, max_pixels = describe_source(source), max(MAX_PIXELS, size[0] * size[1])
     page = load_image(source, max_pixels=max_pixels)
     header = read_header(source, max_pixels=max_pixels)
     if page.size != size:
-        planned, found = ("{} x {}".format(*each) for each in (size, page.size))
-        message = f"{name}: planned for {planned} pixels, the image now has {found}; prepare the dataset again"
+        planned, actual_pixels = ("{} x {}".format(*width_height) for width_height in (size, page.size))
+        message = f"{name}: planned for {planned} pixels, the image now has {actual_pixels}; prepare the dataset again"
         return [("image_changed", message)]
     if header.format == "JPEG":
         with image_file(source) as file:
@@ -185,9 +190,9 @@ def _looked_at(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, st
     return listed
 
 
-def _joined(folder: Folder, names: list[str]) -> Verified:
-    """All parts together, in the order of bins; writes the report."""
-    verified = Verified(folder=folder.uri)
+def _write_report(folder: Folder, names: list[str]) -> VerifyResult:
+    """Join the results of all parts, in the order of bins, and write the report and the summary."""
+    verified = VerifyResult(folder=folder.uri)
     with folder.writing(_REPORT) as file:
         for name in names:
             part = json.loads(folder.read(name))

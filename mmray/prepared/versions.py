@@ -1,8 +1,9 @@
-"""What an earlier version's prepared dataset is still good for, and whether labels are what was counted.
+"""Checks that a prepared dataset of an earlier version may be used, and that labels match the prepared counts.
 
-Version 2 found the turns of chats by a scan alone, and kept of a message its role and content. Its other rows are as
-they would be now. A dataset does not hold what it left out of its chats: their first rows are read again, and where one
-of them would train otherwise no new run begins on it. A run that has begun ends as it began.
+Version 2 found the turns of chats by a scan for turn markers alone, and kept only role and content of a message. Its
+other rows are equal to today's. A dataset does not hold what was left out of its chats, so their first rows are read
+again: when other tokens of one of them would be trained on now, no new run begins on the dataset. A run that has begun
+continues as it began.
 """
 
 from collections.abc import Iterator
@@ -22,14 +23,14 @@ from mmray.rows.read import RawRow, read_piece
 from mmray.rows.sample import RejectedRow
 
 _BY_TURNS = ("roles", "template", "boundaries")
-"""Sources of the loss of version 2 that depend on where turns are."""
+"""Loss sources of version 2 that depend on the turns of chats."""
 _CHECKED_BINS = 16
 COMPARED_ROWS = 512
-"""Rows of each set of chats that are encoded anew before a run begins on an earlier version's dataset."""
+"""Number of rows of each set of chats that are encoded anew before a run begins on an earlier version's dataset."""
 
 
 def old_chats(manifest: dict[str, Any]) -> list[int]:
-    """The numbers of the sets of chats of an earlier version that might train otherwise now."""
+    """The numbers of an earlier version's sets of chats of which other tokens might be trained on now."""
     if manifest["format_version"] == FORMAT_VERSION:
         return []
     kinds = [dataset["kind"] for dataset in manifest["record"]["datasets"]]
@@ -38,10 +39,10 @@ def old_chats(manifest: dict[str, Any]) -> list[int]:
 
 
 def check_new_run(prepared: PreparedDataset, encoder: Encoder, labels: LabelMaker) -> None:
-    """Raise UserError where no run should begin on a dataset, since an earlier version found what trains of it.
+    """Raise UserError when a new run on an earlier version's dataset would be trained on other tokens than now.
 
-    The first rows of each set of chats are encoded anew and compared. encoder: of the job, for the same split. Where
-    the row files are gone, nothing shows that the labels are right.
+    encoder: the job's encoder for the same split. The first rows of each set of chats are encoded anew and compared.
+    Also raises UserError when the row files are missing: then nothing shows that the labels are right.
     """
     for number in old_chats(prepared.manifest):
         name = f"{prepared.path} was prepared by an earlier version, and of its set {number}"
@@ -51,16 +52,16 @@ def check_new_run(prepared: PreparedDataset, encoder: Encoder, labels: LabelMake
         try:
             rows = _first_rows(encoder, number)
         except (UserError, OSError) as error:
-            problem = f"the rows cannot be read to see whether all train as they should ({error})"
+            problem = f"the rows cannot be read to check which of their tokens are trained on ({error})"
             raise UserError(f"{name} {problem}: {remedy}") from error
         results = dict(zip((row.source for row in rows), encoder.encode(rows)))
         for source, ids, trained in _stored(prepared, labels, set(results)):
-            found = results[source]
-            if isinstance(found, RejectedRow):
-                raise UserError(f"{name} row {source} is refused now ({found.reason}: {found.message}): {remedy}")
-            (made,) = sample_labels([found], labels)
-            if not np.array_equal(found.input_ids, ids) or not np.array_equal(made != IGNORE_INDEX, trained):
-                raise UserError(f"{name} row {source} trains otherwise now: {remedy}")
+            result = results[source]
+            if isinstance(result, RejectedRow):
+                raise UserError(f"{name} row {source} is refused now ({result.reason}: {result.message}): {remedy}")
+            (new_labels,) = sample_labels([result], labels)
+            if not np.array_equal(result.input_ids, ids) or not np.array_equal(new_labels != IGNORE_INDEX, trained):
+                raise UserError(f"{name} row {source} has other trained tokens now: {remedy}")
 
 
 def _first_rows(encoder: Encoder, number: int) -> list[RawRow]:
@@ -72,7 +73,7 @@ def _first_rows(encoder: Encoder, number: int) -> list[RawRow]:
 def _stored(
     prepared: PreparedDataset, labels: LabelMaker, sources: set[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """The samples of some rows as they are stored: their row, token ids and which of them train."""
+    """Yield (place of its row, token ids, which tokens are trained on) of the stored samples of some rows."""
     for file, bins in prepared.files.items():
         places = prepared.read_file(file, ["sample_sources"])["sample_sources"].to_pylist()
         for index in (bins[n] for n, names in enumerate(places) if not sources.isdisjoint(names)):
@@ -85,13 +86,23 @@ def _stored(
 
 
 def labels_record(labels: LabelMaker, sources: list[str]) -> dict[str, Any]:
-    """What the labels of a dataset depend on besides its rows, as plain JSON. sources: of its sets' loss."""
+    """The record of what a dataset's labels depend on besides its rows, as plain JSON.
+
+    sources: the loss source of each set.
+    """
     record: dict[str, Any] = {"media": sorted(labels.media_token_ids)}
     if "roles" in sources:
         record |= {
             "boundaries": [
-                [each.role, list(each.start), list(each.end), each.include_start, each.include_end, each.until_next]
-                for each in labels.boundaries
+                [
+                    boundary.role,
+                    list(boundary.start),
+                    list(boundary.end),
+                    boundary.include_start,
+                    boundary.include_end,
+                    boundary.until_next,
+                ]
+                for boundary in labels.boundaries
             ],
             "roles": sorted(labels.roles_to_train),
             "train_on_eos": labels.train_on_eos,
@@ -100,9 +111,9 @@ def labels_record(labels: LabelMaker, sources: list[str]) -> dict[str, Any]:
 
 
 def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
-    """Raise UserError where training would find other labels than were counted when preparing.
+    """Raise UserError when training would make other labels than were counted when preparing.
 
-    A dataset that does not say by what it found them is tried: some of its bins are labelled.
+    A dataset without a record of its labels is tested instead: some of its bins are labelled.
     """
     recorded = prepared.manifest.get("labels")
     if recorded is not None:
@@ -110,8 +121,9 @@ def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
         wrong = sorted(key for key in recorded.keys() | now.keys() if recorded.get(key) != now.get(key))
         if wrong:
             raise UserError(
-                f"{prepared.path}: this version of mmray finds what trains in another way than the one that prepared "
-                f"it ({', '.join(wrong)} of the model family): prepare it anew (jobs/prepare.py --replace)"
+                f"{prepared.path}: this version of mmray chooses the tokens to train on in another way than the one "
+                f"that prepared it ({', '.join(wrong)} of the model family): "
+                "prepare it anew (jobs/prepare.py --replace)"
             )
         return
     count = len(prepared)
@@ -119,18 +131,18 @@ def check_labels(prepared: PreparedDataset, labels: LabelMaker) -> None:
         shown = prepared.bin(number)
         if trained_tokens(shown, labels) != shown.trained_tokens:
             raise UserError(
-                f"{prepared.path}: bin {number} trains other tokens than were counted when preparing (loss): prepare "
-                "it anew (jobs/prepare.py --replace)"
+                f"{prepared.path}: bin {number} has other trained tokens than were counted when preparing (loss): "
+                "prepare it anew (jobs/prepare.py --replace)"
             )
 
 
 def trained_tokens(shown: Bin, labels: LabelMaker) -> int:
-    """How many tokens of a bin train."""
+    """Number of tokens of a bin that are trained on."""
     return int((bin_labels(shown, labels) != IGNORE_INDEX).sum())
 
 
 def bin_labels(shown: Bin, labels: LabelMaker) -> np.ndarray:
-    """The labels of a bin as training makes them, int64 [L]."""
+    """Make the labels of a bin as training does, int64 [L]."""
     blocks = [(image["first_token"], image["num_tokens"]) for image in shown.images]
-    given = shown.given if len(shown.given) else shown.input_ids < 0
-    return labels.of_arrays(shown.input_ids, shown.sample_lengths, shown.sample_rules, given, blocks)
+    given_mask = shown.given_mask if len(shown.given_mask) else shown.input_ids < 0
+    return labels.of_arrays(shown.input_ids, shown.sample_lengths, shown.sample_rules, given_mask, blocks)

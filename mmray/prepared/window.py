@@ -1,9 +1,9 @@
-"""One window of rows, from encoded samples to the Parquet bytes of its bins.
+"""Packs one window of rows: from encoded samples to the Parquet bytes of its bins.
 
-Pure: the same samples give the same bytes, so a window can be made again anywhere. Samples that share an image shape
-are packed together first; the bins of a shape that stay emptier than `bucket_fill` are taken apart, and the samples of
-all shapes' leftovers are packed together. Bins keep the order in which they were made, or come in one drawn by chance:
-the schedule shuffles, but blocks of neighbouring bins, of which each then has every kind of bin at its share.
+Packing is pure: equal samples give equal bytes, so a window can be made again anywhere. Samples are first packed with
+others of the same image shape. Bins filled to `bucket_fill` are kept; the samples of emptier bins are packed again,
+whatever their shape. Bins keep the order in which they were made, or are put into random order: the schedule shuffles
+blocks of neighbouring bins, and a random order gives each block its share of every kind of bin.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ from mmray.schedule.loads import Loads
 from mmray.schedule.schedule import mix_many
 
 BINS_PER_ROW_GROUP = 8
-"""Bins read together: a bin read alone costs the others of its row group, a group its share of the file's footer."""
+"""Number of bins in a row group: reading one bin reads its whole group, and each group adds to the file's footer."""
 
 EXAMPLES = 5
-"""Places that statistics name of each kind."""
+"""Number of example places that statistics name of each kind."""
 
 SampleCosts = Callable[[Loads], tuple[np.ndarray, float]]
-"""`BalanceSettings.sample_costs`."""
+"""Computes the costs of samples, as `BalanceSettings.sample_costs` does."""
 
 NOTHING_TRAINED = RowError(
     "nothing_trained", "no token of the row is trained; see `loss` in the job file, and the row's roles or labels"
@@ -45,8 +45,11 @@ NOTHING_TRAINED = RowError(
 
 @dataclass(frozen=True)
 class Window:
-    """A packed window. statistics: counts that add up over windows; id_hashes: of the samples, in the order of bins
-    (`rows.duplicates`)."""
+    """A packed window.
+
+    bins, rejected: bytes of the Parquet files; statistics: counts that add up over windows; id_hashes: hashes of the
+    sample ids in the order of bins (`rows.duplicates`).
+    """
 
     bins: bytes
     rejected: bytes
@@ -55,7 +58,7 @@ class Window:
 
 
 def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] | None = None) -> pa.Table:
-    """Encoded rows as an Arrow table (`schema.SAMPLES`), for the way to the packer. datasets: the set of each row."""
+    """Encoded rows as the Arrow table (`schema.SAMPLES`) that the packer takes. datasets: the set of each row."""
 
     def record(row: Sample | RejectedRow) -> dict[str, Any]:
         if isinstance(row, RejectedRow):
@@ -66,7 +69,7 @@ def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] 
         return {
             "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
             "visual_tokens": row.visual_tokens, "visual_pairs": row.visual_pairs, "input_ids": row.input_ids,
-            "given": row.given, "notes": row.notes, "columns": row.columns,
+            "given": row.given_mask, "notes": row.notes, "columns": row.columns,
             "images": [
                 {
                     "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
@@ -85,11 +88,13 @@ def pack_window(
     samples: pa.Table, packing: PackingSettings, labels: LabelMaker, sample_gap: int = 0, allow_empty: bool = False,
     *, mixed: bool = False, sample_costs: SampleCosts | None = None,
 ) -> Window:  # fmt: skip
-    """Pack a window's samples (`schema.SAMPLES`, in row order) into bins. Deterministic to the byte.
+    """Pack a window's samples into bins; deterministic to the byte.
 
-    sample_gap: tokens that will stand between the samples of a bin (`Family.sample_gap`); allow_empty: samples without
-    a trained token are packed too, else they are rejected; mixed: bins in an order drawn by chance, always the
-    same; sample_costs: what samples cost, for packing to equal cost.
+    samples: `schema.SAMPLES`, in row order.
+    sample_gap: number of tokens between the samples of a bin (`Family.sample_gap`).
+    allow_empty: pack samples without a trained token too; else they are rejected.
+    mixed: put the bins into a random order, always the same for equal samples.
+    sample_costs: computes the costs of samples; required to pack to equal cost.
     """
     columns = _Columns.of(samples)
     trained = columns.trained_tokens(labels)
@@ -136,13 +141,16 @@ def pack_window(
 
 
 def _drawn_order(count: int, seed: int) -> list[int]:
-    """The numbers below count in an order that never changes between versions of numpy."""
+    """The numbers 0 to count - 1 in a random order that never changes between versions of numpy."""
     draws = mix_many(mix_many(np.arange(1, count + 1, dtype=np.uint64)) ^ np.uint64(seed))
     return np.argsort(draws, kind="stable").tolist()
 
 
 def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """The rows of each set (`SetRows`), by its number as JSON has it. rejected: records of rows by their index."""
+    """Counts of each set's rows (`SetRows`), by the number of the set as a JSON key.
+
+    rejected: records of the rejected rows, by index.
+    """
     sets = {str(number): SetRows(count) for number, count in Counter(datasets).items() if number is not None}
     for index, record in rejected.items():
         if (number := datasets[index]) is not None:
@@ -151,14 +159,14 @@ def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any
 
 
 def _image_notes(noted: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
-    """Images by what was passed over in them, and the places of a few such rows. noted: (place, notes) of rows."""
+    """Counts of the images with each note, and the places of a few such rows. noted: (place, notes) of rows."""
     counts = Counter(note for _, notes in noted for note in notes)
     examples = {note: [place for place, notes in noted if note in notes][:EXAMPLES] for note in sorted(counts)}
     return {"image_notes": dict(sorted(counts.items())), "examples": examples}
 
 
 def content_hash(bins: pa.Table) -> str:
-    """What bins (`schema.BINS`) are known by: their tokens, samples, rules and images, not the bytes of a file."""
+    """Hash the contents of bins (`schema.BINS`): tokens, samples, rules and images, not the bytes of a file."""
     digest = hashlib.blake2b(digest_size=16)
     for name in ("input_ids", "sample_lengths", "sample_rules", "given"):
         column = bins[name].combine_chunks()
@@ -174,7 +182,7 @@ def content_hash(bins: pa.Table) -> str:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of a window's samples, ready to be cut."""
+    """The columns of a window's samples as flat arrays, from which bins are cut."""
 
     table: pa.Table
     ids: np.ndarray
@@ -186,7 +194,7 @@ class _Columns:
     rules: np.ndarray
     reasons: list[str | None]
     images: list[list[dict[str, Any]]]
-    given: np.ndarray
+    given_mask: np.ndarray
     notes: list[list[str]]
     datasets: np.ndarray
 
@@ -195,9 +203,9 @@ class _Columns:
         ids = table["input_ids"].combine_chunks()
         lengths = ids.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         rules = table["rule"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False)
-        given = np.zeros(int(lengths.sum()), dtype=bool)
+        given_mask = np.zeros(int(lengths.sum()), dtype=bool)
         flags = table["given"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        given[np.repeat(rules == LossRule.GIVEN, lengths)] = flags
+        given_mask[np.repeat(rules == LossRule.GIVEN, lengths)] = flags
         return cls(
             table=table,
             ids=ids.flatten().to_numpy(),
@@ -209,39 +217,39 @@ class _Columns:
             rules=rules,
             reasons=table["reason"].to_pylist(),
             images=table["images"].to_pylist(),
-            given=given,
+            given_mask=given_mask,
             notes=[notes or [] for notes in table["notes"].to_pylist()],
             datasets=table["dataset"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False),
         )
 
     def set_columns(self) -> dict[str, dict[str, Any]]:
-        """Of each set of rows: its images and the columns by which it is judged (`mmray.rows.columns`)."""
-        found: dict[str, dict[str, Any]] = {}
+        """The number of images, and the columns by which it is checked, of each set of rows (`mmray.rows.columns`)."""
+        facts_of_sets: dict[str, dict[str, Any]] = {}
         named = self.table["columns"].to_pylist()
         for number, images, names in zip(self.datasets.tolist(), self.images, named):
             if number < 0:
                 continue
-            facts = found.setdefault(str(number), {"images": 0, "columns": []})
+            facts = facts_of_sets.setdefault(str(number), {"images": 0, "columns": []})
             facts["images"] += len(images)
             facts["columns"] += [name for name in names or () if name not in facts["columns"]]
-        return found
+        return facts_of_sets
 
     def tokens(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
     def trained_tokens(self, labels: LabelMaker) -> np.ndarray:
-        """Trained tokens of every row, int64 [rows]; 0 for rejected rows."""
+        """Number of trained tokens of every row, int64 [rows]; 0 for rejected rows."""
         blocks = [
             (int(self.offsets[index]) + image["first_token"], image["num_tokens"])
             for index, images in enumerate(self.images)
             for image in images
         ]
-        made = labels.of_arrays(self.ids, self.lengths, self.rules, self.given, blocks)
-        before = np.concatenate([[0], (made != IGNORE_INDEX).cumsum()])
+        label_ids = labels.of_arrays(self.ids, self.lengths, self.rules, self.given_mask, blocks)
+        before = np.concatenate([[0], (label_ids != IGNORE_INDEX).cumsum()])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
     def loads(self, trained: np.ndarray) -> Loads:
-        """Of every row, as if it had a bin of its own. trained: its trained tokens, int64 [rows]."""
+        """Loads of every row, as if each had its own bin. trained: number of trained tokens, int64 [rows]."""
         return Loads(
             tokens=self.lengths,
             visual_tokens=self.visual.astype(np.int64),
@@ -261,7 +269,7 @@ class _Columns:
             for image in self.images[index]
         ]
         any_given = bool((self.rules[list(members)] == LossRule.GIVEN).any())
-        given = [self.given[self.offsets[index] : self.offsets[index + 1]] for index in members]
+        given_masks = [self.given_mask[self.offsets[index] : self.offsets[index + 1]] for index in members]
         return {
             "bucket": buckets.pop() if len(buckets) == 1 else "mixed",
             "num_tokens": int(starts[-1]),
@@ -273,7 +281,7 @@ class _Columns:
             "sample_sources": [self.table["source"][index].as_py() for index in members],
             "sample_rules": self.rules[list(members)],
             "sample_sets": self.datasets[list(members)],
-            "given": np.concatenate(given) if any_given else [],
+            "given": np.concatenate(given_masks) if any_given else [],
             "images": images,
         }
 
@@ -303,9 +311,10 @@ def _packed_to_cost(
 def pack_by_bucket(
     lengths: np.ndarray, visual: np.ndarray, buckets: Sequence[str | None], packing: PackingSettings, sample_gap: int
 ) -> list[list[int]]:
-    """Bins as lists of samples: full bins of each bucket in the order of their names, then the rest mixed.
+    """Pack samples into bins: full bins of each bucket, in the order of bucket names, then bins of the leftovers.
 
-    lengths, visual: tokens and visual tokens of each sample, int64 [n]; buckets: their shapes. A sample is a number.
+    lengths, visual: tokens and visual tokens of each sample, int64 [n]; buckets: the image shape of each sample.
+    Returns the bins as lists of sample numbers.
     """
     if packing.mode == "none":
         return [[index] for index in range(len(lengths))]
@@ -325,7 +334,7 @@ def pack_by_bucket(
         return float(max(tokens / packing.token_capacity, images / packing.visual_capacity))
 
     kept: list[list[int]] = []
-    rest: list[int] = []
+    leftovers: list[int] = []
     of_bucket: dict[str, list[int]] = {}
     for index, bucket in enumerate(buckets):
         of_bucket.setdefault(str(bucket), []).append(index)
@@ -334,8 +343,8 @@ def pack_by_bucket(
             if fill(members) >= packing.bucket_fill:
                 kept.append(members)
             else:
-                rest += members
-    return kept + (pack(sorted(rest)) if rest else [])
+                leftovers += members
+    return kept + (pack(sorted(leftovers)) if leftovers else [])
 
 
 def _parquet(table: pa.Table, row_group_size: int, footer: dict[bytes, bytes]) -> bytes:

@@ -1,14 +1,14 @@
-"""Writing a prepared dataset, window by window, from any process, whatever breaks.
+"""Writes a prepared dataset, window by window, from several processes, safe against interruption.
 
     plan.json                          what is being prepared, and the token of this attempt
     bins-00012-3f2a9c1b.parquet        the bins of a window; named by its bytes, so it is never another one's
     rejected-00012-07d1e2aa.part       its rejected rows, until they are joined
     window-00012-<token>.json          its commit: names and sizes of these two files, its counts
 
-A window counts once its commit is there and its files have the sizes the commit names. A commit belongs to the plan
-whose token it bears: actors that outlive a killed driver may go on writing for a while, into the folder of a run that
-has begun anew, and nothing of theirs is taken for the new run's. What they write of the same plan is as good as its
-own. The manifest is written last and names every file that counts; then all others are removed.
+A window counts once its commit exists and its files have the sizes that the commit names. A commit belongs to the plan
+whose token is in its name: actors that outlive a killed driver may go on writing into the folder of a run that has
+begun anew, whose token differs, so that nothing of theirs is used. What they write for the same plan is equal to what
+the new run writes. The manifest is written last and names every file that counts; then all others are removed.
 """
 
 import base64
@@ -40,23 +40,23 @@ from mmray.storage import Folder, explained
 
 _COMMIT_PREFIX = "window-"
 _OWN_PREFIXES = ("bins-", _COMMIT_PREFIX, "rejected-", ".bins-", f".{_COMMIT_PREFIX}", ".rejected")
-"""Names of what mmray writes. With a dot: what a process that was killed while writing leaves (`Folder.writing`)."""
+"""Prefixes of the files that mmray writes; with a dot: files left by a process killed in `Folder.writing`."""
 
 _READERS = 16
-"""Threads that read commits: in object storage each is a request."""
+"""Number of threads that read commits: in object storage each commit is a request."""
 _REJECTED_BYTES = 16 << 20
-"""Of rejected rows that are written together."""
+"""Size in bytes at which collected rejected rows are written as a row group."""
 
 
 class WindowWriter:
-    """Commits windows. For the actors of one attempt; several may write the same window."""
+    """Commits windows of one plan. Several actors may write the same window."""
 
     def __init__(self, path: str, token: str) -> None:
-        """token: of the plan (`PreparedWriter.begin`)."""
+        """token: token of the plan (`PreparedWriter.begin`)."""
         self._folder, self._token = Folder(path), token
 
     def write(self, number: int, window: Window) -> None:
-        """Commit one window. Raises UserError where the files cannot be written."""
+        """Commit one window. Raises UserError when its files cannot be written."""
         bins = f"bins-{number:05d}-{_hash(window.bins)}.parquet"
         rejected = f"rejected-{number:05d}-{_hash(window.rejected)}.part"
         commit = {
@@ -73,16 +73,16 @@ class WindowWriter:
 
 
 class PreparedWriter:
-    """The driver's side: begins an attempt, continues one, makes the dataset of its windows."""
+    """Begins or continues a plan, and makes the dataset of its windows; the driver has one."""
 
     def __init__(self, path: str) -> None:
         self._folder = Folder(path)
         self.path = path
         self.token = ""
-        """Of the plan that `begin` wrote or found."""
+        """Token of the plan that `begin` wrote or continues."""
 
     def as_begun(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record with its rows dealt as those of what is in the folder, finished or begun by an earlier version."""
+        """The record with rows dealt as in the folder, when an earlier version began or finished a plan there."""
         with explained(self.path):
             for name in (MANIFEST, PLAN):
                 if self._folder.exists(name):
@@ -90,7 +90,7 @@ class PreparedWriter:
         return record
 
     def is_finished(self, record: dict[str, Any]) -> bool:
-        """True when the folder already holds the result for this record. Raises UserError when it holds another's."""
+        """True when the folder holds the result for this record. Raises UserError when it holds another's."""
         with explained(self.path):
             if self._folder.exists(MANIFEST) and self._is_of_version_2(self._read(MANIFEST), record):
                 return True
@@ -100,11 +100,11 @@ class PreparedWriter:
             return self._folder.exists(MANIFEST)
 
     def _is_of_version_2(self, manifest: dict[str, Any], record: dict[str, Any]) -> bool:
-        """Whether the earlier version made the same dataset. Whether a run may begin on it is asked when training."""
+        """True when version 2 made the dataset from the same record. Training checks whether a run may begin on it."""
         return bool(manifest.get("fingerprint") == fingerprint(record | {"format_version": 2}))
 
     def begin(self, record: dict[str, Any]) -> set[int]:
-        """Note what is being prepared; returns the windows that an earlier run of the same plan finished."""
+        """Write the plan or continue it; returns the windows that an earlier run of the same plan finished."""
         with explained(self.path):
             self._folder.create()
             if not self._folder.exists(PLAN):
@@ -120,11 +120,11 @@ class PreparedWriter:
         return {number for number, commit in zip(numbers, commits) if commit and _is_whole(commit, sizes)}
 
     def windows(self) -> WindowWriter:
-        """What commits windows of the plan that was begun."""
+        """Make the writer of windows for the plan that was begun."""
         return WindowWriter(self.path, self.token)
 
     def statistics(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The counts of windows that are committed, in order."""
+        """Yield the statistics of committed windows, in order."""
         with explained(self.path):
             for commit in self._commits(numbers):
                 yield commit.get("statistics", {})
@@ -133,10 +133,12 @@ class PreparedWriter:
         self, record: dict[str, Any], num_windows: int, *, tiling: TilingPolicy, capacities: tuple[int, int],
         facts: dict[str, Any],
     ) -> PreparedDataset:  # fmt: skip
-        """Join the rejected rows, check that nothing disappeared, write the manifest. facts: what else it shall say.
+        """Join the rejected rows, check that no row was lost, and write the manifest.
 
-        Where another run of the same job has done so in between, its result is this one's too. Raises UserError where
-        a run of another job has taken the folder.
+        capacities: (token_capacity, visual_capacity) of a bin; facts: further entries of the manifest.
+
+        Returns the dataset, also when another run of the same job has finished it in between. Raises UserError when a
+        run of another job uses the folder.
         """
         with explained(self.path):
             try:
@@ -163,7 +165,7 @@ class PreparedWriter:
             rejected = _RejectedRows(writer)
 
             def joined() -> Iterator[dict[str, Any]]:
-                """The statistics of each window, whose other parts are taken on the way: one is held at a time."""
+                """Yield the statistics of each window, and collect its other parts; one window is held at a time."""
                 for commit in self._commits(range(num_windows)):
                     ids.add(base64.b64decode(commit["id_hashes"]))
                     with self._folder.open(commit["rejected_file"]) as part:
@@ -174,9 +176,9 @@ class PreparedWriter:
 
             statistics = add_statistics(joined(), capacities)
             rejected.write()
-            for number, own in statistics["set_columns"].items():
+            for number, set_facts in statistics["set_columns"].items():
                 dataset = record["datasets"][int(number)]
-                if problem := columns_problem(f"data set {number}", dataset, own["images"], own["columns"]):
+                if problem := columns_problem(f"data set {number}", dataset, set_facts["images"], set_facts["columns"]):
                     raise UserError(f"{self.path}: {problem}")
             if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
                 raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
@@ -197,21 +199,23 @@ class PreparedWriter:
     def _count_duplicates(
         self, statistics: dict[str, Any], ids: "_WindowIds", shards: Sequence[dict[str, Any]]
     ) -> None:  # fmt: skip
-        """Add the number of samples whose id another one has, and some such ids, to the statistics."""
+        """Add the number of samples with the id of an earlier one, and some such ids, to the statistics."""
         statistics["duplicate_ids"], places = ids.duplicates()
-        own = {window: self._sample_ids(shards[window]["file"]) for window in {window for window, _ in places}}
+        ids_of_windows = {
+            window: self._sample_ids(shards[window]["file"]) for window in {window for window, _ in places}
+        }
         if places:
-            examples = [own[window][place] for window, place in places]
+            examples = [ids_of_windows[window][place] for window, place in places]
             statistics["examples"]["duplicate_ids"] = list(dict.fromkeys(examples))
 
     def _sample_ids(self, bins_file: str) -> list[str]:
-        """The ids of a window's samples, in the order of its bins."""
+        """Read the ids of a window's samples, in the order of its bins."""
         with self._folder.open(bins_file) as file:
             column = pq.read_table(file, columns=["sample_ids"])["sample_ids"]
         return [row_id for members in column.to_pylist() for row_id in members]
 
     def clear(self) -> None:
-        """Delete what mmray wrote, finished or not, and nothing else in the folder.
+        """Delete every file that mmray wrote, and no other file in the folder.
 
         A stop in between leaves no manifest and no window that counts as finished.
         """
@@ -220,8 +224,8 @@ class PreparedWriter:
             self._folder.remove_files(self._own_files())
 
     def tidy(self) -> None:
-        """Delete what a finished folder's manifest does not name: the parts of windows, and what a stop or a late
-        writer has left."""
+        """Delete the files of mmray that a finished folder's manifest does not name: parts of windows, and leftovers of
+        a stop or of a late writer."""
         with explained(self.path):
             kept = {REJECTED_FILE, *(shard["file"] for shard in self._read(MANIFEST)["shards"])}
             self._remove(PLAN)
@@ -240,20 +244,20 @@ class PreparedWriter:
         return read_json(self._folder, name)
 
     def _commits(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The commits of windows in order, some read ahead; {} for one that is no whole JSON."""
+        """Yield the commits of windows in order, read ahead; {} for a commit that is not whole JSON."""
 
         def read(number: int) -> dict[str, Any]:
             try:
-                found = json.loads(self._folder.read(_commit_name(number, self.token)))
+                commit = json.loads(self._folder.read(_commit_name(number, self.token)))
             except ValueError:
                 return {}
-            return found if isinstance(found, dict) else {}
+            return commit if isinstance(commit, dict) else {}
 
         return in_order(read, numbers, threads=_READERS, ahead=2 * _READERS)
 
 
 class _WindowIds:
-    """The ids of the samples of windows, as they follow one another."""
+    """Collects the id hashes of windows in order, to find duplicates."""
 
     def __init__(self, num_windows: int) -> None:
         self._num_windows = num_windows
@@ -261,14 +265,17 @@ class _WindowIds:
         self._ids: DuplicateIds | None = None
 
     def add(self, hashes: bytes) -> None:
-        """Those of the next window (`rows.duplicates.id_hashes`)."""
+        """Add the hashes of the next window (`rows.duplicates.id_hashes`)."""
         count = len(hashes) // HASH_BYTES
         self._ids = self._ids or DuplicateIds(count * self._num_windows)
         self._ids.add(hashes)
         self._ends.append((self._ends[-1] if self._ends else 0) + count)
 
     def duplicates(self) -> tuple[int, list[tuple[int, int]]]:
-        """How many have the id of an earlier one; of the first such, the window and the position from its end."""
+        """Number of samples with the id of an earlier one, and (window, position) of the first such samples.
+
+        A position is negative: it counts from the end of its window.
+        """
         count, first = 0, np.zeros(0, dtype=np.int64)
         for positions in self._ids.later() if self._ids else ():
             count += len(positions)
@@ -278,8 +285,8 @@ class _WindowIds:
 
 
 class _RejectedRows:
-    """The rejected rows of windows, written together once they are many: a row group for each window would make the
-    file's footer the largest part of it."""
+    """Collects rejected rows of windows and writes them as large row groups: with a row group for each window, the
+    footer would be the largest part of the file."""
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer = writer
@@ -304,9 +311,9 @@ def _commit_name(window: int, token: str) -> str:
 
 
 def _committed(names: Iterable[str], token: str) -> list[int]:
-    """The windows with a commit of a plan."""
-    found = (re.fullmatch(rf"{_COMMIT_PREFIX}(\d+)-{re.escape(token)}\.json", name) for name in names)
-    return sorted(int(match[1]) for match in found if match)
+    """The numbers of the windows with a commit of the plan with this token, sorted."""
+    matches = (re.fullmatch(rf"{_COMMIT_PREFIX}(\d+)-{re.escape(token)}\.json", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _is_whole(commit: dict[str, Any], sizes: Mapping[str, int]) -> bool:
@@ -315,12 +322,12 @@ def _is_whole(commit: dict[str, Any], sizes: Mapping[str, int]) -> bool:
 
 
 def joined_content(windows: Iterable[str]) -> str:
-    """What the bins of all windows are known by."""
+    """Hash the content hashes of all windows."""
     return hashlib.blake2b("".join(windows).encode(), digest_size=8).hexdigest()
 
 
 def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int]) -> dict[str, Any]:
-    """Sum the statistics of windows; fill is the part of all bins' capacity that holds tokens."""
+    """Sum the statistics of windows. Fill is the part of all bins' capacity that holds tokens."""
     total: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     notes: Counter[str] = Counter()
@@ -328,9 +335,9 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     sets: dict[str, dict[str, Any]] = {}
     for part in parts:
         for number, counts in part.get("set_columns", {}).items():
-            own = sets.setdefault(number, {"images": 0, "columns": []})
-            own["images"] += counts["images"]
-            own["columns"] = sorted({*own["columns"], *counts["columns"]})
+            set_facts = sets.setdefault(number, {"images": 0, "columns": []})
+            set_facts["images"] += counts["images"]
+            set_facts["columns"] = sorted({*set_facts["columns"], *counts["columns"]})
         reasons.update(part["rejected_by_reason"])
         notes.update(part["image_notes"])
         for name, places in part["examples"].items():
@@ -350,11 +357,11 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     }
 
 
-def _other_result(path: str, found: dict[str, Any], record: dict[str, Any]) -> str:
-    lines = differences(found.get("record"), json.loads(_json(record)))
+def _other_result(path: str, existing: dict[str, Any], record: dict[str, Any]) -> str:
+    lines = differences(existing.get("record"), json.loads(_json(record)))
     shown = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
     return (
-        f"{path} was prepared from other input (fingerprint {found.get('fingerprint')}, this job has "
+        f"{path} was prepared from other input (fingerprint {existing.get('fingerprint')}, this job has "
         f"{fingerprint(record)}):\n  {shown}\nChoose another output.prepared, or run jobs/prepare.py with --replace "
         "to delete the old one"
     )

@@ -1,7 +1,7 @@
-"""What was prepared and trained, for people: tables in a terminal, pages with charts, objects of a notebook.
+"""Reports prepared datasets and runs: tables in a terminal, pages with charts, objects in a notebook.
 
-`prepared.py` and `run.py` read, `charts.py` turns numbers into shapes, `prepared_page.py` and `run_page.py` put pages
-together, `tables.py` prints.
+`prepared.py` and `run.py` read, `charts.py` turns numbers into shapes, `prepared_page.py` and `run_page.py` compose
+pages, `tables.py` prints.
 """
 
 from mmray.report.prepared_page import prepared_page

@@ -1,11 +1,11 @@
-"""Charts as data: places and labels worked out here, drawn by `templates/charts.html.jinja` as SVG and HTML.
+"""Computes charts as data: places and labels, which `templates/charts.html.jinja` draws as SVG and HTML.
 
-Not matplotlib: its pictures have one size and one palette. Here only the shapes are SVG, stretched to the room there
-is; lines keep their width and all text is HTML of the page, so a chart is as legible on a phone as on a desk, dark or
-light, at about 5 kB. Places are thousandths of the plot's width and height, from the left and from the top.
+matplotlib is not used: its pictures have one size and one palette. Here only the shapes are SVG, stretched to the
+width of the page; lines keep their width and all text is HTML of the page, so a chart is as legible on a phone as on a
+desk, dark or light, at about 5 kB. Places are thousandths of the plot's width and height, from the left and the top.
 
-Long series are drawn as the mean of each of `COLUMNS` stretches inside the band from its smallest to its largest value:
-a spike of one step in a hundred thousand stays visible.
+A long series is divided into `COLUMNS` stretches; each is drawn as its mean, inside a band from its smallest to its
+largest value: a spike of one step in a hundred thousand stays visible.
 """
 
 import math
@@ -17,16 +17,16 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 COLUMNS = 240
-"""Stretches that a longer series is drawn in, and columns that answer the mouse."""
+"""Number of stretches that a longer series is drawn in; half of it is the most columns that show values on hover."""
 FLAG_ROOM = 350
-"""Thousandths of the width that the text of a mark takes at most, also on a phone."""
+"""Largest width of a mark's text, in thousandths of the plot, on a phone too."""
 LOG_FROM, LOG_TO = 50, 1e12
-"""Values that are so many times apart are drawn on a logarithmic axis, where all are positive."""
+"""Range of largest / smallest value in which positive values are drawn on a logarithmic axis."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """place: thousandths; text: what stands there."""
+    """A label on an axis or at a mark. place: in thousandths; text: the label."""
 
     place: float
     text: str
@@ -34,14 +34,14 @@ class Tick:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, as places from 0 to 1000."""
+    """A range of values, mapped to places from 0 to 1000."""
 
     low: float
     high: float
     log: bool = False
 
     def at(self, values: np.ndarray) -> np.ndarray:
-        """Places of values, float64."""
+        """Places of values, float64 [n]."""
         low, high = self.low, self.high
         if self.log:
             low, high, values = math.log(low), math.log(high), np.log(values)
@@ -49,7 +49,7 @@ class Axis:
 
     @property
     def ticks(self) -> list[Tick]:
-        """Round values inside the range, about four."""
+        """About four ticks at round values inside the range."""
         locator = LogLocator(numticks=5) if self.log else MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
         values = np.asarray(locator.tick_values(self.low, self.high))
         slack = 1e-9 * (self.high - self.low)
@@ -58,8 +58,11 @@ class Axis:
 
     @classmethod
     def around(cls, *values: np.ndarray, zero: bool = False, log: bool | None = None) -> "Axis":
-        """A range that holds all finite values with a little room; zero: begins at zero; log: None decides by them."""
-        known = np.concatenate([np.asarray(each, dtype=np.float64).ravel() for each in values])
+        """Make a range that holds all finite values with a little room.
+
+        zero: begin at zero; log: logarithmic; None: decided by the values.
+        """
+        known = np.concatenate([np.asarray(array, dtype=np.float64).ravel() for array in values])
         known = known[np.isfinite(known)]
         low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
         if log is None:
@@ -72,7 +75,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line. colour: a CSS class of the page; line, band: SVG paths; dots: places of single points."""
+    """A drawn series. colour: a CSS class of the page; line, band: SVG paths; dots: places of single points."""
 
     name: str
     colour: str
@@ -83,7 +86,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle from (left, top), with what the mouse is told. strength: its opacity."""
+    """A rectangle with its top left corner at (left, top). title: the text shown on hover; strength: its opacity."""
 
     left: float
     top: float
@@ -96,7 +99,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Plot:
-    """One chart. note: what is to be learned from it, in words; x_name: under the axis, with its unit."""
+    """One chart. note: its message in words; x_name: the label of the x axis, with its unit."""
 
     title: str
     note: str
@@ -106,13 +109,13 @@ class Plot:
     curves: list[Curve] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
     marks: list[Tick] = field(default_factory=list)
-    """Vertical lines, with what happened there; of a text that is empty the line alone."""
+    """Vertical lines with their labels; an empty label draws the line alone."""
     hover: list[Box] = field(default_factory=list)
-    """Columns that tell their values to the mouse."""
+    """Columns over the plot that show their values on hover."""
 
     @property
     def flags(self) -> list[list[Tick]]:
-        """The texts of the marks in rows above one another, so that none covers another."""
+        """The labels of the marks in rows above one another, so that none covers another."""
         rows: list[list[Tick]] = []
         for mark in self.marks:
             if mark.text:
@@ -125,7 +128,7 @@ class Plot:
 
 
 def short(value: float) -> str:
-    """A number as an axis has it: 0, 0.25, 12k, 3.4M, 1e-05."""
+    """Format a number for an axis: 0, 0.25, 12k, 3.4M, 1e-05."""
     size = abs(value)
     if size == 0 or 0.001 <= size < 1000:
         return f"{value:.3g}"
@@ -136,7 +139,7 @@ def short(value: float) -> str:
 
 
 def exact(value: float | None) -> str:
-    """A number as the mouse is told: 1,234,567 or 0.01234."""
+    """Format a number for a hover text: 1,234,567 or 0.01234."""
     if value is None or not math.isfinite(value):
         return "not finite"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
@@ -144,8 +147,10 @@ def exact(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """Values over steps, float64 [n] each; what is not known or not finite is NaN. dots: drawn as points,
-    as long as these can be told apart."""
+    """Values over steps, float64 [n] each; unknown and infinite values are NaN.
+
+    dots: draw points instead of a line, up to COLUMNS of them.
+    """
 
     name: str
     colour: str
@@ -158,17 +163,17 @@ def over_steps(
     title: str, note: str, series: Sequence[Series], *, zero: bool = False, marks: Sequence[tuple[int, str]] = (),
     last_step: int, first_step: int = 1, x_name: str = "step",
 ) -> Plot:  # fmt: skip
-    """Series as lines over steps. marks: (step, what happened)."""
+    """Draw series over steps. marks: (step, label) of events."""
     x = Axis(first_step, max(last_step, first_step + 1))
-    y = Axis.around(*(each.values for each in series), zero=zero)
-    drawn = [each for each in series if len(each.values)]
+    y = Axis.around(*(curve_series.values for curve_series in series), zero=zero)
+    drawn = [curve_series for curve_series in series if len(curve_series.values)]
     return Plot(
         title=title,
         note=note,
         x_name=x_name,
         x_ticks=[tick for tick in x.ticks if "." not in tick.text or tick.text[-1] in "kMG"],
         y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
-        curves=[_curve(each, x, y) for each in drawn],
+        curves=[_curve(curve_series, x, y) for curve_series in drawn],
         marks=[Tick(float(x.at(np.asarray(step)).clip(0, 1000)), text) for step, text in marks],
         hover=_hover(drawn, x, x_name),
     )
@@ -192,7 +197,7 @@ def _curve(series: Series, x: Axis, y: Axis) -> Curve:
 
 
 def _stretches(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(middle step, smallest, mean, largest) of each stretch with a finite value in it."""
+    """Middle step, smallest, mean and largest value of each stretch with a finite value, float64 [n] each."""
     known = np.isfinite(series.values)
     steps, values = series.steps[known], series.values[known]
     stretch = np.floor((steps - steps[0]) * (COLUMNS / (steps[-1] - steps[0] + 1))).astype(np.int64)
@@ -207,7 +212,7 @@ def _stretches(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """A line through points, interrupted where one is not known. A point alone is a dot."""
+    """An SVG line through points, interrupted at unknown ones. A single point is a dot."""
     parts, pen = [], "M"
     for left, top in zip(x.tolist(), y.tolist()):
         if math.isfinite(top):
@@ -219,18 +224,18 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _band(x: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> str:
-    there = [f"{left:.1f} {height:.1f}" for left, height in zip(x, top)]
-    back = [f"{left:.1f} {height:.1f}" for left, height in zip(x[::-1], bottom[::-1])]
-    return f"M{'L'.join(there + back)}Z"
+    upper = [f"{left:.1f} {height:.1f}" for left, height in zip(x, top)]
+    lower = [f"{left:.1f} {height:.1f}" for left, height in zip(x[::-1], bottom[::-1])]
+    return f"M{'L'.join(upper + lower)}Z"
 
 
 def _hover(series: Sequence[Series], x: Axis, x_name: str) -> list[Box]:
-    """Columns over the plot; each tells the steps it stands for and what the series are there."""
+    """Make the columns over the plot; the hover text of each names its steps and the values of the series."""
     columns = int(min(COLUMNS // 2, x.high - x.low + 1))
     borders = np.linspace(x.low - 0.5, x.high + 0.5, columns + 1)
     boxes = []
     for left, right in pairwise(borders.tolist()):
-        lines = [line for each in series for line in _told(each, left, right)]
+        lines = [line for curve_series in series for line in _hover_lines(curve_series, left, right)]
         if lines:
             first, last = math.ceil(left), math.ceil(right) - 1
             steps = f"{x_name} {first:,}" + (f" to {last:,}" if last > first else "")
@@ -239,7 +244,7 @@ def _hover(series: Sequence[Series], x: Axis, x_name: str) -> list[Box]:
     return boxes
 
 
-def _told(series: Series, left: float, right: float) -> list[str]:
+def _hover_lines(series: Series, left: float, right: float) -> list[str]:
     first, stop = np.searchsorted(series.steps, [left, right])
     values = series.values[first:stop]
     if not len(values):
@@ -258,7 +263,10 @@ def histogram(
     title: str, note: str, counts: np.ndarray, edges: np.ndarray, *, x_name: str, what: str, colour: str,
     axis: Axis | None = None,
 ) -> Plot:  # fmt: skip
-    """Bars of counts between edges. axis: of x, default linear over the edges; what: is counted."""
+    """Draw counts as bars between edges.
+
+    axis: the x axis; default: linear over the edges; what: the name of the counted things.
+    """
     x = axis or Axis(float(edges[0]), float(edges[-1]))
     y = Axis(0, float(max(counts.max(initial=0), 1)) * 1.06)
     total = max(int(counts.sum()), 1)
@@ -286,7 +294,7 @@ def heat_map(
     title: str, note: str, x: np.ndarray, y: np.ndarray, x_max: float, y_max: float, *, x_name: str, what: str,
     cells: int = 24,
 ) -> Plot:  # fmt: skip
-    """How often two values come together, darker for oftener; both axes from 0."""
+    """Draw how often pairs of values occur, darker for more; both axes begin at 0."""
     counts, x_edges, y_edges = np.histogram2d(x, y, bins=cells, range=[[0, x_max], [0, y_max]])
     across, up = Axis(0, x_max), Axis(0, y_max)
     side, most = 1000 / cells, counts.max(initial=1)

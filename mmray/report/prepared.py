@@ -1,8 +1,8 @@
-"""What there is to see of a prepared dataset: counts, distributions, the balance of steps, rejected rows.
+"""Computes the numbers of a prepared dataset's report: distributions, the balance of steps, rejected rows.
 
-Everything rests on the loads in the footers of the bins files and on two columns. Of a dataset of many files, evenly
-spaced ones are read, and the page says how many: the footers of 128 files take half a second from a local disk, and are
-about 130,000 bins. Sums (rows, bins, tokens, fill, rejects) are those of the manifest, so of all bins.
+The numbers come from the loads in the footers of the bins files and from two columns. Of many files, evenly spaced ones
+are read, and the page says how many: the footers of 128 files take half a second from a local disk, and hold about
+130,000 bins. Sums (rows, bins, tokens, fill, rejected rows) come from the manifest, and so cover all bins.
 """
 
 from collections.abc import Mapping
@@ -20,19 +20,23 @@ from mmray.schedule.loads import Loads
 from mmray.schedule.schedule import Schedule
 
 MOST_FOOTERS, MOST_FILES = 128, 16
-"""Files whose footers are read, and files whose columns are."""
+"""Most files whose footers are read, and most files whose columns are read."""
 MOST_STEPS, MOST_STEP_BINS = 256, 16_384
-"""Steps whose balance is worked out, and the bins in them: the more bins a step has, the fewer steps."""
+"""Most steps whose balance is computed, and most bins in them: the more bins a step has, the fewer steps."""
 EXAMPLES = 3
-"""Rejected rows shown for each reason."""
+"""Number of rejected rows shown for each reason."""
 MOST_REJECTED_PARTS = 64
 SHOWN_BINS = 4
 
 
 @dataclass(frozen=True)
 class Distributions:
-    """Of the bins that were read. loads: of each; sample_lengths: tokens of each of their samples, int64 [n];
-    images: of each bin, int64 [n]; bins, files: how many were read of how many."""
+    """The distributions of the bins that were read.
+
+    loads: the loads of each bin, None without bins; sample_lengths: tokens of each sample, int64 [samples]; images:
+    number of images of each bin, int64 [bins]; bins: (bins whose footer was read, all bins); column_bins: bins whose
+    columns were read.
+    """
 
     loads: Loads | None
     sample_lengths: np.ndarray
@@ -62,7 +66,7 @@ class Distributions:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How bins become steps: of a job, or what a job has that says nothing."""
+    """The settings by which bins become steps: a job's, or the defaults."""
 
     global_batch_bins: int
     workers: int
@@ -70,7 +74,7 @@ class StepSettings:
     seed: int
     balance: BalanceSettings
     source: str
-    """Where the settings are from, in words."""
+    """The origin of the settings, in words."""
 
     @classmethod
     def of(cls, job: Job | None) -> "StepSettings":
@@ -89,17 +93,19 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepBalance:
-    """Of steps from the first: the time of the slowest rank against equal ranks, float64 [steps], 1 is best."""
+    """The time of the slowest rank in each of the first steps relative to equal ranks, float64 [steps]; 1 is best."""
 
     plain: np.ndarray
     balanced: np.ndarray
     whole_steps: int
-    """Steps of an epoch without its last, which may be short."""
+    """Number of steps of an epoch, without a short last one."""
 
 
 def step_balance(prepared: PreparedDataset, settings: StepSettings) -> StepBalance:
-    """The balance of the first steps, in plain shuffled order and balanced by cost. No steps where an epoch has no
-    whole one."""
+    """Compute the balance of the first steps, in plain shuffled order and balanced by cost.
+
+    There are no steps when an epoch has no whole one.
+    """
     whole = len(prepared) // settings.global_batch_bins
     steps = min(whole, MOST_STEPS, max(MOST_STEP_BINS // settings.global_batch_bins, 1))
     if not steps:
@@ -113,38 +119,42 @@ def step_balance(prepared: PreparedDataset, settings: StepSettings) -> StepBalan
 def _slowest(
     order: Schedule | BoundSchedule, prepared: PreparedDataset, settings: StepSettings, steps: int
 ) -> np.ndarray:
-    """Of each step: time with ranks that wait for one another after every micro-batch, against equal ranks."""
+    """The time of each step, when ranks wait for one another after every micro-batch, relative to equal ranks."""
     ranks = range(settings.workers)
-    dealt = np.asarray([[_of_rank(order, settings, step, rank) for rank in ranks] for step in range(steps)])
+    dealt = np.asarray([[_rank_bins(order, settings, step, rank) for rank in ranks] for step in range(steps)])
     cost = np.zeros(dealt.shape)  # [steps, ranks, micro-batches, bins]
     cost[dealt >= 0] = settings.balance.costs(prepared.loads(dealt[dealt >= 0]))
     micro = cost.sum(axis=3)
     return micro.max(axis=1).sum(axis=1) / micro.mean(axis=1).sum(axis=1)
 
 
-def _of_rank(order: Schedule | BoundSchedule, settings: StepSettings, step: int, rank: int) -> list[list[int]]:
-    """The bins of each micro-batch of a rank; -1: none."""
+def _rank_bins(order: Schedule | BoundSchedule, settings: StepSettings, step: int, rank: int) -> list[list[int]]:
+    """The bin numbers of each micro-batch of a rank; -1 for an empty bin."""
     micros = order.rank_bins(step, rank, settings.workers, settings.micro_batch_bins)
     return [[-1 if number is None else number for number in micro] for micro in micros]
 
 
 @dataclass(frozen=True)
 class Rejects:
-    """Rejected rows: how many of each reason, the commonest first, and some of each as `schema.REJECTED` has them."""
+    """The rejected rows of a dataset.
+
+    counts: number of rows of each reason, the most frequent first; examples: some rows of each reason, as in
+    `schema.REJECTED`.
+    """
 
     counts: dict[str, int]
     examples: dict[str, list[dict[str, Any]]]
 
 
 def rejects(prepared: PreparedDataset) -> Rejects:
-    """The rejected rows of a dataset; examples are the first of each reason, so far as they come early in the file."""
+    """Read the rejected rows of a dataset; examples are the first of each reason in the beginning of the file."""
     by_count: Mapping[str, int] = prepared.statistics["rejected_by_reason"]
     counts = dict(sorted(by_count.items(), key=lambda item: (-item[1], item[0])))
     examples: dict[str, list[dict[str, Any]]] = {reason: [] for reason in counts}
     if counts:
         for number, part in enumerate(prepared.rejected_parts()):
             if number >= MOST_REJECTED_PARTS or all(
-                len(found) >= min(EXAMPLES, counts[reason]) for reason, found in examples.items()
+                len(rows) >= min(EXAMPLES, counts[reason]) for reason, rows in examples.items()
             ):
                 break
             _add_examples(examples, part)
@@ -153,13 +163,13 @@ def rejects(prepared: PreparedDataset) -> Rejects:
 
 def _add_examples(examples: dict[str, list[dict[str, Any]]], part: pa.Table) -> None:
     reasons = np.asarray(part["reason"].to_pylist(), dtype=object)
-    for reason, found in examples.items():
-        places = np.flatnonzero(reasons == reason)[: EXAMPLES - len(found)]
-        found += part.take(places).to_pylist()
+    for reason, rows in examples.items():
+        places = np.flatnonzero(reasons == reason)[: EXAMPLES - len(rows)]
+        rows += part.take(places).to_pylist()
 
 
 def bins_to_show(distributions: Distributions, prepared: PreparedDataset, most: int = SHOWN_BINS) -> list[int]:
-    """Bins for a person to look at: of each of the commonest buckets the one of middling length."""
+    """Numbers of bins for a person to look at: the bin of median length in each of the most frequent buckets."""
     loads = distributions.loads
     if loads is None:
         return []
@@ -168,14 +178,14 @@ def bins_to_show(distributions: Distributions, prepared: PreparedDataset, most: 
     names, counts = np.unique(loads.bucket, return_counts=True)
     chosen = []
     for name in names[np.argsort(-counts, kind="stable")][:most]:
-        own = np.flatnonzero(loads.bucket == name)
-        by_length = own[np.argsort(loads.tokens[own], kind="stable")]
+        bucket_bins = np.flatnonzero(loads.bucket == name)
+        by_length = bucket_bins[np.argsort(loads.tokens[bucket_bins], kind="stable")]
         chosen.append(int(numbers[by_length[len(by_length) // 2]]))
     return chosen
 
 
 def spaced(items: list[int], most: int) -> list[int]:
-    """At most so many, evenly spaced, in order."""
+    """Pick at most `most` items, evenly spaced, in order."""
     if len(items) <= most:
         return items
     return [items[place] for place in np.linspace(0, len(items) - 1, most).round().astype(int).tolist()]

@@ -1,4 +1,4 @@
-"""The page of a prepared dataset: what `prepared.py` found, in words and charts."""
+"""Renders the page of a prepared dataset: the numbers of `prepared.py` in words and charts."""
 
 from typing import Any
 
@@ -22,23 +22,25 @@ from mmray.report.prepared import (
 )  # fmt: skip
 
 MOST_SAMPLES = 4
-"""Samples shown of each bin."""
+"""Number of samples shown of each bin."""
 PICTURE_PIXELS = 1_000_000
-"""Of all pictures of one bin together: about 0.4 MB as JPEG."""
+"""Pixels of all pictures of one bin: about 0.4 MB as JPEG."""
 LENGTH_BARS = 32
 
 
 def prepared_page(
     prepared: PreparedDataset, processor: str | None = None, *, job: Job | None = None, trust_remote_code: bool = False
 ) -> str:
-    """The report of a prepared dataset as one page.
+    """The report of a prepared dataset as one page of HTML.
 
-    processor: folder or hub name; default: where it was when the dataset was prepared, and where it cannot be loaded
-    from there, no bins are shown. job: whose steps are shown; default: `StepSettings.of(None)`. Raises UserError for a
-    processor that was given and is not the dataset's, and for files that cannot be read.
+    processor: folder or hub name; default: where it was when the dataset was prepared. Bins are shown only when the
+    default can be loaded.
+    job: the job whose steps the page shows; default: `StepSettings.of(None)`.
+
+    Raises UserError for a `processor` that is not the dataset's, and for files that cannot be read.
     """
-    found = Distributions.of(prepared)
-    bins, bins_note = _bins(prepared, found, processor, trust_remote_code)
+    distributions = Distributions.of(prepared)
+    bins, bins_note = _bins(prepared, distributions, processor, trust_remote_code)
     balance, balance_note = _balance(prepared, StepSettings.of(job))
     refused = rejects(prepared)
     most = max(refused.counts.values(), default=1)
@@ -48,9 +50,9 @@ def prepared_page(
         figures=_figures(prepared),
         gauges=_gauges(prepared) if len(prepared) else [],
         fill_note=_fill_note(prepared),
-        sampled=_sampled(found),
-        charts=_charts(prepared, found),
-        buckets=_buckets(found),
+        sampled=_sampled(distributions),
+        charts=_charts(prepared, distributions),
+        buckets=_buckets(distributions),
         balance=balance,
         balance_note=balance_note,
         rejects=[
@@ -60,7 +62,7 @@ def prepared_page(
         rejects_note=_rejects_note(prepared),
         bins=bins,
         bins_note=bins_note,
-        made=made_by(),
+        footer=made_by(),
     )
 
 
@@ -120,47 +122,48 @@ def _fill_note(prepared: PreparedDataset) -> str:
     )
 
 
-def _sampled(found: Distributions) -> str:
-    read, whole = found.bins
+def _sampled(distributions: Distributions) -> str:
+    read, whole = distributions.bins
     notes = []
     if read < whole:
         notes.append(f"Charts of bins are of {read:,} of {whole:,} bins, in evenly spaced files.")
-    if found.column_bins < whole:
-        notes.append(f"Lengths of samples and images per bin are of {found.column_bins:,} of {whole:,} bins.")
+    if distributions.column_bins < whole:
+        notes.append(f"Lengths of samples and images per bin are of {distributions.column_bins:,} of {whole:,} bins.")
     return " ".join(notes)
 
 
-def _charts(prepared: PreparedDataset, found: Distributions) -> list[Plot]:
-    if found.loads is None:
+def _charts(prepared: PreparedDataset, distributions: Distributions) -> list[Plot]:
+    if distributions.loads is None:
         return []
     packing = prepared.manifest["record"]["packing"]
     tokens, visual = packing["token_capacity"], packing["visual_capacity"]
     return [
-        _both_fills(found, tokens, visual),
-        _bin_lengths(found, tokens),
-        _sample_lengths(found),
-        _images(found),
-        *([_visual_lengths(found, visual)] if found.loads.visual_tokens.any() else []),
+        _both_fills(distributions, tokens, visual),
+        _bin_lengths(distributions, tokens),
+        _sample_lengths(distributions),
+        _images(distributions),
+        *([_visual_lengths(distributions, visual)] if distributions.loads.visual_tokens.any() else []),
     ]
 
 
-def _both_fills(found: Distributions, tokens: int, visual: int) -> Plot:
-    assert found.loads is not None
-    full = found.loads.tokens >= 0.95 * tokens, found.loads.visual_tokens >= 0.95 * visual
+def _both_fills(distributions: Distributions, tokens: int, visual: int) -> Plot:
+    loads = distributions.loads
+    assert loads is not None
+    full = loads.tokens >= 0.95 * tokens, loads.visual_tokens >= 0.95 * visual
     neither = ~(full[0] | full[1])
     note = (
         f"95 % full in tokens: {full[0].mean():.0%} of bins, in visual tokens: {full[1].mean():.0%}, "
         f"in neither: {neither.mean():.0%}. Darker: more bins."
     )
     return charts.heat_map(
-        "Tokens and visual tokens of each bin", note, found.loads.tokens, found.loads.visual_tokens, tokens, visual,
+        "Tokens and visual tokens of each bin", note, loads.tokens, loads.visual_tokens, tokens, visual,
         x_name="tokens → capacity; upwards: visual tokens", what="bins",
     )  # fmt: skip
 
 
-def _bin_lengths(found: Distributions, capacity: int) -> Plot:
-    assert found.loads is not None
-    lengths = found.loads.tokens
+def _bin_lengths(distributions: Distributions, capacity: int) -> Plot:
+    assert distributions.loads is not None
+    lengths = distributions.loads.tokens
     counts, edges = np.histogram(lengths, bins=LENGTH_BARS, range=(0, capacity))
     note = f"Median {np.median(lengths):,.0f}, shortest {lengths.min():,}, longest {lengths.max():,} of {capacity:,}."
     return charts.histogram(
@@ -168,9 +171,9 @@ def _bin_lengths(found: Distributions, capacity: int) -> Plot:
     )
 
 
-def _visual_lengths(found: Distributions, capacity: int) -> Plot:
-    assert found.loads is not None
-    lengths = found.loads.visual_tokens
+def _visual_lengths(distributions: Distributions, capacity: int) -> Plot:
+    assert distributions.loads is not None
+    lengths = distributions.loads.visual_tokens
     counts, edges = np.histogram(lengths, bins=LENGTH_BARS, range=(0, capacity))
     note = (
         f"Median {np.median(lengths):,.0f}, most {lengths.max():,} of {capacity:,}; {(lengths == 0).mean():.0%} none."
@@ -180,8 +183,8 @@ def _visual_lengths(found: Distributions, capacity: int) -> Plot:
     )
 
 
-def _sample_lengths(found: Distributions) -> Plot:
-    lengths = found.sample_lengths
+def _sample_lengths(distributions: Distributions) -> Plot:
+    lengths = distributions.sample_lengths
     low, high = max(int(lengths.min()), 1), int(lengths.max())
     is_log = high / low > charts.LOG_FROM
     edges = np.geomspace(low, high + 1, LENGTH_BARS + 1) if is_log else np.linspace(low, high + 1, LENGTH_BARS + 1)
@@ -193,8 +196,8 @@ def _sample_lengths(found: Distributions) -> Plot:
     )  # fmt: skip
 
 
-def _images(found: Distributions) -> Plot:
-    images = found.images
+def _images(distributions: Distributions) -> Plot:
+    images = distributions.images
     most = int(images.max())
     width = max(1, -(-(most + 1) // LENGTH_BARS))
     edges = np.arange(0, most + 1 + width, width) - 0.5
@@ -205,38 +208,38 @@ def _images(found: Distributions) -> Plot:
     )
 
 
-def _buckets(found: Distributions) -> list[dict[str, Any]]:
-    if found.loads is None:
+def _buckets(distributions: Distributions) -> list[dict[str, Any]]:
+    if distributions.loads is None:
         return []
-    names, counts = np.unique(found.loads.bucket, return_counts=True)
+    names, counts = np.unique(distributions.loads.bucket, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     total, most = counts.sum(), counts.max()
     return [
-        {"name": str(names[each]), "share_of_most": counts[each] / most,
-         "text": f"{counts[each]:,} bins, {counts[each] / total:.0%}"}
-        for each in order
+        {"name": str(names[index]), "share_of_most": counts[index] / most,
+         "text": f"{counts[index]:,} bins, {counts[index] / total:.0%}"}
+        for index in order
     ]  # fmt: skip
 
 
 def _balance(prepared: PreparedDataset, settings: StepSettings) -> tuple[Plot | None, str]:
     if not len(prepared):
         return None, ""
-    found = step_balance(prepared, settings)
-    steps = len(found.plain)
+    times = step_balance(prepared, settings)
+    steps = len(times.plain)
     if not steps:
         size = f"{settings.global_batch_bins:,} ({settings.source})"
         return None, f"An epoch of {len(prepared):,} bins has no whole step of {size}."
     if settings.workers == 1:
         return None, f"One worker waits for no other ({settings.source})."
     size = f"{settings.global_batch_bins:,} bins a step on {settings.workers:,} workers"
-    shown = "" if steps == found.whole_steps else f"; the first {steps:,} of {found.whole_steps:,} steps of an epoch"
+    shown = "" if steps == times.whole_steps else f"; the first {steps:,} of {times.whole_steps:,} steps of an epoch"
     note = f"Time of the slowest worker against equal work, by cost: 1 is best. {size}{shown} ({settings.source})."
     numbers = np.arange(1, steps + 1)
     plot = charts.over_steps(
         "Equal work for all workers", note,
         [
-            Series(f"plain order {found.plain.mean():.2f}", "grey", numbers, found.plain),
-            Series(f"balanced {found.balanced.mean():.2f}", "good", numbers, found.balanced),
+            Series(f"plain order {times.plain.mean():.2f}", "grey", numbers, times.plain),
+            Series(f"balanced {times.balanced.mean():.2f}", "good", numbers, times.balanced),
         ],
         last_step=steps,
     )  # fmt: skip
@@ -250,10 +253,10 @@ def _rejects_note(prepared: PreparedDataset) -> str:
 
 
 def _bins(
-    prepared: PreparedDataset, found: Distributions, processor: str | None, trust_remote_code: bool
+    prepared: PreparedDataset, distributions: Distributions, processor: str | None, trust_remote_code: bool
 ) -> tuple[list[ShownBin], str]:
-    """Bins to look at, and a line about them: why there are none, where there are none."""
-    numbers = bins_to_show(found, prepared)
+    """Bins for a person to look at, and a line about them, which says why when there are none."""
+    numbers = bins_to_show(distributions, prepared)
     if not numbers:
         return [], ""
     try:
@@ -270,4 +273,4 @@ def _bins(
         )
         for number in numbers
     ]
-    return shown, "Of each of the commonest buckets the bin of middling length, as training sees it."
+    return shown, "The bin of median length in each of the most frequent buckets, as training uses it."

@@ -1,4 +1,4 @@
-"""A training run as it lies in its folder, for reports and notebooks."""
+"""Reads a training run from its folder, for reports and notebooks."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,22 +24,22 @@ from mmray.training.json_lines import read_json_lines
 
 MOST_MARKS = 8
 MARKS = {"resume": "resumed", "preemption": "preempted", "damaged_checkpoint": "damaged", "continue_on": "other data"}
-"""Events that have a line in the charts, and what stands there."""
+"""Events that are marked in charts, with their labels."""
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint in the run's folder. step: steps that its weights have seen."""
+    """A checkpoint in the run's folder. step: number of steps that its weights were trained for."""
 
     name: str
     step: int
 
 
 class Run:
-    """Read access to a run's folder, as it was when its parts were first asked for: a new Run sees more.
+    """Gives read access to a run's folder. Each part is read once, when first used; a new Run reads what is new.
 
     >>> run = Run("/shared/ocr_pages/run")
-    >>> run.column("loss")[-1], run.history[-1]["event"], [each.step for each in run.checkpoints]
+    >>> run.column("loss")[-1], run.history[-1]["event"], [checkpoint.step for checkpoint in run.checkpoints]
     (1.83, 'finish', [800, 1000])
 
     Raises UserError for a folder that holds no run.
@@ -48,14 +48,14 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         run = RunFolder(folder)
         self.folder = run.fetch()
-        """Where its files are here; of a run in an object store copies of them."""
+        """Local folder of its files; for a run in an object store, of copies of them."""
         if not self.is_one(self.folder):
             raise UserError(f"{folder} holds no run: no {METRICS_FILE}; give output.run of a job that trains")
         self._checkpoint_names = run.checkpoint_names()
 
     @staticmethod
     def is_one(folder: str | Path) -> bool:
-        """Whether a folder, by path or URI, holds a run."""
+        """True when a folder, by path or URI, holds a run."""
         return any(Folder(str(folder)).exists(name) for name in (METRICS_FILE, HISTORY_FILE))
 
     @cached_property
@@ -66,17 +66,17 @@ class Run:
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """The training steps."""
+        """The lines of metrics.jsonl that are training steps."""
         return [line for line in self.metrics if "loss" in line]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluations."""
+        """The lines of metrics.jsonl that are evaluations."""
         return [line for line in self.metrics if "eval_loss" in line]
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """What happened to the run (`training.history`); none where it was written before there was a history."""
+        """The events of the run (`run.history`); empty for a run of an earlier version, without a history."""
         return read_history(self.folder)
 
     @cached_property
@@ -86,53 +86,53 @@ class Run:
 
     @cached_property
     def skipped(self) -> list[dict[str, Any]]:
-        """Samples that were left out of the loss (`training.skipped`), by step."""
+        """Samples that were left out of the loss (`run.skipped`), by step."""
         return read_json_lines(self.folder / SKIPPED_FILE)
 
     @cached_property
     def checkpoints(self) -> list[SavedCheckpoint]:
-        """The checkpoints that are there, by step. Damaged ones are left out."""
-        found = []
+        """The checkpoints in the folder, by step, without damaged ones."""
+        checkpoints = []
         for name in self._checkpoint_names:
             try:
-                found.append(SavedCheckpoint(name, Cursor.read(self.folder / name / CURSOR_FILE).step))
+                checkpoints.append(SavedCheckpoint(name, Cursor.read(self.folder / name / CURSOR_FILE).step))
             except UserError:
                 continue
-        return sorted(found, key=lambda each: each.step)
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
     def column(self, name: str) -> np.ndarray:
-        """A value of every training step, float64 [steps]; NaN where it was not finite or is not known."""
+        """A value of every training step, float64 [steps]; NaN where it is unknown or was not finite."""
         return _numbers(self.steps, name)
 
     def eval_column(self, name: str) -> np.ndarray:
-        """The same of every evaluation."""
+        """A value of every evaluation, float64 [evaluations]; NaN where it is unknown or was not finite."""
         return _numbers(self.evaluations, name)
 
     @property
     def last_step(self) -> int:
-        """Steps done."""
+        """Number of the last training step; 0 before the first."""
         return int(self.steps[-1]["step"]) if self.steps else 0
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last thing that happened was its end. False too of runs without a history."""
+        """True when the last event is the end of the run. False for runs without a history."""
         return bool(self.history) and self.history[-1]["event"] == "finish"
 
     @property
     def lasted(self) -> timedelta | None:
-        """From the first to the last event, interruptions included; None without two events."""
+        """Time from the first to the last event, interruptions included; None without two events."""
         times = [datetime.fromisoformat(event["time"]) for event in self.history]
         return max(times) - min(times) if len(times) > 1 else None
 
     @cached_property
     def workers(self) -> np.ndarray:
-        """Ranks of every training step, float64 [steps]: as metrics say, else as the history does; NaN: not known."""
-        steps, told = self.column("step"), np.full(len(self.steps), np.nan)
+        """Number of ranks in every training step, float64 [steps], from metrics or else the history; NaN if unknown."""
+        steps, from_history = self.column("step"), np.full(len(self.steps), np.nan)
         for event in self.history:
             if event["event"] in ("start", "resume") and event["workers"]:
-                told[steps > event["step"]] = event["workers"]
+                from_history[steps > event["step"]] = event["workers"]
         counted = self.column("workers")
-        return np.where(np.isnan(counted), told, counted)
+        return np.where(np.isnan(counted), from_history, counted)
 
     def _repr_html_(self) -> str:
         if not self.steps:
@@ -143,7 +143,9 @@ class Run:
         if self.evaluations:
             facts.append(Fact("evaluation loss", _from_to(self.eval_column("eval_loss"))))
         if self.checkpoints:
-            facts.append(Fact("checkpoints", ", ".join(f"step {each.step:,}" for each in self.checkpoints[-4:])))
+            facts.append(
+                Fact("checkpoints", ", ".join(f"step {checkpoint.step:,}" for checkpoint in self.checkpoints[-4:]))
+            )
         if resumes:
             facts.append(Fact("resumed", ", ".join(f"at step {step:,}" for step in resumes[-8:])))
         return card(f"Run: {self.last_step:,} steps, {state}", str(self.folder), facts, chart=loss_chart(self))
@@ -153,7 +155,7 @@ class Run:
 
 
 def live_run(folder: str | Path) -> AbstractContextManager[None]:
-    """Shows a run in a notebook, anew while the block runs; also of one that is only about to begin.
+    """Shows a run in a notebook and updates it while the block runs; the run may begin inside the block.
 
     >>> with live_run(job.output.run):
     ...     train(job, open_prepared(job))
@@ -168,7 +170,7 @@ def live_run(folder: str | Path) -> AbstractContextManager[None]:
 
 
 def loss_chart(run: Run) -> Plot:
-    """The loss of training and evaluations over steps, with what happened along the way. run: with a step."""
+    """Draw the loss of training and evaluations over steps, with marks for events. run: has at least one step."""
     steps, trained = run.column("step"), run.column("loss")
     series = [Series("training", "tokens", steps, trained)]
     if run.evaluations:
@@ -179,13 +181,13 @@ def loss_chart(run: Run) -> Plot:
 
 
 def marks(run: Run) -> list[tuple[int, str]]:
-    """(step, what happened) for the lines in charts, those of one step together; of very many the lines alone."""
+    """The (step, label) of each mark in charts; labels of one step are joined, and empty with more than MOST_MARKS."""
     at: dict[int, list[str]] = {}
     for event in run.history:
         if event["event"] in MARKS:
             at.setdefault(event["step"], []).append(MARKS[event["event"]])
-    found = [(step, ", ".join(dict.fromkeys(names))) for step, names in sorted(at.items())]
-    return found if len(found) <= MOST_MARKS else [(step, "") for step, _ in found]
+    texts = [(step, ", ".join(dict.fromkeys(names))) for step, names in sorted(at.items())]
+    return texts if len(texts) <= MOST_MARKS else [(step, "") for step, _ in texts]
 
 
 def _from_to(values: np.ndarray) -> str:

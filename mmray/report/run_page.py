@@ -1,4 +1,4 @@
-"""The page of a training run: curves over steps, and what happened to it along the way."""
+"""Renders the page of a training run: curves over steps, and the events of the run."""
 
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,7 @@ COLOURS = {"resume": "warn", "preemption": "warn", "damaged_checkpoint": "bad", 
 
 
 def run_page(run: Run) -> str:
-    """The report of a run as one page; also of one whose first step is not done yet."""
+    """The report of a run as one page of HTML; the run may have no step yet."""
     events = [event for event in run.history if event["event"] != "checkpoint"]
     return template("report_run.html.jinja").render(
         run=run,
@@ -27,7 +27,7 @@ def run_page(run: Run) -> str:
         events_note=_events_note(run, len(events)),
         warnings=run.warnings[-MOST_WARNINGS:],
         skipped=run.skipped[-MOST_SKIPPED:],
-        made=made_by(),
+        footer=made_by(),
     )
 
 
@@ -66,7 +66,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
 
 
 def _charts(run: Run) -> list[Plot]:
-    """The charts whose values the run has."""
+    """Draw the charts for which the run has values."""
     steps, last = run.column("step"), run.last_step
     first = int(steps[0])
     lines = [(step, "") for step, _ in marks(run)]
@@ -79,12 +79,12 @@ def _charts(run: Run) -> list[Plot]:
 
     tokens, seconds, waited = run.column("tokens"), run.column("step_seconds"), run.column("data_wait_seconds")
     speed = tokens / np.maximum(seconds, 1e-9)
-    found = [
+    plots = [
         loss_chart(run),
         chart("Learning rate", f"Highest {np.nanmax(run.column('lr')):.3g}." if _has(run, "lr") else "",
               [column("learning rate", "tokens", "lr")], True),
         chart("Gradient norm", "Before clipping.", [column("norm", "visual", "grad_norm")]),
-        chart("Tokens per second", f"Of stepping, without waiting for data; median {np.nanmedian(speed):,.0f}.",
+        chart("Tokens per second", f"During steps, without waiting for data; median {np.nanmedian(speed):,.0f}.",
               [Series("tokens per second", "good", steps, speed)], True),
         chart("Waiting for data", f"Seconds of each step; {np.nansum(waited):,.1f} s in all, beside "
               f"{np.nansum(seconds):,.1f} s of stepping.", [Series("seconds", "warn", steps, waited)], True),
@@ -92,18 +92,18 @@ def _charts(run: Run) -> list[Plot]:
     if np.isfinite(run.workers).any():
         few, many = np.nanmin(run.workers), np.nanmax(run.workers)
         note = f"{few:.0f} throughout." if few == many else f"From {few:.0f} to {many:.0f}."
-        found.append(chart("Workers", note, [Series("workers", "grey", steps, run.workers)], True))
+        plots.append(chart("Workers", note, [Series("workers", "grey", steps, run.workers)], True))
     saved = [event for event in run.history if event["event"] == "checkpoint" and event.get("seconds") is not None]
     if saved:
         values = np.asarray([event["seconds"] for event in saved], dtype=np.float64)
         when = np.asarray([event["step"] for event in saved], dtype=np.float64)
         note = f"The step loop held up at each; {values.sum():,.1f} s in all, {np.median(values):.2g} s at the median."
-        found.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
+        plots.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
     skipped = run.column("skipped_samples")
     if np.nansum(skipped):
         note = f"Samples whose picture could not be used: {np.nansum(skipped):,.0f} in all."
-        found.append(chart("Skipped samples", note, [Series("samples", "bad", steps, skipped)], True))
-    return [plot for plot in found if plot.curves and any(curve.line or curve.dots for curve in plot.curves)]
+        plots.append(chart("Skipped samples", note, [Series("samples", "bad", steps, skipped)], True))
+    return [plot for plot in plots if plot.curves and any(curve.line or curve.dots for curve in plot.curves)]
 
 
 def _has(run: Run, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""What was prepared and trained, as tables for a terminal."""
+"""Renders reports as tables for a terminal."""
 
 import numpy as np
 from rich.markup import escape
@@ -7,13 +7,13 @@ from rich.text import Text
 
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
-from mmray.prepared.verify import Verified
+from mmray.prepared.verify import VerifyResult
 from mmray.report.prepared import rejects
 from mmray.report.run import Run
 
 
 def prepared_table(prepared: PreparedDataset) -> Table:
-    """A prepared dataset in one table: rows, bins, fill, tokens, rejected rows by reason."""
+    """Tabulate a prepared dataset: rows, bins, fill, tokens, rejected rows by reason."""
     facts = prepared.statistics
     table = Table(title=escape(prepared.path), title_justify="left", show_header=False)
     table.add_column(style="bold")
@@ -42,7 +42,7 @@ def prepared_table(prepared: PreparedDataset) -> Table:
 
 
 def run_table(run: Run) -> Table:
-    """A training run in one table: steps, loss at its ends, tokens, speed, waiting, evaluation.
+    """Tabulate a training run: steps, first and last loss, tokens, speed, waiting for data, evaluation.
 
     Raises UserError before the first step.
     """
@@ -63,13 +63,13 @@ def run_table(run: Run) -> Table:
 
 
 def _from_to(values: np.ndarray) -> str:
-    """A value at both ends of the run; one that was not finite stands in the log as null."""
+    """The first and last of some values; NaN is a value that was not finite (null in metrics.jsonl)."""
     first, last = ("not finite" if np.isnan(value) else f"{value:.4f}" for value in (values[0], values[-1]))
     return f"{first} -> {last}"
 
 
-def verified_table(path: str, verified: Verified) -> Table:
-    """The pictures of a prepared dataset in one table: those to look at, by reason, each with an example."""
+def verified_table(path: str, verified: VerifyResult) -> Table:
+    """Tabulate the listed pictures of a prepared dataset by reason, each with an example."""
     table = Table("", "pictures", "such as", title=escape(path), title_justify="left")
     sound = verified.pictures - sum(verified.listed.values())
     table.add_row("looked at", f"{verified.pictures:,}", "")

@@ -1,1 +1,1 @@
-"""Rows: what a user wrote, from files to samples with exact token ids."""
+"""Rows: from the files that a user wrote to samples with exact token ids."""

@@ -1,9 +1,9 @@
-"""Which tokens of a chat train, worked out when preparing.
+"""Determines the trained tokens of a chat when preparing.
 
-`loss: sampled` takes it from the messages. With `loss: {roles: …}` the actors of a training find turns again by the
-boundaries around them; here every row is compared with its messages. Where the scan says the same of every text and
-stop token, the row is scanned when training. Where it does not, a row under the job's own boundaries is refused, since
-they say what is meant; under the family's boundaries it carries what its messages say, token by token.
+`loss: sampled` takes them from the messages. With `loss: {roles: …}` the actors of a training run find turns again by
+the boundaries around them; here every row is compared with its messages. Where the scan agrees with the messages on
+every text and stop token, the row is scanned during training. Where it does not, a row under the job's `boundaries` is
+rejected, since they say what is meant; under the family's boundaries the row carries the mask that its messages give.
 """
 
 import re
@@ -28,12 +28,14 @@ _SHOWN = 60
 
 @dataclass(frozen=True)
 class ChatSpans:
-    """What of a chat's text is whose and trains, in letters: of its own text, or (`moved`) of that which the tokenizer
-    gets.
+    """The spans of a chat's messages and trained text, in letters of its text or (`moved`) of the tokenizer's text.
 
-    ends: stop tokens, trained or not; texts: (message, role, span) of each of its texts; turns: the same of each
-    stretch that is a message's own; baked: no scan finds what trains; is_open: the last message trains, and no stop
-    token stands behind it.
+    trained: the spans to train on.
+    ends: the spans of stop tokens, trained on or not.
+    texts: (message, role, span) of each text of a message.
+    turns: (message, role, span) of each stretch that belongs to a message.
+    baked: whether the trained spans cannot be found by a scan.
+    is_open: whether the last message is trained on and no stop token follows it.
     """
 
     trained: tuple[Span, ...]
@@ -44,7 +46,7 @@ class ChatSpans:
     is_open: bool
 
     def moved(self, place: Callable[[int], int]) -> "ChatSpans":
-        """The same of a text in which each letter stands elsewhere."""
+        """Returns these spans in another text. place: maps a place of this text to that of the other one."""
 
         def span(old: Span) -> Span:
             return place(old[0]), place(old[1])
@@ -59,10 +61,13 @@ class ChatSpans:
 
 
 class ChatLabels:
-    """The trained tokens of the chats of one set of rows."""
+    """Determines the trained tokens of the chats of one data set."""
 
     def __init__(self, loss: Loss, family: Family, *, is_job_wide: bool) -> None:
-        """is_job_wide: the label maker of the training has this setting; else every row carries what trains."""
+        """Prepares labels for chats under a `loss` setting.
+
+        is_job_wide: whether the label maker used in training has this setting; otherwise every row carries its mask.
+        """
         self.loss, self._family = loss, family
         self._scans = isinstance(loss, RoleLoss)
         self._own_boundaries = isinstance(loss, RoleLoss) and loss.boundaries is not None
@@ -70,8 +75,9 @@ class ChatLabels:
         self._maker: LabelMaker | None = label_maker(loss, family) if self._scans else None
 
     def spans(self, rendered: RenderedChat) -> ChatSpans:
-        """What trains of a chat, in letters of its own text. Raises UserError where the template's blocks differ."""
-        found = trained_text(rendered, self.loss)
+        """Returns the spans of a chat in letters of its text. Raises UserError where the template's `{% generation %}`
+        blocks differ from the messages."""
+        trained = trained_text(rendered, self.loss)
         if not self._scans and rendered.generated:
             self._check_blocks(rendered)
         messages, setting = rendered.chat.messages, self.loss
@@ -97,8 +103,8 @@ class ChatLabels:
         place = rendered.filled.place
         ends = tuple((place(run.stop), place(run.ended)) for run in rendered.plan.runs if run.ended != run.stop)
         return ChatSpans(
-            found.spans, ends, tuple(texts), tuple(turns), baked,
-            found.last_is_open and not self._own_boundaries and self._trains_ends,
+            trained.spans, ends, tuple(texts), tuple(turns), baked,
+            trained.last_is_open and not self._own_boundaries and self._trains_ends,
         )  # fmt: skip
 
     @property
@@ -108,8 +114,11 @@ class ChatLabels:
     def tokens(
         self, spans: ChatSpans, ids: np.ndarray, placed: PlacedTokens, *, compare: bool = True
     ) -> tuple[LossRule, np.ndarray]:
-        """The rule of a row, and which of its tokens train where the rule is GIVEN, bool [n]. ids: int32 [n], with one
-        token for each tile. Raises RowError `turns_differ`, where rows are to be compared."""
+        """Returns the LossRule of a row, and the tokens to train on where the rule is GIVEN, bool [n].
+
+        ids: its tokens, one for each tile, int32 [n].
+        compare: whether to raise RowError `turns_differ` where `loss.boundaries` and the messages disagree.
+        """
         truth = placed.within(spans.trained)
         if not isinstance(self.loss, RoleLoss) or self._maker is None:
             return LossRule.GIVEN, truth
@@ -131,20 +140,22 @@ class ChatLabels:
         return (LossRule.ROLES, np.zeros(0, dtype=bool)) if self._is_job_wide else (LossRule.GIVEN, scanned)
 
     def _difference(self, spans: ChatSpans, scanned: np.ndarray, placed: PlacedTokens) -> RowError | None:
-        """Where the scan and the messages differ on a text, whatever flags say."""
+        """Returns the error for the first text on which scan and messages differ, whatever flags say; None where they
+        agree."""
         assert isinstance(self.loss, RoleLoss)
         for message, role, span in spans.texts:
             tokens = placed.holding(span)
-            found = scanned[tokens]
+            scanned_tokens = scanned[tokens]
             trains = role in self.loss.roles
-            wrong = np.flatnonzero(found != trains)
+            wrong = np.flatnonzero(scanned_tokens != trains)
             if tokens.start == 0 and len(wrong) and wrong[0] == 0:
-                wrong = wrong[1:]  # the first token of a sample never trains
+                wrong = wrong[1:]  # the first token of a sample is never trained on
             if len(wrong):
                 first = tokens.start + int(wrong[0])
                 last = first + int((np.diff(wrong) == 1).argmin() if (np.diff(wrong) != 1).any() else len(wrong) - 1)
                 piece = placed.text_of(slice(first, last + 1))
-                verb = "leaves out" if trains else "trains"
+                verb = "leaves out" if trains else "trains on"
+
                 return RowError(
                     "turns_differ",
                     f"message {message} ({role}): the boundaries' scan {verb} {piece!r:.{_SHOWN}}, which is this "
@@ -153,12 +164,12 @@ class ChatLabels:
         return None
 
     def _same_ends(self, spans: ChatSpans, scanned: np.ndarray, truth: np.ndarray, placed: PlacedTokens) -> bool:
-        """Whether the scan trains the same stop tokens as the messages."""
+        """Tells whether the scan trains on the same stop tokens as the messages."""
         ends = placed.within(spans.ends)
         return not (spans.is_open and self._family.stop_tokens) and bool((scanned[ends] == truth[ends]).all())
 
     def _check_blocks(self, rendered: RenderedChat) -> None:
-        """Raise UserError unless `{% generation %}` blocks and messages agree but for blanks, stop tokens, pictures."""
+        """Raises UserError unless `{% generation %}` blocks and messages agree, blanks, stop tokens, pictures aside."""
         plain = trained_text(_without_flags(rendered), "sampled")
         letters = np.zeros((2, len(rendered.text)), dtype=bool)
         for which, spans in enumerate((rendered.generated, plain.spans)):
@@ -170,13 +181,13 @@ class ChatLabels:
         differing = [place for place in np.flatnonzero(letters[0] != letters[1]) if rendered.text[place].strip()]
         if not differing:
             return
-        blocks, own = (
+        blocks, message_texts = (
             [rendered.text[start:stop] for start, stop in spans] for spans in (rendered.generated, plain.spans)
         )
         raise UserError(
             "loss: sampled: the chat template's {% generation %} blocks and the messages say different things, first "
             f"at {rendered.text[differing[0] : differing[0] + 40]!r}. The blocks mark {blocks!r:.300}; the model would "
-            f"write {own!r:.300}. Mend the blocks, or leave them out of the template"
+            f"write {message_texts!r:.300}. Mend the blocks, or leave them out of the template"
         )
 
 

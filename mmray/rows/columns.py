@@ -1,8 +1,8 @@
-"""Columns that a job names and no row has, and columns of images that nobody named.
+"""Finds columns that a job names and no row has, and columns of images that the job does not name.
 
-A row without images is a good row, so a misspelt column of images would train text without its pictures. One row tells
-nothing; a whole set does. It is judged twice: on its first rows, before work starts, and on all, before a dataset is
-finished.
+A row without images is a good row, so a misspelt column of images would train on text without its images. One row does
+not show that, but a whole data set does. A data set is checked twice: on its first rows, before work starts, and on all
+rows, before a prepared dataset is finished.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from mmray.rows.settings import LIKE_IMAGES, DatasetSettings
 
 
 def watched_columns(value: object, dataset: DatasetSettings) -> tuple[str, ...]:
-    """The columns of a row that are judged: those that the set names, and those that look like images."""
+    """Returns the columns of a row that are checked: those that the data set names, and those that look like images."""
     if not isinstance(value, dict):
         return ()
     named = dataset.columns.values()
@@ -22,17 +22,19 @@ def watched_columns(value: object, dataset: DatasetSettings) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def columns_problem(name: str, dataset: Mapping[str, Any], images: int, seen: Collection[str]) -> str | None:
-    """What is wrong with a set's columns, in one line; None for a good set.
+def columns_problem(name: str, dataset: Mapping[str, Any], images: int, present_columns: Collection[str]) -> str | None:
+    """Describes what is wrong with a data set's columns, in one line; returns None where nothing is.
 
-    name: of the set, as `data.train[0]`; dataset: its settings as plain JSON; images: of all its rows that were looked
-    at; seen: the watched columns that any of them has.
+    name: the name of the data set, such as `data.train[0]`.
+    dataset: its settings as plain JSON.
+    images: the number of images of the rows that were examined.
+    present_columns: the watched columns that any of these rows has.
     """
-    missing = [f"{field}: {column}" for field, column in dataset["columns"].items() if column not in seen]
+    missing = [f"{field}: {column}" for field, column in dataset["columns"].items() if column not in present_columns]
     if missing:
         return f"{name}.columns has {missing[0]!r}, and no row has that column; mend the name or leave it out"
-    own = dataset["columns"].get("images", "images")
-    others = sorted(column for column in seen if column != own and column.lower() in LIKE_IMAGES)
+    image_column = dataset["columns"].get("images", "images")
+    others = sorted(column for column in present_columns if column != image_column and column.lower() in LIKE_IMAGES)
     if not images and others:
         return (
             f"{name}: no row has an image, and rows have the column {others[0]!r}; name it, columns: {{images: "

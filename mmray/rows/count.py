@@ -1,4 +1,4 @@
-"""How many rows files hold, without reading them for longer than the answer is worth."""
+"""Counts or estimates the rows of files within a limit of time."""
 
 import time
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ from mmray.rows.webdataset import index_shard
 
 @dataclass(frozen=True)
 class RowCount:
-    """Rows of some files. is_exact: they were all counted; else some were, and the others are as many a byte."""
+    """The number of rows of some files.
+
+    is_exact: whether all rows were counted; otherwise the number is estimated by the rows a byte of those counted.
+    """
 
     rows: int
     is_exact: bool
@@ -25,8 +28,12 @@ class RowCount:
 
 
 def count_rows(files: Sequence[SourceFile], seconds: float) -> RowCount:
-    """The rows of the files of one set, as preparing reads them. seconds: how long to count for; a little of the first
-    file is looked at in any case. Raises UserError for a file that cannot be read."""
+    """Counts the rows of the files of one data set, as preparing reads them.
+
+    seconds: how long to count; the beginning of the first file is read in any case.
+
+    Raises UserError for a file that cannot be read.
+    """
     deadline = time.monotonic() + seconds
     total, rows, looked_at = sum(file.size for file in files), 0, 0
     for file in files:
@@ -40,7 +47,7 @@ def count_rows(files: Sequence[SourceFile], seconds: float) -> RowCount:
 
 
 def _count(file: SourceFile, deadline: float) -> tuple[int, int]:
-    """Rows of a file, and its bytes that hold them (as `SourceFile.size` counts)."""
+    """Returns the rows of a file that were counted, and the bytes that hold them (as `SourceFile.size` counts)."""
     if file.format == "huggingface":
         return file.size, file.size
     with opened_rows(file) as (opened, form):
@@ -54,19 +61,20 @@ def _count(file: SourceFile, deadline: float) -> tuple[int, int]:
 
 
 def _count_lines(opened: BinaryIO, deadline: float) -> tuple[int, int]:
-    """Lines that are not blank, and the bytes up to the end of the last."""
-    rows, offset, rest = 0, 0, b""
+    """Returns the number of lines that are not blank, and the bytes up to the end of the last one."""
+    rows, offset, partial_line = 0, 0, b""
     while block := opened.read(READ_BYTES):
         offset += len(block)
-        *lines, rest = (rest + block).split(b"\n")
+        *lines, partial_line = (partial_line + block).split(b"\n")
         rows += sum(map(bool, map(bytes.strip, lines)))
         if rows and time.monotonic() > deadline:
-            return rows, offset - len(rest)
-    return rows + bool(rest.strip()), offset
+            return rows, offset - len(partial_line)
+    return rows + bool(partial_line.strip()), offset
 
 
 def _count_records(opened: BinaryIO, form: Form, size: int, deadline: float) -> tuple[int, int]:
-    """Rows of another text, and the bytes that were read for them: blank lines count, and the last row may be cut."""
+    """Returns the rows of a text that is not JSON lines, and the bytes read for them. Blank lines count, and the last
+    row may be cut."""
     read = opened.read if form.is_plain else RowStream(opened, form.compression, form.encoding).read
     scan, rows, last = RecordScan(read, form.format), 0, -1
     for starts in scan.blocks():

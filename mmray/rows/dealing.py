@@ -1,18 +1,18 @@
-"""How the rows of many files are dealt into windows: in each window every file at its share.
+"""Deals the rows of many files into windows, so that each window holds every file's share.
 
 The order of training mixes 64 random places of a dataset at a time. Files read one after another would lie in different
-places, and whole stretches of an epoch would lack a set. So files are read side by side. A *lane* is what is read at
-one place: a file, or, of a set with many, some that follow one another. Every row has a place in its lane, from 0 to 1,
-and the rows of all lanes come in the order of these places, as cards are dealt round a table. A window takes the next
-rows: of each lane its share, give or take a row or two.
+places, and whole stretches of an epoch would lack a data set. So files are read side by side, in *lanes*. A lane is one
+file or, in a data set with many files, several files in sequence. Every row has a place in its lane, from 0 to 1, and
+the rows of all lanes are taken in the order of these places, as cards are dealt round a table. A window takes the next
+rows, which are the share of each lane, give or take a row or two.
 
-The smallest piece that is dealt is so a row: of a set of 0.2 % a window of 8,192 rows has 16 or 17, in one piece, since
-within a window the lanes follow one another. What it costs: a piece of a file is one read, and a window has as many
-more pieces as there are lanes; of tables each actor holds as many open. Hence the bound, MOST_PLACES. One file alone is
-one lane, read from its beginning to its end.
+The smallest unit that is dealt is therefore a row: from a data set of 0.2 % a window of 8,192 rows holds 16 or 17 rows,
+in one piece, because within a window the lanes follow one another. The price: a piece of a file is one read, and a
+window has as many more pieces as there are lanes; each actor holds as many tables open. MAX_LANES bounds that. A single
+file is one lane, read from its beginning to its end.
 
-The bins of a window come in an order drawn by chance (`pack_window`, mixed): a block of the schedule is no window, and
-in the order of making it would have twice of one set what it has of another.
+The bins of a window are stored in random order (`pack_window`, mixed): a block of the schedule is not a window, and in
+the order of packing a block could hold twice as much of one data set as of another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,21 +21,24 @@ from itertools import pairwise
 from typing import Any
 
 DEALING = 2
-"""The way of dealing of this version, in a prepared dataset's record. 1, or none there: files one after another."""
+"""Version of dealing, kept in a prepared dataset's record. 1, or no entry there: files one after another."""
 
-MOST_PLACES = 16
-"""Lanes of all sets together; every set has one at least, so with more sets there are more."""
+MAX_LANES = 16
+"""Number of lanes over all data sets; every data set has at least one, so more data sets have more lanes."""
 
 Record = dict[str, Any]
 
 
 def dealing_of(record: Record) -> int:
-    """How the rows of what has this record are dealt."""
+    """Returns the version of dealing that a record names."""
     return int(record.get("dealing", 1))
 
 
 def dealt_like(record: Record, begun: Record) -> Record:
-    """A record of the same input, dealt as that of what was begun before: it ends as it was planned."""
+    """Returns a record with the version of dealing of an unfinished prepare, which continues as it was planned.
+
+    record: the record of the present job; begun: that of the unfinished prepare.
+    """
     if dealing_of(begun) == dealing_of(record):
         return record
     others = {name: value for name, value in record.items() if name != "dealing"}
@@ -43,10 +46,15 @@ def dealt_like(record: Record, begun: Record) -> Record:
 
 
 def lanes_of(rows: Sequence[int], sets: Sequence[int], dealing: int) -> list[list[int]]:
-    """The files of each lane, by their numbers, in order. rows: of each file; sets: its set's number, ascending."""
+    """Lists the files of each lane, by their numbers, in order.
+
+    rows: the number of rows of each file.
+    sets: the number of each file's data set, ascending.
+    dealing: the version of dealing.
+    """
     if dealing == 1:
         return [list(range(len(rows)))]
-    places = max(1, MOST_PLACES // max(1, len(set(sets))))
+    places = max(1, MAX_LANES // max(1, len(set(sets))))
     lanes: dict[tuple[int, int], list[int]] = {}
     for number in sorted(set(sets)):
         files = [file for file in range(len(rows)) if sets[file] == number and rows[file]]
@@ -60,7 +68,7 @@ def lanes_of(rows: Sequence[int], sets: Sequence[int], dealing: int) -> list[lis
 
 
 def dealt(lane_rows: Sequence[int], window_rows: int) -> Iterator[list[int]]:
-    """How many rows each window takes of each lane; every window but the last has window_rows in all.
+    """Yields how many rows each window takes from each lane; every window except the last has window_rows rows.
 
     >>> list(dealt([6, 2, 1], 3))
     [[2, 1, 0], [3, 0, 0], [1, 1, 1]]
@@ -72,13 +80,13 @@ def dealt(lane_rows: Sequence[int], window_rows: int) -> Iterator[list[int]]:
 
 
 def first_rows(lane_rows: Sequence[int], count: int) -> list[int]:
-    """How many of the first `count` rows of all lanes are of each.
+    """Returns how many of the first `count` rows of all lanes belong to each lane.
 
-    Row i of the n of lane k of m has its place at (i + (k + 1/2) / m) / n: of lanes as long as each other, one row of
-    each comes in turn.
+    With m lanes, row i of lane k, which has n rows, has its place at (i + (k + 1/2) / m) / n. In lanes of equal length
+    one row of each lane comes in turn.
     """
     total, lanes = max(1, sum(lane_rows)), 2 * len(lane_rows)
-    # Of each lane those with a place up to count / total: about as many as there shall be.
+    # The rows of each lane with a place up to count / total: nearly the result.
     taken = [
         (lanes * rows * count - (2 * lane + 1) * total) // (lanes * total) + 1 if rows else 0
         for lane, rows in enumerate(lane_rows)

@@ -1,8 +1,8 @@
-"""From a row as a user wrote it to text with one placeholder unit per image, and the list of its images.
+"""Turns rows as a user wrote them into text with one placeholder unit per image and the list of their images.
 
-Both kinds of rows with text end in the same form: a `Document` whose text is ready for the tokenizer except that
-images are still single units. What a user typed is never structure: the family's special tokens inside the text of a
-row are refused, placeholders in the parts of a message too. Of a chat the document knows which letters are whose
+Both kinds of rows with text become a `Document`, whose text is ready for the tokenizer except that images are still
+single units. Typed text is never structure: the family's special tokens inside the text of a row are refused, and so
+are placeholders in the parts of a message. A chat's document records which letters belong to which message
 (`mmray.rows.templates`), and a chat of which the template leaves something out is refused. Where turns are found by
 plain text, a row that holds some of it is rendered twice (`TypedMarkers`).
 """
@@ -23,14 +23,19 @@ from mmray.rows.templates import ChatTemplate, RenderedChat
 from mmray.rows.typed import TypedMarkers
 
 DROPPED_THOUGHTS = "dropped_reasoning"
-"""The note of a row of which the template leaves thoughts out (`allow_dropped`)."""
+"""The note on a row whose thoughts the template leaves out (`allow_dropped`)."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A row before tokenising. add_special_tokens: as the processor would for this text; rendered: of a chat, whose
-    text is whose; typed: (message, marker), markers of turns that stand in messages; blanked: the text without them;
-    notes: what the template left out and was let pass."""
+    """A row before tokenising.
+
+    add_special_tokens: whether the processor would add special tokens to this text.
+    rendered: for a chat, the text that belongs to each message.
+    typed: (message, marker) of the turn markers that stand in messages.
+    blanked: the text without these markers.
+    notes: what the template left out where that is allowed.
+    """
 
     id: str
     text: str
@@ -41,11 +46,11 @@ class Document:
     blanked: str = ""
     notes: tuple[str, ...] = ()
     ends: bool = False
-    """It was written with the end of a document behind it, which the text no longer holds."""
+    """True if the row was written with an end of document, which is removed from the text."""
 
     @property
     def is_answered(self) -> bool:
-        """The last message is the assistant's."""
+        """True if the last message is the assistant's."""
         return self.rendered is not None and self.rendered.chat.messages[-1].role == SAMPLED_ROLE
 
 
@@ -57,23 +62,26 @@ class DocumentReader:
         template: ChatTemplate | None = None, *, opens_answer: bool = False,
         with_pages: Callable[[tuple[ImageRef, ...]], tuple[ImageRef, ...]] = tuple,
     ) -> None:  # fmt: skip
-        """markers: by which the turns of chat rows will be found; None: they are not looked for. template: the
-        family's; made anew without it. opens_answer: chats end where the model is to answer, with what its template
-        writes before that. with_pages: gives the images of a row, where each page or frame that it names is one.
+        """Raises UserError for chat rows that the model cannot use (`check_chats`), and for `chat_template_kwargs`
+        that the chat template does not read.
 
-        Raises UserError for chat rows that the model has no use for (`check_chats`), and for variables of the set that
-        the chat template does not read.
+        markers: the texts by which the turns of chat rows will be found; None: they are not searched for.
+        template: the family's chat template; None: it is built here.
+        opens_answer: whether chats end with the generation prompt.
+        with_pages: expands the images of a row to one image for each page or frame that they name.
         """
         check_chats(dataset, family)
         self.dataset = dataset
         self.family = family
-        own = (family.placeholder_unit, family.placeholder)
-        if dataset.own_token_text is not None and (dataset.placeholder in own or own[1] in dataset.own_token_text):
+        model_placeholders = (family.placeholder_unit, family.placeholder)
+        if dataset.own_token_text is not None and (
+            dataset.placeholder in model_placeholders or model_placeholders[1] in dataset.own_token_text
+        ):
             raise UserError(
-                f"data: own_token_text: the set needs a placeholder other than the model's own {own[1]!r}, and a text "
-                "without it"
+                "data: own_token_text: the set needs a placeholder other than the model's own "
+                f"{model_placeholders[1]!r}, and a text without it"
             )
-        accepted = {dataset.placeholder, *(own if dataset.own_token_text is None else ())}
+        accepted = {dataset.placeholder, *(model_placeholders if dataset.own_token_text is None else ())}
         self._placeholders = re.compile("|".join(map(re.escape, sorted(accepted, key=len, reverse=True))))
         self._markers, self._with_pages = markers, with_pages
         self._opens_answer = opens_answer
@@ -81,14 +89,14 @@ class DocumentReader:
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._template = template or ChatTemplate(family)
         self._messages = MessageReader(dataset, self._placeholders, self._refuse_special, self._plain)
-        given = set(dataset.chat_template_kwargs)
-        if given and (unread := given - self._template.variables):
+        option_names = set(dataset.chat_template_kwargs)
+        if option_names and (unread := option_names - self._template.variables):
             raise UserError(f"data: chat_template_kwargs: {self._unread(min(unread))}")
         end = dataset.end_of_document or family.tokenizer.eos_token
         self._end = str(end) if dataset.kind == "pretrain" and end else ""
 
     def read(self, value: dict[str, Any], source: str) -> Document:
-        """The row as a document. Raises RowError with the field, the value and the remedy."""
+        """Reads a row as a document. Raises RowError with the field, the value and the remedy."""
         images = self._with_pages(image_refs(value, source, self.dataset))
         row_id = self.row_id(value, source)
         if self.dataset.kind == "chat":
@@ -100,8 +108,8 @@ class DocumentReader:
         return Document(row_id, text, images, add_special_tokens=True, ends=ends)
 
     def _documents(self, text: str) -> tuple[str, int, bool]:
-        """The text of a `pretrain` row, its images, and whether it ends with the end of a document, which it then
-        does not hold: it is appended once, whoever wrote it."""
+        """Returns the text of a `pretrain` row, its number of placeholders, and whether it ended with an end of
+        document. That end is removed from the text and appended once later, whoever wrote it."""
         join, end = self.dataset.join_documents, self._end
         written = text.rstrip()
         closing = next((mark for mark in (join, end) if mark and written.endswith(mark)), "")
@@ -113,13 +121,13 @@ class DocumentReader:
         return end.join(piece for piece, _ in pieces), sum(count for _, count in pieces), bool(closing)
 
     def _plain(self, text: str) -> str:
-        """A text as it may be read: the model's own token for an image as its words (`own_token_text`)."""
+        """Replaces the model's image token in a text by plain words (`own_token_text`)."""
         plain = self.dataset.own_token_text
         return text if plain is None else text.replace(self.family.placeholder, plain)
 
     @property
     def _remedy(self) -> str:
-        """What to do where a text speaks of the placeholder."""
+        """The remedy where a text only mentions the placeholder."""
         if self.dataset.placeholder in (self.family.placeholder, self.family.placeholder_unit):
             return f"where a text only speaks of {self.family.placeholder!r}, set the set's own_token_text"
         return (
@@ -130,41 +138,41 @@ class DocumentReader:
     # ---------------------------------------------------------------- fields
 
     def row_id(self, value: dict[str, Any], source: str) -> str:
-        """The row's id; its source position when it has none."""
-        found = value.get(self.dataset.column("id"))
-        if not has_id(found):
+        """Returns the row's id, or its source position when it has none."""
+        id_value = value.get(self.dataset.column("id"))
+        if not has_id(id_value):
             return source
-        text = id_text(found)
+        text = id_text(id_value)
         if text is None:
-            raise RowError("wrong_type", f"id must be a string, not {type(found).__name__} {found!r:.60}")
+            raise RowError("wrong_type", f"id must be a string, not {type(id_value).__name__} {id_value!r:.60}")
         return text
 
     def _string(self, value: dict[str, Any], field: str) -> str:
         column = self.dataset.column(field)
-        found = value.get(column)
-        if found is None:
+        text = value.get(column)
+        if text is None:
             raise missing_column(repr(column), value)
-        if not isinstance(found, str):
-            raise RowError("wrong_type", f"{column} must be a string, not {type(found).__name__} {found!r:.60}")
-        if not found.strip():
-            raise RowError("empty_text", f"{column} is empty: {found!r:.60}; write its text or drop the row")
-        return found
+        if not isinstance(text, str):
+            raise RowError("wrong_type", f"{column} must be a string, not {type(text).__name__} {text!r:.60}")
+        if not text.strip():
+            raise RowError("empty_text", f"{column} is empty: {text!r:.60}; write its text or drop the row")
+        return text
 
     # ---------------------------------------------------------------- text
 
     def _units(self, text: str, where: str) -> tuple[str, int]:
-        """The text with every placeholder as the family's unit, and their number."""
+        """Returns the text with every placeholder replaced by the family's unit, and the number of placeholders."""
         pieces = self._placeholders.split(self._plain(text))
         for piece in pieces:
             self._refuse_special(piece, where)
         return self.family.placeholder_unit.join(pieces), len(pieces) - 1
 
     def _refuse_special(self, text: str, where: str) -> None:
-        found = self._special.search(text)
-        if found:
+        match = self._special.search(text)
+        if match:
             raise RowError(
                 "special_token_in_text",
-                f"{where} holds the token {found.group()!r}, which the model reads as structure; write it differently",
+                f"{where} holds the token {match.group()!r}, which the model reads as structure; write it differently",
             )
 
     def _chat(self, value: dict[str, Any], row_id: str, images: tuple[ImageRef, ...], source: str) -> Document:
@@ -187,7 +195,7 @@ class DocumentReader:
         return Document(row_id, rendered.text, images, not begins, rendered, typed, blanked, notes)
 
     def _picture(self, entry: object, root: str) -> ImageRef:
-        """The picture that a part of a message names. Raises RowError where it names several."""
+        """Returns the picture that a part of a message names. Raises RowError where it names several."""
         pages = self._with_pages((image_ref(entry, root),))
         if len(pages) != 1:
             raise RowError(
@@ -197,7 +205,7 @@ class DocumentReader:
         return pages[0]
 
     def _check_written(self, rendered: RenderedChat) -> tuple[str, ...]:
-        """The notes of a chat. Raises RowError unless the template writes everything that it says."""
+        """Returns the notes on a chat. Raises RowError unless the template writes everything that the chat says."""
         plan, notes = rendered.plan, set()
         for number in plan.missing:
             leaf = rendered.leaves[number]
@@ -226,11 +234,13 @@ class DocumentReader:
         return tuple(notes)
 
     def _typed(self, chat: Chat) -> tuple[tuple[tuple[str, str], ...], str]:
-        """Markers of turns that stand in messages, and the text without them."""
+        """Returns the turn markers that stand in messages, and the text without them."""
         if self._markers is None:
             return (), ""
-        found = [(number, self._markers.found(message.parts)) for number, message in enumerate(chat.messages)]
-        typed = tuple((f"message {number}", marker) for number, own in found for marker in own)
+        typed_markers = [
+            (number, self._markers.markers_in(message.parts)) for number, message in enumerate(chat.messages)
+        ]
+        typed = tuple((f"message {number}", marker) for number, markers in typed_markers for marker in markers)
         if not typed:
             return (), ""
         blanked = [replace(message, parts=self._markers.blanked(message.parts)) for message in chat.messages]
@@ -242,7 +252,7 @@ class DocumentReader:
 
 
 def check_chats(dataset: DatasetSettings, family: Family) -> None:
-    """Raise UserError for chat rows and a processor without a chat template, or a model without chats."""
+    """Raises UserError for chat rows where the processor has no chat template or the model knows no chats."""
     if dataset.kind == "chat" and family.has_prompt:
         raise UserError(
             f"{type(family.processor).__name__} knows no chats, only a prompt and its answer; make rows of kind "
@@ -259,7 +269,9 @@ _ALWAYS_THERE = frozenset({"messages", "tools", "add_generation_prompt", "bos_to
 
 
 def check_image_count(placeholders: int, images: int, remedy: str = "") -> None:
-    """Raise RowError unless the row has one image for each placeholder. remedy: where there are too many."""
+    """Raises RowError unless the row has one image for each placeholder. remedy: what to do about too many
+    placeholders."""
+
     if placeholders != images:
         more = f"; {remedy}" if remedy and placeholders > images else ""
         raise RowError(

@@ -1,8 +1,8 @@
-"""Rows that share an id with an earlier one, over all files of a split.
+"""Finds rows that share an id with an earlier row, over all files of a split.
 
-Ids are compared by 16 bytes of their hash: that two different ids of a billion share one is less likely than 1 in
-10^20. The result depends on the rows and their order alone. Ids are compared as they are
-written: `A1` and `a1` are two. A row without an id goes by its place.
+Ids are compared by 16 bytes of their hash: the chance that two different ids among a billion share a hash is below 1 in
+10^20. The result depends only on the rows and their order. Ids are compared as they are written: `A1` and `a1` differ.
+A row without an id is identified by its place.
 """
 
 import hashlib
@@ -21,39 +21,39 @@ from mmray.storage import explained
 
 HASH_BYTES = 16
 PARTITION_IDS = 1 << 20
-"""Ids that are held at a time, 24 MB."""
+"""Number of ids held in memory at a time, which take 24 MB."""
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
 
 
 def id_of(row: RawRow, dataset: DatasetSettings) -> str:
-    """The id by which a row goes, good or bad: its own, or its place."""
-    found = row.value.get(dataset.column("id")) if isinstance(row.value, dict) else None
-    text = id_text(found) if has_id(found) else None
+    """Returns the id of a row, good or bad, or its place where it has none."""
+    id_value = row.value.get(dataset.column("id")) if isinstance(row.value, dict) else None
+    text = id_text(id_value) if has_id(id_value) else None
     return row.source if text is None else text
 
 
 def id_hashes(ids: Iterable[str]) -> bytes:
-    """HASH_BYTES for each id, one after another."""
+    """Hashes ids to HASH_BYTES each, joined in order."""
     return b"".join(
-        hashlib.blake2b(each.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest() for each in ids
+        hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest() for row_id in ids
     )
 
 
 def chunk_id_hashes(chunk: Chunk, datasets: Sequence[DatasetSettings], reader: RowReader | None = None) -> bytes:
-    """`id_hashes` of the rows of a chunk. Raises UserError where they cannot be read."""
+    """Hashes the ids of the rows of a chunk (`id_hashes`). Raises UserError where the rows cannot be read."""
     with explained(chunk.pieces[0].uri):
         return id_hashes(id_of(row, datasets[row.dataset]) for row in chunk_rows(chunk, reader))
 
 
 class DuplicateIds:
-    """Finds the ids that stand at an earlier position too, among any number of them, in flat memory.
+    """Finds the positions whose id also stands at an earlier position, among any number of ids, in flat memory.
 
-    Ids are dealt by their hash into partitions, 24 bytes each with their position, in files of the disk for what is
-    temporary (TMPDIR) once they are many; each partition is then looked at alone. Up to a million ids take no disk.
+    Ids are divided by their hash into partitions, with their positions at 24 bytes each, which are written to temporary
+    files (TMPDIR) once there are many. Each partition is then searched alone. Up to a million ids take no disk.
     """
 
     def __init__(self, expected: int) -> None:
-        """expected: about how many ids there will be; it decides how many partitions there are."""
+        """Chooses the number of partitions. expected: the approximate number of ids."""
         self._bits = min(10, max(0, (expected // PARTITION_IDS).bit_length()))
         self._count = 0
         self._waiting: list[np.ndarray] = []
@@ -61,7 +61,7 @@ class DuplicateIds:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def add(self, hashes: bytes) -> None:
-        """The hashes (`id_hashes`) of the next positions."""
+        """Adds the hashes (`id_hashes`) of the next positions."""
         records = np.empty(len(hashes) // HASH_BYTES, dtype=_RECORD)
         records["high"], records["low"] = np.frombuffer(hashes, dtype="<u8").reshape(-1, 2).T
         records["position"] = np.arange(self._count, self._count + len(records))
@@ -72,7 +72,7 @@ class DuplicateIds:
             self._store()
 
     def later(self) -> Iterator[np.ndarray]:
-        """The positions, ascending in each of the arrays, int64. After it nothing may be added."""
+        """Yields the positions of later ids, int64, ascending within each array. Nothing may be added afterwards."""
         if self._folder is None:
             yield _later_ones(self._taken())
             return
@@ -99,23 +99,25 @@ class DuplicateIds:
 
 
 def _later_ones(records: np.ndarray) -> np.ndarray:
-    """Positions of the ids of _RECORD, in the order of positions, that an earlier one has, ascending."""
+    """Returns the positions, ascending, of records whose id an earlier record has. records: _RECORD, by position."""
     order = np.lexsort((records["low"], records["high"]))  # stable: of equal ids the earliest comes first
-    found = records[order]
-    same = (found["high"][1:] == found["high"][:-1]) & (found["low"][1:] == found["low"][:-1])
-    return np.sort(found["position"][1:][same])
+    sorted_records = records[order]
+    same = (sorted_records["high"][1:] == sorted_records["high"][:-1]) & (
+        sorted_records["low"][1:] == sorted_records["low"][:-1]
+    )
+    return np.sort(sorted_records["position"][1:][same])
 
 
 def with_duplicates(chunks: Sequence[Chunk], hashes: Iterable[bytes]) -> Iterator[Chunk]:
-    """The chunks, each with the positions of its rows that have an earlier row's id.
+    """Yields the chunks, each with the positions of its rows that have the id of an earlier row.
 
-    hashes: for each chunk in order those of its rows' ids (`id_hashes`), blank lines left out.
+    hashes: the hashed ids of the rows of each chunk, in order (`id_hashes`), without blank lines.
     """
     ids, starts = DuplicateIds(sum(chunk.num_rows for chunk in chunks)), [0]
-    for each in hashes:
-        ids.add(each)
-        starts.append(starts[-1] + len(each) // HASH_BYTES)
+    for chunk_hashes in hashes:
+        ids.add(chunk_hashes)
+        starts.append(starts[-1] + len(chunk_hashes) // HASH_BYTES)
     later = np.sort(np.concatenate(list(ids.later())))
-    own = np.split(later, np.searchsorted(later, starts[1:-1]))
-    for chunk, start, positions in zip(chunks, starts, own, strict=False):
+    chunk_positions = np.split(later, np.searchsorted(later, starts[1:-1]))
+    for chunk, start, positions in zip(chunks, starts, chunk_positions, strict=False):
         yield replace(chunk, duplicates=tuple((positions - start).tolist()))

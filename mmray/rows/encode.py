@@ -1,8 +1,9 @@
 """Rows to samples: exact token ids from image headers, without decoding a pixel.
 
-Text is tokenised once, in batches, with one placeholder token for each tile; then each placeholder gives way to the
-tokens its tile becomes. A placeholder is a special token, so tokenisers split text at it before anything else, and the
-result equals tokenising the expanded text; `verify` compares it with the real processor all the same.
+Text is tokenised once, in batches, with one placeholder token for each tile; then each placeholder is replaced by the
+tokens that its tile becomes (`spliced_tiles` has an example). A placeholder is a special token, so tokenisers split
+text at it before anything else, and the result equals tokenising the expanded text; `verify` compares it with the real
+processor all the same.
 """
 
 import contextlib
@@ -39,13 +40,13 @@ from mmray.rows.sample import RejectedRow, Sample, shown
 from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.rows.templates import ChatTemplate
 from mmray.rows.token_places import TokenPlaces
-from mmray.rows.tokenized import attended_tokens, image_blocks, own_ids, own_mask
+from mmray.rows.tokenized import attended_tokens, image_blocks, row_token_ids, row_trained_mask
 from mmray.rows.typed import TypedMarkers
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A row between reading and tokenising."""
+    """A row that is read but not tokenised yet."""
 
     row: RawRow
     document: Document
@@ -55,11 +56,11 @@ class _Pending:
     text: str
     tokenizer_text: str
     spans: ChatSpans | None
-    """Of a chat whose messages say what trains: whose text is whose, in the text that the tokenizer gets."""
+    """Spans of the messages in `tokenizer_text`, for a chat whose messages say what is trained on."""
 
 
 class Encoder:
-    """Encodes the rows of a job. Holds the tokenizer; safe to build once per actor."""
+    """Encodes the rows of a job. It holds the tokenizer and is built once per actor."""
 
     def __init__(
         self, data: DataSettings, datasets: Sequence[DatasetSettings], family: Family, policy: TilingPolicy,
@@ -71,18 +72,18 @@ class Encoder:
         )  # fmt: skip
         self._compares = True
         self.tells_messages = False
-        """Samples say of each token whose message it is (`Sample.messages`), for who looks at rows."""
+        """True if samples carry the message of each token (`Sample.messages`), for showing rows to a person."""
         for dataset in datasets:
             check_chats(dataset, family)
         self.losses: list[Loss] = [loss if dataset.loss is None else dataset.loss for dataset in datasets]
-        self.sources = [loss_source(own, dataset.kind, family) for own, dataset in zip(self.losses, datasets)]
+        self.sources = [loss_source(set_loss, dataset.kind, family) for set_loss, dataset in zip(self.losses, datasets)]
         self._chats = [
-            ChatLabels(own, family, is_job_wide=dataset.loss is None) if source in _BY_MESSAGES else None
-            for own, dataset, source in zip(self.losses, datasets, self.sources)
+            ChatLabels(set_loss, family, is_job_wide=dataset.loss is None) if source in _BY_MESSAGES else None
+            for set_loss, dataset, source in zip(self.losses, datasets, self.sources)
         ]
         self._markers = [
-            _typed_markers(own, source, family) if dataset.kind == "chat" else None
-            for own, dataset, source in zip(self.losses, datasets, self.sources)
+            _typed_markers(set_loss, source, family) if dataset.kind == "chat" else None
+            for set_loss, dataset, source in zip(self.losses, datasets, self.sources)
         ]
         template = ChatTemplate(family)
         self._readers = [
@@ -104,12 +105,13 @@ class Encoder:
         self, rows: Sequence[RawRow], verify: Sequence[int] = (), duplicates: Collection[int] = (), *,
         compare: bool = True,
     ) -> list[Sample | RejectedRow]:  # fmt: skip
-        """One sample or rejected row for each row, in order.
+        """Encodes rows; returns one sample or rejected row for each row, in order.
 
-        verify: positions in `rows` to compare with the real processor; duplicates: positions of rows to reject, since
-        an earlier row has their id; compare: rows are refused whose turns by the job's own boundaries are not those of
-        their messages. Raises UserError when a verified row differs, and for the first bad row under
-        `on_bad_row: error`.
+        verify: positions in `rows` to compare with the real processor.
+        duplicates: positions of rows to reject because an earlier row has their id.
+        compare: whether to reject rows in which the turns found by `loss.boundaries` differ from the messages.
+
+        Raises UserError when a verified row differs, and for the first bad row under `on_bad_row: error`.
         """
         self._compares = compare
         self._measure.expect(uri for row in rows for uri in self._remote_images(row))
@@ -162,7 +164,7 @@ class Encoder:
         if isinstance(row.value, RowError):
             raise row.value
         if self.datasets[row.dataset].kind == "tokenized":
-            return self._ready_made(row, row.value)
+            return self._tokenized_sample(row, row.value)
         document = self._readers[row.dataset].read(row.value, row.source)
         sizes, notes = self._measured(document.images)
         plans = tuple(self._plan(size) for size in sizes)
@@ -187,7 +189,8 @@ class Encoder:
         return []
 
     def _pages(self, uri: str, dataset: DatasetSettings) -> list[str]:
-        """The pages that an image names, of PDFs with their resolution; any other image is itself."""
+        """Lists the pages that an image names, those of PDFs with their resolution; any other image stands for
+        itself."""
         pages = []
         for text in each_page(uri):
             page = PageOfFile.written(text)
@@ -197,7 +200,8 @@ class Encoder:
         return pages
 
     def _with_pages(self, images: Sequence[ImageRef], dataset: DatasetSettings) -> tuple[ImageRef, ...]:
-        """Each page that the images name as an image; of pictures of several all, where `data.image_frames` says so."""
+        """Expands images to one image for each page that they name, and for each frame of a file with several where
+        `data.image_frames` is `all`."""
         refs: list[ImageRef] = []
         for image in images:
             if image.data is not None:
@@ -211,15 +215,18 @@ class Encoder:
         return tuple(refs)
 
     def _measured(self, images: Sequence[ImageRef]) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-        """The sizes of images, and the notes on them."""
-        found = [self._measure(image.uri if image.data is None else image.data) for image in images]
-        return tuple(each.size for each in found), tuple(each.note for each in found if each.note)
+        """Measures images; returns their sizes and the notes on them."""
+        measurements = [self._measure(image.uri if image.data is None else image.data) for image in images]
+        return tuple(measurement.size for measurement in measurements), tuple(
+            measurement.note for measurement in measurements if measurement.note
+        )
 
     def _expanded(self, text: str, plans: Sequence[TilePlan]) -> str:
         return expanded_units(text, plans, self.family.placeholder_unit)
 
     def _mover(self, text: str, tokenizer_text: str, plans: Sequence[TilePlan]) -> Callable[[int], int]:
-        """From a place in a document's text to that in the text that the tokenizer gets, where images have grown."""
+        """Returns a function that maps a place in a document's text to the same place in the text that the tokenizer
+        gets, in which images take more letters."""
         if text == tokenizer_text:
             return lambda place: place
         unit = self.family.placeholder_unit
@@ -232,18 +239,18 @@ class Encoder:
             if is_shifted and place > behind:
                 return place + shift
             before = text[:place]
-            own = plans[: before.count(unit)]
-            return len(self.family.tokenizer_text(self._expanded(before, own), _tile_sizes(own)))
+            plans_before = plans[: before.count(unit)]
+            return len(self.family.tokenizer_text(self._expanded(before, plans_before), _tile_sizes(plans_before)))
 
         return moved
 
     def _tile_tokens(self, plans: Sequence[TilePlan]) -> list[list[tuple[np.ndarray, int]]]:
-        """For each image of a row, for each of its tiles: the tokens, and how many of them carry features."""
-        together = sum(len(plan.tile_sizes) for plan in plans)
+        """Returns, for each image of a row and each of its tiles, the tokens and how many of them carry features."""
+        num_tiles = sum(len(plan.tile_sizes) for plan in plans)
         tokens = []
         for plan in plans:
             try:
-                spans = [self.family.span(size, together) for size in plan.tile_sizes]
+                spans = [self.family.span(size, num_tiles) for size in plan.tile_sizes]
             except ValueError as error:
                 raise RowError(
                     "image_shape",
@@ -255,15 +262,18 @@ class Encoder:
     # ---------------------------------------------------------------- tokens
 
     def _tokenize(self, pending: Sequence[_Pending]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids with one placeholder token per tile, int32 [n], and which of them answer a prompt, bool [n] (or
-        [0]), of each text; one tokenizer call for each kind of text."""
-        found = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))] * len(pending)
+        """Tokenises texts, with one tokenizer call for each kind of text.
+
+        Returns for each text its token ids with one placeholder token per tile, int32 [n], and a mask of the tokens
+        that answer a prompt, bool [n], or bool [0] for texts without a prompt.
+        """
+        tokenized = [(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))] * len(pending)
         for special in (True, False):
             chosen = [index for index, item in enumerate(pending) if item.document.add_special_tokens is special]
             texts = [self._tokenizer_input(pending[index]) for index in chosen]
             for index, encoding in zip(chosen, self._backend.encode_batch_fast(texts, add_special_tokens=special)):
-                found[index] = np.asarray(encoding.ids, dtype=np.int32), self._answered(pending[index], encoding)
-        return found
+                tokenized[index] = np.asarray(encoding.ids, dtype=np.int32), self._answered(pending[index], encoding)
+        return tokenized
 
     def _tokenizer_input(self, item: _Pending) -> str | tuple[str, str]:
         if self.sources[item.row.dataset] is LossSource.ANSWER:
@@ -280,7 +290,7 @@ class Encoder:
         return TokenPlaces(self._backend)
 
     def _chat_tokens(self, item: _Pending, ids: np.ndarray) -> tuple[LossRule, np.ndarray, np.ndarray]:
-        """The rule of a chat, its trained tokens, and the message of each token, int32 [n] (-1: of none)."""
+        """Returns a chat's LossRule, its mask of trained tokens and each token's message, int32 [n] (-1: none)."""
         labels, spans = self._chats[item.row.dataset], item.spans
         assert labels is not None
         assert spans is not None
@@ -293,7 +303,7 @@ class Encoder:
             messages[placed.within([span])] = message
         return rule, trained, messages
 
-    def _sample(self, item: _Pending, ids: np.ndarray, given: np.ndarray) -> Sample:
+    def _sample(self, item: _Pending, ids: np.ndarray, given_mask: np.ndarray) -> Sample:
         places = np.flatnonzero(ids == self.family.placeholder_id)
         tiles = self._tile_tokens(item.plans)
         if len(places) != sum(map(len, tiles)):
@@ -302,36 +312,25 @@ class Encoder:
             )
         rule, messages = self.sources[item.row.dataset].rule, _NO_MESSAGES
         if item.spans is not None:
-            rule, given, messages = self._chat_tokens(item, ids)
-        pieces, blocks, length, read, tile = [], [], 0, 0, 0
-        for plan, spans in zip(item.plans, tiles):
-            start = length + int(places[tile]) - read - self._label_tokens(plan, ids[: places[tile]])
-            for token_ids, _ in spans:
-                pieces += [ids[read : places[tile]], token_ids]
-                length += int(places[tile]) - read + len(token_ids)
-                read, tile = int(places[tile]) + 1, tile + 1
-            blocks.append((start, length - start))
-        pieces.append(ids[read:])
-        appended = self._appended(item)
-        pieces.append(np.asarray(appended, dtype=np.int32))
-        grown = np.ones(len(ids), dtype=np.int64)
-        grown[places] = [len(token_ids) for spans in tiles for token_ids, _ in spans]
-        if len(given):
-            given = np.append(given.repeat(grown), np.ones(len(appended), dtype=bool))
+            rule, given_mask, messages = self._chat_tokens(item, ids)
+        spliced, counts = spliced_tiles(ids, places, [token_ids for spans in tiles for token_ids, _ in spans])
+        appended = np.asarray(self._appended(item), dtype=np.int32)
+        if len(given_mask):
+            given_mask = np.append(given_mask.repeat(counts), np.ones(len(appended), dtype=bool))
         if len(messages):
             last = item.spans.turns[-1][0] if item.spans and item.spans.turns else -1
-            messages = np.append(messages.repeat(grown), np.full(len(appended), last, dtype=np.int32))
+            messages = np.append(messages.repeat(counts), np.full(len(appended), last, dtype=np.int32))
         sample = Sample(
             id=item.document.id,
             source=item.row.source,
             rule=rule,
             bucket=_bucket(item.plans),
             visual_tokens=sum(visual for spans in tiles for _, visual in spans),
-            input_ids=np.concatenate(pieces),
+            input_ids=np.append(spliced, appended),
             images=item.document.images,
             sizes=item.sizes,
-            blocks=np.asarray(blocks, dtype=np.int32).reshape(-1, 2),
-            given=given,
+            blocks=self._image_blocks(item.plans, ids, places, counts),
+            given_mask=given_mask,
             visual_pairs=_visual_pairs(tiles),
             notes=(*item.row.notes, *item.notes, *item.document.notes),
             dataset=item.row.dataset,
@@ -341,14 +340,31 @@ class Encoder:
         )
         return self._checked(sample)
 
+    def _image_blocks(
+        self, plans: Sequence[TilePlan], ids: np.ndarray, places: np.ndarray, counts: np.ndarray
+    ) -> np.ndarray:
+        """Returns the first token and the number of tokens of each image, int32 [images, 2].
+
+        An image goes from its first label to the end of its last tile. ids: the tokens before splicing; places: the
+        index of each tile's placeholder in ids; counts: as returned by `spliced_tiles`.
+        """
+        stops = counts.cumsum()
+        blocks, tile = [], 0
+        for plan in plans:
+            first, last = places[tile], places[tile + len(plan.tile_sizes) - 1]
+            start = int(stops[first] - counts[first]) - self._label_tokens(plan, ids[:first])
+            blocks.append((start, int(stops[last]) - start))
+            tile += len(plan.tile_sizes)
+        return np.asarray(blocks, dtype=np.int32).reshape(-1, 2)
+
     def _appended(self, item: _Pending) -> list[int]:
-        """The tokens behind those of a row's text."""
+        """Returns the token ids to append to those of a row's text."""
         is_open = item.spans is not None and item.spans.is_open
         return self._endings.of(item.document, item.row.dataset, is_open)
 
     def _label_tokens(self, plan: TilePlan, before: np.ndarray) -> int:
-        """Tokens of an image's first label, which end the text before its placeholder. Where a token holds the last
-        letter before the label too, it counts."""
+        """Counts the tokens of an image's first label, which are the last ones before its placeholder. A token that
+        also holds the letter before the label counts."""
         label = plan.labels[0]
         if not label:
             return 0
@@ -378,11 +394,12 @@ class Encoder:
 
     # ---------------------------------------------------------------- tokenized rows
 
-    def _ready_made(self, row: RawRow, value: dict[str, Any]) -> Sample:
-        """A `tokenized` row: its ids hold every image token already, and must hold the right number."""
+    def _tokenized_sample(self, row: RawRow, value: dict[str, Any]) -> Sample:
+        """Builds the sample of a `tokenized` row, whose ids hold every image token already and must hold the right
+        number of them."""
         dataset, reader = self.datasets[row.dataset], self._readers[row.dataset]
-        ids = own_ids(value, dataset, self._vocabulary_size)
-        rule, given = self._ready_made_labels(row, value, ids)
+        ids = row_token_ids(value, dataset, self._vocabulary_size)
+        rule, given_mask = self._tokenized_labels(row, value, ids)
         images = self._with_pages(image_refs(value, row.source, dataset), dataset)
         sizes, notes = self._measured(images)
         plans = tuple(self._plan(size) for size in sizes)
@@ -391,18 +408,18 @@ class Encoder:
         return self._checked(
             Sample(
                 id=reader.row_id(value, row.source), source=row.source, rule=rule, bucket=_bucket(plans),
-                visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks, given=given,
-                visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes), dataset=row.dataset,
-                columns=self._columns(row),
+                visual_tokens=visual_tokens, input_ids=ids, images=images, sizes=sizes, blocks=blocks,
+                given_mask=given_mask, visual_pairs=_visual_pairs(tiles), notes=(*row.notes, *notes),
+                dataset=row.dataset, columns=self._columns(row),
             )
         )  # fmt: skip
 
-    def _ready_made_labels(self, row: RawRow, value: dict[str, Any], ids: np.ndarray) -> tuple[LossRule, np.ndarray]:
-        """The rule of a `tokenized` row, and which tokens train where the rule is GIVEN, bool [n]."""
+    def _tokenized_labels(self, row: RawRow, value: dict[str, Any], ids: np.ndarray) -> tuple[LossRule, np.ndarray]:
+        """Returns the LossRule of a `tokenized` row, and the tokens to train on where the rule is GIVEN, bool [n]."""
         dataset, source = self.datasets[row.dataset], self.sources[row.dataset]
         attended = attended_tokens(value, dataset, len(ids))
         if source is LossSource.ROW:
-            return LossRule.GIVEN, own_mask(value, dataset, ids) & attended
+            return LossRule.GIVEN, row_trained_mask(value, dataset, ids) & attended
         is_job_wide = dataset.loss is None or source is LossSource.EVERY_TOKEN
         if attended.all() and is_job_wide:
             return source.rule, np.zeros(0, dtype=bool)
@@ -418,23 +435,55 @@ class Encoder:
     # ---------------------------------------------------------------- verification
 
     def _verify(self, item: _Pending, sample: Sample) -> None:
-        """Compare with the processor's own tokens, run on blank tiles of the planned sizes."""
+        """Compares a sample with the tokens of the real processor, run on blank tiles of the planned sizes."""
         tiles = [Image.new("RGB", size, (255, 255, 255)) for plan in item.plans for size in plan.tile_sizes]
         special = item.document.add_special_tokens
         output = self.family.process(item.text, tiles, add_special_tokens=special)
         expected = np.asarray(output["input_ids"][0], dtype=np.int32)
-        found = sample.input_ids[: len(sample.input_ids) - len(self._appended(item))]
-        if not np.array_equal(found, expected):
+        encoded_ids = sample.input_ids[: len(sample.input_ids) - len(self._appended(item))]
+        if not np.array_equal(encoded_ids, expected):
             raise UserError(
-                f"{sample.source}: row {sample.id!r} has {len(found)} tokens by mmray and {len(expected)} "
+                f"{sample.source}: row {sample.id!r} has {len(encoded_ids)} tokens by mmray and {len(expected)} "
                 f"by {type(self.family.processor).__name__}. The lengths of this model cannot be trusted; please "
                 "report the processor's files and the image sizes"
             )
 
 
+def spliced_tiles(
+    ids: np.ndarray, places: np.ndarray, tile_tokens: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Replaces each tile's placeholder token by the tokens that the tile becomes.
+
+    ids: tokens with one placeholder a tile, int32 [n].
+    places: the index of each placeholder in ids, int64 [tiles].
+    tile_tokens: the tokens of each tile, int32.
+
+    Returns the spliced tokens, int32 [m], and how many of them each token of ids becomes, int64 [n].
+
+    Five tokens, of which two are the placeholder 9; the first tile becomes 7, 7, 8 and the second 7, 8:
+
+    >>> ids, places = np.array([1, 9, 2, 9, 3]), np.array([1, 3])
+    >>> spliced, counts = spliced_tiles(ids, places, [np.array([7, 7, 8]), np.array([7, 8])])
+    >>> counts.tolist()
+    [1, 3, 1, 2, 1]
+    >>> spliced.tolist()
+    [1, 7, 7, 8, 2, 7, 8, 3]
+    """
+    counts = np.ones(len(ids), dtype=np.int64)
+    counts[places] = [len(token_ids) for token_ids in tile_tokens]
+    is_placeholder = np.zeros(len(ids), dtype=bool)
+    is_placeholder[places] = True
+    spliced = ids.repeat(counts)
+    spliced[is_placeholder.repeat(counts)] = np.concatenate([ids[:0], *tile_tokens])
+    return spliced, counts
+
+
 def expanded_units(text: str, plans: Sequence[TilePlan], unit: str) -> str:
-    """A text with each image's unit repeated for its tiles, each after its label and a newline. unit: what the chat
-    template writes for an image (`Family.placeholder_unit`); plans: of the text's images, in order."""
+    """Repeats each image's unit in a text for every tile of the image, each after its label and a newline.
+
+    plans: those of the text's images, in order.
+    unit: what the chat template writes for an image (`Family.placeholder_unit`).
+    """
     head, *tails = text.split(unit)
     pieces = [head]
     for plan, tail in zip(plans, tails, strict=True):
@@ -444,7 +493,7 @@ def expanded_units(text: str, plans: Sequence[TilePlan], unit: str) -> str:
 
 
 def _bucket(plans: Sequence[TilePlan]) -> str:
-    """The shape bucket of a sample: its images' common shape, `mixed`, or `text`."""
+    """Returns the shape bucket of a sample: its images' common shape, `mixed`, or `text`."""
     shapes = {plan.shape for plan in plans}
     return "text" if not shapes else shapes.pop() if len(shapes) == 1 else "mixed"
 
@@ -458,12 +507,12 @@ def _visual_pairs(tiles: Sequence[list[tuple[np.ndarray, int]]]) -> int:
 
 
 def _roles(document: Document) -> tuple[str, ...]:
-    """The roles of a chat's messages."""
+    """Returns the roles of a chat's messages; none for other rows."""
     return () if document.rendered is None else tuple(message.role for message in document.rendered.chat.messages)
 
 
 def _typed_markers(loss: Loss, source: LossSource, family: Family) -> TypedMarkers | None:
-    """The plain texts around turns that a chat must not hold; none where nothing looks for them."""
+    """Returns the plain texts around turns that a chat must not hold; None where nothing looks for them."""
     if source is LossSource.MESSAGES and marks_generated(family.processor):
         return None
     if source not in _BY_MESSAGES:

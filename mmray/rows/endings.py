@@ -1,4 +1,4 @@
-"""What samples end with behind their text: the end of a document, or the token by which the model stops."""
+"""The token that is appended to a sample's text: the end of a document, or the token by which the model stops."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from mmray.rows.settings import DatasetSettings
 
 
 class Endings:
-    """The endings of a job's sets of rows."""
+    """The ending tokens of a job's data sets."""
 
     def __init__(self, datasets: Sequence[DatasetSettings], family: Family) -> None:
-        """Raises UserError for a set whose end-of-document token the tokenizer lacks."""
+        """Raises UserError for a data set whose end-of-document token the tokenizer lacks."""
         self.family, self._datasets = family, datasets
         self.token_ids = ending_token_ids(family)
         self._stop_token_ids = stop_token_ids(family)
@@ -23,10 +23,11 @@ class Endings:
         ]
 
     def of(self, document: Document, dataset: int, is_open: bool) -> list[int]:
-        """The token ids to append: none or one.
+        """Returns the token ids to append: none or one.
 
-        To a document its end; to a chat the token by which the model stops after its last answer, where the template
-        leaves it to the next turn to write it. is_open: the last answer trains, and no such token stands behind it.
+        A document gets its end-of-document token. A chat gets the token by which the model stops after its last
+        answer, where the template leaves it to the next turn to write that token.
+        is_open: whether the last answer is trained on and no stop token follows it.
         """
         end = self._documents[dataset]
         if end is not None and (document.ends or self._datasets[dataset].add_eos):

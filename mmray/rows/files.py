@@ -1,9 +1,9 @@
-"""From the files a user names to windows and chunks of rows: the plan of a prepare.
+"""Plans a prepare: from the files that a user names to windows and chunks of rows.
 
-A *piece* is a range of rows of one file, a *chunk* the rows one actor call encodes, a *window* the chunks that are
-packed together. The plan is a pure function of the files, so the same input gives the same windows whatever the
-number of actors. JSONL files are read through once here for their line breaks (about 1 GB/s), shards for their headers;
-every later reader seeks to its bytes.
+A *piece* is a range of rows of one file, a *chunk* the rows that one actor call encodes, a *window* the chunks that are
+packed at once. The plan is a pure function of the files, so the same input gives the same windows whatever the number
+of actors. JSONL files are read through once here for their line breaks (about 1 GB/s), shards for their headers; every
+later reader seeks to its bytes.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.rows.dealing import DEALING, dealt, lanes_of
-from mmray.rows.forms import NAMES, Form, format_by_name, told_form
+from mmray.rows.forms import NAMES, Form, detected_form, format_by_name
 from mmray.rows.huggingface import SavedRows, saved_version
 from mmray.rows.listing import listed_files
 from mmray.rows.records import READ_BYTES, RecordScan, row_starts
@@ -37,8 +37,13 @@ REFUSED_ENDINGS = (".tar.gz", ".tar.zst", ".tgz", ".bz2", ".xz", ".zip")
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a file are read. form: None before the file was opened; columns: of tables, those that are used,
-    () for all; header: of CSV and TSV; shard: what members of a shard become."""
+    """Says how the rows of a file are read.
+
+    form: what the file is; None before it was opened.
+    columns: the columns of a table that are used; () for all.
+    header: the names of columns of CSV and TSV.
+    shard: the fields that the members of a shard become.
+    """
 
     form: Form | None = None
     columns: tuple[str, ...] = ()
@@ -51,8 +56,12 @@ UNOPENED = Reading()
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One row file. format: by its name or, with is_said, by the job; size: in bytes; version: modification time or
-    etag, what tells a replaced file from the one prepared."""
+    """One row file.
+
+    format: the format by its name or, with is_declared, by the job.
+    size: the size in bytes; for a saved dataset, the number of rows.
+    version: the modification time or etag, by which a replaced file is recognised.
+    """
 
     dataset: int
     uri: str
@@ -60,13 +69,18 @@ class SourceFile:
     size: int
     version: str
     reading: Reading = UNOPENED
-    is_said: bool = False
+    is_declared: bool = False
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [first_row, first_row + num_rows) of a file; those of text and shards start in bytes [start, stop) of it, of
-    a compressed file of its text. entry: where to enter such a text; refused: rows of a shard that are none."""
+    """Rows [first_row, first_row + num_rows) of a file.
+
+    start, stop: the bytes [start, stop) in which rows of text and shards start; for a compressed file, bytes of its
+        text.
+    entry: the place at which to enter the text of a compressed file.
+    refused: the rows of a shard that are rejected, because their key stands in several places.
+    """
 
     dataset: int
     uri: str
@@ -82,8 +96,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """What one pass over a file finds. starts: of each row, and the end, int64 [rows + 1]; entries: of a text that
-    cannot be entered everywhere; refused: rows of a shard that are none; endings: of a shard's members."""
+    """The result of one pass over a file.
+
+    starts: where each row starts, and the end, int64 [rows + 1].
+    entries: the places at which a text can be entered that cannot be entered everywhere.
+    refused: the rows of a shard that are rejected, because their key stands in several places.
+    endings: the endings of a shard's members.
+    """
 
     file: SourceFile
     format: str
@@ -98,11 +117,11 @@ class RowIndex:
         return len(self.starts) - 1
 
     def piece(self, row: int, num_rows: int) -> Piece:
-        """Rows [row, row + num_rows)."""
+        """Returns the piece of rows [row, row + num_rows)."""
         start, stop = int(self.starts[row]), int(self.starts[row + num_rows])
         entry = BEGINNING
         if self.entries:
-            entry = self.entries[bisect.bisect_right(self.entries, start, key=lambda each: each.offset) - 1]
+            entry = self.entries[bisect.bisect_right(self.entries, start, key=lambda entry: entry.offset) - 1]
         first, last = (bisect.bisect_left(self.refused, end) for end in (row, row + num_rows))
         return Piece(
             self.file.dataset, self.file.uri, self.format, row, num_rows, start, stop, self.reading, entry,
@@ -112,8 +131,11 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One call of the encoder. first_row: position of its first row in the whole input; verify, duplicates: positions
-    of rows, as for `Encoder.encode`."""
+    """The rows of one call of the encoder.
+
+    first_row: the position of its first row in the whole input.
+    verify, duplicates: positions of rows, as for `Encoder.encode`.
+    """
 
     window: int
     index: int
@@ -128,26 +150,26 @@ class Chunk:
 
 
 def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
-    """The files of all data sets, in order. Raises UserError for a name that matches nothing."""
-    found = []
+    """Lists the files of all data sets, in order. Raises UserError for a name that matches nothing."""
+    files = []
     for number, dataset in enumerate(datasets):
         for pattern in dataset.files:
             if dataset.format == "huggingface":
-                found.append(_saved_dataset(number, pattern))
+                files.append(_saved_dataset(number, pattern))
                 continue
-            found += [_source_file(number, dataset, *match) for match in listed_files(pattern)]
-    return found
+            files += [_source_file(number, dataset, *match) for match in listed_files(pattern)]
+    return files
 
 
 def set_files(files: Sequence[SourceFile], num_sets: int) -> list[int]:
-    """How many files each data set has."""
+    """Counts the files of each data set."""
     counts = Counter(file.dataset for file in files)
     return [counts[number] for number in range(num_sets)]
 
 
 def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSettings]) -> None:
-    """Raise UserError when the files are no longer those that `source_files` found: rows may have been read of both."""
-    before, now = (dict.fromkeys(each) for each in (files, source_files(datasets)))
+    """Raises UserError when the files have changed since `source_files`: rows may come from old and new ones."""
+    before, now = (dict.fromkeys(listing) for listing in (files, source_files(datasets)))
     changed = [file.uri for file in files if file not in now] or [file.uri for file in now if file not in before]
     if changed:
         raise UserError(
@@ -162,8 +184,8 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, 
     suffix = posixpath.splitext(path)[1].lower()
     if path.lower().endswith(REFUSED_ENDINGS):
         raise UserError(f"{uri}: {suffix} files cannot be read as rows; decompress it, or write rows with gzip or zstd")
-    is_said = dataset.format != "auto"
-    format_ = dataset.format if is_said else format_by_name(path)
+    is_declared = dataset.format != "auto"
+    format_ = dataset.format if is_declared else format_by_name(path)
     if (format_ == "webdataset") != (suffix == ".tar"):
         raise UserError(f"{uri}: a WebDataset shard ends with .tar and nothing else does; here format is {format_}")
     if dataset.members and format_ != "webdataset":
@@ -171,21 +193,25 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, 
     row_id, text, images = map(dataset.column, ("id", "text", "images"))
     shard = ShardRules(row_id, text, images, dataset.members)
     reading = Reading(columns=dataset.used_columns, shard=shard)
-    return SourceFile(number, uri, format_, int(info["size"]), file_version(info), reading, is_said)
+    return SourceFile(number, uri, format_, int(info["size"]), file_version(info), reading, is_declared)
 
 
 def _saved_dataset(number: int, folder: str) -> SourceFile:
-    """A folder of `Dataset.save_to_disk`; its size is its number of rows."""
+    """Describes a folder of `Dataset.save_to_disk` as a row file, whose size is its number of rows."""
     return SourceFile(number, folder, "huggingface", len(SavedRows(folder)), saved_version(folder))
 
 
 def plan_chunks(
     files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int, dealing: int = DEALING
 ) -> list[Chunk]:
-    """Deal all rows into chunks of chunk_rows and windows of window_rows (a multiple of chunk_rows).
+    """Deals all rows into chunks and windows. Only the last chunk may be shorter; line breaks are found by threads.
 
-    Every window has every file at its share (`dealing.py`); dealing 1: the files one after another. Only the last chunk
-    may be shorter. Line breaks are looked up with a few threads.
+    window_rows: the rows of a window, a multiple of chunk_rows.
+    chunk_rows: the rows of a chunk.
+    dealing: the version of dealing. 2: every window holds every file's share (`dealing.py`); 1: the files come one
+        after another.
+
+    Raises UserError for a file that cannot be read, and for a pattern of `members` that chooses nothing.
     """
     if window_rows % chunk_rows:
         raise ValueError(f"window_rows {window_rows} is no multiple of chunk_rows {chunk_rows}")
@@ -199,7 +225,7 @@ def plan_chunks(
 
 
 def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> Iterator[tuple[RowIndex, int, int]]:
-    """Stretches of rows in the order in which windows take them: of a file the first row, and the stop."""
+    """Yields stretches of rows in the order in which windows take them: (file, first row, stop)."""
     lanes = lanes_of([index.num_rows for index in indexed], [index.file.dataset for index in indexed], dealing)
     ends = [np.cumsum([indexed[file].num_rows for file in lane]).tolist() for lane in lanes]
     done = [0] * len(lanes)
@@ -207,7 +233,7 @@ def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> 
         for lane, count in enumerate(window):
             stop = done[lane] + count
             while done[lane] < stop:
-                place = bisect.bisect_right(ends[lane], done[lane])  # in the lane, of the file that holds the next row
+                place = bisect.bisect_right(ends[lane], done[lane])  # place in the lane of the next row's file
                 index, end = indexed[lanes[lane][place]], min(stop, ends[lane][place])
                 before = ends[lane][place] - index.num_rows
                 yield index, done[lane] - before, end - before
@@ -215,12 +241,12 @@ def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> 
 
 
 def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """The chunks of each window, of chunks in order."""
+    """Groups chunks, which are in order, by their window."""
     return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
 
 
 def _chunk_pieces(stretches: Iterable[tuple[RowIndex, int, int]], chunk_rows: int) -> Iterator[list[Piece]]:
-    """Pieces of exactly chunk_rows rows together (the last group may be shorter)."""
+    """Yields groups of pieces with a total of chunk_rows rows each; the last group may have fewer."""
     group: list[Piece] = []
     room = chunk_rows
     for index, row, stop in stretches:
@@ -236,35 +262,38 @@ def _chunk_pieces(stretches: Iterable[tuple[RowIndex, int, int]], chunk_rows: in
 
 
 def _check_members(indexed: Sequence[RowIndex]) -> None:
-    """Raise UserError where a pattern of `members` chooses none of a set's shards."""
+    """Raises UserError where a pattern of `members` chooses no member of a data set's shards."""
     endings: dict[tuple[int, tuple[str, ...]], frozenset[str]] = {}
     for index in indexed:
         if members := index.reading.shard.members:
             key = index.file.dataset, members
             endings[key] = endings.get(key, frozenset()) | index.endings
-    for (number, members), found in endings.items():
+    for (number, members), shard_endings in endings.items():
         for pattern in members:
-            if not any(is_member(ending, pattern) for ending in found):
+            if not any(is_member(ending, pattern) for ending in shard_endings):
                 raise UserError(
                     f"members: {pattern!r} chooses no member of the shards of data set {number}; their endings are "
-                    f"{', '.join(sorted(found)):.200}"
+                    f"{', '.join(sorted(shard_endings)):.200}"
                 )
 
 
 def first_piece(file: SourceFile, num_rows: int) -> Piece:
-    """The first rows of a file, up to num_rows with blank lines among them; no more of it is read than holds them."""
+    """Returns the piece of the first num_rows rows of a file, blank lines included, without reading further."""
     index = index_rows(file, num_rows)
     return index.piece(0, index.num_rows)
 
 
 @contextmanager
 def opened_rows(file: SourceFile) -> Iterator[tuple[BinaryIO, Form]]:
-    """A row file to read, and what it is. Raises UserError where it is not what its format says, or cannot be read."""
+    """Opens a row file; yields the file and its form.
+
+    Raises UserError where the file is not of its format, or cannot be read.
+    """
     form = Form(file.format)
     try:
         system, path = file_system(file.uri)
         with system.open(path, "rb", block_size=READ_BYTES) as opened:
-            form = told_form(opened, file.uri, file.format, is_said=file.is_said)
+            form = detected_form(opened, file.uri, file.format, is_declared=file.is_declared)
             if (form.format == "webdataset") != (file.format == "webdataset"):
                 raise UserError(f"{file.uri}: is {NAMES[form.format]} by its first bytes; a shard must end with .tar")
             yield opened, form
@@ -272,23 +301,24 @@ def opened_rows(file: SourceFile) -> Iterator[tuple[BinaryIO, Form]]:
         raise UserError(f"{file.uri}: cannot be read as {NAMES[form.format]}: {error}") from error
 
 
-def index_rows(file: SourceFile, most: int | None = None) -> RowIndex:
-    """Where the rows of a file are. most: of so many rows, the first; None: of all. Raises as `opened_rows`."""
+def index_rows(file: SourceFile, max_rows: int | None = None) -> RowIndex:
+    """Finds where the rows of a file start. max_rows: how many rows to find; None: all. Raises what `opened_rows`
+    raises."""
     if file.format == "huggingface":
-        return RowIndex(file, file.format, file.reading, _numbers(file.size, most))
+        return RowIndex(file, file.format, file.reading, _numbers(file.size, max_rows))
     with opened_rows(file) as (opened, form):
         reading = replace(file.reading, form=form)
         if form.format in ("parquet", "arrow"):
-            return RowIndex(file, form.format, reading, _numbers(num_table_rows(opened, form.format), most))
+            return RowIndex(file, form.format, reading, _numbers(num_table_rows(opened, form.format), max_rows))
         if form.format == "webdataset":
-            shard = index_shard(opened, file.size, most)
+            shard = index_shard(opened, file.size, max_rows)
             return RowIndex(file, form.format, reading, shard.starts, (), shard.refused, shard.endings)
         stream = None if form.is_plain else RowStream(opened, form.compression, form.encoding)
         scan = RecordScan((stream or opened).read, form.format)
-        starts = row_starts(scan, most)
+        starts = row_starts(scan, max_rows)
         entries = tuple(stream.entries) if stream else ()
         return RowIndex(file, form.format, replace(reading, header=scan.header), starts, entries)
 
 
-def _numbers(rows: int, most: int | None) -> np.ndarray:
-    return np.arange((rows if most is None else min(rows, most)) + 1, dtype=np.int64)
+def _numbers(rows: int, max_rows: int | None) -> np.ndarray:
+    return np.arange((rows if max_rows is None else min(rows, max_rows)) + 1, dtype=np.int64)

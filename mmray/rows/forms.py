@@ -1,8 +1,8 @@
-"""What a file of rows is: by its first bytes, and by its name where these say nothing.
+"""Detects the format of a file of rows by its first bytes, and by its name where these do not tell.
 
-Names lie: Parquet is called `.jsonl`, a JSON array `.json`, a page of an error `.jsonl.gz`. Tables, archives and
-compressed files begin with bytes of their own, and UTF-16 with its mark. Text is JSON lines, a JSON array (it begins
-with `[{`) or, by its name alone, CSV or TSV.
+Names can be wrong: Parquet is called `.jsonl`, a JSON array `.json`, an error page `.jsonl.gz`. Tables, archives and
+compressed files begin with characteristic bytes, and UTF-16 with its mark. Text is JSON lines, a JSON array (which
+begins with `[{`) or, by its name alone, CSV or TSV.
 """
 
 import posixpath
@@ -38,12 +38,17 @@ _UTF16: dict[bytes, Encoding] = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-
 _ROW_LIST = re.compile(r"\[\s*\{")
 _PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 _LINK = re.compile(rb"(\.\.?/)+[^\s\0]+")
-"""A path and nothing else: what git writes for a link where it may not make one."""
+"""Matches a path and nothing else, which git writes for a link where links are not allowed."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """format: a key of NAMES; compression and encoding: around and in the text."""
+    """The format of a file of rows.
+
+    format: a key of NAMES.
+    compression: the compression around the text; "" for none.
+    encoding: the encoding of the text.
+    """
 
     format: str
     compression: Compression = ""
@@ -51,23 +56,24 @@ class Form:
 
     @property
     def is_plain(self) -> bool:
-        """Whether bytes of the file are bytes of its rows, so that any can be entered."""
+        """True if bytes of the file are bytes of its rows, so that reading can start anywhere."""
         return not self.compression and self.encoding == "utf-8"
 
 
 def format_by_name(path: str) -> str:
-    """The format of a file by its ending, before that of its compression."""
+    """Returns the format of a file by its ending, ignoring that of a compression."""
     stem, ending = posixpath.splitext(path.lower())
     if ending in COMPRESSED_ENDINGS:
         ending = posixpath.splitext(stem)[1]
     return ENDINGS.get(ending, "jsonl")
 
 
-def told_form(opened: BinaryIO, uri: str, expected: str, *, is_said: bool) -> Form:
-    """The form of an opened file, which is left at its beginning.
+def detected_form(opened: BinaryIO, uri: str, expected: str, *, is_declared: bool) -> Form:
+    """Detects the form of an opened file, which is left at its beginning.
 
-    expected: the format by name or, with is_said, by the job. Raises UserError for what holds no rows, and where a
-    format that the job says is another one.
+    expected: the format by name or, with is_declared, by the job.
+
+    Raises UserError for a file that holds no rows, and for one that is not of the format that the job declares.
     """
     head = _head(opened)
     compression: Compression = ""
@@ -88,15 +94,17 @@ def told_form(opened: BinaryIO, uri: str, expected: str, *, is_said: bool) -> Fo
             f"{uri}: holds only the path {head.decode(errors='replace')!r}: a link that was copied as text; copy the "
             "file it led to, or the link as a link"
         )
-    found = _binary_format(head)
-    if compression and (found or expected in _BINARY):
-        raise UserError(f"{uri}: {NAMES[found or expected]}, compressed as a whole; decompress it")
-    if found and is_said and found != expected:
-        raise UserError(f"{uri}: is {NAMES[found]} by its first bytes, and format is {expected}; leave format out")
-    if found:
-        return Form(found)
+    binary_format = _binary_format(head)
+    if compression and (binary_format or expected in _BINARY):
+        raise UserError(f"{uri}: {NAMES[binary_format or expected]}, compressed as a whole; decompress it")
+    if binary_format and is_declared and binary_format != expected:
+        raise UserError(
+            f"{uri}: is {NAMES[binary_format]} by its first bytes, and format is {expected}; leave format out"
+        )
+    if binary_format:
+        return Form(binary_format)
     encoding: Encoding = _UTF16.get(head[:2], "utf-8")
-    return Form(_text_format(head, expected, encoding, is_said), compression, encoding)
+    return Form(_text_format(head, expected, encoding, is_declared), compression, encoding)
 
 
 def _head(opened: BinaryIO) -> bytes:
@@ -115,8 +123,8 @@ def _binary_format(head: bytes) -> str:
     return "webdataset" if head[257:262] == b"ustar" else ""
 
 
-def _text_format(head: bytes, expected: str, encoding: Encoding, is_said: bool) -> str:
-    if is_said and expected != "jsonl":
+def _text_format(head: bytes, expected: str, encoding: Encoding, is_declared: bool) -> str:
+    if is_declared and expected != "jsonl":
         return expected
     text = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")
     if _ROW_LIST.match(text):

@@ -1,8 +1,7 @@
-"""Rows from PDFs, one a page: what `mmray from-pdf` writes.
+"""Writes rows from PDFs, one for each page (`mmray from-pdf`).
 
-Nothing is rendered: a row names its page, which is rendered when it trains. With the text layer a page takes some
-milliseconds, so what is done of a long list is kept beside the result, file by file, and the same command goes on
-there.
+Nothing is rendered: a row names its page, which is rendered during training. With the text layer a page takes some
+milliseconds, so finished files of a long list are recorded beside the result, and the same command continues there.
 """
 
 import contextlib
@@ -21,14 +20,19 @@ from mmray.images.pdf import num_pages, page_text
 from mmray.storage import explained, file_system
 
 TEXT_FROM = "pdf"
-"""What `text_from` says of rows whose text is a text layer."""
+"""The value of `text_from` in rows whose text is a text layer."""
 _PARTIAL, _DONE = ".partial", b'{"done": '
 
 
 @dataclass
 class WrittenRows:
-    """What came of PDFs. rows: pages written; without_text: pages left out, as they have no text layer; failed: files
-    that cannot be read, with the reason; image_root: the folder that a job names, None where it need not."""
+    """The result of writing rows from PDFs.
+
+    rows: the number of pages written.
+    without_text: the number of pages left out because they have no text layer.
+    failed: the files that cannot be read, with the reason.
+    image_root: the folder that a job must name; None where it need not name one.
+    """
 
     rows: int = 0
     without_text: int = 0
@@ -40,10 +44,14 @@ def write_pdf_rows(
     files: Sequence[str], out: str, *, text: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenRows:  # fmt: skip
-    """Write a row for each page of PDFs to a JSONL file, which appears whole.
+    """Writes a row for each page of PDFs to a JSONL file, which appears only when it is complete.
 
-    files: paths, folders (all PDFs in and below them), globs and URIs of them; out: a local path. text: the text layer
-    stands behind the placeholder. Raises UserError where there is no PDF, or the file is there already.
+    files: paths, folders (all PDFs in and below them), globs and URIs.
+    out: a local path.
+    text: whether the text layer is written behind the placeholder.
+    on_progress: called with the number of files done and the number of all files.
+
+    Raises UserError where there is no PDF, or the file exists already.
     """
     target = Path(out).absolute()
     if "://" in out:
@@ -87,21 +95,21 @@ def _documents(names: Sequence[str]) -> Iterator[str]:
             scheme = name.partition("://")[0]
             with explained(name):
                 system, path = file_system(name)
-                found = [f"{scheme}://{each}" for each in system.glob(path)] if glob.has_magic(path) else [name]
+                paths = [f"{scheme}://{match}" for match in system.glob(path)] if glob.has_magic(path) else [name]
         elif os.path.isdir(name):
-            found = [str(path) for path in Path(name).rglob("*") if path.suffix.lower() == ".pdf"]
+            paths = [str(path) for path in Path(name).rglob("*") if path.suffix.lower() == ".pdf"]
         else:
-            found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
-        if not found:
+            paths = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+        if not paths:
             raise UserError(f"{name}: no such PDF; name files, folders or globs")
-        for path in found:
+        for path in paths:
             if not path.lower().endswith(".pdf"):
                 raise UserError(f"{path}: its name does not end with .pdf, by which rows tell a PDF; rename it")
             yield path if "://" in path else os.path.abspath(path)
 
 
 def _rows(path: str, name: str, text: bool) -> tuple[list[str], dict[str, Any]]:
-    """The lines of a document's rows, and what to count of it."""
+    """Returns the lines of a document's rows, and its counts: rows, pages without text, reason of failure."""
     lines, without_text = [], 0
     try:
         for number in range(1, num_pages(path) + 1):
@@ -118,9 +126,9 @@ def _rows(path: str, name: str, text: bool) -> tuple[list[str], dict[str, Any]]:
 
 
 def _begin(partial: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The documents that an interrupted run of the same words has done, with what to count of them.
+    """Returns the documents that an interrupted run of the same command has finished, with their counts.
 
-    What it left of a document that it did not finish is cut off. Begins anew where there is none.
+    The lines of an unfinished document are cut off. Without such a run, a new partial file is begun.
     """
     done: dict[str, dict[str, Any]] = {}
     first, whole = (json.dumps(head) + "\n").encode(), 0
@@ -140,7 +148,7 @@ def _begin(partial: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _finish(partial: Path, target: Path) -> None:
-    """The rows of a partial file, without what it notes between them, under the target's name."""
+    """Writes the rows of a partial file, without the records of finished documents, under the target's name."""
     beside = partial.with_name(f".{target.name}")
     with partial.open("rb") as source, beside.open("wb") as file:
         next(source)

@@ -1,12 +1,10 @@
-"""Datasets of Hugging Face as rows.
-
-Two ways, by whether rows can be entered in the middle:
+"""Reads datasets of Hugging Face as rows, in two ways:
 
 - A folder that `Dataset.save_to_disk` wrote is a row source as it is (`format: huggingface`): its rows are read by
   ranges, images as the bytes they are stored as, never decoded.
 - Anything else that `datasets.load_dataset` knows (a name on the hub, an image folder, JSON, also what would not fit
-  on a disk) is a stream, which has no middle. `write_rows` writes it once into Parquet files, which then are rows like
-  any others. It streams in every case, so nothing is kept in a cache of `datasets`.
+  on a disk) is a stream, which can be read only from its beginning. `write_rows` writes it once into Parquet files,
+  which are then rows like any others. It always streams, so nothing is kept in a cache of `datasets`.
 """
 
 import hashlib
@@ -33,7 +31,7 @@ class SavedRows:
     """The rows of a folder that `Dataset.save_to_disk` wrote."""
 
     def __init__(self, folder: str) -> None:
-        """Raises UserError where it is none."""
+        """Raises UserError where the folder is not one of `Dataset.save_to_disk`."""
         self.folder = folder
         self._dataset = _saved(folder).with_format("arrow")
 
@@ -41,36 +39,38 @@ class SavedRows:
         return len(self._dataset)
 
     def batches(self, start: int, stop: int) -> Iterator[pa.Table]:
-        """Rows [start, stop), some at a time."""
+        """Yields rows [start, stop), some at a time."""
         for first in range(start, stop, _ROWS_PER_GROUP):
             yield self._dataset[first : min(first + _ROWS_PER_GROUP, stop)]
 
 
 def saved_version(folder: str) -> str:
-    """What tells a saved dataset from another one at the same place: its fingerprint, and the state of its files."""
+    """Returns the version of a saved dataset, from its fingerprint and the state of its files."""
     state = json.loads((Path(folder) / _STATE).read_text())
-    statuses = [(Path(folder) / each["filename"]).stat() for each in state["_data_files"]]
+    statuses = [(Path(folder) / data_file["filename"]).stat() for data_file in state["_data_files"]]
     files = repr([(status.st_size, status.st_mtime_ns) for status in statuses])
     return f"{state['_fingerprint']}-{hashlib.blake2b(files.encode(), digest_size=8).hexdigest()}"
 
 
 def write_rows(target: str, rows_per_file: int = ROWS_PER_FILE, **source: str | None) -> int:
-    """Write a dataset into the Parquet files `rows-00000.parquet`, … of a folder; returns its number of rows.
+    """Writes a dataset into the Parquet files `rows-00000.parquet`, … of a folder; returns its number of rows.
 
-    source: `path`, `name`, `split`, `revision`, `data_dir`, `data_files`, as for `datasets.load_dataset`. The same
-    source gives the same files. A second run goes on behind the last whole file, and finds a finished one done. Raises
-    UserError for a source that cannot be loaded, and where the folder holds the rows of another one.
+    The same source gives the same files. A second run continues behind the last whole file, and returns at once for a
+    finished dataset.
+    source: `path`, `name`, `split`, `revision`, `data_dir`, `data_files`, as for `datasets.load_dataset`.
+
+    Raises UserError for a source that cannot be loaded, and where the folder holds the rows of another source.
     """
-    folder, given = Folder(target), {key: value for key, value in source.items() if value is not None}
-    record: dict[str, Any] = {"source": given, "rows_per_file": rows_per_file}
-    found: dict[str, Any] = json.loads(folder.read(_SOURCE)) if folder.exists(_SOURCE) else record
-    if {key: found.get(key) for key in record} != record:
-        raise UserError(f"{target} holds rows of another source, {found.get('source')}; choose another folder")
-    if "rows" in found:
-        return int(found["rows"])
+    folder, source_options = Folder(target), {key: value for key, value in source.items() if value is not None}
+    record: dict[str, Any] = {"source": source_options, "rows_per_file": rows_per_file}
+    stored_record: dict[str, Any] = json.loads(folder.read(_SOURCE)) if folder.exists(_SOURCE) else record
+    if {key: stored_record.get(key) for key in record} != record:
+        raise UserError(f"{target} holds rows of another source, {stored_record.get('source')}; choose another folder")
+    if "rows" in stored_record:
+        return int(stored_record["rows"])
     folder.create()
     folder.write(_SOURCE, _json(record))
-    stream = _stream(given)
+    stream = _stream(source_options)
     files = sum(name.startswith("rows-") for name in folder.names())
     total = files * rows_per_file
     for table in _tables(stream.skip(total), rows_per_file):
@@ -107,7 +107,7 @@ def _saved(folder: str) -> Any:
 
 
 def _stream(source: dict[str, str]) -> Any:
-    """The dataset as a stream, its images undecoded."""
+    """Opens a dataset as a stream whose images are not decoded."""
     datasets = _library()
     options = dict(source)
     path = options.pop("path")
@@ -121,18 +121,18 @@ def _stream(source: dict[str, str]) -> Any:
 
 
 def _undecoded(feature: Any, datasets: Any) -> Any:
-    """The same features, images as bytes."""
+    """Returns features in which images are bytes instead of decoded images."""
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
     if isinstance(feature, dict):
-        return type(feature)({name: _undecoded(each, datasets) for name, each in feature.items()})
+        return type(feature)({name: _undecoded(entry, datasets) for name, entry in feature.items()})
     if isinstance(feature, datasets.List):
         return datasets.List(_undecoded(feature.feature, datasets), length=feature.length)
     return feature
 
 
 def _tables(stream: Any, rows: int) -> Iterator[pa.Table]:
-    """The rows of a stream, so many in each table, with the bytes of their images."""
+    """Yields the rows of a stream with the bytes of their images, in tables of `rows` rows."""
     from datasets.table import embed_table_storage
 
     for table in stream.with_format("arrow").iter(batch_size=rows):

@@ -1,4 +1,4 @@
-"""Ids of rows as text: strings and numbers, and what tables hold besides them."""
+"""Converts ids of rows to text: strings, numbers and the other types that tables hold."""
 
 import datetime
 import decimal
@@ -6,13 +6,16 @@ import uuid
 
 
 def has_id(value: object) -> bool:
-    """Whether a field holds anything: pandas writes NaN where a row has no number."""
+    """Tells whether a field holds an id: pandas writes NaN where a row has no number."""
     return value is not None and value == value
 
 
 def id_text(value: object) -> str | None:
-    """An id as text, None for what is none. Numbers are written as Python writes them (7, 7.0), times as ISO 8601,
-    bytes as the text that they are, else as hexadecimal digits, as of a UUID."""
+    """Converts an id to text; returns None for a value that is no id.
+
+    Numbers are written as Python writes them (7, 7.0), times as ISO 8601, bytes as text where they are printable text,
+    else as hexadecimal digits, such as those of a UUID.
+    """
     if isinstance(value, bool):
         return None
     if isinstance(value, str | int | float | decimal.Decimal | uuid.UUID):

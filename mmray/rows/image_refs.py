@@ -1,9 +1,9 @@
-"""Which images a row names: a path inside the image root, a URI of an allowed scheme, or bytes.
+"""Reads the images that a row names: a path inside the image root, a URI of an allowed scheme, or bytes.
 
-Rows come from people. Whether a local path stays inside the image root is decided where it leads in the end, behind
-`..` and symbolic links: a link to `/etc` is no way out. The one exception is how the hub's cache stores a repository:
-links in its `snapshots` to its own `blobs`. The folders of images are resolved once and remembered, so a
-row costs one look at each image's own name, 7 µs.
+Rows come from people. A local path must stay inside the image root after `..` and symbolic links are resolved, so that
+a link to `/etc` does not lead out. The one exception is how the hub's cache stores a repository: links in `snapshots`
+to the `blobs` of the same repository. Folders of images are resolved once and remembered, so that a row costs 7 µs for
+each image's name.
 """
 
 import contextlib
@@ -27,23 +27,25 @@ _SNAPSHOT = re.compile(r"(?P<repository>.*/(datasets|models|spaces)--[^/]+)/snap
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image of a row: where it lies, or its bytes."""
+    """One image of a row: its path or URI, or its bytes."""
 
     uri: str = ""
     data: bytes | None = None
 
 
 def image_refs(value: dict[str, Any], source: str, dataset: DatasetSettings) -> tuple[ImageRef, ...]:
-    """The row's images: paths are joined to the image root, bytes are kept.
+    """Returns the row's images: paths are joined to the image root, bytes are kept.
 
-    source: place of the row, `file:line`. Raises RowError: `wrong_type`, `image_outside_root`, `image_credentials`.
+    source: the place of the row, `file:line`.
+
+    Raises RowError: `wrong_type`, `image_outside_root`, `image_credentials`.
     """
     root = image_folder(source, dataset)
     return tuple(entry if isinstance(entry, ImageRef) else image_ref(entry, root) for entry in _entries(value, dataset))
 
 
 def remote_images(value: dict[str, Any], source: str, dataset: DatasetSettings) -> list[str]:
-    """The URIs among the row's images, as `image_refs` gives them; none of a row that it refuses."""
+    """Returns the URIs among the row's images, as `image_refs` gives them; none for a row that it refuses."""
     try:
         entries = _entries(value, dataset)
         if "://" not in image_folder(source, dataset) and not any("://" in _place(entry) for entry in entries):
@@ -54,20 +56,20 @@ def remote_images(value: dict[str, Any], source: str, dataset: DatasetSettings) 
 
 
 def _entries(value: dict[str, Any], dataset: DatasetSettings) -> list[Any]:
-    """The images of a row as they are written there."""
+    """Returns the images of a row as the row writes them."""
     column = dataset.column("images")
-    found = value.get(column)
-    if found is None and column == "images":
-        column, found = ONE_IMAGE, value.get(ONE_IMAGE)
-    if found is None or found == "":
+    images = value.get(column)
+    if images is None and column == "images":
+        column, images = ONE_IMAGE, value.get(ONE_IMAGE)
+    if images is None or images == "":
         return []
-    if isinstance(found, str):
-        return _listed(found)
-    if isinstance(found, dict | bytes):  # a column of single images
-        return [found]
-    if not isinstance(found, list):
-        raise RowError("wrong_type", f"{column} must be a list of images, not {type(found).__name__} {found!r:.60}")
-    return found
+    if isinstance(images, str):
+        return _listed(images)
+    if isinstance(images, dict | bytes):  # a column of single images
+        return [images]
+    if not isinstance(images, list):
+        raise RowError("wrong_type", f"{column} must be a list of images, not {type(images).__name__} {images!r:.60}")
+    return images
 
 
 def _place(entry: object) -> str:
@@ -78,21 +80,21 @@ def _place(entry: object) -> str:
 
 
 def _listed(text: str) -> list[Any]:
-    """The images in a text: one, or several as a JSON list, which is how a cell of CSV holds them."""
+    """Returns the images in a text: one, or several in a JSON list, as in a cell of CSV."""
     with contextlib.suppress(ValueError):
-        found = json.loads(text) if text.startswith("[") else None
-        if isinstance(found, list):
-            return found
+        entries = json.loads(text) if text.startswith("[") else None
+        if isinstance(entries, list):
+            return entries
     return [text]
 
 
 def image_folder(source: str, dataset: DatasetSettings) -> str:
-    """What the image paths of a row are relative to. source: place of the row, `file:line`."""
+    """Returns the folder to which the image paths of a row are relative. source: the place of the row, `file:line`."""
     return dataset.image_root or _folder(source.rsplit(":", 1)[0])
 
 
 def image_ref(entry: object, root: str) -> ImageRef:
-    """One image as a row names it, in its column or in a part of a message. Raises RowError."""
+    """Reads one image as a row names it, in its column or in a part of a message. Raises RowError as `image_refs`."""
     if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
         data = entry.get("bytes")
         entry = (base64_bytes(data) if isinstance(data, str) else data) or entry.get("path")
@@ -111,7 +113,7 @@ def image_ref(entry: object, root: str) -> ImageRef:
 
 
 def _inside(root: str, path: str) -> str:
-    """The place of an image path, which must not lead out of the image root."""
+    """Joins an image path to the image root. Raises RowError `image_outside_root` where it leads out of the root."""
     scheme, mark, folder = root.rpartition("://")
     folder = posixpath.normpath(folder) if folder else ""
     joined = posixpath.normpath(posixpath.join(folder, path))
@@ -125,14 +127,14 @@ def _inside(root: str, path: str) -> str:
 
 
 def _is_below(top: str, joined: str, path: str) -> bool:
-    """Of object storage, where names are all there is."""
+    """Tells whether a path in object storage, which has no links, lies below `top`."""
     if posixpath.isabs(path):
         return joined.startswith(f"{top}/")
     return not f"{posixpath.normpath(path)}/".startswith("../")
 
 
 def _leads_inside(folder: str, joined: str) -> bool:
-    """Whether a local path lies in the folder once all links are followed. Neither need exist."""
+    """Tells whether a local path lies in the folder once all links are followed. Neither needs to exist."""
     file = file_of(joined)
     part = PartOfFile.written(file)
     place = os.path.abspath(part.file if part else file)
@@ -145,10 +147,10 @@ def _leads_inside(folder: str, joined: str) -> bool:
 
 
 def _is_blob_of_snapshot(place: str, target: str) -> bool:
-    """Whether a link of a hub cache, in a repository's `snapshots/COMMIT`, ends at a file right inside the `blobs` of
-    the same repository. Both are paths without links but the last of `place`."""
-    found = _SNAPSHOT.fullmatch(place)
-    return found is not None and os.path.dirname(target) == f"{found['repository']}/blobs"
+    """Tells whether a link in a hub cache, in a repository's `snapshots/COMMIT`, ends at a file directly inside the
+    `blobs` of the same repository. Both paths contain no links except the last part of `place`."""
+    match = _SNAPSHOT.fullmatch(place)
+    return match is not None and os.path.dirname(target) == f"{match['repository']}/blobs"
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -157,6 +159,6 @@ def _resolved(folder: str) -> str:
 
 
 def _folder(uri: str) -> str:
-    """The folder of a file, by path or URI."""
+    """Returns the folder of a file, by path or URI."""
     scheme, mark, path = uri.rpartition("://")
     return f"{scheme}{mark}{posixpath.dirname(path)}"

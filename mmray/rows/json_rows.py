@@ -1,4 +1,4 @@
-"""JSON text to a row, or to the reason why it is none."""
+"""Parses JSON text to a row, or to the error that says why it is not one."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from mmray.errors import RowError
 
 
 def parse_row(line: bytes) -> dict[str, Any] | RowError:
-    """The JSON object of a line of JSONL, or of a file."""
+    """Parses the JSON object of a line of JSONL, or of a file; returns the error for anything else."""
     try:
         text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
         value = json.loads(text)
@@ -25,7 +25,7 @@ def parse_row(line: bytes) -> dict[str, Any] | RowError:
 
 
 def lone_surrogate(text: str, value: Any) -> str | None:
-    """Half a character, which JSON may write as \\ud83d: UTF-8 has none, so neither files nor tokenizers take it.
+    """Finds half of a surrogate pair, such as \\ud83d, which JSON can write but UTF-8, and so tokenizers, cannot.
 
     text: JSON; value: what it says.
     """

@@ -1,8 +1,9 @@
-"""The files behind the names of a job: paths, globs and URIs, with no file left out without a word.
+"""Lists the files that the paths, globs and URIs of a job name; no file is left out silently.
 
-Links to files and folders are followed, as people link shards together instead of copying them. A link that leads
-nowhere or in a circle, a pipe or a device is an error that names it. Local globs are walked here: fsspec's leave out
-links, and do not enter linked folders. A folder whose own name has brackets, as `scans [2024]`, is taken by its name.
+Links to files and folders are followed, because people link shards instead of copying them. A link that leads nowhere
+or in a circle, a pipe or a device is an error that names it. Local globs are expanded here, because those of fsspec
+leave out links and do not enter linked folders. A folder whose name has brackets, such as `scans [2024]`, is matched by
+its name.
 """
 
 import fnmatch
@@ -24,29 +25,34 @@ from mmray.storage import file_system
 
 _MARKS = re.compile(r"[*?\[]")
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
-"""What `Dataset.save_to_disk` leaves in a folder."""
+"""Files by which a folder of `Dataset.save_to_disk` is recognised."""
 
 Listed = tuple[Any, str, Mapping[str, Any]]
-"""File system, path in it and state (fsspec's `info`) of a file; of a link, the state of what it leads to."""
+"""The file system of a file, its path there and its state (fsspec's `info`); for a link, the state of its target."""
 
 log = logging.getLogger("mmray")
 
 
 def listed_files(pattern: str) -> list[Listed]:
-    """The files that a path, glob or URI names, sorted by path. Raises UserError where there is none, for a folder
-    (with what to write), and for what is no file and leads to none."""
+    """Lists the files that a path, glob or URI names, sorted by path.
+
+    Raises UserError where there is no file, for a folder (with the remedy), and for what neither is nor leads to a
+    file.
+    """
     try:
         system, path = file_system(pattern)
         if isinstance(system, LocalFileSystem):
-            found: list[Listed] = [(system, each, _state(each)) for each in sorted(set(_local_paths(path)))]
+            entries: list[Listed] = [
+                (system, file_path, _state(file_path)) for file_path in sorted(set(_local_paths(path)))
+            ]
         else:
-            found = [(system, each, info) for each, info in _remote_files(system, path)]
+            entries = [(system, file_path, info) for file_path, info in _remote_files(system, path)]
     except (OSError, ValueError) as error:
         raise UserError(f"data files {pattern!r}: {one_line(error)}") from error
     if "**" not in pattern:
-        _warn_of_folders(pattern, tuple(path for _, path, info in found if info["type"] == "directory"))
-    files = [each for each in found if each[2]["type"] == "file"]
-    if not files and len(found) == 1 and not _has_marks(path):
+        _warn_of_folders(pattern, tuple(path for _, path, info in entries if info["type"] == "directory"))
+    files = [entry for entry in entries if entry[2]["type"] == "file"]
+    if not files and len(entries) == 1 and not _has_marks(path):
         raise UserError(f"data files {pattern!r}: {_folder_remedy(system, path)}")
     if not files:
         raise UserError(f"data files {pattern!r}: no such file. Paths are relative to the current folder.")
@@ -61,7 +67,8 @@ def _has_marks(path: str) -> bool:
 
 
 def _state(path: str) -> dict[str, Any]:
-    """`info` of a local path, links followed. Raises UserError for what is neither a file nor a folder."""
+    """Returns fsspec's `info` of a local path with links followed. Raises UserError for anything but a file or a
+    folder."""
     try:
         info: dict[str, Any] = LocalFileSystem().info(path)
     except FileNotFoundError as error:
@@ -86,7 +93,7 @@ _KINDS = (
 
 
 def _local_paths(path: str) -> Iterator[str]:
-    """The paths that a local path or glob names: files, folders and links, whatever they lead to."""
+    """Yields the paths that a local path or glob names: files, folders and links, whatever they lead to."""
     if not _has_marks(path):
         if os.path.lexists(path):
             yield path
@@ -96,21 +103,21 @@ def _local_paths(path: str) -> Iterator[str]:
 
 
 def _expanded(folder: str, parts: list[str], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """The paths below a folder that match `parts`, a glob's. above: device and number of the folders that `**` came
-    through."""
-    part, *rest = parts
+    """Yields the paths below a folder that match the parts of a glob. above: device and inode of the folders that `**`
+    has entered."""
+    part, *remaining = parts
     if part == "**":
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in above:
             raise UserError(f"{folder} leads back to a folder above it, so ** has no end; name the folders instead")
         above = (*above, (status.st_dev, status.st_ino))
-        if rest:
-            yield from _expanded(folder, rest, above)
+        if remaining:
+            yield from _expanded(folder, remaining, above)
         for name in os.listdir(folder):
             below = os.path.join(folder, name)
             if os.path.isdir(below):
                 yield from _expanded(below, parts, above)
-            elif not rest or _may_have_led_to_a_folder(below):
+            elif not remaining or _may_have_led_to_a_folder(below):
                 yield below
         return
     literal = os.path.join(folder, part)
@@ -123,14 +130,14 @@ def _expanded(folder: str, parts: list[str], above: tuple[tuple[int, int], ...])
         names = []
     for name in names:
         below = os.path.join(folder, name)
-        if not rest or _may_have_led_to_a_folder(below):
+        if not remaining or _may_have_led_to_a_folder(below):
             yield below
         elif os.path.isdir(below):
-            yield from _expanded(below, rest, above)
+            yield from _expanded(below, remaining, above)
 
 
 def _may_have_led_to_a_folder(path: str) -> bool:
-    """Whether a path is a broken link of a name like a folder's: below it files may be missing."""
+    """Tells whether a path is a broken link whose name looks like a folder's, below which files may be missing."""
     return "." not in os.path.basename(path) and os.path.islink(path) and not os.path.exists(path)
 
 
@@ -138,16 +145,16 @@ def _may_have_led_to_a_folder(path: str) -> bool:
 
 
 def _remote_files(system: Any, path: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Path and state of what a path or glob of a remote file system names."""
+    """Returns the path and state of each file that a path or glob of a remote file system names."""
     if not re.search("[*?]", path) and (system.isfile(path) or not _has_marks(path)):
         return [(path, system.info(path))] if system.exists(path) else []
-    # One listing tells all of many files.
-    found = system.glob(_escaped(system, path), detail=True)
-    return sorted((str(name), info) for name, info in found.items())
+    # One listing returns the state of many files.
+    matches = system.glob(_escaped(system, path), detail=True)
+    return sorted((str(name), info) for name, info in matches.items())
 
 
 def _escaped(system: Any, path: str) -> str:
-    """The glob with the brackets of folders that are called so as `[[]`."""
+    """Escapes the brackets in a glob that are part of an existing folder's name, as `[[]`."""
     parts: list[str] = []
     literal = ""
     for part in path.split("/"):
@@ -162,14 +169,14 @@ def _escaped(system: Any, path: str) -> str:
 
 @functools.lru_cache
 def _warn_of_folders(pattern: str, folders: tuple[str, ...]) -> None:
-    """Said once in a process, which lists its files several times."""
+    """Warns, once in a process, of folders that a glob names and that are left out."""
     if folders and _has_marks(pattern):
         log.warning("data files %r: folders are left out, such as %s; ** goes into folders", pattern, folders[0])
 
 
 def _folder_remedy(system: Any, path: str) -> str:
-    """What to write instead of a folder."""
-    names = [posixpath.basename(str(each).rstrip("/")) for each in system.ls(path, detail=False)]
+    """Describes what to write instead of a folder."""
+    names = [posixpath.basename(str(entry).rstrip("/")) for entry in system.ls(path, detail=False)]
     place = path if isinstance(system, LocalFileSystem) else system.unstrip_protocol(path)
     place = place.rstrip("/")
     if any(name in names for name in _SAVED_DATASET):

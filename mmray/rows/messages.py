@@ -1,9 +1,9 @@
-"""From a row of chat as people write it to one form of conversation: every key is known, honoured or refused.
+"""Reads chat rows in the forms that people use into one form of conversation; every key is used or refused.
 
-Known are the forms of the field: OpenAI's messages (parts, tool calls, names, weights), ShareGPT's conversations (its
-`system` and `tools` columns, `function_call` and `observation`), the thoughts of thinking models. A null is an absent
-key, since a Parquet struct has all keys in every row. What a key says that mmray does not know, a template might have
-written: such a row is refused, unless its set lists the key under `ignore_message_keys`.
+The known forms are OpenAI's messages (parts, tool calls, names, weights), ShareGPT's conversations (with the `system`
+and `tools` columns, `function_call` and `observation`), and the thoughts of thinking models. A null is an absent key,
+since a Parquet struct has all keys in every row. A key that mmray does not know might matter to a template, so such a
+row is refused, unless its data set lists the key under `ignore_message_keys`.
 """
 
 import difflib
@@ -32,13 +32,13 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-"""The roles of templates by the names that rows have for them, in small letters."""
+"""The role of templates for each name that rows use, in lower case."""
 
 FLAGS = ("train", "weight", "loss", "training")
-"""Keys of a message, or of a part, that say whether it trains: of axolotl (two), OpenAI, ms-swift."""
+"""Keys of a message, or of a part, that say whether it is trained on: of axolotl (two), OpenAI, ms-swift."""
 
 _HARMLESS = frozenset({"id", "message_id", "uuid", "parent_id", "name", "timestamp", "created_at", "refusal", "audio"})
-"""Keys that say nothing of the text: who spoke, when, under which number. The last two only where they are null."""
+"""Keys that do not affect the text: who spoke, when, under which number; the last two only where they are null."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _MESSAGE_KEYS = (
     "role", "from", "content", "value", *_THOUGHTS, "tool_calls", "function_call", "tool_call_id", *FLAGS,
@@ -52,8 +52,12 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a message's content. picture: of an image, as the part itself names it: None where it does not, a
-    number where it points into the row's images; trains: what its flag says."""
+    """A part of a message's content.
+
+    text: its text; None for an image.
+    picture: the image that the part names; None where it names none, a number where it refers to the row's images.
+    trains: whether the part is trained on by its flag; None without a flag.
+    """
 
     text: str | None
     picture: ImageRef | int | None = None
@@ -66,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call. arguments: an object, its strings and numbers as written."""
+    """A tool call. arguments: an object with strings and numbers as written."""
 
     id: str | None
     name: str
@@ -75,8 +79,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Message:
-    """One message. parts: of its content; is_text: it was written as one string without placeholders; trains: what its
-    flag says; extra: `name` and `tool_call_id`."""
+    """One message.
+
+    parts: the parts of its content.
+    is_text: whether the content was written as one string without placeholders.
+    thought: the text of its reasoning.
+    trains: whether the message is trained on by its flag; None without a flag.
+    extra: its `name` and `tool_call_id`.
+    """
 
     role: str
     parts: tuple[Part, ...]
@@ -88,13 +98,13 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The text of its content."""
+        """The text of the message's content, without images."""
         return "".join(part.text for part in self.parts if part.text is not None)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, ready for a chat template. options: variables of the template."""
+    """A conversation, ready for a chat template. options: values for variables of the template."""
 
     messages: tuple[Message, ...]
     tools: tuple[JSON, ...] = ()
@@ -102,28 +112,35 @@ class Chat:
 
     @property
     def pictures(self) -> list[ImageRef | int | None]:
-        """Of each image part, in order."""
+        """The picture of each image part, in order."""
         return [part.picture for message in self.messages for part in message.parts if part.is_image]
 
 
 class MessageReader:
-    """Reads the chats of one set of rows."""
+    """Reads the chats of one data set."""
 
     def __init__(
         self, dataset: DatasetSettings, placeholders: re.Pattern[str], refuse_special: Callable[[str, str], None],
         plain: Callable[[str], str],
     ) -> None:  # fmt: skip
-        """placeholders: texts that stand for an image; refuse_special(text, where): raises for structure in a text;
-        plain: a text as it may be read."""
+        """Prepares to read the chats of a data set.
+
+        placeholders: matches the texts that stand for an image.
+        refuse_special: called with a text and where it stands; raises RowError for structure tokens in the text.
+        plain: replaces the model's image token in a text by plain words.
+        """
         self.dataset, self._plain = dataset, plain
         self._placeholders, self._refuse_special = placeholders, refuse_special
         self._roles: dict[str, str] = ROLES | {alias.lower(): role for alias, role in dataset.roles.items()}
         self._ignored = frozenset(dataset.ignore_message_keys)
 
     def read(self, value: Mapping[str, Any], to_image: Callable[[object], ImageRef]) -> Chat:
-        """The conversation of a row. to_image: what an image part names, as `image_ref`. Raises RowError."""
-        column, found = self._conversation(value)
-        messages = [self._message(message, f"message {n}", to_image) for n, message in enumerate(found)]
+        """Reads the conversation of a row. to_image: reads the image that a part names, as `image_ref`.
+
+        Raises RowError with the field, the value and the remedy.
+        """
+        column, raw_messages = self._conversation(value)
+        messages = [self._message(message, f"message {n}", to_image) for n, message in enumerate(raw_messages)]
         if system := self._system(value):
             if messages[0].role == "system" and messages[0].text != system:
                 raise RowError(
@@ -139,39 +156,40 @@ class MessageReader:
     # ---------------------------------------------------------------- columns
 
     def _conversation(self, value: Mapping[str, Any]) -> tuple[str, list[Any]]:
-        """The column of the messages, and what it holds."""
+        """Returns the name of the column that holds the messages, and its value."""
         names = [self.dataset.column(field) for field in ("messages", "conversations")]
-        there = [name for name in dict.fromkeys(names) if value.get(name) is not None]
-        chosen = [name for name in there if name in self.dataset.columns.values()]
-        if len(there) > 1 and len(chosen) != 1:
+        present_columns = [name for name in dict.fromkeys(names) if value.get(name) is not None]
+        chosen = [name for name in present_columns if name in self.dataset.columns.values()]
+        if len(present_columns) > 1 and len(chosen) != 1:
             raise RowError(
                 "wrong_type",
-                f"the row has both {there[0]} and {there[1]}; name the one to read: columns: {{messages: {there[0]}}}",
+                f"the row has both {present_columns[0]} and {present_columns[1]}; name the one to read: "
+                f"columns: {{messages: {present_columns[0]}}}",
             )
-        if not there:
+        if not present_columns:
             raise missing_column(f"{names[0]!r} and no {names[1]!r}", value)
-        column = (chosen or there)[0]
-        found = value[column]
-        if isinstance(found, str) and found.lstrip().startswith("["):
-            found = _parsed(found, column)
-        if not isinstance(found, list) or not found:
-            raise RowError("wrong_type", f"{column} must be a list with a message in it, not {found!r:.60}")
-        return column, found
+        column = (chosen or present_columns)[0]
+        conversation = value[column]
+        if isinstance(conversation, str) and conversation.lstrip().startswith("["):
+            conversation = _parsed(conversation, column)
+        if not isinstance(conversation, list) or not conversation:
+            raise RowError("wrong_type", f"{column} must be a list with a message in it, not {conversation!r:.60}")
+        return column, conversation
 
     def _system(self, value: Mapping[str, Any]) -> str:
         column = self.dataset.column("system")
-        found = value.get(column)
-        if found is not None and not isinstance(found, str):
-            raise RowError("wrong_type", f"{column} must be a string, not {type(found).__name__} {found!r:.60}")
-        return found or ""
+        system = value.get(column)
+        if system is not None and not isinstance(system, str):
+            raise RowError("wrong_type", f"{column} must be a string, not {type(system).__name__} {system!r:.60}")
+        return system or ""
 
     def _tools(self, value: Mapping[str, Any]) -> list[JSON]:
         column = self.dataset.column("tools")
-        found = value.get(column)
-        found = _parsed(found, column) if isinstance(found, str) and found.strip() else found or []
-        if not isinstance(found, list):
-            raise RowError("wrong_type", f"{column} must be a list of tools or its JSON text, not {found!r:.60}")
-        tools = [_parsed(tool, column) if isinstance(tool, str) else tool for tool in found]
+        raw_tools = value.get(column)
+        raw_tools = _parsed(raw_tools, column) if isinstance(raw_tools, str) and raw_tools.strip() else raw_tools or []
+        if not isinstance(raw_tools, list):
+            raise RowError("wrong_type", f"{column} must be a list of tools or its JSON text, not {raw_tools!r:.60}")
+        tools = [_parsed(tool, column) if isinstance(tool, str) else tool for tool in raw_tools]
         for tool in tools:
             if not isinstance(tool, dict):
                 raise RowError("wrong_type", f"{column}: a tool must be an object, not {tool!r:.60}")
@@ -180,16 +198,18 @@ class MessageReader:
 
     def _options(self, value: Mapping[str, Any]) -> JSON:
         column = self.dataset.column("chat_template_kwargs")
-        found = value.get(column)
-        found = _parsed(found, column) if isinstance(found, str) and found.strip() else found or {}
-        if not isinstance(found, dict):
-            raise RowError("wrong_type", f"{column} must be an object, not {found!r:.60}")
-        for name, option in found.items():
+        raw_options = value.get(column)
+        raw_options = (
+            _parsed(raw_options, column) if isinstance(raw_options, str) and raw_options.strip() else raw_options or {}
+        )
+        if not isinstance(raw_options, dict):
+            raise RowError("wrong_type", f"{column} must be an object, not {raw_options!r:.60}")
+        for name, option in raw_options.items():
             if name in _RESERVED:
                 raise RowError("unknown_field", f"{column}: {name!r} is no variable for a row to set; leave it out")
             if isinstance(option, str):
                 self._refuse_special(option, f"{column}: {name}")
-        return dict(self.dataset.chat_template_kwargs) | without_nulls(found)
+        return dict(self.dataset.chat_template_kwargs) | without_nulls(raw_options)
 
     # ---------------------------------------------------------------- messages
 
@@ -211,26 +231,26 @@ class MessageReader:
             content = ""
         parts, is_text = self._content(content, where, to_image)
         extra = [(key, named[key]) for key in ("name", "tool_call_id") if named.get(key) is not None]
-        for key, found in extra:
-            if not isinstance(found, str):
-                raise RowError("wrong_type", f"{where}: {key} must be a string, not {found!r:.60}")
-            self._refuse_special(found, where)
+        for key, text in extra:
+            if not isinstance(text, str):
+                raise RowError("wrong_type", f"{where}: {key} must be a string, not {text!r:.60}")
+            self._refuse_special(text, where)
         trains = _flag(named, where)
         if trains and role != SAMPLED_ROLE:
             raise _flag_of_another_role(named, role, where)
         for part in parts:
             if part.trains and role != SAMPLED_ROLE:
                 raise RowError(
-                    "unsupported_flag", f"{where}: a part of role {role!r} is to train; name it in loss.roles"
+                    "unsupported_flag", f"{where}: a part of role {role!r} is to be trained on; name it in loss.roles"
                 )
         return Message(role, parts, is_text, thought, calls, trains, tuple(extra))
 
     def _known(self, value: JSON, known: Collection[str], where: str) -> JSON:
-        """The keys that say something. Raises RowError for one that is not known."""
+        """Returns the keys that are neither null nor ignored. Raises RowError for an unknown one."""
         named = {key: entry for key, entry in value.items() if not _says_nothing(entry) and key not in self._ignored}
         for key in named:
             if key not in known or key in ("refusal", "audio"):
-                near = difflib.get_close_matches(str(key), [each for each in known if each != key], n=1, cutoff=0.5)
+                near = difflib.get_close_matches(str(key), [name for name in known if name != key], n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}? Else" if near else "mend it, or"
                 raise RowError(
                     "unknown_field",
@@ -252,24 +272,24 @@ class MessageReader:
         return names[0].lower()
 
     def _thought(self, named: JSON, role: str, where: str) -> str:
-        found = _one_of(named, _THOUGHTS, where)
-        if found is None or found == "":
+        thought = _one_of(named, _THOUGHTS, where)
+        if thought is None or thought == "":
             return ""
-        if not isinstance(found, str):
-            raise RowError("wrong_type", f"{where}: its thought must be a string, not {found!r:.60}")
+        if not isinstance(thought, str):
+            raise RowError("wrong_type", f"{where}: its thought must be a string, not {thought!r:.60}")
         if role != SAMPLED_ROLE:
             raise RowError("wrong_type", f"{where} is of role {role!r} and has a thought; only the assistant thinks")
-        self._refuse_special(found, where)
-        return found
+        self._refuse_special(thought, where)
+        return thought
 
     # ---------------------------------------------------------------- calls
 
     def _calls(self, named: JSON, where: str) -> tuple[Call, ...]:
-        found = named.get("tool_calls") or []
-        found = _parsed(found, f"{where}: tool_calls") if isinstance(found, str) else found
-        if not isinstance(found, list):
-            raise RowError("wrong_type", f"{where}: tool_calls must be a list, not {found!r:.60}")
-        calls = [self._call(call, where) for call in found if not _says_nothing(call)]
+        raw_calls = named.get("tool_calls") or []
+        raw_calls = _parsed(raw_calls, f"{where}: tool_calls") if isinstance(raw_calls, str) else raw_calls
+        if not isinstance(raw_calls, list):
+            raise RowError("wrong_type", f"{where}: tool_calls must be a list, not {raw_calls!r:.60}")
+        calls = [self._call(call, where) for call in raw_calls if not _says_nothing(call)]
         if old := named.get("function_call"):
             calls.append(self._call(old, where))
         return tuple(calls)
@@ -307,9 +327,9 @@ class MessageReader:
         return Call(number, name, arguments)
 
     def _calls_of_text(self, content: object, where: str) -> tuple[Call, ...]:
-        """Of ShareGPT's `function_call`: one call or several, as JSON."""
-        found = _parsed(content, where) if isinstance(content, str) else content
-        calls = found if isinstance(found, list) else [found]
+        """Reads the calls of ShareGPT's `function_call`: one call or several, as JSON."""
+        parsed = _parsed(content, where) if isinstance(content, str) else content
+        calls = parsed if isinstance(parsed, list) else [parsed]
         if not calls:
             raise RowError("wrong_type", f"{where} is a function_call without a call")
         return tuple(self._call(call, where) for call in calls)
@@ -319,7 +339,7 @@ class MessageReader:
     def _content(
         self, content: object, where: str, to_image: Callable[[object], ImageRef]
     ) -> tuple[tuple[Part, ...], bool]:
-        """The parts of a content, and whether it was one string without placeholders."""
+        """Returns the parts of a content, and whether it was one string without placeholders."""
         if isinstance(content, str):
             pieces = self._placeholders.split(self._plain(content))
             parts: list[Part] = []
@@ -333,10 +353,10 @@ class MessageReader:
         parts = [self._part(part, where, to_image) for part in content]
         # Templates write parts one after another: a token could be typed half in one and half in the next.
         text = "".join("\0" if part.text is None else part.text for part in parts)
-        if found := self._placeholders.search(text):
+        if match := self._placeholders.search(text):
             raise RowError(
                 "special_token_in_text",
-                f"{where}: a text part holds the image placeholder {found.group()!r}; make it a part of type 'image', "
+                f"{where}: a text part holds the image placeholder {match.group()!r}; make it a part of type 'image', "
                 "or, where the text only speaks of it, give the set another placeholder (placeholder:)",
             )
         self._refuse_special(text, where)
@@ -353,12 +373,12 @@ class MessageReader:
                 raise RowError(
                     "wrong_type", f"{where}: an image part has a text, {named['text']!r:.60}; make it a part"
                 )
-            _flag(named, f"{where}: an image part")  # pictures never train
+            _flag(named, f"{where}: an image part")  # images are never trained on
             return Part(None, self._picture(named, where, to_image))
         raise RowError("wrong_type", f"{where}: a part must be of type 'text' or 'image', not {part!r:.80}")
 
     def _picture(self, named: JSON, where: str, to_image: Callable[[object], ImageRef]) -> ImageRef | int | None:
-        """What an image part says its picture is."""
+        """Returns the picture that an image part names, as in `Part.picture`."""
         names = [named[key] for key in _IMAGE_KEYS if key in named]
         entries = [name.get("url") if isinstance(name, dict) and "url" in name else name for name in names]
         pictures = [to_image(entry) for entry in entries]
@@ -373,9 +393,9 @@ class MessageReader:
 
 
 def placed_images(chat: Chat, images: Sequence[ImageRef], column: str) -> tuple[ImageRef, ...]:
-    """The pictures of a chat's image parts, in their order. images: of the row's column.
+    """Returns the pictures of a chat's image parts, in their order. images: those of the row's column.
 
-    Raises RowError where a part names another picture than the column, or a place that the column does not have.
+    Raises RowError where a part names another picture than the column, or an index that the column does not have.
     """
     pictures = chat.pictures
     for picture in pictures:
@@ -390,9 +410,9 @@ def placed_images(chat: Chat, images: Sequence[ImageRef], column: str) -> tuple[
         if unused := set(range(len(images))) - set(by_index):
             raise RowError("image_conflict", f"{column}[{min(unused)}] is the picture of no image part; leave it out")
         return tuple(images[number] for number in by_index)
-    own = [picture for picture in pictures if isinstance(picture, ImageRef)]
-    if not images and len(own) == len(pictures):
-        return tuple(own)
+    named_pictures = [picture for picture in pictures if isinstance(picture, ImageRef)]
+    if not images and len(named_pictures) == len(pictures):
+        return tuple(named_pictures)
     for number, (picture, image) in enumerate(zip(pictures, images)):
         if isinstance(picture, ImageRef) and picture != image:
             raise RowError(
@@ -408,13 +428,13 @@ def _shown(image: ImageRef) -> str:
 
 
 def missing_column(column: str, value: Mapping[str, Any]) -> RowError:
-    """The error of a row without a column, with the fields that it has."""
+    """Builds the error of a row that lacks a column, with the fields that it has."""
     fields = ", ".join(map(repr, value)) or "none"
     return RowError("missing_column", f"the row has no {column}; its fields are {fields:.200}; see data: columns")
 
 
 def without_nulls(value: Any) -> Any:
-    """Without keys that are null, at any depth: a Parquet struct fills in every key that some row has."""
+    """Removes keys that are null, at any depth: a Parquet struct fills in every key that some row has."""
     if isinstance(value, dict):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list):
@@ -440,26 +460,30 @@ def _says_nothing(value: object) -> bool:
 
 
 def _one_of(named: JSON, keys: Sequence[str], where: str) -> Any:
-    """What the first of some keys of one meaning says. Raises RowError where two say different things."""
-    there = [key for key in keys if key in named]
-    for key in there[1:]:
-        if named[key] != named[there[0]]:
-            raise RowError("wrong_type", f"{where} has {there[0]} and {key}, which differ; keep one of them")
-    return named[there[0]] if there else None
+    """Returns the value of the first present key among keys of one meaning; None where all are absent.
+
+    Raises RowError where two of them differ.
+    """
+    present_keys = [key for key in keys if key in named]
+    for key in present_keys[1:]:
+        if named[key] != named[present_keys[0]]:
+            raise RowError("wrong_type", f"{where} has {present_keys[0]} and {key}, which differ; keep one of them")
+    return named[present_keys[0]] if present_keys else None
 
 
 def _flag(named: JSON, where: str) -> bool | None:
-    """Whether a message trains by its own flag; None without one."""
-    found = [(key, named[key]) for key in FLAGS if key in named]
-    for key, value in found:
+    """Returns whether a message is trained on by its flag; None without a flag. Raises RowError for a bad flag."""
+
+    flags = [(key, named[key]) for key in FLAGS if key in named]
+    for key, value in flags:
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise RowError(
                 "unsupported_flag",
                 f"{where} has {key} {value!r:.40}; true and false (or 1 and 0) are honoured, parts of a loss are not",
             )
-    values = {bool(value) for _, value in found}
+    values = {bool(value) for _, value in flags}
     if len(values) > 1:
-        raise RowError("unsupported_flag", f"{where}: {' and '.join(key for key, _ in found)} disagree; keep one")
+        raise RowError("unsupported_flag", f"{where}: {' and '.join(key for key, _ in flags)} disagree; keep one")
     return values.pop() if values else None
 
 

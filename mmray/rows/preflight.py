@@ -1,8 +1,8 @@
-"""The first rows of each set of rows, encoded before any actor starts.
+"""Checks the first rows of each data set before any actor starts.
 
-They show what hours of training would not: a marker that stands nowhere, a template that marks nothing, a set of rows
-of which no token trains. Only a few rows are read, so that a mistake costs seconds; a rare role may be missing there
-by chance, and the message says what was looked at.
+They reveal what hours of training would not: a marker that is never found, a template that marks nothing, a data set of
+which no token is trained on. Only a few rows are read, so that a mistake costs seconds; a rare role may be missing from
+them by chance, so the message says how many rows were examined.
 """
 
 import logging
@@ -35,77 +35,80 @@ log = logging.getLogger("mmray")
 def check_first_rows(
     encoder: Encoder, job_labels: LabelMaker, pieces: Sequence[Piece], *, split: str, some_good: bool = False
 ) -> list[LossSource]:
-    """Log for each set of rows what its loss comes from; returns these sources in order.
+    """Checks the first rows of each data set and logs the source of its loss; returns these sources in order.
 
-    job_labels: by the job's `loss`; pieces: of all rows, in order; split: `train` or `eval`. Raises UserError, with the
-    beginning of a row as the tokenizer reads it, for a set whose first rows lack the markers of a role to train, or
-    train no token, and for one that names a column they do not have. A set whose first rows are all bad is an
-    error with some_good, and is not judged without.
+    job_labels: the label maker of the job's `loss`.
+    pieces: the pieces of all rows, in order.
+    split: `train` or `eval`.
+    some_good: whether a data set whose first rows are all rejected is an error; otherwise it is not checked.
+
+    Raises UserError, with the beginning of a row as the tokenizer reads it, for a data set whose first rows lack the
+    markers of a role to train on, or have no token to train on, and for one that names a column they do not have.
     """
     for number, (dataset, source) in enumerate(zip(encoder.datasets, encoder.sources, strict=True)):
         name = set_name(split, number, dataset)
         rows = first_rows(pieces, number)
         if some_good:
             SetRows.of(encoder.encode(rows, compare=False)).check_some_good(name)
-        # First without the rows' messages: what is wrong with boundaries is wrong with every row.
+        # Without comparing rows with their messages: wrong boundaries are wrong in every row.
         samples = [row for row in encoder.encode(rows, compare=False) if isinstance(row, Sample)]
         check_columns(name, dataset, rows, samples)
         labels = job_labels if dataset.loss is None else label_maker(dataset.loss, encoder.family)
         loss = encoder.losses[number]
-        seen = _Seen(name, samples, encoder.family)
+        first_samples = _FirstSamples(name, samples, encoder.family)
         is_chat = source in (LossSource.MESSAGES, LossSource.ROLES) and dataset.kind == "chat"
         is_chat = is_chat and not (isinstance(loss, RoleLoss) and not _teaches_to_stop(loss))
-        open_ends = seen.open_ends(labels, encoder.ending_token_ids) if samples and is_chat else ""
+        open_ends = first_samples.open_ends(labels, encoder.ending_token_ids) if samples and is_chat else ""
         log.info("%s: loss on %s%s", name, described(source, labels, encoder.ending_token_ids), open_ends)
         if not samples:
             continue
         if source is LossSource.ROLES and isinstance(loss, RoleLoss) and loss.boundaries is not None:
-            seen.check_own_markers(labels)
+            first_samples.check_own_markers(labels)
         elif source.rule == LossRule.ROLES:
-            seen.check_markers(labels)
+            first_samples.check_markers(labels)
         if not allows_empty(loss):
-            seen.check_trained(labels)
+            first_samples.check_trained(labels)
     return encoder.sources
 
 
 def check_columns(name: str, dataset: DatasetSettings, rows: Sequence[RawRow], samples: Sequence[Sample]) -> None:
-    """Raise UserError for a set that names a column which none of its first rows has (`mmray.rows.columns`)."""
+    """Raises UserError for a data set that names a column which none of its first rows has (`mmray.rows.columns`)."""
     values = [row.value for row in rows if isinstance(row.value, dict)]
-    seen = {column for value in values for column in watched_columns(value, dataset)}
+    present_columns = {column for value in values for column in watched_columns(value, dataset)}
     images = sum(len(sample.images) for sample in samples)
-    problem = columns_problem(name, dataset.model_dump(mode="json"), images, seen) if values else None
+    problem = columns_problem(name, dataset.model_dump(mode="json"), images, present_columns) if values else None
     if problem:
         raise UserError(problem)
 
 
 def set_name(split: str, number: int, dataset: DatasetSettings) -> str:
-    """What messages call a set of rows: `data.train[0] (chat)`."""
+    """Returns the name of a data set in messages: `data.train[0] (chat)`."""
     return f"data.{split}[{number}] ({dataset.kind})"
 
 
 def first_rows(pieces: Iterable[Piece], dataset: int) -> list[RawRow]:
-    """The first rows of one set of rows."""
+    """Reads the first rows of one data set."""
     rows = (row for piece in pieces if piece.dataset == dataset for row in read_piece(piece))
     return list(islice(rows, FIRST_ROWS))
 
 
 def sample_labels(samples: Sequence[Sample], labels: LabelMaker) -> list[np.ndarray]:
-    """The labels of each sample, int64 [n]."""
+    """Computes the labels of each sample, int64 [n]."""
     lengths = np.asarray([len(sample.input_ids) for sample in samples])
     starts = lengths.cumsum() - lengths
-    given = [sample.given if sample.rule == LossRule.GIVEN else sample.input_ids < 0 for sample in samples]
-    made = labels.of_arrays(
+    given_masks = [sample.given_mask if sample.rule == LossRule.GIVEN else sample.input_ids < 0 for sample in samples]
+    joined_labels = labels.of_arrays(
         np.concatenate([sample.input_ids for sample in samples]),
         lengths,
         np.asarray([sample.rule for sample in samples]),
-        np.concatenate(given),
+        np.concatenate(given_masks),
         np.concatenate([sample.blocks + [start, 0] for sample, start in zip(samples, starts)]),
     )
-    return np.split(made, starts[1:])
+    return np.split(joined_labels, starts[1:])
 
 
 def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence[int]) -> str:
-    """What a source trains, with the ids of its markers."""
+    """Describes what a source trains on, with the ids of its markers."""
     match source:
         case LossSource.EVERY_TOKEN:
             return "every token but media"
@@ -121,10 +124,10 @@ def described(source: LossSource, labels: LabelMaker, ending_token_ids: Sequence
 
 
 def _turns(labels: LabelMaker, role: str) -> str:
-    """`assistant turns, start [1, 3] or [1, 4], end [9]`."""
-    own = [boundary for boundary in labels.boundaries if boundary.role == role]
-    starts = " or ".join(str(list(start)) for start in dict.fromkeys(boundary.start for boundary in own))
-    ends = " or ".join(dict.fromkeys(_end(boundary) for boundary in own))
+    """Describes the turns of a role: `assistant turns, start [1, 3] or [1, 4], end [9]`."""
+    role_boundaries = [boundary for boundary in labels.boundaries if boundary.role == role]
+    starts = " or ".join(str(list(start)) for start in dict.fromkeys(boundary.start for boundary in role_boundaries))
+    ends = " or ".join(dict.fromkeys(_end(boundary) for boundary in role_boundaries))
     return f"{role} turns, start {starts}, end {ends}"
 
 
@@ -135,24 +138,24 @@ def _end(boundary: RoleBoundary) -> str:
 
 
 def _teaches_to_stop(loss: RoleLoss) -> bool:
-    """Whether ends of the assistant's turns are asked for."""
+    """Tells whether a setting trains on the ends of the assistant's turns."""
     return SAMPLED_ROLE in loss.roles and loss.train_on_eos != "none"
 
 
-class _Seen:
-    """The good ones of the first rows of one set."""
+class _FirstSamples:
+    """Checks the samples of the first rows of one data set."""
 
     def __init__(self, name: str, samples: Sequence[Sample], family: Family) -> None:
         self.name, self.samples, self.family = name, samples, family
 
     def check_markers(self, labels: LabelMaker) -> None:
         for role in labels.roles_to_train:
-            own = [boundary for boundary in labels.boundaries if boundary.role == role]
-            opened = [boundary for boundary in own if self._has(boundary.start)]
+            role_boundaries = [boundary for boundary in labels.boundaries if boundary.role == role]
+            opened = [boundary for boundary in role_boundaries if self._has(boundary.start)]
             if not opened:
                 self._refuse(
                     f"no turn of role {role!r} begins in {self._rows}: its start "
-                    f"{self._markers(boundary.start for boundary in own)} is never found. "
+                    f"{self._markers(boundary.start for boundary in role_boundaries)} is never found. "
                     "Give its text in loss.boundaries, or train other roles"
                 )
             ends = [boundary.end for boundary in opened]
@@ -163,13 +166,13 @@ class _Seen:
                 )
 
     def check_own_markers(self, labels: LabelMaker) -> None:
-        """Someone wrote each boundary for these rows: each that trains something opens a turn, and its end ends one."""
+        """Raises UserError unless each boundary of the job that is trained on opens a turn, and its end closes one."""
         turns = [turn for sample in self.samples for turn in opened_turns(sample.input_ids, labels.boundaries)]
         for number, boundary in enumerate(labels.boundaries):
             if boundary.role not in labels.roles_to_train and labels.train_on_eos != "all":
                 continue
-            own = [turn for turn in turns if turn.boundary == number]
-            if not own:
+            boundary_turns = [turn for turn in turns if turn.boundary == number]
+            if not boundary_turns:
                 start = self._markers([boundary.start])
                 if self._has(boundary.start):
                     self._refuse(
@@ -180,7 +183,7 @@ class _Seen:
                     f"no turn of role {boundary.role!r} begins in {self._rows}: its start {start} is never found. "
                     "Give its text in loss.boundaries, or leave out this boundary"
                 )
-            if boundary.end and not any(turn.is_closed for turn in own):
+            if boundary.end and not any(turn.is_closed for turn in boundary_turns):
                 self._refuse(
                     f"no turn of role {boundary.role!r} ends in {self._rows}: its end {self._markers([boundary.end])} "
                     f"never follows its start {self._markers([boundary.start])}. Give its text in loss.boundaries, or "
@@ -188,7 +191,8 @@ class _Seen:
                 )
 
     def open_ends(self, labels: LabelMaker, ending_token_ids: Sequence[int]) -> str:
-        """`; 3 of 5 last turns end without a stop token`, or nothing where all have one."""
+        """Describes missing stop tokens: `; 3 of 5 last turns end without a stop token`, or "" where none is
+        missing."""
         ends = {*ending_token_ids, self.family.tokenizer.eos_token_id}
         trained = [ids[ids != IGNORE_INDEX] for ids in sample_labels(self.samples, labels)]
         last = [self._last(ids) for ids in trained if len(ids)]
@@ -196,13 +200,15 @@ class _Seen:
         return f"; {missing} of {len(last)} last turns end without a stop token" if missing else ""
 
     def _last(self, ids: np.ndarray) -> int:
-        """The last of some tokens that is not blank; templates write blanks behind an end."""
+        """Returns the last token that is not blank; templates write blanks behind an end."""
         decode = self.family.tokenizer.decode
         return next((token for token in reversed(ids.tolist()) if decode([token]).strip()), int(ids[-1]))
 
     def check_trained(self, labels: LabelMaker) -> None:
-        if not any((each != IGNORE_INDEX).any() for each in sample_labels(self.samples, labels)):
-            self._refuse(f"no token of {self._rows} trains; see `loss` in the job file, and the rows' roles or labels")
+        if not any((row_labels != IGNORE_INDEX).any() for row_labels in sample_labels(self.samples, labels)):
+            self._refuse(
+                f"no token of {self._rows} is trained on; see `loss` in the job file, and the rows' roles or labels"
+            )
 
     @property
     def _rows(self) -> str:
@@ -221,7 +227,7 @@ class _Seen:
 
 
 def head(sample: Sample, family: Family) -> str:
-    """The beginning of a sample as text, each run of a media token as one."""
+    """Decodes the beginning of a sample, with each run of a media token as one token."""
     ids = sample.input_ids
     repeats = np.isin(ids, family.media_token_ids)
     repeats[1:] &= ids[1:] == ids[:-1]

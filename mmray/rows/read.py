@@ -1,4 +1,4 @@
-"""Rows of a piece, each with its place in the source; a row that cannot be read carries its error instead."""
+"""Reads the rows of a piece, each with its place in the source; a row that cannot be read carries its error instead."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +15,19 @@ from mmray.rows.tables import TableRows, row_values
 from mmray.rows.webdataset import read_rows
 from mmray.storage import file_system
 
-MOST_OPEN = 64
-"""Files that a reader keeps open, of tables and of streams each."""
+MAX_OPEN_FILES = 64
+"""The most tables, and the most streams, that a reader keeps open."""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as written. source: `file:line` (JSON lines, from 1) or `file:row` (other formats, from 0); notes: what
-    is to be counted of it (`webdataset`)."""
+    """One row as written.
+
+    source: its place, `file:line` (JSON lines, from 1) or `file:row` (other formats, from 0).
+    dataset: the number of its data set in the split.
+    value: the row, or the error that says why it cannot be read.
+    notes: tolerated flaws to count (`webdataset`).
+    """
 
     source: str
     dataset: int
@@ -31,15 +36,16 @@ class RawRow:
 
 
 class RowReader:
-    """Reads pieces, cheapest in the order of their file. Keeps the last MOST_OPEN tables and streams open."""
+    """Reads pieces, fastest in the order of their file. The last MAX_OPEN_FILES tables and streams stay open."""
 
     def __init__(self) -> None:
-        self._table = lru_cache(maxsize=MOST_OPEN)(TableRows)
-        self._saved = lru_cache(maxsize=MOST_OPEN)(SavedRows)
+        self._table = lru_cache(maxsize=MAX_OPEN_FILES)(TableRows)
+        self._saved = lru_cache(maxsize=MAX_OPEN_FILES)(SavedRows)
         self._streams: dict[str, RowStream] = {}
 
     def read(self, piece: Piece) -> Iterator[RawRow]:
-        """The rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged file."""
+        """Yields the rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged
+        file."""
         if piece.format == "huggingface":
             return self._read_saved(piece)
         if piece.format == "webdataset":
@@ -69,8 +75,8 @@ class RowReader:
                 yield RawRow(f"{piece.uri}:{first + number}", piece.dataset, _named(value, piece))
 
     def _streamed(self, piece: Piece, form: Form) -> bytes:
-        """The text of a piece of a file that cannot be entered everywhere: from where the last piece ended, or from
-        its entry where that is nearer."""
+        """Reads the text of a piece of a file that cannot be entered everywhere, from where the last piece ended, or
+        from the piece's entry where that is nearer."""
         stream = self._streams.pop(piece.uri, None)
         try:
             if stream is None or not piece.entry.offset <= stream.offset <= piece.start:
@@ -82,7 +88,7 @@ class RowReader:
         except OSError as error:
             raise UserError(f"{piece.uri}: cannot be read as {NAMES[piece.format]}: {error}") from error
         self._streams[piece.uri] = stream  # the last in the order of use
-        if len(self._streams) > MOST_OPEN:
+        if len(self._streams) > MAX_OPEN_FILES:
             del self._streams[next(iter(self._streams))]
         return data
 
@@ -94,7 +100,7 @@ def _bytes_of(piece: Piece) -> bytes:
 
 
 def _named(value: dict[str, Any] | RowError, piece: Piece) -> dict[str, Any] | RowError:
-    """A row of CSV without an id has an empty cell there."""
+    """Removes the empty cell that a row of CSV without an id has in its place."""
     row_id = piece.reading.shard.id
     if piece.format in ("csv", "tsv") and isinstance(value, dict) and value.get(row_id) == "":
         del value[row_id]
@@ -102,12 +108,12 @@ def _named(value: dict[str, Any] | RowError, piece: Piece) -> dict[str, Any] | R
 
 
 def read_piece(piece: Piece) -> Iterator[RawRow]:
-    """The rows of one piece, as `RowReader.read`."""
+    """Yields the rows of one piece, as `RowReader.read` does."""
     return RowReader().read(piece)
 
 
 def chunk_rows(chunk: Chunk, reader: RowReader | None = None) -> Iterator[RawRow]:
-    """The rows of a chunk in order, as `RowReader.read`."""
+    """Yields the rows of a chunk in order, as `RowReader.read` does."""
     reader = reader or RowReader()
     for piece in chunk.pieces:
         yield from reader.read(piece)

@@ -1,7 +1,7 @@
-"""Where rows begin in text, and the rows of a part of it: JSON lines, a JSON array, CSV and TSV.
+"""Finds where rows begin in text, and reads the rows of a part of it: JSON lines, a JSON array, CSV and TSV.
 
-One pass finds the offset of every row; readers then take any range of rows. A JSON array need not be loaded whole,
-nor need a CSV record end with its line: both are scanned by the parsers of Python's own library, block by block.
+One pass finds the offset of every row; readers then take any range of rows. A JSON array need not be loaded whole, and
+a CSV record need not end with its line: both are scanned block by block with the parsers of Python's library.
 """
 
 import csv
@@ -18,10 +18,11 @@ from mmray.rows.json_rows import parse_row
 
 READ_BYTES = 8 << 20
 MAX_ROW_BYTES = 1 << 28
-"""A row of an array or of CSV that is longer is taken for a bracket or a quote that is never closed."""
+"""The most bytes of a row of an array or of CSV; a longer one is taken for a bracket or a quote that is never
+closed."""
 
 Read = Callable[[int], bytes]
-"""The next bytes of a text, up to so many; none at its end."""
+"""Reads the next bytes of a text, up to a number of them; none at the end."""
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 _SEPARATORS = re.compile(r"[ \t\r\n,]*")
@@ -30,8 +31,11 @@ _decode = json.JSONDecoder(strict=False).raw_decode
 
 
 class RecordScan:
-    """The starts of the rows of a text, found block by block. header: of CSV and TSV, once the first block is there;
-    end: where the last row ends, once all are."""
+    """Finds the starts of the rows of a text, block by block.
+
+    header: the names of columns of CSV and TSV, known after the first block.
+    end: where the last row ends, known after the last block.
+    """
 
     def __init__(self, read: Read, format_: str) -> None:
         self.header: tuple[str, ...] = ()
@@ -40,7 +44,10 @@ class RecordScan:
         self._format = format_
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The offsets, ascending, int64; the last may be `end`. Raises OSError for text that is not of the format."""
+        """Yields the offsets of rows, ascending, int64; the last one may be `end`.
+
+        Raises OSError for text that is not of the format.
+        """
         if self._format == "json":
             return self._elements()
         return self._csv_records() if self._format in _DELIMITERS else self._lines()
@@ -53,7 +60,8 @@ class RecordScan:
             yield starts
 
     def _elements(self) -> Iterator[np.ndarray]:
-        """Of a JSON array. Bytes are taken as Latin-1: what is structure is ASCII in UTF-8 too."""
+        """Yields the offsets of a JSON array's elements. Bytes are read as Latin-1: structure is ASCII in UTF-8
+        too."""
         text = _Buffer(self._read)
         text.skip("\xef\xbb\xbf")  # the mark of UTF-8, which some editors write
         text.expect("[", "an array")
@@ -96,22 +104,22 @@ class RecordScan:
         yield np.asarray(starts, dtype=np.int64)
 
 
-def row_starts(scan: RecordScan, most: int | None) -> np.ndarray:
-    """Where each row starts, and the end: int64 [rows + 1]. most: of so many rows, the first; None: of all."""
+def row_starts(scan: RecordScan, max_rows: int | None) -> np.ndarray:
+    """Returns where each row starts, and the end: int64 [rows + 1]. max_rows: how many rows to find; None: all."""
     blocks, count = [np.zeros(0, dtype=np.int64)], 0
     for block in scan.blocks():
         blocks.append(block)
         count += len(block)
-        if most is not None and count > most:
+        if max_rows is not None and count > max_rows:
             break
     starts = np.concatenate(blocks)
-    if most is not None and count > most:
-        return starts[: most + 1]
+    if max_rows is not None and count > max_rows:
+        return starts[: max_rows + 1]
     return starts if len(starts) and starts[-1] == scan.end else np.append(starts, scan.end)
 
 
 class _Buffer:
-    """Text of which only what is being looked at is held. offset: of the byte looked at."""
+    """A text of which only the part being parsed is held in memory. offset: the offset of the next byte to parse."""
 
     def __init__(self, read: Read) -> None:
         self._read, self._text, self._at, self._dropped = read, "", 0, 0
@@ -130,10 +138,10 @@ class _Buffer:
         return bool(block)
 
     def peek(self, *, at_end: bool = False) -> str:
-        """The next character that is not blank. at_end: there may be none, ""."""
+        """Returns the next character that is not blank. at_end: whether the text may end here, which returns ""."""
         while True:
-            found = _BLANK.match(self._text, self._at)
-            self._at = found.end() if found else self._at
+            match = _BLANK.match(self._text, self._at)
+            self._at = match.end() if match else self._at
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():
@@ -142,7 +150,7 @@ class _Buffer:
                 raise OSError(f"the JSON array is cut off at byte {self.offset}; copy it anew")
 
     def skip(self, text: str) -> None:
-        """Go behind a text, where it stands here."""
+        """Skips a text if it comes next."""
         self.peek()
         if self._text.startswith(text, self._at):
             self._at += len(text)
@@ -171,13 +179,13 @@ class _Buffer:
 
 
 class _Lines:
-    """Lines as `csv.reader` takes them, with the offset behind the last one that it took."""
+    """Yields lines for `csv.reader`. offset: the offset behind the last line that it took."""
 
     def __init__(self, read: Read) -> None:
         self.offset = 0
         self._read = read
         self._lines: list[bytes] = []
-        self._rest = b""
+        self._partial_line = b""
         self._fill()
 
     @property
@@ -186,10 +194,10 @@ class _Lines:
 
     def _fill(self) -> None:
         while not self._lines and (block := self._read(READ_BYTES)):
-            *lines, self._rest = (self._rest + block).split(b"\n")
+            *lines, self._partial_line = (self._partial_line + block).split(b"\n")
             self._lines = [line + b"\n" for line in reversed(lines)]
-        if not self._lines and self._rest:
-            self._lines, self._rest = [self._rest], b""
+        if not self._lines and self._partial_line:
+            self._lines, self._partial_line = [self._partial_line], b""
 
     def __iter__(self) -> "_Lines":
         return self
@@ -204,10 +212,10 @@ class _Lines:
         return line.decode("latin-1")
 
 
-def _header(found: list[str] | None, format_: str) -> tuple[str, ...]:
-    if not found:
+def _header(names: list[str] | None, format_: str) -> tuple[str, ...]:
+    if not names:
         raise OSError("there is no line with the names of columns; write one first")
-    header = tuple(name.encode("latin-1").decode("utf-8-sig", "replace").strip() for name in found)
+    header = tuple(name.encode("latin-1").decode("utf-8-sig", "replace").strip() for name in names)
     if len(set(header)) < len(header):
         raise OSError(f"two columns have one name in the first line, {', '.join(header):.200}; rename one")
     if len(header) == 1 and (marks := re.findall("[,;\t|]", header[0])):
@@ -219,8 +227,8 @@ def _header(found: list[str] | None, format_: str) -> tuple[str, ...]:
 
 
 def records(data: bytes, format_: str, header: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """The rows of a part of a text that begins with a row and ends with one: (number in the part, row or why it is
-    none). Blank lines are counted and are no rows."""
+    """Yields (number in the part, row or the error that says why it is none) of a part of a text that begins and ends
+    with a row. Blank lines are counted but are no rows."""
     if format_ == "json":
         yield from enumerate(map(parse_row, _elements_of(data)))
     elif format_ in _DELIMITERS:
@@ -236,8 +244,8 @@ def _elements_of(data: bytes) -> Iterator[bytes]:
     while at < len(text):
         _, end = _decode(text, at)
         yield data[at:end]
-        found = _SEPARATORS.match(text, end)
-        at = found.end() if found else end
+        match = _SEPARATORS.match(text, end)
+        at = match.end() if match else end
 
 
 def _csv_rows(data: bytes, delimiter: str, header: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:

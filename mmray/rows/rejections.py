@@ -1,7 +1,7 @@
-"""How many rows of a set may be rejected: a few odd ones always, and a share (`data.max_rejected_share`).
+"""Limits how many rows of a data set may be rejected: a few in any case, and a share (`data.max_rejected_share`).
 
-More are no odd rows but a wrong column, image root or capacity, and what is packed is not what its owner meant. Windows
-count their rows by set, so a set is judged by sums, whatever the order in which its windows were made.
+More rejected rows mean a wrong column, image root or capacity, so that the packed rows would not be what was intended.
+Windows count their rows by data set, so a data set is checked by sums, whatever the order of its windows.
 """
 
 from collections import Counter
@@ -13,20 +13,24 @@ from mmray.errors import UserError
 from mmray.rows.sample import RejectedRow, Sample
 
 LEAST_REJECTED = 20
-"""Rows of a set that may be rejected whatever their share."""
+"""Number of rows of a data set that may be rejected whatever their share."""
 
 SHOWN_REASONS = 5
 
 
 def too_many(rejected: float, rows: float, max_share: float) -> bool:
-    """Whether so many rejected of all rows of a set are more than a job allows."""
+    """Tells whether more rows of a data set are rejected than a job allows."""
     return rejected > max(LEAST_REJECTED, max_share * rows)
 
 
 @dataclass
 class SetRows:
-    """The rows of one set. read: those that were looked at; rejected: by reason; examples: of each reason the place and
-    the message of a row."""
+    """Counts of the rows of one data set.
+
+    read: the number of rows that were read.
+    rejected: the number of rejected rows by reason.
+    examples: the place and message of one row for each reason.
+    """
 
     read: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
@@ -34,7 +38,7 @@ class SetRows:
 
     @classmethod
     def of(cls, results: Sequence[Sample | RejectedRow]) -> "SetRows":
-        """Encoded rows of one set."""
+        """Counts the encoded rows of one data set."""
         counts = cls(len(results))
         for row in results:
             if isinstance(row, RejectedRow):
@@ -42,30 +46,31 @@ class SetRows:
         return counts
 
     def reject(self, reason: str, source: str, message: str) -> None:
-        """Count one rejected row."""
+        """Counts one rejected row."""
         self.rejected[reason] += 1
         self.examples.setdefault(reason, f"{source}: {message}")
 
     def add(self, counts: Mapping[str, Any]) -> None:
-        """Add what `to_json` gave of other rows of the set."""
+        """Adds the counts of other rows of the data set, as `to_json` returned them."""
         self.read += counts["read"]
         self.rejected.update(counts["rejected"])
         self.examples = {**counts["examples"], **self.examples}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, for the commit of a window."""
+        """Returns the counts as plain JSON, for the commit of a window."""
         return {"read": self.read, "rejected": dict(self.rejected), "examples": self.examples}
 
     @property
     def reasons(self) -> str:
-        """The reasons in one line, each with an example."""
+        """The reasons of rejection in one line, each with an example."""
         shown = self.rejected.most_common(SHOWN_REASONS)
         text = "; ".join(f"{count:,} {reason}, such as {self.examples[reason]}" for reason, count in shown)
         hidden = len(self.rejected) - len(shown)
         return f"{text}; and {hidden} other reasons" if hidden else text
 
     def check(self, name: str, rows: int, max_share: float) -> None:
-        """Raise UserError where more rows of a set are rejected than a job allows. rows: all that the set has."""
+        """Raises UserError where more rows are rejected than a job allows. rows: the number of rows of the data
+        set."""
         if too_many(rejected := self.rejected.total(), rows, max_share):
             raise UserError(
                 f"{name}: {rejected:,} of {rows:,} rows are rejected, {rejected / rows:.1%}, where "
@@ -74,7 +79,7 @@ class SetRows:
             )
 
     def check_some_good(self, name: str) -> None:
-        """Raise UserError where rows were looked at and none is good."""
+        """Raises UserError where rows were read and all of them are rejected."""
         if self.read and self.rejected.total() == self.read:
             raise UserError(
                 f"{name}: none of its first rows can be used, {self.read:,} looked at: {self.reasons}. Mend the rows "

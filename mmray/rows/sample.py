@@ -1,4 +1,4 @@
-"""What becomes of a row: a sample, or a rejected row with its reason."""
+"""The two results of encoding a row: a sample, or a rejected row with its reason."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,10 +16,14 @@ NO_BLOCKS = np.zeros((0, 2), dtype=np.int32)
 
 @dataclass(frozen=True)
 class Sample:
-    """One row, encoded. A sample's position in its window is that of its row.
+    """One encoded row. A sample's position in its window is that of its row.
 
-    input_ids: int32 [n]; given: bool [n] for LossRule.GIVEN, else empty; blocks: int32 [images, 2], the first token
-    and the number of tokens that stand for each image; sizes: upright (width, height) of each image in pixels.
+    source: the place of the row, `file:line`.
+    bucket: the common shape of its images, `mixed`, or `text`.
+    input_ids: its tokens, int32 [n].
+    sizes: the upright (width, height) of each image in pixels.
+    blocks: the first token and the number of tokens of each image, int32 [images, 2].
+    given_mask: the tokens to train on, bool [n], for LossRule.GIVEN; else empty.
     """
 
     id: str
@@ -31,25 +35,25 @@ class Sample:
     images: tuple[ImageRef, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     blocks: np.ndarray = field(default_factory=lambda: NO_BLOCKS)
-    given: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    given_mask: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     visual_pairs: int = 0
-    """Sum over its tiles of their visual tokens squared: what attention in the vision tower grows with."""
+    """Sum over the tiles of their visual tokens squared, to which attention in the vision tower is proportional."""
     notes: tuple[str, ...] = ()
-    """What was passed over in its images (`ImageHeader.note`), a word for each image that has one; and what a chat
+    """Flaws that were tolerated: one word for each image that has one (`ImageHeader.note`), and for what a chat
     template left out."""
     dataset: int = 0
-    """The number of its set of rows in the split."""
+    """The number of the row's data set in the split."""
     messages: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    """The message of each token, int32 [n] (-1: of none), where the encoder was asked for it (`tells_messages`)."""
+    """The message of each token, int32 [n] (-1: none), where the encoder was asked for it (`tells_messages`)."""
     roles: tuple[str, ...] = ()
-    """Of a chat's messages."""
+    """The roles of a chat's messages."""
     columns: tuple[str, ...] = ()
-    """Of its row, those that its set is judged by (`mmray.rows.columns`)."""
+    """The columns of the row by which its data set is judged (`mmray.rows.columns`)."""
 
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that cannot be used. row: the row as JSON, shortened, for a person who looks for the cause."""
+    """A row that cannot be used. row: the row as JSON, shortened, for a person who searches for the cause."""
 
     id: str
     source: str
@@ -61,7 +65,7 @@ class RejectedRow:
 
 
 def shown(value: object) -> str:
-    """A row as JSON, its first SHOWN_LETTERS, without passwords; what is no row has nothing to show."""
+    """Shows a row as JSON: its first SHOWN_LETTERS, without passwords; `{}` for what is no row."""
     if not isinstance(value, dict):
         return "{}"
     try:

@@ -1,11 +1,11 @@
-"""What a chat template writes around the texts of a conversation, found with marks in their place.
+"""Finds what a chat template writes around the texts of a conversation, with marks in place of the texts.
 
 A conversation's texts (contents, thoughts, names and arguments of calls) are its leaves. The template is run once on
-the same conversation with a mark for each leaf; what it writes then is a skeleton: fixed text and places of leaves.
-Two messages may share words, a user may type what a template writes: marks are found exactly, words would be found by
-luck. A mark also shows what becomes of its leaf: blanks are cut off that stand around it, quotes are escaped as in
-JSON. A skeleton filled with the leaves must give what the template writes of the conversation itself, letter by
-letter; else the template looks at what texts say, and nothing is known of the row.
+the same conversation with a mark for each leaf; its output is a skeleton: fixed text and places of leaves. Marks are
+found exactly, where searching for words would fail: two messages may share words, and a user may type what a template
+writes. A mark also shows how the template changes its leaf: it may strip blanks, or escape quotes as in JSON. A
+skeleton filled with the leaves must equal the template's output for the conversation itself, letter by letter.
+Otherwise the template depends on what the texts say, and the row is rejected.
 """
 
 import json
@@ -20,19 +20,24 @@ from mmray.rows.messages import Chat, Message
 Kind = Literal["content", "thought", "call name", "arguments", "id"]
 
 _PADDED, _BARE = "zqx", "zqn"
-"""What marks begin with: those with blanks and quotes around them, which show changes, and those of names."""
+"""First letters of marks: of those with blanks and quotes around them, which show changes, and of those of names."""
 _BLANK = "\u2003"
 _PAD = 5 * "\n" + _BLANK
-"""Before a mark, and behind it the other way round: more line breaks than templates write, and a blank of its own."""
+"""Text before a mark, and reversed behind it: more line breaks than templates write, and an unusual blank."""
 _PROBE = '"\u00e9'
 _LEAST_ID = 9
-"""Ids of calls shorter than this are part of the structure: some templates ask for nine letters."""
+"""Length from which ids of calls are leaves; shorter ones are structure, because some templates require nine
+letters."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One text of a conversation. message: its number; None for an id, which may stand in several; part: the number of
-    its content part; is_required: a row without it in its text is not whole."""
+    """One text of a conversation.
+
+    message: the number of its message; None for an id, which may stand in several messages.
+    part: the number of its content part.
+    is_required: whether a row is incomplete without this text.
+    """
 
     message: int | None
     kind: Kind
@@ -43,7 +48,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Change:
-    """What a template makes of a leaf: encoded as a string of JSON or as it is, cut at its beginning and end."""
+    """How a template changes a leaf: by encoding it as a string of JSON, and by stripping its beginning and end."""
 
     encoding: Literal["none", "json", "ascii"]
     left: Literal["kept", "lines", "cut"]
@@ -62,7 +67,7 @@ _AS_IT_IS = Change("none", "kept", "kept")
 
 
 def _changes() -> Iterator[tuple[Change, str, str]]:
-    """Each change, and what it leaves before and behind a mark; the longest first."""
+    """Yields each change with what it leaves before and behind a mark."""
     encodings: tuple[Literal["none", "json", "ascii"], ...] = ("none", "json", "ascii")
     for encoding in encodings:
         for left, before in _CUTS:
@@ -76,8 +81,11 @@ _CHANGES = tuple(sorted(_changes(), key=lambda entry: -len(entry[1]) - len(entry
 
 @dataclass(frozen=True)
 class Written:
-    """A conversation in the form of chat templates. keys: of each message, what its skeleton depends on; marks: of each
-    leaf, where leaves are masked."""
+    """A conversation in the form that chat templates read.
+
+    keys: for each message, everything on which its skeleton depends.
+    marks: the mark of each leaf, used where leaves are masked.
+    """
 
     messages: list[dict[str, Any]]
     leaves: tuple[Leaf, ...]
@@ -86,11 +94,18 @@ class Written:
 
 
 class Writer:
-    """Writes conversations in the form that a template reads. words: what the template looks for in texts; they stay in
-    the skeleton, and the text between them is leaves."""
+    """Writes conversations in the form that a template reads.
+
+    words: matches what the template searches for in texts; these words stay in the skeleton, and the text between them
+        becomes leaves.
+    """
 
     def __init__(self, words: re.Pattern[str], forms: "Forms", *, masked: bool, blanks: bool) -> None:
-        """masked: with a mark for each leaf; blanks: an empty message is a leaf, too."""
+        """Prepares to write one conversation.
+
+        masked: whether each leaf is replaced by a mark.
+        blanks: whether an empty message is a leaf too.
+        """
         self._words, self._forms, self._masked, self._blanks = words, forms, masked, blanks
         self._leaves: list[Leaf] = []
         self._marks: list[str] = []
@@ -127,7 +142,7 @@ class Writer:
         return head | {"type": "function", "function": function}
 
     def _value(self, value: Any, number: int, key: list[Any]) -> Any:
-        """Arguments, each text and number in them a leaf."""
+        """Writes arguments with each text and number in them as a leaf."""
         if isinstance(value, dict):
             key.append("{")
             written = {}
@@ -196,7 +211,7 @@ class Writer:
         return "".join(pieces)
 
     def _leaf(self, leaf: Leaf, key: list[Any], *, bare: bool = False) -> str:
-        """bare: nothing but letters stands in its place."""
+        """Writes a leaf or its mark. bare: whether the mark has no blanks and quotes around it, as names require."""
         key.append(("leaf", leaf.kind))
         mark = f"{_BARE if bare else _PADDED}{len(self._leaves):05d}xqz"
         self._leaves.append(leaf)
@@ -225,12 +240,13 @@ _OPENS_THOUGHT = ("<think>", "<|channel>")
 
 @dataclass
 class Forms:
-    """The forms of content that a template writes, by role; what it wants of arguments."""
+    """The forms of content that a template accepts, by role, and the form of arguments."""
 
     by_role: dict[str, set[type]]
     single: set[str]
-    """Roles of whose text parts only the first is written."""
+    """Roles of which the template writes only the first text part."""
     wants_argument_text: bool = False
+    """True if the template expects arguments as JSON text instead of an object."""
 
     def of(self, role: str) -> set[type]:
         return self.by_role.get(role, {str, list})
@@ -238,7 +254,7 @@ class Forms:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """Where a leaf stands in a skeleton."""
+    """A leaf at one of its places in a skeleton, with the template's change."""
 
     leaf: int
     change: Change
@@ -246,12 +262,12 @@ class Occurrence:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Fixed text and leaves in turn: piece, occurrence, piece, …, piece."""
+    """Fixed text and leaves in alternation: piece, occurrence, piece, …, piece."""
 
     pieces: tuple[str, ...]
     occurrences: tuple[Occurrence, ...]
     broken: bool = False
-    """A mark stands there in a form that no known change gives."""
+    """True if a mark stands in the output in a form that no known change produces."""
 
     def filled(self, leaves: Sequence[Leaf]) -> "FilledSkeleton":
         texts = [occurrence.change(leaves[occurrence.leaf].text) for occurrence in self.occurrences]
@@ -275,7 +291,7 @@ class FilledSkeleton:
 
     @cached_property
     def piece_starts(self) -> list[int]:
-        """The first character of each piece."""
+        """The index of the first character of each piece."""
         starts, place = [0], 0
         for piece, text in zip(self.skeleton.pieces, self.texts):
             place += len(piece) + len(text)
@@ -283,12 +299,12 @@ class FilledSkeleton:
         return starts
 
     def place(self, place: tuple[int, int]) -> int:
-        """A place of the text, from the number of its piece and the letters before it in the piece."""
+        """Converts a place in the skeleton (number of a piece, letters before it in the piece) to one in the text."""
         return self.piece_starts[place[0]] + place[1]
 
 
 def skeleton_of(text: str, marks: Sequence[str]) -> Skeleton:
-    """The skeleton of what a template wrote of a masked conversation."""
+    """Parses what a template wrote for a masked conversation into a skeleton."""
     if not marks:
         return Skeleton((text,), ())
     numbers = {mark: number for number, mark in enumerate(marks)}
@@ -300,8 +316,8 @@ def skeleton_of(text: str, marks: Sequence[str]) -> Skeleton:
         before, behind, change = "", "", _AS_IT_IS
         if mark.startswith(_PADDED):
             fitting = (
-                each for each in _CHANGES
-                if text.startswith(each[2], match.end()) and text.endswith(each[1], read, match.start())
+                known_change for known_change in _CHANGES
+                if text.startswith(known_change[2], match.end()) and text.endswith(known_change[1], read, match.start())
             )  # fmt: skip
             known = next(fitting, None)
             broken |= known is None

@@ -1,11 +1,11 @@
-"""Compressed and UTF-16 files as streams of UTF-8, read forwards in flat memory.
+"""Reads compressed and UTF-16 files as streams of UTF-8, forwards and in flat memory.
 
-Offsets of rows are those of the decoded stream. It can be entered at its beginning and, where the file has several,
-at each member of gzip (bgzip) or frame of zstd (pzstd), in UTF-16 everywhere: such places are noted in the one
-pass that looks for rows, and a reader enters at the last one before its rows. A file of one member is read from its
+Offsets of rows are those of the decoded stream. A stream can be entered at its beginning, at each member of gzip
+(bgzip) or frame of zstd (pzstd) where the file has several, and in UTF-16 everywhere. Such places are noted in the one
+pass that finds rows, and a reader enters at the last one before its rows. A file of one member is read from its
 beginning by each reader, once, at some 200 MB/s of text.
 
-What is cut off or damaged raises OSError: a checksum is looked at to the end of each member.
+A truncated or damaged file raises OSError: the checksum at the end of each member is verified.
 """
 
 import codecs
@@ -20,7 +20,7 @@ Compression = Literal["", "gzip", "zstd"]
 Encoding = Literal["utf-8", "utf-16-le", "utf-16-be"]
 
 ENTRY_BYTES = 16 << 20
-"""Of the decoded stream, between places to enter at."""
+"""Bytes of the decoded stream between places at which it can be entered."""
 _COMPRESSED_BYTES = 1 << 17
 _DECODED_BYTES = 8 << 20
 _MAX_WINDOW = 1 << 31
@@ -28,7 +28,11 @@ _MAX_WINDOW = 1 << 31
 
 @dataclass(frozen=True)
 class Entry:
-    """A place where a stream can be entered. offset: of the decoded stream; place: byte of the file."""
+    """A place where a stream can be entered.
+
+    offset: the offset in the decoded stream.
+    place: the byte of the file.
+    """
 
     offset: int = 0
     place: int = 0
@@ -38,21 +42,24 @@ BEGINNING = Entry()
 
 
 class RowStream:
-    """The decoded bytes of a file from an entry on. offset: of the next byte that `read` gives; entries: those that
-    were passed."""
+    """The decoded bytes of a file from an entry on.
+
+    offset: the offset of the next byte that `read` returns.
+    entries: the entries that were passed.
+    """
 
     def __init__(self, file: BinaryIO, compression: Compression, encoding: Encoding, entry: Entry = BEGINNING) -> None:
         self.offset = entry.offset
         self.entries = [entry]
-        self._rest = b""
+        self._unread = b""
         self._blocks = _decoded(file, compression, encoding, entry.place)
 
     def read(self, size: int) -> bytes:
-        """Up to so many bytes, fewer only at the end. Raises OSError for a damaged file."""
-        pieces, length = [self._rest], len(self._rest)
+        """Reads up to `size` bytes, fewer only at the end. Raises OSError for a damaged file."""
+        pieces, length = [self._unread], len(self._unread)
         try:
-            while length < size and (found := next(self._blocks, None)) is not None:
-                block, place = found
+            while length < size and (entry := next(self._blocks, None)) is not None:
+                block, place = entry
                 if place is not None and self.offset + length >= self.entries[-1].offset + ENTRY_BYTES:
                     self.entries.append(Entry(self.offset + length, place))
                 pieces.append(block)
@@ -60,12 +67,12 @@ class RowStream:
         except (zlib.error, zstandard.ZstdError, EOFError, UnicodeDecodeError) as error:
             raise OSError(f"damaged behind byte {self.offset + length} of its text: {error}") from error
         data = b"".join(pieces)
-        self._rest = data[size:]
+        self._unread = data[size:]
         self.offset += min(size, length)
         return data[:size]
 
     def skip_to(self, offset: int) -> None:
-        """Read on to an offset, which is not before this one."""
+        """Reads on to an offset that is not before the present one."""
         while self.offset < offset and self.read(min(_DECODED_BYTES, offset - self.offset)):
             pass
 
@@ -73,7 +80,7 @@ class RowStream:
 def _decoded(
     file: BinaryIO, compression: Compression, encoding: Encoding, place: int
 ) -> Iterator[tuple[bytes, int | None]]:
-    """Pieces of the stream, each with the place of the file where it could be entered, or None."""
+    """Yields pieces of the stream, each with the place of the file where it can be entered, or None."""
     file.seek(place)
     blocks = _decompressed(file, compression, place) if compression else _plain(file, place)
     return blocks if encoding == "utf-8" else _transcoded(blocks, encoding, place, enterable=not compression)
@@ -94,10 +101,10 @@ def _decompressed(file: BinaryIO, compression: Compression, place: int) -> Itera
         yield b"", place
         decoder = _decoder(compression)
         while not decoder.eof:
-            block, rest = decoder.decompress(data, _DECODED_BYTES), decoder.unconsumed_tail
+            block, remaining = decoder.decompress(data, _DECODED_BYTES), decoder.unconsumed_tail
             if decoder.eof:
-                rest = decoder.unused_data
-            place, data = place + len(data) - len(rest), rest
+                remaining = decoder.unused_data
+            place, data = place + len(data) - len(remaining), remaining
             if block:
                 yield block, None
             if not (data or block or decoder.eof):
@@ -107,7 +114,7 @@ def _decompressed(file: BinaryIO, compression: Compression, place: int) -> Itera
 
 
 class _Zstd:
-    """A frame of zstd, decoded as `zlib.decompressobj` does it."""
+    """Decodes a frame of zstd with the interface of `zlib.decompressobj`."""
 
     def __init__(self) -> None:
         self._frame: Any = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
@@ -122,9 +129,9 @@ class _Zstd:
     def unused_data(self) -> bytes:
         return bytes(self._frame.unused_data) + self.unconsumed_tail
 
-    def decompress(self, data: bytes, most: int) -> bytes:
-        """most: kept to as far as the last pieces foretell it; the decoder knows no bound of its own."""
-        taken = max(64, int(most / max(1.0, 4 * self._growth)))
+    def decompress(self, data: bytes, max_bytes: int) -> bytes:
+        """Decodes about max_bytes, as far as the last pieces predict it, because the decoder accepts no limit."""
+        taken = max(64, int(max_bytes / max(1.0, 4 * self._growth)))
         piece, self.unconsumed_tail = data[:taken], data[taken:]
         decoded = bytes(self._frame.decompress(piece)) if piece else b""
         if decoded:
@@ -139,7 +146,8 @@ def _decoder(compression: Compression) -> Any:
 def _transcoded(
     blocks: Iterator[tuple[bytes, int | None]], encoding: Encoding, place: int, *, enterable: bool
 ) -> Iterator[tuple[bytes, int | None]]:
-    """UTF-16 as UTF-8, without its mark. Half a surrogate pair becomes bytes that are no UTF-8: that row says so."""
+    """Converts UTF-16 to UTF-8, without its mark. Half a surrogate pair becomes bytes that are not UTF-8, for which
+    its row is rejected."""
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
     is_first = place == 0
     for block, at in blocks:

@@ -1,8 +1,9 @@
-"""Rows of Parquet and Arrow files, read forwards, a few at a time, and only the columns that rows are made of.
+"""Reads rows of Parquet and Arrow files forwards, a few at a time, and only the columns that are used.
 
-Parquet can be entered only at the start of a row group, and a row group may hold many chunks of rows; Arrow at the
-start of a record batch, and its streams only at their beginning. So a reader goes on where its last piece ended: an
-actor that reads every second chunk of a file decodes the file once, and holds a few rows, never a row group.
+Parquet can be entered only at the start of a row group, and a row group may hold many chunks of rows; Arrow can be
+entered at the start of a record batch, and its streams only at their beginning. So a reader continues where its last
+piece ended: an actor that reads every second chunk of a file decodes the file once, and holds a few rows, never a row
+group.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,20 +20,20 @@ from mmray.images.source import one_line
 from mmray.storage import file_system
 
 BATCH_ROWS = 16
-"""Decoded together: as many tables as are read side by side (`dealing.py`) hold so many rows each."""
+"""Rows decoded at a time; each of the tables that are read side by side (`dealing.py`) holds so many rows."""
 _BUFFER_BYTES = 1 << 20
 _NO_CONTENT = {"id", "images", "image"}
 
 
 def num_table_rows(opened: BinaryIO, format_: str) -> int:
-    """The rows of an opened Parquet or Arrow file."""
+    """Counts the rows of an opened Parquet or Arrow file."""
     if format_ == "parquet":
         return int(pq.ParquetFile(opened).metadata.num_rows)
     return sum(batch.num_rows for batch in _arrow_batches(opened))
 
 
 def row_values(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any] | RowError]:
-    """The rows as dictionaries; where one has a cell that Python cannot hold, its error."""
+    """Converts rows to dictionaries; a row with a cell that Python cannot hold becomes its error."""
     try:
         return list(table.to_pylist())
     except (ValueError, OverflowError, NotImplementedError):
@@ -50,28 +51,28 @@ def _value(row: pa.RecordBatch | pa.Table) -> dict[str, Any] | RowError:
 
 
 class _Groups(Protocol):
-    """A table in groups of rows, any of which can be begun with. ends: the row behind each group."""
+    """A table in groups of rows, at any of which reading can start. ends: the row behind each group."""
 
     ends: np.ndarray
 
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
-        """The rows of a group and, if it likes, of those behind it."""
+        """Yields the rows of a group, and possibly of those behind it."""
 
 
 class TableRows:
-    """The rows of one file, read forwards; going back, or over a group's end, starts at a group."""
+    """Reads the rows of one file forwards; going back, or past a group's end, starts at a group."""
 
     def __init__(self, uri: str, format_: str, columns: Sequence[str]) -> None:
-        """columns: that are used; () for all."""
+        """Opens the file. columns: the columns that are used; () for all."""
         self.uri, self.columns = uri, tuple(columns)
         self._groups: _Groups = (_ParquetGroups if format_ == "parquet" else _ArrowGroups)(uri, self.columns)
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._next_row = 0  # of the file, the first that _batches will give
-        self._rest: pa.RecordBatch | None = None  # rows just before _next_row, decoded but not asked for yet
+        self._next_row = 0  # the first row of the file that _batches will give
+        self._pending: pa.RecordBatch | None = None  # rows just before _next_row, decoded but not asked for yet
 
     def values(self, first: int, num_rows: int) -> Iterator[dict[str, Any] | RowError]:
-        """Rows [first, first + num_rows)."""
+        """Yields rows [first, first + num_rows)."""
         row, stop = first, first + num_rows
         while row < stop:
             batch = self._rows_from(row, stop)
@@ -79,19 +80,19 @@ class TableRows:
             row += batch.num_rows
 
     def _rows_from(self, row: int, stop: int) -> pa.RecordBatch:
-        """Rows from `row` on, at least one, none at or after `stop`."""
+        """Returns rows from `row` on: at least one, none at or after `stop`."""
         group = int(np.searchsorted(self._groups.ends, row, side="right"))
-        if group != self._group or row < self._next_row - (self._rest.num_rows if self._rest else 0):
-            self._group, self._rest = group, None
+        if group != self._group or row < self._next_row - (self._pending.num_rows if self._pending else 0):
+            self._group, self._pending = group, None
             self._next_row = int(self._groups.ends[group - 1]) if group else 0
             self._batches = self._groups.batches(group)
         while row >= self._next_row:
-            self._rest = self._next_batch()
-            self._next_row += self._rest.num_rows
-        assert self._rest is not None
-        ahead = self._rest.slice(self._rest.num_rows - (self._next_row - row))
+            self._pending = self._next_batch()
+            self._next_row += self._pending.num_rows
+        assert self._pending is not None
+        ahead = self._pending.slice(self._pending.num_rows - (self._next_row - row))
         taken = min(stop - row, BATCH_ROWS)
-        self._rest = ahead.slice(taken)
+        self._pending = ahead.slice(taken)
         return ahead.slice(0, taken)
 
     def _next_batch(self) -> pa.RecordBatch:
@@ -105,7 +106,7 @@ class TableRows:
 
 
 class _ParquetGroups:
-    """The row groups of a Parquet file."""
+    """Reads the row groups of a Parquet file."""
 
     def __init__(self, uri: str, columns: Sequence[str]) -> None:
         # Unbuffered, Arrow holds whole column chunks: all images of a row group.
@@ -121,7 +122,7 @@ class _ParquetGroups:
 
 
 class _ArrowGroups:
-    """The record batches of an Arrow file as one group: batches that are passed over are not decoded."""
+    """Reads the record batches of an Arrow file as one group; batches that are skipped are not decoded."""
 
     def __init__(self, uri: str, columns: Sequence[str]) -> None:
         self._uri = uri
@@ -143,7 +144,7 @@ def _opened(uri: str) -> Any:
 
 
 def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
-    """The batches of Arrow's file format or of its stream, which `datasets` writes."""
+    """Yields the batches of Arrow's file format or of its stream format, which `datasets` writes."""
     begins_file = file.read(6) == b"ARROW1"
     file.seek(0)
     if begins_file:
@@ -154,6 +155,7 @@ def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
 
 
 def _used(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
-    """Which columns to read; None for all, where there are none of what rows are made of: the error names them."""
+    """Returns the columns to read; None for all, where no used column has content, so that the error can name the
+    columns."""
     used = [name for name in names if name in columns]
     return used if set(used) - _NO_CONTENT else None

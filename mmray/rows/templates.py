@@ -1,10 +1,10 @@
-"""A processor's chat template: what it writes of a conversation, and where in its text each message stands.
+"""Renders conversations with a processor's chat template, and finds where in the text each message stands.
 
-What a message's turn is follows from the template itself, by rendering: where the model begins to write is behind what
-`add_generation_prompt` writes after the messages before; where it stops is the first of the model's stop tokens behind
-the message's last text, also where the template leaves it to the next turn to write it. Both are found in the skeleton
-of a conversation (`mmray.rows.skeleton`), and remembered for all conversations of the same form: the same roles and
-kinds of content, whatever the texts.
+The turn of a message follows from the template by rendering. The model begins to write behind what
+`add_generation_prompt` writes after the messages before; it stops at the first stop token behind the message's last
+text, also where the template leaves it to the next turn to write that token. Both are found in the skeleton of a
+conversation (`mmray.rows.skeleton`), and remembered for all conversations of the same form: the same roles and kinds of
+content, whatever the texts.
 """
 
 import functools
@@ -27,18 +27,20 @@ from mmray.rows.messages import Call, Chat, Message, Part
 from mmray.rows.skeleton import FilledSkeleton, Forms, Leaf, Skeleton, Writer, Written, skeleton_of
 
 REMEMBERED_FORMS = 4096
-"""Forms of conversations, and of their beginnings, whose skeletons are kept: some kilobytes each."""
+"""The most forms of conversations, and of their beginnings, whose skeletons are remembered: some kilobytes each."""
 
 Place = tuple[int, int]
-"""A place in a skeleton: the number of a piece of fixed text, and of letters in it."""
+"""A place in a skeleton: the number of a piece of fixed text, and the number of letters before the place in it."""
 
 
 class Run(NamedTuple):
-    """Leaves of one message that stand together, with what is its own around them.
+    """A stretch of consecutive leaves of one message, with the text around them that belongs to the message.
 
-    start: where the message begins: of the assistant where the model begins to write; stop: where it ends; ended:
-    behind the token by which the model stops, or the text that ends another role's turn; the same as `stop` where there
-    is none; first, last: its first and last occurrence; -1 for a message without text.
+    message: the number of the message.
+    start: where the message begins; for the assistant, where the model begins to write.
+    stop: where the message ends.
+    ended: behind the stop token, or the text that ends another role's turn; equal to `stop` where there is none.
+    first, last: the first and last occurrence of a leaf; -1 for a message without text.
     """
 
     message: int
@@ -51,19 +53,23 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of all conversations of one form. missing: leaves that the template does not write."""
+    """The properties of all conversations of one form.
+
+    missing: the leaves that the template does not write.
+    drops_tools: whether the template leaves out the tools.
+    """
 
     skeleton: Skeleton
     runs: tuple[Run, ...]
     missing: tuple[int, ...]
     lost_messages: tuple[int, ...]
-    """Messages of the assistant without text whose turn was not found."""
+    """The messages of the assistant without text whose turn was not found."""
     drops_tools: bool
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A conversation as text. generated: what `{% generation %}` blocks wrote, [start, stop) in letters."""
+    """A conversation as text. generated: the spans that `{% generation %}` blocks wrote, [start, stop) in letters."""
 
     text: str
     chat: Chat
@@ -73,7 +79,7 @@ class RenderedChat:
     generated: tuple[tuple[int, int], ...]
 
     def span(self, occurrence: int) -> tuple[int, int]:
-        """The letters of a leaf where it stands."""
+        """Returns the span, [start, stop) in letters, of an occurrence of a leaf."""
         start = self.filled.piece_starts[occurrence] + len(self.plan.skeleton.pieces[occurrence])
         return start, start + len(self.filled.texts[occurrence])
 
@@ -93,10 +99,11 @@ class ChatTemplate:
     # ---------------------------------------------------------------- rendering
 
     def render(self, chat: Chat, *, count_images: int) -> RenderedChat:
-        """The text of a conversation and where its messages are. Raises RowError where the template refuses it, or
-        leaves something of it out.
+        """Renders a conversation and finds its messages in the text.
 
-        count_images: image parts of the chat.
+        count_images: the number of image parts of the chat.
+
+        Raises RowError where the template refuses the conversation or drops images, and where messages cannot be found.
         """
         written = self._written(chat, _LOOKS[0], masked=False)
         text, generated = self.template_text(written.messages, chat)
@@ -123,17 +130,20 @@ class ChatTemplate:
         )
 
     def prompt_text(self, chat: Chat) -> str:
-        """The text of a conversation and what stands before the model's answer. Raises RowError."""
+        """Renders a conversation with the generation prompt. Raises RowError where the template refuses it."""
         return self.template_text(self._written(chat, _LOOKS[0], masked=False).messages, chat, prompt=True)[0]
 
     def plain_text(self, chat: Chat) -> str:
-        """The text of a conversation alone. Raises RowError where the template refuses it."""
+        """Renders a conversation to text only. Raises RowError where the template refuses it."""
         return self.template_text(self._written(chat, _LOOKS[0], masked=False).messages, chat)[0]
 
     def template_text(
         self, messages: list[dict[str, Any]], chat: Chat, *, prompt: bool = False
     ) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """What the template writes, and what of it its `{% generation %}` blocks wrote. Raises RowError."""
+        """Returns what the template writes, and the spans that its `{% generation %}` blocks wrote.
+
+        Raises RowError where the template refuses the messages.
+        """
         try:
             return self._rendered(messages, list(chat.tools), dict(chat.options), prompt)
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -145,8 +155,8 @@ class ChatTemplate:
     def _rendered(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], options: dict[str, Any], prompt: bool
     ) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """`apply_chat_template` tells of `{% generation %}` blocks only after it has run the images through the
-        processor too; the function beneath it does so at once."""
+        """Runs the template. The spans of `{% generation %}` blocks come from the function below
+        `apply_chat_template`, which returns them only after it has run the images through the processor too."""
         processor = self.family.processor
         more: dict[str, Any] = options | ({"tools": tools} if tools else {})
         if prompt:
@@ -170,9 +180,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def variables(self) -> frozenset[str]:
-        """The names that the template reads from outside: what `chat_template_kwargs` may set."""
-        found = meta.find_undeclared_variables(self._syntax) if self._syntax else set()
-        return frozenset(found) - {"raise_exception", "strftime_now", "namespace", "dict", "range"}
+        """The variables that the template reads and `chat_template_kwargs` may set."""
+        names = meta.find_undeclared_variables(self._syntax) if self._syntax else set()
+        return frozenset(names) - {"raise_exception", "strftime_now", "namespace", "dict", "range"}
 
     @functools.cached_property
     def _syntax(self) -> nodes.Template | None:
@@ -184,17 +194,17 @@ class ChatTemplate:
 
     @functools.cached_property
     def _words(self) -> dict[bool, re.Pattern[str]]:
-        """What the template looks for in texts: `</think>`, `/nothink`. Plain words are mostly names of keys; with them
-        (True) few conversations have the same form."""
-        found = {constant.strip() for constant in _looked_for(self._syntax)} if self._syntax else set()
-        found = (found | {"<think>", "</think>"}) - {""}
-        marked = {constant for constant in found if not constant.replace("_", "").isalnum()}
-        return {is_wide: _split_at(words) for is_wide, words in ((False, marked), (True, found))}
+        """The words that the template searches for in texts, such as `</think>` or `/nothink`, with plain words (True)
+        or without (False). Plain words are mostly names of keys, and with them few conversations have the same form."""
+        constants = {constant.strip() for constant in _looked_for(self._syntax)} if self._syntax else set()
+        constants = (constants | {"<think>", "</think>"}) - {""}
+        marked = {constant for constant in constants if not constant.replace("_", "").isalnum()}
+        return {is_wide: _split_at(words) for is_wide, words in ((False, marked), (True, constants))}
 
     @functools.cached_property
     def forms(self) -> Forms:
-        """The forms of a text, a string or a list of parts, that the template writes for each role; of arguments, an
-        object or its JSON text."""
+        """The forms of a text that the template accepts for each role (a string or a list of parts), and of arguments
+        (an object or its JSON text)."""
         user, answer = Message("user", (Part("Who?"),), True), Message("assistant", (Part("I."),), True)
         call = Message("assistant", (), True, calls=(Call("call00001", "look", {"page": _PROBE}),))
         tool = Message("tool", (Part(_PROBE),), True, extra=(("tool_call_id", "call00001"),))
@@ -216,7 +226,7 @@ class ChatTemplate:
         return forms
 
     def _writes(self, messages: Sequence[Message], place: int, form: type, parts: int = 1) -> bool:
-        """Whether the template writes a message's text in some form: all of so many text parts."""
+        """Tells whether the template writes a message's text completely in a form of so many text parts."""
         written = []
         for number, message in enumerate(messages):
             content: Any = message.text
@@ -241,7 +251,7 @@ class ChatTemplate:
             return True
 
     def _writes_call(self, messages: Sequence[Message], forms: Forms) -> bool:
-        """Whether arguments given as an object are not written as Python would."""
+        """Tells whether the template writes arguments that are objects as JSON, and not as Python would."""
         written = Writer(self._words[False], forms, masked=False, blanks=False).write(Chat(tuple(messages)))
         try:
             text, _ = self._rendered(written.messages, [], {}, prompt=False)
@@ -255,7 +265,8 @@ class ChatTemplate:
         return Writer(self._words[look.at_all_words], self.forms, masked=masked, blanks=look.at_blanks).write(chat)
 
     def _known_plan(self, chat: Chat, written: Written, look: "Look", is_fresh: bool) -> Plan:
-        """The plan of a conversation's form. is_fresh: made anew, for templates that write today's date."""
+        """Returns the plan of a conversation's form. is_fresh: whether to build it anew, for templates that write
+        today's date."""
         key = (written.keys, look, repr(chat.tools), repr(chat.options))
         self._making = (chat, written)
         if is_fresh:
@@ -269,9 +280,9 @@ class ChatTemplate:
         masked = self._written(chat, key[1], masked=True)
         text, _ = self.template_text(masked.messages, chat)
         skeleton = skeleton_of(text, masked.marks)
-        there = {occurrence.leaf for occurrence in skeleton.occurrences}
-        missing = tuple(n for n, leaf in enumerate(masked.leaves) if leaf.is_required and n not in there)
-        runs, lost = _Turns(self, chat, masked, skeleton, text, key).found()
+        written_leaves = {occurrence.leaf for occurrence in skeleton.occurrences}
+        missing = tuple(n for n, leaf in enumerate(masked.leaves) if leaf.is_required and n not in written_leaves)
+        runs, lost = _Turns(self, chat, masked, skeleton, text, key).find()
         drops_tools = bool(chat.tools) and not self._writes_tools(masked, chat, text)
         return Plan(skeleton, runs, missing, lost, drops_tools)
 
@@ -282,11 +293,11 @@ class ChatTemplate:
             return True
 
     def beginning(self, chat: Chat, masked: Written, count: int, key: tuple[Any, ...]) -> "Beginning | None":
-        """What the template writes of the first messages of a conversation. key: of the whole one's plan."""
+        """Renders the first messages of a conversation alone. key: the key of the whole conversation's plan."""
         self._making = (chat, masked)
         return self._beginning(key[0][:count], key[1:])
 
-    def _make_beginning(self, keys: tuple[Any, ...], rest: tuple[Any, ...]) -> "Beginning | None":
+    def _make_beginning(self, keys: tuple[Any, ...], _other_keys: tuple[Any, ...]) -> "Beginning | None":
         assert self._making is not None
         (chat, masked), count = self._making, len(keys)
         try:
@@ -306,7 +317,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def plain_turn(self) -> "PlainTurn":
-        """What the template writes before an answer in the simplest of conversations."""
+        """The text that the template writes before an answer in the simplest conversation."""
         chat = Chat((Message("user", (Part("Who?"),), True), Message("assistant", (Part("I."),), True)))
         masked = self._written(chat, _LOOKS[0], masked=True)
         key = (masked.keys, _LOOKS[0], "plain", "")
@@ -316,7 +327,7 @@ class ChatTemplate:
         except RowError:
             return PlainTurn("", "")
         skeleton = skeleton_of(text, masked.marks)
-        places = [n for n, each in enumerate(skeleton.occurrences) if each.leaf == 1]
+        places = [n for n, occurrence in enumerate(skeleton.occurrences) if occurrence.leaf == 1]
         if beginning is None or not places or beginning.prompt is None:
             return PlainTurn("", "")
         gap = _text_between(skeleton, masked.marks, places[0] - 1, places[0])
@@ -325,11 +336,11 @@ class ChatTemplate:
 
     @property
     def ends(self) -> re.Pattern[str]:
-        """The texts by which the model stops."""
+        """Matches the texts by which the model ends its turn."""
         return self._ends
 
     def ends_of(self, role: str) -> re.Pattern[str]:
-        """The texts that end the turns of another role, by the family's boundaries."""
+        """Matches the texts that end the turns of another role, by the family's boundaries."""
         if role not in self._ends_of:
             texts = {marker.end for marker in self.family.role_markers if marker.role == role and marker.include_end}
             self._ends_of[role] = _alternatives(sorted(texts - {""}, key=len, reverse=True))
@@ -337,12 +348,12 @@ class ChatTemplate:
 
     @functools.cached_property
     def units(self) -> re.Pattern[str]:
-        """The images that a message begins with, before its text."""
+        """Matches the images that stand before a message's text."""
         return re.compile(rf"(?:{re.escape(self.family.placeholder_unit)}\s*)+$")
 
     @functools.cached_property
     def special_texts(self) -> re.Pattern[str]:
-        """Special tokens of the vocabulary that are no media."""
+        """Matches the special tokens of the vocabulary that are not media tokens."""
         tokenizer = self.family.tokenizer
         media = set(self.family.media_token_ids)
         added = tokenizer.added_tokens_decoder.items()
@@ -351,34 +362,40 @@ class ChatTemplate:
 
 
 class Look(NamedTuple):
-    """How the texts of a conversation are masked. at_blanks: a message without text has a mark, too; at_all_words: also
-    plain words that the template looks for stay as they are."""
+    """How the texts of a conversation are masked.
+
+    at_blanks: whether a message without text has a mark too.
+    at_all_words: whether plain words that the template searches for also stay unmasked.
+    """
 
     at_blanks: bool
     at_all_words: bool
 
 
 _LOOKS = (Look(True, False), Look(False, False), Look(True, True), Look(False, True))
-"""In the order in which they are tried: most conversations are known at the first."""
+"""The ways of masking in the order in which they are tried; the first works for most conversations."""
 
 
 def _messages_of(leaves: Sequence[Leaf], skeleton: Skeleton) -> list[int | None]:
-    """The message of each occurrence. Of the name of a call only the first is of the message that calls: Gemma 4 writes
-    it before the tool's answer, too."""
-    found: list[int | None] = []
+    """Returns the message of each occurrence. Only the first occurrence of a call's name belongs to the message that
+    calls, because Gemma 4 also writes the name before the tool's answer."""
+    messages: list[int | None] = []
     called: set[int] = set()
     for occurrence in skeleton.occurrences:
         leaf = leaves[occurrence.leaf]
-        found.append(None if occurrence.leaf in called else leaf.message)
+        messages.append(None if occurrence.leaf in called else leaf.message)
         if leaf.kind == "call name":
             called.add(occurrence.leaf)
-    return found
+    return messages
 
 
 class Beginning(NamedTuple):
-    """The first messages of a conversation as the template writes them alone, with marks for their leaves. last: the
-    leaf that stands last; tail: the text behind it; prompt: what `add_generation_prompt` adds, None where it changes
-    what stands before."""
+    """The first messages of a conversation as the template writes them alone, with marks for their leaves.
+
+    last: the leaf that stands last.
+    tail: the text behind it.
+    prompt: the text that `add_generation_prompt` adds; None where it changes the text before.
+    """
 
     text: str
     last: int
@@ -387,7 +404,11 @@ class Beginning(NamedTuple):
 
 
 class PlainTurn(NamedTuple):
-    """opening: what stands between the user's turn and the answer; header: what of it is no answer in any case."""
+    """The text before an answer in the simplest conversation.
+
+    opening: the text between the user's turn and the answer.
+    header: the beginning of it that is never part of an answer.
+    """
 
     opening: str
     header: str
@@ -404,8 +425,8 @@ class _Turns:
         self._message = _messages_of(masked.leaves, skeleton)
         self._anchors = [number for number, message in enumerate(self._message) if message is not None]
 
-    def found(self) -> tuple[tuple[Run, ...], tuple[int, ...]]:
-        """The runs in order, and the messages of the assistant whose turn was not found."""
+    def find(self) -> tuple[tuple[Run, ...], tuple[int, ...]]:
+        """Returns the runs in order, and the messages of the assistant whose turn was not found."""
         runs: list[Run] = []
         begun: set[int] = set()
         groups = [(message, list(group)) for message, group in groupby(self._anchors, lambda n: self._message[n])]
@@ -438,17 +459,17 @@ class _Turns:
         if is_first:
             gap = _Gap(self.skeleton, self.masked.marks, before, first)
             start = gap.place(self._written_before(message, gap.text, before))
-        own = self._own_end(message, behind.text, after)
+        own_length = self._own_end(message, behind.text, after)
         match = self.template.ends.search(behind.text)
         if match is None:
-            specials = list(self.template.special_texts.finditer(behind.text, 0, own))
+            specials = list(self.template.special_texts.finditer(behind.text, 0, own_length))
             match = specials[-1] if specials else None
         if match is None:
-            return Run(message, start, behind.place(own), behind.place(own), first, last)
+            return Run(message, start, behind.place(own_length), behind.place(own_length), first, last)
         return Run(message, start, behind.place(match.start()), behind.place(match.end()), first, last)
 
     def _written_before(self, message: int, gap: str, before: int) -> int:
-        """How many letters of the text before a turn of the assistant's are there before the model writes."""
+        """Counts the letters before a turn of the assistant that stand there before the model begins to write."""
         plain = self.template.plain_turn
         beginning = self.template.beginning(self.chat, self.masked, message, self.key) if message else None
         last = self.skeleton.occurrences[before].leaf if before >= 0 else -1
@@ -462,14 +483,15 @@ class _Turns:
         return len(gap)
 
     def _own_end(self, message: int, behind: str, after: int | None) -> int:
-        """How many letters of the text behind a turn of the assistant's are its own."""
+        """Counts the letters behind a turn of the assistant that belong to the turn."""
         if after is None and message == len(self.chat.messages) - 1:
             return len(behind)
         through = self.template.beginning(self.chat, self.masked, message + 1, self.key)
         return len(through.tail) if through and behind.startswith(through.tail) else 0
 
     def _silent(self, message: int) -> Run | None:
-        """The turn of a message without text, where the beginnings of the conversation show it."""
+        """Finds the turn of a message without text by comparing beginnings of the conversation; None where they do not
+        show it."""
         before = self.template.beginning(self.chat, self.masked, message, self.key)
         through = self.template.beginning(self.chat, self.masked, message + 1, self.key)
         if before is None or through is None or before.last != through.last:
@@ -480,19 +502,21 @@ class _Turns:
         )
         if not gap.text.startswith(through.tail) or not through.tail.startswith(before.tail):
             return None
-        own = through.tail[len(before.tail) :]
-        begin = len(before.tail) + _prompt_length(before.prompt or "", own, self.template.plain_turn.header)
+        turn_text = through.tail[len(before.tail) :]
+        begin = len(before.tail) + _prompt_length(before.prompt or "", turn_text, self.template.plain_turn.header)
         match = self.template.ends.search(gap.text, begin)
         stop, ended = match.span() if match else (len(through.tail), len(through.tail))
         return Run(message, gap.place(begin), gap.place(stop), gap.place(ended), -1, -1)
 
 
 def _prompt_length(prompt: str, opening: str, header: str | None) -> int:
-    """How many letters of what stands before an answer are written by `add_generation_prompt`.
+    """Counts the letters before an answer that `add_generation_prompt` writes.
 
-    header: `PlainTurn.header`; None while that is sought. A template that writes headers but no prompt cannot ask for
-    an answer at all; its header is no part of one. Where the prompt is there only in part (it fills in thoughts that
-    this turn has in words, or has not), the model begins behind the header that every turn has.
+    header: `PlainTurn.header`; None while the header is being determined.
+
+    A template that writes headers but no prompt cannot ask for an answer; its header is not part of one. Where the text
+    has only a part of the prompt (the prompt fills in thoughts that this turn has in words, or has not), the model
+    begins behind the header that every turn has.
     """
     if header is None:
         return _common(prompt, opening) if prompt else len(opening) * bool(opening.strip())
@@ -501,7 +525,7 @@ def _prompt_length(prompt: str, opening: str, header: str | None) -> int:
 
 
 def _common(first: str, second: str) -> int:
-    """The letters that two texts begin with alike."""
+    """Counts the letters that two texts have in common at their beginning."""
     number = 0
     for a, b in zip(first, second):
         if a != b:
@@ -511,10 +535,10 @@ def _common(first: str, second: str) -> int:
 
 
 class _Gap:
-    """The text of a skeleton between two of its occurrences, with its ids, and the places in it."""
+    """The text of a skeleton between two of its occurrences, including the ids there, with its places."""
 
     def __init__(self, skeleton: Skeleton, marks: Sequence[str], first: int, last: int | None) -> None:
-        """Behind the occurrence `first` (-1: from the beginning) up to `last` (None: to the end)."""
+        """The gap goes from behind the occurrence `first` (-1: the beginning) up to `last` (None: the end)."""
         self._parts: list[tuple[int, str]] = []
         stop = len(skeleton.pieces) - 1 if last is None else last
         for number in range(first + 1, stop + 1):
@@ -524,7 +548,7 @@ class _Gap:
         self.text = "".join(text for _, text in self._parts)
 
     def place(self, letters: int) -> Place:
-        """The place behind so many letters. Inside a mark: before it."""
+        """Returns the place behind a number of letters; inside a mark, the place before the mark."""
         before: Place = (self._parts[0][0], 0)
         for number, text in self._parts:
             if number >= 0:
@@ -561,7 +585,7 @@ def _openai_call(call: Call, arguments: Any) -> dict[str, Any]:
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
-    """Lets `{% generation %}` blocks be parsed."""
+    """Makes jinja2 parse `{% generation %}` blocks."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -575,14 +599,15 @@ _TEXT_METHODS = ("split", "rsplit", "startswith", "endswith", "replace", "find",
 
 
 def _looked_for(syntax: nodes.Template) -> Iterator[str]:
-    """Constant texts that a template compares texts with."""
+    """Yields the constant texts with which a template compares texts."""
+
     for call in syntax.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr) and call.node.attr in _TEXT_METHODS:
             for argument in call.args:
-                yield from (each.value for each in _constants(argument))
+                yield from (constant.value for constant in _constants(argument))
     for compare in syntax.find_all(nodes.Compare):
         if any(operand.op in ("in", "notin") for operand in compare.ops):
-            yield from (each.value for each in _constants(compare.expr))
+            yield from (constant.value for constant in _constants(compare.expr))
 
 
 def _constants(node: nodes.Node) -> Iterator[nodes.Const]:

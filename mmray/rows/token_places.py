@@ -1,8 +1,8 @@
-"""Where tokens stand in their text, without asking the tokenizer for it.
+"""Computes where tokens stand in their text without asking the tokenizer.
 
-The tokenizer tells places only by a call that takes half as long again, and as long once more to hand them over. The
-bytes of each token of the vocabulary are known, and joined they are the text's, or the text as it is normalised: then
-places are a running sum. Where they are not, the tokenizer is asked after all.
+The tokenizer returns offsets only from a call that takes half as long again, and as long once more to hand them over.
+The bytes of each token of the vocabulary are known. Where the joined bytes of the tokens equal the text, or the
+normalised text, the places are a running sum; otherwise the tokenizer is asked after all.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +14,15 @@ Span = tuple[int, int]
 
 
 class TokenPlaces:
-    """The places of a tokenizer's tokens."""
+    """Computes the places of a tokenizer's tokens."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
         self._bytes = _token_bytes(backend)
-        self._lengths = np.asarray([len(each) for each in self._bytes], dtype=np.int64)
+        self._lengths = np.asarray([len(token) for token in self._bytes], dtype=np.int64)
 
     def of(self, text: str, ids: np.ndarray, *, add_special_tokens: bool) -> "PlacedTokens":
-        """The places of the tokens of a text. ids: int [n], as the tokenizer gave them."""
+        """Returns the tokens of a text with their places. ids: the tokens that the tokenizer returned, int [n]."""
         joined = b"".join(map(self._bytes.__getitem__, ids.tolist()))
         for normalise in (_as_it_is, self._normalised):
             written = normalise(text).encode()
@@ -35,7 +35,7 @@ class TokenPlaces:
         return PlacedTokens(text, None, starts, stops)
 
     def _normalised(self, text: str) -> str:
-        """A text as the tokenizer composes its letters and accents. A space is one however it is written."""
+        """Normalises a text as the tokenizer does, with every kind of space as a plain space."""
         normalizer = self._backend.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text)).replace("\u2581", " ")
 
@@ -45,7 +45,7 @@ def _as_it_is(text: str) -> str:
 
 
 class PlacedTokens:
-    """Tokens of one text with their places: of bytes where `written` holds them, else of letters."""
+    """The tokens of one text with their places, in bytes of `written` where that is given, else in letters."""
 
     def __init__(
         self, text: str, written: bytes | None, starts: np.ndarray, stops: np.ndarray,
@@ -59,8 +59,11 @@ class PlacedTokens:
         return len(self._starts)
 
     def within(self, spans: Sequence[Span]) -> np.ndarray:
-        """The tokens of some spans of letters, bool [n]. A token that goes on behind a span is of it if something of
-        it but blanks stands there: LLaVA's next `▁USER` begins with the space behind an answer."""
+        """Marks the tokens of spans of letters, bool [n].
+
+        A token that extends beyond a span belongs to it if more than blanks of the token lie in the span: LLaVA's next
+        `▁USER` begins with the space behind an answer.
+        """
         inside = np.zeros(len(self), dtype=bool)
         for start, stop in self._scaled(spans):
             first, last = self._overlapping(start, stop)
@@ -70,7 +73,7 @@ class PlacedTokens:
         return inside
 
     def holding(self, span: Span) -> slice:
-        """The tokens that hold a span's text and nothing else but blanks."""
+        """Returns the tokens that hold a span's text and, besides it, only blanks."""
         ((start, stop),) = self._scaled([span])
         first, last = self._overlapping(start, stop)
         while first < last and not self._is_blank(int(self._starts[first]), start):
@@ -80,7 +83,7 @@ class PlacedTokens:
         return slice(first, last)
 
     def text_of(self, tokens: slice) -> str:
-        """The text from the first to the last of some tokens."""
+        """Returns the text from the first to the last of a range of tokens."""
         piece = self._written[int(self._starts[tokens][0]) : int(self._stops[tokens][-1])]
         return piece.decode(errors="replace") if isinstance(piece, bytes) else piece
 
@@ -92,7 +95,7 @@ class PlacedTokens:
         return not self._written[start:stop].strip()
 
     def _scaled(self, spans: Sequence[Span]) -> list[Span]:
-        """Spans of letters in the unit of the places."""
+        """Converts spans of letters to the unit of the places."""
         if not self._in_bytes:
             return list(spans)
         scaled: dict[int, int] = {}
@@ -105,27 +108,27 @@ class PlacedTokens:
 
 
 def _token_bytes(backend: Tokenizer) -> list[bytes]:
-    """The bytes that each token of the vocabulary stands for."""
+    """Returns the bytes of each token of the vocabulary."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     added = backend.get_added_tokens_decoder()
     by_letter = _byte_letters()
     is_byte_level = "\u0120" in vocabulary  # how byte-level vocabularies write a space
-    found = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    token_bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, number in vocabulary.items():
         if number in added:
-            found[number] = added[number].content.encode()
+            token_bytes[number] = added[number].content.encode()
         elif is_byte_level:
-            found[number] = bytes(by_letter.get(letter, 0) for letter in token)
+            token_bytes[number] = bytes(by_letter.get(letter, 0) for letter in token)
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            found[number] = bytes([int(token[3:5], 16)])
+            token_bytes[number] = bytes([int(token[3:5], 16)])
         else:
-            found[number] = token.replace("\u2581", " ").encode()
-    return found
+            token_bytes[number] = token.replace("\u2581", " ").encode()
+    return token_bytes
 
 
 def _byte_letters() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for, as GPT-2 has it: printable ones for themselves,
-    the others by letters from 256 on."""
+    """Returns the byte for each letter of a byte-level vocabulary, as in GPT-2: printable bytes are themselves, the
+    others are letters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

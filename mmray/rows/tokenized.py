@@ -1,4 +1,4 @@
-"""What a `tokenized` row says itself: its token ids, which of them train, and where its images stand."""
+"""Reads a `tokenized` row: its token ids, the tokens to train on, and where its images stand."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,9 @@ from mmray.rows.messages import missing_column
 from mmray.rows.settings import DatasetSettings
 
 
-def own_ids(value: dict[str, Any], dataset: DatasetSettings, vocabulary_size: int) -> np.ndarray:
-    """The row's ids, int32 [n]. Raises RowError for none, and for ids that the tokenizer lacks."""
+def row_token_ids(value: dict[str, Any], dataset: DatasetSettings, vocabulary_size: int) -> np.ndarray:
+    """Reads the row's token ids, int32 [n]. Raises RowError for a row without ids, and for ids that the tokenizer
+    lacks."""
     column = dataset.column("input_ids")
     if value.get(column) is None:
         raise missing_column(repr(column), value)
@@ -30,10 +31,10 @@ def own_ids(value: dict[str, Any], dataset: DatasetSettings, vocabulary_size: in
     return ids
 
 
-def own_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.ndarray) -> np.ndarray:
-    """Which tokens train by the row's `sampled_mask` or its `labels`, bool [n].
+def row_trained_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.ndarray) -> np.ndarray:
+    """Marks the tokens to train on by the row's `sampled_mask` or `labels`, bool [n].
 
-    Raises RowError for a row with neither, and for one in which they disagree.
+    Raises RowError for a row with neither of them, and for one in which they disagree.
     """
     label_column, mask_column = dataset.column("labels"), dataset.column("sampled_mask")
     labels, mask = value.get(label_column), value.get(mask_column)
@@ -51,13 +52,16 @@ def own_mask(value: dict[str, Any], dataset: DatasetSettings, ids: np.ndarray) -
         raise RowError(
             "wrong_type",
             f"{label_column}[{place}] is {labels[place]} but {mask_column}[{place}] is {int(sampled[place])}: they "
-            "disagree on what trains; leave one of them out",
+            "disagree on what is trained on; leave one of them out",
         )
     return sampled
 
 
 def attended_tokens(value: dict[str, Any], dataset: DatasetSettings, num_tokens: int) -> np.ndarray:
-    """Where the row's `attention_mask` is not 0, bool [n]: all tokens of a row without one. Raises RowError."""
+    """Marks the tokens whose `attention_mask` is not 0, bool [n]; all tokens of a row without a mask.
+
+    Raises RowError for a mask that does not fit the tokens.
+    """
     column = dataset.column("attention_mask")
     mask = value.get(column)
     return np.ones(num_tokens, dtype=bool) if mask is None else _flags(mask, column, num_tokens)
@@ -66,11 +70,12 @@ def attended_tokens(value: dict[str, Any], dataset: DatasetSettings, num_tokens:
 def image_blocks(
     ids: np.ndarray, plans: Sequence[TilePlan], tiles: Sequence[list[tuple[np.ndarray, int]]], image_token_id: int
 ) -> tuple[np.ndarray, int]:
-    """Where the images of ready-made ids stand (`Sample.blocks`), and their visual tokens together.
+    """Finds where the images stand in a `tokenized` row's ids (`Sample.blocks`), and counts their visual tokens.
 
-    tiles: for each image, for each of its tiles, the tokens it becomes and how many of them carry features. Each tile
-    must stand there with just these tokens: a wrong number, or the images in another order than their tokens, would
-    give the model the features of one image for another.
+    tiles: for each image and each of its tiles, the tokens that it becomes and how many of them carry features.
+
+    Raises RowError `image_tokens` unless each tile stands there with exactly these tokens: a wrong number, or images in
+    another order than their tokens, would give the model the features of one image for another.
     """
     places = np.flatnonzero(ids == image_token_id)
     total = sum(visual for spans in tiles for _, visual in spans)
@@ -98,8 +103,8 @@ def image_blocks(
     return np.asarray(blocks, dtype=np.int32).reshape(-1, 2), total
 
 
-def _labelled(found: object, column: str, ids: np.ndarray) -> np.ndarray:
-    labels = _integers(found, column)
+def _labelled(entries: object, column: str, ids: np.ndarray) -> np.ndarray:
+    labels = _integers(entries, column)
     _check_length(column, len(labels), len(ids))
     labelled: np.ndarray = labels != IGNORE_INDEX
     wrong = np.flatnonzero(labelled & (labels != ids))
@@ -112,11 +117,11 @@ def _labelled(found: object, column: str, ids: np.ndarray) -> np.ndarray:
     return labelled
 
 
-def _flags(found: object, column: str, num_tokens: int) -> np.ndarray:
-    if not isinstance(found, list) or not all(isinstance(entry, int) and entry in (0, 1) for entry in found):
-        raise RowError("wrong_type", f"{column} must be a list of true and false (or 1 and 0), not {found!r:.60}")
-    _check_length(column, len(found), num_tokens)
-    return np.asarray(found, dtype=bool)
+def _flags(entries: object, column: str, num_tokens: int) -> np.ndarray:
+    if not isinstance(entries, list) or not all(isinstance(entry, int) and entry in (0, 1) for entry in entries):
+        raise RowError("wrong_type", f"{column} must be a list of true and false (or 1 and 0), not {entries!r:.60}")
+    _check_length(column, len(entries), num_tokens)
+    return np.asarray(entries, dtype=bool)
 
 
 def _check_length(column: str, length: int, num_tokens: int) -> None:
@@ -126,10 +131,10 @@ def _check_length(column: str, length: int, num_tokens: int) -> None:
         )
 
 
-def _integers(found: object, column: str) -> np.ndarray:
-    if not isinstance(found, list) or not all(type(entry) is int for entry in found):
-        raise RowError("wrong_type", f"{column} must be a list of integers, not {found!r:.60}")
+def _integers(entries: object, column: str) -> np.ndarray:
+    if not isinstance(entries, list) or not all(type(entry) is int for entry in entries):
+        raise RowError("wrong_type", f"{column} must be a list of integers, not {entries!r:.60}")
     try:
-        return np.asarray(found, dtype=np.int32)
+        return np.asarray(entries, dtype=np.int32)
     except OverflowError as error:
         raise RowError("wrong_type", f"{column} holds a number that is no token id: {one_line(error)}") from error

@@ -1,8 +1,8 @@
-"""Which letters of a rendered conversation train: the truth by its messages, for any setting of `loss`.
+"""Determines the letters of a rendered conversation to train on from its messages, for any setting of `loss`.
 
-A setting trains turns of some roles; flags of messages and parts, `turns`, `reasoning` and `train_on_eos` take from
-that. Of an assistant's turn trains what the model would write: from behind the generation prompt to the token by which
-it stops. Of another role's turn its texts.
+A setting trains on the turns of some roles; flags of messages and parts, `turns`, `reasoning` and `train_on_eos`
+restrict that. In an assistant's turn the text that the model would write is trained on, from behind the generation
+prompt to the stop token. In another role's turn its texts are trained on.
 """
 
 import re
@@ -18,9 +18,14 @@ _EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>\s*|\s*<\|channel>thought\
 
 
 class TrainedText(NamedTuple):
-    """What trains of a text, [start, stop) in letters each, in order. whole: of every turn that trains, from where the
-    model begins to write to behind its stop token, whatever parts of it are taken out; ends: stop tokens that train;
-    last_is_open: the last message is the assistant's, trains, and no stop token stands behind it."""
+    """The trained spans of a text, each [start, stop) in letters, in order.
+
+    spans: the spans to train on.
+    whole: for every trained turn, the span from where the model begins to write to behind its stop token, with the
+        parts that are not trained on.
+    ends: the stop tokens that are trained on.
+    last_is_open: whether the last message is the assistant's, is trained on, and is not followed by a stop token.
+    """
 
     spans: tuple[Span, ...]
     whole: tuple[Span, ...]
@@ -29,7 +34,7 @@ class TrainedText(NamedTuple):
 
 
 def trained_text(rendered: RenderedChat, loss: Loss) -> TrainedText:
-    """The letters that train. loss: `sampled`, or the turns of some roles."""
+    """Determines the letters to train on. loss: `sampled`, or the turns of some roles."""
     setting = loss if isinstance(loss, RoleLoss) else RoleLoss()
     runs = list(rendered.plan.runs)
     messages = rendered.chat.messages
@@ -64,7 +69,7 @@ def trained_text(rendered: RenderedChat, loss: Loss) -> TrainedText:
 
 
 def _chosen(rendered: RenderedChat, setting: RoleLoss) -> set[int]:
-    """The messages that train."""
+    """Returns the numbers of the messages to train on."""
     messages = rendered.chat.messages
     of_roles = [number for number, message in enumerate(messages) if message.role in setting.roles]
     if setting.turns == "last":
@@ -90,29 +95,29 @@ def _has_text(rendered: RenderedChat, run: Run) -> bool:
 
 
 def _taken_out(rendered: RenderedChat, run: Run, setting: RoleLoss, span: Span, *, is_last: bool) -> Iterator[Span]:
-    """What of a trained turn does not train."""
+    """Yields the spans of a trained turn that are not trained on."""
     if run.first < 0:
         return
     places = range(run.first, run.last + 1)
     leaves = [rendered.leaves[rendered.plan.skeleton.occurrences[place].leaf] for place in places]
-    own = [(leaf, rendered.span(place)) for leaf, place in zip(leaves, places) if leaf.message == run.message]
+    own_texts = [(leaf, rendered.span(place)) for leaf, place in zip(leaves, places) if leaf.message == run.message]
     message = rendered.chat.messages[run.message]
     yield from _of_parts(rendered, run, trains=False)
-    thinks = [letters for leaf, letters in own if leaf.kind == "thought"]
+    thinks = [letters for leaf, letters in own_texts if leaf.kind == "thought"]
     if message.role != SAMPLED_ROLE:
-        yield from _between(own, span)
+        yield from _between(own_texts, span)
     elif thinks and (setting.reasoning == "none" or (setting.reasoning == "last" and not is_last)):
-        spoken = [letters for leaf, letters in own if leaf.kind != "thought"]
+        spoken = [letters for leaf, letters in own_texts if leaf.kind != "thought"]
         behind = next((start for start, _ in spoken if start > thinks[-1][0]), None)
-        yield (span[0] if thinks[0] == own[0][1] else thinks[0][0], thinks[-1][1] if behind is None else behind)
+        yield (span[0] if thinks[0] == own_texts[0][1] else thinks[0][0], thinks[-1][1] if behind is None else behind)
     elif not thinks and not setting.train_empty_thoughts:
-        match = _EMPTY_THOUGHT.match(rendered.text, span[0], own[0][1][0])
+        match = _EMPTY_THOUGHT.match(rendered.text, span[0], own_texts[0][1][0])
         if match:
             yield match.span()
 
 
 def _of_parts(rendered: RenderedChat, run: Run, *, trains: bool) -> Iterator[Span]:
-    """The texts of those parts of a message whose own flag says so."""
+    """Yields the texts of those parts of a message whose own flag says so."""
     message = rendered.chat.messages[run.message]
     for place in range(run.first, run.last + 1) if run.first >= 0 else ():
         leaf = rendered.leaves[rendered.plan.skeleton.occurrences[place].leaf]
@@ -122,17 +127,17 @@ def _of_parts(rendered: RenderedChat, run: Run, *, trains: bool) -> Iterator[Spa
             yield rendered.span(place)
 
 
-def _between(own: Sequence[tuple[object, Span]], span: Span) -> Iterator[Span]:
-    """What a template writes between the texts of a message that is not the assistant's."""
+def _between(texts: Sequence[tuple[object, Span]], span: Span) -> Iterator[Span]:
+    """Yields what a template writes between the texts of a message that is not the assistant's."""
     read = span[0]
-    for _, (start, stop) in own:
+    for _, (start, stop) in texts:
         if start > read:
             yield (read, start)
         read = stop
 
 
 def _without(span: Span, taken: Sequence[Span]) -> list[Span]:
-    """What is left of a span."""
+    """Returns the parts of a span outside the taken spans."""
     left, read = [], span[0]
     for start, stop in sorted(taken):
         if start > read:

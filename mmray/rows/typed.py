@@ -1,9 +1,9 @@
-"""Typed text that a job would take for the start or the end of a turn, in families whose markers are plain text.
+"""Finds typed text that a job would take for the start or the end of a turn, where markers are plain text.
 
-LLaVA writes `ASSISTANT:` before what the model says, and a user may type the same. A search for the marker would turn
-away much harmless prose (`User:` inside an answer opens nothing where only the answer's own end is looked for), so it
-only finds the rows worth a second look. These are rendered once more, each typed marker as so many letters x, and both
-texts are scanned as in training: a row is good if its turns begin and end at the same characters in both.
+LLaVA writes `ASSISTANT:` before an answer, and a user may type the same. Rejecting every row with a marker would reject
+much harmless prose (`User:` inside an answer opens no turn where only the answer's end is searched for), so the search
+only selects rows for a closer check. These are rendered once more with each typed marker replaced by as many letters x,
+and both texts are scanned as in training: a row is good if its turns begin and end at the same characters in both.
 """
 
 import re
@@ -21,29 +21,29 @@ from mmray.loss.turns import opened_turns
 from mmray.rows.messages import Part
 
 _BLANKS = r"[\s\u2581]+"
-"""Sentencepiece writes spaces as U+2581, and reads that character as one."""
+"""Matches blanks, including U+2581, which Sentencepiece writes for a space and reads as one."""
 
 
 class TypedMarkers:
-    """The markers of a job, looked for in what a person typed."""
+    """Searches typed text for the turn markers of a job."""
 
     def __init__(self, family: Family, markers: Sequence[RoleMarkers], boundaries: Sequence[RoleBoundary]) -> None:
-        """boundaries: the markers as tokens, in the same order."""
+        """Prepares the search. boundaries: the markers as tokens, in the order of `markers`."""
         self.boundaries = tuple(boundaries)
         self._backend: Tokenizer = family.tokenizer.backend_tokenizer
         self.special_tokens = _special_tokens(family, markers)
-        """Tokens in the markers that text is split at before anything else: never to be typed."""
+        """Special tokens in the markers, at which text is split before anything else; they must not be typed."""
         texts = {text.strip() for marker in markers for text in (marker.start, marker.end)} - {""}
         longest_first = sorted(texts, key=lambda text: (-len(text), text))
         patterns = [_BLANKS.join(map(re.escape, text.split())) for text in longest_first]
         self._typed = re.compile("|".join(patterns) or r"(?!)")
 
-    def found(self, parts: Sequence[Part]) -> list[str]:
-        """The markers typed in a message's content."""
+    def markers_in(self, parts: Sequence[Part]) -> list[str]:
+        """Returns the markers typed in a message's content."""
         return [match.group() for match in self._typed.finditer(_joined(parts))]
 
     def blanked(self, parts: Sequence[Part]) -> tuple[Part, ...]:
-        """The content with each typed marker as so many letters x."""
+        """Replaces each typed marker in a content by as many letters x."""
         text = self._typed.sub(lambda match: "x" * len(match.group()), _joined(parts))
         blanked, read = [], 0
         for part in parts:
@@ -53,15 +53,24 @@ class TypedMarkers:
         return tuple(blanked)
 
     def check(self, text: str, blanked: str, typed: Sequence[tuple[str, str]]) -> None:
-        """Raise RowError unless the turns of a row's text are those of the same text with typed markers blanked.
+        """Raises RowError unless a row's text has the same turns as the text with typed markers blanked.
 
-        text, blanked: as the tokenizer gets them; typed: (where, marker), what was blanked.
+        text, blanked: both texts as the tokenizer gets them.
+        typed: (where, marker) of each blanked marker.
         """
-        found, expected = self._places(text), self._places(blanked)
-        if found == expected:
+        turns, expected_turns = self._places(text), self._places(blanked)
+        if turns == expected_turns:
             return
-        begun = [text[start:] for _, start, _ in found if start not in {place for _, place, _ in expected}]
-        where, marker = next((each for each in typed for rest in begun if rest.lstrip().startswith(each[1])), typed[0])
+        begun = [text[start:] for _, start, _ in turns if start not in {place for _, place, _ in expected_turns}]
+        where, marker = next(
+            (
+                typed_marker
+                for typed_marker in typed
+                for text_onward in begun
+                if text_onward.lstrip().startswith(typed_marker[1])
+            ),
+            typed[0],
+        )
         raise RowError(
             "special_token_in_text",
             f"{where} holds {marker!r}, by which the turns of a chat are found: the row would be read as other turns "
@@ -69,7 +78,7 @@ class TypedMarkers:
         )
 
     def _places(self, text: str) -> list[tuple[str, int, int]]:
-        """Role, first character and end of each turn."""
+        """Returns the role, first character and end of each turn."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         turns = opened_turns(np.asarray(encoding.ids, dtype=np.int64), self.boundaries)
         offsets = encoding.offsets
@@ -82,7 +91,7 @@ _NO_TEXT = "\0"
 
 
 def _joined(parts: Sequence[Part]) -> str:
-    """Templates write parts one after another: a marker could be typed half in one and half in the next."""
+    """Joins parts as templates write them, because a marker could be typed half in one part and half in the next."""
     return "".join(_NO_TEXT if part.text is None else part.text for part in parts)
 
 

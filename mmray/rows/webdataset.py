@@ -1,18 +1,17 @@
-"""WebDataset shards (`.tar`) as row files: consecutive members of one key are one row.
+"""Reads WebDataset shards (`.tar`) as row files: consecutive members of one key are one row.
 
     0007.jpg 0007.txt | 0008.0.jpg 0008.1.jpg 0008.json | …
 
-The key is a member's name up to the first dot behind its folder. `.json` is the row, `.txt` its text, pictures are its
-images: as the row names them, by number where all are numbered (`0008.2.jpg` before `0008.10.jpg`, which names sort
+The key is a member's name up to the first dot behind its folder. `.json` is the row, `.txt` its text, and pictures are
+its images: as the row names them, by number where all are numbered (`0008.2.jpg` before `0008.10.jpg`, which names sort
 the other way), else in the order of the shard. `members` chooses some of them. Only headers, texts and JSON are read
 here: an image becomes a reference to a range of bytes of the shard (`PartOfFile`), from which it is measured now and
-read when training, so no picture is stored twice. A shard is indexed once, by one pass over its headers (a remote
-shard streams by); every later reader seeks to its rows.
+read when training, so no image is stored twice. A shard is indexed once, by one pass over its headers (a remote shard
+is streamed); every later reader seeks to its rows.
 
-What is wrong with a member is wrong with its row. So it is with a key that comes back later in the shard: its members
-are spread, and each row made of a part of them would train a text without its picture. Behind a damaged header nothing
-can be found any more, and the row before it may lack members: that row stands for the rest of the shard, and is
-rejected with the place.
+A bad member makes its row bad. So does a key that comes back later in the shard: its members are spread, and a row made
+of a part of them would be trained on as a text without its image. Behind a damaged header nothing can be found, and the
+row before it may lack members: that row stands for the remainder of the shard, and is rejected with the place.
 """
 
 import fnmatch
@@ -34,19 +33,22 @@ from mmray.rows.json_rows import parse_row
 from mmray.rows.settings import ONE_IMAGE
 
 IMAGE_ENDINGS = frozenset("jpg jpeg png webp tif tiff jp2 j2k gif bmp ppm pgm pbm avif".split())  # noqa: SIM905
-"""Endings of the members that are images, in any case."""
+"""Endings of the members that are images, in lower case; members may have them in any case."""
 
 _NUMBERED = re.compile(r"(?P<name>.*?)(?P<number>\d+)\.[^.]+")
 BY_NUMBER = "image_order"
-"""The note on a row whose images are stored in another order than that of their numbers, by which they are taken."""
+"""The note on a row whose images are used in the order of their numbers but stored in another order."""
 WITHOUT_IMAGE = "missing_image"
 """The note on a text that has no image in a shard."""
 
 
 @dataclass(frozen=True)
 class ShardRules:
-    """What the members of a shard become. id, text, images: names of these fields in a row; members: patterns of the
-    endings that are read, () for all."""
+    """Says which fields of a row the members of a shard become.
+
+    id, text, images: the names of these fields in a row.
+    members: patterns of the endings that are read; () for all.
+    """
 
     id: str = "id"
     text: str = "text"
@@ -59,8 +61,12 @@ ALL_MEMBERS = ShardRules()
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """starts: where each row starts, and the shard's end, int64 [rows + 1]; refused: numbers of rows whose key is
-    another row's too; endings: of the members, their numbers as one."""
+    """The rows of a shard.
+
+    starts: where each row starts, and the shard's end, int64 [rows + 1].
+    refused: the numbers of rows whose key another row has too.
+    endings: the endings of the members, with every number in them written as 0.
+    """
 
     starts: np.ndarray
     refused: tuple[int, ...]
@@ -69,16 +75,16 @@ class ShardIndex:
 
 @dataclass
 class _Row:
-    """The members of one key, by their endings. start: where in the shard the header of the first is."""
+    """The members of one key, by their endings. start: the byte of the first member's header in the shard."""
 
     key: str
     start: int
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     problem: RowError | None = None
-    """Why it is no row."""
+    """The error that says why these members are no row; None where they are."""
 
     def add(self, ending: str, member: tarfile.TarInfo, size: int) -> None:
-        """size: bytes of the shard."""
+        """Adds a member by its ending. size: the bytes of the shard."""
         if not member.isreg():
             self.problem = RowError("bad_tar", f"member {member.name!r} is a link, no file; store the file itself")
         if member.offset_data + member.size > size:
@@ -88,25 +94,28 @@ class _Row:
         self.members[ending] = member
 
     def chosen(self, members: tuple[str, ...]) -> dict[str, tarfile.TarInfo]:
-        """Those whose endings are among `members`; () for all."""
+        """Returns the members whose endings match one of the patterns `members`; () for all."""
         if not members:
             return self.members
-        return {name: each for name, each in self.members.items() if any(is_member(name, one) for one in members)}
+        return {name: member for name, member in self.members.items() if any(is_member(name, one) for one in members)}
 
 
 def is_member(ending: str, pattern: str) -> bool:
-    """Whether a pattern of `ShardRules.members` chooses an ending, in any case."""
+    """Tells whether a pattern of `ShardRules.members` matches an ending, ignoring case."""
     return fnmatch.fnmatchcase(ending.lower(), pattern.lower())
 
 
-def index_shard(file: BinaryIO, size: int, most: int | None = None) -> ShardIndex:
-    """Where the rows of a shard are, from one pass over its headers. size: bytes of the shard; most: of so many rows,
-    the first; None: of all."""
+def index_shard(file: BinaryIO, size: int, max_rows: int | None = None) -> ShardIndex:
+    """Indexes the rows of a shard by one pass over its headers.
+
+    size: the bytes of the shard.
+    max_rows: how many rows to find; None: all.
+    """
     starts: list[int] = []
     numbers: dict[str, list[int]] = {}
     endings: set[str] = set()
     for row in _rows(file, 0, size):
-        if len(starts) == most:
+        if len(starts) == max_rows:
             size = row.start
             break
         numbers.setdefault(row.key, []).append(len(starts))
@@ -119,10 +128,11 @@ def index_shard(file: BinaryIO, size: int, most: int | None = None) -> ShardInde
 def read_rows(
     file: BinaryIO, uri: str, start: int, stop: int, rules: ShardRules, refused: Collection[int] = ()
 ) -> Iterator[tuple[dict[str, Any] | RowError, tuple[str, ...]]]:
-    """The rows of a shard that start in bytes [start, stop), in order, each with the notes on it.
+    """Yields the rows of a shard that start in bytes [start, stop), in order, each with the notes on it.
 
-    refused: numbers of those, from 0, whose key another row of the shard has (`ShardIndex.refused`). The id of a row
-    whose JSON has none is `SHARD/KEY`: keys often begin anew in each shard.
+    refused: the numbers, from 0, of those of them whose key another row of the shard has (`ShardIndex.refused`).
+
+    The id of a row whose JSON has none is `SHARD/KEY`, because keys often begin anew in each shard.
     """
     for number, row in enumerate(_rows(file, start, stop)):
         if number in refused:
@@ -139,7 +149,7 @@ def read_rows(
 
 
 def _rows(file: BinaryIO, start: int, stop: int) -> Iterator[_Row]:
-    """The rows that start in bytes [start, stop), each once its last member is known."""
+    """Yields the rows that start in bytes [start, stop), each once its last member is known."""
     row = None
     size = file.seek(0, io.SEEK_END)
     for member in _members(file, start, stop):
@@ -162,9 +172,9 @@ def _rows(file: BinaryIO, start: int, stop: int) -> Iterator[_Row]:
 
 
 def _members(file: BinaryIO, start: int, stop: int) -> Iterator[tarfile.TarInfo | RowError]:
-    """The members that start in bytes [start, stop); where one is damaged, at last the error.
+    """Yields the members that start in bytes [start, stop), and at a damaged one, last, the error.
 
-    `tarfile` takes a damaged header behind the first for the end of the archive, so what stands there is looked at.
+    `tarfile` takes a damaged header behind the first for the end of the archive, so the bytes there are checked.
     """
     end = start
     try:
@@ -187,7 +197,7 @@ def _members(file: BinaryIO, start: int, stop: int) -> Iterator[tarfile.TarInfo 
 
 
 def _end_problem(file: BinaryIO, end: int) -> str | None:
-    """What is wrong with an archive whose last member ends at byte `end`."""
+    """Describes what is wrong with an archive whose last member ends at byte `end`; returns None where nothing is."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
@@ -229,8 +239,8 @@ def _value(
 
 
 def _only(members: dict[str, tarfile.TarInfo], ending: str, rules: ShardRules) -> tarfile.TarInfo | None:
-    """The member that is the row's JSON or text: of that very ending or, where members are chosen, the one that ends
-    so. Raises RowError where several do."""
+    """Returns the member that is the row's JSON or text: by its exact ending or, where `members` chooses, by the last
+    part of its ending. Raises RowError where several members match."""
     if ending in members or not rules.members:
         return members.get(ending)
     chosen = [member for name, member in members.items() if name.lower().rpartition(".")[2] == ending]
@@ -241,10 +251,13 @@ def _only(members: dict[str, tarfile.TarInfo], ending: str, rules: ShardRules) -
 
 
 def _images(members: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
-    """The images, as they follow one another: by number where all have one, else as in the shard."""
-    images = {ending: each for ending, each in members.items() if ending.lower().rpartition(".")[2] in IMAGE_ENDINGS}
-    found = [_NUMBERED.fullmatch(ending) for ending in images]
-    numbered = [match for match in found if match]
+    """Returns the images in order: by number where all have one, else as stored in the shard. Raises RowError where
+    only some have one."""
+    images = {
+        ending: member for ending, member in members.items() if ending.lower().rpartition(".")[2] in IMAGE_ENDINGS
+    }
+    matches = [_NUMBERED.fullmatch(ending) for ending in images]
+    numbered = [match for match in matches if match]
     numbers = [int(match["number"]) for match in numbered]
     if numbers == sorted(numbers):
         return images
@@ -257,7 +270,7 @@ def _images(members: dict[str, tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
 
 
 def _notes(members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:
-    """What is to be counted of a row whose JSON names no images."""
+    """Returns the notes on a row whose JSON names no images."""
     images = _images(members)
     if not images:
         return (WITHOUT_IMAGE,)
@@ -265,7 +278,8 @@ def _notes(members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:
 
 
 def _image_refs(members: dict[str, tarfile.TarInfo], uri: str, named: object) -> object:
-    """The images of a row: those its JSON names, by ending or name of a member; all where it names none."""
+    """Returns the images of a row: those that its JSON names, by ending or name of a member; all where it names
+    none."""
     if named is not None and not isinstance(named, list):
         return named
     refs: dict[str, ImageRef] = {}
@@ -276,7 +290,7 @@ def _image_refs(members: dict[str, tarfile.TarInfo], uri: str, named: object) ->
             refs |= dict.fromkeys((ending, name, member.name), ref)
     if named is None:
         return [refs[ending] for ending in _images(members)]
-    return [refs.get(each, each) if isinstance(each, str) else each for each in named]
+    return [refs.get(entry, entry) if isinstance(entry, str) else entry for entry in named]
 
 
 def _text(member: tarfile.TarInfo, file: BinaryIO) -> str:

@@ -1,4 +1,4 @@
-"""A training run's folder: its checkpoints and where it stands, its history, metrics, warnings, and trackers.
+"""A training run's folder: its checkpoints, place, history, metrics, warnings and trackers.
 
-Nothing is imported here, so that each part is read alone.
+This module imports nothing, so that each part can be imported alone.
 """

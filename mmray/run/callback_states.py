@@ -1,6 +1,6 @@
-"""What callbacks have a checkpoint carry: `callbacks.json`, an object of each callback's state by its name.
+"""The state of callbacks in a checkpoint: `callbacks.json`, an object with each callback's state by its name.
 
-A checkpoint whose callbacks remember nothing has no such file.
+A checkpoint whose callbacks have no state has no such file.
 """
 
 import json
@@ -14,14 +14,15 @@ CALLBACKS_FILE = "callbacks.json"
 
 
 def write_callback_states(folder: Path, states: Mapping[str, dict[str, Any]]) -> None:
-    """Write the states that hold something into a checkpoint; no file where none does."""
+    """Writes the states that are not empty into a checkpoint; no file where all are."""
     kept = {name: state for name, state in states.items() if state}
     if kept:
         (folder / CALLBACKS_FILE).write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def read_callback_states(folder: Path) -> dict[str, dict[str, Any]]:
-    """The states in a checkpoint, by callback; none where it has none. Raises UserError where they cannot be read."""
+    """The states in a checkpoint, by callback; none where it has no such file. Raises UserError where it cannot be
+    read."""
     path = folder / CALLBACKS_FILE
     if not path.exists():
         return {}

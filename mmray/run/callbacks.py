@@ -10,7 +10,7 @@ from mmray.batches.plan import BatchMaker
 from mmray.errors import UserError
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from mmray.run.metrics import MetricsLog
-from mmray.run.skipped import Seen, SkippedLog
+from mmray.run.skipped import BatchCounts, SkippedLog
 from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
 from mmray.schedule.schedule import Schedule
@@ -21,17 +21,19 @@ from mmray.training.json_lines import JsonLines
 log = logging.getLogger("mmray")
 
 STORE_LOOK_SECONDS = 5.0
-"""How often an object store is asked whether the run shall stop; a folder is before each step."""
+"""How often, in seconds, an object store is checked for a request to stop; a folder is checked before each step."""
 
 
 def standard_callbacks(
     run: RunState, *, watching: Sequence[Callback] = (), asking: Sequence[Callback] = ()
 ) -> list[Callback]:
-    """The callbacks of a run in the order in which they are called; it stands here alone.
+    """The callbacks of a run in the order in which they are called; no other place decides that order.
 
     Args:
-        watching: those that only look on; they are told of a step when it is in the records, before an evaluation.
-        asking: those that ask the loop to save or to stop; they come when a step is evaluated, before the periodic
+        watching: callbacks that only observe. They are called for a step when it is in the records, before an
+        evaluation.
+        asking: callbacks that ask the loop to save or to stop. They are called when a step is evaluated, before the
+        periodic
             checkpoint is asked for.
     """
     return [
@@ -47,7 +49,7 @@ def standard_callbacks(
 
 
 class History(Callback):
-    """Writes what happens to the run into its `history.jsonl`."""
+    """Writes the events of the run into its `history.jsonl`."""
 
     def at_start(self, loop: Loop) -> None:
         run = loop.run
@@ -70,7 +72,7 @@ class History(Callback):
 
 
 class FirstLoss(Callback):
-    """Says loudly, in log and history, where the first loss is not one of the weights that were given."""
+    """Warns, in the log and the history, where the first loss is not one of the pretrained weights."""
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         run, metrics = loop.run, done.metrics
@@ -84,7 +86,7 @@ class FirstLoss(Callback):
 
 
 class PlannedStop(Callback):
-    """Ends the run after the step it is in when its folder says so (`RunFolder.ask_to_stop`)."""
+    """Ends the run after the current step when its folder asks for that (`RunFolder.ask_to_stop`)."""
 
     def __init__(self, run: RunState) -> None:
         self._folder, self._looks = run.folder, run.is_first
@@ -92,7 +94,7 @@ class PlannedStop(Callback):
         self._next_look, self._who = 0.0, "another rank"
 
     def flag(self) -> int:
-        """Whether to stop. Rank 0's answer counts for all."""
+        """Whether to stop. The answer of rank 0 counts for all ranks."""
         if not self._looks or time.monotonic() < self._next_look:
             return 0
         self._next_look = time.monotonic() + self._pause
@@ -109,14 +111,14 @@ class PlannedStop(Callback):
 
 
 class Records(Callback):
-    """Rank 0 writes the numbers of each step (`metrics.jsonl`, trackers), the bins it trained on (`trained.jsonl`) and
-    the samples it left out (`skipped.jsonl`).
+    """Writes, on rank 0, the numbers of each step (`metrics.jsonl`, trackers), the bins it trained on (`trained.jsonl`)
+    and the samples it left out (`skipped.jsonl`).
 
-    It stops the run before a step where too many samples are left out.
+    Stops the run before a step where too many samples are left out.
     """
 
     def __init__(self, run: RunState) -> None:
-        """Numbers of steps that will be done again are forgotten."""
+        """Opens the records on rank 0 and forgets the numbers of steps that will be done again."""
         self._skipped: SkippedLog | None = None
         if not run.is_first:
             return
@@ -128,12 +130,12 @@ class Records(Callback):
 
     def before_step(self, loop: Loop, step: Step) -> None:
         if self._skipped:
-            self._skipped.add(step.number, "train", step.seen)
+            self._skipped.add(step.number, "train", step.counts)
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         if not self._skipped:
             return
-        trained, metrics, seen = done.step.trained, done.metrics, done.step.seen
+        trained, metrics, counts = done.step.trained, done.metrics, done.step.counts
         self._trained.append(asdict(trained))
         self._metrics.write(
             done.number,
@@ -144,8 +146,8 @@ class Records(Callback):
             trained_tokens=metrics.trained_tokens,
             bins=len(trained.all_bins),
             workers=trained.workers,
-            samples=seen.samples,
-            skipped_samples=len(seen.skipped),
+            samples=counts.samples,
+            skipped_samples=len(counts.skipped),
             lr=metrics.learning_rate,
             grad_norm=metrics.grad_norm,
             step_seconds=done.seconds,
@@ -155,12 +157,12 @@ class Records(Callback):
     def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:
         if not self._skipped:
             return
-        seen = evaluation.seen
-        self._skipped.add(evaluation.step, "eval", seen)
+        counts = evaluation.counts
+        self._skipped.add(evaluation.step, "eval", counts)
         self._metrics.write(
             evaluation.step, epoch=evaluation.epoch, eval_loss=evaluation.loss,
-            eval_trained_tokens=evaluation.trained_tokens, eval_samples=seen.samples,
-            eval_skipped_samples=len(seen.skipped),
+            eval_trained_tokens=evaluation.trained_tokens, eval_samples=counts.samples,
+            eval_skipped_samples=len(counts.skipped),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -170,7 +172,7 @@ class Records(Callback):
 
 
 class Evaluate(Callback):
-    """Evaluates the job's eval set every `training.eval_every_steps` steps, where it has one."""
+    """Evaluates the job's eval set, where it has one, every `training.eval_every_steps` steps."""
 
     def __init__(self, run: RunState) -> None:
         self._run = run
@@ -179,16 +181,16 @@ class Evaluate(Callback):
         maker = self._maker if is_due(done.number, self._run.plan.job.training.eval_every_steps) else None
         if maker is None:
             return
-        run, seen_here = self._run, Seen()
+        run, rank_counts = self._run, BatchCounts()
         steps = maker.plan.schedule.steps_per_epoch
-        loss, tokens = run.engine.evaluate(seen_here.through(maker.steps(run.ranks.rank, 0, steps)))
-        counts = run.ranks.every(seen_here.samples)
-        seen = Seen(sum(counts), run.engine.gather_objects(seen_here.skipped))
-        loop.evaluated(Evaluation(done.number, done.epoch, loss, tokens, seen))
+        loss, tokens = run.engine.evaluate(rank_counts.through(maker.steps(run.ranks.rank, 0, steps)))
+        sample_counts = run.ranks.every(rank_counts.samples)
+        counts = BatchCounts(sum(sample_counts), run.engine.gather_objects(rank_counts.skipped))
+        loop.evaluated(Evaluation(done.number, done.epoch, loss, tokens, counts))
 
     @cached_property
     def _maker(self) -> BatchMaker | None:
-        """Makes the batches of the eval set, whose few bins are rendered in this process."""
+        """The maker of the eval set's batches, whose few bins are rendered in this process."""
         plan, ranks = self._run.plan, self._run.ranks
         if plan.eval is None:
             return None
@@ -199,10 +201,10 @@ class Evaluate(Callback):
 
 
 class PeriodicCheckpoints(Callback):
-    """Asks for a checkpoint every so many steps. The loop itself saves the last."""
+    """Asks for a checkpoint every `every_steps` steps. The loop itself saves the last one."""
 
     def __init__(self, every_steps: int | None) -> None:
-        """every_steps: None for the last checkpoint only."""
+        """Sets the number of steps between checkpoints. every_steps: None for the last checkpoint only."""
         self._every_steps = every_steps
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
@@ -211,5 +213,5 @@ class PeriodicCheckpoints(Callback):
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one; None: never."""
+    """Whether an event that happens every `every_steps` steps happens after this step; None: it never does."""
     return every_steps is not None and step % every_steps == 0

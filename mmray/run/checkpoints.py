@@ -1,8 +1,7 @@
-"""The checkpoints in a run's folder: which is the newest whole one, and which are no longer needed.
+"""The checkpoints in a run's folder: finding the newest whole one, and deleting those no longer needed.
 
-The folder itself is asked, and nothing that Ray Train remembers of it: that memory is a file which is overwritten in
-place, so that a crash can leave it torn, and it knows nothing of a checkpoint that was whole but not yet registered
-when the run died.
+The folder itself is asked, and not Ray Train's record of it: that is a file which is overwritten in place, so that a
+crash can leave it torn, and it does not list a checkpoint that was whole but not yet registered when the run died.
 """
 
 import logging
@@ -23,7 +22,8 @@ _NAME = re.compile(r"(damaged_)?checkpoint_(\d+)_")
 
 
 def checkpoint_name(step: int, unique: str) -> str:
-    """The folder of the checkpoint after `step` steps. unique: tells two of the same step apart."""
+    """The folder name of the checkpoint after `step` steps. unique: text that tells two checkpoints of one step
+    apart."""
     return f"checkpoint_{step:08d}_{unique}"
 
 
@@ -33,15 +33,17 @@ def checkpoint_names(run: Path | RunFolder) -> list[str]:
 
 
 def looks_whole(folder: Path) -> bool:
-    """Whether all ranks' files are there in their sizes, and the small ones unchanged: a look, without reading all."""
+    """Quick check: every listed file exists with its size, and small files match their checksums."""
     files, problem = _contents(folder)
     looks = (f.problem_in(folder) if f.size <= SMALL_BYTES else f.size_problem_in(folder) for f in files)
-    return problem is None and all(found is None for found in looks)
+    return problem is None and not any(looks)
 
 
 def newest_looking_whole(run: Path | RunFolder) -> Path | None:
-    """The newest checkpoint that looks whole. For a look from outside (`RunFolder.shadow`); to restore one,
-    `newest_whole` reads it all."""
+    """The newest checkpoint that passes the quick check, for an inspection from outside (`RunFolder.shadow`).
+
+    To restore a checkpoint use `newest_whole`, which reads all of it.
+    """
     folder = RunFolder.of(run)
     shadows = (folder.shadow(name) for name in checkpoint_names(folder))
     return next((shadow for shadow in shadows if looks_whole(shadow)), None)
@@ -49,9 +51,9 @@ def newest_looking_whole(run: Path | RunFolder) -> Path | None:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Where the ranks of a node put a checkpoint that lies in an object store.
+    """The place on a node's own disk where its ranks put a checkpoint that lies in an object store.
 
-    node: ranks that give the same see the same folder.
+    node: ranks with the same value see the same folder.
     """
 
     folder: Path
@@ -63,10 +65,11 @@ def newest_whole(
 ) -> Path | None:
     """The newest checkpoint of a run whose every byte is as it was written; None where the run has none. Collective.
 
-    Ranks read a part of the files each; of a checkpoint in an object store one rank of each node first copies it to
-    `scratch`, and a node's ranks read its copy. on_damage: called on rank 0 with the name and the problem of each newer
-    checkpoint that is not whole; these are renamed, and not looked at again. Raises UserError, naming each and its
-    problem, where checkpoints are there but none is whole.
+    Each rank reads a part of the files. A checkpoint in an object store is first copied to `scratch` by one rank of
+    each node, and the ranks of a node read that copy. on_damage: called on rank 0 with the name and the problem of each
+    newer checkpoint that is not whole; these are renamed and ignored from then on.
+
+    Raises UserError, naming each checkpoint and its problem, where there are checkpoints but none is whole.
     """
     run = RunFolder.of(run)
     problems: dict[str, str] = {}
@@ -96,7 +99,7 @@ def newest_whole(
 
 
 def prune(run: Path | RunFolder, keep: int) -> None:
-    """Delete checkpoints, whole or not, that are older than the newest `keep` whole ones."""
+    """Deletes checkpoints, whole or not, that are older than the newest `keep` whole ones."""
     run = RunFolder.of(run)
     whole = [name for name in checkpoint_names(run) if looks_whole(run.shadow(name))][:keep]
     if len(whole) < keep:
@@ -114,7 +117,7 @@ def _set_aside(run: RunFolder, problems: dict[str, str], on_damage: Callable[[st
 
 
 def _problem(folder: Path, ranks: Ranks, own_node: list[int]) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank; None for nothing. Collective.
+    """The problem with a checkpoint, the same on every rank; None for none. Collective.
 
     own_node: ranks that read the same copy.
     """
@@ -122,12 +125,12 @@ def _problem(folder: Path, ranks: Ranks, own_node: list[int]) -> str | None:
     if unknown is not None:
         return unknown
     mine = (file.problem_in(folder) for file in files[own_node.index(ranks.rank) :: len(own_node)])
-    found = ranks.every(next((problem for problem in mine if problem is not None), None))
-    return next((problem for problem in found if problem is not None), None)
+    rank_problems = ranks.every(next((problem for problem in mine if problem is not None), None))
+    return next((problem for problem in rank_problems if problem is not None), None)
 
 
 def _contents(folder: Path) -> tuple[list[ListedFile], str | None]:
-    """The files of a checkpoint, and why they are not known."""
+    """The files of a checkpoint, and the reason why they are not known."""
     try:
         return listed_files(folder, read_state(folder).lists), None
     except UserError as error:
@@ -142,6 +145,6 @@ def _contents(folder: Path) -> tuple[list[ListedFile], str | None]:
 
 
 def step_of(name: str) -> int:
-    """The steps a checkpoint's name tells; 0 for a name that tells none."""
+    """The number of steps in a checkpoint's name; 0 for a name that has none."""
     match = _NAME.match(name)
     return int(match[2]) if match else 0

@@ -1,16 +1,17 @@
-"""The folder of a training run, by path or URI: what it holds, and how processes on many machines share it.
+"""The folder of a training run, by path or URI: its contents, and how processes on many machines share it.
 
-A local folder, which all nodes mount, is what it is: processes append to its files and read its checkpoints. An object
-store has no appending and no renaming, so there each process keeps a copy of its own, on its own disk, and says when
-what it holds goes there or comes from there:
+A local folder, which all nodes mount, is used as it is: processes append to its files and read its checkpoints. An
+object store can neither append nor rename, so each process keeps a copy on its own disk, and the calls below say when
+its contents are sent or fetched:
 
     records       metrics.jsonl, history.jsonl, tensorboard/, …: rank 0 alone writes them. It fetches them when it
-                  begins, publishes whole files every PUBLISH_SECONDS, and before each checkpoint is sent: whoever
+                  begins, and publishes whole files every PUBLISH_SECONDS and before each checkpoint is sent: whoever
                   resumes from a checkpoint finds the records of all its steps
     warnings      every process that has some writes a file of its own below warnings/; fetching joins them
-    checkpoints   go there by Ray Train; come back whole for a restore, or as a *shadow* for a look: names, sizes and
+    checkpoints   are sent by Ray Train; fetched whole for a restore, or as a *shadow* for an inspection: names, sizes
+    and
                   the contents of small files
-    model         goes there by the driver, at the end; stays there
+    model         is sent by the driver, at the end, and never fetched
     damaged       a checkpoint that is passed over gets an empty object beside it, `damaged_NAME`; locally it is renamed
 
 Publishing sends a file again from its beginning when it has grown: 300 bytes a step, so 30 MB after 100,000 steps.
@@ -36,17 +37,18 @@ log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_"
 MODEL_FOLDER = "model"
-"""The exported model, no record of the run's."""
+"""Folder of the exported model, which is not one of the run's records."""
 _CHECKPOINT = re.compile(r"checkpoint_\d+_")
 PUBLISH_SECONDS = 15
 SMALL_BYTES = 1 << 16
-"""What a look at a checkpoint reads: a driver acts on the cursor before any worker has read it all."""
+"""Largest file that an inspection of a checkpoint reads: a driver acts on the cursor before any worker has read it
+all."""
 _TRANSFERS = 8
 _PLACE = "cursor.json"
 _STOP = ".stop"
-"""Hidden, so it is no record."""
+"""File that asks the run to stop. It is hidden, so it is not one of the records."""
 _RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
-"""Ray Train's own, in the same folder: no record of the run's."""
+"""Ray Train's own file in the same folder, which is not one of the run's records."""
 
 
 class RunFolder:
@@ -60,7 +62,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, run: "str | Path | RunFolder") -> "RunFolder":
-        """The folder itself, or that of a path or URI."""
+        """The `RunFolder` of a path or URI; a `RunFolder` is returned as it is."""
         return run if isinstance(run, RunFolder) else cls(run)
 
     def __str__(self) -> str:
@@ -68,7 +70,8 @@ class RunFolder:
 
     @cached_property
     def path(self) -> Path:
-        """Where this process reads and writes the records: the folder, or its copy, which goes with the process."""
+        """The local folder in which this process reads and writes the records: the run's own, or a copy deleted with
+        the process."""
         if self._remote is None:
             return Path(self.uri)
         copy = tempfile.mkdtemp(prefix="mmray-run-")
@@ -77,28 +80,30 @@ class RunFolder:
 
     @property
     def shared_path(self) -> Path | None:
-        """The folder that all nodes mount; None where there is none."""
+        """The folder that all nodes mount; None for an object store."""
         return self.path if self._remote is None else None
 
     @property
     def warnings(self) -> str:
-        """Where `keep_warnings` writes."""
+        """The path or URI of the file that `keep_warnings` writes."""
         return f"{self.uri.rstrip('/')}/{WARNINGS_FILE}"
 
     # ---------------------------------------------------------------- records
 
     def fetch(self) -> Path:
-        """Bring the records here, as they were last published; returns `path`."""
+        """Copies the records here, as they were last published; returns `path`."""
         if self._remote is None:
             return self.path
-        found = self._remote.files()
-        wanted = {name: state for name, state in found.items() if _is_record(name) and self._fetched.get(name) != state}
+        remote_files = self._remote.files()
+        wanted = {
+            name: state for name, state in remote_files.items() if _is_record(name) and self._fetched.get(name) != state
+        }
         self._fetched |= {name: wanted[name] for name in self._download(self._remote, self.path, wanted)}
-        self._join_warnings([name for name in found if name.startswith(f"{WARNINGS_FOLDER}/")])
+        self._join_warnings([name for name in remote_files if name.startswith(f"{WARNINGS_FOLDER}/")])
         return self.path
 
     def publish(self) -> None:
-        """Send the records that have changed since."""
+        """Sends the records that have changed since the last call."""
         if self._remote is None:
             return
         for path in sorted(self.path.rglob("*")):
@@ -113,7 +118,7 @@ class RunFolder:
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """Inside, the records are published every PUBLISH_SECONDS, and once more at the end, whatever ends it."""
+        """Publishes the records every PUBLISH_SECONDS inside the block, and once more at its end, whatever ends it."""
         if self._remote is None:
             yield
             return
@@ -135,7 +140,7 @@ class RunFolder:
                 log.warning("%s: %s; its records are sent again in %d s", self, one_line(error), PUBLISH_SECONDS)
 
     def _join_warnings(self, names: list[str]) -> None:
-        """One file of all warnings, in the order of their times, with which lines begin."""
+        """Joins all warnings in one file, in the order of the times with which their lines begin."""
         parts = self.path / WARNINGS_FOLDER
         here = [parts.parent / name for name in names if (parts.parent / name).exists()]
         lines = sorted(line for path in here for line in path.read_bytes().splitlines(keepends=True))
@@ -145,12 +150,12 @@ class RunFolder:
     # ---------------------------------------------------------------- checkpoints
 
     def checkpoint_names(self) -> list[str]:
-        """The checkpoints that are there and not known to be damaged, whole or not, in no order."""
+        """The checkpoints that are not known to be damaged, whole or not, in no order."""
         names = set(self._names())
         return [name for name in names if _CHECKPOINT.match(name) and f"{DAMAGED}{name}" not in names]
 
     def all_checkpoint_names(self) -> list[str]:
-        """These, and the damaged ones as they are named."""
+        """All checkpoints; the damaged ones with the names they have now."""
         return [name for name in self._names() if _CHECKPOINT.match(name.removeprefix(DAMAGED))]
 
     def _names(self) -> list[str]:
@@ -159,23 +164,27 @@ class RunFolder:
         return [path.name for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
 
     def shadow(self, name: str) -> Path:
-        """A checkpoint for a look: a folder with all its names in their sizes; of a remote one only JSON and files of
-        SMALL_BYTES have contents."""
+        """A stand-in for inspecting a checkpoint without downloading it: a folder with all its files in their sizes.
+
+        Of a remote checkpoint only JSON and files of at most SMALL_BYTES have contents.
+        """
         if self._remote is None:
             return self.path / name
         folder, shadow = Folder(f"{self.uri}/{name}"), self.path / ".shadows" / name
         shutil.rmtree(shadow, ignore_errors=True)
         files = folder.files()
-        small = [each for each in files if each.endswith(".json") or files[each].size <= SMALL_BYTES]
+        small = [
+            file_name for file_name in files if file_name.endswith(".json") or files[file_name].size <= SMALL_BYTES
+        ]
         self._download(folder, shadow, small)
-        for each in files.keys() - set(small):
-            (shadow / each).parent.mkdir(parents=True, exist_ok=True)
-            with (shadow / each).open("wb") as file:
-                file.truncate(files[each].size)
+        for file_name in files.keys() - set(small):
+            (shadow / file_name).parent.mkdir(parents=True, exist_ok=True)
+            with (shadow / file_name).open("wb") as file:
+                file.truncate(files[file_name].size)
         return shadow
 
     def restored(self, name: str, scratch: Path) -> Path:
-        """A checkpoint to be read: its folder; of a remote one a copy below `scratch`."""
+        """A checkpoint with all its contents: its own folder, or a copy of a remote one below `scratch`."""
         if self._remote is None:
             return self.path / name
         folder = Folder(f"{self.uri}/{name}")
@@ -183,14 +192,14 @@ class RunFolder:
         return scratch / name
 
     def set_aside(self, name: str) -> None:
-        """Mark a checkpoint as damaged: it is not looked at again."""
+        """Marks a checkpoint as damaged, so that it is ignored from now on."""
         if self._remote is None:
             (self.path / name).rename(self.path / f"{DAMAGED}{name}")
         else:
             self._remote.write(f"{DAMAGED}{name}", b"")
 
     def remove(self, name: str) -> None:
-        """Delete a file, a checkpoint or a mark, where it is there."""
+        """Deletes a file, a checkpoint or a mark, where it exists."""
         if self._remote is not None:
             self._remote.remove_tree(name)
         elif (self.path / name).is_dir():
@@ -201,26 +210,26 @@ class RunFolder:
     # ---------------------------------------------------------------- a planned stop
 
     def ask_to_stop(self, who: str) -> None:
-        """Ask the run to stop after the step it is in. who: asks, for its history."""
+        """Asks the run to stop after its current step. who: the asker, for its history."""
         if self._remote is not None:
             self._remote.write(_STOP, who.encode())
         else:
             (self.path / _STOP).write_text(who)
 
     def asked_to_stop(self) -> str | None:
-        """Who has asked the run to stop; None where nobody has."""
+        """The name of whoever asked the run to stop; None where nobody did."""
         try:
             return (self._remote.read(_STOP) if self._remote is not None else (self.path / _STOP).read_bytes()).decode()
         except FileNotFoundError:
             return None
 
     def forget_stop(self) -> None:
-        """Nobody has asked it to stop."""
+        """Withdraws the request to stop."""
         self.remove(_STOP)
 
     @staticmethod
     def _download(source: Folder, target: Path, names: Iterable[str]) -> list[str]:
-        """Copy files into a local folder; returns those that were still there."""
+        """Copies files into a local folder; returns the names of those that still existed."""
 
         def one(name: str) -> str | None:
             place = target / name
@@ -237,9 +246,9 @@ class RunFolder:
 
 
 def _is_record(name: str) -> bool:
-    top, _, rest = name.partition("/")
+    top, _, below = name.partition("/")
     if _CHECKPOINT.match(top):
-        return rest == _PLACE
+        return below == _PLACE
     return not top.startswith((DAMAGED, ".")) and top not in (_RAY_TRAIN_MEMORY, MODEL_FOLDER)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that ranks write straight into a run's folder, without Ray: for runs whose ranks share a disk."""
+"""Checkpoints that ranks write straight into a run's folder, without Ray, for runs whose ranks share a disk."""
 
 import shutil
 from collections.abc import Callable
@@ -14,11 +14,11 @@ class FolderCheckpoints:
     """A `CheckpointStore` in a folder that all ranks see. A checkpoint is whole when `save` returns."""
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
-        """keep: whole checkpoints that older ones are deleted for."""
+        """Opens the store. keep: number of whole checkpoints that are kept; older ones are deleted."""
         self._folder, self._ranks, self._keep = folder, ranks, keep
 
     def save(self, write: Callable[[Path], None], step: int, *, wait: bool) -> str:
-        """Write a checkpoint; its name. Collective. wait: it always does."""
+        """Writes a checkpoint and returns its name. Collective. wait: has no effect, because it always waits."""
         part = self._folder / ".writing" / f"rank-{self._ranks.rank:05d}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -39,7 +39,7 @@ class FolderCheckpoints:
         return name
 
     def finish(self) -> None:
-        """Wait for all ranks' files, and delete what is no longer kept. Collective."""
+        """Waits for all ranks' files, and deletes checkpoints that are no longer kept. Collective."""
         self._ranks.every(None)
         if self._ranks.rank == 0:
             prune(self._folder, self._keep)

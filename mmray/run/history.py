@@ -1,22 +1,18 @@
-"""What happened to a run: `history.jsonl`, one line an event, never rewritten.
+"""The history of a run: `history.jsonl`, one line for each event, never rewritten.
 
-`metrics.jsonl` has every step once, as it was finally done; here stands how it came to that: with how many workers,
-from which checkpoints, after which losses of machines. One process at a time writes: rank 0, or the driver before it
-starts any.
+`metrics.jsonl` has every step once, as it was finally done; the history tells how the run got there: with how many
+workers, from which checkpoints, after which losses of machines. One process writes at a time: rank 0, or the driver
+before it starts any worker.
 
-| event | besides `time`, `step`, `workers` |
-| --- | --- |
-| `start` | a new run begins |
-| `resume` | `checkpoint`: the name of the one it continues from |
-| `checkpoint` | `name`; `seconds`: how long the step loop was held up |
-| `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
-| `preemption` | `nodes`: those that will go; `deadline`: when, or null |
-| `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
-| `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
-| `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
-| `finish` | the last step is done and its checkpoint whole |
+| event | besides `time`, `step`, `workers` | | --- | --- | | `start` | a new run begins | | `resume` | `checkpoint`:
+the name of the one it continues from | | `checkpoint` | `name`; `seconds`: how long the step loop was held up | |
+`damaged_checkpoint` | `checkpoint`, `problem`: it is passed over | | `preemption` | `nodes`: those that will be taken
+away; `deadline`: when, or null | | `first_loss` | `loss`, `problem`: that of the first step is not one of trained
+weights | | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on | | `stop` | `reason`: who
+or what asked the run to stop before its last step; all that is done is saved | | `finish` | the last step is done and
+its checkpoint whole |
 
-`step` counts the steps done when it happened; `workers` the ranks, 0 where there were none yet.
+`step` is the number of steps done when it happened; `workers` the number of ranks, 0 where there were none yet.
 """
 
 from contextlib import closing
@@ -34,7 +30,7 @@ Event = Literal[
 
 
 def add_to_history(run: Path, event: Event, step: int, workers: int, **values: Any) -> None:
-    """Append one event to the history of the run in folder `run`, with the time it is now."""
+    """Appends one event, with the current time, to the history of the run in folder `run`."""
     time = datetime.now(UTC).isoformat(timespec="seconds")
     with closing(JsonLines(run / HISTORY_FILE)) as lines:
         lines.append({"time": time, "event": event, "step": step, "workers": workers} | values)
@@ -46,7 +42,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 
 def in_words(event: dict[str, Any]) -> str:
-    """An event as one line for a person; "" for a checkpoint, of which there are many."""
+    """One line about an event for a person; "" for a checkpoint, because there are many."""
     step, workers = event["step"], "1 worker" if event["workers"] == 1 else f"{event['workers']} workers"
     match event["event"]:
         case "start":

@@ -1,11 +1,11 @@
-"""The loop of a run: batches in schedule order, step after step, and its callbacks around each.
+"""The loop of a run: batches in schedule order, step after step, with its callbacks around each.
 
-    run = open_run(plan, folder, ranks, …)                what a rank is
-    callbacks = standard_callbacks(run, …)                what happens beside the steps, in order
+    run = open_run(plan, folder, ranks, …)                the state of a rank
+    callbacks = standard_callbacks(run, …)                work around the steps, in order
     TrainingLoop(run, callbacks, checkpoints).train(batches)
 
-It knows no Ray: where batches come from and how checkpoints reach the run's folder is handed in. `jobs/train_loop.py`
-hands in Ray Data and Ray Train; `BatchMaker.steps` and `FolderCheckpoints` need neither.
+It does not know Ray: the source of the batches and the way of checkpoints into the run's folder are handed in.
+`jobs/train_loop.py` hands in Ray Data and Ray Train; `BatchMaker.steps` and `FolderCheckpoints` need neither.
 """
 
 import logging
@@ -19,7 +19,7 @@ from mmray.batches.micro_batch import MicroBatch
 from mmray.run.callback import Callback, DoneStep, Evaluation, Step
 from mmray.run.callback_states import write_callback_states
 from mmray.run.place import write_place
-from mmray.run.skipped import Seen
+from mmray.run.skipped import BatchCounts
 from mmray.run.state import RunState
 from mmray.schedule.cursor import Cursor
 from mmray.training.bins_log import TrainedStep
@@ -28,24 +28,24 @@ from mmray.training.checkpoint import save_state
 log = logging.getLogger("mmray")
 
 BatchSource = Callable[[int, int], Iterator[list[MicroBatch]]]
-"""This rank's micro-batches of the steps [start, stop) of a run, step by step."""
+"""The source of this rank's micro-batches of the steps [start, stop) of a run, step by step."""
 
 
 class CheckpointStore(Protocol):
-    """Brings checkpoints into the folder of a run. Its methods are collective."""
+    """Brings checkpoints into the folder of a run. All its methods are collective."""
 
     def save(self, write: Callable[[Path], None], step: int, *, wait: bool) -> str:
-        """Have this rank's part written into a folder and take it to the run's; the checkpoint's name.
+        """Writes this rank's part of a checkpoint and takes it to the run's folder; returns the checkpoint's name.
 
         Args:
             write: writes this rank's files into an empty folder.
-            step: steps done.
-            wait: until this rank's part is in the run's folder.
+            step: number of steps done.
+            wait: whether to return only when this rank's part is in the run's folder.
         """
         ...
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is whole, and delete those that are no longer kept."""
+        """Waits until the last checkpoint is whole, and deletes those that are no longer kept."""
         ...
 
 
@@ -53,7 +53,7 @@ class TrainingLoop:
     """Trains one rank of a run to its end, or until a callback asks it to stop."""
 
     def __init__(self, run: RunState, callbacks: Sequence[Callback], checkpoints: CheckpointStore) -> None:
-        """callbacks: called in this order, on every rank the same."""
+        """Binds the loop to a run. callbacks: called in this order, which is the same on every rank."""
         names = [callback.name for callback in callbacks]
         if len(set(names)) < len(names):
             raise ValueError(f"callbacks of one run need different names, got {', '.join(names)}")
@@ -66,29 +66,30 @@ class TrainingLoop:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return self.cursor.step
 
     @property
     def epoch(self) -> float:
-        """Epochs of the data that are done."""
+        """Number of epochs of the data that are done."""
         return self.run.epoch(self.cursor.step)
 
     def save(self, *, wait: bool = False) -> None:
-        """Ask for a checkpoint when all callbacks have been told of the step. wait: until it is whole."""
+        """Asks for a checkpoint, written after all callbacks have been called for the step. wait: until it is whole."""
         self._save_asked, self._wait_asked = True, self._wait_asked or wait
 
     def stop(self, reason: str) -> None:
-        """Ask the run to end: in `before_step` without doing that step, else after this one. It is saved first."""
+        """Asks the run to end, after a checkpoint: in `before_step` without doing that step, otherwise after this
+        one."""
         self.stop_reason = self.stop_reason or reason
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Tell all callbacks of an evaluation."""
+        """Calls `on_evaluation` of all callbacks."""
         for callback in self._callbacks:
             callback.on_evaluation(self, evaluation)
 
     def train(self, batches: BatchSource) -> None:
-        """Do all steps that are left. Collective; raises what a step or a callback raises."""
+        """Does all steps that are left. Collective; raises the errors of a step or a callback."""
         with ExitStack() as closing:
             for callback in self._callbacks:
                 closing.callback(callback.close)
@@ -144,8 +145,8 @@ class TrainingLoop:
             self._save(wait=self._wait_asked or self.step == self.run.total_steps)
 
     def _exchange(self, micro_batches: list[MicroBatch], waited: float) -> Step:
-        """What all ranks are given in the next step, by the batches themselves. Collective."""
-        run, here = self.run, Seen.of(micro_batches)
+        """The next step, with the bins and counts that all ranks report from their batches. Collective."""
+        run, here = self.run, BatchCounts.of(micro_batches)
         bins = [number for batch in micro_batches for number in batch.bins]
         padding = [-1] * (run.batches.micro_batches * run.batches.micro_batch_bins - len(bins))
         flags = [int(callback.flag()) for callback in self._callbacks]
@@ -160,7 +161,7 @@ class TrainingLoop:
         )
         return Step(
             trained,
-            Seen(sum(row[0] for row in rows), skipped),
+            BatchCounts(sum(row[0] for row in rows), skipped),
             waited,
             {callback.name: [row[2 + index] for row in rows] for index, callback in enumerate(self._callbacks)},
         )
@@ -177,7 +178,7 @@ class TrainingLoop:
             callback.on_checkpoint(self, name, seconds)
 
     def _write(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint."""
+        """Writes this rank's part of a checkpoint."""
         save_state(self.run.engine, folder)
         if self.run.is_first:
             write_place(folder, self.cursor, self.run.prepared)

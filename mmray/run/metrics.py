@@ -1,7 +1,7 @@
-"""The numbers of a run: `metrics.jsonl`, one line a step, mirrored to TensorBoard and other trackers.
+"""The metrics of a run: `metrics.jsonl`, one line for each step, mirrored to TensorBoard and other trackers.
 
 The file is the record; trackers are views. A run that resumes does some steps again, so the log is first cut back to
-the checkpoint's step: every step stands in it once, as it was finally done.
+the checkpoint's step: it holds every step once, as it was finally done.
 """
 
 import math
@@ -22,8 +22,10 @@ class MetricsLog:
     """Writes the metrics of one run into its folder, and to its trackers. One process, rank 0, holds it."""
 
     def __init__(self, run: TrackedRun, step: int, trackers: Mapping[str, TrackerSettings] | None = None) -> None:
-        """Begins with the run's metrics up to `step`, the last that is done; what was logged after it is forgotten, in
-        one atomic replacement. trackers: by name, besides TensorBoard."""
+        """Opens the log and removes the metrics of all steps after `step`, in one atomic replacement.
+
+        step: the last step that is done. trackers: by name, besides TensorBoard.
+        """
         path = run.folder / METRICS_FILE
         logged = read_json_lines(path)
         if any(line["step"] > step for line in logged):
@@ -36,11 +38,12 @@ class MetricsLog:
         ]
 
     def write(self, step: int, **values: float | int | None) -> None:
-        """Append one line and hand it to the operating system: it survives the death of this process.
+        """Appends one line and hands it to the operating system: it survives the death of this process.
 
-        step: from 1. values: of a training step `epoch, loss, router_loss` (of experts) `, tokens, trained_tokens,
-        bins, lr, grad_norm, step_seconds, data_wait_seconds`; of an evaluation
-        `epoch, eval_loss, …`. A value that is not finite is written as null.
+        step: counted from 1.
+        values: of a training step `epoch, loss, router_loss` (for experts) `, tokens, trained_tokens, bins, lr,
+        grad_norm, step_seconds, data_wait_seconds`; of an evaluation `epoch, eval_loss, …`. A value that is not finite
+        is written as null.
         """
         line = {"step": step} | {key: _finite(value) for key, value in values.items()}
         self._file.append(line)
@@ -49,14 +52,14 @@ class MetricsLog:
             tracker.write(step, scalars)
 
     def close(self) -> None:
-        """Close the file, and see trackers through what they have not taken yet."""
+        """Closes the file, and waits for trackers to take what they do not have yet."""
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a torn last one; none where there is no file."""
+    """The lines of a metrics.jsonl, without an incomplete last one; none where there is no file."""
     return read_json_lines(path)
 
 
@@ -65,7 +68,7 @@ def _finite(value: float | int | None) -> float | int | None:
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """A line's numbers under the names that trackers show: `train/loss`, `eval/loss`."""
+    """The numbers of a line under the names that trackers show: `train/loss`, `eval/loss`."""
     kind = "eval" if any(key.startswith("eval_") for key in line) else "train"
     return {
         f"{kind}/{key.removeprefix('eval_')}": value

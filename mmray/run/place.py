@@ -1,8 +1,9 @@
-"""The place of a run in its data, as a checkpoint carries it: `cursor.json`, and in `prepared.json` what the cursor's
-fingerprint stands for.
+"""The place of a run in its data, as a checkpoint carries it.
 
-A fingerprint alone can only say that two datasets differ. With the record of what was prepared beside it, a refusal
-says in which settings or files.
+It is `cursor.json`, and `prepared.json` with the record that the cursor's fingerprint stands for.
+
+A fingerprint alone can only show that two datasets differ. With the record of what was prepared beside it, a refusal
+names the settings or files that differ.
 """
 
 import json
@@ -24,7 +25,7 @@ SHOWN_DIFFERENCES = 8
 
 
 def write_place(folder: Path, cursor: Cursor, prepared: PreparedDataset) -> None:
-    """Write both files into a checkpoint. prepared: the data that the cursor stands in."""
+    """Writes both files into a checkpoint. prepared: the dataset that the cursor belongs to."""
     cursor.write(folder / CURSOR_FILE)
     content = {
         "path": prepared.path,
@@ -42,12 +43,12 @@ def place_in(
     *,
     continue_on: bool,
 ) -> Cursor:
-    """Where a run that resumes from `checkpoint` goes on, in `prepared`.
+    """The place in `prepared` at which a run that resumes from `checkpoint` continues.
 
     schedule_at: the order of `prepared` in a run that stands at the checkpoint's cursor.
-    continue_on: data other than the checkpoint's is what the user wants, and begins anew; without it, raises UserError
-    that names both fingerprints, the settings that differ and the remedy. Other settings of the order are refused
-    either way.
+    continue_on: whether the user wants data other than the checkpoint's, which then begins anew. Without it, raises
+    UserError that names both fingerprints, the settings that differ and the remedy. Other settings of the order are
+    refused either way.
     """
     cursor = Cursor.read(checkpoint / CURSOR_FILE)
     schedule = schedule_at(cursor)

@@ -1,4 +1,4 @@
-"""What the driver decides for a training run, equal on all workers."""
+"""The driver's decisions for a training run, equal on all workers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,16 @@ from mmray.training.model import load_config
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run over prepared datasets, which are given as (number of bins, fingerprint)."""
+    """The plan of a run over prepared datasets, which are given as (number of bins, fingerprint)."""
 
     job: Job
     train: tuple[int, str]
     eval: tuple[int, str] | None
     gpus: bool
     continue_on: bool = False
-    """Where the checkpoint was trained on other data, the job's begins there."""
+    """Whether the job's data begins anew where the checkpoint was trained on other data."""
     commit: str | None = None
-    """Of the code, for trackers, where it is in git."""
+    """Git commit of the code, for trackers; None outside of git."""
 
     @property
     def schedule(self) -> Schedule | BalancedSchedule:
@@ -35,8 +35,10 @@ class RunPlan:
         return self._schedule(self.job.balance)
 
     def schedule_at(self, cursor: Cursor) -> Schedule | BalancedSchedule:
-        """The order of the training data in a run that stands at `cursor`: batches that were made of bins of like cost
-        when it began go on so where the job does not say."""
+        """The order of the training data in a run that stands at `cursor`.
+
+        Where the job does not set whether batches are made of bins of similar cost, the run continues as it began.
+        """
         balance = self.job.balance
         if balance is not None and balance.across_batches is None and cursor.balance is not None:
             balance = balance.across(True)
@@ -51,14 +53,15 @@ class RunPlan:
         return order if balance is None else BalancedSchedule(order, balance.for_attention(self.job.model.attention))
 
     def total_steps(self, cursor: Cursor) -> int:
-        """Steps of the whole run; epochs are those of the data it now trains on."""
+        """Steps of the whole run; its epochs are those of the data it now trains on."""
         training = self.job.training
         if training.steps is not None:
             return training.steps
         return cursor.first_step + max(1, round((training.epochs or 1) * self.schedule.steps_per_epoch))
 
     def place(self, checkpoint: Path | None, prepared: PreparedDataset) -> Cursor:
-        """Where the run goes on from a checkpoint, or begins without one. Raises UserError where it does not fit."""
+        """The place at which the run continues from a checkpoint, or begins without one. Raises UserError where it does
+        not fit."""
         if checkpoint is None:
             return Cursor.at(self.schedule, prepared=prepared.path)
         cursor = place_in(checkpoint, self.schedule_at, prepared, continue_on=self.continue_on)
@@ -72,7 +75,7 @@ class RunPlan:
     def batches(
         self, split_name: str, schedule: Schedule | BalancedSchedule, world_size: int, first_step: int = 0
     ) -> BatchPlan:
-        """The batches of a split for so many ranks. first_step: step of the run at which the schedule begins."""
+        """The batches of a split for a number of ranks. first_step: step of the run at which the schedule begins."""
         job = self.job
         return BatchPlan(
             prepared=job.prepared_path(split_name),
@@ -90,5 +93,5 @@ class RunPlan:
 
 def run_plan(job: Job, prepared: dict[str, PreparedDataset], gpus: bool, continue_on: bool = False) -> RunPlan:
     """The plan of a run over prepared datasets."""
-    shapes = {name: (len(each), each.fingerprint) for name, each in prepared.items()}
+    shapes = {name: (len(dataset), dataset.fingerprint) for name, dataset in prepared.items()}
     return RunPlan(job, shapes["train"], shapes.get("eval"), gpus, continue_on, git_commit(Path.cwd()))

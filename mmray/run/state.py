@@ -1,6 +1,6 @@
-"""What one rank of a run is: its plan, place, data and engine, built once and never changed.
+"""The state of one rank of a run: its plan, place, data and engine, built once and never changed.
 
-What moves (the cursor) is the loop's (`loop.py`); what callbacks remember is theirs (`callback.py`).
+The cursor, which moves, belongs to the loop (`loop.py`); callbacks hold their own state (`callback.py`).
 """
 
 import shutil
@@ -26,19 +26,19 @@ class RunState:
     """One rank of a run, ready to train."""
 
     plan: RunPlan
-    """What the driver decided."""
+    """The driver's decisions."""
     folder: RunFolder
     """The run's folder as this process sees it."""
     ranks: Ranks
     """All ranks of the run."""
     prepared: PreparedDataset
-    """The data it trains on."""
+    """The dataset the run trains on."""
     start: Cursor
-    """Where it begins or goes on."""
+    """The cursor at which the run begins or continues."""
     checkpoint: str | None
-    """Name of the checkpoint it goes on from; None at the beginning of a run."""
+    """Name of the checkpoint the run continues from; None at the beginning of a run."""
     callback_states: Mapping[str, dict[str, Any]]
-    """What callbacks had the checkpoint carry, by their names."""
+    """States of the callbacks in the checkpoint, by their names."""
     total_steps: int
     """Steps of the whole run."""
     batches: BatchPlan
@@ -52,25 +52,26 @@ class RunState:
         return self.ranks.rank == 0
 
     def note(self, event: Event, step: int, **values: Any) -> None:
-        """Rank 0 puts an event into the run's history. step: the steps done."""
+        """Adds an event to the run's history, on rank 0. step: number of steps done."""
         if self.is_first:
             add_to_history(self.folder.path, event, step, self.ranks.size, **values)
 
     def epoch(self, step: int) -> float:
-        """Epochs of the data it trains on that are done after `step` steps of the run."""
+        """Epochs of the run's data that are done after `step` steps of the run."""
         return round((step - self.start.first_step) / self.plan.schedule.steps_per_epoch, 6)
 
 
 def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, node: str = "") -> RunState:
-    """Restore a rank from the newest whole checkpoint of the run, or build it anew where there is none. Collective.
+    """Restores a rank from the newest whole checkpoint of the run, or builds it where there is none. Collective.
 
     Args:
         scratch: a folder of this run on the node's own disk. A checkpoint of an object store is copied there and
-            deleted when it is restored; where ranks share no folder, a conversion for another number of ranks goes
+            deleted when it is restored; where ranks share no folder, a conversion for another number of ranks is
+            written
             there, too.
-        node: ranks that give the same see the same `scratch`.
+        node: ranks with the same value see the same `scratch`.
 
-    Raises UserError where the checkpoint does not fit the plan, or checkpoints are there and none is whole.
+    Raises UserError where the checkpoint does not fit the plan, or where there are checkpoints but none is whole.
     """
 
     def note_damage(name: str, problem: str) -> None:

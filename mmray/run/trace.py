@@ -1,8 +1,8 @@
-"""Which samples a step of a run saw, or will see, on which rank: for hunting a loss spike.
+"""The samples that a step of a run trained on, or will train on, by rank: for hunting a loss spike.
 
-Needs the job's prepared data and, of the run's folder, what is there; no cluster. For steps that were done, ranks and
-bins are those of `trained.jsonl`: what the ranks were really given. Others follow from the schedule, of the data that
-the newest checkpoint knows, and of the job's beyond it.
+It needs the job's prepared data and the files of the run's folder, but no cluster. For steps that are done, ranks and
+bins are those of `trained.jsonl`: what the ranks really received. Later steps follow from the schedule of the data that
+the newest checkpoint knows, and of the job's data beyond it.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from mmray.schedule.cursor import Cursor, DataSpan
 from mmray.training.bins_log import TrainedStep, read_trained
 
 PlanOf = Callable[[DataSpan, int], BatchPlan]
-"""The batches of the data of a span for so many ranks."""
+"""A function that gives the batches of a span of data for a number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,25 @@ class TracedSample:
     """One sample of one step."""
 
     step: int
-    """From 1, as in metrics.jsonl."""
+    """Number of the step, counted from 1, as in metrics.jsonl."""
     workers: int
     rank: int
     micro_batch: int
-    """Within the rank's step."""
+    """Index of the micro-batch within the rank's step."""
     bin: int
     id: str
     source: str
-    """File and line (or row group and row) of the row."""
+    """File and line (or row group and row) of the sample's row."""
     trained: bool
-    """The step was done; False: it would be like this."""
+    """Whether the step was done; False for a prediction."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The sample as plain values of JSON."""
         return asdict(self)
 
 
 class Tracer:
-    """Traces the steps of one run. cursor: its place; workers: ranks of steps that are not done."""
+    """Traces the steps of one run. cursor: the run's place; workers: number of ranks in steps that are not done."""
 
     def __init__(self, run: Path, cursor: Cursor, plan_of: PlanOf, workers: int) -> None:
         self._cursor, self._plan_of, self._workers = cursor, plan_of, workers
@@ -51,9 +51,9 @@ class Tracer:
         self._opened: dict[str, PreparedDataset] = {}
 
     def samples(self, step: int) -> Iterator[TracedSample]:
-        """The samples of one step, counted from 1, by rank and in the order they are run.
+        """The samples of one step, counted from 1, by rank and in the order they are trained on.
 
-        Raises UserError for a step before the first, or when its data is no longer there or was prepared anew.
+        Raises UserError for a step before the first, or when its data no longer exists or was prepared anew.
         """
         if step < 1:
             raise UserError(f"--trace {step}: steps are counted from 1, as in metrics.jsonl")
@@ -69,8 +69,8 @@ class Tracer:
         for rank in range(workers):
             for micro, bins in enumerate(_micro_batches(plan, step, rank, done)):
                 for number in bins:
-                    found = prepared.bin(number)
-                    for id_, source in zip(found.sample_ids, found.sample_sources, strict=True):
+                    content = prepared.bin(number)
+                    for id_, source in zip(content.sample_ids, content.sample_sources, strict=True):
                         yield TracedSample(step, workers, rank, micro, number, id_, source, done is not None)
 
     def _prepared(self, span: DataSpan) -> PreparedDataset:
@@ -86,8 +86,10 @@ class Tracer:
 
 
 def _micro_batches(plan: BatchPlan, step: int, rank: int, done: TrainedStep | None) -> list[list[int]]:
-    """The bins of a rank's micro-batches. Those of a step that is done are listed one after another; empty bins, which
-    are left out there, come last."""
+    """The bins of each of a rank's micro-batches.
+
+    Those of a step that is done are listed one after another; empty bins, which its record leaves out, come last.
+    """
     size = plan.micro_batch_bins
     if done:
         bins = done.bins[rank]

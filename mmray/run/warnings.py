@@ -1,9 +1,9 @@
-"""Warnings of processes whose output no one reads, in a file that someone does.
+"""A file that collects the warnings of processes whose output no one reads.
 
 What actors and training workers print stays in files of Ray on their own machines, and jobs show it only with
 --verbose. So these processes also append their warnings to one file in the run's folder, which the driver watches.
-Object stores know no appending: there each process writes a file of its own, whole with each warning, and
-`RunFolder.fetch` joins them. A warning is never worth an error: one that cannot be written is lost.
+Object stores cannot append: there each process writes a file of its own, whole with each warning, and `RunFolder.fetch`
+joins them. A warning that cannot be written is lost, because a warning is never worth an error.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from mmray.storage import Folder
 
 WARNINGS_FILE = "warnings.log"
 WARNINGS_FOLDER = "warnings"
-"""Beside it, in an object store, the files of all processes."""
+"""Folder beside the file, in an object store, with the files of all processes."""
 
 MOST_WARNINGS = 1000
-"""Warnings that one process writes at most."""
+"""The most warnings that one process writes."""
 
 
 LIBRARIES = ("transformers", "DeepSpeed")
-"""Loggers of libraries that warn of what decides numbers in training: weights drawn at random, settings ignored."""
+"""Loggers of libraries whose warnings concern the numbers of training: weights drawn at random, settings ignored."""
 
 _IDLE = re.compile(r"Setting accelerator to CPU|Unrecognized keys in `rope_parameters`.*\{'mrope_section'\}")
-"""What they warn of in runs in which nothing is wrong."""
+"""Warnings of these libraries that are not kept, because they occur in runs in which nothing is wrong."""
 
 
 def keep_warnings(path: str | Path, libraries: Iterable[str] = ()) -> logging.Handler:
-    """Append mmray's warnings in this process to a file from now on, each message once; they are printed as before.
+    """Appends mmray's warnings in this process to a file from now on, each message once; they are printed as before.
 
-    path: of the file, or its URI. libraries: other loggers whose warnings are kept, too.
+    path: path or URI of the file. libraries: other loggers whose warnings are kept, too.
     """
     log = logging.getLogger("mmray")
     if not log.hasHandlers():
@@ -59,7 +59,7 @@ def read_warnings(path: str | Path, since: int = 0) -> list[str]:
 
 
 class _Keeper(logging.Handler):
-    """Hands on each message once, as one line."""
+    """A log handler that passes on each message once, as one line."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

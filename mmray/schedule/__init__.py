@@ -1,4 +1,4 @@
-"""The order of a run as a pure function of (fingerprint, seed, step), and the cursor that says where a run stands."""
+"""Computes the order of a run as a pure function of (fingerprint, seed, step), and records a run's place in it."""
 
 from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.cursor import Cursor

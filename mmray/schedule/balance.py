@@ -1,7 +1,8 @@
 """What a bin costs to train on, and the `balance` part of the job file.
 
-Equal work is made inside a global batch, whose bins are those of the plain shuffled order: a fair sample of the data.
-`across_batches` makes it by choosing which bins form a batch, and the model learns far worse for it (docs/training.md).
+A global batch holds the bins of the plain shuffled order, a fair sample of the data, and ranks get equal work by how
+these bins are dealt to them. `across_batches` instead chooses which bins form a batch, and the model learns far worse
+from such batches (docs/training.md).
 
 A cost is a number of text tokens: 1 is what one token takes in the linear layers of the language model. The rest is
 counted in multiply-adds and divided by that, since the backward pass doubles all of them alike. Tokens alone are not
@@ -30,50 +31,52 @@ from mmray.schedule.loads import Loads
 
 
 class BalanceSettings(Settings):
-    """How ranks are given equal work. The costs' defaults are Qwen2-VL-2B's."""
+    """How ranks are given equal work. The defaults of the costs are those of Qwen2-VL-2B."""
 
     across_batches: bool | None = None
-    """true: bins of many global batches are sorted by cost and cut into batches of like cost, which the model learns
-    worse from: a step holds pages alone, the next text alone. false: which bins form a batch is chance; they are dealt
-    to ranks by cost. null: true where a setting is given that only sorting has (`window_batches`, `tolerance`,
-    `group_bins`, `one_shape_per_batch`), else false; and a run goes on as it began."""
+    """Whether the bins of many global batches are sorted by cost and cut into batches of similar cost. true: sorting;
+    the model learns worse from it, because one step holds only pages and the next only text. false: the bins of a batch
+    are drawn at random, and dealt to ranks by cost. null: true if a setting of sorting is set (`window_batches`,
+    `tolerance`, `group_bins`, `one_shape_per_batch`), else false; a resumed run continues as it began."""
 
     window_batches: Annotated[int, Field(gt=0)] = 64
-    """Across batches: global batches' worth of bins, consecutive in the shuffled order, that are sorted by cost and cut
-    into batches of like cost. More: closer costs. The same files are read either way."""
+    """Sorting across batches: number of global batches, consecutive in the shuffled order, whose bins are sorted by
+    cost together. More batches give closer costs. The files read are the same either way."""
 
     tolerance: Annotated[float, Field(ge=0)] = 0.05
-    """Across batches: costs closer than this part count as equal, and chance decides. 0 sorts strictly: batches of a
-    small data set then hold the same bins in every epoch."""
+    """Sorting across batches: relative difference below which two costs count as equal, so that chance decides their
+    order. 0 sorts strictly, which gives a small dataset the same batches in every epoch."""
 
     group_bins: Annotated[int, Field(gt=0)] | None = None
-    """Across batches: bins of like cost that stay together in a global batch, which then mixes
-    global_batch_bins / group_bins costs; ranks are equal while the workers times training.micro_batch_bins divide it.
-    null: the whole global batch is of like cost, and ranks are equal whatever their number."""
+    """Sorting across batches: number of bins of similar cost that stay together in a global batch, which then mixes
+    global_batch_bins / group_bins different costs. Ranks have equal work if the number of workers times
+    training.micro_batch_bins divides it. null: all bins of a global batch have similar cost, and ranks have equal work
+    whatever their number."""
 
     one_shape_per_batch: bool = False
-    """Across batches: all bins of a global batch share one visual shape (bucket), for models compiled for fixed shapes.
-    A window's leftovers of all shapes, less than a batch of each, are batches of their own, sorted by shape."""
+    """Sorting across batches: whether all bins of a global batch share one visual shape (bucket), for models compiled
+    for fixed shapes. The leftovers of each shape in a window, less than a batch, are collected into batches of their
+    own, sorted by shape."""
 
     token_pair: Annotated[float, Field(ge=0)] = 3.3e-5
     """Attention: cost of a sample, per token squared. Qwen2-VL-2B: 1,536 / 46.8 million."""
 
     whole_row_attention: bool | None = None
-    """Attention works through all pairs of tokens in a bin and masks most of them: cost is then twice token_pair per
-    token of the bin, squared. null: true with model.attention sdpa and eager, false with flash_attention_2, which
-    leaves masked pairs out."""
+    """Whether attention computes all pairs of tokens in a bin and masks most of them. The attention cost is then twice
+    token_pair times the squared number of tokens in the bin. null: true with model.attention sdpa and eager, false with
+    flash_attention_2, which leaves masked pairs out."""
 
     trained_token: Annotated[float, Field(ge=0)] = 0.18
     """Logits: cost per trained token. Qwen2-VL-2B: 1,536 · 151,936 / (28 · 46.8 million)."""
 
     visual_token: Annotated[float, Field(ge=0)] = 1.9
-    """Vision tower: cost per visual token, beside the token's own. Qwen2-VL: 32 layers of width 1,280 over 4 patches,
-    2,551 million with the projector, to 1,310 million."""
+    """Vision tower: cost per visual token, added to its cost as a token. Qwen2-VL: 2,551 million multiply-adds (32
+    layers of width 1,280 over 4 patches, and the projector) / 1,310 million."""
 
     visual_pair: Annotated[float, Field(ge=0)] = 1e-3
-    """Attention in the vision tower: cost of a tile, per visual token squared. Qwen2-VL: 16 · 2 · 32 · 1,280 to 1,310
-    million. 0.1 for each of a tile's 324 tokens, 8 for each of a page's 8,000. 0 where the processor splits pages
-    itself, which count as one tile here."""
+    """Attention in the vision tower: cost of a tile, per visual token squared. Qwen2-VL: 16 · 2 · 32 · 1,280 / 1,310
+    million, which adds 0.1 to each token of a tile of 324 and 8 to each of a page of 8,000. Set 0 where the processor
+    splits pages itself, since each page counts as one tile here."""
 
     @model_validator(mode="after")
     def _sorting_is_meant(self) -> "BalanceSettings":
@@ -84,7 +87,7 @@ class BalanceSettings(Settings):
         return self
 
     def _of_sorting(self) -> list[str]:
-        """The settings that only sorting across batches has, where they differ from their defaults."""
+        """Names of the settings that only sorting across batches uses and that differ from their defaults."""
         names = ("window_batches", "tolerance", "group_bins", "one_shape_per_batch")
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
@@ -94,34 +97,38 @@ class BalanceSettings(Settings):
         return bool(self._of_sorting()) if self.across_batches is None else self.across_batches
 
     def across(self, across_batches: bool) -> "BalanceSettings":
-        """The settings with across_batches decided."""
+        """Copy the settings with across_batches decided."""
         return self.model_copy(update={"across_batches": across_batches})
 
     def order_record(self) -> dict[str, Any] | None:
-        """What of the settings decides which bins form a global batch, as plain JSON; None: nothing of them does."""
+        """Return the settings that decide which bins form a global batch, as plain JSON; None without sorting."""
         return self.model_dump(exclude={"across_batches"}) if self.sorts_batches else None
 
     def for_attention(self, implementation: str) -> "BalanceSettings":
-        """The settings with whole_row_attention decided. implementation: as in `model.attention`."""
+        """Copy the settings with whole_row_attention decided. implementation: as in `model.attention`."""
         if self.whole_row_attention is not None:
             return self
         return self.model_copy(update={"whole_row_attention": implementation != "flash_attention_2"})
 
     def cost_record(self) -> dict[str, Any]:
-        """The settings that say what a bin costs, as plain JSON."""
+        """Return the settings that decide what a bin costs, as plain JSON."""
         names = {"token_pair", "whole_row_attention", "trained_token", "visual_token", "visual_pair"}
         return self.model_dump(include=names)
 
     def sample_costs(self, samples: Loads) -> tuple[np.ndarray, float]:
-        """What each sample adds to the cost of its bin, float64 [n], and what the bin costs beside per token squared.
+        """Return the part of a bin's cost that is a sum over its samples, and the part that is not.
 
-        samples: their loads, as if each had a bin of its own.
+        samples: loads of n samples, as if each had a bin of its own. Returns what each sample adds to its bin's cost,
+        float64 [n], and the cost of a bin per token squared (0 unless attention goes over the whole row).
         """
         costs, pair_cost = self.costs(samples), 2.0 * self.token_pair if self.whole_row_attention else 0.0
         return costs - pair_cost * samples.tokens.astype(np.float64) ** 2, pair_cost
 
     def costs(self, loads: Loads) -> np.ndarray:
-        """The cost of each bin, float64 [n]. Elementwise on purpose: the same on every machine, which a BLAS is not."""
+        """Return the cost of each bin, float64 [n].
+
+        Computed elementwise on purpose, so that the result is the same on every machine, unlike with BLAS.
+        """
         if self.whole_row_attention is None:
             raise ValueError("whole_row_attention is not decided; use for_attention")
         pairs = 2.0 * loads.tokens.astype(np.float64) ** 2 if self.whole_row_attention else loads.sample_pairs
@@ -136,18 +143,18 @@ class BalanceSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The dimensions of a stack of transformer layers. kv: width of keys (and of values), hidden without grouping."""
+    """Dimensions of a stack of transformer layers. kv: width of keys and of values; equals hidden if not grouped."""
 
     count: int
     hidden: int
     intermediate: int
     kv: int
     gated: bool
-    """The MLP has a gate: three matrices, not two."""
+    """Whether the MLP has a gate, so three matrices instead of two."""
 
     @property
     def linear(self) -> int:
-        """Multiply-adds of one token in the matrices of all layers."""
+        """Number of multiply-adds of one token in the matrices of all layers."""
         mlp = (3 if self.gated else 2) * self.hidden * self.intermediate
         return self.count * (2 * self.hidden**2 + 2 * self.hidden * self.kv + mlp)
 
@@ -155,9 +162,10 @@ class Layers:
 def cost_settings(
     text: Layers, vision: Layers, *, vocabulary: int, patches_per_token: int, projector: int
 ) -> dict[str, float]:
-    """The four costs of `BalanceSettings` for a model, from its dimensions.
+    """Compute the four costs of `BalanceSettings` for a model from its dimensions.
 
-    patches_per_token: patches of the vision tower that become one visual token; projector: multiply-adds of one visual
+    text, vision: layers of the language model and of the vision tower. vocabulary: number of token ids.
+    patches_per_token: patches of the vision tower that become one visual token. projector: multiply-adds of one visual
     token between tower and language model.
     """
     unit = text.linear

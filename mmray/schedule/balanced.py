@@ -1,22 +1,24 @@
-"""The training order with equal work for all ranks: the bins of each global batch, dealt by their cost.
+"""Computes a training order with equal work for all ranks: deals the bins of each global batch by their cost.
 
-A step ends when its slowest rank does. The bins of a global batch are those of `Schedule`, a fair sample of the data;
-the heaviest comes first, and they are dealt to ranks back and forth, so that the bins that run at the same time are
-neighbours in cost, and what the first pass gives too much the second takes back. With 8 bins a rank the slowest of 8
-ranks is then 0 to 5 % over the mean on the mixtures of benchmarks/bench_packing.py. With one bin a rank nothing is left
-to deal, and bins must be packed to like cost (`packing.mode: equal_cost`).
+A step ends when its slowest rank does. The bins of a global batch are those of `Schedule`, a fair sample of the data.
+They are sorted by cost, the heaviest first, and dealt to ranks back and forth. So the bins that run at the same time
+are neighbours in cost, and the rank with the heaviest bin of one pass gets the lightest of the next. For five bins of
+costs 9, 7, 4, 3, 1 and two ranks: rank 0 gets 9, 3, 1 and rank 1 gets 7, 4. With 8 bins a rank the slowest of 8 ranks
+is 0 to 5 % over the mean on the mixtures of benchmarks/bench_packing.py. With one bin a rank there is no second pass,
+and bins must be packed to equal cost (`packing.mode: equal_cost`).
 
-`balance.across_batches` decides by cost which bins form a batch. The shuffled order is cut into windows of
-`window_batches` global batches or somewhat more. A window's bins are sorted by cost, equal ones (`tolerance`) by
-chance; cut into groups, the groups put in random order, and each global batch is the next few groups. So every global
-batch holds one cost, or few, and the slowest of 8 ranks is 2 % over the mean with one bin each. Given up for it: a
-batch is no sample of everything, batches of pages and batches of text alternate, and what that costs in learning is far
-more than it saves (docs/training.md).
+`balance.across_batches` chooses by cost which bins form a batch. The shuffled order is cut into windows of
+`window_batches` global batches or somewhat more. A window's bins are sorted by cost, those of equal cost (`tolerance`)
+at random; they are cut into groups, the groups are put in random order, and each global batch is the next few groups.
+So every global batch holds bins of one cost, or of few, and the slowest of 8 ranks is 2 % over the mean with one bin
+each. Given up for it: a batch is not a sample of all data, batches of pages and batches of text alternate, and the loss
+in learning is far larger than the time saved (docs/training.md).
 
-The promises of `Schedule` hold: a pure function of (data set, seed, epoch, step) and the balance settings, each bin
-once per epoch, only the epoch's last global batch is padded, the same bins in a global batch whatever the number of
-ranks. One batch, or one window, is computed at a time: a seek to any step costs that (1.5 ms of arithmetic for 4,096
-bins, and reading their loads) and constant memory. No other files are read than in the plain order.
+The promises of `Schedule` hold: the order is a pure function of (data set, seed, epoch, step) and the balance settings,
+each epoch has each bin once, only the epoch's last global batch is padded, and the bins of a global batch do not depend
+on the number of ranks. One batch, or one window, is computed at a time: a seek to any step costs that (1.5 ms of
+arithmetic for 4,096 bins, and reading their loads) and constant memory. No other files are read than in the plain
+order.
 
 Sorting by cost needs the costs, which are in the prepared dataset. A `BalancedSchedule` is settings alone, small and
 picklable; in each process `bound_to(prepared.loads)` gives the order.
@@ -37,19 +39,19 @@ from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.loads import Loads
 from mmray.schedule.schedule import Schedule, mix_many
 
-LoadsOf = Callable[[np.ndarray], Loads]
-"""The loads of some bins, by their numbers, int64 [n]. Pure: the same in every process."""
+ReadLoads = Callable[[np.ndarray], Loads]
+"""Reads the loads of bins by their numbers, int64 [n]; returns the same in every process."""
 
 _WINDOWS_KEPT = 4
-"""Windows whose order is remembered: the one in use, the next, and those of readers slightly behind."""
+"""Number of windows whose order is cached: the current one, the next, and those of readers slightly behind."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step between numbers of one stream
 
 
 @dataclass(frozen=True)
 class BalancedSchedule:
-    """A shuffled order and how its bins become global batches of equal work.
+    """The settings of a balanced order: a shuffled order, and how its bins become global batches of equal work.
 
-    Raises ValueError for settings that do not fit the order, or are not decided yet.
+    Raises ValueError for balance settings that do not fit the order, or with `whole_row_attention` undecided.
     """
 
     order: Schedule
@@ -98,7 +100,7 @@ class BalancedSchedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches of one epoch, the padded one included."""
+        """Number of global batches in an epoch, the padded one included."""
         return self.order.steps_per_epoch
 
     def position(self, step: int) -> tuple[int, int]:
@@ -106,18 +108,21 @@ class BalancedSchedule:
         return self.order.position(step)
 
     def micro_batches_per_rank(self, world_size: int, micro_batch_bins: int = 1) -> int:
-        """Micro-batches that each rank runs in one step, as `Schedule.micro_batches_per_rank`."""
+        """Number of micro-batches that each rank runs in a step, as `Schedule.micro_batches_per_rank`."""
         return self.order.micro_batches_per_rank(world_size, micro_batch_bins)
 
-    def bound_to(self, loads: LoadsOf) -> "BoundSchedule":
-        """The order itself. loads: those of the data set with the schedule's fingerprint (`PreparedDataset.loads`)."""
+    def bound_to(self, loads: ReadLoads) -> "BoundSchedule":
+        """Make the order itself.
+
+        loads: reads the loads of the data set with the schedule's fingerprint (`PreparedDataset.loads`).
+        """
         return BoundSchedule(self, loads)
 
 
 class BoundSchedule:
-    """The bins of each step of a balanced schedule, computed from their loads."""
+    """Computes the bins of each step of a balanced schedule from their loads."""
 
-    def __init__(self, schedule: BalancedSchedule, loads: LoadsOf) -> None:
+    def __init__(self, schedule: BalancedSchedule, loads: ReadLoads) -> None:
         self.schedule = schedule
         self._loads = loads
         self._window = lru_cache(maxsize=_WINDOWS_KEPT)(self._arranged)
@@ -139,7 +144,7 @@ class BoundSchedule:
     def rank_bins(self, step: int, rank: int, world_size: int, micro_batch_bins: int = 1) -> list[list[int | None]]:
         """The micro-batches of one rank in global batch `step`, in the order it runs them.
 
-        The dealing, back and forth: pass j takes bins(step)[j * world_size : (j + 1) * world_size] and gives them to
+        Bins are dealt back and forth: pass j takes bins(step)[j * world_size : (j + 1) * world_size] and gives them to
         ranks 0, 1, 2, ... where j is even, and to the last rank first where it is odd. Micro-batch k holds what a rank
         gets in passes k * m to (k + 1) * m - 1, where m is micro_batch_bins; None where bins(step) has ended.
 
@@ -159,12 +164,11 @@ class BoundSchedule:
         return [[dealt(turn) for turn in range(start, start + micro_batch_bins)] for start in starts]
 
     def _first_batch(self, window: int) -> int:
-        """Windows share out the epoch's batches evenly, so that none is much smaller than the others."""
+        """The first global batch of a window; windows divide the epoch evenly, so that none is much smaller."""
         return window * self.schedule.steps_per_epoch // self._num_windows
 
     def _arranged(self, epoch: int, window: int) -> np.ndarray:
-        """The bins of a window's global batches, one batch after the other, int64. A window of one batch keeps its
-        bins, the heaviest first."""
+        """The bins of a window's global batches, one batch after the other, int64 [n]; in each the heaviest first."""
         order, balance = self.schedule.order, self.schedule.balance
         size = order.global_batch_bins
         bins = order.bins_in(
@@ -186,13 +190,13 @@ class BoundSchedule:
 
 
 def _batches(shape: np.ndarray, size: int, group: int, random: "_Random") -> np.ndarray:
-    """The batch of each of a window's bins, int64 [n], numbered in the order they are run.
+    """The number of each bin's batch in a window, int64 [n]; batches are numbered in the order they are run.
 
-    shape [n]: bins are sorted by it, and by cost within each shape.
+    shape: int64 [n]; bins are sorted by shape, and by cost within each shape.
     """
     order = _in_groups(shape, group, random)
-    pure, rest = _whole_batches(shape[order], size)
-    order = order[np.concatenate([pure, rest])]
+    pure, mixed = _whole_batches(shape[order], size)
+    order = order[np.concatenate([pure, mixed])]
     full, short = divmod(len(order), size)
     place = np.append(np.argsort(random.fractions(full)), full)  # of each batch; the short one stays last
     batch = np.empty(len(order), dtype=np.int64)
@@ -201,9 +205,10 @@ def _batches(shape: np.ndarray, size: int, group: int, random: "_Random") -> np.
 
 
 def _in_groups(shape: np.ndarray, group: int, random: "_Random") -> np.ndarray:
-    """Bins in groups of neighbours, int64 [n]: shape by shape, the groups of each shape in random order.
+    """The order of bins in groups of neighbours, int64 [n]: shape by shape, the groups of each shape in random order.
 
-    Where a shape's bins do not divide, a group at a random cost is short, and comes last.
+    When the group size does not divide the number of a shape's bins, a group at a random place in cost is short and
+    comes last.
     """
     pieces = []
     borders = np.flatnonzero(np.diff(shape, prepend=-1, append=-1)).tolist()
@@ -219,7 +224,7 @@ def _in_groups(shape: np.ndarray, group: int, random: "_Random") -> np.ndarray:
 
 
 def _whole_batches(shape: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the bins that fill batches of one shape, and places of the others, less than a batch of each shape."""
+    """Places of the bins that fill whole batches of one shape, and places of the leftovers of all shapes."""
     _, first, counts = np.unique(shape, return_index=True, return_counts=True)
     place_in_shape = np.arange(len(shape)) - np.repeat(first, counts)
     is_pure = place_in_shape < np.repeat(counts // size * size, counts)
@@ -227,7 +232,7 @@ def _whole_batches(shape: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray
 
 
 class _Random:
-    """A stream of random numbers that never changes between versions of numpy: SplitMix64, keyed."""
+    """A keyed stream of random numbers (SplitMix64) that never changes between versions of numpy."""
 
     def __init__(self, *key: Any) -> None:
         digest = hashlib.blake2b(json.dumps(["mmray balance 1", *key]).encode(), digest_size=8).digest()

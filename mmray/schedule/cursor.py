@@ -1,12 +1,12 @@
-"""Where a run stands: one integer, the number of global batches consumed, and what that integer refers to.
+"""Records the place of a run: the number of global batches consumed, and the order that this number refers to.
 
 Promise: a cursor that passes `check` continues with exactly the global batches not yet consumed, in the same
 order, whatever the number of workers, with nothing replayed. The schedule is a pure function of the step, so
-nothing else needs saving; the other fields are there to refuse a cursor that would mean another order. A
-cursor file exists whole or not at all.
+nothing else needs saving; the other fields serve to refuse a cursor of another order. A cursor file exists whole
+or not at all.
 
-A run may be sent on with other data (`continue_on`). Its steps are counted on, the schedule of the new data begins at
-its first step; the cursor knows all data so far, so that what any step trained on can be told.
+A run may continue on other data (`continue_on`). Its count of steps goes on, and the schedule of the new data begins at
+the step of the change. The cursor keeps a list of all data so far, which says what any step was trained on.
 """
 
 import json
@@ -26,14 +26,14 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class DataSpan:
-    """Consecutive steps of a run that train on one prepared data set, up to where the next span begins."""
+    """Consecutive steps of a run on one prepared data set, up to the beginning of the next span."""
 
     first_step: int
     """Global batches that the run had consumed when the span began."""
     fingerprint: str
     num_bins: int
     prepared: str
-    """Path of the prepared data set; "" where it is not known."""
+    """Path of the prepared data set; "" when it is not known."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Cursor:
     step: int
     """Global batches consumed since the run began, over all epochs."""
     fingerprint: str
-    """Of the prepared data set."""
+    """Fingerprint of the prepared data set."""
     seed: int
     global_batch_bins: int
     num_bins: int
@@ -51,18 +51,21 @@ class Cursor:
     shuffle_block: int = DEFAULT_SHUFFLE_BLOCK
     shuffle_window: int = DEFAULT_SHUFFLE_WINDOW
     balance: dict[str, Any] | None = None
-    """The job's `balance` settings, whole_row_attention decided, where they decide which bins form a global batch
+    """The job's `balance` settings, with whole_row_attention decided, when they choose the bins of a global batch
     (`balance.across_batches`); None: the bins of a batch are those of the shuffled order."""
     prepared: str = ""
     """Path of the prepared data set, for people; the fingerprint is what counts."""
     first_step: int = 0
-    """Global batches that were consumed before the first of this data set."""
+    """Global batches that were consumed before the first one of this data set."""
     earlier: tuple[DataSpan, ...] = ()
     """The data sets before this one."""
 
     @classmethod
     def at(cls, schedule: Schedule | BalancedSchedule, step: int = 0, *, prepared: str = "") -> Self:
-        """The cursor of a run over `schedule` that has consumed `step` global batches. prepared: the data's path."""
+        """The cursor of a run over `schedule` that has consumed `step` global batches.
+
+        prepared: path of the prepared data set.
+        """
         balance = schedule.balance.order_record() if isinstance(schedule, BalancedSchedule) else None
         order = schedule.order if isinstance(schedule, BalancedSchedule) else schedule
         names = (field.name for field in fields(cls) if hasattr(order, field.name))
@@ -79,7 +82,7 @@ class Cursor:
 
     @property
     def spans(self) -> tuple[DataSpan, ...]:
-        """All data of the run so far, in order; the last is what it trains on now."""
+        """All data of the run so far, in order; the last span is the current one."""
         return *self.earlier, DataSpan(self.first_step, self.fingerprint, self.num_bins, self.prepared)
 
     def advance(self, steps: int = 1) -> Self:
@@ -87,50 +90,53 @@ class Cursor:
         return replace(self, step=self.step + steps)
 
     def continue_on(self, schedule: Schedule | BalancedSchedule, prepared: str) -> Self:
-        """The cursor of the same run at the beginning of other data, of which `schedule` is the order."""
+        """The cursor of the same run at the beginning of other data.
+
+        schedule: the order of the new data; prepared: path of the new data.
+        """
         start = type(self).at(schedule, self.step, prepared=prepared)
         spans = self.spans if self.step > self.first_step else self.earlier  # none on which no step was trained
         return replace(start, first_step=self.step, earlier=spans)
 
     def check(self, schedule: Schedule | BalancedSchedule) -> None:
-        """Raises UserError, naming both values and the remedy, if the cursor belongs to another order."""
+        """Raise UserError, naming both values and the remedy, when the cursor belongs to another order."""
         job = Cursor.at(schedule)
         for name, remedy in _DATA_REMEDIES.items():
             self._compare(name, getattr(self, name), getattr(job, name), remedy)
         self.check_order(schedule)
 
     def check_order(self, schedule: Schedule | BalancedSchedule) -> None:
-        """The same for the settings of the order alone, whatever the data."""
+        """Raise UserError, as `check` does, when the settings of the order differ; the data may differ."""
         job = Cursor.at(schedule)
         for name, remedy in _ORDER_REMEDIES.items():
             self._compare(name, getattr(self, name), getattr(job, name), remedy)
-        states = [each.balance is not None for each in (self, job)]
+        states = [cursor.balance is not None for cursor in (self, job)]
         remedy = f"set balance.across_batches to {json.dumps(states[0])} in the job file"
         self._compare("balance.across_batches", states[0], states[1], remedy)
-        saved, given = self.balance or {}, job.balance or {}
-        for name in sorted(saved.keys() | given.keys()):
+        saved, job_balance = self.balance or {}, job.balance or {}
+        for name in sorted(saved.keys() | job_balance.keys()):
             remedy = f"set balance.{name} to {json.dumps(saved.get(name))} in the job file"
-            self._compare(f"balance.{name}", saved.get(name), given.get(name), remedy)
+            self._compare(f"balance.{name}", saved.get(name), job_balance.get(name), remedy)
 
-    def _compare(self, name: str, saved: Any, given: Any, remedy: str) -> None:
-        if saved != given:
+    def _compare(self, name: str, saved: Any, job_value: Any, remedy: str) -> None:
+        if saved != job_value:
             raise UserError(
                 f"the checkpoint stands at step {self.step} of another order: its {name} is {saved!r}, "
-                f"this job's is {given!r}; {remedy}, or start from step 0 in a new output folder"
+                f"this job's is {job_value!r}; {remedy}, or start from step 0 in a new output folder"
             )
 
     def to_json(self) -> str:
-        """One JSON object, with the version of its format."""
+        """The cursor as one JSON object, with the version of its format."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The cursor that `to_json` wrote. Raises ValueError, saying what is wrong, for anything else."""
+        """Read the cursor that `to_json` wrote. Raises ValueError, saying what is wrong, for anything else."""
         saved = json.loads(text)
         version = saved.pop("format", None) if isinstance(saved, dict) else None
         if version not in (1, FORMAT):
             raise ValueError(f'no object with "format": {FORMAT}')
-        if version == 1:  # knew of one data set, and in its beginning of no balance
+        if version == 1:  # had one data set only, and at first no balance
             saved = {"balance": None, "prepared": "", "first_step": 0, "earlier": []} | saved
         earlier = saved.get("earlier")
         if not isinstance(earlier, list):
@@ -148,7 +154,7 @@ class Cursor:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """The cursor in a file. Raises UserError, naming the file, if it is missing or no cursor."""
+        """Read the cursor in a file. Raises UserError, naming the file, when it is missing or not a cursor."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -161,7 +167,7 @@ Saved = TypeVar("Saved")
 
 
 def _checked(kind: type[Saved], values: Any) -> Saved:
-    """A dataclass from plain values. Raises ValueError where one is missing, unknown or of another type."""
+    """Make a dataclass from plain values. Raises ValueError when one is missing, unknown or of another type."""
     types = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, dict) or values.keys() != types.keys():
         keys = sorted(values) if isinstance(values, dict) else values
@@ -173,7 +179,7 @@ def _checked(kind: type[Saved], values: Any) -> Saved:
     return kind(**values)
 
 
-# What a step's meaning rests on, in the order in which a person should hear of it.
+# What the meaning of a step depends on, in the order in which differences are reported.
 _DATA_REMEDIES = {
     "fingerprint": "point the job at the prepared data set the checkpoint was trained on",
     "num_bins": "restore the prepared data set, which has other bins under the same fingerprint",

@@ -1,9 +1,9 @@
-"""What each bin will cost to train on, as counts, in the footer of its bins file.
+"""Stores the counts that the cost of each bin is computed from, in the footer of its bins file.
 
-A schedule that balances ranks wants a few numbers of some thousand bins at once, from files that may lie in an object
-store. As columns they would be spread over the whole file, between the tokens: a thousand small reads. In the footer
-they come with the one read that opens the file: 33 kB for 1,600 bins, beside 375 kB that a footer has anyway, and 4 ms
-a file to open and decode on a local disk, against 26 ms as columns.
+A schedule that balances ranks needs a few numbers of some thousand bins at once, from files that may be in an object
+store. Columns of them would be spread over the whole file, between the tokens: a thousand small reads. The footer comes
+with the one read that opens the file: the counts add 33 kB for 1,600 bins to the 375 kB of the footer, and opening and
+decoding take 4 ms a file on a local disk, against 26 ms with columns.
 """
 
 import base64
@@ -20,29 +20,30 @@ KEY = b"mmray.loads"
 
 @dataclass(frozen=True)
 class Loads:
-    """Counts of n bins, int64 [n] each; bucket: str [n]."""
+    """Counts of n bins: each field is int64 [n], `bucket` is str [n]."""
 
     tokens: np.ndarray
     visual_tokens: np.ndarray
     trained_tokens: np.ndarray
-    sample_pairs: np.ndarray  # sum over the bin's samples of tokens squared: what attention grows with
-    visual_pairs: np.ndarray  # sum over the bin's tiles of visual tokens squared: the same for the vision tower
+    sample_pairs: np.ndarray  # sum over the bin's samples of tokens squared: the work of attention
+    visual_pairs: np.ndarray  # sum over the bin's tiles of visual tokens squared: attention in the vision tower
     bucket: np.ndarray  # the image shape its samples share, `mixed` or `text`
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def take(self, places: np.ndarray) -> Self:
+        """The loads at some places, int64 [m], in their order."""
         return type(self)(*(getattr(self, field.name)[places] for field in fields(self)))
 
     @classmethod
     def joined(cls, parts: Sequence["Loads"]) -> Self:
-        """The bins of all parts, one part after the other. parts: at least one."""
+        """Join loads, one part after the other. parts: at least one."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     @classmethod
     def of(cls, bins: pa.Table, visual_pairs: Sequence[int]) -> Self:
-        """The loads of a table of bins (`schema.BINS`). visual_pairs: one number for each bin."""
+        """Count the loads of a table of bins (`schema.BINS`). visual_pairs: one number for each bin."""
         lengths = bins["sample_lengths"].combine_chunks()
         squares = np.concatenate([[0], (lengths.flatten().to_numpy().astype(np.int64) ** 2).cumsum()])
         starts = np.concatenate([[0], lengths.value_lengths().to_numpy(zero_copy_only=False).cumsum()]).astype(np.int64)
@@ -56,7 +57,7 @@ class Loads:
         )
 
     def to_footer(self) -> dict[bytes, bytes]:
-        """As key-value metadata of a Parquet file."""
+        """Encode the loads as key-value metadata of a Parquet file."""
         table = pa.table({field.name: getattr(self, field.name) for field in fields(self)})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
@@ -65,7 +66,7 @@ class Loads:
 
     @classmethod
     def from_footer(cls, file: pq.ParquetFile) -> Self:
-        """What `to_footer` wrote."""
+        """Decode the loads that `to_footer` encoded."""
         table = pa.ipc.open_stream(base64.b64decode(file.metadata.metadata[KEY])).read_all()
         columns = {field.name: table[field.name].to_numpy() for field in fields(cls)}
         return cls(**columns | {"bucket": columns["bucket"].astype(np.str_)})

@@ -1,4 +1,4 @@
-"""The training order: which bins make up each global batch, as a pure function of the step.
+"""Computes the training order: which bins make up each global batch, as a pure function of the step.
 
 Promise: the order depends on (fingerprint, seed, epoch) and on nothing else that changes between runs: not on
 the number of ranks, not on where a run was interrupted, not on the machine. Every epoch holds every bin
@@ -20,8 +20,8 @@ random places at a time. Measured on 10^6 bins, 1,000 steps of 64 bins: 64 disti
 a window ends between) against 977, that is all of them, in a shuffle of single bins.
 
 Order is a compatibility promise: a checkpoint's cursor is one integer whose meaning is this order. It must
-never change between versions for the same arguments; tests/mmray/schedule/test_schedule.py pins it. Another order is a
-new class or a new argument, never an edit here.
+never change between versions for the same arguments; tests/mmray/schedule/test_schedule.py pins it. Another order needs
+a new class or a new argument, never an edit here.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class Schedule:
     shuffle_block: int = DEFAULT_SHUFFLE_BLOCK
     """Neighbouring bins that stay near each other in time, so that reads stay local: about one file's."""
     shuffle_window: int = DEFAULT_SHUFFLE_WINDOW
-    """Blocks, from random places of the data set, that are shuffled together."""
+    """Number of blocks, from random places of the data set, that are shuffled together."""
 
     def __post_init__(self) -> None:
         least = {"num_bins": 1, "global_batch_bins": 1, "seed": 0, "shuffle_block": 1, "shuffle_window": 1}
@@ -84,7 +84,7 @@ class Schedule:
         more = ", …" if self.global_batch_bins > len(slots) else ""
 
         def bins(step: int) -> str:
-            return ", ".join("empty" if each is None else f"{each:,}" for each in self._slots(step, slots)) + more
+            return ", ".join("empty" if number is None else f"{number:,}" for number in self._slots(step, slots)) + more
 
         return card(
             f"Schedule: {self.steps_per_epoch:,} steps an epoch",
@@ -97,7 +97,7 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches of one epoch, the padded one included."""
+        """Number of global batches in an epoch, the padded one included."""
         return -(-self.num_bins // self.global_batch_bins)
 
     def position(self, step: int) -> tuple[int, int]:
@@ -119,21 +119,21 @@ class Schedule:
         return self._order(epoch).bin_at(index) if self.shuffle else index
 
     def bins_in(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """The bins at places start to stop - 1 of `epoch`'s order, int64: bin_at of each, computed together."""
+        """The bins at places `start` to `stop` - 1 of `epoch`'s order, int64 [n]: `bin_at` for many places at once."""
         epoch, start, stop = _at_least(0, "epoch", epoch), operator.index(start), operator.index(stop)
         if not 0 <= start <= stop <= self.num_bins:
             raise ValueError(f"start and stop must lie in order from 0 to {self.num_bins}, got {start} and {stop}")
         return self._order(epoch).bins_in(start, stop) if self.shuffle else np.arange(start, stop, dtype=np.int64)
 
     def micro_batches_per_rank(self, world_size: int, micro_batch_bins: int = 1) -> int:
-        """Micro-batches that each rank runs in one step: gradient accumulation. The same for all ranks."""
+        """Number of micro-batches that each rank runs in a step (gradient accumulation); equal for all ranks."""
         share = _at_least(1, "world_size", world_size) * _at_least(1, "micro_batch_bins", micro_batch_bins)
         return -(-self.global_batch_bins // share)
 
     def rank_bins(self, step: int, rank: int, world_size: int, micro_batch_bins: int = 1) -> list[list[int | None]]:
         """The micro-batches of one rank in global batch `step`, in the order it runs them.
 
-        The dealing, for any world size: slot s of bins(step) goes to micro-batch s // (world_size * m) of
+        Bins are dealt alike for any world size: slot s of bins(step) goes to micro-batch s // (world_size * m) of
         rank (s // m) % world_size, at place s % m, where m is micro_batch_bins. So reading micro-batch 0 of
         ranks 0, 1, 2, ..., then micro-batch 1 of all ranks, and so on, gives bins(step), followed only by
         padding where the global batch does not divide evenly. Every rank gets micro_batches_per_rank(...)
@@ -166,7 +166,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _EpochOrder:
-    """The block shuffle of one epoch: place in the order -> bin number, one bin at a time."""
+    """The block shuffle of one epoch: maps a place in the order to a bin number, one bin at a time."""
 
     num_bins: int
     block: int  # bins
@@ -187,7 +187,7 @@ class _EpochOrder:
         return self.blocks[block_place] * self.block + place - self._block_start(block_place)
 
     def bins_in(self, first: int, stop: int) -> np.ndarray:
-        """bin_at of each place from first to stop - 1, int64."""
+        """The bins at places `first` to `stop` - 1, int64 [n]."""
         pieces = [np.zeros(0, dtype=np.int64)]
         window = max(0, first // (self.window * self.block))
         while first < stop:
@@ -210,7 +210,7 @@ class _EpochOrder:
         return self._block_start(min(window * self.window, self.blocks.size))
 
     def _block_start(self, block_place: int) -> int:
-        """The first place of a block's bins, given its place in the order of blocks."""
+        """The first place of a block's bins. block_place: place of the block in the order of blocks."""
         missing = self.blocks.size * self.block - self.num_bins  # what the short block lacks
         return block_place * self.block - (missing if block_place > self.short_place else 0)
 
@@ -247,7 +247,7 @@ class _Permutation:
                 return index
 
     def many(self, indices: np.ndarray) -> np.ndarray:
-        """self[index] of each; int64, for sizes below 2^62."""
+        """Permute many indices, int64 [n]; for sizes below 2^62."""
         values = np.asarray(indices, dtype=np.uint64)
         left = np.arange(len(values))
         rows, columns = np.uint64(self.rows), np.uint64(self.columns)
@@ -283,16 +283,14 @@ def _permutation(size: int, fingerprint: str, seed: int, epoch: int, purpose: st
 
 
 def _mix(value: int) -> int:
-    """64 bits to 64 well-mixed bits: the finalizer of SplitMix64 (Steele, Lea, Flood 2014; constants by
-    Stafford).
-    """
+    """Mix 64 bits: the finalizer of SplitMix64 (Steele, Lea, Flood 2014; constants by Stafford)."""
     for shift, factor in _SPLITMIX:
         value = ((value ^ (value >> shift)) * factor) & _MASK_64
     return value ^ (value >> 31)
 
 
 def mix_many(values: np.ndarray) -> np.ndarray:
-    """The same for every element of an array, uint64."""
+    """Mix the 64 bits of each element of an array, uint64 [n]."""
     for shift, factor in _SPLITMIX:
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
     return values ^ (values >> np.uint64(31))

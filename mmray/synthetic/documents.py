@@ -19,10 +19,10 @@ _MONTHS = ("January", "March", "May", "July", "September", "November")
 
 @dataclass(frozen=True)
 class Document:
-    """One page's content.
+    """The content of one page.
 
     kind: "invoice", "receipt", "timetable", "form" or "label".
-    lines: what is printed, (left, right) of each line; right is "" where the line has one part.
+    lines: the printed text, (left, right) of each line; right is "" where the line has one part.
     facts: questions that the page answers, with the answers.
     """
 
@@ -37,7 +37,7 @@ class Document:
 
 
 def make_document(seed: int, index: int, split: str = "train") -> Document:
-    """Document `index` of a seed; kinds take turns. Another `split` (held-out rows) has others."""
+    """Document `index` of a seed; kinds alternate. Another `split` (held-out rows) has other documents."""
     template = _TEMPLATES[index % len(_TEMPLATES)]
     return template(Random(f"mmray/{seed}/{split}/{index}"))
 
@@ -115,7 +115,7 @@ _TEMPLATES: tuple[Callable[[Random], Document], ...] = (_invoice, _receipt, _tim
 
 
 def _items(random: Random, least: int, most: int) -> tuple[list[tuple[str, str]], str]:
-    """Priced lines, and their sum as it is printed."""
+    """Lines with prices, and their sum as it is printed."""
     lines, total_cents = [], 0
     for item in random.sample(_ITEMS, random.randint(least, most)):
         count, cents = random.randint(1, 3), random.randrange(50, 1000, 50)

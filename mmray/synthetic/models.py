@@ -54,7 +54,7 @@ def small_config(model_type: str, processor_folder: str | Path, **overrides: Any
 
 
 def _qwen(folder: Path, tokenizer: PreTrainedTokenizerBase, text: Settings, vision: Settings) -> Settings:
-    """The parts that Qwen2-VL and Qwen2.5-VL share; `vision` lacks the image processor's grid alone."""
+    """The parts that Qwen2-VL and Qwen2.5-VL share; `vision` lacks only the image processor's grid."""
     images = _read_json(folder / "preprocessor_config.json")
     grid = {
         "patch_size": images["patch_size"],
@@ -83,7 +83,7 @@ def _qwen2_vl(folder: Path, tokenizer: PreTrainedTokenizerBase, text: Settings, 
 
 
 def _qwen2_5_vl(folder: Path, tokenizer: PreTrainedTokenizerBase, text: Settings, vision: Settings) -> Settings:
-    """One vision layer of windows and one of full attention, so that both kinds run."""
+    """The config of a Qwen2.5-VL with one vision layer of windows and one of full attention, so that both kinds run."""
     small = {
         "depth": 2,
         "hidden_size": 64,
@@ -96,7 +96,8 @@ def _qwen2_5_vl(folder: Path, tokenizer: PreTrainedTokenizerBase, text: Settings
 
 
 def _tiled(folder: Path, tokenizer: PreTrainedTokenizerBase, text: Settings, vision: Settings) -> Settings:
-    """Idefics3 and SmolVLM: a tile of S pixels gives (S / patch_size / scale_factor) ** 2 visual tokens."""
+    """The config of an Idefics3 or SmolVLM: a tile of S pixels gives (S / patch_size / scale_factor) ** 2 visual
+    tokens."""
     image_size = _read_json(folder / "preprocessor_config.json")["max_image_size"]["longest_edge"]
     visual_tokens = _read_json(folder / "processor_config.json")["image_seq_len"]
     scale_factor, side = 2, isqrt(visual_tokens)

@@ -28,7 +28,7 @@ Chat = tuple[int, list[Row]]  # number of images, messages
 class RowFile:
     """A JSONL file of rows.
 
-    num_rows: all its lines, bad ones included.
+    num_rows: number of lines, bad rows included.
     expected_rejects: reason -> number of rows that must be rejected for it; empty for the held-out set.
         "too_long" assumes a token capacity of at most 30,000.
     """
@@ -39,13 +39,13 @@ class RowFile:
 
     @property
     def num_good_rows(self) -> int:
-        """Rows that a prepare must pack."""
+        """Number of rows that a prepare must pack."""
         return self.num_rows - sum(self.expected_rejects.values())
 
 
 @dataclass(frozen=True)
 class SyntheticPages:
-    """What `write_pages` wrote. `folder` is the image root: paths in rows are relative to it."""
+    """The files that `write_pages` wrote. `folder` is the image root: paths in rows are relative to it."""
 
     folder: Path
     num_pages: int
@@ -98,7 +98,7 @@ def _write_images(folder: Path, count: int, seed: int, split: str) -> list[_Page
 
 
 def _write_broken_images(folder: Path) -> None:
-    """Two files whose header cannot be read: a JPEG that ends within it, and noise with a JPEG's name."""
+    """Writes two files whose header cannot be read: a JPEG that ends within it, and noise with a JPEG's name."""
     (folder / "pages/broken-truncated.jpg").write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF\x00")
     (folder / "pages/broken-noise.jpg").write_bytes(Random("mmray noise").randbytes(2000))
 
@@ -133,7 +133,7 @@ def _transcription(page: Document, _: Document) -> Chat:
 
 
 def _short_answer(page: Document, _: Document) -> Chat:
-    """A system prompt, the question before the image, the answer as parts."""
+    """A conversation with a system prompt, the question before the image, and the answer as parts."""
     question, answer = page.facts[0]
     turns = [_parts("user", f"{question} ", None), _parts("assistant", answer)]
     return 1, [_say("system", "You answer briefly."), *turns]
@@ -166,7 +166,7 @@ def _say(role: str, text: str) -> Row:
 
 
 def _parts(role: str, *parts: str | None) -> Row:
-    """A message of parts: a string is text, None an image."""
+    """A message of parts: a string becomes a text, None an image."""
     content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
     return {"role": role, "content": content}
 
@@ -175,7 +175,7 @@ def _parts(role: str, *parts: str | None) -> Row:
 
 
 def _bad_page_rows(page: _Page, seed: int) -> list[tuple[str, str]]:
-    """(line, the reason it must be rejected for)"""
+    """Bad rows, each as (line, the reason it must be rejected for)."""
     text = f"<image>\n{page.document.text}"
     rows: list[tuple[Row, str]] = [
         ({"id": "bad-missing", "text": text, "images": ["pages/nowhere.jpg"]}, "image_missing"),
@@ -188,7 +188,7 @@ def _bad_page_rows(page: _Page, seed: int) -> list[tuple[str, str]]:
 
 
 def _bad_chat_rows(page: _Page, seed: int) -> list[tuple[str, str]]:
-    """(line, the reason it must be rejected for)"""
+    """Bad rows, each as (line, the reason it must be rejected for)."""
     messages = [_parts("user", None, "Transcribe this page."), _say("assistant", page.document.text)]
     long = [_say("user", "Repeat: " + _oversize(seed)), _say("assistant", "No.")]
     broken = ["pages/broken-noise.jpg"]
@@ -207,7 +207,7 @@ def _oversize(seed: int) -> str:
 
 
 def _write_rows(path: Path, rows: Iterable[Row], bad: list[tuple[str, str]]) -> RowFile:
-    """Write the rows, the bad ones spread evenly between them."""
+    """Writes the rows, with the bad ones spread evenly between them."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     for number, (line, _) in reversed(list(enumerate(bad))):
         lines.insert((number + 1) * len(lines) // (len(bad) + 1), line)

@@ -44,7 +44,7 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class Storage:
-    """How a picture is stored.
+    """The form in which a picture is stored.
 
     suffix: ".jpg" or ".png".
     mode: Pillow's mode of the stored file: "RGB", "L", "P" or "RGBA".
@@ -74,7 +74,7 @@ def draw_page(document: Document) -> Image.Image:
 
 
 def save_page(document: Document, path: Path, storage: Storage) -> None:
-    """Draw a document and write its file; the same bytes for the same arguments and Pillow."""
+    """Draws a document and writes its file; the same bytes for the same arguments and Pillow."""
     if storage.mode == "RGBA":
         page = _draw(document, "RGBA", (0, 0, 0, 0))
     elif storage.mode == "P":

@@ -102,7 +102,7 @@ _TILE_TOKENS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What makes a processor folder a family's. Class names are those that published folders carry."""
+    """The files that make a processor folder one of a family. Class names are those that published folders carry."""
 
     special_tokens: tuple[str, ...]
     bos: str | None = None
@@ -112,11 +112,11 @@ class Recipe:
     chat_template: str | None
     processor_class: str
     image_processor: dict[str, Any]
-    """preprocessor_config.json"""
+    """Content of preprocessor_config.json."""
     processor: dict[str, Any] | None = None
-    """processor_config.json, for families that have one: such as the visual tokens of a tile."""
+    """Content of processor_config.json, for families that have one, such as the number of visual tokens of a tile."""
     tokenizer: dict[str, Any] = field(default_factory=dict)
-    """What else tokenizer_config.json holds."""
+    """Other content of tokenizer_config.json."""
 
 
 def _qwen(processor_class: str) -> Recipe:
@@ -149,7 +149,7 @@ def _qwen(processor_class: str) -> Recipe:
 
 
 def _tiled(class_stem: str, chat_template: str, turn_tokens: tuple[str, ...], bos: str, eos: str, pad: str) -> Recipe:
-    """The Idefics3 families: tiles of 64 pixels and 4 visual tokens, at most 2 x 2 and an overview."""
+    """The recipe of an Idefics3 family: tiles of 64 pixels and 4 visual tokens, at most 2 x 2 and an overview."""
     return Recipe(
         special_tokens=(*turn_tokens, *_TILE_TOKENS),
         bos=bos,
@@ -201,7 +201,7 @@ MODEL_TYPES = tuple(_RECIPES)
 
 
 def write_processor(folder: str | Path, model_type: str = "qwen2_vl", texts: Iterable[str] | None = None) -> Path:
-    """Write a small processor of a family to `folder`, and return the folder (see `write_recipe`).
+    """Writes a small processor of a family to `folder`, and returns the folder (see `write_recipe`).
 
     Raises ValueError for a family not in MODEL_TYPES.
     """
@@ -209,7 +209,7 @@ def write_processor(folder: str | Path, model_type: str = "qwen2_vl", texts: Ite
 
 
 def write_recipe(folder: str | Path, recipe: Recipe, texts: Iterable[str] | None = None) -> Path:
-    """Write the processor of a recipe to `folder`, and return the folder. The same files for the same arguments.
+    """Writes the processor of a recipe to `folder`, and returns the folder. The same files for the same arguments.
 
     texts: what the tokenizer is trained on; None takes the texts of the synthetic pages. Any other text is
         still encoded, byte by byte at worst.
@@ -245,14 +245,15 @@ def write_recipe(folder: str | Path, recipe: Recipe, texts: Iterable[str] | None
 
 
 def _recipe_of(model_type: str) -> Recipe:
-    """Raises ValueError, with the families there are, for an unknown one."""
+    """The recipe of a family. Raises ValueError, listing the families, for an unknown one."""
     if model_type not in _RECIPES:
         raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
     return _RECIPES[model_type]
 
 
 def _train_tokenizer(texts: Iterable[str], special_tokens: tuple[str, ...]) -> Tokenizer:
-    """Byte-level BPE; digits stand alone: numbers are read digit by digit. Special tokens come last."""
+    """Trains a byte-level BPE tokenizer. Digits stand alone: numbers are read digit by digit. Special tokens come
+    last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

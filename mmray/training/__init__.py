@@ -1,5 +1,5 @@
 """The training engine: DeepSpeed steps over packed micro-batches, without Ray.
 
-Nothing is imported here, so that reading a job file needs neither deepspeed nor a model class; import from
+This module imports nothing, so that reading a job file needs neither deepspeed nor a model class; import from
 `settings`, `engine`, `checkpoint`, `metrics`.
 """

@@ -1,12 +1,12 @@
-"""The proof that every bin trained once: `trained.jsonl`, one line for each step that was done.
+"""The proof that every bin was trained on once: `trained.jsonl`, one line for each step that was done.
 
     {"step": 7, "data": "9f0c…", "workers": 2, "bins": [[14, 3], [9, 21]]}
 
-`bins` are those whose micro-batches each rank was really given, read from the batches and gathered over all ranks, not
+`bins` are those whose micro-batches each rank really received, read from the batches and gathered over all ranks, not
 computed from the schedule; `data` is the fingerprint of the prepared dataset. 0.4 kB a step at 64 bins.
 
-The file is only appended to. A step that is done again after a crash has a second line, and everything from that step
-on that was written before belongs to work that was lost: `read_trained` leaves it out.
+The file is only appended to. A step that is done again after a crash has a second line. All lines from that step on
+that were written before belong to work that was lost, and `read_trained` leaves them out.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ TRAINED_FILE = "trained.jsonl"
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """What one step, counted from 1, trained on."""
+    """The bins that one step, counted from 1, trained on."""
 
     step: int
     data: str
     """Fingerprint of the prepared dataset."""
     workers: int
     bins: list[list[int]]
-    """Of each rank, in the order it ran them; empty bins are left out."""
+    """Bins of each rank, in the order it ran them; empty bins are left out."""
 
     @property
     def all_bins(self) -> list[int]:
@@ -35,7 +35,7 @@ class TrainedStep:
 
 
 def read_trained(run: Path) -> list[TrainedStep]:
-    """The steps of a run as they count, in order, each once; what was done again is left out."""
+    """The steps of a run in order, each once, as they were finally done; lines of lost work are left out."""
     steps: list[TrainedStep] = []
     for line in read_json_lines(run / TRAINED_FILE):
         while steps and steps[-1].step >= line["step"]:

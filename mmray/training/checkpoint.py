@@ -39,7 +39,7 @@ MODEL_FILE = "model.json"
 
 
 class Engine(Protocol):
-    """What of an engine a checkpoint holds, and puts back."""
+    """The parts of an engine that a checkpoint saves and restores."""
 
     deepspeed: Any
     """DeepSpeed's engine, with model and optimizer."""
@@ -52,32 +52,32 @@ class Engine(Protocol):
     group_weight_decay: list[float]
     """The weight decay of each group of the optimizer."""
     step_count: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     router_loss: float | None
     """Factor of the balancing loss of a mixture of experts; None for none."""
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a checkpoint says about itself."""
+    """The record in a checkpoint of its training."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     world_size: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote the checkpoint."""
     zero_stage: int
     """ZeRO stage that ran."""
     dtype: str
-    """ "bf16" or "fp32"."""
+    """Data type of the training, "bf16" or "fp32"."""
     lists: int
-    """Lists of files (`checksums.py`) that belong to it."""
+    """Number of lists of files (`checksums.py`) that belong to the checkpoint."""
     router_loss: float | None = None
     """Factor of the balancing loss; None for none, as in all checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
 class ResumeSource:
-    """A checkpoint made ready for the present number of ranks."""
+    """A checkpoint in the form that the present number of ranks can load."""
 
     folder: Path
     """The checkpoint."""
@@ -89,9 +89,9 @@ class ResumeSource:
 
 
 def save_state(engine: Engine, folder: Path) -> None:
-    """Write this rank's part of a checkpoint into `folder`, which all ranks may share or not; collective.
+    """Writes this rank's part of a checkpoint into `folder`, which all ranks may share or not. Collective.
 
-    Complete only when every rank has returned and the folders are merged: commit it after that.
+    It is complete only when every rank has returned and the folders are merged: commit it after that.
     """
     folder.mkdir(parents=True, exist_ok=True)
     engine.deepspeed.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
@@ -114,7 +114,7 @@ def save_state(engine: Engine, folder: Path) -> None:
 
 
 def read_state(folder: Path) -> SavedState:
-    """What the checkpoint in `folder` says about itself. Raises UserError where it is none."""
+    """The record of its training in the checkpoint in `folder`. Raises UserError where the folder is no checkpoint."""
     try:
         return SavedState(**json.loads((folder / STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -122,8 +122,10 @@ def read_state(folder: Path) -> SavedState:
 
 
 def read_settings(folder: Path) -> tuple[ModelSettings, TrainingSettings] | None:
-    """The settings with which the checkpoint in `folder` was trained; None where it was written before checkpoints said
-    so. Raises UserError where they cannot be read."""
+    """The settings with which the checkpoint in `folder` was trained.
+
+    None for a checkpoint that was written before checkpoints held them. Raises UserError where they cannot be read.
+    """
     path = folder / MODEL_FILE
     if not path.exists():
         return None
@@ -139,9 +141,10 @@ def prepared(
     resume_from: Path | None, engine: Engine, scratch: Path | None, node: str
 ) -> Iterator[ResumeSource | None]:
     """The checkpoint in the form that the engine's ranks can load, converted where needed; None without one.
+    Collective.
 
-    DeepSpeed must know the form before its engine is built, so this comes first; the conversion lives until
-    the block ends on every rank. Collective.
+    DeepSpeed must know the form before its engine is built, so this comes first; the conversion lives until the block
+    ends on every rank.
     """
     if resume_from is None:
         yield None
@@ -168,7 +171,7 @@ def prepared(
 
 
 def load_state(engine: Engine, source: ResumeSource) -> None:
-    """Put weights, optimizer state, step and RNG back; collective. The engine must be new.
+    """Restores weights, optimizer state, step and RNG into a new engine. Collective.
 
     RNG states belong to a rank: with another number of ranks they are seeded anew from seed, step and rank.
     """
@@ -186,12 +189,13 @@ def load_state(engine: Engine, source: ResumeSource) -> None:
 
 
 def _restore_own_settings(engine: Engine) -> None:
-    """Undo what DeepSpeed takes from a checkpoint but the present settings decide, and one slip of its own.
+    """Restores the present settings, which DeepSpeed overwrites from a checkpoint, and corrects one mistake of its
+    loader.
 
-    Optimizer groups come back with the hyperparameters they were saved with (from a universal checkpoint of
-    stage 3 all with those of the first group) and so does the clipping norm. That loader also gives all
-    groups one step counter, which each of them would then advance: without the copies the second step after
-    such a load was off by 5e-6 in the loss and 2e-3 in the gradient norm.
+    Optimizer groups come back with the hyperparameters they were saved with (from a universal checkpoint of stage 3 all
+    with those of the first group) and so does the clipping norm. That loader also gives all groups one step counter,
+    which each of them would then advance: without the copies the second step after such a load was off by 5e-6 in the
+    loss and 2e-3 in the gradient norm.
     """
     settings = engine.training_settings
     optimizer = engine.deepspeed.optimizer
@@ -205,7 +209,7 @@ def _restore_own_settings(engine: Engine) -> None:
 
 
 def seed_rng(seed: int, rank: int, step: int = 0) -> None:
-    """Seed python, numpy and torch of this rank; ranks and steps get unrelated streams."""
+    """Seeds python, numpy and torch of this rank; ranks and steps get unrelated streams."""
     word = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
     random.seed(word)
     np.random.seed(word)  # noqa: NPY002  the global generator is what other libraries draw from
@@ -217,7 +221,7 @@ def _rng_file(folder: Path, rank: int) -> Path:
 
 
 def _rng_state() -> dict[str, Any]:
-    """Of tensors, numbers and tuples only, so that it loads without unpickling code."""
+    """The RNG states as tensors, numbers and tuples only, so that they load without unpickling code."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "python": random.getstate(),

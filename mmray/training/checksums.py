@@ -1,9 +1,9 @@
-"""What a checkpoint must hold, so that a damaged or half-copied one is never taken for whole.
+"""Lists of the files in a checkpoint, by which a damaged or half-copied one is never taken for whole.
 
 Each rank lists the files it wrote, with their sizes and blake2b digests, in `files/rank-00000.json`. A rank's list is
-written after its files are where they belong, so a checkpoint with all lists has been copied whole; how many there
-must be stands in `training_state.json`. Hashing takes about a second a gigabyte and core: saving does it beside the
-training, restoring shares it out over all ranks.
+written after its files have reached their place, so a checkpoint with all lists has been copied whole;
+`training_state.json` holds the number of lists. Hashing takes about a second per gigabyte and core: saving does it
+beside the training, restoring divides it among all ranks.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ class ListedFile:
     """One file of a checkpoint as its rank wrote it."""
 
     name: str
-    """Its path in the checkpoint, with forward slashes."""
+    """Path in the checkpoint, with forward slashes."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     digest: str
-    """blake2b, 64 hex digits."""
+    """The blake2b digest, 64 hex digits."""
 
     def problem_in(self, folder: Path) -> str | None:
-        """What is wrong with the file in this copy of the checkpoint; None for nothing. Reads it whole."""
+        """The problem with the file in this copy of the checkpoint; None for none. Reads the whole file."""
         problem = self.size_problem_in(folder)
         if problem is None and _digest(folder / self.name) != self.digest:
             return f"{self.name} was changed: its checksum is another"
         return problem
 
     def size_problem_in(self, folder: Path) -> str | None:
-        """The same by its size alone."""
+        """The problem with the file's size in this copy of the checkpoint; None for none. Reads no content."""
         try:
             size = (folder / self.name).stat().st_size
         except OSError as error:
@@ -58,14 +58,14 @@ def listed_files(folder: Path, num_lists: int) -> list[ListedFile]:
 
     Raises OSError where a list is missing, ValueError where one is damaged.
     """
-    found = []
+    files = []
     for rank in range(num_lists):
         content = json.loads((folder / list_name(rank)).read_text())
         try:
-            found += [ListedFile(name, size, digest) for name, (size, digest) in content.items()]
+            files += [ListedFile(name, size, digest) for name, (size, digest) in content.items()]
         except (AttributeError, TypeError) as error:
             raise ValueError(f"{list_name(rank)} is no list of files") from error
-    return sorted(found, key=lambda file: (-file.size, file.name))
+    return sorted(files, key=lambda file: (-file.size, file.name))
 
 
 def _digest(path: Path) -> str:

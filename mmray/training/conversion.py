@@ -1,8 +1,8 @@
-"""DeepSpeed's shards, cut for one number of ranks, in a form that any number of ranks can load.
+"""Conversion of DeepSpeed's shards, which are cut for one number of ranks, to a form that any number of ranks can load.
 
-The universal form is one file for each parameter and state, from which every rank cuts its own. Converting reads the
-whole checkpoint and writes it once more. One rank does it where all see the same folder; where none is shared one rank
-of each node does, into that node's own disk. The others wait.
+The universal form is one file for each parameter and state, from which every rank cuts its own part. Converting reads
+the whole checkpoint and writes it once more. One rank does it where all see the same folder; where none is shared one
+rank of each node does, into that node's own disk. The others wait.
 """
 
 import os
@@ -26,16 +26,17 @@ sys.modules["{UNUSED}"] = None
 from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
 main(parse_arguments())
 """
-"""`python -m deepspeed.checkpoint.ds_to_universal`, without what DeepSpeed imports and does not need."""
+"""Code that runs `deepspeed.checkpoint.ds_to_universal` without imports of DeepSpeed that it does not need."""
 
 
 @contextmanager
 def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ranks) -> Iterator[Path]:
     """A temporary folder that holds `deepspeed/` in universal form, deleted when the block has ended on every rank.
 
-    source: the checkpoint; num_shards: ranks that wrote it. scratch: where the folder is made; what a run that was
-    killed has left there goes. node: ranks that give the same see the same `scratch`, and share one conversion.
-    Collective. Raises UserError on every rank where it failed on one.
+    source: the checkpoint; num_shards: number of ranks that wrote it.
+    scratch: where the folder is made; leftovers of a run that was killed are deleted there.
+    node: ranks with the same value see the same `scratch`, and share one conversion.
+    Collective. Raises UserError on every rank where the conversion failed on one.
     """
     converter = ranks.every(node).index(node)
     work, problem = Path(), None
@@ -54,7 +55,7 @@ def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ra
         visible = ranks.every(work.is_dir())
         if not all(visible):
             raise UserError(
-                f"workers {[rank for rank, seen in enumerate(visible) if not seen]} do not see {scratch}; "
+                f"workers {[rank for rank, sees in enumerate(visible) if not sees]} do not see {scratch}; "
                 f"to resume with another number of workers, give a folder that all of them share"
             )
         yield work
@@ -65,10 +66,10 @@ def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ra
 
 
 def _convert(source: Path, work: Path, num_shards: int) -> str | None:
-    """Convert the shards in `source` to `work/deepspeed`; the error's text where that failed.
+    """Converts the shards in `source` to `work/deepspeed`; returns the error's text where that failed.
 
-    In a process of its own, because the converter forks workers, which this one, with its threads and perhaps
-    CUDA, must not; and with relative paths, because the converter takes its paths for regular expressions.
+    It runs in a process of its own, because the converter forks workers, which this process, with its threads and
+    perhaps CUDA, must not; and with relative paths, because the converter takes its paths for regular expressions.
     """
     (work / "source").symlink_to((source / SHARDS).resolve())
     workers = str(max(1, min(4, os.cpu_count() or 1, num_shards)))

@@ -1,8 +1,8 @@
-"""Whether DeepSpeed knows what `training.deepspeed` says, asked of DeepSpeed itself before work starts.
+"""A check, before work starts, that DeepSpeed itself knows every key in `training.deepspeed`.
 
 DeepSpeed's newer groups are pydantic models, which refuse a key they do not know, but only on the workers; its older
-groups, and the top of its configuration, ignore such a key in silence. So its own reader is given the configuration in
-dictionaries that note which keys are asked for: a key that it never asks for means nothing to it.
+groups, and the top of its configuration, ignore such a key silently. So DeepSpeed's own reader is given the
+configuration in dictionaries that record which keys are asked for: a key that it never asks for means nothing to it.
 """
 
 import difflib
@@ -23,9 +23,9 @@ UNJUDGED = ("autotuning", "data_efficiency")
 
 
 def check_deepspeed(model: ModelSettings, training: TrainingSettings) -> str | None:
-    """Raise UserError where `training.deepspeed` has a key or a value that DeepSpeed does not know.
+    """Raises UserError where `training.deepspeed` has a key or a value that DeepSpeed does not know.
 
-    Returns a note where it could not be asked: DeepSpeed is not installed here, or None.
+    Returns a note where DeepSpeed is not installed here and could not be asked; otherwise None.
     """
     overrides = load_deepspeed_overrides(training.deepspeed)
     if not overrides:
@@ -53,7 +53,7 @@ def check_deepspeed(model: ModelSettings, training: TrainingSettings) -> str | N
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed tells of the accelerator it has found, or not, when it is imported."""
+    """Silences the messages about the accelerator that importing DeepSpeed prints."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -63,7 +63,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _Noting(dict[str, Any]):
-    """A dictionary that notes the keys that are asked for, also in the dictionaries it holds."""
+    """A dictionary that records the keys that are asked for, also in the dictionaries it holds."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         super().__init__({key: _Noting(value) if isinstance(value, dict) else value for key, value in content.items()})
@@ -90,11 +90,11 @@ class _Noting(dict[str, Any]):
             yield key
 
     def keys(self) -> "_Noting":  # type: ignore[override]
-        """Itself, which answers what is asked of its keys, and notes it."""
+        """The dictionary itself, so that the keys that are looked up in it are recorded."""
         return self
 
     def items(self) -> Any:
-        """All of it; all its keys are asked for."""
+        """All items; every key counts as asked for."""
         self.asked.update(super().keys())
         return super().items()
 
@@ -132,7 +132,8 @@ def _unknown(path: str, known: Iterable[str]) -> str:
 
 
 def _paths_to(location: list[str], node: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[list[str]]:
-    """Where in the configuration a model's location is: its own group is not part of it."""
+    """The paths in the configuration that a model's location belongs to; the location does not contain the model's own
+    group."""
     inner: Any = node
     for part in location:
         inner = inner.get(part, _ABSENT) if isinstance(inner, dict) else _ABSENT
@@ -147,7 +148,7 @@ _ABSENT = object()
 
 
 def _models(base: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """All models of DeepSpeed's configuration that are imported."""
+    """All imported models of DeepSpeed's configuration."""
     for model in base.__subclasses__():
         if model.__module__.startswith("deepspeed."):
             yield model

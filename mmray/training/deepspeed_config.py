@@ -19,7 +19,8 @@ from mmray.errors import UserError
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
 
 UNUSED = "mlflow"
-"""What DeepSpeed imports for its autotuner where it is installed: 2.3 of the 4 s that its own import takes."""
+"""A package that DeepSpeed imports for its autotuner where it is installed: 2.3 of the 4 s of DeepSpeed's own
+import."""
 
 
 def import_deepspeed() -> ModuleType:
@@ -38,7 +39,7 @@ def import_deepspeed() -> ModuleType:
 
 @contextmanager
 def _absent(package: str) -> Iterator[None]:
-    """Importing the package fails in this block, unless it is imported already."""
+    """Makes importing the package fail inside the block, unless it is imported already."""
     if package in sys.modules:
         yield
         return
@@ -51,7 +52,7 @@ def _absent(package: str) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Raise UserError where a block, DeepSpeed's initialising, changes the types of the model's buffers.
+    """Raises UserError where the block, DeepSpeed's initialisation, changes the types of the model's buffers.
 
     DeepSpeed before 0.19.2 made rotary frequencies bf16: at position 1,500 their cosine is then off by 0.27.
     """
@@ -70,7 +71,7 @@ def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def effective_zero_stage(model: ModelSettings, training: TrainingSettings) -> int:
-    """The stage that runs: 0 becomes 1 with bf16, where DeepSpeed has no fp32 accumulation for stage 0."""
+    """The ZeRO stage that runs: 0 becomes 1 with bf16, because DeepSpeed has no fp32 accumulation for stage 0."""
     return max(1, training.zero_stage) if model.dtype == "bf16" else training.zero_stage
 
 
@@ -82,10 +83,10 @@ def deepspeed_config(
     grad_accumulation: int,
     load_universal: bool,
 ) -> dict[str, Any]:
-    """mmray's configuration with the user's laid over it.
+    """DeepSpeed's configuration: mmray's, overridden by the user's.
 
     Gradient scaling is not left to DeepSpeed: the batch sizes here only tell it when a step is complete.
-    load_universal: the checkpoint to resume was converted for another number of workers.
+    load_universal: whether the checkpoint to resume was converted for another number of workers.
     """
     stage = effective_zero_stage(model, training)
     config: dict[str, Any] = {

@@ -40,24 +40,26 @@ logger = logging.getLogger(__name__)
 
 
 class MicroBatch(Protocol):
-    """What one rank runs forward and backward at once."""
+    """The input of one forward and backward pass of one rank."""
 
     labels: Tensor
-    """int64 [1, L], aligned with input_ids; IGNORE_INDEX where not trained."""
+    """Labels aligned with input_ids, int64 [1, L]; IGNORE_INDEX where a token is not trained on."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its samples, without padding."""
+        """Number of tokens of the samples, without padding."""
         ...
 
     @property
     def trained_segments(self) -> Tensor:
-        """int64 [L]: the number of each token's sample, PADDING_SEGMENT outside samples and in those left out of the
-        loss. Asked for of mixtures of experts alone."""
+        """Index of each token's sample, int64 [L]; PADDING_SEGMENT outside samples and in samples left out of the loss.
+
+        Only mixtures of experts ask for it.
+        """
         ...
 
     def model_inputs(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
-        """The model's keyword arguments on `device`, pixel values as `dtype`; no labels, no use_cache.
+        """The model's keyword arguments on `device`, with pixel values as `dtype`; no labels, no use_cache.
 
         Under ZeRO-3 every micro-batch must run the same modules: one without images carries a dummy image.
         """
@@ -66,21 +68,23 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step; every rank has the same values."""
+    """The metrics of one optimizer step, equal on every rank."""
 
     loss: float
-    """Mean cross-entropy of the trained tokens of the global batch, in nats; 0 where it has none."""
+    """Mean cross-entropy of the trained tokens of the global batch, in nats; 0 where there are none."""
     trained_tokens: int
-    """Trained tokens of the global batch."""
+    """Number of trained tokens of the global batch."""
     tokens: int
-    """Tokens of the samples of the global batch: what is added to keep ranks in step does not count."""
+    """Number of tokens of the global batch's samples; padding that keeps ranks in step does not count."""
     grad_norm: float
     """Norm of the gradient of all parameters, before clipping."""
     learning_rate: float
     """Learning rate of this step."""
     router_loss: float | None = None
-    """Balancing loss of a mixture of experts, before its factor: mean over the tokens of the global batch's samples. 1
-    where experts are used evenly; None where none is trained."""
+    """Balancing loss of a mixture of experts, before its factor: mean over the tokens of the global batch's samples.
+
+    It is 1 where experts are used evenly; None where no such loss is trained.
+    """
 
 
 class TrainingEngine:
@@ -101,13 +105,16 @@ class TrainingEngine:
         node: str = "",
         ranks: Ranks | None = None,
     ) -> None:
-        """Build the model and DeepSpeed around it; torch.distributed must be initialised.
+        """Builds the model and DeepSpeed around it; torch.distributed must be initialised.
 
-        total_steps: optimizer steps of the whole training, for the learning rate. grad_accumulation:
-        micro-batches per rank and step. resume_from: a folder that `save_state` of all ranks wrote into,
-        complete on every rank; the number of ranks may have changed. scratch: a folder that belongs to this run;
-        while resuming with another number of ranks about the size of the checkpoint is written there. node: ranks that
-        give the same see the same files in scratch; all do where nothing is given. ranks: made here where not given.
+        total_steps: optimizer steps of the whole training, for the learning rate.
+        grad_accumulation: micro-batches per rank and step.
+        resume_from: a folder that `save_state` of all ranks wrote into, complete on every rank; the number of ranks may
+        have changed.
+        scratch: a folder that belongs to this run. Resuming with another number of ranks writes about the size of the
+        checkpoint there.
+        node: ranks with the same value see the same files in scratch; "": all ranks do.
+        ranks: made here where None.
 
         Raises UserError when settings, checkpoint and number of ranks do not fit together.
         """
@@ -147,12 +154,12 @@ class TrainingEngine:
         return self.deepspeed.module
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
-        """One optimizer step on this rank's part of a global batch: `grad_accumulation` micro-batches.
+        """Does one optimizer step on this rank's part of a global batch: `grad_accumulation` micro-batches.
 
-        A global batch without a trained token leaves weights and optimizer as they are, and is warned of.
+        A global batch without a trained token leaves weights and optimizer as they are, with a warning.
 
-        Raises UserError when the loss or the gradient is not finite; before the weights change, except for a
-        gradient under ZeRO.
+        Raises UserError when the loss or the gradient is not finite; before the weights change, except for a gradient
+        under ZeRO.
         """
         if len(micro_batches) != self.grad_accumulation:
             raise ValueError(f"a step takes {self.grad_accumulation} micro-batches, got {len(micro_batches)}")
@@ -177,18 +184,18 @@ class TrainingEngine:
         return StepMetrics(loss, trained, tokens, grad_norm, rate, router_loss if self.routers else None)
 
     def _nothing_trained(self, tokens: int, rate: float) -> StepMetrics:
-        """A step that is counted and does nothing: with gradients of zero, AdamW would still move every weight, by its
-        running means and its decay."""
+        """Counts a step without an update: with gradients of zero, AdamW would still move every weight, by its running
+        means and its decay."""
         self.step_count += 1
         if self.rank == 0:
             logger.warning("step %d has no trained token: the weights stay as they are", self.step_count)
         return StepMetrics(0.0, 0, tokens, 0.0, rate)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> tuple[float, int]:
-        """Mean cross-entropy over the trained tokens of all batches of all ranks, and their number.
+        """The mean cross-entropy over the trained tokens of all batches of all ranks, and the number of these tokens.
 
-        Every rank must give the same number of micro-batches in all: under ZeRO-3 each forward is collective.
-        The loss is NaN where no token is trained.
+        Every rank must pass the same number of micro-batches: under ZeRO-3 each forward is collective. The loss is NaN
+        where no token is trained on.
         """
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.deepspeed.eval()
@@ -206,20 +213,20 @@ class TrainingEngine:
         return (loss_sum / trained if trained else float("nan")), int(trained)
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """The integers of every rank, in the order of ranks; every rank gives as many. Collective."""
+        """The integers of every rank, in the order of ranks; every rank passes the same number of them. Collective."""
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)
         every = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(every, mine)
-        return [each.tolist() for each in every]
+        return [rank_values.tolist() for rank_values in every]
 
     def gather_objects(self, values: Sequence[Any]) -> list[Any]:
-        """The values of all ranks one after another, in the order of ranks. Collective."""
+        """The values of all ranks in one list, in the order of ranks. Collective."""
         every: list[Any] = [None] * self.world_size
         dist.all_gather_object(every, list(values))
-        return [value for each in every for value in each]
+        return [value for rank_values in every for value in rank_values]
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
+        """Releases DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
         self.deepspeed.destroy()
 
     def _initialize(self, deepspeed: Any, *, load_universal: bool) -> Any:
@@ -239,12 +246,12 @@ class TrainingEngine:
             deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves))
         groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
         self.group_weight_decay = [group["weight_decay"] for group in groups]
-        with buffers_kept(model), _told():
+        with buffers_kept(model), _as_user_error():
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         return engine
 
     def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
-        """Trained tokens and tokens of the global batch."""
+        """Number of trained tokens, and of tokens, of the global batch."""
         trained = torch.stack([count_trained_tokens(batch.labels).to(self.device) for batch in micro_batches]).sum()
         tokens = sum(batch.num_tokens for batch in micro_batches)
         counts = torch.stack([trained, trained.new_tensor(tokens)])
@@ -257,7 +264,7 @@ class TrainingEngine:
         return packed_loss_sum(self.deepspeed, inputs, labels)
 
     def _balanced_tokens(self, micro_batches: Sequence[MicroBatch]) -> int:
-        """Tokens of the global batch that the balancing loss is a mean over; 0 where there is none."""
+        """Number of tokens of the global batch that the balancing loss is averaged over; 0 without such a loss."""
         if self.routers is None:
             return 0
         counts = [(batch.trained_segments != PADDING_SEGMENT).sum() for batch in micro_batches]
@@ -266,7 +273,7 @@ class TrainingEngine:
         return int(tokens)
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, router_scale: float) -> Tensor:
-        """The micro-batch's loss sum and sum of balancing losses, detached; their gradients are accumulated."""
+        """The micro-batch's loss sum and its sum of balancing losses, detached; their gradients are accumulated."""
         labels = micro_batch.labels.to(self.device)
         if self.routers is None:
             loss_sum = self._loss_sum(micro_batch, labels)
@@ -281,7 +288,7 @@ class TrainingEngine:
         return torch.stack([loss_sum.detach(), balancing.detach()])
 
     def _apply_gradients(self) -> float:
-        """Clip and update; the norm before clipping. At stage 0 DeepSpeed would clip by a norm in fp32."""
+        """Clips and updates; returns the norm before clipping. At stage 0 DeepSpeed would clip by a norm in fp32."""
         if self.zero_stage == 0:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             grad_norm = gradient_norm(gradients)
@@ -296,7 +303,7 @@ class TrainingEngine:
         return grad_norm
 
     def _require_finite(self, value: float, name: str) -> None:
-        """Every rank holds the same value, so every rank raises or none."""
+        """Raises UserError for a value that is not finite. All ranks hold the same value, so all raise or none."""
         if not torch.isfinite(torch.tensor(value)):
             raise UserError(
                 f"the {name} of step {self.step_count + 1} is {value}; lower training.learning_rate or "
@@ -305,8 +312,8 @@ class TrainingEngine:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What DeepSpeed refuses of its configuration, as a mistake that a person can mend."""
+def _as_user_error() -> Iterator[None]:
+    """Raises what DeepSpeed refuses of its configuration as a UserError."""
     try:
         yield
     except (ValueError, AssertionError) as error:  # also of its pydantic models
@@ -314,7 +321,7 @@ def _told() -> Iterator[None]:
 
 
 def _agree_on_device() -> None:
-    """DeepSpeed takes the index of its device from LOCAL_RANK; make it the device that the caller has set."""
+    """Sets LOCAL_RANK, from which DeepSpeed takes its device, to the device that the caller has set."""
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     else:

@@ -1,7 +1,8 @@
-"""The first loss of a training from pretrained weights says whether they are the right ones, and understood.
+"""A check of the first loss, which shows whether pretrained weights, template and processor belong together.
 
-A model that has read text of the kind gives 0.5 to 2 nats a token. At ln(vocabulary) every token is as likely as every
-other: the weights were not loaded, or are another model's; between, the template or the processor is not the model's.
+A model that has learned text of the same kind gives 0.5 to 2 nats a token. At ln(vocabulary) every token is as likely
+as every other: the weights were not loaded, or are another model's. In between, the template or the processor is not
+the model's.
 """
 
 import math
@@ -11,15 +12,15 @@ from transformers import PretrainedConfig
 from mmray.training.settings import ModelSettings
 
 HIGHEST = 4.0
-"""In nats a token."""
+"""Highest plausible first loss, in nats a token."""
 LIKE_RANDOM = 0.1
-"""How far from ln(vocabulary), as a part of it, a loss is that of random weights."""
+"""Distance from ln(vocabulary), as a share of it, within which a loss is that of random weights."""
 
 
 def first_loss_problem(loss: float, trained_tokens: int, model: ModelSettings, config: PretrainedConfig) -> str | None:
-    """What is wrong with the loss of the first step, in nats a token; None for nothing, or where it cannot be told.
+    """The problem with the loss of the first step, in nats a token; None for none, or where it cannot be told.
 
-    config: of the model that is trained.
+    config: that of the trained model.
     """
     if model.path is None or not trained_tokens:
         return None

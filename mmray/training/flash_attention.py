@@ -1,4 +1,5 @@
-"""What flash attention cannot run, told from a model without memory: on any machine, before a GPU is taken."""
+"""A check for models that flash attention cannot run, from a model without memory: on any machine, before a GPU is
+used."""
 
 import torch
 from transformers import PreTrainedModel
@@ -6,11 +7,11 @@ from transformers import PreTrainedModel
 from mmray.training.settings import ModelSettings
 
 MAX_HEAD_SIZE = 256
-"""Of the kernels of flash_attn 2, in a head's numbers of a token."""
+"""Largest head dimension that the kernels of flash_attn 2 support."""
 
 
 def flash_problem(model: PreTrainedModel, settings: ModelSettings) -> str | None:
-    """Why `flash_attention_2` cannot run a model of these settings; None where it can."""
+    """The reason why `flash_attention_2` cannot run a model of these settings; None where it can."""
     if settings.dtype != "bf16":
         return f"its kernels take bf16, and model.dtype is {settings.dtype}"
     refusing = {
@@ -28,6 +29,6 @@ def flash_problem(model: PreTrainedModel, settings: ModelSettings) -> str | None
 
 
 def _head_size(part: torch.nn.Module) -> int:
-    """Of an attention layer; 0 for other modules."""
+    """The head dimension of an attention layer; 0 for other modules."""
     size = getattr(part, "head_dim", 0)
     return size if isinstance(size, int) else 0

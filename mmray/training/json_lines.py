@@ -1,7 +1,7 @@
-"""Files to which one line of JSON after another is appended, and which survive the death of their writer.
+"""Files to which lines of JSON are appended one by one, and which survive the death of their writer.
 
-A line is one write of the operating system, so a reader finds whole lines, and at most one torn line at the end, which
-the next writer cuts off.
+A line is one write of the operating system, so a reader finds whole lines, and at most one incomplete line at the end,
+which the next writer cuts off.
 """
 
 import json
@@ -14,7 +14,7 @@ from mmray.storage import replacing
 
 
 class JsonLines:
-    """Appends to one file. Made where absent, with its folder; a torn last line is cut off first."""
+    """Appends to one file, which is created with its folder where absent; an incomplete last line is cut off first."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Hand one line to the operating system: it survives the death of this process."""
+        """Hands one line to the operating system: it survives the death of this process."""
         self._file.write(json.dumps(line).encode() + b"\n")
 
     def close(self) -> None:
@@ -31,7 +31,7 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, without a torn last one; none where there is no file."""
+    """The lines of a file, without an incomplete last one; none where there is no file."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -40,7 +40,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Put these lines in the place of the file's, all at once."""
+    """Replaces the lines of the file atomically."""
     with replacing(path) as beside, beside.open("wb") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 

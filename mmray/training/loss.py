@@ -31,13 +31,14 @@ def count_trained_tokens(labels: Tensor) -> Tensor:
 def packed_loss_sum(model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Sum of the cross-entropies of all trained tokens, an fp32 scalar attached to the graph.
 
-    model: a transformers model, or a DeepSpeed engine around one. inputs: its keyword arguments, without
-    labels and use_cache: the cache stays off, because transformers detects packed sequences only without it.
-    labels: int64 [B, L] aligned with input_ids; the token at t is predicted from position t - 1, IGNORE_INDEX
-    is not trained.
+    model: a transformers model, or a DeepSpeed engine around one.
+    inputs: the model's keyword arguments, without labels and use_cache: the cache stays off, because transformers
+    detects packed sequences only without it.
+    labels: int64 [B, L] aligned with input_ids; the token at t is predicted from position t - 1, and is not trained on
+    where its label is IGNORE_INDEX.
 
-    Without a trained token the result is zero and still attached to every parameter, so that under ZeRO-3
-    this rank takes part in every collective of the backward pass.
+    Without a trained token the result is zero and still attached to every parameter, so that under ZeRO-3 this rank
+    takes part in every collective of the backward pass.
     """
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
@@ -51,7 +52,8 @@ def packed_loss_sum(model: torch.nn.Module, inputs: dict[str, Tensor], labels: T
 
 
 def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits [N, V], targets [N] → fp32 scalar, in chunks of rows; N may be 0."""
+    """Sum of the cross-entropies, an fp32 scalar, computed in chunks of rows. logits: [N, V]; targets: [N]; N may be
+    0."""
     rows = max(1, MAX_CHUNK_ELEMENTS // logits.shape[-1])
     total = logits.new_zeros((), dtype=torch.float32)
     for chunk, chunk_targets in zip(logits.split(rows), targets.split(rows), strict=True):

@@ -1,9 +1,8 @@
-"""Build the model that is trained: real transformers classes, from files or with random weights.
+"""Builds the model that is trained: real transformers classes, from files or with random weights.
 
-Random weights are a pure function of the seed: the same on every rank, for every ZeRO stage and number of
-workers. transformers draws them while it builds the modules, and under ZeRO-3 afterwards, module by module;
-both ways give the same numbers only when the first draws nothing while building, which is how it is done
-here.
+Random weights are a pure function of the seed: the same on every rank, for every ZeRO stage and number of workers.
+transformers draws them while it builds the modules, and under ZeRO-3 afterwards, module by module; both ways give the
+same numbers only when the first draws nothing while building, which is how it is done here.
 """
 
 import logging
@@ -35,9 +34,9 @@ def build_model(
 ) -> PreTrainedModel:
     """The model in training mode, cache off, gradient checkpointing as set; leaves the RNG of the caller alone.
 
-    device: where random weights are drawn (the CPU where None); another device draws other numbers.
-    zero3_config: the DeepSpeed configuration of a ZeRO-3 run. Weights are then sharded while they are made or
-    loaded, so no rank ever holds the whole model; every rank must make this call.
+    device: where random weights are drawn (the CPU where None); another device draws other numbers. zero3_config: the
+    DeepSpeed configuration of a ZeRO-3 run. Weights are then sharded while they are drawn or loaded, so no rank ever
+    holds the whole model; every rank must make this call.
 
     Raises UserError when the files or the model class cannot be found, or the files do not hold the model's weights.
     """
@@ -66,8 +65,10 @@ def build_model(
 
 
 def empty_model(settings: ModelSettings) -> PreTrainedModel:
-    """The model without weights, on the meta device, in the dtype of the settings: as its configuration has it, with
-    none of the switches that training sets. Raises UserError like `build_model`."""
+    """The model without weights, on the meta device, in the dtype of the settings.
+
+    It is as its configuration has it, without the switches that training sets. Raises UserError like `build_model`.
+    """
     try:
         with torch.device("meta"):
             return _from_config(settings)
@@ -76,10 +77,13 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
 
 
 def check_weights(settings: ModelSettings, *, download: bool = False) -> str:
-    """Compare the weights in the files of `model.path` with the model, without loading them.
+    """Compares the weights in the files of `model.path` with the model, without loading them.
 
-    download: as for `stored_shapes`. Returns what is drawn at random or left out as `model.allow_missing` says, "" for
-    nothing. Raises UserError naming the weights that do not fit; UnknownWeights where they cannot be known from here.
+    download: as for `stored_shapes`.
+
+    Returns a text on weights that are drawn at random or left out because `model.allow_missing` says so, "" for none.
+
+    Raises UserError naming the weights that do not fit; UnknownWeights where they cannot be known from here.
     """
     assert settings.path is not None
     config = load_config(settings)
@@ -88,13 +92,13 @@ def check_weights(settings: ModelSettings, *, download: bool = False) -> str:
     stored = stored_shapes(settings.path, download=download)
     empty = empty_model(settings)
     names = {*stored, *empty.state_dict()}
-    found = fit(empty, stored)
-    check_patterns(settings.allow_missing, {*names, *found.unexpected})
-    return check_fit(settings.path, found, settings.allow_missing)
+    weights_fit = fit(empty, stored)
+    check_patterns(settings.allow_missing, {*names, *weights_fit.unexpected})
+    return check_fit(settings.path, weights_fit, settings.allow_missing)
 
 
 def _warn_of_weights(settings: ModelSettings) -> None:
-    """`check_weights` before loading, and a warning of what is left to chance."""
+    """Runs `check_weights` before loading, and warns of weights that are drawn at random or left out."""
     try:
         if exempt := check_weights(settings, download=True):
             log.warning("model.allow_missing: of the weights of %s, %s", settings.path, exempt)
@@ -105,7 +109,7 @@ def _warn_of_weights(settings: ModelSettings) -> None:
 def load_config(settings: ModelSettings) -> PretrainedConfig:
     """The model's configuration, from its path or as given, with the attention implementation of the settings.
 
-    Raises UserError where there is none to read.
+    Raises UserError where it cannot be read.
     """
     config = _read_config(settings)
     config._attn_implementation = settings.attention
@@ -156,9 +160,11 @@ def _from_config(settings: ModelSettings) -> PreTrainedModel:
 
 
 def resize_embeddings(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """Give tokens that were added to the tokenizer their rows, by transformers the mean of the others; their number is
-    then the configuration's `vocab_size`. On the meta device only shapes change. Raises UserError where transformers
-    cannot."""
+    """Gives tokens that were added to the tokenizer their embedding rows.
+
+    transformers sets them to the mean of the others; their number is then the configuration's `vocab_size`. On the meta
+    device only shapes change. Raises UserError where transformers cannot resize.
+    """
     family = load_family(
         settings.processor_source, model_type=model.config.model_type, trust_remote_code=settings.trust_remote_code
     )
@@ -178,7 +184,7 @@ def _build_options(model_class: Any, settings: ModelSettings) -> dict[str, Any]:
 
 
 def _model_class(config: PretrainedConfig) -> Any:
-    """The auto class where it knows the configuration, else the class that the configuration names."""
+    """The auto class where it knows the configuration, otherwise the class that the configuration names."""
     auto_map = getattr(config, "auto_map", None) or {}
     if type(config) in AutoModelForImageTextToText._model_mapping or "AutoModelForImageTextToText" in auto_map:
         return AutoModelForImageTextToText
@@ -192,7 +198,7 @@ def _model_class(config: PretrainedConfig) -> Any:
 
 
 def _switch_off_cache(config: PretrainedConfig) -> None:
-    """Also on the text config: with a cache transformers does not detect packed sequences."""
+    """Switches the cache off, also in the text config: with a cache transformers does not detect packed sequences."""
     for part in (config, config.get_text_config()):
         part.use_cache = False
 
@@ -207,7 +213,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _zero3(config: dict[str, Any] | None, settings: ModelSettings) -> Iterator[None]:
-    """transformers builds and loads for ZeRO-3 while it finds such an object.
+    """Makes transformers build and load for ZeRO-3, which it does while it finds an object of this kind.
 
     Its own, HfDeepSpeedConfig, wants the accelerate package for nothing but reading the stage.
     """
@@ -226,10 +232,10 @@ def _zero3(config: dict[str, Any] | None, settings: ModelSettings) -> Iterator[N
 
 @contextmanager
 def _converted_by_shapes_of(empty: PreTrainedModel) -> Iterator[None]:
-    """Weights that are merged, split or turned while loading for ZeRO-3 get the shapes of `empty`.
+    """Gives weights that are merged, split or transposed while loading for ZeRO-3 the shapes of `empty`.
 
-    transformers 5.23 asks the model itself, whose shards are empty, so that Qwen3-VL-MoE's experts are turned the wrong
-    way and fail with a size mismatch.
+    transformers 5.23 asks the model itself, whose shards are empty, so that Qwen3-VL-MoE's experts are transposed
+    wrongly and fail with a size mismatch.
     """
     convert = transformers_deepspeed._apply_weight_conversions_to_state_dict
 
@@ -244,7 +250,7 @@ def _converted_by_shapes_of(empty: PreTrainedModel) -> Iterator[None]:
 
 
 class _Zero3Config:
-    """What transformers asks of a DeepSpeed configuration."""
+    """The DeepSpeed configuration in the form that transformers queries."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config

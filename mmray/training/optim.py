@@ -12,11 +12,12 @@ from mmray.training.settings import TrainingSettings
 def learning_rate(step: int, total_steps: int, settings: TrainingSettings) -> float:
     """The learning rate of one optimizer step.
 
-    step: optimizer steps done before this one, from 0. total_steps: steps of the whole training.
+    step: optimizer steps done before this one, from 0.
+    total_steps: steps of the whole training.
 
-    The warm-up of w steps uses 1/w, 2/w, … 1 of the highest rate, so that no step is spent at zero. After it,
-    `cosine` and `linear` fall towards `min_learning_rate_ratio`, which they would reach at `step ==
-    total_steps`; later steps stay there.
+    The warm-up of w steps uses 1/w, 2/w, … 1 of the highest rate, so that no step is spent at zero. After it, `cosine`
+    and `linear` fall towards `min_learning_rate_ratio`, which they would reach at `step == total_steps`; later steps
+    stay there.
     """
     warmup = warmup_steps(total_steps, settings)
     peak = settings.learning_rate
@@ -34,7 +35,7 @@ def learning_rate(step: int, total_steps: int, settings: TrainingSettings) -> fl
 
 
 def warmup_steps(total_steps: int, settings: TrainingSettings) -> int:
-    """Steps of the warm-up: as given, or the ratio of all steps rounded up; 0 where neither is set."""
+    """Number of warm-up steps: as set, or the ratio of all steps rounded up; 0 where neither is set."""
     if settings.warmup_steps is not None:
         return settings.warmup_steps
     return math.ceil((settings.warmup_ratio or 0.0) * total_steps)
@@ -50,7 +51,7 @@ def gradient_norm(gradients: Sequence[torch.Tensor]) -> float:
 
 
 def clip_gradients(gradients: Sequence[torch.Tensor], norm: float, max_norm: float | None) -> None:
-    """Scale gradients of this norm down to `max_norm`, in place; None leaves them as they are."""
+    """Scales gradients of this norm down to `max_norm`, in place; None leaves them as they are."""
     scale = 1.0 if max_norm is None else max_norm / (norm + 1e-6)  # as DeepSpeed at the other stages
     if scale < 1:
         torch._foreach_mul_(list(gradients), scale)

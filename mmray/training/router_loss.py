@@ -22,7 +22,7 @@ from mmray.training.settings import RouterLoss
 
 
 class Routers:
-    """The routers of a model, and what they said in the last recorded forward pass."""
+    """The routers of a model, and their outputs in the last recorded forward pass."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._top_k: int = model.config.get_text_config().num_experts_per_tok
@@ -33,7 +33,8 @@ class Routers:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep what routers say in this block: a forward pass, not the one that gradient checkpointing does again."""
+        """Records the routers' outputs inside the block: those of a forward pass, not of its repetition by gradient
+        checkpointing."""
         self._logits, self._records = [], True
         try:
             yield
@@ -41,9 +42,10 @@ class Routers:
             self._records = False
 
     def balancing_sum(self, segments: Tensor) -> Tensor:
-        """The balancing losses of the samples of the recorded row, each times its tokens; fp32, with its gradient.
+        """Sum of the balancing losses of the samples of the recorded row, each times its tokens; fp32, with its
+        gradient.
 
-        segments: int64 [L] on the CPU, the number of each token's sample, PADDING_SEGMENT for those that do not count.
+        segments: index of each token's sample, int64 [L] on the CPU; PADDING_SEGMENT for tokens that do not count.
         """
         logits, self._logits = self._logits, []
         return _balancing_sum(logits, segments, self._top_k)
@@ -54,10 +56,11 @@ class Routers:
 
 
 def _balancing_sum(logits: list[Tensor], segments: Tensor, top_k: int) -> Tensor:
-    """The balancing loss of each sample of a row times its number of tokens, summed; an fp32 scalar.
+    """Sum over the samples of a row of their balancing loss times their number of tokens, an fp32 scalar.
 
-    logits: of each layer's router, [L, experts]. segments: as for `Routers.balancing_sum`. As in transformers, layers
-    are pooled: shares and probabilities are means over the sample's tokens in all layers.
+    logits: each layer's router logits, [L, experts]. segments: as for `Routers.balancing_sum`.
+
+    As in transformers, layers are pooled: shares and probabilities are means over the sample's tokens in all layers.
     """
     samples, experts, device = int(segments.max()) + 1, logits[0].shape[-1], logits[0].device
     places = segments.masked_fill(segments == PADDING_SEGMENT, samples).to(device)  # the last row is thrown away
@@ -79,8 +82,9 @@ def router_coefficient(
 ) -> float | None:
     """The factor of the balancing loss in the loss that is trained; None for none.
 
-    wanted: `training.router_loss`. saved: of the checkpoint that is resumed, whose run goes on as it began.
-    Raises UserError where a factor is asked for of a model without a balancing loss.
+    wanted: `training.router_loss`.
+    saved: the factor in the checkpoint that is resumed, whose run continues as it began.
+    Raises UserError where a factor is set for a model without a balancing loss.
     """
     if wanted is None:
         return None
@@ -105,7 +109,7 @@ def _has_balancing_loss(model: PreTrainedModel) -> bool:
 
 
 def _routers(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, int]]:
-    """The modules that choose experts, in the order of layers, and where in their output the logits are."""
+    """The modules that choose experts, in the order of layers, and the place of the logits in their output."""
     recorders = {
         recorder.target_class: recorder.index
         for part in model.modules()

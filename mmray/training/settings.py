@@ -1,4 +1,4 @@
-"""What a person may set about the model and its training, checked once, here.
+"""The `model` and `training` parts of the job file, checked once, here.
 
 Inside the engine these values are certain: contradictions (two ways to give the length of training, a
 DeepSpeed key that mmray computes itself) are errors when the job file is read, with the name of the setting
@@ -38,55 +38,53 @@ OWNED_DEEPSPEED_KEYS = {
 
 
 RouterLoss = Literal["model"] | float | None
-"""Factor of the balancing loss of a mixture of experts; "model" for that of its configuration."""
+"""Factor of the balancing loss of a mixture of experts; "model": that of its configuration; None: no such loss."""
 
 
 class ModelSettings(Settings):
     """Which model is trained, and how its forward pass runs."""
 
     path: str | None = None
-    """Folder or hub name of a pretrained model; its weights are loaded. Exactly one of path and config."""
+    """Folder or hub name of a pretrained model, whose weights are loaded. Set exactly one of path and config."""
 
     config: str | dict[str, Any] | None = None
     """Model configuration for random weights: a folder, a config.json, or the configuration itself with its
-    `model_type`. Exactly one of path and config.
-    """
+    `model_type`. Set exactly one of path and config."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of weights and activations. With bf16, master weights, optimizer state and accumulated gradients
-    are fp32.
-    """
+    """Type of weights and activations. With bf16, master weights, optimizer state and accumulated gradients are
+    fp32."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory for about a third more compute."""
+    """Whether to recompute activations in the backward pass, which saves memory and costs about a third more
+    compute."""
 
     seed: int = 0
-    """Seed of random weights (all of them with config; those absent from the files with path)."""
+    """Seed of random weights: all of them with config, those absent from the files with path."""
 
     allow_missing: tuple[str, ...] = ()
-    """Patterns of weight names, with `*` for any text, that the files of `path` need not share with the model: those
-    that the files lack are drawn at random, those that the model lacks are left out. Any other difference is an error.
-    """
+    """Patterns of weight names, with `*` for any text, that may differ between the files of `path` and the model.
+    Weights that the files lack are drawn at random; weights that the model lacks are ignored. Any other difference is
+    an error."""
 
     resize_embeddings: bool = False
-    """Give the model a vector for each token that was added to the processor's tokenizer, the mean of the others to
-    begin with. Without it such a token is an error. Nothing is changed where all have one.
-    """
+    """Whether to give the model an embedding for each token added to the processor's tokenizer, starting at the mean of
+    the existing ones. false: such a token is an error. A model that has an embedding for every token stays as it is."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for sources you trust."""
+    """Whether to run Python code that comes with the model. Only for sources you trust."""
 
     processor: str | None = None
-    """Folder or hub name of the processor; `path` where not given."""
+    """Folder or hub name of the processor. Default: `path`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.config is None):
-            given = "both" if self.path is not None else "neither"
-            raise ValueError(f"give exactly one of path (trained weights) and config (random weights); {given} given")
+            sources = "both" if self.path is not None else "neither"
+            raise ValueError(f"give exactly one of path (trained weights) and config (random weights); {sources} given")
         if isinstance(self.config, dict) and "model_type" not in self.config:
             raise ValueError('an inline config needs its "model_type", for example "qwen2_vl"')
         if self.allow_missing and self.path is None:
@@ -106,12 +104,10 @@ class TrainingSettings(Settings):
     """Length, batch, optimizer, ZeRO stage, and how often to evaluate and to save."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps to train in all (a resumed run counts the earlier ones). Exactly one of steps and
-    epochs.
-    """
+    """Total optimizer steps; a resumed run counts the earlier ones. Set exactly one of steps and epochs."""
 
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training data, also a fraction of one. Exactly one of steps and epochs."""
+    """Passes over the training data, possibly a fraction of one. Set exactly one of steps and epochs."""
 
     global_batch_bins: int = Field(default=8, ge=1)
     """Bins of one optimizer step, over all workers and accumulation steps."""
@@ -120,21 +116,21 @@ class TrainingSettings(Settings):
     """Bins of one forward and backward pass on one worker."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
-    """Learning rate at its highest, after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
 
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
-    """How the learning rate falls from its highest value to the end of training."""
+    """How the learning rate falls from its peak to the end of training."""
 
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps over which the learning rate rises linearly from zero. At most one of warmup_steps and
-    warmup_ratio; no warm-up where neither is given.
-    """
+    """Steps over which the learning rate rises linearly from zero. Set at most one of warmup_steps and warmup_ratio;
+    with neither there is no warm-up."""
 
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """The same as a fraction of all steps, rounded up."""
+    """Length of the warm-up as a fraction of all steps, rounded up to a whole step. Set at most one of warmup_steps and
+    warmup_ratio."""
 
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Where cosine and linear end, as a fraction of learning_rate."""
+    """Final learning rate of the cosine and linear schedules, as a fraction of learning_rate."""
 
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of AdamW, on matrices only: biases and norm scales are never decayed."""
@@ -143,49 +139,46 @@ class TrainingSettings(Settings):
     """Decay rates of AdamW's running means of the gradient and of its square, each in [0, 1)."""
 
     eps: float = Field(default=1e-8, gt=0)
-    """AdamW's term against division by zero."""
+    """Term that AdamW adds to the denominator to avoid division by zero."""
 
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm; null switches clipping off."""
+    """Largest global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
     deepspeed: dict[str, Any] | str | None = None
-    """DeepSpeed configuration laid over mmray's own: inline, or the path of a JSON file. Values "auto" are
-    ignored; keys that mmray decides are errors.
-    """
+    """DeepSpeed configuration merged over mmray's own: inline, or the path of a JSON file. Values "auto" are ignored;
+    keys that mmray decides are errors."""
 
     router_loss: RouterLoss = "model"
-    """Factor of the balancing loss of a mixture of experts, which keeps its routers from sending all tokens to a few:
-    a number, "model" for `router_aux_loss_coef` of its configuration, null for none. A resumed run with "model" goes on
-    with what it began with.
-    """
+    """Factor of the balancing loss of a mixture of experts, which keeps its routers from sending all tokens to a few
+    experts: a number, "model" for `router_aux_loss_coef` of its configuration, or null for none. A resumed run with
+    "model" keeps the factor it began with."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What the workers share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights. With bf16,
-    0 runs as 1: DeepSpeed accumulates in fp32 only from stage 1 on.
-    """
+    """What ZeRO partitions across the workers. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights. With
+    bf16, 0 runs as 1, because DeepSpeed accumulates in fp32 only from stage 1 on."""
 
     seed: int = 0
     """Seed of everything random in training: data order and, per worker, dropout."""
 
     eval_every_steps: int | None = Field(default=None, ge=1)
-    """Steps between evaluations; null never evaluates."""
+    """Steps between evaluations. null: never evaluate."""
 
     checkpoint_every_steps: int | None = Field(default=500, ge=1)
-    """Steps between checkpoints; null saves only at the end."""
+    """Steps between checkpoints. null: save only at the end."""
 
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Latest checkpoints that are kept."""
+    """How many of the latest checkpoints are kept."""
 
     max_failures: int = Field(default=3, ge=0)
-    """Times that training starts again from the last checkpoint after a worker was lost."""
+    """How many times training restarts from the last checkpoint after a worker is lost."""
 
     max_preemptions: int | None = Field(default=None, ge=0)
-    """The same after a node was taken away with notice, which is no failure; null: always."""
+    """How many times training restarts after a node is preempted with notice. Such restarts do not count as failures.
+    null: no limit."""
 
     stop_seconds: float = Field(default=120.0, ge=0)
-    """How long, in seconds, a run that is asked to stop (Ctrl-C, SIGTERM, `ray job stop`) may take to end the step it
-    is in and to save it; after that it ends without.
-    """
+    """How long, in seconds, a run that is asked to stop (Ctrl-C, SIGTERM, `ray job stop`) may take to finish and save
+    its current step. After that it ends without saving."""
 
     @field_validator("betas")
     @classmethod
@@ -211,8 +204,8 @@ class TrainingSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            given = "both" if self.steps is not None else "neither"
-            raise ValueError(f"give exactly one of steps and epochs; {given} given")
+            lengths = "both" if self.steps is not None else "neither"
+            raise ValueError(f"give exactly one of steps and epochs; {lengths} given")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("give at most one of warmup_steps and warmup_ratio; both given")
         if self.warmup_steps is not None and self.steps is not None and self.warmup_steps > self.steps:
@@ -228,9 +221,10 @@ class TrainingSettings(Settings):
 
 
 def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """The user's part of the DeepSpeed configuration, checked, without its "auto" values.
+    """Read and check the user's part of the DeepSpeed configuration.
 
-    Raises UserError when the file cannot be read or a key is one that mmray decides.
+    value: as in `training.deepspeed`. Returns it without its "auto" values; {} for None. Raises UserError when the file
+    cannot be read or a key is one that mmray decides.
     """
     if value is None:
         return {}
@@ -250,9 +244,7 @@ def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, An
 
 
 def check_deepspeed_overrides(overrides: dict[str, Any]) -> None:
-    """Raise ValueError, naming the setting to use, where a key is one that mmray decides (unless all
-    "auto").
-    """
+    """Raise ValueError, naming the setting to use, if mmray decides a key whose value is not "auto"."""
     stated = _without_auto(overrides)
     for key, remedy in OWNED_DEEPSPEED_KEYS.items():
         node: Any = stated
@@ -263,7 +255,7 @@ def check_deepspeed_overrides(overrides: dict[str, Any]) -> None:
 
 
 def _without_auto(node: dict[str, Any]) -> dict[str, Any]:
-    """A copy without "auto" values, and without the groups that held nothing else."""
+    """Copy a configuration without its "auto" values, and without groups that hold nothing else."""
     kept: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict):

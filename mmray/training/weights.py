@@ -1,7 +1,7 @@
-"""Whether the files of a model hold its weights, judged from names and shapes alone.
+"""A check, from names and shapes alone, that the files of a model hold its weights.
 
-transformers draws what a file lacks at random, leaves out what it does not know, and goes on; under ZeRO-3 it does not
-even look at what is left over. So the headers of the files (some kilobytes of many gigabytes) are put through
+transformers draws weights that a file lacks at random, leaves out those it does not know, and goes on; under ZeRO-3 it
+does not even look at what is left over. So the headers of the files (some kilobytes of many gigabytes) are put through
 transformers' own loading first, into a model without memory: its renamings, merged experts, tied weights and what each
 class leaves out on purpose are those of the real load, whatever the ZeRO stage.
 """
@@ -26,37 +26,39 @@ from transformers.utils import logging as transformers_logging
 from mmray.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
-"""By the name of a weight."""
+"""Shapes by the name of a weight."""
 
 SHOWN = 6
-"""Groups of names in a message: those that differ in numbers alone are one."""
+"""The most groups of names in a message; names that differ in numbers alone are one group."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 ADAPTER_PREFIX = "base_model.model."
 
 
 class UnknownWeights(Exception):
-    """What the files hold cannot be told from here; the message says why."""
+    """Raised where the contents of the files cannot be known from here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the weights in files fit a model. Names are the model's, as transformers renames those of the files."""
+    """The result of comparing the weights in files with a model. Names are the model's, after transformers'
+    renaming."""
 
     missing: list[str]
-    """In no file: they would be drawn at random."""
+    """Weights that are in no file: they would be drawn at random."""
     unexpected: list[str]
-    """In a file, without a place in the model: they would be left out."""
+    """Weights in a file that have no place in the model: they would be left out."""
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    """Of another shape: (in the files, in the model)."""
+    """Weights of another shape: (in the files, in the model)."""
     unmergeable: list[str]
-    """Made of several weights in the files, which do not go together."""
+    """Weights that are merged from several in the files, which do not fit together."""
 
 
 def stored_shapes(path: str, *, download: bool) -> Shapes:
-    """The weights in the files of a folder or hub name, from their headers.
+    """Shapes of the weights in the files of a folder or hub name, read from their headers.
 
-    download: fetch the files of a hub name that are not here, as loading the model would; else the hub is asked for
-    their headers. Raises UserError for files that cannot be read, UnknownWeights where the hub does not answer.
+    download: whether to fetch files of a hub name that are not here, as loading the model would; otherwise the hub is
+    asked for their headers.
+    Raises UserError for files that cannot be read, UnknownWeights where the hub does not answer.
     """
     try:
         files = _files(path, local_only=not download)
@@ -100,7 +102,7 @@ def _hub_shapes(name: str) -> Shapes:
 
 
 def fit(empty: PreTrainedModel, stored: Shapes) -> Fit:
-    """How stored weights fit a model on the meta device, which is filled with them and of no further use."""
+    """Compares stored weights with a model on the meta device, which is filled with them and of no further use."""
     state = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
     conversions: Any = get_model_conversion_mapping(empty, None, None)
     config = LoadStateDictConfig(device_map={"": "meta"}, dtype=torch.float32, weight_mapping=conversions)
@@ -112,27 +114,31 @@ def fit(empty: PreTrainedModel, stored: Shapes) -> Fit:
     return Fit(
         missing=sorted(info.missing_keys - broken),
         unexpected=sorted(info.unexpected_keys),
-        mismatched={name: (tuple(found), tuple(wanted)) for name, found, wanted in sorted(info.mismatched_keys)},
+        mismatched={
+            name: (tuple(stored_shape), tuple(wanted)) for name, stored_shape, wanted in sorted(info.mismatched_keys)
+        },
         unmergeable=sorted(broken),
     )
 
 
-def check_fit(path: str, found: Fit, allowed: Sequence[str]) -> str:
-    """What is left out or drawn anew because `allowed` (patterns, `model.allow_missing`) says so; "" for nothing.
+def check_fit(path: str, weights_fit: Fit, allowed: Sequence[str]) -> str:
+    """Checks that weights fit. Returns a text on those that `allowed` (`model.allow_missing`) lets pass; "" for none.
 
     Raises UserError naming every weight of `path` that does not fit.
     """
-    missing, unexpected = (_without(names, allowed) for names in (found.missing, found.unexpected))
+    missing, unexpected = (_without(names, allowed) for names in (weights_fit.missing, weights_fit.unexpected))
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing from the files, which would be drawn at random: {_listed(missing)}")
     if unexpected:
         problems.append(f"{len(unexpected)} in the files that the model does not have: {_listed(unexpected)}")
-    if found.mismatched:
-        shapes = [f"{list(stored)} instead of {list(wanted)}" for stored, wanted in found.mismatched.values()]
-        problems.append(f"{len(shapes)} of another shape: {_listed(list(found.mismatched), shapes)}")
-    if found.unmergeable:
-        problems.append(f"{len(found.unmergeable)} whose parts do not go together: {_listed(found.unmergeable)}")
+    if weights_fit.mismatched:
+        shapes = [f"{list(stored)} instead of {list(wanted)}" for stored, wanted in weights_fit.mismatched.values()]
+        problems.append(f"{len(shapes)} of another shape: {_listed(list(weights_fit.mismatched), shapes)}")
+    if weights_fit.unmergeable:
+        problems.append(
+            f"{len(weights_fit.unmergeable)} whose parts do not go together: {_listed(weights_fit.unmergeable)}"
+        )
     if problems:
         remedy = "give whole files of this model, or, where it is meant, name the weights in model.allow_missing"
         if any(name.startswith(ADAPTER_PREFIX) for name in unexpected):
@@ -142,14 +148,14 @@ def check_fit(path: str, found: Fit, allowed: Sequence[str]) -> str:
         raise UserError(f"the weights of {path} do not fit its model: {'; '.join(problems)}. Remedy: {remedy}")
     exempt = [
         f"{len(names)} {said}: {_listed(names)}"
-        for names, said in ((found.missing, "drawn at random"), (found.unexpected, "left out"))
+        for names, said in ((weights_fit.missing, "drawn at random"), (weights_fit.unexpected, "left out"))
         if names
     ]
     return "; ".join(exempt)
 
 
 def check_patterns(allowed: Sequence[str], names: Collection[str]) -> None:
-    """Raise UserError for a pattern of `model.allow_missing` that is no weight's, in the model or in its files."""
+    """Raises UserError for a pattern of `model.allow_missing` that matches no weight, in the model or in its files."""
     for pattern in allowed:
         if not fnmatch.filter(names, pattern):
             raise UserError(f"model.allow_missing: {pattern!r} is the name of no weight, in the model or in its files")
@@ -160,7 +166,7 @@ def _without(names: Sequence[str], allowed: Sequence[str]) -> list[str]:
 
 
 def _listed(names: Sequence[str], said: Sequence[str] = ()) -> str:
-    """Names in one line; those that differ in numbers alone as one pattern. said: of each name."""
+    """Names in one line; those that differ in numbers alone as one pattern. said: a text for each name."""
     patterns = [_NUMBER.sub(".*", name) for name in names]
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, key in zip(names, zip(patterns, said) if said else zip(patterns), strict=True):
@@ -169,8 +175,8 @@ def _listed(names: Sequence[str], said: Sequence[str] = ()) -> str:
         " ".join([of_group[0] if len(of_group) == 1 else f"{pattern} ({len(of_group)} times)", *more])
         for (pattern, *more), of_group in groups.items()
     ]
-    rest = sum(map(len, list(groups.values())[SHOWN:]))
-    return ", ".join(shown[:SHOWN]) + (f", and {rest} more" if rest else "")
+    num_more = sum(map(len, list(groups.values())[SHOWN:]))
+    return ", ".join(shown[:SHOWN]) + (f", and {num_more} more" if num_more else "")
 
 
 @contextmanager

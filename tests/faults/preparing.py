@@ -28,6 +28,7 @@ class Preparing:
         content["data"]["train"] = [  # type: ignore[index]
             {"files": str(rows), "kind": "pretrain", "image_root": str(inputs.folder / "data")}
         ]
+        content["data"]["max_rejected_share"] = 1  # type: ignore[index]  # rows that are bad on purpose
         self.content = content
         self.prepared = Path(Job.model_validate(content).prepared_path("train"))
 

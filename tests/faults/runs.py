@@ -22,8 +22,8 @@ from tests.faults.machines import JobProcess, Machines, OneMachine, kill, wait_f
 
 TARGETS = {
     "a train worker": "RayTrainWorker",
-    "the render actor": "RenderThere",
-    "the mask actor": "MaskThere",
+    "the render actor": "RenderActor",
+    "the mask actor": "MaskActor",
     "the split coordinator": "SplitCoordinator",
     "the train controller": "TrainController",
 }

@@ -6,7 +6,7 @@ import pyarrow.fs
 import pytest
 import torch
 
-from jobs.checkpoint_writer import _told
+from jobs.checkpoint_writer import _as_user_error
 from mmray.errors import UserError
 
 FULL = Path("/dev/full")
@@ -29,10 +29,10 @@ def by_arrow() -> None:
 @pytest.mark.parametrize("write", [by_python, by_torch, by_arrow])
 def test_a_full_disk_is_the_users_matter(write) -> None:
     message = "a checkpoint could not be written into /run: .*[Nn]o space left on device.*make room or mend the disk"
-    with pytest.raises(UserError, match=message), _told("/run"):
+    with pytest.raises(UserError, match=message), _as_user_error("/run"):
         write()
 
 
 def test_other_errors_are_not(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ours"), _told(tmp_path):
+    with pytest.raises(RuntimeError, match="ours"), _as_user_error(tmp_path):
         raise RuntimeError("ours")

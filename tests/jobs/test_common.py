@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import common, train
+from jobs import common, train, training
 from jobs.command_line import run_main
 from jobs.common import connect
 from mmray.errors import UserError
@@ -66,7 +66,7 @@ def test_a_job_that_does_not_fit_is_refused_before_ray_is_joined(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
 ) -> None:
     """The cheap part of the doctor, before any worker takes a GPU."""
-    monkeypatch.setattr(train, "connect", lambda *_, **__: pytest.fail("Ray was joined"))
+    monkeypatch.setattr(training, "connect", lambda *_, **__: pytest.fail("Ray was joined"))
     (tmp_path / "job.yaml").write_text(json.dumps(inputs.job(tmp_path, **changes)))
     with pytest.raises(UserError, match=message):
         train.main(tmp_path / "job.yaml", [])

@@ -52,7 +52,7 @@ def test_the_plan_is_what_is_done(inputs: Inputs, tmp_path: Path, capsys: pytest
     code, shown_unprepared = planned(train.main, job, tmp_path, capsys)
     assert code == 0
     assert "jobs/prepare.py must run first" in shown_unprepared
-    assert "begins" not in shown_unprepared
+    assert "begins at step" not in shown_unprepared
 
     made = prepare_here(Job.model_validate(job))
     assert f"train bins {len(made)}: " in shown, "all rows were looked at"

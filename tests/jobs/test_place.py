@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import training as train
+from jobs import train, training
 from jobs.trace import run_tracer
 from mmray.config.job import Job, load_job
 from mmray.errors import UserError
@@ -184,7 +184,7 @@ def test_a_trace_tells_what_steps_saw_and_will_see(inputs: Inputs, folder: Path,
 def test_the_command_traces_without_a_cluster(
     moved_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "connect", lambda *_, **__: pytest.fail("Ray was joined"))
+    monkeypatch.setattr(training, "connect", lambda *_, **__: pytest.fail("Ray was joined"))
     train.main(moved_run, [], steps="3:6", as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["step"] for line in lines} == {3, 4, 5, 6}

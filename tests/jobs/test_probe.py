@@ -190,7 +190,7 @@ def test_each_node_of_a_cluster_is_asked(tmp_path: Path) -> None:
         stack.enter_context(joined_node(head, tmp_path / "near.log", "--labels=disk=shared"))
         far = ("--labels=disk=own", "--node-ip-address=127.0.0.3", f"--temp-dir={folder}")
         stack.enter_context(joined_node(head, tmp_path / "far.log", *far, inside=another_disk))
-        done = python(ASKING, head.address, str(shared), PYTHONPATH=str(shared), **head.environment)
+        done = python(ASKING, head.address, str(shared), **head.environment | {"PYTHONPATH": str(shared)})
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
     assert [missing for _, missing in found["missing"]] == [["only_here"], [], []]

@@ -1,7 +1,7 @@
-"""Errors of a reading: characters, words, exact rows, and lengths.
+"""Error rates of what a model reads: characters, words, exact rows, and lengths.
 
-All rates are micro-averaged: errors of all rows over characters (words) of all references. A mean of the rows' rates
-would let ten short lines outweigh a page on which nothing was read. Edit distances are Levenshtein's, by rapidfuzz.
+All rates are micro-averaged: errors of all rows over characters (words) of all references. In a mean of the rows'
+rates, ten short lines would outweigh a page on which nothing was read. Edit distances are Levenshtein's, by rapidfuzz.
 """
 
 import re
@@ -24,23 +24,27 @@ _MARKS = (
 
 
 class Normalisation(Settings):
-    """What is no error: both texts are brought into one form before they are compared."""
+    """Differences that do not count as errors: both texts are normalised before they are compared."""
 
     unicode: Literal["NFC", "NFKC"] | None = "NFC"
-    """Unicode form: NFC joins a letter with its accent; NFKC also makes ligatures and full-width letters plain ones.
-    null: code points are compared as they are."""
+    """Unicode form: NFC joins a letter with its accent; NFKC also turns ligatures and full-width letters into plain
+    ones.
+    null: code points are compared as they are.
+    """
 
     ignore_case: bool = False
-    """Compare without capitals, by Unicode's case folding."""
+    """Compare without regard to case, by Unicode's case folding."""
 
     white_space: Literal["collapse", "keep"] = "collapse"
-    """collapse: any white space between words is one space, none at either end. keep: compared as it is."""
+    """collapse: white space between words counts as one space, and at the ends as none. keep: it is compared as it
+    is."""
 
     markdown: Literal["keep", "strip"] = "keep"
-    """strip: without the marks of headings, quotes, lists, tables, emphasis and code; of a link its text."""
+    """strip: marks of headings, quotes, lists, tables, emphasis and code are removed, and a link is reduced to its
+    text."""
 
     def of(self, text: str) -> str:
-        """The text in this form."""
+        """The text in its normalised form."""
         if self.markdown == "strip":
             for pattern, replacement in _MARKS:
                 text = pattern.sub(replacement, text)
@@ -53,63 +57,64 @@ class Normalisation(Settings):
 
 @dataclass(frozen=True)
 class RowScores:
-    """The counts of one row, of texts in their normalised form."""
+    """The counts of one row, from texts in their normalised form."""
 
     characters: int
-    """Of the reference: code points."""
+    """Code points of the reference."""
     predicted_characters: int
-    """Of the prediction."""
+    """Code points of the prediction."""
     character_errors: int
     """Insertions, deletions and substitutions that turn one text into the other."""
     words: int
-    """Of the reference, between white space."""
+    """Words of the reference, separated by white space."""
     word_errors: int
-    """As character errors, of words."""
+    """Insertions, deletions and substitutions of words that turn one text into the other."""
     is_exact: bool
-    """The texts are equal."""
+    """Whether the texts are equal."""
 
     @property
     def cer(self) -> float | None:
-        """Character errors over the reference's characters; None where it has none."""
+        """Character errors over the reference's characters; None where the reference is empty."""
         return _rate(self.character_errors, self.characters)
 
 
 def score_row(reference: str, prediction: str, normalisation: Normalisation | None = None) -> RowScores:
-    """Compare a prediction with what stands on the page."""
+    """Compares a prediction with the text of the page."""
     normalisation = normalisation or Normalisation()
-    expected, found = normalisation.of(reference), normalisation.of(prediction)
+    expected, predicted = normalisation.of(reference), normalisation.of(prediction)
     words = expected.split()
     return RowScores(
         characters=len(expected),
-        predicted_characters=len(found),
-        character_errors=Levenshtein.distance(expected, found),
+        predicted_characters=len(predicted),
+        character_errors=Levenshtein.distance(expected, predicted),
         words=len(words),
-        word_errors=Levenshtein.distance(words, found.split()),
-        is_exact=expected == found,
+        word_errors=Levenshtein.distance(words, predicted.split()),
+        is_exact=expected == predicted,
     )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The metrics of some rows together. A rate whose denominator is 0 is None."""
+    """The metrics of several rows. A rate whose denominator is 0 is None."""
 
     rows: int
-    """Rows that were compared."""
+    """Number of rows that were compared."""
     cer: float | None
-    """Character error rate: errors over characters of the references. Above 1 where a model repeats itself."""
+    """Character error rate: errors over characters of the references. It exceeds 1 where a model repeats itself."""
     wer: float | None
-    """Word error rate."""
+    """Word error rate: errors over words of the references."""
     normalised_edit_distance: float | None
-    """Character errors over the characters of the longer text of each row: from 0, equal, to 1, nothing in common."""
+    """Character errors over the characters of the longer text of each row: 0 for equal texts, 1 for nothing in
+    common."""
     exact_match: float | None
     """Share of rows read without an error."""
     length_ratio: float | None
-    """Characters of the predictions over those of the references: far above 1 a model repeats itself, far below 1 it
-    stops early."""
+    """Characters of the predictions over those of the references: far above 1 where a model repeats itself, far below 1
+    where it stops early."""
 
     @classmethod
     def of(cls, rows: Iterable[RowScores]) -> "Scores":
-        """The metrics of rows."""
+        """The metrics over some rows."""
         rows = list(rows)
         characters = sum(row.characters for row in rows)
         errors = sum(row.character_errors for row in rows)

@@ -1,6 +1,7 @@
-"""What a model writes of a page, in this process: greedy, with the key cache, until it stops as it was trained to.
+"""Greedy generation in this process: the text a model writes for a page, until it stops as it was trained to.
 
-For a few rows of an exported folder. One row at a time: no padding, so no row's answer depends on its neighbours.
+It is meant for a few rows of an exported folder. Rows are read one at a time: without padding no row's answer depends
+on its neighbours.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ from mmray.run.export.prompting import Picture
 
 
 class Reader:
-    """A model of a folder that `mmray export` wrote, prompted as in its training."""
+    """A model from a folder that `mmray export` wrote, prompted as in its training."""
 
     def __init__(
         self, folder: str, *, device: torch.device | str = "cpu", attention: str = "sdpa",
         trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
-        """folder: local; attention: implementation of transformers. Raises UserError where `mmray export` did not write
-        the folder."""
+        """Loads the model. folder: a local path; attention: an attention implementation of transformers.
+
+        Raises UserError where `mmray export` did not write the folder.
+        """
         self.prompt = mmray.prompt(folder, trust_remote_code=trust_remote_code)
         load: Any = AutoModelForImageTextToText.from_pretrained
         self.model = (
@@ -36,9 +39,9 @@ class Reader:
         self, text: str | None = None, images: Sequence[Picture] = (), *,
         messages: Sequence[dict[str, Any]] | None = None, max_new_tokens: int,
     ) -> str:  # fmt: skip
-        """What the model writes after a prompt (as for `mmray.prompt`), without special tokens.
+        """The text that the model writes after a prompt (as for `mmray.prompt`), without special tokens.
 
-        max_new_tokens: tokens after which it is stopped. Raises what a prompt does.
+        max_new_tokens: tokens after which generation stops. Raises the errors of a prompt.
         """
         inputs = self.prompt(text, images, messages=messages).to(self.model.device)
         config = GenerationConfig(
@@ -49,8 +52,9 @@ class Reader:
         return self.prompt.decode(output[0, inputs["input_ids"].shape[1] :])
 
     def _stop_token_ids(self) -> tuple[int, ...]:
-        """By which training ended documents and the assistant's turns, and those of the model's own settings."""
-        own = self.model.generation_config.eos_token_id
+        """Ids of the tokens with which documents and assistant turns ended in training, and those of the model's own
+        settings."""
+        eos = self.model.generation_config.eos_token_id
         family = self.prompt.family
-        ids = [*ending_token_ids(family), family.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        ids = [*ending_token_ids(family), family.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
         return tuple(sorted({token for token in ids if token is not None}))

@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder that transformers loads, with all that prompting as in training needs."""
+"""Export of a checkpoint to a folder that transformers loads, with all that prompting as in training needs."""
 
 from mmray.run.export.model import ExportedModel, export_finished, export_model
 from mmray.run.export.sidecar import Sidecar, read_sidecar

@@ -35,7 +35,7 @@ SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """An exported folder: its place, the step and dtype of its weights, its size in bytes."""
+    """An exported folder: its path, the step and dtype of its weights, its size in bytes."""
 
     folder: str
     step: int
@@ -50,14 +50,17 @@ def export_model(
     source: str, out: str, *, step: int | None = None, dtype: Dtype | None = None,
     settings: ModelSettings | None = None, replace: bool = False,
 ) -> ExportedModel:  # fmt: skip
-    """Write a checkpoint as a folder that `from_pretrained` loads, with its processor, `mmray.json` and a README.
+    """Writes a checkpoint as a folder that `from_pretrained` loads, with its processor, `mmray.json` and a README.
 
-    source: a run's folder or a checkpoint in it, by path or URI; out: the folder to write, by path or URI; step: which
-    checkpoint of a run, the newest where not given; dtype: of the weights, that of the training where not given;
-    settings: the job's `model`, for checkpoints that do not say; replace: an earlier export in `out` gives way.
+    source: a run's folder or a checkpoint in it, by path or URI.
+    out: the folder to write, by path or URI.
+    step: which checkpoint of a run; None: the newest.
+    dtype: that of the exported weights; None: that of the training.
+    settings: the job's `model`, for checkpoints that do not hold it.
+    replace: whether an earlier export in `out` is replaced.
 
-    Raises UserError, in one line, where the checkpoint is missing or damaged, the processor is no longer the one of the
-    data, `out` is taken, or the disk is full.
+    Raises UserError, in one line, where the checkpoint is missing or damaged, the processor has changed since the data
+    was prepared, `out` is taken, or the disk is full.
     """
     checkpoint = SourceCheckpoint.find(source, step)
     known = checkpoint.settings
@@ -85,11 +88,11 @@ def export_model(
         step=checkpoint.state.step,
         tiling=policy,
         processor_call=family.processor_kwargs,
-        kinds=tuple(sorted({each["kind"] for each in prepared["record"]["datasets"]})),
+        kinds=tuple(sorted({dataset["kind"] for dataset in prepared["record"]["datasets"]})),
         prepared=prepared["path"],
         fingerprint=prepared["fingerprint"],
     )
-    with writing_folder(out, replaces=SIDECAR if replace else None) as folder, _full_disk_told(out):
+    with writing_folder(out, replaces=SIDECAR if replace else None) as folder, _full_disk_as_user_error(out):
         copy_processor(settings.processor_source, folder)
         _fill(model, checkpoint, final)
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -103,8 +106,11 @@ def export_model(
 
 
 def export_finished(run: str, settings: ModelSettings) -> ExportedModel:
-    """Export the newest checkpoint of a finished run into the run's folder `model`; one that is there already is kept,
-    an earlier one gives way. settings: the job's `model`. Raises what `export_model` does."""
+    """Exports the newest checkpoint of a finished run into the run's folder `model`.
+
+    An export of that checkpoint is kept, one of an earlier checkpoint is replaced. settings: the job's `model`. Raises
+    the errors of `export_model`.
+    """
     folder = f"{run.rstrip('/')}/{MODEL_FOLDER}"
     if Folder(folder).exists(SIDECAR):
         sidecar, checkpoint = read_sidecar(folder), SourceCheckpoint.find(run)
@@ -114,7 +120,7 @@ def export_finished(run: str, settings: ModelSettings) -> ExportedModel:
 
 
 def _check_processor(family: Family, settings: ModelSettings, record: dict[str, str]) -> None:
-    """Raise UserError where the processor's files have changed since the data was prepared with them."""
+    """Raises UserError where the processor's files have changed since the data was prepared with them."""
     if lines := differences(record, processor_record(family.processor)):
         raise UserError(
             f"the processor in {settings.processor_source} is not the one that the data was prepared with: "
@@ -123,7 +129,7 @@ def _check_processor(family: Family, settings: ModelSettings, record: dict[str, 
 
 
 def _fill(model: PreTrainedModel, checkpoint: SourceCheckpoint, dtype: Dtype) -> None:
-    """Put the checkpoint's weights into a model on the meta device; those that are tied stay one."""
+    """Puts the checkpoint's weights into a model on the meta device; tied weights stay tied."""
     state: dict[str, Tensor] = {}
     filled: dict[int, Tensor] = {}
     with checkpoint.weight_files(dtype) as folder:
@@ -144,8 +150,8 @@ def _fill(model: PreTrainedModel, checkpoint: SourceCheckpoint, dtype: Dtype) ->
 
 
 @contextmanager
-def _full_disk_told(out: str) -> Iterator[None]:
-    """A disk that is full, or may not be written, as a mistake that a person can read."""
+def _full_disk_as_user_error(out: str) -> Iterator[None]:
+    """Raises the error of a disk that is full or may not be written as a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

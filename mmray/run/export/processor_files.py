@@ -1,6 +1,7 @@
-"""What is copied beside exported weights: the processor's files as they are, generation settings, a model's own code.
+"""The files that are copied beside exported weights: the processor's, generation settings, a model's own code.
 
-Copied and not saved anew: mmray's processor has no video processor, so what its `save_pretrained` writes does not load.
+They are copied and not saved anew: mmray's processor has no video processor, so the output of its `save_pretrained`
+does not load.
 """
 
 import shutil
@@ -19,18 +20,18 @@ WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack",
     "*.index.json", "*.npz",
 )  # fmt: skip
-"""Files of weights, which a source folder may hold beside its processor."""
+"""Names of files with weights, which a source folder may hold beside its processor."""
 
 GENERATION_CONFIG = "generation_config.json"
 
 
 def copy_processor(source: str, folder: Path) -> None:
-    """Copy all files of a processor's folder or hub name, but weights and hidden ones. Raises UserError."""
+    """Copies all files of a processor's folder or hub name, except weights and hidden files. Raises UserError."""
     _copy(_local(source), folder)
 
 
 def copy_generation_config(settings: ModelSettings, folder: Path) -> None:
-    """Copy how the model generates, where the folder that its weights or its configuration come from says so."""
+    """Copies the generation settings, where the folder of the model's weights or configuration has any."""
     for source in (settings.path, settings.config):
         if isinstance(source, str) and not Path(source).is_file():
             file = _local(source) / GENERATION_CONFIG
@@ -39,7 +40,7 @@ def copy_generation_config(settings: ModelSettings, folder: Path) -> None:
 
 
 def copy_code(settings: ModelSettings, folder: Path) -> None:
-    """Copy the Python files of a model's own code."""
+    """Copies the Python files of a model's own code."""
     for source in (settings.path, settings.config):
         if isinstance(source, str) and not Path(source).is_file():
             _copy(_local(source), folder, patterns=("*.py",))
@@ -61,7 +62,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def _local(source: str) -> Path:
-    """The folder itself, or a hub name's files here."""
+    """The folder itself, or the local copy of a hub name's files."""
     if Path(source).is_dir():
         return Path(source)
     try:

@@ -31,7 +31,7 @@ from mmray.training.model import DTYPES
 
 _SOURCE = "prompt:1"
 _ANSWER = "Yes, it says so."
-"""Stands for the answer, to see what a chat's template writes before it."""
+"""A stand-in for the answer, which shows what a chat's template writes before one."""
 
 Picture = ImageSource | Image.Image
 """A path, a URI, bytes of an image file, or a picture that is decoded and upright."""
@@ -47,7 +47,7 @@ class Prompt:
     """
 
     def __init__(self, folder: str, *, trust_remote_code: bool = False) -> None:
-        """folder: what `mmray export` wrote. Raises UserError where it is none."""
+        """Loads what `mmray export` wrote into a folder. Raises UserError for any other folder."""
         sidecar = read_sidecar(folder)
         self.policy, self.dtype = sidecar.tiling, DTYPES[sidecar.dtype]
         self.family = load_family(
@@ -60,11 +60,12 @@ class Prompt:
     ) -> BatchFeature:  # fmt: skip
         """The keyword arguments of the model's `generate` for one prompt, a batch of one.
 
-        text: as in a `pretrain` row, with an `<image>` for each image; messages: as in a `chat` row, without the answer
-        that is asked for; images: in the order of their places. Exactly one of text and messages.
+        text: as in a `pretrain` row, with an `<image>` for each image.
+        messages: as in a `chat` row, without the answer that is asked for. Exactly one of text and messages is passed.
+        images: in the order of their places.
 
-        Raises UserError where the prompt is none that training would have taken, with the field and the remedy; what
-        `mmray.images.load_image` raises where an image cannot be read.
+        Raises UserError, with the field and the remedy, for a prompt that training would have refused, and the errors
+        of `mmray.images.load_image` where an image cannot be read.
         """
         if (text is None) == (messages is None):
             raise UserError("give a prompt either text or messages")
@@ -91,10 +92,10 @@ class Prompt:
         return BatchFeature(inputs | self._pixels(tiles, inputs))
 
     def _asked(self, messages: list[dict[str, Any]], refs: list[ImageRef]) -> Document:
-        """A chat up to where the model answers, as it stands in a row with the answer.
+        """The text of a chat up to where the model answers, as it stands in a row with the answer.
 
-        What the template writes for a generation prompt is taken where it stands so in the row, too: some templates
-        write none, and LLaVA-OneVision's writes another than before the answers that it trained on.
+        The template's generation prompt is used where it stands in that row, too: some templates write none, and
+        LLaVA-OneVision's writes another one than before the answers that it was trained on.
         """
         answer = {"role": SAMPLED_ROLE, "content": _ANSWER}
         reader = self._reader("chat")
@@ -109,16 +110,20 @@ class Prompt:
         return replace(asked, text=before)
 
     def _melting_tokens(self, text: str) -> int:
-        """The tokens at a text's end that are white space and no tokens of their own where an answer follows: trained
-        as a part of the answer's first token, and left to the model."""
+        """Number of white space tokens at a text's end that would merge with the answer after them.
+
+        In training they were a part of the answer's first token, so they are left to the model.
+        """
         if not text[-1:].isspace():
             return 0
         tail = text.split(self.family.placeholder_unit)[-1]
         backend = self.family.tokenizer.backend_tokenizer
         followed = [f"{tail}{letter}" for letter in string.ascii_letters]
-        alone, *others = (each.ids for each in backend.encode_batch([tail, *followed], add_special_tokens=False))
+        alone, *others = (
+            encoding.ids for encoding in backend.encode_batch([tail, *followed], add_special_tokens=False)
+        )
         same = (itertools.takewhile(bool, map(operator.eq, alone, ids)) for ids in others)
-        return len(alone) - min(sum(each) for each in same)
+        return len(alone) - min(sum(matches) for matches in same)
 
     def _reader(self, kind: RowKind, *, opens_answer: bool = False) -> DocumentReader:
         dataset = DatasetSettings(files=(_SOURCE,), kind=kind)
@@ -130,19 +135,19 @@ class Prompt:
         return text
 
     def _pixels(self, tiles: Sequence[Image.Image], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The processor's pixel arguments by mmray's own arithmetic, equal to training to the last bit."""
+        """The processor's pixel arguments, computed by mmray's own arithmetic and bit-equal to training."""
         if not tiles:
             return {}
         frames = [self.family.frames(tile, len(tiles)) for tile in tiles]
         sizes = [tuple((frame.shape[1], frame.shape[0]) for frame in of_tile) for of_tile in frames]
         planned = [Tile(0, tile.size, frame_sizes) for tile, frame_sizes in zip(tiles, sizes)]
         flat = [torch.from_numpy(frame.copy()) for of_tile in frames for frame in of_tile]
-        made = self.family.pixel_inputs(planned, flat, self.dtype)
-        return {name: value for name, value in made.items() if name in inputs and value.shape == inputs[name].shape}
+        pixels = self.family.pixel_inputs(planned, flat, self.dtype)
+        return {name: value for name, value in pixels.items() if name in inputs and value.shape == inputs[name].shape}
 
 
 def _source(image: Picture) -> ImageSource:
-    """What mmray's readers take: a decoded picture as the bytes of a PNG file."""
+    """The input that mmray's readers take: a decoded picture becomes the bytes of a PNG file."""
     if not isinstance(image, Image.Image):
         return image
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what the model comes from, and lines that read a page with it."""
+"""The README.md of an exported folder: where the model comes from, and lines that read a page with it."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from mmray.run.export.source import SourceCheckpoint
 from mmray.training.settings import TrainingSettings
 
 MOST_SETS = 20
-"""Sets of rows that are listed."""
+"""The most datasets that the README lists."""
 
 SHOWN_SETTINGS = (
     "learning_rate", "schedule", "warmup_steps", "warmup_ratio", "weight_decay", "global_batch_bins", "zero_stage",
@@ -19,7 +19,7 @@ SHOWN_SETTINGS = (
 
 
 def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> str:
-    """The text of the README. It says nothing of when or where it was exported: a second export is the same."""
+    """The text of the README. It does not say when or where it was exported, so a second export is equal."""
     prepared, known = checkpoint.prepared, checkpoint.settings
     sets = prepared["record"]["datasets"]
     environment = Environment(
@@ -34,7 +34,7 @@ def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> st
         model=known and (known[0].path or "random weights"),
         settings=_shown(known[1]) if known else {},
         rows=prepared.get("rows"),
-        sets=[{"kind": each["kind"], "files": each["files"]} for each in sets[:MOST_SETS]],
+        sets=[{"kind": dataset["kind"], "files": dataset["files"]} for dataset in sets[:MOST_SETS]],
         more_sets=max(0, len(sets) - MOST_SETS),
         evaluation=checkpoint.evaluation,
     )

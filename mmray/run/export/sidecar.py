@@ -1,4 +1,4 @@
-"""`mmray.json`, which lies beside exported weights: what they come from, and how they are prompted as in training."""
+"""`mmray.json` beside exported weights: where they come from, and how to prompt them as in training."""
 
 import json
 from typing import Any, Literal
@@ -16,13 +16,13 @@ Dtype = Literal["bf16", "fp32"]
 
 
 class Sidecar(Settings):
-    """What mmray notes beside exported weights."""
+    """The content of `mmray.json`."""
 
     format_version: int = 1
     """Version of this file."""
 
     mmray: str
-    """Version of mmray that exported."""
+    """Version of mmray that wrote the export."""
 
     model_type: str
     """`config.model_type` of the model."""
@@ -31,7 +31,7 @@ class Sidecar(Settings):
     """Type of the exported weights."""
 
     step: int
-    """Optimizer steps that the weights have seen."""
+    """Optimizer steps after which the weights were saved."""
 
     tiling: TilingPolicy
     """How pages were cut into tiles, as resolved for the model's family."""
@@ -40,7 +40,7 @@ class Sidecar(Settings):
     """Arguments with which the processor takes each tile as it is, without resizing or splitting it again."""
 
     kinds: tuple[RowKind, ...]
-    """Kinds of the rows it was trained on."""
+    """Kinds of the rows that the model was trained on."""
 
     prepared: str
     """Path or URI of the prepared dataset."""
@@ -54,7 +54,7 @@ class Sidecar(Settings):
 
 
 def read_sidecar(folder: str) -> Sidecar:
-    """What lies beside the weights in an exported folder, by path or URI. Raises UserError where there is nothing."""
+    """The `mmray.json` of an exported folder, by path or URI. Raises UserError where there is none."""
     try:
         return Sidecar.model_validate(json.loads(Folder(folder).read(SIDECAR)))
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The checkpoint that is exported: which one, what it says of itself, and those of its files that are needed, here."""
+"""The checkpoint that is exported: finding it, reading its records, and copying the files that are needed."""
 
 import json
 import posixpath
@@ -48,10 +48,10 @@ class SourceCheckpoint:
         source = source.rstrip("/")
         if Folder(source).exists(STATE_FILE):
             path = source if "://" in source else str(Path(source).absolute())
-            found = cls(RunFolder(posixpath.dirname(path)), posixpath.basename(path))
-            if step is not None and found.state.step != step:
-                raise UserError(f"{source} is the checkpoint of step {found.state.step}; leave --step out")
-            return found
+            checkpoint = cls(RunFolder(posixpath.dirname(path)), posixpath.basename(path))
+            if step is not None and checkpoint.state.step != step:
+                raise UserError(f"{source} is the checkpoint of step {checkpoint.state.step}; leave --step out")
+            return checkpoint
         run = RunFolder(source)
         names = checkpoint_names(run)
         if not names:
@@ -69,22 +69,22 @@ class SourceCheckpoint:
 
     @cached_property
     def folder(self) -> Path:
-        """The checkpoint for a look: of a remote one its small files."""
+        """A local folder for inspecting the checkpoint; of a remote one it holds only the small files."""
         return self.run.shadow(self.name)
 
     @cached_property
     def state(self) -> SavedState:
-        """What it says of its training. Raises UserError where it is none."""
+        """The checkpoint's record of its training. Raises UserError where the folder is no checkpoint."""
         return read_state(self.folder)
 
     @property
     def settings(self) -> tuple[ModelSettings, TrainingSettings] | None:
-        """With what it was trained; None where it does not say."""
+        """The settings that the checkpoint was trained with; None where it does not hold them."""
         return read_settings(self.folder)
 
     @property
     def prepared(self) -> dict[str, Any]:
-        """The prepared dataset it was trained on: its path, fingerprint, rows and record."""
+        """The prepared dataset that the checkpoint was trained on: its path, fingerprint, rows and record."""
         try:
             content: dict[str, Any] = json.loads((self.folder / PREPARED_FILE).read_text())
         except (OSError, ValueError) as error:
@@ -100,8 +100,10 @@ class SourceCheckpoint:
 
     @contextmanager
     def weight_files(self, dtype: Dtype) -> Iterator[Path]:
-        """A folder with the DeepSpeed files that hold the weights in a dtype, every byte as it was written; of a remote
-        checkpoint copies, deleted when the block ends. Raises UserError where one is damaged."""
+        """A folder with the DeepSpeed files that hold the weights in a dtype, checked to be as they were written.
+
+        Those of a remote checkpoint are copies, deleted when the block ends. Raises UserError where one is damaged.
+        """
         state = self.state
         try:
             files = listed_files(self.folder, state.lists)

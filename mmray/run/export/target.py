@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""Writing a folder so that it is there whole or not at all."""
 
 import os
 import shutil
@@ -11,15 +11,15 @@ from mmray.errors import UserError
 from mmray.storage import Folder
 
 _LAST = "config.json"
-"""A model folder without it does not load: into an object store, which renames nothing, it goes last."""
+"""The file without which a model folder does not load: an object store renames nothing, so it is written last there."""
 
 
 @contextmanager
 def writing_folder(out: str, *, replaces: str | None = None) -> Iterator[Path]:
-    """A local folder to write into, which becomes `out`, a path or URI, when the block ends well.
+    """A local folder to write into, which becomes `out`, a path or URI, when the block ends without an error.
 
-    replaces: a folder that holds a file of this name gives way; None: no folder does. What an interrupted call has left
-    beside `out` goes. Raises UserError where `out` is taken.
+    replaces: a folder that holds a file of this name is replaced; None: no folder is. Leftovers of an interrupted call
+    beside `out` are deleted. Raises UserError where `out` is taken.
     """
     target = Folder(out)
     taken = target.names() if not target.is_local else os.listdir(out) if os.path.isdir(out) else []

@@ -25,7 +25,7 @@ from mmray.images.source import one_line
 from mmray.training.deepspeed_config import import_deepspeed
 
 READ_AT_ONCE = 1 << 29
-"""Bytes read from mapped files before they are mapped anew."""
+"""Bytes that are read from mapped files before they are mapped anew."""
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt$")
 _WHOLE = "mp_rank_00_model_states.pt"
@@ -33,7 +33,7 @@ _WHOLE = "mp_rank_00_model_states.pt"
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a weight: `count` numbers from `start` on in a flat tensor of the optimizer state in a file."""
+    """A part of a weight: `count` numbers from `start` on, in a flat tensor of the optimizer state in a file."""
 
     file: str
     group: int
@@ -45,7 +45,7 @@ class SavedWeights:
     """Read access to the weights below `folder`, the `deepspeed/` of a checkpoint."""
 
     def __init__(self, folder: Path, *, zero_stage: int, masters: bool) -> None:
-        """masters: fp32 masters are wanted, which a bf16 training keeps beside its weights.
+        """Opens the files. masters: whether to read the fp32 masters, which a bf16 training keeps beside its weights.
 
         Raises UserError where files are missing or cannot be read.
         """
@@ -69,7 +69,8 @@ class SavedWeights:
             self._pieces = self._pieces_of_masters(optimizer_files)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A weight or buffer by its name in the model, a copy; floating point numbers as `dtype`. Raises KeyError."""
+        """A copy of a weight or buffer, by its name in the model; floating point numbers as `dtype`. Raises
+        KeyError."""
         name = self._shared.get(name, name)
         if name in self._pieces:
             parts = [self._flat(piece.file, piece.group)[piece.start :][: piece.count] for piece in self._pieces[name]]
@@ -82,7 +83,7 @@ class SavedWeights:
         return self._joined([saved.flatten()], tuple(saved.shape), dtype)
 
     def _joined(self, parts: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The parts, copied one after another into a tensor of this shape; ranks fill up their last part."""
+        """The pieces of a weight, copied one after another into a tensor of this shape; ranks pad their last piece."""
         is_float = parts[0].is_floating_point()
         whole = torch.empty(shape, dtype=dtype if is_float else parts[0].dtype)
         flat, filled = whole.view(-1), 0
@@ -102,7 +103,8 @@ class SavedWeights:
         return flat
 
     def _pieces_of_masters(self, files: Sequence[str]) -> dict[str, list[_Piece]]:
-        """Of stages 1 and 2, where DeepSpeed says which rank has which part of a weight, in which group."""
+        """The pieces of each weight at stages 1 and 2, where DeepSpeed records which rank has which part of it, in
+        which group."""
         pieces: dict[str, list[_Piece]] = {}
         for file in files:
             mappings = self._files[file]["optimizer_state_dict"]["param_slice_mappings"]
@@ -112,7 +114,8 @@ class SavedWeights:
         return pieces
 
     def _pieces_of_stage_3(self, files: Sequence[str]) -> dict[str, list[_Piece]]:
-        """Of stage 3, where each rank has an equal part of every weight, one weight after another in its groups."""
+        """The pieces of each weight at stage 3, where each rank has an equal part of it, in the order of weights in a
+        group."""
         pieces: dict[str, list[_Piece]] = {name: [] for name in self._shapes}
         for file in files:
             groups = self._files[file]["optimizer_state_dict"]["fp32_flat_groups"]
@@ -129,24 +132,24 @@ class SavedWeights:
 
 
 def needed_files(names: Sequence[str], *, zero_stage: int, masters: bool) -> list[str]:
-    """Those of the files in a checkpoint's `deepspeed/` that hold its weights. masters: as for `SavedWeights`."""
+    """The files in a checkpoint's `deepspeed/` that hold its weights. masters: as for `SavedWeights`."""
     models = sharded_files(names, "model") if zero_stage == 3 else [_WHOLE]
     return models + (sharded_files(names, "optim") if reads_optimizer(zero_stage, masters=masters) else [])
 
 
 def reads_optimizer(zero_stage: int, *, masters: bool) -> bool:
-    """Whether weights lie in the optimizer's files."""
+    """Whether the weights are read from the optimizer's files."""
     return zero_stage == 3 or (masters and zero_stage > 0)
 
 
 def sharded_files(names: Sequence[str], kind: str) -> list[str]:
-    """The files that each rank wrote of a kind, `model` or `optim`, in the order of ranks."""
+    """The files that each rank wrote, of kind `model` or `optim`, in the order of ranks."""
     ranks = {name: match for name in names if (match := _RANK.search(name)) and match[2] == kind}
     return sorted(ranks, key=lambda name: int(ranks[name][1]))
 
 
 def _deepspeed_classes() -> list[Any]:
-    """What DeepSpeed's files hold besides tensors and plain values."""
+    """The classes that DeepSpeed's files hold besides tensors and plain values."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -155,7 +158,7 @@ def _deepspeed_classes() -> list[Any]:
 
 
 class _MappedFiles:
-    """Files of torch, mapped when first asked for."""
+    """Files of torch that are memory-mapped when first used."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -173,7 +176,7 @@ class _MappedFiles:
         return self._mapped[name]
 
     def count(self, num_bytes: int) -> None:
-        """So many bytes were read; the files are mapped anew when they have become many."""
+        """Counts bytes that were read; after READ_AT_ONCE of them the files are mapped anew."""
         self._bytes += num_bytes
         if self._bytes > READ_AT_ONCE:
             self._mapped.clear()

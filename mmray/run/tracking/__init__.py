@@ -1,4 +1,4 @@
-"""Trackers: where else the numbers of a run go, besides its `metrics.jsonl`."""
+"""Trackers, which receive the numbers of a run in addition to its `metrics.jsonl`."""
 
 from mmray.run.tracking.run import TrackedRun, git_commit, public_settings
 from mmray.run.tracking.settings import TrackingSettings

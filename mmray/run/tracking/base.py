@@ -1,4 +1,5 @@
-"""What a tracker is: two small Protocols. Adding one is one file with both, and one line in `settings.py`."""
+"""The interface of a tracker: two small Protocols. Adding one takes one file with both, and one line in
+`settings.py`."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Protocol
@@ -7,27 +8,27 @@ from mmray.run.tracking.run import TrackedRun
 
 
 class Tracker(Protocol):
-    """Takes the numbers of one run. All calls come from one thread."""
+    """Receives the numbers of one run. All calls come from one thread."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of a step, by names such as `train/loss` and `eval/loss`.
+        """Receives the numbers of a step, by names such as `train/loss` and `eval/loss`.
 
-        Steps come in order, each name of a step once; a step may come again with other names. It may raise whatever it
-        likes.
+        Steps come in order, each name of a step once; a step may come again with other names. Any exception may be
+        raised.
         """
 
     def close(self) -> None:
-        """The last call: hand over what is still here, and say that the run ended."""
+        """Hands over what is still buffered and marks the run as ended. This is the last call."""
 
 
 class TrackerSettings(Protocol):
     """The settings of one tracker in the job file, which can open it."""
 
     library: ClassVar[str]
-    """The module that must be there to import."""
+    """The module that must be importable."""
 
     def open(self, run: TrackedRun, run_id: str | None) -> tuple[Tracker, str]:
-        """The tracker, and the run's id there.
+        """Opens the tracker; returns it with the id of the run there.
 
-        run_id: what an earlier call gave, for a run that continues: it goes on in the same place. None: a new run.
+        run_id: the id from an earlier call, for a run that continues in the same place; None: a new run.
         """

@@ -1,12 +1,12 @@
-"""A tracker is fed from a thread of its own, so that training never waits for one, and never ends with one.
+"""Feeding a tracker from a thread of its own, so that training never waits for one, and never ends with one.
 
-`metrics.jsonl` is the record, a tracker a view of it: what a tracker does not have yet is taken from there, whether it
-is new to a run that is long under way, or was out of reach for a day. Which steps it has stands in
-`tracking/NAME.json`, beside its id of the run.
+`metrics.jsonl` is the record, a tracker a view of it: values that a tracker lacks are taken from there, whether it is
+added to a run that is long under way, or was out of reach for a day. `tracking/NAME.json` records which steps it has,
+beside its id of the run.
 
-Trackers cannot forget. A run that goes on from a checkpoint does some steps again; the tracker keeps what it was told
-the first time, the same up to rounding, and each step stands there once. What was on its way when a process was killed
-(a second's worth) may be missing there.
+Trackers cannot forget. A run that continues from a checkpoint does some steps again; the tracker keeps the values it
+got the first time, which are the same up to rounding, and holds each step once. Values on their way when a process was
+killed (those of a second) may be missing there.
 
 The first error, whatever it is, ends the feed with one warning. The next start of the run makes up for it.
 """
@@ -29,40 +29,43 @@ log = logging.getLogger("mmray")
 
 TRACKING_FOLDER = "tracking"
 MOST_WAITING = 100_000
-"""Steps that wait for a slow tracker at most: some 50 MB."""
+"""The most steps that wait for a slow tracker: some 50 MB."""
 CLOSE_SECONDS = 60.0
-"""The longest that the end of a run waits for a tracker."""
+"""The longest time, in seconds, that the end of a run waits for a tracker."""
 
 
 @dataclass
-class Told:
-    """What a tracker has of a run. steps: the last one of each name; failed: it was told less than the run logged."""
+class TrackerProgress:
+    """The part of a run that a tracker has.
+
+    steps: the last step of each name; failed: whether the tracker received less than the run logged.
+    """
 
     id: str | None = None
     steps: dict[str, int] = field(default_factory=dict)
     failed: bool = False
 
     @classmethod
-    def read(cls, path: Path) -> "Told":
-        """As written; nothing where there is no such file, or half of one."""
+    def read(cls, path: Path) -> "TrackerProgress":
+        """Reads the file; nothing is known where it is missing or incomplete."""
         try:
             return cls(**json.loads(path.read_text()))
         except (FileNotFoundError, ValueError):
             return cls()
 
     def write(self, path: Path) -> None:
-        """Replace the file, all at once."""
+        """Replaces the file atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, sync=False) as beside:
             beside.write_text(json.dumps(asdict(self)))
 
     def note(self, step: int, names: Iterable[str]) -> None:
-        """It has these now."""
+        """Records that the tracker has these values of a step."""
         for name in names:
             self.steps[name] = max(step, self.steps.get(name, 0))
 
-    def missing(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """What of a step's numbers it has not."""
+    def missing_values(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """The values of a step that the tracker lacks."""
         return {name: value for name, value in values.items() if step > self.steps.get(name, 0)}
 
 
@@ -76,13 +79,14 @@ class Feed:
     def __init__(
         self, name: str, settings: TrackerSettings, run: TrackedRun, *, logged: list[Numbers], kept: int
     ) -> None:
-        """logged: what the run's metrics had when it stopped; kept: the step after which they will be done again."""
+        """Starts the feed. logged: the metrics of the run when it stopped; kept: the last step that will not be done
+        again."""
         self._name, self._settings, self._run = name, settings, run
         self._path = run.folder / TRACKING_FOLDER / f"{name}.json"
-        self._told = Told.read(self._path)
-        if self._told.id and not self._told.failed:
+        self._progress = TrackerProgress.read(self._path)
+        if self._progress.id and not self._progress.failed:
             for step, values in logged:
-                self._told.note(step, values)
+                self._progress.note(step, values)
         self._earlier = [(step, values) for step, values in logged if step <= kept]
         self._waiting: queue.Queue[Numbers | None] = queue.Queue(MOST_WAITING)
         self._ended = threading.Event()
@@ -90,7 +94,7 @@ class Feed:
         self._thread.start()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Leave the numbers of a step for the tracker. Returns at once."""
+        """Queues the numbers of a step for the tracker and returns at once."""
         if not self._ended.is_set():
             try:
                 self._waiting.put_nowait((step, dict(values)))
@@ -98,7 +102,7 @@ class Feed:
                 self._give_up("is too slow")
 
     def close(self) -> None:
-        """Wait until the tracker has everything, but not longer than CLOSE_SECONDS."""
+        """Waits until the tracker has everything, but not longer than CLOSE_SECONDS."""
         deadline = time.monotonic() + CLOSE_SECONDS
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=0 if self._ended.is_set() else CLOSE_SECONDS)
@@ -108,23 +112,23 @@ class Feed:
 
     def _feed(self) -> None:
         try:
-            tracker, self._told.id = self._settings.open(self._run, self._told.id)
-            self._told.write(self._path)
+            tracker, self._progress.id = self._settings.open(self._run, self._progress.id)
+            self._progress.write(self._path)
             for step, values in self._earlier:
                 self._tell(tracker, step, values)
-            self._told.failed = False
-            self._told.write(self._path)
+            self._progress.failed = False
+            self._progress.write(self._path)
             while not self._ended.is_set() and (item := self._waiting.get()) is not None:
                 self._tell(tracker, *item)
             tracker.close()
-            self._told.write(self._path)
+            self._progress.write(self._path)
         except BaseException as error:  # noqa: BLE001 (of libraries that may raise or exit as they like)
             self._give_up(" ".join(f"{type(error).__name__}: {error}".split()))
 
     def _tell(self, tracker: Tracker, step: int, values: Mapping[str, float]) -> None:
-        if new := self._told.missing(step, values):
+        if new := self._progress.missing_values(step, values):
             tracker.write(step, new)
-            self._told.note(step, new)
+            self._progress.note(step, new)
 
     def _give_up(self, problem: str) -> None:
         if self._ended.is_set():
@@ -134,6 +138,6 @@ class Feed:
             "tracking.%s: %.300s; training goes on without it, and the next start of this run makes up for it",
             self._name, problem,
         )  # fmt: skip
-        self._told.failed = True
+        self._progress.failed = True
         with contextlib.suppress(OSError):
-            self._told.write(self._path)
+            self._progress.write(self._path)

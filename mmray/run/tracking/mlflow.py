@@ -1,7 +1,7 @@
-"""MLflow.
+"""MLflow as a tracker.
 
 A step's numbers are one call of its client, 4 ms with SQLite here. MLflow never changes the parameters of a run, so a
-setting that is another after a resume becomes a tag, `changed.training.steps`.
+setting that a resumed run changes becomes a tag, `changed.training.steps`.
 """
 
 import json
@@ -18,17 +18,18 @@ from mmray.run.tracking.run import TrackedRun
 
 PARAMS_PER_CALL = 100
 PARAM_LENGTH = 6000
-"""The most that MLflow takes, parameters in one call and characters in one."""
+"""Limits of MLflow: parameters in one call, and characters of one parameter."""
 
 
 class MlflowSettings(Settings):
-    """A run of MLflow. Credentials come the ordinary way: MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
+    """A run of MLflow. Credentials come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or
+    MLFLOW_TRACKING_TOKEN."""
 
     experiment: str | None = None
-    """Experiment, made where it is new; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
+    """Experiment name, created if it does not exist. null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
 
     uri: str | None = None
-    """Tracking server, or a store such as `sqlite:////shared/mlflow.db`; null: MLFLOW_TRACKING_URI, else the file
+    """Tracking server, or a store such as `sqlite:////shared/mlflow.db`. null: MLFLOW_TRACKING_URI, else the file
     `mlflow.db` in the run's folder."""
 
     library: ClassVar[str] = "mlflow"
@@ -39,31 +40,31 @@ class MlflowSettings(Settings):
         return {"experiment": value} if isinstance(value, str) else value
 
     def open(self, run: TrackedRun, run_id: str | None) -> tuple[Tracker, str]:
-        """Begin or continue the run."""
+        """Start or continue the run."""
         from mlflow.tracking import MlflowClient
 
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder.absolute()}/mlflow.db"
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if run_id is None:
             name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.name
-            found = client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else client.create_experiment(name)
-            run_id = client.create_run(experiment, run_name=run.name).info.run_id
+            experiment = client.get_experiment_by_name(name)
+            experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+            run_id = client.create_run(experiment_id, run_name=run.name).info.run_id
         client.update_run(run_id, status="RUNNING")
         _describe(client, run_id, run)
         return _Mlflow(client, run_id), run_id
 
 
 def _describe(client: Any, run_id: str, run: TrackedRun) -> None:
-    """Settings as parameters; those that are others than when the run began, the folder and the commit as tags."""
+    """Write new settings as parameters, and changed settings, the folder and the commit as tags."""
     from mlflow.entities import Param, RunTag
 
-    given = {name: _text(value)[:PARAM_LENGTH] for name, value in _flat(run.settings)}
+    texts = {name: _text(value)[:PARAM_LENGTH] for name, value in _flat(run.settings)}
     known: dict[str, str] = client.get_run(run_id).data.params
-    new = [Param(name, text) for name, text in given.items() if name not in known]
+    new = [Param(name, text) for name, text in texts.items() if name not in known]
     for first in range(0, len(new), PARAMS_PER_CALL):
         client.log_batch(run_id, params=new[first : first + PARAMS_PER_CALL])
-    tags = {f"changed.{name}": text for name, text in given.items() if known.get(name, text) != text}
+    tags = {f"changed.{name}": text for name, text in texts.items() if known.get(name, text) != text}
     tags["run_folder"] = str(run.folder)
     if run.commit:
         tags["mlflow.source.git.commit"] = run.commit
@@ -86,7 +87,7 @@ class _Mlflow:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`training.steps` and its value, for each that is given."""
+    """Yield each setting that is not None as (dotted name, value): `training.steps` and its value."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")

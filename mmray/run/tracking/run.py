@@ -1,4 +1,4 @@
-"""What a tracker is told of a run besides its numbers: names, settings without secrets, the commit."""
+"""The description of a run for trackers: names, settings without secrets, the commit."""
 
 import re
 import subprocess
@@ -11,8 +11,10 @@ from mmray.base.settings import Settings
 HIDDEN = "(hidden)"
 
 _SECRET = re.compile(r"(^|_)(secret|password|passwd|token|api_?key|access_?key|credential|authorization)s?(_|$)", re.I)
-"""Names of settings whose text is never shown. `eos_token` and other tokens of a model's own are texts too, but no
-setting that names one is worth the risk."""
+"""Names of settings whose text is never shown.
+
+`eos_token` and other tokens of a model are texts too, but no setting that names one is worth the risk.
+"""
 
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _QUERY = re.compile(r"\?[^\s?]*=\S*")
@@ -20,7 +22,11 @@ _QUERY = re.compile(r"\?[^\s?]*=\S*")
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """name: of the job; folder: of the run; settings: the job's, without secrets; commit: of the code, if known."""
+    """A run as trackers know it.
+
+    name: that of the job; folder: that of the run; settings: the job's, without secrets; commit: that of the code, if
+    known.
+    """
 
     name: str
     folder: Path

@@ -10,7 +10,8 @@ from mmray.run.tracking.wandb import WandbSettings
 
 
 class TrackingSettings(Settings):
-    """Where the numbers of a run go, besides `metrics.jsonl` and TensorBoard, which it always has."""
+    """Experiment trackers that receive a run's numbers, in addition to `metrics.jsonl` and TensorBoard files, which
+    every run writes."""
 
     wandb: WandbSettings | None = None
     """Weights & Biases: `wandb: my_project`, or its settings. Needs the extra `trackers`."""
@@ -19,15 +20,15 @@ class TrackingSettings(Settings):
     """MLflow: `mlflow: my_experiment`, or its settings. Needs the extra `trackers`."""
 
     def trackers(self) -> dict[str, TrackerSettings]:
-        """The trackers that are asked for, by name."""
+        """Settings of the trackers that the job asks for, by name."""
         named = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: each for name, each in named.items() if each is not None}
+        return {name: settings for name, settings in named.items() if settings is not None}
 
     def check(self) -> None:
         """Raise UserError where a tracker's library is missing."""
-        for name, each in self.trackers().items():
-            if importlib.util.find_spec(each.library) is None:
+        for name, settings in self.trackers().items():
+            if importlib.util.find_spec(settings.library) is None:
                 raise UserError(
-                    f"tracking.{name}: the library {each.library} is not installed; on all nodes: "
+                    f"tracking.{name}: the library {settings.library} is not installed; on all nodes: "
                     "pip install -c constraints.txt -e '.[trackers]', or leave tracking out"
                 )

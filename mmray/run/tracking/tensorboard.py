@@ -1,4 +1,4 @@
-"""TensorBoard: files in the run's folder, always written."""
+"""The TensorBoard tracker: files in the run's folder, always written."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,16 +9,16 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """Writes a run's numbers for TensorBoard, which hides what it had of later steps than `step`."""
+    """Writes a run's numbers for TensorBoard and makes it hide earlier values of steps after `step`."""
 
     def __init__(self, run: Path, step: int) -> None:
         self._writer = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of a step, by name."""
+        """Writes the numbers of a step, by name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Writes what is still in memory."""
         self._writer.close()

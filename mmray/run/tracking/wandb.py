@@ -1,8 +1,8 @@
-"""Weights & Biases.
+"""Weights & Biases as a tracker.
 
-The numbers' axis is `step`, a value of ours: W&B's own step only counts calls, and refuses to go back. So an
-evaluation that ends late still stands at its step, and the parts of a run that was interrupted, also those of an
-offline one, which are separate folders, join to one run with one id.
+The x-axis is `step`, a value that mmray logs: W&B's own step only counts calls, and refuses to go back. So an
+evaluation that ends late is still drawn at its step, and the parts of an interrupted run (separate folders, if it is
+offline) join to one run with one id.
 """
 
 import os
@@ -17,20 +17,21 @@ from mmray.run.tracking.base import Tracker
 from mmray.run.tracking.run import TrackedRun
 
 FLUSH_SECONDS = 1.0
-"""An offline run's file is behind by as much: what a crash takes with it. W&B's own default is 15."""
+"""How far an offline run's file may be behind, which is what a crash loses. W&B's own default is 15."""
 
 
 class WandbSettings(Settings):
-    """A run of Weights & Biases. The key comes the ordinary way: WANDB_API_KEY, or `wandb login` on every node."""
+    """A run of Weights & Biases. Credentials come from WANDB_API_KEY, or from `wandb login` on every node."""
 
     project: str | None = None
-    """Project; null: WANDB_PROJECT, else the job's name."""
+    """Project name. null: WANDB_PROJECT, else the job's name."""
 
     entity: str | None = None
-    """Team or user; null: WANDB_ENTITY, else your default one."""
+    """Team or user. null: WANDB_ENTITY, else your default one."""
 
     mode: Literal["online", "offline"] | None = None
-    """`offline` writes into the run's folder `wandb/` alone, for `wandb sync` later; null: WANDB_MODE, else online."""
+    """Whether to send numbers at once. `offline`: write them only into the run's folder `wandb/`, for a later `wandb
+    sync`. null: WANDB_MODE, else online."""
 
     tags: tuple[str, ...] = ()
     """Tags of the run."""
@@ -43,7 +44,7 @@ class WandbSettings(Settings):
         return {"project": value} if isinstance(value, str) else value
 
     def open(self, run: TrackedRun, run_id: str | None) -> tuple[Tracker, str]:
-        """Begin or continue the run."""
+        """Start or continue the run."""
         import wandb
 
         run_id = run_id or secrets.token_hex(4)

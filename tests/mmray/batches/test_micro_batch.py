@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig
 
-from mmray import batch as batch_module
+from mmray.batches import micro_batch as batch_module
 from mmray.batches.micro_batch import Masked, MicroBatch, Place, Rendered, from_table, mask, render, to_table
 from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import TileCacheSettings

@@ -11,7 +11,7 @@ from mmray.batches.micro_batch import Masked, MicroBatch, Place, Rendered, from_
 from mmray.errors import RowError, UserError
 from mmray.images import render_tiles
 from mmray.images import retries as passing
-from mmray.images.retries import is_passing, patiently
+from mmray.images.retries import is_transient, with_retries
 from mmray.loss.labels import IGNORE_INDEX
 from tests.mmray.noise import noise
 from tests.mmray.preparing import Preparation, write_rows
@@ -183,7 +183,7 @@ def _raised_from(cause):
     ],
 )
 def test_what_passes(error, source, passes):
-    assert is_passing(error, source) is passes
+    assert is_transient(error, source) is passes
 
 
 def test_errors_that_do_not_pass_go_through_at_once(pauses):
@@ -191,5 +191,5 @@ def test_errors_that_do_not_pass_go_through_at_once(pauses):
         raise RowError("image_missing", "gone")
 
     with pytest.raises(RowError, match="gone"):
-        patiently(read, "a.png")
+        with_retries(read, "a.png")
     assert pauses == []

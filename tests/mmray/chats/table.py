@@ -1,4 +1,4 @@
-"""The table in docs/rows.md: which conversation each published template can write, as the tests show it.
+"""The table in docs/chats.md: which conversation each published template can write, as the tests show it.
 
 `pytest tests/mmray/chats --write-chat-table` writes it there.
 """

@@ -192,7 +192,7 @@ def test_a_set_without_rows(make_job, tmp_path):
     said = finding(content, "loss").detail
     assert "data.train[2] (tokenized): row, not judged: no good row" in said
     assert "data.train[1] (chat): boundaries, the family's markers of the assistant's turns, all found" in said
-    assert "data.train[0] (pretrain): all, every token trains" in said
+    assert "data.train[0] (pretrain): all, every token is trained on" in said
 
 
 def test_rows_that_are_all_bad(make_job, tmp_path):
@@ -284,8 +284,8 @@ def test_rows_of_which_nothing_trains(make_job, tmp_path):
 
 
 def test_lengths_that_are_not_the_processor_s(make_job, monkeypatch):
-    def wrong(self, tile_size, together):
-        span = measure(self, tile_size, together)
+    def wrong(self, tile_size, num_tiles):
+        span = measure(self, tile_size, num_tiles)
         return type(span)(span.token_ids[1:], span.visual_tokens - 1)
 
     measure = Qwen2VL._measure_span
@@ -409,8 +409,8 @@ def test_tokens_that_see_what_comes_after_them(make_job, monkeypatch):
         logits = all_logits(self, inputs)
         return logits + 0.1 * logits.mean(dim=0)
 
-    all_logits = doctor_model._Copy.logits
-    monkeypatch.setattr(doctor_model._Copy, "logits", looking_ahead)
+    all_logits = doctor_model._SmallCopy.logits
+    monkeypatch.setattr(doctor_model._SmallCopy, "logits", looking_ahead)
     assert "see what comes after them" in failed(make_job())["pictures are seen"]
 
 
@@ -465,7 +465,7 @@ def test_a_model_that_breaks_in_one_check(make_job, monkeypatch):
     def broken(self, batch):
         raise IndexError("no such image")
 
-    monkeypatch.setattr(doctor_model._Copy, "naive_inputs", broken)
+    monkeypatch.setattr(doctor_model._SmallCopy, "naive_inputs", broken)
     found = failed(make_job())
     assert found.keys() == {"packed = unpacked"}
     assert "IndexError: no such image" in found["packed = unpacked"]
@@ -545,7 +545,7 @@ def test_the_loss_of_trained_weights(make_job, saved, steps, status):
     found = weights_finding(make_job, saved, steps)
     loss = float(found.detail.split()[0])
     assert found.status is status, found
-    assert (loss > doctor_weights.SANE[1]) == (status is Status.FAIL)
+    assert (loss > doctor_weights.PLAUSIBLE_LOSS[1]) == (status is Status.FAIL)
     assert steps or loss == pytest.approx(math.log(700), rel=0.1)
 
 

@@ -101,29 +101,29 @@ def test_rows_without_an_image_are_rejected_where_a_model_cannot_learn_from_them
     preparation.sample({"text": "<image>", "images": [page(0)]})
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_the_number_of_pictures_reaches_the_family(tmp_path, processors, together):
+@pytest.mark.parametrize("num_tiles", [1, 3])
+def test_the_number_of_pictures_reaches_the_family(tmp_path, processors, num_tiles):
     """Some processors treat a lone picture in another way."""
     seen = []
 
     class Counting(Idefics3):
-        def span(self, tile_size, together=1):
-            seen.append(together)
-            return super().span(tile_size, together)
+        def span(self, tile_size, num_tiles=1):
+            seen.append(num_tiles)
+            return super().span(tile_size, num_tiles)
 
-        def frames(self, tile: Image.Image, together: int = 1):
-            seen.append(together)
-            return super().frames(tile, together)
+        def frames(self, tile: Image.Image, num_tiles: int = 1):
+            seen.append(num_tiles)
+            return super().frames(tile, num_tiles)
 
     noise((50, 40)).save(tmp_path / "page.png")
-    row = {"text": "<image>" * together, "images": ["page.png"] * together}
+    row = {"text": "<image>" * num_tiles, "images": ["page.png"] * num_tiles}
     dataset = {"files": write_rows(tmp_path / "rows.jsonl", [row]), "kind": "pretrain"}
     preparation = Preparation(Counting(processors["idefics3"]), dataset)
     prepared = preparation.write(tmp_path / "prepared")
-    assert set(seen) == {together}
+    assert set(seen) == {num_tiles}
     seen.clear()
     render([prepared.bin(0)], Place(0, 0, 0), preparation.family, prepared.tiling)
-    assert seen == [together] * together
+    assert seen == [num_tiles] * num_tiles
 
 
 def test_blank_tokens_that_a_tokenizer_adds_are_no_structure(processors):

@@ -159,7 +159,7 @@ def test_onevision_s_own_count_is_wrong_for_several_pictures(zoo_processor):
     family = family_of(zoo_processor("llava_onevision"))
     (count,) = family.processor._get_num_multimodal_tokens(image_sizes=[(90, 150)]).num_image_tokens
     assert family.span((150, 90)).visual_tokens == count
-    assert family.span((150, 90), together=2).visual_tokens == 17 < count
+    assert family.span((150, 90), num_tiles=2).visual_tokens == 17 < count
 
 
 # ---- Pixels ----
@@ -199,9 +199,9 @@ def test_frames_of_zeros_stand_behind_those_of_smaller_pages(zoo_processor, name
 def test_onevision_counts_the_pictures_of_each_sample(zoo_processor):
     family = family_of(zoo_processor("llava_onevision"))
     tiles, frames = [], []
-    for sample, together in ((0, 2), (3, 1), (4, 3)):
-        for number in range(together):
-            own = family.frames(noise((60, 50), number), together)
+    for sample, num_tiles in ((0, 2), (3, 1), (4, 3)):
+        for number in range(num_tiles):
+            own = family.frames(noise((60, 50), number), num_tiles)
             tiles.append(Tile(sample, (60, 50), ((56, 56),) * len(own)))
             frames += [torch.from_numpy(frame) for frame in own]
     found = family.pixel_inputs(tiles, frames, torch.float32)

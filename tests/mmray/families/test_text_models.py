@@ -175,7 +175,11 @@ def test_onevision_learns_to_stop_where_its_template_leaves_the_end_out(zoo_proc
     sample = preparation.sample(chat(f"<image>{ASKED[0]}", ANSWERED[0], ASKED[1], ANSWERED[1], images=["page.png"]))
     assert sample.rule == LossRule.GIVEN
     labels = preparation.labels.of_arrays(
-        sample.input_ids, np.asarray([len(sample.input_ids)]), np.asarray([sample.rule]), sample.given, sample.blocks
+        sample.input_ids,
+        np.asarray([len(sample.input_ids)]),
+        np.asarray([sample.rule]),
+        sample.given_mask,
+        sample.blocks,
     )
     found = processor.tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=False)
     assert found == "".join(f"\n{answer}<|im_end|>" for answer in ANSWERED)

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 
 from mmray.errors import RowError
 from mmray.images import header, image_size, load_image, read_header, readers
-from mmray.images.source import PASSING_ERRORS
+from mmray.images.source import PASS_THROUGH_ERRORS
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -289,7 +289,7 @@ def test_pillows_limit_is_put_back_after_errors_and_left_where_someone_set_it(
     assert Image.MAX_IMAGE_PIXELS == 99
 
 
-@pytest.mark.parametrize("failure", [kind("now") for kind in PASSING_ERRORS])
+@pytest.mark.parametrize("failure", [kind("now") for kind in PASS_THROUGH_ERRORS])
 def test_a_failing_network_rejects_no_row(failure: BaseException) -> None:
     class Unplugged(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:

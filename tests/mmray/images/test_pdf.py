@@ -168,7 +168,7 @@ def test_names_of_pages() -> None:
 
 
 def test_few_documents_stay_open(tmp_path: Path) -> None:
-    paths = [pdf_of(tmp_path / f"{number}.pdf", [{}]) for number in range(pdf.MOST_DOCUMENTS + 4)]
+    paths = [pdf_of(tmp_path / f"{number}.pdf", [{}]) for number in range(pdf.MAX_DOCUMENTS + 4)]
     for path in paths * 2:
         assert image_size(f"{path}#page=1&dpi=72") == (200, 300)
     assert list(pdf._documents._open) == paths[4:]

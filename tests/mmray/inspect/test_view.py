@@ -269,7 +269,7 @@ def test_a_bin_at_which_training_would_stop_says_so(viewed):
     view, *_ = viewed("qwen2_vl", "chat")
     trained = view.trained_tokens
     problem = replace(view, trained_tokens=trained + 1).problem
-    assert problem.startswith(f"{trained} tokens train, {trained + 1} when the dataset was prepared")
+    assert problem.startswith(f"{trained} tokens are trained on, {trained + 1} were counted")
 
 
 # ---- In the terminal ----

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.config.job import Job
-from mmray.packing.equal_cost import DRAWN, EQUAL, MOST_BINS, expected_costliest, pack_equal_cost
+from mmray.packing.equal_cost import DRAWN_BINS, MAX_BIN_RATIO, MAX_COST_RATIO, expected_costliest, pack_equal_cost
 from mmray.packing.pack import pack_2d
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.dataset import window_bins
@@ -69,10 +69,12 @@ def test_bins_take_alike_long(attention):
     bins = pack_equal_cost(samples.tokens, samples.visual_tokens, costs, pair_cost, **capacities)
     before, after = of_bins(fewest), of_bins(bins)
     rng = np.random.default_rng(1)
-    slowest = [np.mean([rng.choice(each, DRAWN).max() for _ in range(2000)]) / each.mean() for each in (before, after)]
+    slowest = [
+        np.mean([rng.choice(each, DRAWN_BINS).max() for _ in range(2000)]) / each.mean() for each in (before, after)
+    ]
     assert slowest[0] > 1.15
-    assert slowest[1] < EQUAL + 0.01
-    assert len(bins) <= MOST_BINS * len(fewest)
+    assert slowest[1] < MAX_COST_RATIO + 0.01
+    assert len(bins) <= MAX_BIN_RATIO * len(fewest)
     assert slowest[1] * after.sum() < 0.9 * slowest[0] * before.sum()  # time of an epoch of steps of 8
 
 

@@ -37,8 +37,9 @@ def test_every_bin_comes_back_as_it_was_written(prepared, preparation):
         assert isinstance(each, Bin)
         assert each.index == number
         assert each.input_ids.dtype == np.int32
-        assert each.given.dtype == np.bool_
-        for name in ("input_ids", "sample_lengths", "sample_rules", "given"):
+        assert each.given_mask.dtype == np.bool_
+        assert each.given_mask.tolist() == row["given"]
+        for name in ("input_ids", "sample_lengths", "sample_rules"):
             assert getattr(each, name).tolist() == row[name], name
         for name in ("bucket", "visual_tokens", "trained_tokens", "sample_ids", "sample_sources", "images"):
             assert getattr(each, name) == row[name], name

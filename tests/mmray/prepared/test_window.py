@@ -172,8 +172,8 @@ def test_a_sample_with_nothing_to_train_is_set_aside_with_its_reason():
         chat(1, 1, 2, 3),
         chat(2, START),
         sample(3, 1, 8),  # its only text is its first token, which is never trained
-        sample(4, rule=LossRule.GIVEN, given=np.asarray([True, False])),
-        sample(5, rule=LossRule.GIVEN, given=np.asarray([False, True])),
+        sample(4, rule=LossRule.GIVEN, given_mask=np.asarray([True, False])),
+        sample(5, rule=LossRule.GIVEN, given_mask=np.asarray([False, True])),
     ]
     window = pack(rows)
     assert members(window) == [["id-0", "id-5"]]
@@ -197,7 +197,7 @@ def test_samples_with_nothing_to_train_are_kept_where_that_is_allowed():
 def test_given_masks_stand_beside_samples_without_one():
     rows = [
         sample(0, 3),
-        sample(1, 4, rule=LossRule.GIVEN, given=np.asarray([True, True, False, True])),
+        sample(1, 4, rule=LossRule.GIVEN, given_mask=np.asarray([True, True, False, True])),
         chat(2, 1, START, 5, END),
     ]
     (each,) = bins_of(pack(rows))

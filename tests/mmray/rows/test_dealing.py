@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.prepared.window import _drawn_order
-from mmray.rows.dealing import MOST_PLACES, dealing_of, dealt, dealt_like, first_rows, lanes_of
+from mmray.rows.dealing import MAX_LANES, dealing_of, dealt, dealt_like, first_rows, lanes_of
 from mmray.schedule.schedule import Schedule
 
 lane_rows = st.lists(st.integers(0, 40), min_size=1, max_size=8)
@@ -68,7 +68,7 @@ def test_every_file_with_rows_is_in_one_lane_of_its_set(files, dealing):
     assert sorted(file for lane in lanes for file in lane) == [file for file, count in enumerate(rows) if count]
     assert all(lane == sorted(lane) and len({sets[file] for file in lane}) == 1 for lane in lanes)
     assert [sets[lane[0]] for lane in lanes] == sorted(sets[lane[0]] for lane in lanes)
-    assert len(lanes) <= max(MOST_PLACES, len(set(sets)))
+    assert len(lanes) <= max(MAX_LANES, len(set(sets)))
 
 
 def test_lanes_of_a_set_with_many_files_are_about_equal():

@@ -374,7 +374,7 @@ def test_ready_made_tokens_stay_as_they_are(ready, prepare):
     preparation, row = ready
     sample = preparation.sample(row)
     assert sample.input_ids.tolist() == row["input_ids"]
-    assert sample.given.tolist() == [label != IGNORE_INDEX for label in row["labels"]]
+    assert sample.given_mask.tolist() == [label != IGNORE_INDEX for label in row["labels"]]
     assert sample.rule == LossRule.GIVEN
     image_tokens = np.flatnonzero(sample.input_ids == preparation.family.image_token_id)
     assert sample.visual_tokens == len(image_tokens)
@@ -456,7 +456,7 @@ def test_markers_around_ready_made_image_tokens_must_be_the_processors(prepare, 
 )
 def test_ready_made_rows_that_cannot_be_used(prepare, changes, reason, words):
     row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
-    assert prepare("tokenized").sample(row).given.tolist() == [False, True, True]
+    assert prepare("tokenized").sample(row).given_mask.tolist() == [False, True, True]
     rejected = prepare("tokenized").rejected(row | changes)
     assert rejected.reason == reason
     assert words in rejected.message
@@ -466,7 +466,7 @@ def test_ready_made_rows_that_cannot_be_used(prepare, changes, reason, words):
 @pytest.mark.parametrize("labels", [{}, {"labels": None}, {"labels": [-100, 2, -100]}])
 def test_ready_made_rows_may_say_what_was_sampled(prepare, flags, labels):
     sample = prepare("tokenized").sample({"input_ids": [1, 2, 3], "sampled_mask": flags} | labels)
-    assert sample.given.tolist() == [False, True, False]
+    assert sample.given_mask.tolist() == [False, True, False]
     assert sample.rule == LossRule.GIVEN
 
 
@@ -497,7 +497,7 @@ def test_what_is_masked_from_attention_trains_in_no_mode(prepare, loss):
 def test_the_mask_may_stand_in_another_column(prepare):
     preparation = prepare("tokenized", columns={"sampled_mask": "loss_mask", "labels": "targets"})
     sample = preparation.sample({"input_ids": [1, 2], "loss_mask": [0, 1], "labels": "not read", "sampled_mask": 7})
-    assert sample.given.tolist() == [False, True]
+    assert sample.given_mask.tolist() == [False, True]
     rejected = preparation.rejected({"input_ids": [1, 2], "labels": [1, 2]})
     assert (rejected.reason, "'targets' and no 'loss_mask'" in rejected.message) == ("missing_column", True)
 
@@ -506,7 +506,7 @@ def test_the_mask_may_stand_in_another_column(prepare):
 @pytest.mark.parametrize("own", [{}, {"labels": "nonsense"}, {"sampled_mask": [1], "labels": [7, 7, 7]}])
 def test_other_modes_do_not_read_labels(prepare, loss, own):
     sample = prepare("tokenized", loss=loss).sample({"input_ids": [1, 2, 3]} | own)
-    assert (sample.input_ids.tolist(), len(sample.given)) == ([1, 2, 3], 0)
+    assert (sample.input_ids.tolist(), len(sample.given_mask)) == ([1, 2, 3], 0)
     assert prepare("tokenized", loss=loss).rejected({"input_ids": []} | own).reason == "wrong_type"
 
 
@@ -518,8 +518,8 @@ def wrong_family(processor, change):
     right = family_of(processor)
 
     class Wrong(type(right)):
-        def _measure_span(self, tile_size, together):
-            return change(super()._measure_span(tile_size, together))
+        def _measure_span(self, tile_size, num_tiles):
+            return change(super()._measure_span(tile_size, num_tiles))
 
     return Wrong(processor)
 

@@ -26,7 +26,7 @@ def preparation_of(processor, pictures, **settings):
 
 def decoded(preparation, sample):
     """The text that the sample gives to train, without media."""
-    given = sample.given & ~np.isin(sample.input_ids, preparation.family.media_token_ids)
+    given = sample.given_mask & ~np.isin(sample.input_ids, preparation.family.media_token_ids)
     return preparation.family.tokenizer.decode(sample.input_ids[given])
 
 
@@ -78,7 +78,7 @@ def test_tokens_are_those_that_transformers_marks(processors, pictures, row, mod
     assert sample.input_ids.tolist() == list(ids)
     ends = ending_token_ids(preparation.family)
     with_ends = [kept or (before and token in ends) for kept, before, token in zip(mask, [0, *mask], ids)]
-    assert sample.given.tolist() == list(map(bool, with_ends))
+    assert sample.given_mask.tolist() == list(map(bool, with_ends))
     assert (with_ends == list(mask)) == end_inside
     assert any(mask)
 
@@ -91,7 +91,7 @@ def test_a_shared_processor_s_tokens_are_those_that_transformers_marks(shared_pr
         sample = preparation.sample(row)
         ids, mask = by_transformers(processor, row, pictures)
         assert sample.input_ids.tolist() == list(ids)
-        assert sample.given.astype(int).tolist() == list(mask)
+        assert sample.given_mask.astype(int).tolist() == list(mask)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -117,7 +117,7 @@ def test_rows_of_one_call_may_be_marked_or_not(processors, pictures):
     ]
     first, second, third = both.encoder.encode(rows, verify=range(3))
     assert decoded(both, second) == "Yes<|im_end|>"
-    assert (len(first.given), len(third.given)) == (0, 0)
+    assert (len(first.given_mask), len(third.given_mask)) == (0, 0)
     assert both.family.tokenizer.decode(first.input_ids).startswith("Some text")
 
 
@@ -153,13 +153,13 @@ def test_other_modes_do_not_ask_the_template(processors, pictures, loss):
     preparation = preparation_of(with_marked_template(processors["qwen2_vl"]), pictures, loss=loss)
     sample = preparation.sample(chat("A", "One"))
     assert sample.rule == (LossRule.ALL if loss == "all" else LossRule.ROLES)
-    assert not len(sample.given)
+    assert not len(sample.given_mask)
 
 
 def test_a_chat_with_no_marked_turn_trains_nothing(processors, pictures):
     preparation = preparation_of(with_marked_template(processors["qwen2_vl"]), pictures)
     sample = preparation.sample(chat("Hello?"))
-    assert sample.given.tolist() == [False] * len(sample.input_ids)
+    assert sample.given_mask.tolist() == [False] * len(sample.input_ids)
 
 
 @pytest.mark.parametrize(

@@ -219,12 +219,13 @@ def test_each_set_is_looked_at(check):
 def test_a_set_of_which_nothing_trains(check, loss):
     """The assistant says nothing, and its end is not to be trained."""
     asked = [chat(f"Question {number}?") for number in range(3)]
-    nothing = "no token of the first 3 good rows trains" if loss == "sampled" else "no turn of role 'assistant' begins"
+    untrained = "no token of the first 3 good rows is trained on"
+    nothing = untrained if loss == "sampled" else "no turn of role 'assistant' begins"
     assert nothing in refused(check, ("chat", asked), loss=loss)
     silent = [chat("Question?", "") for _ in range(3)]
     if loss != "sampled":
         loss = RoleLoss(train_on_eos="none")
-        assert "no token of the first 3 good rows trains" in refused(check, ("chat", silent), loss=loss)
+        assert "no token of the first 3 good rows is trained on" in refused(check, ("chat", silent), loss=loss)
         assert check(("chat", silent), loss=RoleLoss(train_on_eos="none", allow_empty=True))
     else:
         assert check(("chat", silent), loss=loss)  # the end of the turn trains
@@ -233,14 +234,14 @@ def test_a_set_of_which_nothing_trains(check, loss):
 def test_a_template_that_marks_nothing_in_these_rows(check, processors):
     marked = with_marked_template(processors["qwen2_vl"])
     asked = [chat(f"Question {number}?") for number in range(3)]
-    assert "no token of the first 3 good rows trains" in refused(check, ("chat", asked), processor=marked)
+    assert "no token of the first 3 good rows is trained on" in refused(check, ("chat", asked), processor=marked)
     assert check(("chat", [*asked, CHATS[0]]), processor=marked)
 
 
 def test_rows_whose_labels_train_nothing(check):
     rows = [{"input_ids": [5, 6], "labels": [-100, -100]}, {"input_ids": [5, 6], "sampled_mask": [1, 0]}]
     message = refused(check, ("tokenized", rows))
-    assert "no token of the first 2 good rows trains; see `loss`" in message
+    assert "no token of the first 2 good rows is trained on; see `loss`" in message
     assert check(("tokenized", [*rows, {"input_ids": [5, 6], "sampled_mask": [0, 1]}]))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mmray.batches.render import SkippedSample, skipped_from_array, skipped_to_array
 from mmray.errors import UserError
 from mmray.run import skipped
-from mmray.run.skipped import FLOOR, SKIPPED_FILE, WINDOW, Seen, SkipLimit, SkippedLog
+from mmray.run.skipped import ALWAYS_ALLOWED, SKIPPED_FILE, WINDOW, BatchCounts, SkipLimit, SkippedLog
 
 
 def sample(number):
@@ -21,14 +21,14 @@ def lines(run):
 
 
 def test_nothing_skipped_leaves_no_file(tmp_path):
-    SkippedLog(tmp_path, 0, 0.01).add(1, "train", Seen(100, []))
+    SkippedLog(tmp_path, 0, 0.01).add(1, "train", BatchCounts(100, []))
     assert not (tmp_path / SKIPPED_FILE).exists()
 
 
 def test_each_skipped_sample_is_a_line_and_a_warning(tmp_path, caplog):
     log = SkippedLog(tmp_path, 0, 0.01)
-    log.add(3, "train", Seen(8, [sample(1), sample(2)]))
-    log.add(4, "eval", Seen(8, [sample(3)]))
+    log.add(3, "train", BatchCounts(8, [sample(1), sample(2)]))
+    log.add(4, "eval", BatchCounts(8, [sample(3)]))
     assert [(each["step"], each["split"], each["id"]) for each in lines(tmp_path)] == [
         (3, "train", "row-1"), (3, "train", "row-2"), (4, "eval", "row-3"),
     ]  # fmt: skip
@@ -44,27 +44,27 @@ def test_each_skipped_sample_is_a_line_and_a_warning(tmp_path, caplog):
 def test_steps_that_are_done_again_are_listed_once(tmp_path):
     log = SkippedLog(tmp_path, 0, 0.01)
     for step in (1, 2, 3):
-        log.add(step, "train", Seen(8, [sample(step)]))
+        log.add(step, "train", BatchCounts(8, [sample(step)]))
     with (tmp_path / SKIPPED_FILE).open("a") as file:
         file.write('{"step": 4, "spl')  # died while writing
     again = SkippedLog(tmp_path, 2, 0.01)
     assert [each["step"] for each in lines(tmp_path)] == [1, 2]
-    again.add(3, "train", Seen(8, [sample(3)]))
+    again.add(3, "train", BatchCounts(8, [sample(3)]))
     assert [each["step"] for each in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_too_many_stop_the_run_with_examples(tmp_path):
     log = SkippedLog(tmp_path, 0, 0.01)
-    log.add(1, "train", Seen(20, [sample(number) for number in range(20)]))
+    log.add(1, "train", BatchCounts(20, [sample(number) for number in range(20)]))
     with pytest.raises(UserError, match=r"21 of the last 40 samples of train .*max_skipped_share is 0\.01.*row-99"):
-        log.add(2, "train", Seen(20, [sample(99)]))
+        log.add(2, "train", BatchCounts(20, [sample(99)]))
     assert len(lines(tmp_path)) == 21
 
 
 def test_eval_is_counted_apart(tmp_path):
     log = SkippedLog(tmp_path, 0, 0.01)
-    log.add(1, "train", Seen(20, [sample(number) for number in range(20)]))
-    log.add(1, "eval", Seen(20, [sample(number) for number in range(20)]))
+    log.add(1, "train", BatchCounts(20, [sample(number) for number in range(20)]))
+    log.add(1, "eval", BatchCounts(20, [sample(number) for number in range(20)]))
 
 
 def test_what_was_skipped_before_a_resume_counts(tmp_path):
@@ -73,7 +73,7 @@ def test_what_was_skipped_before_a_resume_counts(tmp_path):
         file.write('{"step": 2, "loss": 2.0, "samples": 20, "skipped_samples": 20}\n')
     log = SkippedLog(tmp_path, 2, 0.01)
     with pytest.raises(UserError, match="21 of the last 40 samples"):
-        log.add(3, "train", Seen(20, [sample(1)]))
+        log.add(3, "train", BatchCounts(20, [sample(1)]))
 
 
 @given(
@@ -96,7 +96,7 @@ def test_the_limit_is_that_of_the_last_samples(steps, share):
                 steps[:done],
             )
             samples, left_out = (sum(each) for each in zip(*looked_at))
-            assert limit.count(*steps[done - 1]) == (left_out <= max(FLOOR, share * samples))
+            assert limit.count(*steps[done - 1]) == (left_out <= max(ALWAYS_ALLOWED, share * samples))
 
 
 def test_one_percent_of_a_window_is_more_than_the_floor():
