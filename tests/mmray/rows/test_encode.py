@@ -473,9 +473,9 @@ def test_ready_made_rows_may_say_what_was_sampled(prepare, flags, labels):
 @pytest.mark.parametrize("flags", [[0, 1, 1, 0], [False, True, True, False]])
 def test_what_is_masked_from_attention_never_trains(prepare, flags):
     row = {"input_ids": [1, 2, 3, 3], "labels": [1, 2, 3, 3], "attention_mask": flags}
-    assert prepare("tokenized").sample(row).given.tolist() == [False, True, True, False]
+    assert prepare("tokenized").sample(row).given_mask.tolist() == [False, True, True, False]
     whole = prepare("tokenized").sample(row | {"attention_mask": None})  # the same ids: a pad's number says nothing
-    assert whole.given[1:].tolist() == [True, True, True]
+    assert whole.given_mask[1:].tolist() == [True, True, True]
     rejected = prepare("tokenized").rejected(row | {"attention_mask": [1, 1]})
     assert "the row has 4 tokens and attention_mask 2 entries" in rejected.message
     assert (
@@ -483,7 +483,7 @@ def test_what_is_masked_from_attention_never_trains(prepare, flags):
     )
     renamed = prepare("tokenized", columns={"attention_mask": "seen"})
     sample = renamed.sample({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "seen": [1, 1, 0]})
-    assert sample.given[1:].tolist() == [True, False]
+    assert sample.given_mask[1:].tolist() == [True, False]
 
 
 @pytest.mark.parametrize("loss", [LOSSES["all"], LOSSES["roles"], LOSSES["inputs"]])
