@@ -40,7 +40,7 @@ def prepare_pools() -> list[Pool]:
 
 
 def uses_gpus(job: Job, nodes: Sequence[Node]) -> bool:
-    """Whether training uses GPUs: as the job says, otherwise where the cluster has any."""
+    """True if training uses GPUs: as the job says, otherwise where the cluster has any."""
     has_gpus = amount(nodes, "GPU") > 0
     if job.resources.use_gpu and not has_gpus and not job.resources.autoscaling:
         raise UserError("resources.use_gpu is true but the cluster has no GPU; add GPU nodes or set it to false")

@@ -97,8 +97,9 @@ def _join(address: str, options: dict[str, Any]) -> None:
             raise
         (cluster_ray, cluster_python), (local_ray, local_python) = versions
         raise UserError(
-            f"the cluster at {address} runs Ray {cluster_ray} with Python {cluster_python}, this process Ray {local_ray} "
-            f"with Python {local_python}; run this where both are the same, or start the cluster from this environment"
+            f"the cluster at {address} runs Ray {cluster_ray} with Python {cluster_python}, this process Ray "
+            f"{local_ray} with Python {local_python}; run this where both are the same, or start the cluster from this "
+            "environment"
         ) from error
 
 

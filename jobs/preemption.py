@@ -26,7 +26,7 @@ class Preemption(Callback):
         self._known: set[str] = set()
 
     def flag(self) -> int:
-        """Whether it is time to ask. The answer of rank 0 counts for all ranks."""
+        """True if it is time to ask. The answer of rank 0 counts for all ranks."""
         return int(time.monotonic() - self._asked >= ASK_SECONDS)
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:

@@ -90,11 +90,10 @@ class ResourceSettings(Settings):
     """CPUs that each training worker uses."""
 
     use_gpu: bool | None = None
-    """Whether to train on GPUs, one per worker. null: yes if the cluster has any."""
+    """Train on GPUs, one per worker. null: if the cluster has any."""
 
     autoscaling: bool = False
-    """Whether the cluster adds nodes when work waits. true: a job larger than the cluster waits for nodes. false: such
-    a job is refused."""
+    """Let a job that is larger than the cluster wait until the cluster adds nodes. false: such a job is refused."""
 
     prepare_labels: dict[str, LabelValue] = Field(default_factory=dict)
     """Prepare: labels, as given to `ray start --labels`, of the Ray nodes whose CPUs preparing uses. Empty: any
@@ -123,20 +122,20 @@ class ResourceSettings(Settings):
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the number of workers follows the cluster."""
+        """True if the number of workers follows the cluster."""
         return not isinstance(self.workers, int)
 
 
 class ExportSettings(Settings):
-    """Whether and how a run ends with a model folder that transformers loads."""
+    """Settings of the model folder, loadable by transformers, with which a run may end."""
 
     at_end: bool = False
-    """Whether to write the model into the folder `model` of the run when training is finished, as `mmray export` does.
-    The driver writes it, so its machine needs memory for the weights."""
+    """Write the model into the folder `model` of the run when training is finished, as `mmray export` does. The driver
+    writes it, so its machine needs memory for the weights."""
 
 
 class OutputSettings(Settings):
-    """Where results are written."""
+    """Locations of the results."""
 
     prepared: str
     """Folder or URI of the prepared dataset. The folders `train` and `eval` are created inside. All nodes must reach
@@ -146,7 +145,7 @@ class OutputSettings(Settings):
     """Folder or URI of the training run: metrics.jsonl, TensorBoard files, checkpoints. All nodes must reach it."""
 
     export: ExportSettings = ExportSettings()
-    """Whether the run ends with a model folder that transformers loads."""
+    """Export of a model folder, loadable by transformers, at the end of the run."""
 
 
 class Job(Settings):
@@ -164,9 +163,9 @@ class Job(Settings):
     packing: PackingSettings
     """How samples are packed into bins."""
     loss: LossSetting = "sampled"
-    """Which tokens of `chat` and `tokenized` rows are trained on. `sampled`: those the model would have sampled. `all`:
-    every token except media. `{roles: […]}`: the turns of some roles. In `pretrain` rows every token except media is
-    trained on."""
+    """Choice of the tokens of `chat` and `tokenized` rows that are trained on. `sampled`: those the model would have
+    sampled. `all`: every token except media. `{roles: […]}`: the turns of some roles. In `pretrain` rows every token
+    except media is trained on."""
     training: TrainingSettings
     """Steps, optimizer, DeepSpeed, evaluation and checkpoints."""
     balance: BalanceSettings | None = BalanceSettings()
@@ -174,7 +173,7 @@ class Job(Settings):
     resources: ResourceSettings = ResourceSettings()
     """Actors, workers and GPUs."""
     output: OutputSettings
-    """Where results are written."""
+    """Locations of the results."""
     tracking: TrackingSettings = TrackingSettings()
     """Experiment trackers: Weights & Biases, MLflow."""
 
@@ -409,12 +408,12 @@ def _message(mistake: dict[str, Any]) -> str:
 
 
 def _is_inside(location: Sequence[Any], outer: Sequence[Any]) -> bool:
-    """Whether a location lies below another one."""
+    """Tell whether a location lies below another one."""
     return len(location) > len(outer) and location[: len(outer)] == outer
 
 
 def _is_kind_meant(location: Sequence[Any], kind_index: int, locations: Sequence[Sequence[Any]]) -> bool:
-    """Whether a mistake belongs to the kind whose mistakes lie deepest among all kinds of its value.
+    """Tell whether a mistake belongs to the kind whose mistakes lie deepest among all kinds of its value.
 
     location: of the mistake, with its kind at kind_index; locations: of all mistakes.
     """

@@ -44,7 +44,7 @@ class RoleMarkers:
     """Text put before `start` when it is tokenized, for tokenizers that read a marker differently at the beginning of a
     text."""
     until_next: bool = False
-    """Whether the turn ends where any other turn starts, because it has no `end`."""
+    """True if the turn ends where any other turn starts, because it has no `end`."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class PackedRow:
     tiles: tuple[Tile, ...]
     """The tiles of the row, in the order of their tokens."""
     trained: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    """Which tokens have a label, bool [L]. Empty until labels are made, as it is while positions are."""
+    """True for tokens with a label, bool [L]. Empty until labels are made, as it is while positions are."""
 
 
 class Family(ABC):
@@ -107,10 +107,10 @@ class Family(ABC):
     takes_text_only: ClassVar[bool] = True
     """False for models that cannot learn from a row without an image."""
     has_prompt: ClassVar[bool] = False
-    """Whether `pretrain` text begins with a prompt (`prompt_and_answer`) that the model attends to as a whole and is
+    """True if `pretrain` text begins with a prompt (`prompt_and_answer`) that the model attends to as a whole and is
     not trained on. Such families have no chats."""
     looks_ahead: ClassVar[bool] = False
-    """Whether tokens attend to a picture that comes after them, by the model's design."""
+    """True if tokens attend to a picture that comes after them, by the model's design."""
     leaf_modules: ClassVar[tuple[str, ...]] = ()
     """Class names of modules that call their layers a number of times that depends on the data, such as once per
     picture.

@@ -114,7 +114,8 @@ def _sliding_window(config: PretrainedConfig) -> int | None:
 
 
 def _before_answers(trained: Tensor, samples: Tensor, count: int) -> Tensor:
-    """Which tokens come before the first trained token of their sample, bool [L]: all of a sample without one."""
+    """True for tokens that come before the first trained token of their sample, bool [L]: all of a sample without
+    one."""
     places = torch.arange(len(samples), device=samples.device)
     first = torch.full((count,), len(samples), device=samples.device)
     first.scatter_reduce_(0, samples, places.masked_fill(~trained, len(samples)), "amin")

@@ -49,7 +49,7 @@ class Parts:
         return names
 
     def of(self, model: PreTrainedModel) -> "Parts":
-        """These parts without the names that a given model lacks, such as a head that only larger models own.
+        """The parts that a given model has, without names that it lacks, such as a head that only larger models own.
 
         Raises UserError where a parameter of the model belongs to no part, or a part but audio has none.
         """

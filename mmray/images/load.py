@@ -36,15 +36,15 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     """Decodes an image, or renders a page of a PDF: mode RGB, upright, of the size that `image_size` returns.
 
     Of several frames the first is used, unless the source names another. Transparency is laid over white, and so is
-    the part of the canvas that a first frame leaves empty. Grey above 8 bits is scaled
-    from its depth, up to 16 bits. Grey of 32 bits (integer or float), and signed grey, carries no range in the file:
-    the smallest of 0..1 (float only), 0..255, 0..65535 that holds every value is taken, of unsigned values above
-    2^31 the whole range, else the values are stretched from their least to their greatest. CMYK is converted without
-    a colour profile. The result has an empty `info`: no later reader finds an orientation to apply a second time.
+    the part of the canvas that a first frame leaves empty. Grey above 8 bits is scaled from its depth, up to 16 bits.
+    Grey of 32 bits (integer or float), and signed grey, carries no range in the file: the smallest of 0..1 (float
+    only), 0..255, 0..65535 that holds every value is used, for unsigned values above 2^31 the whole range; otherwise
+    the values are stretched from their least to their greatest. CMYK is converted without a colour profile. The result
+    has an empty `info`, so that no later reader finds an orientation to apply a second time.
 
-    Raises RowError: those of `read_header`; `image_corrupt` where the pixels cannot be decoded (truncated
-    files too).
+    Raises RowError: those of `read_header`; `image_corrupt` where the pixels cannot be decoded (truncated files too).
     """
+
     page = page_of(source)
     if page and page.is_pdf:
         return render_pdf(page, max_pixels)

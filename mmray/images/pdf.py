@@ -41,7 +41,7 @@ _POINTS_PER_INCH = 72
 
 
 @dataclass
-class _Open:
+class _OpenDocument:
     document: pypdfium2.PdfDocument
     state: tuple[str, str] | None
     num_bytes: int
@@ -54,7 +54,7 @@ class Documents:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._open: OrderedDict[str, _OpenDocument] = OrderedDict()
         self._fetching: dict[str, threading.Lock] = {}
 
     @contextmanager
@@ -93,7 +93,7 @@ class Documents:
             while self._open:
                 self._open.popitem()[1].document.close()
 
-    def _fresh(self, file: str) -> _Open | None:
+    def _fresh(self, file: str) -> _OpenDocument | None:
         """Returns the open document if the file still holds it; else closes it and returns None."""
         entry = self._open.pop(file, None)
         if entry is None:
@@ -107,7 +107,7 @@ class Documents:
 
     def _add(self, file: str, state: tuple[str, str] | None, data: bytes | None) -> None:
         document = _opened(file, data)
-        self._open[file] = _Open(document, state, len(data or b""), time.monotonic())
+        self._open[file] = _OpenDocument(document, state, len(data or b""), time.monotonic())
         while len(self._open) > 1 and (len(self._open) > MAX_DOCUMENTS or self._num_bytes > MAX_BYTES):
             self._open.popitem(last=False)[1].document.close()
 

@@ -108,8 +108,8 @@ class TilingPolicy(Settings):
     aspect ratio, and padded at the right or the bottom. Excludes native_resolution."""
 
     native_resolution: bool = False
-    """Whether tiles keep the page's own pixels and are only padded, at the right and the bottom, to multiples of
-    patch_multiple. Excludes tile_size."""
+    """Keep the page's own pixels and only pad tiles, at the right and the bottom, to multiples of patch_multiple.
+    Excludes tile_size."""
 
     max_tile_pixels: PositiveInt | None = None
     """Largest area (width times height) of a tile under native_resolution; larger tiles are scaled down to fit. null:
@@ -136,7 +136,7 @@ class TilingPolicy(Settings):
     page's shape, by ascending max_ratio, the last one with max_ratio null. null: no overview."""
 
     no_upscale: bool = False
-    """Whether a crop smaller than its tile keeps its scale and is padded instead of enlarged."""
+    """Pad a crop that is smaller than its tile at its own scale, instead of enlarging it."""
 
     pad_color: Color = (255, 255, 255)
     """Colour of the padding: (red, green, blue) of 0 to 255, or a name (`white`, `"#f0f0f0"`)."""
@@ -145,16 +145,15 @@ class TilingPolicy(Settings):
     """Order of the tiles in a row, left to right or right to left. Rows go from top to bottom."""
 
     labels: bool = False
-    """Whether to write a label before each tile of a page of several tiles: <global_img> before the overview,
-    <row1_col1> and so on before the others. Columns are counted from the left in either reading order. A page of one
-    tile has no label."""
+    """Write a label before each tile of a page of several tiles: <global_img> before the overview, <row1_col1> and so
+    on before the others. Columns are counted from the left in either reading order. A page of one tile has no label."""
 
     exact_pixels: bool = False
-    """Whether to decode pages whole and resize them with Pillow. false: tiles are made two to seven times faster. A
-    JPEG at least 2.4 times as wide and high as its tiles is then decoded at a half, a quarter or an eighth of its size,
-    and its tiles differ by 0.3 of 255 on average (1.5 on a sheet full of small print); other tiles differ by rounding
-    only. The setting changes what the model sees but no tokens; like every setting here, it is fixed when the dataset
-    is prepared."""
+    """Decode pages whole and resize them with Pillow. false: tiles are made two to seven times faster. A JPEG at least
+    2.4 times as wide and high as its tiles is then decoded at a half, a quarter or an eighth of its size, and its tiles
+    differ by 0.3 of 255 on average (1.5 on a sheet full of small print); other tiles differ by rounding only. The
+    setting changes what the model sees but no tokens; like every setting here, it is fixed when the dataset is
+    prepared."""
 
     pdf_dpi: Annotated[int, Field(ge=18, le=1200)] = DEFAULT_PDF_DPI
     """Resolution of rendered PDF pages, in pixels per inch; a set of rows may set its own. Image files keep their own
@@ -165,7 +164,7 @@ class TilingPolicy(Settings):
 
     @property
     def is_tiled(self) -> bool:
-        """Whether pages are cut into tiles."""
+        """True if pages are cut into tiles."""
         return bool(self.preset or self.grid or self.buckets)
 
     @property

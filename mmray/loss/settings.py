@@ -27,13 +27,12 @@ class BoundarySettings(Settings):
     end: Annotated[str, Field(min_length=1)] | None = None
     """Text that closes the turn. `eos_token` stands for the tokenizer's own; null: the turn ends with the sample."""
     include_start: bool = False
-    """Whether the opening text is trained on too."""
+    """Train on the opening text too."""
     include_end: bool = True
-    """Whether the closing text belongs to the turn. true: it is consumed, and trained on as `train_on_eos` says. false:
-    it is not trained on, and may open the next turn."""
+    """Make the closing text part of the turn, trained on as `train_on_eos` says. false: it is not trained on, and may
+    open the next turn."""
     until_next: bool = False
-    """Whether the turn, having no closing text, continues to the next `start` of any boundary, or to the end of the
-    sample."""
+    """Continue the turn, which has no closing text, to the next `start` of any boundary or to the end of the sample."""
 
     @model_validator(mode="after")
     def _ends_in_one_way(self) -> "BoundarySettings":
@@ -48,10 +47,10 @@ class RoleLoss(Settings):
     roles: tuple[str, ...] = (SAMPLED_ROLE,)
     """Roles whose turns are trained on."""
     train_on_eos: TrainOnEos = "turn"
-    """Which closing markers are trained on. `turn`: those of trained turns; `all`: those of all turns; `last`: that of
+    """Closing markers that are trained on. `turn`: those of trained turns; `all`: those of all turns; `last`: that of
     the last trained turn; `none`: none."""
     train_on_inputs: bool = False
-    """Whether every token except media is trained on, whatever the role."""
+    """Train on every token except media, whatever the role."""
     boundaries: tuple[BoundarySettings, ...] | None = None
     """Role boundaries to use instead of the model family's."""
     turns: Literal["all", "last"] = "all"
@@ -61,10 +60,10 @@ class RoleLoss(Settings):
     """In `chat` rows, which thoughts are trained on. `all`: those of every trained turn; `last`: only those of the last
     trained turn; `none`: none, for a model that is to answer at once."""
     train_empty_thoughts: bool = True
-    """In `chat` rows, whether to train on the empty think block that some templates write for a turn without a thought.
-    false: the model does not learn to skip thinking."""
+    """In `chat` rows, train on the empty think block that some templates write for a turn without a thought. false: the
+    model does not learn to skip thinking."""
     allow_empty: bool = False
-    """Whether rows without a trained token are kept, and an empty `roles` is allowed. false: such rows are rejected."""
+    """Keep rows without a trained token, and allow an empty `roles`. false: such rows are rejected."""
 
     @model_validator(mode="after")
     def _trains_something(self) -> "RoleLoss":
@@ -74,7 +73,7 @@ class RoleLoss(Settings):
 
     @property
     def chooses_messages(self) -> bool:
-        """Whether the settings leave out turns or thoughts, which only a chat's messages identify."""
+        """True if the settings leave out turns or thoughts, which only a chat's messages identify."""
         return any(getattr(self, name) != type(self).model_fields[name].default for name in _BY_MESSAGES)
 
     @model_validator(mode="after")
@@ -130,5 +129,5 @@ def loss_of_record(record: Any) -> Loss:
 
 
 def allows_empty(loss: Loss) -> bool:
-    """Whether rows without a trained token are kept."""
+    """Tell whether rows without a trained token are kept."""
     return isinstance(loss, RoleLoss) and loss.allow_empty

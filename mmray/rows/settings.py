@@ -41,7 +41,7 @@ class DatasetSettings(Settings):
     """Row files: one path, glob or URI, or a list of them. Files of a glob are read in sorted order."""
 
     kind: RowKind
-    """What the rows hold. `pretrain`: `text`; `chat`: `messages` or ShareGPT `conversations`; `tokenized`: `input_ids`,
+    """Kind of the rows. `pretrain`: `text`; `chat`: `messages` or ShareGPT `conversations`; `tokenized`: `input_ids`,
     and `labels` or `sampled_mask`."""
 
     format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "arrow", "webdataset", "huggingface"] = "auto"
@@ -68,11 +68,11 @@ class DatasetSettings(Settings):
     that token and mark their images with another `placeholder`. Default: that token counts as an image too."""
 
     images_first: bool = False
-    """Whether to put a placeholder and a line break for each image before a `pretrain` text that has no placeholder.
-    Captions of WebDataset shards and most Hugging Face datasets have none."""
+    """Put a placeholder and a line break for each image before a `pretrain` text that has no placeholder. Captions of
+    WebDataset shards and most Hugging Face datasets have none."""
 
     add_eos: bool = True
-    """Whether to append the end-of-document token to `pretrain` rows."""
+    """Append the end-of-document token to `pretrain` rows."""
 
     end_of_document: str | None = None
     """End-of-document token of `pretrain` rows. Default: the tokenizer's eos_token, which for Qwen's chat models is the
@@ -101,7 +101,7 @@ class DatasetSettings(Settings):
     row takes precedence."""
 
     loss: LossSetting | None = None
-    """Which tokens of this set are trained on. Default: as the job's `loss` says."""
+    """Choice of the tokens of this set that are trained on. Default: the job's `loss`."""
 
     @field_serializer("loss")
     def _plain_loss(self, loss: Any) -> Any:
@@ -176,9 +176,9 @@ class DataSettings(Settings):
     than 20 are left out. A share that high means the storage is unreachable, not that pictures are broken."""
 
     duplicate_ids: Literal["keep", "reject"] = "keep"
-    """What happens to a row whose id an earlier row of the split has, in the order in which rows are dealt. `keep`: it
-    is trained on too, as in files listed twice on purpose; the manifest counts such rows. `reject`: it is set aside
-    with the reason `duplicate_id`; finding these reads all rows once more."""
+    """Treatment of rows whose id an earlier row of the split has, in the order in which rows are dealt. `keep`: they
+    are trained on too, as in files listed twice on purpose; the manifest counts them. `reject`: they are set aside with
+    the reason `duplicate_id`; finding them reads all rows once more."""
 
     image_frames: Literal["first", "all", "reject"] = "first"
     """How files of several pages or frames are read (TIFF, GIF, animated PNG, WebP, AVIF). `first`: the first frame is

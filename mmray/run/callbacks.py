@@ -94,7 +94,7 @@ class PlannedStop(Callback):
         self._next_look, self._who = 0.0, "another rank"
 
     def flag(self) -> int:
-        """Whether to stop. The answer of rank 0 counts for all ranks."""
+        """True if the run is to stop. The answer of rank 0 counts for all ranks."""
         if not self._looks or time.monotonic() < self._next_look:
             return 0
         self._next_look = time.monotonic() + self._pause
@@ -213,5 +213,5 @@ class PeriodicCheckpoints(Callback):
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
-    """Whether an event that happens every `every_steps` steps happens after this step; None: it never does."""
+    """True if an event that happens every `every_steps` steps happens after this step; None: it never does."""
     return every_steps is not None and step % every_steps == 0

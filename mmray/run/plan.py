@@ -25,7 +25,7 @@ class RunPlan:
     eval: tuple[int, str] | None
     gpus: bool
     continue_on: bool = False
-    """Whether the job's data begins anew where the checkpoint was trained on other data."""
+    """True if the job's data begins anew where the checkpoint was trained on other data."""
     commit: str | None = None
     """Git commit of the code, for trackers; None outside of git."""
 

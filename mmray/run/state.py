@@ -48,7 +48,7 @@ class RunState:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes the records."""
+        """True on rank 0, which writes the records."""
         return self.ranks.rank == 0
 
     def note(self, event: Event, step: int, **values: Any) -> None:

@@ -35,7 +35,7 @@ class TracedSample:
     source: str
     """File and line (or row group and row) of the sample's row."""
     trained: bool
-    """Whether the step was done; False for a prediction."""
+    """True if the step was done; False for a prediction."""
 
     def to_json(self) -> dict[str, Any]:
         """The sample as plain values of JSON."""

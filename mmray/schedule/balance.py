@@ -34,10 +34,10 @@ class BalanceSettings(Settings):
     """How ranks are given equal work. The defaults of the costs are those of Qwen2-VL-2B."""
 
     across_batches: bool | None = None
-    """Whether the bins of many global batches are sorted by cost and cut into batches of similar cost. true: sorting;
-    the model learns worse from it, because one step holds only pages and the next only text. false: the bins of a batch
-    are drawn at random, and dealt to ranks by cost. null: true if a setting of sorting is set (`window_batches`,
-    `tolerance`, `group_bins`, `one_shape_per_batch`), else false; a resumed run continues as it began."""
+    """Sort the bins of many global batches by cost and cut them into batches of similar cost. true: sorting; the model
+    learns worse from it, because one step holds only pages and the next only text. false: the bins of a batch are drawn
+    at random, and dealt to ranks by cost. null: true if a setting of sorting is set (`window_batches`, `tolerance`,
+    `group_bins`, `one_shape_per_batch`), else false; a resumed run continues as it began."""
 
     window_batches: Annotated[int, Field(gt=0)] = 64
     """Sorting across batches: number of global batches, consecutive in the shuffled order, whose bins are sorted by
@@ -54,16 +54,16 @@ class BalanceSettings(Settings):
     whatever their number."""
 
     one_shape_per_batch: bool = False
-    """Sorting across batches: whether all bins of a global batch share one visual shape (bucket), for models compiled
-    for fixed shapes. The leftovers of each shape in a window, less than a batch, are collected into batches of their
-    own, sorted by shape."""
+    """Sorting across batches: give all bins of a global batch one visual shape (bucket), for models compiled for fixed
+    shapes. The leftovers of each shape in a window, less than a batch, are collected into batches of their own, sorted
+    by shape."""
 
     token_pair: Annotated[float, Field(ge=0)] = 3.3e-5
     """Attention: cost of a sample, per token squared. Qwen2-VL-2B: 1,536 / 46.8 million."""
 
     whole_row_attention: bool | None = None
-    """Whether attention computes all pairs of tokens in a bin and masks most of them. The attention cost is then twice
-    token_pair times the squared number of tokens in the bin. null: true with model.attention sdpa and eager, false with
+    """Count attention over all pairs of tokens in a bin, most of which are masked: its cost is then twice token_pair
+    times the squared number of tokens in the bin. null: true with model.attention sdpa and eager, false with
     flash_attention_2, which leaves masked pairs out."""
 
     trained_token: Annotated[float, Field(ge=0)] = 0.18
@@ -93,7 +93,7 @@ class BalanceSettings(Settings):
 
     @property
     def sorts_batches(self) -> bool:
-        """Whether a new run sorts bins across global batches."""
+        """True if a new run sorts bins across global batches."""
         return bool(self._of_sorting()) if self.across_batches is None else self.across_batches
 
     def across(self, across_batches: bool) -> "BalanceSettings":
@@ -150,7 +150,7 @@ class Layers:
     intermediate: int
     kv: int
     gated: bool
-    """Whether the MLP has a gate, so three matrices instead of two."""
+    """The MLP has a gate, so three matrices instead of two."""
 
     @property
     def linear(self) -> int:

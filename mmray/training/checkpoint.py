@@ -85,7 +85,7 @@ class ResumeSource:
     shards_parent: Path
     """Folder that holds `deepspeed/` in the form to load: the checkpoint or its conversion."""
     universal: bool
-    """Whether the shards were converted."""
+    """True if the shards were converted."""
 
 
 def save_state(engine: Engine, folder: Path) -> None:

@@ -42,7 +42,7 @@ RouterLoss = Literal["model"] | float | None
 
 
 class ModelSettings(Settings):
-    """Which model is trained, and how its forward pass runs."""
+    """The trained model, and how its forward pass runs."""
 
     path: str | None = None
     """Folder or hub name of a pretrained model, whose weights are loaded. Set exactly one of path and config."""
@@ -59,8 +59,7 @@ class ModelSettings(Settings):
     """Attention implementation of transformers."""
 
     gradient_checkpointing: bool = False
-    """Whether to recompute activations in the backward pass, which saves memory and costs about a third more
-    compute."""
+    """Recompute activations in the backward pass, which saves memory and costs about a third more compute."""
 
     seed: int = 0
     """Seed of random weights: all of them with config, those absent from the files with path."""
@@ -71,11 +70,11 @@ class ModelSettings(Settings):
     an error."""
 
     resize_embeddings: bool = False
-    """Whether to give the model an embedding for each token added to the processor's tokenizer, starting at the mean of
-    the existing ones. false: such a token is an error. A model that has an embedding for every token stays as it is."""
+    """Give the model an embedding for each token added to the processor's tokenizer, starting at the mean of the
+    existing ones. false: such a token is an error. A model that has an embedding for every token stays as it is."""
 
     trust_remote_code: bool = False
-    """Whether to run Python code that comes with the model. Only for sources you trust."""
+    """Run Python code that comes with the model. Only for sources you trust."""
 
     processor: str | None = None
     """Folder or hub name of the processor. Default: `path`."""
@@ -93,7 +92,7 @@ class ModelSettings(Settings):
 
     @property
     def processor_source(self) -> str:
-        """Where the processor is loaded from. Raises UserError when neither processor nor path says so."""
+        """Folder or hub name of the processor. Raises UserError when neither processor nor path is set."""
         source = self.processor or self.path
         if source is None:
             raise UserError("model.config gives no processor; set model.processor to its folder or hub name")
@@ -154,8 +153,8 @@ class TrainingSettings(Settings):
     "model" keeps the factor it began with."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO partitions across the workers. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights. With
-    bf16, 0 runs as 1, because DeepSpeed accumulates in fp32 only from stage 1 on."""
+    """State that ZeRO partitions across the workers. 0: nothing; 1: optimizer state; 2: also gradients; 3: also
+    weights. With bf16, 0 runs as 1, because DeepSpeed accumulates in fp32 only from stage 1 on."""
 
     seed: int = 0
     """Seed of everything random in training: data order and, per worker, dropout."""

@@ -70,7 +70,7 @@ class RowScores:
     word_errors: int
     """Insertions, deletions and substitutions of words that turn one text into the other."""
     is_exact: bool
-    """Whether the texts are equal."""
+    """True if the texts are equal."""
 
     @property
     def cer(self) -> float | None:

@@ -134,5 +134,5 @@ class SourceCheckpoint:
 
 
 def wants_masters(state: SavedState, dtype: Dtype) -> bool:
-    """Whether the weights in a dtype are the fp32 masters of a bf16 training."""
+    """True if the weights in a dtype are the fp32 masters of a bf16 training."""
     return state.dtype == "bf16" and dtype == "fp32"

@@ -138,7 +138,7 @@ def needed_files(names: Sequence[str], *, zero_stage: int, masters: bool) -> lis
 
 
 def reads_optimizer(zero_stage: int, *, masters: bool) -> bool:
-    """Whether the weights are read from the optimizer's files."""
+    """True if the weights are read from the optimizer's files."""
     return zero_stage == 3 or (masters and zero_stage > 0)
 
 

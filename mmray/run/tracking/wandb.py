@@ -30,7 +30,7 @@ class WandbSettings(Settings):
     """Team or user. null: WANDB_ENTITY, else your default one."""
 
     mode: Literal["online", "offline"] | None = None
-    """Whether to send numbers at once. `offline`: write them only into the run's folder `wandb/`, for a later `wandb
+    """Upload of the numbers. `online`: at once; `offline`: only into the run's folder `wandb/`, for a later `wandb
     sync`. null: WANDB_MODE, else online."""
 
     tags: tuple[str, ...] = ()

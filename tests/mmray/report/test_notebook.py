@@ -61,7 +61,8 @@ def test_a_bin_of_very_many_samples_with_hostile_ids_is_small():
     each = Bin(
         index=0, bucket=HOSTILE, visual_tokens=0, trained_tokens=10, input_ids=np.zeros(10_000, dtype=np.int32),
         sample_lengths=lengths, sample_ids=[HOSTILE * 100] * 5000, sample_sources=[""] * 5000,
-        sample_rules=np.zeros(5000, dtype=np.int8), given_mask=np.zeros(0, dtype=bool), images=[],
+        sample_rules=np.zeros(5000, dtype=np.int8), sample_sets=np.zeros(5000, dtype=np.int32),
+        given_mask=np.zeros(0, dtype=bool), images=[],
     )  # fmt: skip
     page, _ = shown(each)
     assert page_text(HOSTILE) in [part.text.removeprefix("bucket ") for part in page.of("div", "where")]
