@@ -64,12 +64,12 @@ def prepare_record(
 
 def check_settings(
     path: str, record: dict[str, Any], *, processor: Any, tiling: TilingPolicy, packing: PackingSettings,
-    loss: Loss,
+    loss: Loss, datasets: Sequence[DatasetSettings],
 ) -> None:  # fmt: skip
     """Raise UserError when a prepared dataset was made with another processor or other settings than the job's.
 
-    record: the record in the dataset's manifest. The row files are not checked: a user may delete them once they are
-    prepared.
+    record: the record in the dataset's manifest. Of the sets of rows only their own `loss` is compared. The row files
+    are not checked: a user may delete them once they are prepared.
     """
     now = {
         "processor": processor_record(processor),
@@ -77,13 +77,20 @@ def check_settings(
         "packing": packing.model_dump(mode="json"),
         "loss": loss_record(loss),
     }
-    lines = differences({key: record[key] for key in now}, json.loads(json.dumps(now)))
+    before = {key: record[key] for key in now} | _own_losses(record["datasets"])
+    now |= _own_losses([dataset.record() for dataset in datasets])
+    lines = differences(before, json.loads(json.dumps(now)))
     if lines:
         shown = "\n  ".join(lines[:8])
         raise UserError(
             f"{path} was prepared with other settings than the job has now:\n  {shown}\n"
             "Prepare it anew: jobs/prepare.py --replace"
         )
+
+
+def _own_losses(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The `loss` of each set that has one of its own."""
+    return {f"datasets[{number}].loss": record["loss"] for number, record in enumerate(records) if "loss" in record}
 
 
 def fingerprint(record: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ every text and stop token, the row is scanned during training. Where it does not
 rejected, since they say what is meant; under the family's boundaries the row carries the mask that its messages give.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -168,13 +169,14 @@ class ChatLabels:
         return not (spans.is_open and self._family.stop_tokens) and bool((scanned[ends] == truth[ends]).all())
 
     def _check_blocks(self, rendered: RenderedChat) -> None:
-        """Raises UserError unless `{% generation %}` blocks and messages agree, blanks and stop tokens aside."""
+        """Raises UserError unless `{% generation %}` blocks and messages agree, blanks, stop tokens, pictures aside."""
         plain = trained_text(_without_flags(rendered), "sampled")
         letters = np.zeros((2, len(rendered.text)), dtype=bool)
         for which, spans in enumerate((rendered.generated, plain.spans)):
             for start, stop in spans:
                 letters[which, start:stop] = True
-        for start, stop in plain.ends:
+        pictures = [match.span() for match in re.finditer(re.escape(self._family.placeholder_unit), rendered.text)]
+        for start, stop in (*plain.ends, *pictures):
             letters[:, start:stop] = False
         differing = [place for place in np.flatnonzero(letters[0] != letters[1]) if rendered.text[place].strip()]
         if not differing:

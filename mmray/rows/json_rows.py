@@ -19,13 +19,16 @@ def parse_row(line: bytes) -> dict[str, Any] | RowError:
         return RowError("bad_json", "the line nests too deeply to be a row; write it flat")
     if not isinstance(value, dict):
         return RowError("bad_json", f"a row must be a JSON object, this line is a {type(value).__name__}")
-    if half := _lone_surrogate(text, value):
+    if half := lone_surrogate(text, value):
         return RowError("not_utf8", f"the line holds {half!a}, half of a surrogate pair; write the whole character")
     return value
 
 
-def _lone_surrogate(text: str, value: dict[str, Any]) -> str | None:
-    """Finds half of a surrogate pair, such as \\ud83d, which JSON can write but UTF-8, and so tokenizers, cannot."""
+def lone_surrogate(text: str, value: Any) -> str | None:
+    """Finds half of a surrogate pair, such as \\ud83d, which JSON can write but UTF-8, and so tokenizers, cannot.
+
+    text: JSON; value: what it says.
+    """
     if "\\ud" not in text.lower():
         return None
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from mmray.errors import RowError
 from mmray.loss.settings import SAMPLED_ROLE
 from mmray.rows.image_refs import ImageRef
+from mmray.rows.json_rows import lone_surrogate
 from mmray.rows.settings import DatasetSettings
 
 ROLES = {
@@ -246,7 +247,7 @@ class MessageReader:
 
     def _known(self, value: JSON, known: Collection[str], where: str) -> JSON:
         """Returns the keys that are neither null nor ignored. Raises RowError for an unknown one."""
-        named = {key: entry for key, entry in value.items() if entry is not None and key not in self._ignored}
+        named = {key: entry for key, entry in value.items() if not _says_nothing(entry) and key not in self._ignored}
         for key in named:
             if key not in known or key in ("refusal", "audio"):
                 near = difflib.get_close_matches(str(key), [name for name in known if name != key], n=1, cutoff=0.5)
@@ -288,7 +289,7 @@ class MessageReader:
         raw_calls = _parsed(raw_calls, f"{where}: tool_calls") if isinstance(raw_calls, str) else raw_calls
         if not isinstance(raw_calls, list):
             raise RowError("wrong_type", f"{where}: tool_calls must be a list, not {raw_calls!r:.60}")
-        calls = [self._call(call, where) for call in raw_calls if call is not None]
+        calls = [self._call(call, where) for call in raw_calls if not _says_nothing(call)]
         if old := named.get("function_call"):
             calls.append(self._call(old, where))
         return tuple(calls)
@@ -443,9 +444,19 @@ def without_nulls(value: Any) -> Any:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
         raise RowError("wrong_type", f"{where}: {text!r:.60} is not JSON: {error}") from error
+    if half := lone_surrogate(text, found):
+        raise RowError("not_utf8", f"{where} holds {half!a}, half of a surrogate pair; write the whole character")
+    return found
+
+
+def _says_nothing(value: object) -> bool:
+    """Whether a value is null, or an object of nulls alone: what Parquet may make of an absent object."""
+    if isinstance(value, dict):
+        return bool(value) and all(map(_says_nothing, value.values()))
+    return value is None
 
 
 def _one_of(named: JSON, keys: Sequence[str], where: str) -> Any:

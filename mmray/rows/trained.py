@@ -52,6 +52,8 @@ def trained_text(rendered: RenderedChat, loss: Loss) -> TrainedText:
             taken = list(_taken_out(rendered, run, setting, (start, stop), is_last=run.message == last))
             spans += _without((start, stop), taken)
             whole.append((start, ended))
+        else:
+            spans += _of_parts(rendered, run, trains=True)
         if _end_trains(setting.train_on_eos, trains, is_last=bool(ending) and number == ending[-1]) and ended > stop:
             spans.append((stop, ended))
             ends.append((stop, ended))
@@ -100,11 +102,7 @@ def _taken_out(rendered: RenderedChat, run: Run, setting: RoleLoss, span: Span, 
     leaves = [rendered.leaves[rendered.plan.skeleton.occurrences[place].leaf] for place in places]
     own_texts = [(leaf, rendered.span(place)) for leaf, place in zip(leaves, places) if leaf.message == run.message]
     message = rendered.chat.messages[run.message]
-    for leaf, letters in own_texts:
-        is_part = leaf.kind in ("content", "thought") and leaf.part < len(message.parts)
-        is_part = is_part and not (leaf.kind == "thought" and message.thought)
-        if is_part and message.parts[leaf.part].trains is False:
-            yield letters
+    yield from _of_parts(rendered, run, trains=False)
     thinks = [letters for leaf, letters in own_texts if leaf.kind == "thought"]
     if message.role != SAMPLED_ROLE:
         yield from _between(own_texts, span)
@@ -116,6 +114,17 @@ def _taken_out(rendered: RenderedChat, run: Run, setting: RoleLoss, span: Span, 
         match = _EMPTY_THOUGHT.match(rendered.text, span[0], own_texts[0][1][0])
         if match:
             yield match.span()
+
+
+def _of_parts(rendered: RenderedChat, run: Run, *, trains: bool) -> Iterator[Span]:
+    """Yields the texts of those parts of a message whose own flag says so."""
+    message = rendered.chat.messages[run.message]
+    for place in range(run.first, run.last + 1) if run.first >= 0 else ():
+        leaf = rendered.leaves[rendered.plan.skeleton.occurrences[place].leaf]
+        is_part = leaf.kind == "content" or (leaf.kind == "thought" and not message.thought)
+        is_part = is_part and leaf.message == run.message and leaf.part < len(message.parts)
+        if is_part and message.parts[leaf.part].trains is trains:
+            yield rendered.span(place)
 
 
 def _between(texts: Sequence[tuple[object, Span]], span: Span) -> Iterator[Span]:

@@ -11,6 +11,7 @@ from mmray.errors import UserError
 from mmray.loss.settings import RoleLoss
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.fingerprint import check_settings, differences, fingerprint, processor_record
+from mmray.rows.settings import DatasetSettings
 from tests.mmray.preparing import Preparation, write_rows
 
 FILES = {"rows.jsonl": [{"id": "a", "text": "hello"}], "more.jsonl": [{"id": "b", "text": "there"}]}
@@ -183,6 +184,7 @@ def test_a_job_is_compared_with_what_a_dataset_was_prepared_with(make, processor
     )  # fmt: skip
     now = {
         "processor": job.family.processor, "tiling": job.policy, "packing": job.packing, "loss": job.loss,
+        "datasets": job.data.train,
     }  # fmt: skip
     check_settings("some/folder", record, **now)  # the row files may be gone
     with pytest.raises(UserError) as caught:
@@ -191,6 +193,26 @@ def test_a_job_is_compared_with_what_a_dataset_was_prepared_with(make, processor
     assert "loss: 'sampled' -> 'all'" in str(caught.value)
     with pytest.raises(UserError, match=r"processor\.class: 'Qwen2VLProcessor' -> 'Idefics3Processor'"):
         check_settings("some/folder", record, **now | {"processor": processors["idefics3"]})
+
+
+def test_a_loss_of_a_set_that_is_no_longer_the_prepared_one_is_told(make, processors):
+    chats, families = {"kind": "chat"}, Preparation(processors["qwen2_vl"], {"files": "rows.jsonl", "kind": "chat"})
+    now = {
+        "processor": families.family.processor, "tiling": families.policy, "loss": "sampled",
+        "packing": PackingSettings(token_capacity=64, visual_capacity=32),
+    }  # fmt: skip
+    own = DatasetSettings(files=("a",), kind="chat", loss=RoleLoss(turns="last"))
+    job_wide = DatasetSettings(files=("a",), kind="chat")
+    check_settings("some/folder", make(**chats, loss="sampled"), **now, datasets=[job_wide])
+    with pytest.raises(UserError, match=r"datasets\[0\]\.loss: None -> \{.*'turns': 'last'"):
+        check_settings("some/folder", make(**chats), **now, datasets=[own])
+    prepared = Preparation(
+        processors["qwen2_vl"], {"files": ["a"], "kind": "chat", "loss": {"turns": "last"}}, packing=now["packing"],
+    )  # fmt: skip
+    record = make(**chats) | {"datasets": [dataset.record() for dataset in prepared.data.train]}
+    check_settings("some/folder", record, **now, datasets=[own])
+    with pytest.raises(UserError, match=r"datasets\[0\]\.loss: \{.*'turns': 'last'.* -> None"):
+        check_settings("some/folder", record, **now, datasets=[job_wide])
 
 
 def test_differences_are_paths_with_both_values():

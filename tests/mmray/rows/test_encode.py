@@ -16,6 +16,7 @@ from mmray.loss.labels import IGNORE_INDEX, LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.packing.settings import PackingSettings
 from mmray.rows.encode import Encoder
+from mmray.rows.preflight import sample_labels
 from mmray.rows.read import RawRow
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DataSettings
@@ -467,6 +468,30 @@ def test_ready_made_rows_may_say_what_was_sampled(prepare, flags, labels):
     sample = prepare("tokenized").sample({"input_ids": [1, 2, 3], "sampled_mask": flags} | labels)
     assert sample.given_mask.tolist() == [False, True, False]
     assert sample.rule == LossRule.GIVEN
+
+
+@pytest.mark.parametrize("flags", [[0, 1, 1, 0], [False, True, True, False]])
+def test_what_is_masked_from_attention_never_trains(prepare, flags):
+    row = {"input_ids": [1, 2, 3, 3], "labels": [1, 2, 3, 3], "attention_mask": flags}
+    assert prepare("tokenized").sample(row).given_mask.tolist() == [False, True, True, False]
+    whole = prepare("tokenized").sample(row | {"attention_mask": None})  # the same ids: a pad's number says nothing
+    assert whole.given_mask[1:].tolist() == [True, True, True]
+    rejected = prepare("tokenized").rejected(row | {"attention_mask": [1, 1]})
+    assert "the row has 4 tokens and attention_mask 2 entries" in rejected.message
+    assert (
+        "attention_mask must be a list" in prepare("tokenized").rejected(row | {"attention_mask": [0, 2, 1, 1]}).message
+    )
+    renamed = prepare("tokenized", columns={"attention_mask": "seen"})
+    sample = renamed.sample({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "seen": [1, 1, 0]})
+    assert sample.given_mask[1:].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("loss", [LOSSES["all"], LOSSES["roles"], LOSSES["inputs"]])
+def test_what_is_masked_from_attention_trains_in_no_mode(prepare, loss):
+    preparation = prepare("tokenized", loss=loss)
+    found = preparation.sample({"input_ids": [1, 2, 3, 4], "attention_mask": [1, 1, 0, 0]})
+    (labels,) = sample_labels([found], preparation.labels)
+    assert labels[2:].tolist() == [IGNORE_INDEX] * 2
 
 
 def test_the_mask_may_stand_in_another_column(prepare):

@@ -1,5 +1,6 @@
 """The first rows of each set: what their loss comes from is said once, and what cannot train stops before any actor."""
 
+import base64
 import copy
 import json
 import logging
@@ -15,7 +16,7 @@ from mmray.loss.sources import LossSource
 from mmray.packing.settings import PackingSettings
 from mmray.rows.files import plan_chunks, source_files
 from mmray.rows.preflight import FIRST_ROWS, check_first_rows
-from tests.mmray.preparing import Preparation, chat, with_marked_template, write_rows
+from tests.mmray.preparing import Preparation, chat, png, with_marked_template, write_rows
 
 ROOMY = PackingSettings(token_capacity=10_000, visual_capacity=10_000, window_rows=32)
 
@@ -292,3 +293,38 @@ def test_without_boundaries_the_messages_say_what_trains(check, processors):
     silent = Silent(processors["qwen2_vl"])
     assert check(("chat", CHATS), processor=silent)[0] == [LossSource.MESSAGES]  # the messages say it
     assert check(("pretrain", [{"text": "A page."}]), ("tokenized", READY), processor=silent)
+
+
+# ---- Columns ----
+
+NOTES = [{"text": f"Page {number}."} for number in range(3)]
+
+
+def test_a_column_that_no_row_has_is_refused(check):
+    with pytest.raises(UserError, match=r"data\.train\[0\].*columns has 'images: imgs', and no row has that column"):
+        check(("pretrain", NOTES), columns={"images": "imgs"})
+    check(
+        ("pretrain", [*NOTES, {"text": "Page.", "imgs": []}]), columns={"images": "imgs"}
+    )  # one that has it is enough
+
+
+@pytest.mark.parametrize("column", ["imgs", "Image", "picture"])
+def test_pictures_in_a_column_that_is_not_named_are_refused(check, column):
+    rows = [row | {column: "page.png"} for row in NOTES]
+    with pytest.raises(UserError, match=f"no row has an image, and rows have the column '{column}'; name it"):
+        check(("pretrain", rows))
+    check(("pretrain", [row | {column: None} for row in NOTES]))  # an empty column is no column
+
+
+def test_a_set_with_pictures_may_have_other_columns_like_them(check):
+    picture = base64.b64encode(png(Image.new("RGB", (60, 40)))["bytes"]).decode()
+    check(("pretrain", [{"text": "<image>Page.", "images": [{"bytes": picture}], "picture": "thumb.png"}]))
+
+
+def test_columns_are_judged_once_more_on_all_rows(tmp_path, processors):
+    rows = [{"text": f"Page {number}."} for number in range(FIRST_ROWS)] + [{"text": "Last.", "imgs": ["page.png"]}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    dataset = {"files": str(tmp_path / "rows.jsonl"), "kind": "pretrain"}
+    preparation = Preparation(processors["qwen2_vl"], dataset, packing=ROOMY)
+    with pytest.raises(UserError, match="no row has an image, and rows have the column 'imgs'"):
+        preparation.write(tmp_path / "prepared")
