@@ -2,6 +2,7 @@
 browser takes for more than text."""
 
 import re
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -14,7 +15,7 @@ from mmray.base.visible import visible
 from mmray.images import plan_tiles, render_tiles
 from mmray.inspect import page, write_bin_page
 from mmray.inspect.page import page_of
-from mmray.inspect.view import view_bin
+from mmray.inspect.view import view_bin, view_samples
 from mmray.loss.labels import IGNORE_INDEX
 from mmray.loss.settings import RoleLoss
 from mmray.packing.settings import PackingSettings
@@ -98,7 +99,7 @@ def test_turns_have_their_roles_and_colours(paged):
     assert "".join(element.text for element in first).startswith("<|im_start|>assistant↵\nA page.<|im_end|>↵\n")
     legend = [element.text for element in found.of("span") if element.is_in("legend")]
     assert legend[:3] == ["trained", "not trained", " for an image, never trained"]
-    assert [text for text in legend if text.startswith("▌")] == ["▌system", "▌user", "▌assistant"]
+    assert [text for text in legend if text.startswith("▌")] == ["▌system", "▌user", "▌assistant", "▌tool"]
     assert len(found.of("div", "turn")) == len(expected) + 1  # the document
 
 
@@ -273,9 +274,11 @@ def test_boundaries_of_the_job_may_be_called_anything(processors, folder, tmp_pa
     role = "a\"><script>'"
     boundary = {"role": role, "start": "<|im_start|>user\n", "end": "<|im_end|>"}
     loss = RoleLoss(roles=(role,), boundaries=(boundary,), allow_empty=True)
-    made = preparation(processors["qwen2_vl"], folder, "chat", loss=loss)
+    made = preparation(processors["qwen2_vl"], folder, "chat")
     prepared = made.write(tmp_path)
-    found = Page(page_of(view_bin(prepared, 0, made.family), made.family, prepared.tiling))
+    roles, samples = view_samples(prepared.bin(0), made.family, loss)
+    view = replace(view_bin(prepared, 0, made.family), roles=roles, samples=samples)
+    found = Page(page_of(view, made.family, prepared.tiling))
     assert {element.text for element in found.of("div", "role")} == {role}
     assert not found.of("script")
 

@@ -292,7 +292,7 @@ def test_a_bin_has_counts_and_a_row_for_each_sample(shown, viewed, folder):
     assert rows == [
         [str(number), *(str(count) for count in (sample.num_tokens, sample.image_tokens, sample.trained)), rule, name]
         for number, (sample, rule, name) in enumerate(
-            zip(view.samples, ("roles", "roles", "all"), ("turns", "[red]odd[/]␛[1m", "page"))
+            zip(view.samples, ("given", "given", "all"), ("turns", "[red]odd[/]␛[1m", "page"))
         )
     ]
     assert len(samples) == 3
