@@ -174,6 +174,28 @@ def _warn_of_folders(pattern: str, folders: tuple[str, ...]) -> None:
         log.warning("data files %r: folders are left out, such as %s; ** goes into folders", pattern, folders[0])
 
 
+_NOT_ROWS = frozenset(
+    (
+        ".bmp",
+        ".gif",
+        ".heic",
+        ".htm",
+        ".html",
+        ".jpeg",
+        ".jpg",
+        ".md",
+        ".pdf",
+        ".png",
+        ".tif",
+        ".tiff",
+        ".txt",
+        ".webp",
+        ".xml",
+    )
+)
+"""Endings of files that a folder of rows may have beside them, and that are never rows."""
+
+
 def _folder_remedy(system: Any, path: str) -> str:
     """Describes what to write instead of a folder."""
     names = [posixpath.basename(str(entry).rstrip("/")) for entry in system.ls(path, detail=False)]
@@ -181,7 +203,15 @@ def _folder_remedy(system: Any, path: str) -> str:
     place = place.rstrip("/")
     if any(name in names for name in _SAVED_DATASET):
         return f"no such file, but a folder of Dataset.save_to_disk; set format: huggingface for {place}"
-    endings = Counter(posixpath.splitext(name)[1] for name in names)
+    endings = Counter(posixpath.splitext(name)[1].lower() for name in names)
     endings.pop("", None)
-    shown = [f"{place}/*{ending} ({count})" for ending, count in endings.most_common(3)]
-    return f"no such file, but a folder; name its files, such as {', '.join(shown) if shown else f'{place}/**/*.jsonl'}"
+    shown = [f"{place}/*{ending} ({count})" for ending, count in endings.most_common() if ending not in _NOT_ROWS]
+    if endings and not shown:
+        return (
+            f"no such file, but a folder of {', '.join(f'*{ending}' for ending, _ in endings.most_common(3))}; images and "
+            "texts are not read as they are: write rows, a line of JSON each, that name them"
+        )
+    return (
+        "no such file, but a folder; name its files, such as "
+        f"{', '.join(shown[:3]) if shown else f'{place}/**/*.jsonl'}"
+    )

@@ -4,7 +4,7 @@ They are for the demo, and for tests where no real data are at hand. Nothing is 
 seed alone. The outputs have real forms: image files with their real oddities, folders that transformers loads, real
 model classes; only the sizes are small.
 
-- `pages.write_pages`: page images, `pages.jsonl`, `chat.jsonl`, `eval.jsonl`, bad rows on purpose. -
-`processors.write_processor`: a tokenizer trained on such texts, image-processor settings, chat template. -
-`models.small_config`: a model config of a few layers that fits such a processor.
+- `pages.write_pages`: page images, `pages.jsonl`, `chat.jsonl`, `eval.jsonl`, bad rows on purpose.
+- `processors.write_processor`: a tokenizer trained on such texts, image-processor settings, chat template.
+- `models.small_config`: a model config of a few layers that fits such a processor.
 """
