@@ -207,9 +207,10 @@ def _folder_remedy(system: Any, path: str) -> str:
     endings.pop("", None)
     shown = [f"{place}/*{ending} ({count})" for ending, count in endings.most_common() if ending not in _NOT_ROWS]
     if endings and not shown:
+        file_endings = ", ".join(f"*{ending}" for ending, _ in endings.most_common(3))
         return (
-            f"no such file, but a folder of {', '.join(f'*{ending}' for ending, _ in endings.most_common(3))}; images and "
-            "texts are not read as they are: write rows, a line of JSON each, that name them"
+            f"no such file, but a folder of {file_endings}; images and texts are not read as they are: write rows, a line "
+            "of JSON each, that name them"
         )
     return (
         "no such file, but a folder; name its files, such as "
