@@ -209,8 +209,8 @@ def _folder_remedy(system: Any, path: str) -> str:
     if endings and not shown:
         file_endings = ", ".join(f"*{ending}" for ending, _ in endings.most_common(3))
         return (
-            f"no such file, but a folder of {file_endings}; images and texts are not read as they are: write rows, a line "
-            "of JSON each, that name them"
+            f"no such file, but a folder of {file_endings}; images and texts are not read as they are: write rows, a "
+            "line of JSON each, that name them"
         )
     return (
         "no such file, but a folder; name its files, such as "
