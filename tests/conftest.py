@@ -32,7 +32,8 @@ settings.load_profile("untimed")  # a busy machine fails no test
 pytest_plugins = ["tests.mmray.families.proofs", "tests.s3"]
 
 ROOT = Path(__file__).resolve().parent.parent
-START_SECONDS = 120
+START_SECONDS = 600
+"""Longest wait for a Ray head or node to answer: at a load of 60 on two cores it takes minutes."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
