@@ -4,7 +4,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from mmray.run.history import read_history
+from mmray.training.model import build_model
 from tests.conftest import Inputs
 from tests.faults.machines import JobProcess, Machines
 from tests.faults.pictures import pages, with_own_pictures
@@ -86,9 +89,29 @@ def _mistaken(machines: Machines, inputs: Inputs, folder: Path) -> Row:
     )  # fmt: skip
 
 
+def lacking_weights(inputs: Inputs, folder: Path, _: TrainingRun) -> Row:
+    """Files of a model without one of its weights: nothing is drawn at random, no step is done."""
+    run = TrainingRun(None, inputs, folder, "lacking")  # type: ignore[arg-type]  # its own Ray, which it never starts
+    model = run.folder / "model"
+    build_model(run.job.model).save_pretrained(model)
+    weights = load_file(model / "model.safetensors")
+    lacking = next(name for name in sorted(weights) if "down_proj" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lacking}, model / "model.safetensors")
+    run.content["model"] = {"path": str(model), "processor": run.job.model.processor_source, "dtype": "fp32"}
+    code = run.start().wait()
+    line = next(line for line in reversed(_driver(run).output.strip().splitlines()) if line.startswith("error: "))
+    holds = code == 2 and lacking in line and "model.allow_missing" in line and not run.metrics
+    return Row(
+        LACKING, f"model.path whose files lack {lacking}", 0, 0, "nothing",
+        f"{'' if holds else 'FAILED: '}no step was done, exit code {code}: {line[:160]}…",
+    )  # fmt: skip
+
+
 STOP, GROUP, MISTAKE = "a stop at a step", "SIGTERM to the process group", "a worker makes out a mistake"
+LACKING = "weights that lack a layer"
 FAULTS: dict[str, Callable[[Inputs, Path, TrainingRun], Row]] = {
     STOP: stop_at_a_step,
     GROUP: group_sigterm,
     MISTAKE: worker_mistake,
+    LACKING: lacking_weights,
 }
