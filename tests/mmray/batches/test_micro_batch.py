@@ -161,7 +161,7 @@ def test_an_empty_micro_batch(worlds, model_type):
 
 def test_a_sample_with_more_positions_than_the_model_is_told_once(worlds, model_type, caplog, monkeypatch):
     """Those of rows and columns where the model takes such: a picture has fewer than tokens."""
-    monkeypatch.setattr(batch_module, "_told_limits", set())
+    monkeypatch.setattr(batch_module, "_reported_limits", set())
     world = worlds(model_type)
     masked = world.mask(world.bins())
     most = max(int(masked.position_ids[-1].max()), int(masked.position_ids[-3:].max())) + 1
