@@ -191,7 +191,7 @@ def test_a_set_without_rows(make_job, tmp_path):
     assert "data.train[2] (tokenized): its files hold no rows" in failed(content)["rows"]
     said = finding(content, "loss").detail
     assert "data.train[2] (tokenized): row, not judged: no good row" in said
-    assert "data.train[1] (chat): boundaries, the family's markers of the assistant's turns, all found" in said
+    assert "data.train[1] (chat): messages, what the assistant says, by the messages" in said
     assert "data.train[0] (pretrain): all, every token is trained on" in said
 
 
