@@ -182,7 +182,7 @@ def test_onevision_learns_to_stop_where_its_template_leaves_the_end_out(zoo_proc
         sample.blocks,
     )
     found = processor.tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=False)
-    assert found == "".join(f"\n{answer}<|im_end|>" for answer in ANSWERED)
+    assert found == "".join(f"{answer}<|im_end|>" for answer in ANSWERED)
 
 
 # ---- Packing ----

@@ -90,7 +90,7 @@ def test_sources_have_the_rules_by_which_samples_are_labelled():
 def test_sampled_scans_for_the_assistant_and_its_stops(processors):
     family = Stopping(processors["qwen2_vl"])
     maker = label_maker("sampled", family)
-    assert {boundary.role for boundary in maker.boundaries} == {"system", "user", "assistant"}
+    assert {boundary.role for boundary in maker.boundaries} == {"system", "user", "assistant", "tool"}
     assert (maker.roles_to_train, maker.train_on_eos) == (("assistant",), "turn")
     assert maker.stop_token_ids == stop_token_ids(family) == (family.token_id("<|im_start|>"),)
     assert maker.media_token_ids == family.media_token_ids
@@ -155,8 +155,8 @@ def test_markers_are_encoded_without_the_tokens_around_a_text(processors):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"roles": ("asistant",)}, r"loss.roles: \['asistant'\].*'assistant', 'system', 'user'"),
-        ({"roles": ("assistant", "tool")}, r"'tool'.*'assistant', 'system', 'user'"),
+        ({"roles": ("asistant",)}, r"loss.roles: \['asistant'\].*'assistant', 'system', 'tool', 'user'"),
+        ({"roles": ("assistant", "critic")}, r"'critic'.*'assistant', 'system', 'tool', 'user'"),
         ({"boundaries": ({"role": "assistant", "start": ""},)}, "start '' of role 'assistant' encodes to no token"),
         ({"boundaries": ({"role": "user", "start": "U:"},)}, r"'assistant'.*\['user'\]"),
         ({"boundaries": ()}, r"the boundaries have \[\]; give loss.boundaries"),

@@ -126,7 +126,7 @@ def test_the_balance_of_steps_is_that_of_the_orders(written):
         for step, ratio in enumerate(ratios):
             costs = settings.balance.costs(written.loads(np.asarray(order.bins(step))))
             assert ratio == pytest.approx(costs.max() / costs.mean())
-    assert found.balanced.mean() <= found.plain.mean()
+    assert found.balanced.mean() <= found.plain.mean() + 1e-9
 
 
 def test_a_job_says_whose_steps(written, tmp_path):

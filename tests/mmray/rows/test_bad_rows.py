@@ -381,7 +381,8 @@ def test_columns_of_another_type(
 ) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet")
     dataset = {"files": str(tmp_path / "rows.parquet"), "kind": "pretrain"}
-    prepared = Preparation(processors["qwen2_vl"], dataset, packing=PACKING).write(tmp_path / "prepared")
+    preparation = Preparation(processors["qwen2_vl"], dataset, packing=PACKING, max_rejected_share=1)
+    prepared = preparation.write(tmp_path / "prepared")
     first = prepared.rejected().to_pylist()[0]
     assert first["reason"] == reason
     assert words in first["message"]

@@ -168,7 +168,7 @@ def test_a_data_uri_is_its_bytes(reader):
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
     assert reader("chat").read(user([part]), SOURCE).images == (ImageRef(data=b"hello"),)
     for url in ("data:image/png,abc", "data:image/png;base64,a*b"):
-        assert error_of(reader("chat"), user([{"type": "image_url", "image_url": url}])).reason == "wrong_type"
+        assert error_of(reader("chat"), user([{"type": "image_url", "image_url": url}])).reason == "image_unreadable"
 
 
 @pytest.mark.parametrize("alias", ["gpt", "assistant"])
