@@ -17,6 +17,7 @@ from mmray.errors import UserError
 from mmray.images.size_cache import read_sizes
 from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset, PreparedWriter
+from mmray.prepared.schema import FORMAT_VERSION
 from mmray.prepared.versions import bin_labels
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.export import export_model
@@ -75,7 +76,8 @@ def same_numbers(lines: list[dict[str, Any]], first: int) -> None:
 
 def begin_as_it_was(folder: Path, split: str) -> None:
     """Begin to prepare into `anew` as it was then: rows of several files are dealt in another way since."""
-    PreparedWriter(str(folder / "anew" / split)).begin(PreparedDataset(f"prepared/{split}").manifest["record"])
+    record = PreparedDataset(f"prepared/{split}").manifest["record"] | {"format_version": FORMAT_VERSION}
+    PreparedWriter(str(folder / "anew" / split)).begin(record)
 
 
 @pytest.mark.parametrize("split", SPLITS)

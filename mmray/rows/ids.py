@@ -7,6 +7,8 @@ import uuid
 
 def has_id(value: object) -> bool:
     """Tells whether a field holds an id: pandas writes NaN where a row has no number."""
+    if isinstance(value, decimal.Decimal):
+        return not value.is_nan()  # comparing a signalling NaN raises
     return value is not None and value == value
 
 

@@ -157,7 +157,7 @@ def test_the_command(
     assert run() == 1
     shown = capsys.readouterr().out
     assert "image_missing" in shown
-    assert "report.jsonl" in shown
+    assert "report.jsonl" in "".join(shown.split())
 
 
 def test_where_nothing_is_prepared(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import struct
+from dataclasses import replace
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
@@ -180,9 +181,9 @@ def test_rows_with_the_values_of_parquet_are_all_packed_or_rejected(preparations
 def prepare_file(preparation, uri, num_rows):
     """Encode, pack, write, join: every row of the file is in the dataset once, or set aside with its reason."""
     dataset = preparation.data.train[0].model_copy(update={"files": (uri,)})
-    data = preparation.data.model_copy(update={"train": (dataset,)})
+    data = preparation.data.model_copy(update={"train": (dataset,), "max_rejected_share": 1})
     made = copy.copy(preparation)
-    made.data = data
+    made.context = replace(preparation.context, datasets=data.train, data=data)
     output = f"memory://fuzzed-{next(fresh_names)}"
     prepared = made.write(output)
     facts, rejected = prepared.statistics, prepared.rejected().to_pylist()
