@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmray.errors import RowError, UserError
 from mmray.images import ImageSource, load_image
@@ -39,6 +40,9 @@ BLANK, OTHER_FORMAT = "blank", "other_format"
 
 BLANK_RANGE = 4
 """Largest difference between the pixels of a blank picture, in levels of 255."""
+
+BLACK_SHARE = 1 / 8
+"""Share of a picture that is listed if it is black up to an edge."""
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png", ".apng"), "WEBP": (".webp",),
@@ -183,11 +187,20 @@ def _picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[
     lows, highs = np.asarray(page.getextrema()).reshape(-1, 2).T
     if (highs - lows).max() <= BLANK_RANGE:
         listed.append((BLANK, f"{name}: all pixels are {tuple(lows.tolist())}, as of an empty page"))
+    elif black_share(page) >= BLACK_SHARE:
+        message = "is black up to one edge, as where a file was not written to its end"
+        listed.append((BLANK, f"{name}: {black_share(page):.0%} of it {message}"))
     suffix = os.path.splitext(file_of(source))[1].lower() if isinstance(source, str) else ""
     kind = "JPEG" if header.format == "MPO" else header.format
     if suffix not in _SUFFIXES.get(kind, ()) and any(suffix in known for known in _SUFFIXES.values()):
         listed.append((OTHER_FORMAT, f"{name}: the file is {kind}, whatever its name says"))
     return listed
+
+
+def black_share(page: Image.Image) -> float:
+    """Returns the share of a picture between one edge and the nearest pixel that is not entirely black."""
+    left, top, right, bottom = page.getbbox() or (0, 0, 0, 0)
+    return max(left / page.width, top / page.height, 1 - right / page.width, 1 - bottom / page.height)
 
 
 def _write_report(folder: Folder, names: list[str]) -> VerifyResult:
