@@ -223,6 +223,17 @@ class Job(Settings):
         return f"{self.output.prepared.rstrip('/')}/{split}"
 
 
+def prepared_paths(path: str) -> list[str]:
+    """Lists the prepared datasets that a person names: that of the path, or those of a job file.
+
+    Raises what `load_job` raises.
+    """
+    if not path.endswith((".yaml", ".yml")):
+        return [path]
+    job = load_job(path)
+    return [job.prepared_path(split) for split in job.data.splits]
+
+
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Read and check a job file.
 

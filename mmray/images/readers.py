@@ -174,6 +174,8 @@ def _check_strips(tags: Mapping[int, Any], planes: int) -> None:
     width, height = tags.get(_WIDTH), tags.get(_HEIGHT)
     if not (isinstance(width, int) and isinstance(height, int)):
         return
+    columns: object
+    rows: object
     if _STRIPS in tags:
         places, columns, rows = tags[_STRIPS], width, tags.get(_ROWS_PER_STRIP, height)
     else:
