@@ -52,8 +52,8 @@ def loss(data: bytes) -> str | None:
             if zeros >= 0 and (is_end_lost or not _zeros_are_blank(segment, frame.marker, tables)):
                 return f"zeros stand in the place of its pixels, from byte {zeros} of {len(data)}"
             restarts = -(-frame.num_units(segment) // interval) - 1 if interval else 0
-            if restarts > 0 and (found := _num_restarts(data, start, stop)) < restarts:
-                return f"a scan has {found} of its {restarts} restart markers, so a part of its pixels is missing"
+            if restarts > 0 and (markers := _num_restarts(data, start, stop)) < restarts:
+                return f"a scan has {markers} of its {restarts} restart markers, so a part of its pixels is missing"
             frame.take(segment)
     return "its last scans are missing" if frame.lacks_scans else None
 
