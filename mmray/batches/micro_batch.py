@@ -268,6 +268,11 @@ class MicroBatch:
         self.labels = _tensor(masked.labels)[None]
 
     @property
+    def row(self) -> PackedRow:
+        """Its tokens, samples and tiles, on the CPU."""
+        return packed_row(self.masked, torch.device("cpu"))
+
+    @property
     def place(self) -> Place:
         step, rank, micro = (int(value) for value in self.masked.place)
         return Place(step, rank, micro)
