@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from mmray.families import Family
 from mmray.loss.sources import ending_token_ids
 from mmray.run.evaluation.prompts import PromptCutter, ReadingTask, in_row
 from mmray.run.scoring.settings import GenerateSettings
@@ -21,7 +20,7 @@ from mmray.run.scoring.settings import GenerateSettings
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote for one task: its tokens without the one that ended it, their text, and whether it ended."""
+    """A text that a model wrote for a task: its tokens without the last one, which ended it, and whether one did."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -60,14 +59,14 @@ class TextGenerator:
         return batches
 
     def write_all(self, tasks: Sequence[ReadingTask]) -> list[Written]:
-        """What the model writes for each task, in order."""
+        """Generates a text for each task; returns them in order."""
         written: dict[int, Written] = {}
         for numbers in self.batches(tasks):
             written.update(zip(numbers, self.write([tasks[number] for number in numbers])))
         return [written[number] for number in range(len(tasks))]
 
     def write(self, tasks: Sequence[ReadingTask]) -> list[Written]:
-        """What the model writes for the tasks of one batch, all with images or all without."""
+        """Generates a text for each task of one batch, whose prompts all have images or all have none."""
         limits = [task.most_tokens(self._settings) for task in tasks]
         inputs = self._inputs(tasks)
         with plain_generation(self.model):

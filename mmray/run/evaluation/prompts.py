@@ -2,7 +2,7 @@
 
 A prompt is the beginning of the sample's own tokens, so it is what training saw before the text, in every family and
 with every template. Of a chat, each stretch of trained tokens is an answer. Of a page, the text is what follows its
-last image. For `x I I \\n T o t a l <end>` with an image `I I`, the prompt is `x I I \\n` and the reference `T o t a l`.
+last image: of `x I I \\n T o t a l <end>` with an image `I I`, the prompt is `x I I \\n`, the reference `T o t a l`.
 """
 
 import itertools
@@ -135,7 +135,8 @@ class PromptCutter:
         """The tokens that a chat template writes directly before and after an image's placeholder."""
         before, _, after = self.family.placeholder_unit.partition(self.family.placeholder)
         encode = self.family.tokenizer
-        return tuple(encode(text, add_special_tokens=False)["input_ids"] if text else [] for text in (before, after))  # type: ignore[return-value]
+        head, tail = (encode(text, add_special_tokens=False)["input_ids"] if text else [] for text in (before, after))
+        return head, tail
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:

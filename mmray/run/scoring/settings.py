@@ -70,8 +70,8 @@ class KeepBestSettings(Settings):
     """Value of an evaluation by which checkpoints are compared, as metrics.jsonl names it."""
 
     mode: Literal["min", "max"] | None = None
-    """Whether the smallest or the largest value is the best. null: the largest of `eval_exact_match`, the smallest of
-    any other."""
+    """Direction of the metric: the smallest or the largest value is the best. null: the largest of `eval_exact_match`,
+    the smallest of any other."""
 
 
 class EarlyStoppingSettings(Settings):
@@ -81,8 +81,8 @@ class EarlyStoppingSettings(Settings):
     """Value of an evaluation that is watched, as metrics.jsonl names it."""
 
     mode: Literal["min", "max"] | None = None
-    """Whether the smallest or the largest value is the best. null: the largest of `eval_exact_match`, the smallest of
-    any other."""
+    """Direction of the metric: the smallest or the largest value is the best. null: the largest of `eval_exact_match`,
+    the smallest of any other."""
 
     patience: Annotated[int, Field(ge=1)] = 3
     """Evaluations in a row without an improvement after which the run ends."""
