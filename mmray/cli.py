@@ -1,4 +1,4 @@
-"""Checks, shows and exports the data and runs of mmray; `prepare` and `train` run the jobs of a checkout."""
+"""Checks, shows and exports data and runs; `prepare`, `train` and `evaluate` run the jobs of a checkout."""
 
 import json
 import os
@@ -46,6 +46,12 @@ def prepare(context: typer.Context) -> None:
 def train(context: typer.Context) -> None:
     """Train a job: runs jobs/train.py of the checkout, with the same arguments."""
     _run_job("train", context.args)
+
+
+@app.command(context_settings=ALL_TO_THE_JOB)
+def evaluate(context: typer.Context) -> None:
+    """Let a model read rows and compare: runs jobs/evaluate.py of the checkout, with the same arguments."""
+    _run_job("evaluate", context.args)
 
 
 def _run_job(name: str, arguments: list[str]) -> None:

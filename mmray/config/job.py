@@ -22,6 +22,7 @@ from mmray.images import TilingPolicy
 from mmray.loss.settings import LossSetting
 from mmray.packing.settings import PackingSettings
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.run.scoring.settings import EarlyStoppingSettings, EvaluationSettings, KeepBestSettings
 from mmray.run.tracking.settings import TrackingSettings
 from mmray.schedule.balance import BalanceSettings
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
@@ -176,6 +177,13 @@ class Job(Settings):
     """Locations of the results."""
     tracking: TrackingSettings = TrackingSettings()
     """Experiment trackers: Weights & Biases, MLflow."""
+    evaluation: EvaluationSettings | None = None
+    """Evaluation by loss and by the texts that the model writes, during training and by `jobs/evaluate.py`. null:
+    `training.eval_every_steps` says how often the loss is computed, and nothing is generated during training."""
+    keep_best: KeepBestSettings | None = None
+    """Keep the best checkpoint in addition to the latest. null: only the latest are kept."""
+    early_stopping: EarlyStoppingSettings | None = None
+    """End the run when evaluations no longer improve. null: it goes to its last step."""
 
     @model_validator(mode="before")
     @classmethod
