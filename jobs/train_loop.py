@@ -23,13 +23,15 @@ from mmray.batches.micro_batch import MicroBatch
 from mmray.batches.plan import BatchMaker
 from mmray.run.callback import Callback
 from mmray.run.callbacks import standard_callbacks
+from mmray.run.evaluation.callback import Evaluate
+from mmray.run.evaluation.in_training import EvaluationPlans
 from mmray.run.folder import RunFolder
 from mmray.run.loop import TrainingLoop
 from mmray.run.plan import RunPlan
 from mmray.run.state import RunState, open_run
 from mmray.run.warnings import LIBRARIES, keep_warnings
 from mmray.training.ranks import Ranks
-from pipelines.ingest import Ingest
+from pipelines.ingest import Ingest, Received, Shares
 
 
 def worker_config(plan: RunPlan, callbacks: Sequence[Callback]) -> dict[str, bytes]:
@@ -62,26 +64,49 @@ def _train(plan: RunPlan, folder: RunFolder, ranks: Ranks, own_callbacks: Sequen
     checkpoints = CheckpointWriter(folder, ranks, plan.job.training.keep_checkpoints)
     node = ray.get_runtime_context().get_node_id()
     run = open_run(plan, folder, ranks, scratch=checkpoints.scratch, node=node)
+    evaluation = EvaluationPlans.of(plan, ranks.size, run.total_steps)
+    batches = StreamedBatches(run, evaluation)
     callbacks = standard_callbacks(
-        run, watching=[RunMeasures(plan.job.name, ranks.rank)], asking=[Preemption(), *own_callbacks]
-    )
-    TrainingLoop(run, callbacks, checkpoints).train(StreamedBatches(run))
+        run, evaluating=[Evaluate(run, evaluation, batches)], watching=[RunMeasures(plan.job.name, ranks.rank)],
+        asking=[Preemption(), *own_callbacks],
+    )  # fmt: skip
+    TrainingLoop(run, callbacks, checkpoints).train(batches)
 
 
 class StreamedBatches:
-    """The micro-batches of this rank, read through Ray Data."""
+    """The micro-batches of this rank, read through Ray Data: those of training, and of evaluations between its
+    steps."""
 
-    def __init__(self, run: RunState) -> None:
+    def __init__(self, run: RunState, evaluation: EvaluationPlans | None) -> None:
         plan = run.plan
         self._rank = run.ranks.rank
         self._ingest = Ingest(
-            BatchMaker(run.batches), plan.job.resources, plan.gpus, run.folder.warnings, plan.job.name
+            BatchMaker(run.batches), plan.job.resources, plan.gpus, run.folder.warnings, plan.job.name, evaluation
         )
+        self._received: Received | None = None
+        self._parts: Iterator[Shares] = iter(())
 
     def __call__(self, start: int, stop: int) -> Iterator[list[MicroBatch]]:
-        """Yields the micro-batches of the steps [start, stop), step by step. Collective."""
+        """Yields the micro-batches of the steps [start, stop), step by step. Collective.
+
+        The batches of an evaluation that is due must be taken (`losses`, `texts`) before the next step is asked for.
+        """
         for first, last in self._ingest.segments(start, stop):
-            yield from self._ingest.receive(self._shard(first, last), self._rank, first, last)
+            self._received = Received(self._ingest, self._shard(first, last), self._rank, first, last)
+            self._parts = iter(self._received.parts)
+            for part in self._parts:
+                for batches in self._received.steps(part):
+                    yield [batch for batch, _ in batches]
+
+    def losses(self) -> Iterator[list[MicroBatch]]:
+        """Yields the micro-batches of an evaluation's loss, step by step."""
+        for batches in self.texts():
+            yield [batch for batch, _ in batches]
+
+    def texts(self) -> Iterator[list[tuple[MicroBatch, bytes]]]:
+        """Yields the rows of each round that an evaluation reads, each with a picture for people."""
+        assert self._received is not None
+        yield from self._received.steps(next(self._parts))
 
     def _shard(self, start: int, stop: int) -> Any:
         """This rank's iterator over steps [start, stop); rank 0 builds the graph. Collective."""

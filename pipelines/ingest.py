@@ -13,6 +13,8 @@ one. A graph still ends after `SEGMENT_SHARES` and another is built, which takes
 keeps some notes of every block as long as a graph runs.
 """
 
+import bisect
+import itertools
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,12 +33,20 @@ from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import ResourceSettings, TileCacheSettings
 from mmray.errors import PassingError, UserError
 from mmray.families import Tile
+from mmray.prepared.arrow import binary_cell
+from mmray.run.evaluation.in_training import EvaluationPlans, TextMaker, batch_maker
 from mmray.run.warnings import keep_warnings
 from pipelines.dataset import ERROR, MaskActor, PickledActor, RenderActor, numbers
 from pipelines.measures import StageClock, clocked
 
 PASSES = "passes"
 """Column beside ERROR that tells whether the error is a PassingError."""
+
+PICTURE = "picture"
+"""Column of a row that is read: its first image as a small JPEG."""
+
+TEXTS_PER_SHARE = 4
+"""Most micro-batches of a share of an evaluation: several actors work while the model waits."""
 
 SEGMENT_SHARES = 32_768
 """Number of shares, over all ranks, of one Ray Data execution. Measured: the process that schedules it grows by 5 to 9
@@ -70,22 +80,51 @@ class Shares:
         return [Place(step, rank, micro) for step, micro in counted]
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The shares of one Ray Data execution: those of training, and between its steps those of evaluations.
+
+    All parts have the same number of ranks, so that share k of the stream is for rank k % world_size, too.
+    """
+
+    parts: tuple[Shares, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def part(self, number: int) -> tuple[Shares, int]:
+        """The part of a share, and the share's number in it."""
+        place = bisect.bisect_right(self._ends, number)
+        return self.parts[place], number - (self._ends[place] - len(self.parts[place]))
+
+
 class Render:
     """Actor that decodes the images of one share's micro-batches. warnings: file in which it keeps its warnings."""
 
-    def __init__(self, shares: Shares, tile_cache: TileCacheSettings | None, warnings: str | None, job: str) -> None:
+    def __init__(self, stream: Stream, tile_cache: TileCacheSettings | None, warnings: str | None, job: str) -> None:
         torch.set_num_threads(1)
         if warnings:
             keep_warnings(warnings)
-        self.shares = shares
-        self.maker = BatchMaker(shares.plan, tile_cache=tile_cache)
+        self.stream, self.tile_cache = stream, tile_cache
+        self.makers: dict[int, BatchMaker] = {}
         self.clock = StageClock("render", job)
+
+    def maker(self, plan: BatchPlan) -> BatchMaker:
+        """The maker of a plan's micro-batches. All plans of a stream are of one processor."""
+        if id(plan) not in self.makers:
+            self.makers[id(plan)] = batch_maker(plan, self.tile_cache)
+        return self.makers[id(plan)]
 
     @clocked
     def __call__(self, share: pa.Table) -> pa.Table:
-        places = self.shares.places(share["number"][0].as_py())
+        shares, number = self.stream.part(share["number"][0].as_py())
+        maker = self.maker(shares.plan)
         try:
-            return joined([to_table(self.maker.render(place)) for place in places])
+            return joined([_rendered(maker, place) for place in shares.places(number)])
         except UserError as error:
             return pa.table({ERROR: [str(error)], PASSES: [isinstance(error, PassingError)]})
 
@@ -102,10 +141,20 @@ class Mask:
     def __call__(self, share: pa.Table) -> pa.Table:
         if ERROR in share.column_names:
             return share
-        return joined([to_table(self._masked(from_table(Rendered, table))) for table in parts(share)])
+        return joined([self._with_labels(table) for table in parts(share)])
+
+    def _with_labels(self, table: pa.Table) -> pa.Table:
+        masked = to_table(self._masked(from_table(Rendered, table)))
+        return masked.append_column(PICTURE, table[PICTURE]) if PICTURE in table.column_names else masked
 
     def _masked(self, rendered: Rendered) -> Masked:
         return mask(rendered, self.maker.family, self.maker.labels, self.maker.device)
+
+
+def _rendered(maker: BatchMaker, place: Place) -> pa.Table:
+    """A micro-batch as a table; a row that is read comes with a small picture, for people."""
+    table = to_table(maker.render(place))
+    return table.append_column(PICTURE, binary_cell(maker.picture(place))) if isinstance(maker, TextMaker) else table
 
 
 def joined(tables: list[pa.Table]) -> pa.Table:
@@ -139,9 +188,11 @@ class Ingest:
         gpus: bool,
         warnings: str | None = None,
         job: str = "",
+        evaluation: EvaluationPlans | None = None,
     ) -> None:
+        """evaluation: the evaluations whose batches come between the steps."""
         self.maker, self.plan, self.resources, self.gpus = maker, maker.plan, resources, gpus
-        self.warnings, self.job = warnings, job
+        self.warnings, self.job, self.evaluation = warnings, job, evaluation
 
     @cached_property
     def per_share(self) -> int:
@@ -163,9 +214,24 @@ class Ingest:
         for first in range(start, stop, steps):
             yield first, min(first + steps, stop)
 
+    def stream(self, start: int, stop: int) -> Stream:
+        """The shares of steps [start, stop), with those of the evaluations that are due after them."""
+        parts, first = [], start
+        for step in range(start + 1, stop + 1) if self.evaluation is not None else ():
+            if self.evaluation is not None and self.evaluation.is_due(step):
+                parts += [Shares(self.plan, first, step, self.per_share), *self._evaluation_shares]
+                first = step
+        return Stream((*parts, *([Shares(self.plan, first, stop, self.per_share)] if first < stop else [])))
+
+    @cached_property
+    def _evaluation_shares(self) -> list[Shares]:
+        """The shares of one evaluation. Equal plans are one object: an actor opens each once."""
+        assert self.evaluation is not None
+        return [Shares(plan, 0, steps, min(self.per_share, TEXTS_PER_SHARE)) for plan, steps in self.evaluation.parts]
+
     def split(self, start: int, stop: int) -> list[Any]:
         """The iterators of all ranks over steps [start, stop), for `receive`."""
-        resources, shares = self.resources, Shares(self.plan, start, stop, self.per_share)
+        resources, shares = self.resources, self.stream(start, stop)
         share_of_gpu = {"num_gpus": resources.gpu_share} if self.gpus else {"num_cpus": 1}
         render = partial(Render, shares, resources.tile_cache, self.warnings, self.job)
         mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu", self.job)
@@ -180,22 +246,43 @@ class Ingest:
 
         Raises UserError for a row that cannot be rendered, RuntimeError for a batch that is not the expected one.
         """
-        shares = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        received = Received(self, shard, rank, start, stop)
+        for part in received.parts:
+            for batches in received.steps(part):
+                if part.plan is self.plan:
+                    yield [batch for batch, _ in batches]
+
+
+class Received:
+    """One rank's part of a stream: the micro-batches of its parts, which are taken in order."""
+
+    def __init__(self, ingest: Ingest, shard: Any, rank: int, start: int, stop: int) -> None:
+        """Opens the rank's iterator of `Ingest.split`."""
+        self.parts = ingest.stream(start, stop).parts
+        self._family, self._rank = ingest.maker.family, rank
+        self._shares = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+
+    def steps(self, part: Shares) -> Iterator[list[tuple[MicroBatch, bytes]]]:
+        """Yields the micro-batches of a part, step by step, each checked against its plan; with the picture of a row
+        that is read, which is empty for any other."""
         waiting: deque[pa.Table] = deque()
-        for step in range(start, stop):
+        for step in range(part.start, part.stop):
             batches = []
-            for micro in range(self.plan.micro_batches):
+            for micro in range(part.plan.micro_batches):
                 if not waiting:
-                    waiting.extend(parts(_next(shares, step)))
-                batch = MicroBatch(from_table(Masked, waiting.popleft()), self.maker.family)
-                self._check(batch, Place(step, rank, micro))
-                batches.append(batch)
+                    waiting.extend(parts(_next(self._shares, step)))
+                table = waiting.popleft()
+                batch = MicroBatch(from_table(Masked, table), self._family)
+                _check(batch, Place(step, self._rank, micro), part.plan)
+                picture = table[PICTURE][0].as_py() if PICTURE in table.column_names else b""
+                batches.append((batch, picture))
             yield batches
 
-    def _check(self, batch: MicroBatch, expected: Place) -> None:
-        bins = [number for number in self.plan.bins(expected) if number is not None]
-        if batch.place != expected or batch.bins != bins:
-            raise RuntimeError(f"expected {expected} with bins {bins}, received {batch.place} with bins {batch.bins}")
+
+def _check(batch: MicroBatch, expected: Place, plan: BatchPlan) -> None:
+    bins = [number for number in plan.bins(expected) if number is not None]
+    if batch.place != expected or batch.bins != bins:
+        raise RuntimeError(f"expected {expected} with bins {bins}, received {batch.place} with bins {batch.bins}")
 
 
 def _map(dataset: Dataset, kind: type[PickledActor], make: Callable[[], Any], actors: int, **resources: Any) -> Dataset:

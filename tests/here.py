@@ -14,6 +14,8 @@ from mmray.prepared import PreparedDataset
 from mmray.prepared.driver import prepare
 from mmray.run.callback import Callback
 from mmray.run.callbacks import standard_callbacks
+from mmray.run.evaluation.callback import Evaluate
+from mmray.run.evaluation.in_training import BatchesHere, EvaluationPlans
 from mmray.run.folder import RunFolder
 from mmray.run.folder_checkpoints import FolderCheckpoints
 from mmray.run.loop import TrainingLoop
@@ -71,6 +73,8 @@ def _train_rank(
     plan, folder, ranks = run_plan(job, prepared, gpus=False), RunFolder(job.output.run), Ranks()
     run = open_run(plan, folder, ranks, scratch=folder.path)
     checkpoints = FolderCheckpoints(folder.path, ranks, job.training.keep_checkpoints)
-    callbacks = standard_callbacks(run, asking=own_callbacks)
+    evaluation = EvaluationPlans.of(plan, ranks.size, run.total_steps)
+    source = evaluation and BatchesHere(evaluation, ranks.rank, job.resources.tile_cache)
+    callbacks = standard_callbacks(run, evaluating=[Evaluate(run, evaluation, source)], asking=own_callbacks)
     maker = BatchMaker(run.batches, tile_cache=job.resources.tile_cache)
     TrainingLoop(run, callbacks, checkpoints).train(partial(maker.steps, ranks.rank))

@@ -198,8 +198,38 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _evaluation_has_rows(self) -> "Job":
-        if self.training.eval_every_steps and not self.data.eval:
+        settings, every_steps = self.evaluation, self.training.eval_every_steps
+        if every_steps and not self.data.eval:
             raise ValueError("training.eval_every_steps is set but data.eval has no rows")
+        if settings is None:
+            return self
+        if settings.every_steps and not self.data.eval:
+            raise ValueError("evaluation.every_steps is set but data.eval has no rows")
+        if settings.every_steps and every_steps and settings.every_steps != every_steps:
+            raise ValueError(
+                f"evaluation.every_steps is {settings.every_steps} and training.eval_every_steps is {every_steps}; "
+                "leave the second out"
+            )
+        for number in settings.sets or () if self.data.eval else ():
+            if not 0 <= number < len(self.data.eval):
+                raise ValueError(f"evaluation.sets: {number}, but data.eval has {len(self.data.eval)} sets, from 0")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "Job":
+        for name, setting in (("keep_best", self.keep_best), ("early_stopping", self.early_stopping)):
+            if setting is None:
+                continue
+            if not self.data.eval or (self.evaluation is None and self.training.eval_every_steps is None):
+                raise ValueError(f"{name} compares evaluations, but there are none; set evaluation and data.eval")
+            metric = setting.metric.removeprefix("eval_")
+            if metric != "loss" and (
+                self.evaluation is None or not self.evaluation.generate.rows or metric not in self.evaluation.metrics
+            ):
+                raise ValueError(
+                    f"{name}.metric is {setting.metric}, which is not measured: set evaluation, its generate.rows and "
+                    f"{metric} among its metrics"
+                )
         return self
 
     @model_validator(mode="after")

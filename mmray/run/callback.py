@@ -10,10 +10,12 @@ stop, and every rank must decide alike: from values that all ranks know, or from
 numbers that ranks exchange before each step anyway and cost nothing more.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mmray.run.scoring.results import RowResult
 from mmray.run.skipped import BatchCounts
 from mmray.run.state import RunState
 from mmray.training.bins_log import TrainedStep
@@ -69,6 +71,20 @@ class Evaluation:
     trained_tokens: int
     counts: BatchCounts
     """Sample counts over all ranks."""
+    loss_by_set: Mapping[str, float | None] = field(default_factory=dict)
+    """Loss of each set of the eval data by its number, None without a trained token; empty where only the whole is
+    measured."""
+    reading: Mapping[str, float | None] = field(default_factory=dict)
+    """Metrics of generated texts, by name; empty where none were generated."""
+    texts: tuple[RowResult, ...] = ()
+    """Texts that were read, for people: the worst, the median and the best ones."""
+    seconds: float = 0.0
+    """Seconds that training waited for it."""
+
+    def value(self, metric: str) -> float | None:
+        """A value by its name in metrics.jsonl; None where the evaluation does not have it, or not a finite one."""
+        value = self.loss if metric == "eval_loss" else self.reading.get(metric.removeprefix("eval_"))
+        return value if value is not None and math.isfinite(value) else None
 
 
 class Loop(Protocol):

@@ -11,6 +11,8 @@ from typing import Any
 from mmray.errors import UserError
 
 CALLBACKS_FILE = "callbacks.json"
+KEEP_BEST = "KeepBest"
+"""Name of the callback whose state is the record of the best evaluation (`best.py`)."""
 
 
 def write_callback_states(folder: Path, states: Mapping[str, dict[str, Any]]) -> None:
@@ -31,3 +33,9 @@ def read_callback_states(folder: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; resume from another checkpoint") from error
     return states
+
+
+def best_step(folder: Path) -> int | None:
+    """The step of the run's best evaluation, by the record in a checkpoint; None where it has none."""
+    step = read_callback_states(folder).get(KEEP_BEST, {}).get("step")
+    return None if step is None else int(step)

@@ -4,16 +4,15 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from typing import Any
 
-from mmray.batches.plan import BatchMaker
 from mmray.errors import UserError
+from mmray.run.best import EARLY_STOP, best_callbacks
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from mmray.run.metrics import MetricsLog
-from mmray.run.skipped import BatchCounts, SkippedLog
+from mmray.run.skipped import SkippedLog
 from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
-from mmray.schedule.schedule import Schedule
 from mmray.training.bins_log import TRAINED_FILE
 from mmray.training.first_loss import first_loss_problem
 from mmray.training.json_lines import JsonLines
@@ -25,11 +24,13 @@ STORE_LOOK_SECONDS = 5.0
 
 
 def standard_callbacks(
-    run: RunState, *, watching: Sequence[Callback] = (), asking: Sequence[Callback] = ()
-) -> list[Callback]:
+    run: RunState, *, evaluating: Sequence[Callback] = (), watching: Sequence[Callback] = (),
+    asking: Sequence[Callback] = (),
+) -> list[Callback]:  # fmt: skip
     """The callbacks of a run in the order in which they are called; no other place decides that order.
 
     Args:
+        evaluating: the callback that evaluates (`mmray.run.evaluation.callback`).
         watching: callbacks that only observe. They are called for a step when it is in the records, before an
         evaluation.
         asking: callbacks that ask the loop to save or to stop. They are called when a step is evaluated, before the
@@ -42,7 +43,8 @@ def standard_callbacks(
         Records(run),
         FirstLoss(),
         *watching,
-        Evaluate(run),
+        *evaluating,
+        *best_callbacks(run.plan.job),
         *asking,
         PeriodicCheckpoints(run.plan.job.training.checkpoint_every_steps),
     ]
@@ -65,7 +67,11 @@ class History(Callback):
         loop.run.note("checkpoint", loop.step, name=name, seconds=round(seconds, 3))
 
     def at_end(self, loop: Loop) -> None:
-        if loop.stop_reason is not None and loop.step < loop.run.total_steps:
+        if (loop.stop_reason or "").startswith(EARLY_STOP):
+            early_stopping = loop.run.plan.job.early_stopping
+            settings = early_stopping.model_dump() if early_stopping else None
+            loop.run.note("finish", loop.step, reason=loop.stop_reason, early_stopping=settings)
+        elif loop.stop_reason is not None and loop.step < loop.run.total_steps:
             loop.run.note("stop", loop.step, reason=loop.stop_reason)
         else:
             loop.run.note("finish", loop.step)
@@ -162,42 +168,14 @@ class Records(Callback):
         self._metrics.write(
             evaluation.step, epoch=evaluation.epoch, eval_loss=evaluation.loss,
             eval_trained_tokens=evaluation.trained_tokens, eval_samples=counts.samples,
-            eval_skipped_samples=len(counts.skipped),
+            eval_skipped_samples=len(counts.skipped), **_measured_apart(evaluation),
         )  # fmt: skip
+        self._metrics.show(evaluation.step, evaluation.texts)
 
     def close(self) -> None:
         if self._skipped:
             self._trained.close()
             self._metrics.close()
-
-
-class Evaluate(Callback):
-    """Evaluates the job's eval set, where it has one, every `training.eval_every_steps` steps."""
-
-    def __init__(self, run: RunState) -> None:
-        self._run = run
-
-    def after_step(self, loop: Loop, done: DoneStep) -> None:
-        maker = self._maker if is_due(done.number, self._run.plan.job.training.eval_every_steps) else None
-        if maker is None:
-            return
-        run, rank_counts = self._run, BatchCounts()
-        steps = maker.plan.schedule.steps_per_epoch
-        loss, tokens = run.engine.evaluate(rank_counts.through(maker.steps(run.ranks.rank, 0, steps)))
-        sample_counts = run.ranks.every(rank_counts.samples)
-        counts = BatchCounts(sum(sample_counts), run.engine.gather_objects(rank_counts.skipped))
-        loop.evaluated(Evaluation(done.number, done.epoch, loss, tokens, counts))
-
-    @cached_property
-    def _maker(self) -> BatchMaker | None:
-        """The maker of the eval set's batches, whose few bins are rendered in this process."""
-        plan, ranks = self._run.plan, self._run.ranks
-        if plan.eval is None:
-            return None
-        bins, fingerprint = plan.eval
-        per_step = ranks.size * plan.job.training.micro_batch_bins
-        schedule = Schedule(bins, global_batch_bins=per_step, seed=0, fingerprint=fingerprint, shuffle=False)
-        return BatchMaker(plan.batches("eval", schedule, ranks.size), tile_cache=plan.job.resources.tile_cache)
 
 
 class PeriodicCheckpoints(Callback):
@@ -210,6 +188,14 @@ class PeriodicCheckpoints(Callback):
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         if is_due(done.number, self._every_steps):
             loop.save()
+
+
+def _measured_apart(evaluation: Evaluation) -> dict[str, Any]:
+    """The values of an evaluation by the job's `evaluation` settings; none by `training.eval_every_steps` alone."""
+    if not evaluation.loss_by_set:
+        return {}
+    reading = {f"eval_{name}": value for name, value in evaluation.reading.items()}
+    return {"eval_loss_by_set": evaluation.loss_by_set, **reading, "eval_seconds": round(evaluation.seconds, 3)}
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmray.errors import UserError
+from mmray.run.callback_states import best_step
 from mmray.run.folder import SMALL_BYTES, RunFolder
 from mmray.training.checkpoint import read_state
 from mmray.training.checksums import ListedFile, listed_files
@@ -99,13 +100,19 @@ def newest_whole(
 
 
 def prune(run: Path | RunFolder, keep: int) -> None:
-    """Deletes checkpoints, whole or not, that are older than the newest `keep` whole ones."""
+    """Deletes checkpoints, whole or not, that are older than the newest `keep` whole ones.
+
+    The newest whole checkpoint of the best evaluation is kept beside them, by the record in the newest one.
+    """
     run = RunFolder.of(run)
-    whole = [name for name in checkpoint_names(run) if looks_whole(run.shadow(name))][:keep]
+    all_whole = [name for name in checkpoint_names(run) if looks_whole(run.shadow(name))]
+    whole = all_whole[:keep]
     if len(whole) < keep:
         return
+    best = best_step(run.shadow(whole[0]))
+    kept = {*whole, *[name for name in all_whole if step_of(name) == best][:1]}
     for name in run.all_checkpoint_names():
-        if _NAME.match(name) and name not in whole and step_of(name) <= step_of(whole[-1]):
+        if _NAME.match(name) and name not in kept and step_of(name) <= step_of(whole[-1]):
             run.remove(name)
 
 

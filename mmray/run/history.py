@@ -60,5 +60,6 @@ def in_words(event: dict[str, Any]) -> str:
         case "stop":
             return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":
-            return f"finished {step} steps"
+            reason = f": {event['reason']}" if event.get("reason") else ""
+            return f"finished {step} steps{reason}"
     return ""

@@ -5,10 +5,11 @@ the checkpoint's step: it holds every step once, as it was finally done.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmray.run.scoring.results import RowResult
 from mmray.run.tracking.base import Tracker, TrackerSettings
 from mmray.run.tracking.feed import Feed
 from mmray.run.tracking.run import TrackedRun
@@ -37,7 +38,7 @@ class MetricsLog:
             Feed(name, settings, run, logged=earlier, kept=step) for name, settings in (trackers or {}).items()
         ]
 
-    def write(self, step: int, **values: float | int | None) -> None:
+    def write(self, step: int, **values: float | int | Mapping[str, float | None] | None) -> None:
         """Appends one line and hands it to the operating system: it survives the death of this process.
 
         step: counted from 1.
@@ -45,11 +46,21 @@ class MetricsLog:
         grad_norm, step_seconds, data_wait_seconds`; of an evaluation `epoch, eval_loss, …`. A value that is not finite
         is written as null.
         """
-        line = {"step": step} | {key: _finite(value) for key, value in values.items()}
+        line = {"step": step} | {
+            key: {name: _finite(number) for name, number in value.items()} if isinstance(value, Mapping)
+            else _finite(value)
+            for key, value in values.items()
+        }  # fmt: skip
         self._file.append(line)
         scalars = _scalars(line)
         for tracker in self._trackers:
             tracker.write(step, scalars)
+
+    def show(self, step: int, texts: Sequence[RowResult]) -> None:
+        """Hands some texts of an evaluation, with their pictures, to the trackers."""
+        if texts:
+            for tracker in self._trackers:
+                tracker.show(step, texts)
 
     def close(self) -> None:
         """Closes the file, and waits for trackers to take what they do not have yet."""
@@ -68,10 +79,13 @@ def _finite(value: float | int | None) -> float | int | None:
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line under the names that trackers show: `train/loss`, `eval/loss`."""
+    """The numbers of a line under the names that trackers show: `train/loss`, `eval/loss`, `train/loss_by_set/a`."""
     kind = "eval" if any(key.startswith("eval_") for key in line) else "train"
-    return {
-        f"{kind}/{key.removeprefix('eval_')}": value
-        for key, value in line.items()
-        if key != "step" and value is not None
-    }
+    numbers: dict[str, float | None] = {}
+    for key, value in line.items():
+        name = f"{kind}/{key.removeprefix('eval_')}"
+        if isinstance(value, Mapping):
+            numbers |= {f"{name}/{inner}": number for inner, number in value.items()}
+        elif key != "step":
+            numbers[name] = value
+    return {name: number for name, number in numbers.items() if number is not None}

@@ -216,6 +216,16 @@ def seed_rng(seed: int, rank: int, step: int = 0) -> None:
     torch.manual_seed(word)
 
 
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """Puts the random generators of this process back, after the block, as they were before it."""
+    before = _rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(before)
+
+
 def _rng_file(folder: Path, rank: int) -> Path:
     return folder / "rng" / f"rank-{rank:05d}.pt"
 

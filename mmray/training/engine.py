@@ -29,7 +29,7 @@ from mmray.images.source import one_line
 from mmray.loss.labels import PADDING_SEGMENT
 from mmray.training import checkpoint
 from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
-from mmray.training.loss import count_trained_tokens, packed_loss_sum
+from mmray.training.loss import count_trained_tokens, packed_loss_sum, packed_loss_sums
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from mmray.training.ranks import Ranks
@@ -48,6 +48,14 @@ class MicroBatch(Protocol):
     @property
     def num_tokens(self) -> int:
         """Number of tokens of the samples, without padding."""
+        ...
+
+    @property
+    def token_sets(self) -> Tensor:
+        """Number of the set of rows of each token's sample, int64 [L]; -1 outside samples.
+
+        Only an engine that measures the loss of sets asks for it.
+        """
         ...
 
     @property
@@ -211,6 +219,28 @@ class TrainingEngine:
         dist.all_reduce(totals)
         loss_sum, trained = totals.tolist()
         return (loss_sum / trained if trained else float("nan")), int(trained)
+
+    def evaluate_sets(self, batches: Iterable[Sequence[MicroBatch]], num_sets: int) -> list[tuple[float, int]]:
+        """The sum of the cross-entropies of each set's trained tokens over all batches of all ranks, in nats, and the
+        number of these tokens.
+
+        num_sets: number of sets of rows, which `MicroBatch.token_sets` numbers from 0. Every rank must pass the same
+        number of micro-batches, as for `evaluate`.
+        """
+        totals = torch.zeros((2, num_sets), dtype=torch.float64, device=self.device)
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    for micro_batch in batch:
+                        inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
+                        labels, sets = micro_batch.labels.to(self.device), micro_batch.token_sets.to(self.device)
+                        sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets.clamp(min=0), num_sets)
+                        totals += torch.stack([sums.double(), counts.double()])
+        finally:
+            self.deepspeed.train()
+        dist.all_reduce(totals)
+        return [(loss_sum, int(count)) for loss_sum, count in totals.T.tolist()]
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """The integers of every rank, in the order of ranks; every rank passes the same number of them. Collective."""

@@ -1,6 +1,7 @@
 """What a model makes of rendered rows: the loss of their trained tokens, and the texts it writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,14 +81,22 @@ def row_results(
     common: dict[str, Any] = {
         "number": row.number, "id": row.id, "source": row.source, "set": row.set, "bucket": row.bin.bucket,
     }  # fmt: skip
-    losses = [(loss_sum, trained_tokens), *[(None, 0)] * len(texts)]
     if not texts:
         return [RowResult(**common, loss_sum=loss_sum, trained_tokens=trained_tokens)]
+    first, *others = text_results(common, texts, picture, settings)
+    return [replace(first, loss_sum=loss_sum, trained_tokens=trained_tokens), *others]
+
+
+def text_results(
+    common: Mapping[str, Any], texts: Sequence[tuple[ReadingTask, Written]], picture: bytes,
+    settings: EvaluationSettings,
+) -> list[RowResult]:  # fmt: skip
+    """The results of the texts of a row, without its loss. common: the row's own fields."""
     return [
         RowResult(
-            **common, loss_sum=loss, trained_tokens=trained, turn=task.turn, reference=task.reference,
+            **common, loss_sum=None, trained_tokens=0, turn=task.turn, reference=task.reference,
             prediction=written.text, stopped=written.stopped, predicted_tokens=len(written.token_ids),
             scores=score_row(task.reference, written.text, settings.normalisation), picture=picture or None,
         )
-        for (task, written), (loss, trained) in zip(texts, losses)
+        for task, written in texts
     ]  # fmt: skip

@@ -87,6 +87,11 @@ class PromptCutter:
             for number, (start, stop) in wanted
         ]
 
+    def whole(self, batch: MicroBatch) -> ReadingTask:
+        """A task of a sample in which nothing can be read: all of it is the prompt."""
+        ids = batch.masked.input_ids[: int(batch.masked.lengths[0])].astype(np.int64)
+        return ReadingTask(0, ids, *_Pictures(batch).before(len(ids), self.family), "", 1)
+
     def text(self, token_ids: np.ndarray | Tensor) -> str:
         """The text of tokens without those that the model reads as structure; other special tokens, such as tags of
         documents, are a part of it."""

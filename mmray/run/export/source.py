@@ -14,7 +14,7 @@ from typing import Any
 
 from mmray.errors import UserError
 from mmray.images.source import one_line
-from mmray.run.best import best_step
+from mmray.run.callback_states import best_step
 from mmray.run.checkpoints import checkpoint_names, looks_whole, step_of
 from mmray.run.export.sidecar import Dtype
 from mmray.run.export.weights import needed_files

@@ -22,6 +22,12 @@ from mmray.run.scoring.metrics import RowScores, Scores
 EVALUATIONS_FOLDER = "evaluations"
 METRICS, PREDICTIONS, REPORT, PARTS = "metrics.json", "predictions.parquet", "report.html", "parts"
 
+SHOWN_TEXTS = 6
+"""Texts of an evaluation that trackers get, the worst first."""
+
+SHOWN_LETTERS = 2000
+"""Letters of a text that trackers get."""
+
 SHOWN_BAD_ROWS = 1000
 """Bad rows that metrics.json names; it counts all."""
 
@@ -109,6 +115,15 @@ class RowResult:
             scores = RowScores(**{name: record[name] for name in names}, is_exact=record["exact"])
         own_names = (name for name in cls.__dataclass_fields__ if name != "scores")
         return cls(**{name: record[name] for name in own_names}, scores=scores)
+
+
+def as_markdown(result: RowResult) -> str:
+    """A text and its reference, as trackers show them; indented, so that nothing in them is markup."""
+    parts = [f"{result.id}: CER {'–' if result.cer is None else f'{result.cer:.4f}'}"]
+    for name, text in (("reference", result.reference), ("prediction", result.prediction)):
+        lines = "\n".join(f"    {line}" for line in (text or "")[:SHOWN_LETTERS].splitlines())
+        parts.append(f"{name}:\n\n{lines}")
+    return "\n\n".join(parts)
 
 
 def to_parquet(results: Sequence[RowResult], shown: Iterable[int] | None = None, **metadata: Any) -> bytes:

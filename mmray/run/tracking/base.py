@@ -1,9 +1,10 @@
 """The interface of a tracker: two small Protocols. Adding one takes one file with both, and one line in
 `settings.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
+from mmray.run.scoring.results import RowResult
 from mmray.run.tracking.run import TrackedRun
 
 
@@ -16,6 +17,10 @@ class Tracker(Protocol):
         Steps come in order, each name of a step once; a step may come again with other names. Any exception may be
         raised.
         """
+
+    def show(self, step: int, texts: Sequence[RowResult]) -> None:
+        """Receives some texts that an evaluation read, with their references and pictures. Any exception may be
+        raised."""
 
     def close(self) -> None:
         """Hands over what is still buffered and marks the run as ended. This is the last call."""

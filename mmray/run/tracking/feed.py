@@ -17,10 +17,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from mmray.run.scoring.results import RowResult
 from mmray.run.tracking.base import Tracker, TrackerSettings
 from mmray.run.tracking.run import TrackedRun
 from mmray.storage import replacing
@@ -72,6 +73,9 @@ class TrackerProgress:
 Numbers = tuple[int, dict[str, float]]
 """A step, and its numbers by name."""
 
+Texts = tuple[int, tuple[RowResult, ...]]
+"""A step, and some texts of its evaluation."""
+
 
 class Feed:
     """Hands the numbers of a run to one tracker, in the background."""
@@ -88,7 +92,7 @@ class Feed:
             for step, values in logged:
                 self._progress.note(step, values)
         self._earlier = [(step, values) for step, values in logged if step <= kept]
-        self._waiting: queue.Queue[Numbers | None] = queue.Queue(MOST_WAITING)
+        self._waiting: queue.Queue[Numbers | Texts | None] = queue.Queue(MOST_WAITING)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._feed, name=f"tracker-{name}", daemon=True)
         self._thread.start()
@@ -98,6 +102,14 @@ class Feed:
         if not self._ended.is_set():
             try:
                 self._waiting.put_nowait((step, dict(values)))
+            except queue.Full:
+                self._give_up("is too slow")
+
+    def show(self, step: int, texts: Sequence[RowResult]) -> None:
+        """Queues some texts for the tracker and returns at once. A tracker that is added later does not get them."""
+        if not self._ended.is_set():
+            try:
+                self._waiting.put_nowait((step, tuple(texts)))
             except queue.Full:
                 self._give_up("is too slow")
 
@@ -119,7 +131,11 @@ class Feed:
             self._progress.failed = False
             self._progress.write(self._path)
             while not self._ended.is_set() and (item := self._waiting.get()) is not None:
-                self._tell(tracker, *item)
+                step, content = item
+                if isinstance(content, tuple):
+                    tracker.show(step, content)
+                else:
+                    self._tell(tracker, step, content)
             tracker.close()
             self._progress.write(self._path)
         except BaseException as error:  # noqa: BLE001 (of libraries that may raise or exit as they like)

@@ -4,15 +4,18 @@ A step's numbers are one call of its client, 4 ms with SQLite here. MLflow never
 setting that a resumed run changes becomes a tag, `changed.training.steps`.
 """
 
+import io
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from PIL import Image
 from pydantic import model_validator
 
 from mmray.base.settings import Settings
+from mmray.run.scoring.results import SHOWN_TEXTS, RowResult, as_markdown
 from mmray.run.tracking.base import Tracker
 from mmray.run.tracking.run import TrackedRun
 
@@ -81,6 +84,14 @@ class _Mlflow:
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, step) for name, value in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
+
+    def show(self, step: int, texts: Sequence[RowResult]) -> None:
+        folder = f"evaluations/{step:08d}"
+        for number, text in enumerate(texts[:SHOWN_TEXTS]):
+            self._client.log_text(self._run_id, as_markdown(text), f"{folder}/text_{number}.md")
+            if text.picture:
+                page = Image.open(io.BytesIO(text.picture))
+                self._client.log_image(self._run_id, page, f"{folder}/page_{number}.png")
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id, "FINISHED")

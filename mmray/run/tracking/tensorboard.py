@@ -1,9 +1,14 @@
 """The TensorBoard tracker: files in the run's folder, always written."""
 
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+
+from mmray.run.scoring.results import SHOWN_TEXTS, RowResult, as_markdown
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -18,6 +23,14 @@ class TensorBoard:
         """Writes the numbers of a step, by name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, texts: Sequence[RowResult]) -> None:
+        """Writes texts with their references, and the pictures."""
+        for number, text in enumerate(texts[:SHOWN_TEXTS]):
+            self._writer.add_text(f"eval/text_{number}", as_markdown(text), step)
+            if text.picture:
+                pixels = np.asarray(Image.open(io.BytesIO(text.picture)).convert("RGB"))
+                self._writer.add_image(f"eval/page_{number}", pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Writes what is still in memory."""

@@ -5,14 +5,17 @@ evaluation that ends late is still drawn at its step, and the parts of an interr
 offline) join to one run with one id.
 """
 
+import io
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from PIL import Image
 from pydantic import model_validator
 
 from mmray.base.settings import Settings
+from mmray.run.scoring.results import SHOWN_LETTERS, SHOWN_TEXTS, RowResult
 from mmray.run.tracking.base import Tracker
 from mmray.run.tracking.run import TrackedRun
 
@@ -79,6 +82,16 @@ class _Wandb:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
+
+    def show(self, step: int, texts: Sequence[RowResult]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=["page", "id", "cer", "reference", "prediction"])
+        for text in texts[:SHOWN_TEXTS]:
+            page = wandb.Image(Image.open(io.BytesIO(text.picture))) if text.picture else None
+            reference, prediction = ((words or "")[:SHOWN_LETTERS] for words in (text.reference, text.prediction))
+            table.add_data(page, text.id, text.cer, reference, prediction)
+        self._run.log({"step": step, "eval/texts": table})
 
     def close(self) -> None:
         self._run.finish()
