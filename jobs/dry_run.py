@@ -232,10 +232,21 @@ def _add_workers(plan: _Plan, gpus: bool) -> None:
     for pool, more in zip(pools, (most, "", "")):
         of = " and ".join(f"{needed:g} {name}" for name, needed in pool.needs.items())
         plan.add(pool.name.removeprefix("training "), f"{pool.count}{more}, {of} each")
-    every = f"every {training.eval_every_steps:,} steps" if training.eval_every_steps else "none"
-    plan.add("evaluation", every)
+    plan.add("evaluation", _evaluations(job))
     saved = f"every {training.checkpoint_every_steps:,} steps" if training.checkpoint_every_steps else "at the end"
     plan.add("checkpoints", f"{saved}, the newest {training.keep_checkpoints} are kept")
+
+
+def _evaluations(job: Job) -> str:
+    """The evaluations of a run in words."""
+    settings, every_steps = job.evaluation, job.training.eval_every_steps
+    every_steps = every_steps if settings is None else settings.every_steps or every_steps
+    words = [f"every {every_steps:,} steps"] if every_steps else []
+    if settings is None or not job.data.eval:
+        return words[0] if words else "none"
+    words.append("at the end")
+    rows = f", {settings.generate.rows:,} rows are read" if settings.generate.rows else ""
+    return f"{' and '.join(words)}{rows}; it uses the actors and workers of training"
 
 
 def _nodes(plan: _Plan, address: str | None, cpus: int, verbose: bool) -> list[Node] | None:

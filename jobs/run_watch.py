@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from mmray.display.progress import ProgressBar
 from mmray.errors import UserError
+from mmray.run.evaluation.callback import PROGRESS_FILE
 from mmray.run.folder import PUBLISH_SECONDS, RunFolder
 from mmray.run.history import HISTORY_FILE, in_words
 from mmray.run.metrics import METRICS_FILE
@@ -34,6 +35,8 @@ class RunWatch:
         self._old_warnings, self._events_read, self._old_metrics = map(
             _size, (self._warnings, self._history, self._path)
         )
+        self._evaluating, self._idle_seconds = run.path / PROGRESS_FILE, 0.0
+        self._metrics_read = _size(self._path)
         self._stop = threading.Event()
         self.has_begun = False
         """Whether workers have started, or were restarted, since then."""
@@ -81,12 +84,37 @@ class RunWatch:
             file.seek(max(0, self._path.stat().st_size - TAIL_BYTES))
             lines = [json.loads(line) for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
         lines = [line for line in lines if line.get("loss") is not None]
+        self._tell_evaluations()
         if lines:
             last = lines[-1]
-            note = _step_note(last)
+            note = _step_note(last) + self._evaluation_note()
             if warning_lines := read_warnings(self._warnings, self._old_warnings):
                 note += f"  warnings: {len(warning_lines)}"
-            bar.update(last["step"], self._total, note)
+            bar.update(last["step"], self._total, note, idle_seconds=self._idle_seconds)
+
+    def _tell_evaluations(self) -> None:
+        """Prints a line for each evaluation that is done since the last call, and counts its time."""
+        size = _size(self._path)
+        if size < self._metrics_read:  # cut back to a checkpoint: its steps are done again
+            self._metrics_read = size
+        with self._path.open("rb") as file:
+            file.seek(self._metrics_read)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._metrics_read += len(whole)
+        for line in whole.splitlines():
+            if line.startswith(b"{") and (values := json.loads(line)).get("eval_seconds") is not None:
+                self._idle_seconds += values["eval_seconds"]
+                log.info("%s: %s", self._name, evaluation_in_words(values))
+
+    def _evaluation_note(self) -> str:
+        """The progress of an evaluation that runs now, in a few words; "" where none does."""
+        try:
+            values = json.loads(self._evaluating.read_text())
+        except (OSError, ValueError):
+            return ""
+        done = f" {values['done']}/{values['total']}" if values["total"] else ""
+        return f"  evaluating after step {values['step']:,}: {values['what']}{done}"
 
 
 def _step_note(line: dict[str, Any]) -> str:
@@ -97,6 +125,14 @@ def _step_note(line: dict[str, Any]) -> str:
     if workers := line.get("workers"):
         words.append("1 worker" if workers == 1 else f"{workers} workers")
     return "  ".join(words)
+
+
+def evaluation_in_words(line: dict[str, Any]) -> str:
+    """One line about an evaluation for a person. line: of metrics.jsonl."""
+    words = [f"loss {line['eval_loss']:.4f}" if line.get("eval_loss") is not None else "no loss"]
+    names = {"eval_cer": "CER", "eval_wer": "WER", "eval_exact_match": "exact"}
+    words += [f"{name} {line[key]:.4f}" for key, name in names.items() if line.get(key) is not None]
+    return f"evaluation after step {line['step']:,}: {', '.join(words)} ({line['eval_seconds']:.1f} s)"
 
 
 def _size(path: Path) -> int:

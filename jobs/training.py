@@ -32,6 +32,7 @@ from mmray.report import Run, run_table
 from mmray.rows.encode import Encoder
 from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.evaluation.warnings import evaluation_warnings
 from mmray.run.export import export_finished
 from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
@@ -101,14 +102,24 @@ def train(
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
     if job.balance and job.balance.across_batches is None and cursor.balance is not None:
         console.print(f"{run} began with batches of bins of like cost and goes on so (balance.across_batches)")
-    if checkpoint is not None and cursor.step >= plan.total_steps(cursor):
-        last = _last_event(run)
-        if (last.get("event"), last.get("step")) == ("finish", cursor.step):
-            console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
-            export_at_end(job)
-            return None
+    last = _last_event(run) if checkpoint is not None else {}
+    is_finished = (last.get("event"), last.get("step")) == ("finish", cursor.step)
+    early_stopping = job.early_stopping and job.early_stopping.model_dump()
+    if is_finished and early_stopping is not None and last.get("early_stopping") == early_stopping:
+        console.print(
+            f"{run} has ended after {cursor.step} steps ({last['reason']}); with more early_stopping.patience, or "
+            "without early_stopping, it goes on"
+        )
+        export_at_end(job)
+        return None
+    if is_finished and cursor.step >= plan.total_steps(cursor):
+        console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
+        export_at_end(job)
+        return None
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
+    for warning in evaluation_warnings(job, plan.total_steps(cursor)):
+        log.warning("%s", warning)
     require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
     run.remove(RAY_TRAIN_MEMORY)
     run.forget_stop()

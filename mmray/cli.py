@@ -277,6 +277,7 @@ def export(
     source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or a checkpoint in it.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write: a path or URI.")],
     step: Annotated[int | None, typer.Option(help="The step of the checkpoint; default: the newest whole one.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint of the best evaluation (keep_best).")] = False,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: the dtype of the training.")] = None,
     job_file: Annotated[
         Path | None,
@@ -290,7 +291,13 @@ def export(
     from mmray.config.job import load_job
 
     settings = None if job_file is None else load_job(job_file).model
+    if best and step is not None:
+        raise UserError("give --step or --best, not both")
     from mmray.run.export import export_model
+    from mmray.run.export.source import SourceCheckpoint
+
+    if best:
+        source = str(SourceCheckpoint.best(source))
 
     exported = export_model(source, out, step=step, dtype=dtype, settings=settings, replace=replace)  # type: ignore[arg-type]
     Console().print(str(exported), markup=False, highlight=False, soft_wrap=True)

@@ -78,10 +78,16 @@ class ProgressBar:
         self._view = _view()
         return self
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Show a new state. note: a few words at the end of the line."""
-        now = time.monotonic()
-        if self._recent and done < self._recent[-1][1]:  # it continues from an earlier state
+    def update(self, done: int, total: int, note: str = "", *, idle_seconds: float = 0.0) -> None:
+        """Show a new state.
+
+        note: a few words at the end of the line; idle_seconds: time since the beginning that does not count in the
+        rate.
+        """
+        now = time.monotonic() - idle_seconds
+        if self._recent and (
+            done < self._recent[-1][1] or now < self._recent[-1][0]
+        ):  # it continues from an earlier state
             self._recent.clear()
         if not self._recent or done != self._recent[-1][1]:
             self._recent.append((now, done))
@@ -89,7 +95,8 @@ class ProgressBar:
             self._recent.popleft()
         (first, begun), (last, reached) = self._recent[0], self._recent[-1]
         rate = (reached - begun) / (last - first) if last > first else None
-        self._view.show(State(self.title, self.unit, done, total, now - self._started, rate, note))
+        seconds = time.monotonic() - self._started
+        self._view.show(State(self.title, self.unit, done, total, seconds, rate, note))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
