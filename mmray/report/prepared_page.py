@@ -8,6 +8,7 @@ from mmray.base.words import amount, made_by
 from mmray.config.job import Job
 from mmray.display.html import template
 from mmray.errors import UserError
+from mmray.families import Family
 from mmray.inspect.page import ShownBin, shown_bin
 from mmray.inspect.view import family_of_prepared, view_bin
 from mmray.prepared import PreparedDataset
@@ -20,6 +21,7 @@ from mmray.report.prepared import (
     rejects,
     step_balance,
 )  # fmt: skip
+from mmray.report.rows import PERCENTILES, RowFacts
 
 MOST_SAMPLES = 4
 """Number of samples shown of each bin."""
@@ -40,7 +42,8 @@ def prepared_page(
     Raises UserError for a `processor` that is not the dataset's, and for files that cannot be read.
     """
     distributions = Distributions.of(prepared)
-    bins, bins_note = _bins(prepared, distributions, processor, trust_remote_code)
+    family, no_family = loaded_family(prepared, processor, trust_remote_code=trust_remote_code)
+    bins, bins_note = _bins(prepared, distributions, family, no_family)
     balance, balance_note = _balance(prepared, StepSettings.of(job))
     refused = rejects(prepared)
     most = max(refused.counts.values(), default=1)
@@ -50,6 +53,8 @@ def prepared_page(
         figures=_figures(prepared),
         gauges=_gauges(prepared) if len(prepared) else [],
         fill_note=_fill_note(prepared),
+        rows=None if family is None or not len(prepared) else RowFacts.of_prepared(prepared, family),
+        percentiles=PERCENTILES,
         sampled=_sampled(distributions),
         charts=_charts(prepared, distributions),
         buckets=_buckets(distributions),
@@ -252,21 +257,28 @@ def _rejects_note(prepared: PreparedDataset) -> str:
     return f"{facts['rows_rejected']:,} of {facts['rows_read']:,} rows ({share:.2%}), all in rejected.parquet."
 
 
-def _bins(
-    prepared: PreparedDataset, distributions: Distributions, processor: str | None, trust_remote_code: bool
-) -> tuple[list[ShownBin], str]:
-    """Bins for a person to look at, and a line about them, which says why when there are none."""
-    numbers = bins_to_show(distributions, prepared)
-    if not numbers:
-        return [], ""
+def loaded_family(
+    prepared: PreparedDataset, processor: str | None, *, trust_remote_code: bool
+) -> tuple[Family | None, str]:
+    """The family of a dataset's processor, or None and the reason. Arguments and errors as for `prepared_page`."""
     try:
         family = family_of_prepared(prepared, processor, trust_remote_code=trust_remote_code)
     except UserError as error:
         if processor is not None:
             raise
-        return [], f"Not shown: {error}"
+        return None, str(error)
+    return family, "" if family else "the dataset does not name its processor; give it with --processor."
+
+
+def _bins(
+    prepared: PreparedDataset, distributions: Distributions, family: Family | None, no_family: str
+) -> tuple[list[ShownBin], str]:
+    """Bins for a person to look at, and a line about them, which says why when there are none."""
+    numbers = bins_to_show(distributions, prepared)
+    if not numbers:
+        return [], ""
     if family is None:
-        return [], "Not shown: the dataset does not name its processor; give it with --processor."
+        return [], f"Not shown: {no_family}"
     shown = [
         shown_bin(
             view_bin(prepared, number, family), prepared.tiling, most_samples=MOST_SAMPLES, most_pixels=PICTURE_PIXELS
