@@ -80,7 +80,7 @@ class OddPages:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What the rows of a split are like."""
+    """Describes the rows of a split: their measures, how they fit the capacities, pages to look at."""
 
     percentiles: tuple[Percentiles, ...]
     fits: tuple[CapacityFit, ...]
@@ -242,7 +242,7 @@ def _fill(rows: RowMeasures, packing: PackingSettings, sample_gap: int) -> float
 
 
 def rejected_needs(prepared: PreparedDataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What the rows over a capacity would have taken, as their messages say.
+    """Reads from the messages of rejected rows how many tokens those over a capacity have.
 
     Returns, by the name of the capacity, the tokens of each row that was read, int64 [n], and the rows it stands for.
     """

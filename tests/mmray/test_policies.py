@@ -17,7 +17,7 @@ GRID, TOKENS = "images.grid=[1, 1]", "packing.token_capacity=1024"
 def job_file(inputs, tmp_path):
     """A job all of whose rows are looked at, so that estimates are exact."""
     content = inputs.job(tmp_path)
-    content["packing"]["token_capacity"] = 256
+    content["packing"]["token_capacity"] = 128
     path = tmp_path / "job.yaml"
     path.write_text(json.dumps(content))
     return path

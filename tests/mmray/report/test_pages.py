@@ -63,6 +63,20 @@ def test_figures_and_fill_are_those_of_the_manifest(page, written):
     assert gauges == [f"{stats['token_fill']:.1%}", f"{stats['visual_fill']:.1%}"]
 
 
+def test_rows_are_described_with_their_odd_pages(page, written):
+    """Of 40 pages, one has no word; the 40 words of chats and their turns are no text of pages."""
+    (head,) = [each for each in page.of("h2") if each.text == "What the rows are like"]
+    (section,) = [each for each in head.parents if each.tag == "section"]
+    cells = [each.text for each in page.of("td") if any(parent is section for parent in each.parents)]
+    lengths = [length for number in range(len(written)) for length in written.bin(number).sample_lengths.tolist()]
+    assert "set 0 (pretrain), 40 rows" in cells
+    assert "set 1 (chat), 9 rows" in cells
+    assert f"{max(lengths):,}" in cells
+    lines = [" ".join(each.text.split()) for each in page.of("li") if any(parent is section for parent in each.parents)]
+    assert any(line.startswith("no row is over packing.token_capacity 300; ") for line in lines)
+    assert any(line.startswith("1 of 40 rows with images have no text") for line in lines)
+
+
 def figure_parts(page, tag):
     return [each for each in page.of(tag) if each.is_in("figures")]
 
