@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -49,7 +50,7 @@ class _Plan:
     job: Job
     findings: list[Finding] = field(default_factory=list)
     lines: list[tuple[str, str]] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    tables: list[Group] = field(default_factory=list)
 
     def add(self, name: str, text: str) -> None:
         self.lines.append((name, text))

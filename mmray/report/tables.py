@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -46,9 +47,9 @@ def prepared_table(prepared: PreparedDataset) -> Table:
     return table
 
 
-def rows_table(facts: RowFacts, title: str) -> Table:
+def rows_table(facts: RowFacts, title: str) -> Group:
     """Tabulate what rows are like: percentiles of their measures by set; below, capacities, odd pages, a suggestion."""
-    table = Table("", title=escape(title), title_justify="left", caption_justify="left")
+    table = Table("", title=escape(title), title_justify="left")
     for name in (*(f"p{number}" for number in PERCENTILES), "most"):
         table.add_column(name, justify="right", no_wrap=True)
     last = None
@@ -58,8 +59,7 @@ def rows_table(facts: RowFacts, title: str) -> Table:
             table.add_section()
             table.add_row(Text(f"{last}", "bold"))
         table.add_row(entry.measure, *map(amount, entry.values))
-    table.caption = Text("\n".join(facts.notes))
-    return table
+    return Group(table, *(Text(note, overflow="fold") for note in facts.notes))
 
 
 def policies_table(name: str, estimates: Sequence[PolicyEstimate]) -> Table:
@@ -78,7 +78,7 @@ def policies_table(name: str, estimates: Sequence[PolicyEstimate]) -> Table:
             Text(policy_estimate.policy.name), amount(guess.tokens), amount(guess.visual_tokens), f"{guess.bins:,}",
             *(f"{fill:.0%}" for fill in policy_estimate.fills), lost, f"{policy_estimate.steps:,}",
         )  # fmt: skip
-    table.caption = f"{first.rows}; estimated from {first.sampled:,} of them"
+    table.caption = f"{first.rows} rows; estimated from {first.sampled:,} of them"
     return table
 
 

@@ -237,7 +237,7 @@ def test_estimate_compares_policies_in_one_table(run, inputs, tmp_path):
     assert code == 0
     rows = cells(out)
     assert list(rows)[-3:] == ["the job as it is", "packing.token_capacity=1024", "packing.token_capacity=100"]
-    assert "71; estimated from 71 of them" in out
+    assert "71 rows; estimated from 71 of them" in out
     code, out, err = run("estimate", path, "--try", "packing.tokens=1")
     assert (code, out) == (2, "")
     assert "--try 'packing.tokens=1': " in err
