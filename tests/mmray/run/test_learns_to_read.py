@@ -63,8 +63,10 @@ def job(tmp_path: Path) -> Job:
 def test_a_model_learns_to_read(job: Job, tmp_path: Path) -> None:
     for split in job.data.splits:
         prepare_here(job, split)
-    first = PreparedDataset(job.prepared_path("train")).bin(0)
-    assert len(first.sample_ids) > 8, "several samples in a bin"
+    prepared = PreparedDataset(job.prepared_path("train"))
+    bins = {packed.bucket: packed for packed in prepared.bins(0, len(prepared))}
+    assert {"1x1@28x28", "2x1@28x28", "2x1@56x28"} <= set(bins), "pictures of three sizes, two of them cut"
+    assert all(len(packed.sample_ids) > 8 for packed in bins.values()), "many samples in a bin"
 
     with pytest.raises(AssertionError, match=r"exit codes \[-9"):
         train_here(job, Kill(KILLED), ranks=2)
@@ -74,7 +76,8 @@ def test_a_model_learns_to_read(job: Job, tmp_path: Path) -> None:
     assert [(event["step"], event["workers"]) for event in resumed] == [(SAVED, 1)]
 
     reader = Reader(export_model(job.output.run, str(tmp_path / "exported"), settings=job.model).folder)
-    assert "<row1_col2>" in reader.prompt.family.tokenizer.decode(first.input_ids), "tiles are labelled"
+    decode = reader.prompt.family.tokenizer.decode
+    assert "<row1_col2>" in decode(bins["2x1@56x28"].input_ids), "tiles are labelled"
     scores = []
     for row in map(json.loads, Path(job.data.eval[0].files[0]).read_text().splitlines()):
         read = reader.read(PROMPT, [str(tmp_path / "data" / row["images"][0])], max_new_tokens=8)
