@@ -42,7 +42,7 @@ from mmray.synthetic.pages import SyntheticPages, write_pages
 
 OUTPUT = Path("demo_out")
 JOB = Path("jobs/demo.yaml")
-NUMBERS, UNSEEN_NUMBERS = 3000, 100
+NUMBERS, UNSEEN_NUMBERS = 5000, 100
 UNSEEN = OUTPUT / "data" / "numbers-eval.jsonl"
 KILL_AFTER_STEP = 50
 STARTUP_SECONDS = 600
