@@ -20,10 +20,6 @@ import jobs  # noqa: F401  (says what is missing)
 
 # isort: split
 import ray
-from mmray.run.evaluation.model import EvaluatedModel
-from mmray.run.evaluation.rows import EvaluationData
-from mmray.run.evaluation.standalone import EvaluationPlan, evaluate
-from mmray.run.scoring.settings import EvaluationSettings
 from rich.table import Table
 
 from jobs.command_line import run_main
@@ -35,8 +31,12 @@ from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.run.checkpoints import newest_looking_whole, step_of
 from mmray.run.evaluation import Reader
+from mmray.run.evaluation.model import EvaluatedModel
+from mmray.run.evaluation.rows import EvaluationData
+from mmray.run.evaluation.standalone import EvaluationPlan, evaluate
 from mmray.run.folder import MODEL_FOLDER
 from mmray.run.metrics import METRICS_FILE, read_metrics
+from mmray.run.scoring.settings import EvaluationSettings
 from mmray.synthetic.numbers import PROMPT, write_numbers, write_reader
 from mmray.synthetic.pages import SyntheticPages, write_pages
 
