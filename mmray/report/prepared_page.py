@@ -9,9 +9,10 @@ from mmray.config.job import Job
 from mmray.display import charts
 from mmray.display.charts import Axis, Plot, Series
 from mmray.display.html import template
-from mmray.errors import UserError
+from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.inspect.page import ShownBin, shown_bin
+from mmray.images import load_image
+from mmray.inspect.page import ShownBin, data_uri, shown_bin
 from mmray.inspect.view import family_of_prepared, view_bin
 from mmray.prepared import PreparedDataset
 from mmray.report.prepared import (
@@ -28,6 +29,8 @@ MOST_SAMPLES = 4
 PICTURE_PIXELS = 1_000_000
 """Pixels of all pictures of one bin: about 0.4 MB as JPEG."""
 LENGTH_BARS = 32
+THUMBNAIL_SIDE = 160
+"""Longest side, in pixels, of the picture of a page whose text does not fit it."""
 
 
 def prepared_page(
@@ -55,6 +58,7 @@ def prepared_page(
         fill_note=_fill_note(prepared),
         rows=None if family is None or not len(prepared) else RowFacts.of_prepared(prepared, family),
         percentiles=PERCENTILES,
+        thumbnail=_thumbnail,
         sampled=_sampled(distributions),
         charts=_charts(prepared, distributions),
         buckets=_buckets(distributions),
@@ -69,6 +73,15 @@ def prepared_page(
         bins_note=bins_note,
         footer=made_by(),
     )
+
+
+def _thumbnail(uri: str) -> str | None:
+    """The small picture of a page as a data URI; None where it cannot be read."""
+    try:
+        page = load_image(uri)
+    except (RowError, UserError, OSError):
+        return None
+    return data_uri(page, min(1.0, THUMBNAIL_SIDE / max(page.size)))
 
 
 def _facts(prepared: PreparedDataset) -> list[tuple[str, str]]:

@@ -70,12 +70,16 @@ class CapacityFit:
 
 @dataclass(frozen=True)
 class OddPages:
-    """Pages whose text does not fit their pictures: why, how many of how many pages, and some of them."""
+    """Pages whose text does not fit their pictures: why, how many of how many pages, and some of them.
+
+    examples: a line for each of some pages; pictures: path or URI of the picture of each, "" where it has none.
+    """
 
     kind: str
     count: int
     pages: int
     examples: tuple[str, ...]
+    pictures: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -184,10 +188,13 @@ def odd_pages(measures: RowMeasures, most_examples: int = 3) -> list[OddPages]:
         (f"far too little text: under 1/{FAR} of the usual", little),
         (f"far too much text: {FAR} times the usual, or under {LEAST_PIXELS} pixels a token", much),
     )
-    return [
-        OddPages(kind, int(odd.sum()), len(rows), tuple(_shown(rows.take(np.flatnonzero(odd)[:most_examples]))))
-        for kind, odd in kinds
-    ]
+    pages_of_kinds = []
+    for kind, odd in kinds:
+        shown = rows.take(np.flatnonzero(odd)[:most_examples])
+        pages_of_kinds.append(
+            OddPages(kind, int(odd.sum()), len(rows), tuple(_shown(shown)), tuple(shown.pictures.tolist()))
+        )
+    return pages_of_kinds
 
 
 def _shown(rows: RowMeasures) -> list[str]:

@@ -75,6 +75,8 @@ def test_rows_are_described_with_their_odd_pages(page, written):
     lines = [" ".join(each.text.split()) for each in page.of("li") if any(parent is section for parent in each.parents)]
     assert any(line.startswith("no row is over packing.token_capacity 300; ") for line in lines)
     assert any(line.startswith("1 of 40 rows with images have no text") for line in lines)
+    (picture,) = [each for each in page.of("img") if any("odd" in parent.classes for parent in each.parents)]
+    assert picture.attributes["src"].startswith("data:image/jpeg;base64,")
 
 
 def figure_parts(page, tag):

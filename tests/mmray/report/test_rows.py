@@ -66,6 +66,8 @@ def test_rows_are_measured_as_the_processor_and_a_person_would(tmp_path, process
     assert value("text_tokens", "one") == 7
     assert [value("sets", name) for name in ("one", "talk")] == [0, 1]
     assert measures.sources[rows["plain"]] == f"{pages}:4"
+    pictured = [measures.pictures[rows[name]] for name in ("two", "plain")]
+    assert pictured == [str(tmp_path / "small.png"), ""]
 
 
 def test_of_many_rows_some_are_measured(tmp_path, processors):
@@ -94,6 +96,7 @@ def measures_of(tokens, visual=None, text=None, pixels=None, sets=None):
         buckets=np.full(count, "page", dtype=object),
         ids=names,
         sources=names,
+        pictures=names,
     )
 
 
