@@ -24,17 +24,18 @@ def without_nulls(value: Any) -> Any:
 
 
 def parsed(text: str, where: str) -> Any:
+    """Reads JSON that stands in a row as text. Raises RowError where it is none."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise RowError("wrong_type", f"{where}: {text!r:.60} is not JSON: {error}") from error
-    if half := lone_surrogate(text, found):
+    if half := lone_surrogate(text, value):
         raise RowError("not_utf8", f"{where} holds {half!a}, half of a surrogate pair; write the whole character")
-    return found
+    return value
 
 
 def says_nothing(value: object) -> bool:
-    """Whether a value is null, or an object of nulls alone: what Parquet may make of an absent object."""
+    """Tells whether a value is null, or an object of nulls alone: what Parquet may make of an absent object."""
     if isinstance(value, dict):
         return bool(value) and all(map(says_nothing, value.values()))
     return value is None
