@@ -51,6 +51,7 @@ _MESSAGE_KEYS = (
     "role", "from", "content", "value", *_THOUGHTS, "tool_calls", "function_call", "tool_call_id", *FLAGS,
 )  # fmt: skip
 _PART_KEYS = ("type", "text", "image", "path", "url", "image_url", "index", *FLAGS)
+_PICTURE_KEYS = ("url", "detail", "path", "bytes")
 _IMAGE_KEYS = ("image", "image_url", "path", "url")
 _RESERVED = frozenset({"messages", "conversation", "tools", "add_generation_prompt", "chat_template", "tokenize"})
 
@@ -210,7 +211,7 @@ class MessageReader:
                 raise RowError("wrong_type", f"{column}: a tool must be an object, not {tool!r:.60}")
             self._refuse_special(json.dumps(tool, ensure_ascii=False), column)
         refuse_not_finite(tools, column)
-        return [without_nulls(tool) for tool in tools]
+        return [_wrapped(without_nulls(tool)) for tool in tools]
 
     def _options(self, value: Mapping[str, Any]) -> JSON:
         column = self.dataset.column("chat_template_kwargs")
@@ -414,6 +415,9 @@ class MessageReader:
     def _picture(self, named: JSON, where: str, to_image: Callable[[object], ImageRef]) -> ImageRef | int | None:
         """Returns the picture that an image part names, as in `Part.picture`."""
         names = [named[key] for key in _IMAGE_KEYS if key in named]
+        for name in names:
+            if isinstance(name, dict):
+                self._known(name, _PICTURE_KEYS, f"{where}: an image part's picture")
         entries = [name.get("url") if isinstance(name, dict) and "url" in name else name for name in names]
         pictures = [to_image(entry) for entry in entries]
         if len(set(pictures)) > 1:
@@ -459,6 +463,13 @@ def placed_images(chat: Chat, images: Sequence[ImageRef], column: str) -> tuple[
 
 def _shown(image: ImageRef) -> str:
     return f"{image.uri!r:.120}" if image.data is None else "bytes"
+
+
+def _wrapped(tool: JSON) -> JSON:
+    """Returns a tool in OpenAI's form; ShareGPT's `tools` columns hold functions alone, which few templates know."""
+    if isinstance(tool.get("name"), str) and "type" not in tool and "function" not in tool:
+        return {"type": "function", "function": tool}
+    return tool
 
 
 def _count_images(message: Message) -> int:

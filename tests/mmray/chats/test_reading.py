@@ -201,3 +201,24 @@ def test_names_and_ids_may_be_numbers(zoo_processor, qwen):
     row = {"messages": [USER, answer(None, tool_calls=[call])["messages"][1], result, answer()["messages"][1]]}
     family = family_with(zoo_processor("gemma4"), "gemma4", "ax_gemma4")
     assert "ARGUMENT" in trained_text(preparation_of(family, "sampled"), row)
+
+
+# ---- Tools and pictures ----
+
+
+@pytest.mark.skipif(not (SHARED / "templates").exists(), reason="the shared data is not here")
+@pytest.mark.parametrize(("template", "member"), [("trl_qwen3_vl", "qwen3_vl"), ("ax_gemma4", "gemma4")])
+def test_functions_alone_are_tools(zoo_processor, template, member):
+    """As in ShareGPT's column: the prompt is the one of OpenAI's form, which is written when the model is used."""
+    parameters = {"type": "object", "properties": {"page": {"type": "string", "description": "Number."}}}
+    function = {"name": "look", "description": "Looks.", "parameters": parameters}
+    preparation = preparation_of(family_with(zoo_processor(member), member, template), "sampled")
+    wrapped = preparation.sample(answer() | {"tools": [{"type": "function", "function": function}]})
+    for tools in ([function], json.dumps([function]), [json.dumps(function)]):
+        assert preparation.sample(answer() | {"tools": tools}).input_ids.tolist() == wrapped.input_ids.tolist()
+
+
+def test_what_a_picture_says_besides_its_place_is_not_left_out(qwen):
+    part = {"type": "image_url", "image_url": {"url": "red.png", "detail": "high", "box": [1, 2, 3, 4]}}
+    found = qwen({"messages": [{"role": "user", "content": [part]}, answer()["messages"][1]]})
+    assert (found.reason, "'box'" in found.message) == ("unknown_field", True)
