@@ -98,3 +98,35 @@ def test_another_model_with_gemma_4_s_format(zoo_processor, mode):
         assert {word for word in untrained if word in outcome} == set(), row["id"]
         right.add(row["id"])
     assert right >= {"plain", "parts"}
+
+
+TOOLS = [{"type": "function", "function": {"name": "TOOLNAME", "description": "TOOLTEXT", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("eos", ["turn", "all", "last", "none"])
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_tools_never_train_where_the_system_message_does(zoo_processor, name, eos):
+    """Gemma 4 and Qwen write the row's tools between the system message and the end of its turn."""
+    preparation = preparation_of(
+        family_with(zoo_processor(PUBLISHED[name]), PUBLISHED[name], name), RoleLoss(train_on_eos=eos)
+    )
+    messages = [{"role": "system", "content": "SYSTEM"}, ASKED, {"role": "assistant", "content": "ANSWER"}]
+    outcome = trained_text(preparation, {"messages": messages, "tools": TOOLS})
+    if isinstance(outcome, RejectedRow):
+        assert outcome.reason in ("not_written", "template")
+        assert name not in ("ax_gemma4", "trl_qwen3_vl", "trl_qwen3_5_think", "trl_glm4moe")
+    else:
+        assert "ANSWER" in outcome
+        assert not {word for word in ("SYSTEM", "QUESTION", "TOOLNAME", "TOOLTEXT") if word in outcome}
+
+
+def test_only_thoughts_of_the_assistant_may_be_dropped(zoo_processor):
+    """A tool's result is none, whatever it begins with; the template leaves out a result without a call."""
+    family = family_with(zoo_processor("gemma4"), "gemma4", "ax_gemma4")
+    preparation = preparation_of(family, "sampled", allow_dropped=["reasoning"])
+    answer = {"role": "assistant", "content": "ANSWER"}
+    for content in ("<think>RESULT", "<think>\nRESULT\n</think>"):
+        messages = [ASKED, answer, {"role": "tool", "content": content}, answer]
+        refused = preparation.rejected({"messages": messages})
+        assert refused.reason == "not_written"
+        assert "message 2 (tool): the chat template leaves out its content, " in refused.message
