@@ -82,7 +82,7 @@ class Segment:
 def card(title: str, where: str, facts: list[Fact], *, chart: Any = None, strip: list[Segment] | None = None) -> str:
     """Render an object as a card: a few kB of HTML for light and dark pages, with all text escaped.
 
-    where: the line under the title; chart: a `report.charts.Plot`; strip: segments drawn side by side.
+    where: the line under the title; chart: a `display.charts.Plot`; strip: segments drawn side by side.
     """
     return template("card.html.jinja").render(title=title, where=where, facts=facts, chart=chart, strip=strip or [])
 

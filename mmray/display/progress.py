@@ -85,10 +85,8 @@ class ProgressBar:
         rate.
         """
         now = time.monotonic() - idle_seconds
-        if self._recent and (
-            done < self._recent[-1][1] or now < self._recent[-1][0]
-        ):  # it continues from an earlier state
-            self._recent.clear()
+        if self._recent and (done < self._recent[-1][1] or now < self._recent[-1][0]):
+            self._recent.clear()  # it continues from an earlier state
         if not self._recent or done != self._recent[-1][1]:
             self._recent.append((now, done))
         while len(self._recent) > 2 and now - self._recent[1][0] > RATE_SECONDS:

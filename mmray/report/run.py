@@ -1,5 +1,6 @@
 """Reads a training run from its folder, for reports and notebooks."""
 
+import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -16,6 +17,14 @@ from mmray.run.folder import RunFolder
 from mmray.run.history import HISTORY_FILE, read_history
 from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.run.place import CURSOR_FILE
+from mmray.run.scoring.results import (
+    EVALUATIONS_FOLDER,
+    METRICS,
+    PREDICTIONS,
+    RowResult,
+    ShownRows,
+    from_parquet,
+)
 from mmray.run.skipped import SKIPPED_FILE
 from mmray.run.warnings import WARNINGS_FILE, read_warnings
 from mmray.schedule.cursor import Cursor
@@ -73,6 +82,22 @@ class Run:
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are evaluations."""
         return [line for line in self.metrics if "eval_loss" in line]
+
+    @cached_property
+    def latest_evaluation(self) -> tuple[dict[str, Any], list[RowResult]] | None:
+        """The metrics of the newest evaluation that read texts, and those of its texts that come with a picture or lie
+        at the ends of the ranking; None without one."""
+        folder = self.folder / EVALUATIONS_FOLDER
+        done = [path for path in folder.glob("*") if path.name.isdecimal() and (path / METRICS).exists()]
+        if not done:
+            return None
+        newest = max(done, key=lambda path: int(path.name))
+        try:
+            values = json.loads((newest / METRICS).read_text(encoding="utf-8"))
+            results, _ = from_parquet((newest / PREDICTIONS).read_bytes())
+        except (OSError, ValueError):  # it is being written at the moment
+            return None
+        return values, [results[place] for place in ShownRows.of(results).all]
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:

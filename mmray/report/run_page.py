@@ -1,5 +1,6 @@
 """Renders the page of a training run: curves over steps, and the events of the run."""
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -10,7 +11,12 @@ from mmray.display import charts
 from mmray.display.charts import Plot, Series
 from mmray.display.html import template
 from mmray.report.run import Run, loss_chart, marks
+from mmray.run.scoring.metrics import Normalisation
+from mmray.run.scoring.page import shown_text
 
+RATES = (("cer", "tokens"), ("wer", "warn"))
+SET_COLOURS = ("tokens", "warn", "good", "visual", "bad", "grey")
+MOST_TEXTS = 9
 MOST_EVENTS, MOST_WARNINGS, MOST_SKIPPED = 200, 20, 10
 COLOURS = {"resume": "warn", "preemption": "warn", "damaged_checkpoint": "bad", "finish": "good", "checkpoint": "grey"}
 
@@ -27,8 +33,22 @@ def run_page(run: Run) -> str:
         events_note=_events_note(run, len(events)),
         warnings=run.warnings[-MOST_WARNINGS:],
         skipped=run.skipped[-MOST_SKIPPED:],
+        reading=_reading(run),
         footer=made_by(),
     )
+
+
+def _reading(run: Run) -> dict[str, Any] | None:
+    """The texts of the newest evaluation, a few of the worst, median and best; None where none were read."""
+    if run.latest_evaluation is None:
+        return None
+    values, texts = run.latest_evaluation
+    normalisation = Normalisation.model_validate(values["normalisation"])
+    chosen = [texts[place] for place in sorted({round(place) for place in np.linspace(0, len(texts) - 1, MOST_TEXTS)})]
+    return {
+        "step": values["step"], "cer": values["all"]["cer"], "texts": values["all"]["texts"],
+        "shown": [shown_text(text, normalisation) for text in chosen] if texts else [],
+    }  # fmt: skip
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -89,6 +109,7 @@ def _charts(run: Run) -> list[Plot]:
         chart("Waiting for data", f"Seconds of each step; {np.nansum(waited):,.1f} s in all, beside "
               f"{np.nansum(seconds):,.1f} s of stepping.", [Series("seconds", "warn", steps, waited)], True),
     ]  # fmt: skip
+    plots[1:1] = _evaluation_charts(run, chart)
     if np.isfinite(run.workers).any():
         few, many = np.nanmin(run.workers), np.nanmax(run.workers)
         note = f"{few:.0f} throughout." if few == many else f"From {few:.0f} to {many:.0f}."
@@ -104,6 +125,33 @@ def _charts(run: Run) -> list[Plot]:
         note = f"Samples whose picture could not be used: {np.nansum(skipped):,.0f} in all."
         plots.append(chart("Skipped samples", note, [Series("samples", "bad", steps, skipped)], True))
     return [plot for plot in plots if plot.curves and any(curve.line or curve.dots for curve in plot.curves)]
+
+
+def _evaluation_charts(run: Run, chart: Callable[..., Plot]) -> list[Plot]:
+    """The charts of what was read, and of the loss of each set where there are several."""
+    plots, steps = [], run.eval_column("step")
+    rates = [(name, colour) for name, colour in RATES if np.isfinite(run.eval_column(f"eval_{name}")).any()]
+    if rates:
+        series = [
+            Series(name.upper(), colour, steps, run.eval_column(f"eval_{name}"), dots=True) for name, colour in rates
+        ]
+        plots.append(chart("What it reads", "Error rates of generated texts, over all rows that were read.", series))
+    by_set = [line.get("eval_loss_by_set") or {} for line in run.evaluations]
+    names = sorted({name for losses in by_set for name in losses})
+    if len(names) > 1:
+        series = [
+            Series(
+                f"set {name}", COLOURS_OF_SETS[place % len(COLOURS_OF_SETS)], steps, _values(by_set, name), dots=True
+            )
+            for place, name in enumerate(names)
+        ]
+        plots.append(chart("Evaluation loss by set", "Sets of data.eval, by their number.", series))
+    return plots
+
+
+def _values(by_set: list[dict[str, Any]], name: str) -> np.ndarray:
+    values = (losses.get(name) for losses in by_set)
+    return np.asarray([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _has(run: Run, key: str) -> bool:

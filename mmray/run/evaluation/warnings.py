@@ -1,4 +1,4 @@
-"""What is suspicious about the evaluations of a run before it starts: they never come, or they test what was trained."""
+"""Warnings about the evaluations of a run before it starts: none will come, or they test what is trained on."""
 
 import hashlib
 from collections.abc import Iterator
