@@ -140,9 +140,7 @@ def _evaluation_charts(run: Run, chart: Callable[..., Plot]) -> list[Plot]:
     names = sorted({name for losses in by_set for name in losses})
     if len(names) > 1:
         series = [
-            Series(
-                f"set {name}", COLOURS_OF_SETS[place % len(COLOURS_OF_SETS)], steps, _values(by_set, name), dots=True
-            )
+            Series(f"set {name}", SET_COLOURS[place % len(SET_COLOURS)], steps, _values(by_set, name), dots=True)
             for place, name in enumerate(names)
         ]
         plots.append(chart("Evaluation loss by set", "Sets of data.eval, by their number.", series))
