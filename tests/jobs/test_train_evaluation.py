@@ -27,12 +27,7 @@ def test_a_training_that_fits_exactly_evaluates_as_one_without_ray(
         "keep_best": {"metric": "eval_cer"},
         "early_stopping": {"metric": "eval_exact_match", "patience": 1},  # none is exact: no better after the first
     }  # fmt: skip
-    job = Job.model_validate(inputs.job(tmp_path, **changes))
-    job = job.model_copy(
-        update={
-            "output": job.output.model_copy(update={"export": job.output.export.model_copy(update={"at_end": True})})
-        }
-    )
+    job = Job.model_validate(inputs.job(tmp_path, **changes, output__export={"at_end": True}))
     assert train_cpus(job) == 4
     for split in ("train", "eval"):
         prepare_here(job, split)
