@@ -46,12 +46,17 @@ class MlflowSettings(Settings):
         """Start or continue the run."""
         from mlflow.tracking import MlflowClient
 
-        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder.absolute()}/mlflow.db"
+        own_files = run.folder.absolute()
+        named = self.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        uri = named or f"sqlite:///{own_files}/mlflow.db"
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if run_id is None:
             name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.name
             experiment = client.get_experiment_by_name(name)
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+            experiment_id = experiment.experiment_id if experiment else None
+            if experiment_id is None:  # MLflow's own default for pictures is a folder of the process
+                place = None if named else (own_files / "mlartifacts").as_uri()
+                experiment_id = client.create_experiment(name, artifact_location=place)
             run_id = client.create_run(experiment_id, run_name=run.name).info.run_id
         client.update_run(run_id, status="RUNNING")
         _describe(client, run_id, run)

@@ -59,6 +59,19 @@ def test_the_rate_forgets_a_slow_start_and_what_was_done_before(clock, capsys):
     )
 
 
+def test_time_that_does_not_count_is_not_in_the_rate(clock, capsys):
+    """Ten steps a second, and after each hundred of them half a minute of evaluation."""
+    with ProgressBar("training", "steps") as bar:
+        idle = 0.0
+        for step in range(10, 310, 10):
+            clock[0] += 1
+            if step % 100 == 0:
+                clock[0] += 30
+                idle += 30
+            bar.update(step, 1000, idle_seconds=idle)
+    assert "10 steps/s, 1:10 left" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_goes_on_from_an_earlier_place_begins_its_rate_anew(clock, capsys):
     with ProgressBar("training", "steps") as bar:
         for step in (90, 100, 50, 60):

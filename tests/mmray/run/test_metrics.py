@@ -1,9 +1,14 @@
 """The metrics file across a crash and a resumption."""
 
+import io
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from mmray.run.metrics import METRICS_FILE, MetricsLog, read_metrics
+from mmray.run.scoring.metrics import score_row
+from mmray.run.scoring.results import RowResult
 from mmray.run.tracking import TrackedRun
 
 
@@ -25,6 +30,32 @@ def test_steps_done_again_stand_once(tmp_path: Path) -> None:
     assert lines[2] == {"step": 3, "loss": 1.0 / 3, "tokens": 10}
     assert lines[3] == {"step": 4, "loss": None, "grad_norm": 2.0}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_tensorboard_shows_texts_and_their_pages(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    page = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(page, "jpeg")
+    text = RowResult(
+        number=0, id="page-7", source="rows.jsonl:7", set="0", bucket="1x1", loss_sum=None, trained_tokens=0, turn=0,
+        reference="Total 12", prediction="Total 1", stopped=True, predicted_tokens=3,
+        scores=score_row("Total 12", "Total 1"), picture=page.getvalue(),
+    )  # fmt: skip
+    log = MetricsLog(TrackedRun("test", tmp_path), 0)
+    log.write(2, eval_loss=1.0, eval_loss_by_set={"0": 0.5, "1": None})
+    log.show(2, [text])
+    log.close()
+    (line,) = read_metrics(tmp_path / METRICS_FILE)
+    assert line["eval_loss_by_set"] == {"0": 0.5, "1": None}
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"eval/loss", "eval/loss_by_set/0"}
+    assert events.Tags()["images"] == ["eval/page_0"]
+    (written,) = events.Tensors("eval/text_0/text_summary")
+    words = written.tensor_proto.string_val[0].decode()
+    assert "page-7: CER 0.1250" in words
+    assert "Total 12" in words
 
 
 def test_tensorboard_mirrors_the_file(tmp_path: Path) -> None:

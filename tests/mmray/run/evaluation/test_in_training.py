@@ -13,6 +13,7 @@ from mmray.run.evaluation.in_training import chosen_rows, dealt_rows
 from mmray.run.evaluation.model import EvaluatedModel
 from mmray.run.evaluation.rows import EvaluationData
 from mmray.run.evaluation.standalone import EvaluationPlan, evaluate
+from mmray.run.evaluation.warnings import evaluation_warnings
 from mmray.run.history import read_history
 from mmray.run.scoring.settings import EvaluationSettings
 from tests.conftest import Inputs
@@ -133,6 +134,28 @@ def test_the_best_checkpoint_is_kept_across_a_resume_and_a_run_ends_early(inputs
     if max(losses) < 8:
         assert last["reason"].startswith("early_stopping: 4 evaluations")
         assert losses[max(losses)] > losses[best]
+
+
+def test_evaluations_that_never_come_and_rows_that_are_trained_on_are_told(
+    inputs: Inputs, folder: Path, tmp_path: Path
+) -> None:
+    """By the files' names, and in a copy of a file by the rows themselves."""
+    job = job_in(inputs, folder, "unused", evaluation={"every_steps": 9})
+    told = list(evaluation_warnings(job, 5))
+    assert told[0] == "evaluation.every_steps is 9, and the run has 5 steps: there will be one, at the end"
+    assert "data.eval names files that are trained on" in told[1]
+    assert "pages.jsonl and 1 more" in told[1]
+    assert not list(evaluation_warnings(job_in(inputs, folder, "unused"), 5)), "nothing is evaluated"
+
+    lines = (inputs.folder / "data" / "pages.jsonl").read_text().splitlines()
+    (copy := tmp_path / "copy.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    rows = [{"files": str(copy), "kind": "pretrain", "image_root": str(inputs.folder / "data")}]
+    other = job_in(inputs, tmp_path, "unused", evaluation={"every_steps": 5}, data__eval=rows)
+    for split in ("train", "eval"):
+        prepare_here(other, split)
+    (only,) = evaluation_warnings(other, 5)
+    tested = PreparedDataset(str(tmp_path / "prepared" / "eval")).statistics["rows_packed"]
+    assert f"{tested} of {tested} rows of data.eval are also rows of data.train (all)" in only
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,29 @@ pytest.importorskip("wandb", reason="needs the extra `trackers`")
 pytest.importorskip("mlflow", reason="needs the extra `trackers`")
 
 RUN = """
-import json, os, sys, time
+import io, json, os, sys, time
 from pathlib import Path
+from PIL import Image
+from mmray.run.scoring.metrics import score_row
+from mmray.run.scoring.results import RowResult
 from mmray.run.tracking import TrackedRun, TrackingSettings
 from mmray.run.metrics import MetricsLog
 
 folder, tracking, first, last, end = sys.argv[1:]
 settings = {"training": {"steps": int(last)}, "api_key": "(hidden)"}
 run = TrackedRun("pages", Path(folder), settings, commit="abc")
+page = io.BytesIO()
+Image.new("RGB", (8, 6), "red").save(page, "jpeg")
+scores = score_row("Total 12", "Total 1")
+text = RowResult(number=0, id="page-7", source="rows.jsonl:7", set="0", bucket="1x1", loss_sum=None, trained_tokens=0,
+                 turn=0, reference="Total 12", prediction="Total 1", stopped=True, predicted_tokens=3, scores=scores,
+                 picture=page.getvalue())
 log = MetricsLog(run, int(first) - 1, TrackingSettings.model_validate_json(tracking).trackers())
 for step in range(int(first), int(last) + 1):
     log.write(step, loss=10.0 / step, tokens=100)
     if step % 4 == 0:
         log.write(step, eval_loss=20.0 / step)
+        log.show(step, [text])
 if end == "killed":
     feed = log._trackers[-1]
     while feed._waiting.qsize() and not feed._ended.is_set():
@@ -80,6 +90,10 @@ def test_wandb_offline(tmp_path: Path) -> None:
     history = [each["history"]["item"] for part in parts for each in part if each["type"] == "history"]
     assert [(item["step"], item["train/loss"]) for item in history if "train/loss" in item] == LOSSES
     assert [(item["step"], item["eval/loss"]) for item in history if "eval/loss" in item] == EVAL_LOSSES
+    tables = [item["eval/texts"] for item in history if "eval/texts" in item]
+    assert len(tables) >= 3
+    assert all(table["_type"] == "table-file" and table["nrows"] == 1 for table in tables)
+    assert list(tmp_path.glob("wandb/**/media/images/**/*.png"))
     axes = [each["metric"] for each in parts[1] if each["type"] == "metric"]
     assert any(axis.get("glob_name") == "*" and axis.get("step_metric") == "step" for axis in axes)
 
@@ -105,6 +119,10 @@ def test_mlflow_in_a_file(tmp_path: Path) -> None:
         for name in ("train/loss", "eval/loss")
     }
     assert found == {"train/loss": LOSSES, "eval/loss": EVAL_LOSSES}
+    written = {file.path for file in client.list_artifacts(run.info.run_id, "evaluations/00000012")}
+    assert {path.rpartition("/")[2] for path in written} >= {"text_0.md", "page_0.png"}
+    (text,) = tmp_path.glob("mlartifacts/**/00000012/text_0.md")
+    assert "Total 12" in text.read_text()
     assert run.info.run_name == "pages"
     assert run.info.status == "FINISHED"
     assert run.data.params == {"training.steps": "8", "api_key": "(hidden)"}
