@@ -30,6 +30,8 @@ from mmray.schedule.shares import Shares, exact_shares
 WINDOW_BATCHES = 64
 """Number of global batches after which the counts of a mixture are those of its weights, to less than one bin."""
 _STEPS_KEPT = 4
+_ONE_BY_ONE = 16
+"""Number of bins below which computing them one by one is faster than as arrays."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,9 @@ class MixedSchedule(Order):
     def _dataset_bins(self, dataset: int, start: int, count: int) -> np.ndarray:
         """The bins of a dataset from number `start` of its stream on, int64 [count]."""
         order, parts = self._orders[dataset], []
+        if count < _ONE_BY_ONE:
+            places = (divmod(number, order.num_bins) for number in range(start, start + count))
+            return np.asarray([order.bin_at(epoch, place) for epoch, place in places], dtype=np.int64)
         while count:
             epoch, place = divmod(start, order.num_bins)
             taken = min(count, order.num_bins - place)

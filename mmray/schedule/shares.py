@@ -155,9 +155,14 @@ class Shares:
 
 def _rounded(shares: tuple[Fraction, ...], slots: int) -> tuple[int, ...]:
     """The shares of a number of slots as whole numbers of the same sum, each rounded down or up."""
-    sums = accumulate(shares, initial=Fraction(0))
-    borders = [(2 * part.numerator * slots + part.denominator) // (2 * part.denominator) for part in sums]
+    borders = [(2 * above * slots + below) // (2 * below) for above, below in _sums(shares)]
     return tuple(stop - first for first, stop in pairwise(borders))
+
+
+@lru_cache(maxsize=64)
+def _sums(shares: tuple[Fraction, ...]) -> tuple[tuple[int, int], ...]:
+    """The sums of the first 0, 1, … shares, as (numerator, denominator)."""
+    return tuple(part.as_integer_ratio() for part in accumulate(shares, initial=Fraction(0)))
 
 
 @lru_cache(maxsize=64)
