@@ -111,9 +111,10 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
 def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: bool) -> int:
     """Shows what `jobs/train.py` would do; returns the exit code."""
     plan = _Plan(job)
-    paths = [path for split in job.data.splits for path in job.trained_paths(split)]
-    is_prepared = all(Folder(path).exists(MANIFEST) for path in paths)
-    _, guesses = _examined(plan, counts=not is_prepared and not job.mixture)
+    is_prepared = bool(job.mixture) or all(
+        Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits
+    )
+    _, guesses = _examined(plan, counts=not is_prepared)
     prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
     for split, guess in guesses.items():
         _add_rows(plan, split, guess)
