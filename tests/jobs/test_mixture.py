@@ -145,7 +145,10 @@ def test_a_mixture_on_ray_is_the_mixture_in_one_go(ray_head: RayHead, inputs: In
     for number, (line, expected) in enumerate(zip(lines, whole, strict=True)):
         tolerance = 1e-6 if number < 5 else 1e-3
         assert line["loss"] == pytest.approx(expected["loss"], rel=tolerance)
-        assert line["loss_by_set"] == pytest.approx(expected["loss_by_set"], rel=10 * tolerance)
+        losses, expected_losses = (
+            {name: loss for name, loss in each["loss_by_set"].items() if loss is not None} for each in (line, expected)
+        )
+        assert losses == pytest.approx(expected_losses, rel=10 * tolerance)
         assert line["bins_by_dataset"] == expected["bins_by_dataset"]
     changes = [event["step"] for event in read_history(run) if event["event"] == "continue_on"]
     assert changes == [8]
