@@ -180,7 +180,7 @@ def verify(
         from mmray.config.job import load_job
 
         job = load_job(path)
-        paths = [job.prepared_path(split) for split in job.data.splits]
+        paths = [path for split in job.data.splits for path in job.trained_paths(split)]
     from mmray.display.progress import ProgressBar
     from mmray.prepared.verify import verify as verify_pictures
     from mmray.report.tables import verified_table

@@ -5,6 +5,7 @@ numbers it always had.
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -49,7 +50,7 @@ class JoinedDatasets:
         """The dataset of a bin, and the bin's number within it. Raises IndexError for a number out of range."""
         if not 0 <= number < len(self):
             raise IndexError(f"bin {number} of prepared datasets with {len(self)} bins")
-        part = int(np.searchsorted(self.first_bins, number, side="right")) - 1
+        part = bisect_right(self.first_bins, number) - 1
         return part, number - self.first_bins[part]
 
     def bin(self, number: int) -> Bin:
@@ -91,7 +92,7 @@ class PreparedMixture(JoinedDatasets):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the datasets depend on, as one record: what all have in common, and the rows of each."""
+        """Everything the datasets depend on, as one record: the settings that all have in common, and the rows of each."""
         rows = {
             name: [value for part in self.parts for value in part.record.get(name, [])]
             for name in ("files", "datasets")

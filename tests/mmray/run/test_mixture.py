@@ -19,6 +19,7 @@ from mmray.report.run import Run
 from mmray.report.run_page import run_page
 from mmray.run.callback import Callback, Loop, Step
 from mmray.run.data import open_data
+from mmray.run.export import export_model
 from mmray.run.history import in_words, read_history
 from mmray.schedule.cursor import Cursor
 from mmray.training.bins_log import read_trained
@@ -268,6 +269,16 @@ def test_reports_show_shares_and_losses_of_sets(chained: list[dict[str, Any]], f
     cells = [str(cell) for column in run_table(run).columns for cell in column.cells]
     assert "  loss of texts" in cells
     assert f"{got[-1, 0]:.1%} of the last 100 steps' bins, 25.0% asked for" in cells
+
+
+def test_a_mixtures_checkpoint_is_exported(inputs: Inputs, chained: list[dict[str, Any]], folder: Path) -> None:
+    exported = export_model(str(folder / "chained"), str(folder / "exported"))
+    assert exported.step == 14
+    sidecar = json.loads((folder / "exported" / "mmray.json").read_text())
+    assert sidecar["kinds"] == ["chat", "pretrain"]
+    assert all(name in sidecar["prepared"] for name in NAMES)
+    readme = (folder / "exported" / "README.md").read_text()
+    assert all(name in readme for name in ("pages.jsonl", "chat.jsonl", "texts.jsonl"))
 
 
 def test_folders_that_cannot_be_mixed_are_refused(inputs: Inputs, folder: Path) -> None:

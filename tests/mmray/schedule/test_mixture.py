@@ -251,6 +251,21 @@ def test_a_billion_bins_of_64_datasets() -> None:
     assert schedule.bins(step)[slot] == schedule._first_bins[17] + expected
 
 
+def test_shares_hold_in_any_thousand_steps() -> None:
+    """Of a million bins, by counting: inside the 99.9 % band of a full shuffle, and no dataset is away for long."""
+    shares = (0.002, 0.01, 0.3, 0.688)
+    schedule = MixedSchedule(mixture_of(*((round(share * 10**6), share) for share in shares)), 64, 0)
+    parts = np.searchsorted(schedule._first_bins, schedule.bins_of(0, 10**6 // 64), side="right") - 1
+    shuffled = np.random.default_rng(0).permutation(parts)
+    for part, share in enumerate(shares):
+        counts = np.concatenate([[0], np.cumsum(parts == part)])
+        count = 64_000 * share
+        band = 3.29 * (count * (1 - share) * (1 - 0.064)) ** 0.5
+        assert np.abs(counts[64_000:] - counts[:-64_000] - count).max() < min(band, 6)
+        gaps = [np.diff(np.flatnonzero(order == part)).max() for order in (parts, shuffled)]
+        assert gaps[0] <= gaps[1]
+
+
 def test_order_is_pinned() -> None:
     """Golden values. If this fails, every mixture's cursor means something else: do not edit, add a new order."""
     mixture = mixture_of((37, 0.7), (11, 0.2), (5, 0.1), stages=(WeightStage(3, (1, 1, 0)),))
