@@ -92,7 +92,7 @@ class PreparedMixture(JoinedDatasets):
 
     @property
     def record(self) -> dict[str, Any]:
-        """Everything the datasets depend on, as one record: the settings that all have in common, and the rows of each."""
+        """Everything the datasets depend on: the settings that all have in common, and the rows of each."""
         rows = {
             name: [value for part in self.parts for value in part.record.get(name, [])]
             for name in ("files", "datasets")
