@@ -51,7 +51,7 @@ class RunPlan:
         if cursor.fingerprint == self.train[1]:
             order = self._order(balance, cursor.first_step, cursor.taken_before())
         else:
-            order = self._order(balance, cursor.step, cursor.bins_taken())
+            order = self._order(balance, cursor.step, cursor.bins_taken() if self.mixture else {})
         return self._balanced(order, balance)
 
     def schedule_of(self, cursor: Cursor, span: DataSpan) -> Order | BalancedSchedule:
@@ -71,14 +71,13 @@ class RunPlan:
         if self.mixture is None:
             bins, fingerprint = self.train
             return Schedule(bins, training.global_batch_bins, training.seed, fingerprint)
-        sorts = balance is not None and balance.sorts_batches
         return MixedSchedule(
             self.mixture,
             training.global_batch_bins,
             training.seed,
             first_step,
             tuple(taken.get(dataset.fingerprint, 0) for dataset in self.mixture.datasets),
-            balance.window_batches if balance is not None and sorts else WINDOW_BATCHES,
+            balance.window_batches if balance is not None and balance.sorts_batches else WINDOW_BATCHES,
         )
 
     def _balanced(self, order: Order, balance: BalanceSettings | None) -> Order | BalancedSchedule:
