@@ -35,6 +35,7 @@ class Generic(Family):
     model_types = ()
     processor_classes = ()
     is_verified = False
+    pads_prompts = False
     position_rows = 0
     tile_multiple = 1
 
