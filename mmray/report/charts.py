@@ -139,10 +139,10 @@ def labels(values: np.ndarray) -> list[str]:
     largest = float(np.abs(values).max(initial=0))
     if 0 < largest < 0.001:
         return [f"{value:g}" for value in values]
-    thousands = EngFormatter(sep="").format_ticks(values.tolist())
+    thousands = [EngFormatter(sep="").format_data(value) for value in values.tolist()]
     if largest >= 1000 and max(map(len, thousands)) <= MOST_LABEL:
         return thousands
-    if min(np.abs(values[values != 0]), default=1.0) * 1000 < largest:  # a logarithmic axis
+    if min(np.abs(values[values != 0]), default=1.0) * 50 < largest:  # a logarithmic axis
         return [f"{value:g}" for value in values]
     plain = ScalarFormatter(useOffset=False)
     plain.set_scientific(False)
