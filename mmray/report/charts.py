@@ -54,7 +54,7 @@ class Axis:
     def ticks(self) -> list[Tick]:
         """About four ticks at round values inside the range."""
         steps = [1, 2, 2.5, 5, 10]
-        locator = LogLocator(numticks=5) if self.log else MaxNLocator(4, steps=steps, integer=self.whole)
+        locator = LogLocator(numticks=5) if self.log else MaxNLocator(4, steps=steps, integer=self.whole, min_n_ticks=1)
         values = np.asarray(locator.tick_values(self.low, self.high))
         slack = 1e-9 * (self.high - self.low)
         values = values[(values >= self.low - slack) & (values <= self.high + slack)]
