@@ -34,10 +34,10 @@ class TrainedStep:
         return sorted(number for rank in self.bins for number in rank)
 
 
-def read_trained(run: Path) -> list[TrainedStep]:
-    """The steps of a run in order, each once, as they were finally done; lines of lost work are left out."""
+def read_trained(run: str | Path) -> list[TrainedStep]:
+    """The steps of a run's local folder in order, each once, as they were finally done; lines of lost work are left out."""
     steps: list[TrainedStep] = []
-    for line in read_json_lines(run / TRAINED_FILE):
+    for line in read_json_lines(Path(run) / TRAINED_FILE):
         while steps and steps[-1].step >= line["step"]:
             steps.pop()
         steps.append(TrainedStep(**line))
