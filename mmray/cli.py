@@ -1,4 +1,4 @@
-"""Checks, shows and exports the data and runs of mmray; `prepare` and `train` run the jobs of a checkout."""
+"""Checks, shows and exports data and runs; `prepare`, `train` and `evaluate` run the jobs of a checkout."""
 
 import json
 import os
@@ -48,6 +48,12 @@ def train(context: typer.Context) -> None:
     _run_job("train", context.args)
 
 
+@app.command(context_settings=ALL_TO_THE_JOB)
+def evaluate(context: typer.Context) -> None:
+    """Let a model read rows and compare: runs jobs/evaluate.py of the checkout, with the same arguments."""
+    _run_job("evaluate", context.args)
+
+
 def _run_job(name: str, arguments: list[str]) -> None:
     """Replace this process by a job's script. Raises UserError when there is no checkout."""
     script = Path(mmray.__file__).parents[1] / "jobs" / f"{name}.py"
@@ -88,7 +94,7 @@ def report(
     ] = None,
     processor: Annotated[
         str | None,
-        typer.Option(help="With --html: processor folder or hub name; default: the one the dataset was prepared with."),
+        typer.Option(help="Processor folder or hub name; default: the one the dataset was prepared with."),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the processor.")
@@ -101,6 +107,9 @@ def report(
     from mmray.display.html import write_html
     from mmray.prepared import PreparedDataset
     from mmray.report import Run, prepared_page, prepared_table, run_page, run_table
+    from mmray.report.prepared_page import loaded_family
+    from mmray.report.rows import RowFacts
+    from mmray.report.tables import rows_table
 
     console = Console()
     if Run.is_one(path):
@@ -112,10 +121,44 @@ def report(
         prepared = PreparedDataset(path)
         if html is None:
             console.print(prepared_table(prepared))
+            family, no_family = loaded_family(prepared, processor, trust_remote_code=trust_remote_code)
+            if family is None:
+                console.print(f"the rows are not looked at: {no_family}", markup=False, highlight=False, soft_wrap=True)
+            elif len(prepared):
+                facts = RowFacts.of_prepared(prepared, family)
+                console.print(rows_table(facts, f"rows: {facts.looked_at}"))
             return
         page = prepared_page(prepared, processor, job=job, trust_remote_code=trust_remote_code)
     size = write_html(html, page)
     console.print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def estimate(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    tries: Annotated[
+        list[str],
+        typer.Option(
+            "--try",
+            metavar="KEY=VALUE",
+            help="A policy to compare: a setting with another value, or several: 'images.grid=[2,2]; images.labels=1'.",
+        ),
+    ] = [],  # noqa: B006
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
+) -> None:
+    """Compare policies of a job: tokens, fill of bins, rows lost, steps; from a sample of its rows, without Ray."""
+    from mmray.prepared.policies import compare, policies
+
+    wanted = policies(job_file, overrides, tries)
+    from mmray.report.tables import policies_table
+
+    console = Console()
+    estimates = []
+    with console.status("counting rows") as status:
+        for policy_estimate in compare(wanted):
+            estimates.append(policy_estimate)
+            status.update(f"{len(estimates)} of {len(wanted)} policies")
+    console.print(policies_table(wanted[0].job.name, estimates))
 
 
 @app.command("from-huggingface")
@@ -168,30 +211,29 @@ def from_pdf(
 def verify(
     path: Annotated[str, typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job's.")],
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that decode; default: one for each CPU.")
+        int | None, typer.Option(min=1, help="Processes of this machine that decode; default: one for each CPU.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster whose CPUs decode; default: RAY_ADDRESS, else this machine's.")
     ] = None,
 ) -> None:
     """Decode every picture of a prepared dataset once, and list those that are broken, blank or not as prepared.
 
-    Exit code 1 when a picture is broken. After a stop, the same command continues.
+    With --address, or RAY_ADDRESS as `ray job submit` sets it, all CPUs of a Ray cluster decode (jobs/verify.py of the
+    checkout), otherwise processes of this machine. Exit code 1 when a picture is broken. After a stop, the same command
+    continues, wherever it runs.
     """
-    paths = [path]
-    if path.endswith((".yaml", ".yml")):
-        from mmray.config.job import load_job
+    if processes is None and (address or os.environ.get("RAY_ADDRESS")):
+        _run_job("verify", [path, *(["--address", address] if address else [])])
+    if address:
+        raise UserError("--processes is for this machine, --address for a cluster; give one of them")
+    from mmray.config.job import prepared_paths
+    from mmray.prepared.verify import in_processes
+    from mmray.report.verified import verify_datasets
 
-        job = load_job(path)
-        paths = [job.prepared_path(split) for split in job.data.splits]
-    from mmray.display.progress import ProgressBar
-    from mmray.prepared.verify import verify as verify_pictures
-    from mmray.report.tables import verified_table
-
-    broken = 0
-    for prepared_path in paths:
-        with ProgressBar(f"pictures of {prepared_path}", "bins") as bar:
-            verified = verify_pictures(prepared_path, processes=processes, on_progress=bar.update)
-        Console().print(verified_table(prepared_path, verified))
-        broken += verified.broken
-    sys.exit(1 if broken else 0)
+    count = processes or os.cpu_count() or 1
+    Console(stderr=True).print(f"decoding in {count} processes of this machine; --address names a Ray cluster")
+    sys.exit(1 if verify_datasets(prepared_paths(path), in_processes(count)) else 0)
 
 
 @app.command()

@@ -30,6 +30,10 @@ from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile
 from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
+STOP_TOKENS = ("<|tool_response>",)
+"""The token by which a model of Gemma 4's format stops after a tool call; its templates begin the tool's answer with
+it."""
+
 
 def turn_markers() -> tuple[RoleMarkers, ...]:
     """The role boundaries of Gemma 4's templates.
@@ -49,7 +53,7 @@ class Gemma4(Family):
 
     model_types = ("gemma4",)
     processor_classes = ("Gemma4Processor",)
-    stop_tokens = ("<|tool_response>",)
+    stop_tokens = STOP_TOKENS
     module_names = Parts(
         vision=("model.vision_tower",),
         projector=("model.embed_vision",),
@@ -88,8 +92,7 @@ class Gemma4(Family):
         """Checks a tiling policy. Raises ValueError for tiles or an overview over the image processor's budget of
         tokens."""
         resolved = super().resolve_tiling(policy)
-        overviews = [bucket.size for bucket in resolved.overview_buckets]
-        for size in overviews if resolved.tile_size is None else [resolved.tile_size, *overviews]:
+        for size in resolved.fixed_sizes:
             self._check_frame(size)
         return resolved
 

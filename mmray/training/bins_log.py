@@ -35,7 +35,7 @@ class TrainedStep:
 
 
 def read_trained(run: str | Path) -> list[TrainedStep]:
-    """The steps of a run's local folder in order, each once, as they were finally done; lines of lost work are left out."""
+    """The steps of a run's local folder, each once and in order, as they were finally done, without lost work."""
     steps: list[TrainedStep] = []
     for line in read_json_lines(Path(run) / TRAINED_FILE):
         while steps and steps[-1].step >= line["step"]:

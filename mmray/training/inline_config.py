@@ -54,7 +54,7 @@ def check_inline_keys(config: PretrainedConfig, values: dict[str, Any]) -> None:
 
 
 def _undeclared(config: PretrainedConfig, values: dict[str, Any], path: str) -> Iterator[tuple[str, str, list[str]]]:
-    """The keys that a configuration's class does not declare, each with its path and the declared keys that are left."""
+    """The keys that a configuration's class does not declare, each with its path and the declared ones left."""
     declared = _declared(type(config))
     for key, value in values.items():
         part = vars(config).get(key)

@@ -110,7 +110,7 @@ def test_a_model_that_is_not_the_processor_s(make_job):
             "spatial_merge_size",
             4,
             "processor",
-            "spatial_merge_size is 4, merge_size of the image proc",
+            "spatial_merge_size is 4, merge_size of the image",
         ),
         ("vision_config", "patch_size", 7, "processor", "patch_size is 7, patch_size of the image processor is 14"),
         ("text_config", "num_attention_heads", 7, "small copy", "the model stops at its first batch: RuntimeError"),
