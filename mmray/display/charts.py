@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, ScalarFormatter
@@ -147,7 +148,8 @@ def labels(values: np.ndarray) -> list[str]:
     plain = ScalarFormatter(useOffset=False)
     plain.set_scientific(False)
     plain.create_dummy_axis()
-    plain.axis.set_view_interval(values.min(initial=0), values.max(initial=0))
+    axis: Any = plain.axis
+    axis.set_view_interval(values.min(initial=0), values.max(initial=0))
     return plain.format_ticks(values.tolist())
 
 
