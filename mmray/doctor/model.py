@@ -223,7 +223,7 @@ class _SmallCopy:
         return passed(PICTURES_SEEN, detail)
 
     def forward_problem(self) -> str | None:
-        """What the model raises for a batch of text and pictures; None where it computes logits."""
+        """The error that the model raises for a batch of text and pictures; None where it computes logits."""
         try:
             self.logits(self.inputs(self.batch(self.packed_bin if not self.packing_problem else self.single_bins[0])))
         except Exception as error:  # noqa: BLE001 (the code of any model)
