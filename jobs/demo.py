@@ -59,15 +59,16 @@ def write_inputs() -> SyntheticPages:
     return pages
 
 
-def read_unseen(job: Job, model: str) -> float:
-    """Lets a model (as for `--model` of jobs/evaluate.py) read the unseen numbers; returns its character error rate."""
+def read_unseen(job: Job, model: str) -> dict[str, float]:
+    """Lets a model (as for `--model` of jobs/evaluate.py) read the unseen numbers; returns its metrics."""
     console.print(f"$ python jobs/evaluate.py {JOB} --model {model} --data {UNSEEN}", highlight=False, soft_wrap=True)
     plan = EvaluationPlan(
         job, EvaluatedModel.find(job, folder=model), EvaluationData.of(job, str(UNSEEN)), EvaluationSettings()
     )
     values, _ = evaluate(plan)
     console.print(results_table(plan.folder, values))
-    return float(values["all"]["cer"])
+    metrics: dict[str, float] = values["all"]
+    return metrics
 
 
 def readings(model: Path) -> Table:
@@ -111,8 +112,8 @@ def checkpoint_step(run: Path) -> int:
     return step_of(newest.name) if newest else 0
 
 
-def summary(job: Job, killed_at: int, resumed_from: int, error_rates: tuple[float, float]) -> Table:
-    """A table of the inputs and results of the demo. error_rates: of characters, before and after."""
+def summary(job: Job, killed_at: int, resumed_from: int, before: dict[str, float], after: dict[str, float]) -> Table:
+    """A table of the inputs and results of the demo. before, after: metrics of reading, untrained and trained."""
     facts = PreparedDataset(job.prepared_path("train")).statistics
     lines = read_metrics(Path(job.output.run) / METRICS_FILE)
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -131,8 +132,9 @@ def summary(job: Job, killed_at: int, resumed_from: int, error_rates: tuple[floa
     table.add_row("killed", f"after step {killed_at}, resumed from the checkpoint at step {resumed_from}")
     table.add_row("loss", f"{losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps")
     table.add_row("eval loss", " -> ".join(f"{loss:.3f}" for loss in evaluations))
-    before, after = error_rates
-    table.add_row("wrong characters", f"{before:.0%} -> {after:.1%} of {UNSEEN_NUMBERS} numbers it had not seen")
+    right = (f"{metrics['exact_match'] * metrics['rows']:.0f}" for metrics in (before, after))
+    table.add_row("read right", f"{' -> '.join(right)} of {UNSEEN_NUMBERS} numbers it had not seen")
+    table.add_row("CER", f"{before['cer']:.1%} -> {after['cer']:.1%} wrong characters (untrained, it writes too many)")
     for name, path in (
         ("prepared", job.prepared_path("train")),
         ("rejected rows", job.prepared_path("train") + "/rejected.parquet"),
@@ -174,7 +176,7 @@ def main() -> None:
     after = read_unseen(job, str(OUTPUT / "run" / MODEL_FOLDER))
     console.print(readings(run / MODEL_FOLDER))
     console.rule("7. All in all")
-    console.print(summary(job, killed_at, resumed_from, (before, after)))
+    console.print(summary(job, killed_at, resumed_from, before, after))
 
 
 if __name__ == "__main__":
