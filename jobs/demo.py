@@ -120,7 +120,7 @@ def summary(job: Job, killed_at: int, resumed_from: int, before: dict[str, float
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     table = Table(title="mmray demo", title_justify="left", show_header=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     read, packed, rejected = (facts[f"rows_{what}"] for what in ("read", "packed", "rejected"))
     table.add_row("rows", f"{read} read = {packed} packed + {rejected} rejected")
     table.add_row("rejected", ", ".join(f"{count} {reason}" for reason, count in facts["rejected_by_reason"].items()))
