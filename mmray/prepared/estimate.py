@@ -5,6 +5,9 @@ are as many as rows were counted, and the windows of these are packed by the cod
 same sets are packed once. So the estimate has the fill of full bins and of a window's last bins, and is wrong only as
 far as the sample differs from the other rows: the sample is the beginnings of up to eight files of each set. It is at
 most SAMPLE_ROWS rows, which take 1 to 2 s; counting the rows of many gigabytes takes up to 10 s.
+
+Rows are encoded as if bins had room for any of them, and then compared with the capacities: so it is also known by how
+much a row is too long.
 """
 
 from collections import Counter
@@ -19,18 +22,23 @@ from mmray.images import TilingPolicy
 from mmray.loss.labels import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
-from mmray.prepared.window import pack_by_bucket
+from mmray.packing.settings import PackingSettings
+from mmray.prepared.row_measures import RowMeasures, measured_samples
+from mmray.prepared.window import NOTHING_TRAINED, pack_by_bucket
 from mmray.rows.count import RowCount, count_rows
 from mmray.rows.dealing import dealt, first_rows
 from mmray.rows.encode import Encoder
 from mmray.rows.files import SourceFile, first_piece, source_files
 from mmray.rows.preflight import FIRST_ROWS, sample_labels
 from mmray.rows.read import read_piece
-from mmray.rows.sample import Sample
+from mmray.rows.sample import RejectedRow, Sample
+from mmray.rows.settings import DatasetSettings
 
 SAMPLE_ROWS = 512
 """Number of rows that are encoded of all sets of a split; at least FIRST_ROWS of each set."""
 SAMPLE_FILES = 8
+ANY_LENGTH = 1 << 40
+"""A capacity that holds any row."""
 COUNT_SECONDS = 10.0
 MOST_KINDS = 8
 """Number of windows up to which each is packed by itself; of more windows, only one whole window is packed."""
@@ -41,12 +49,21 @@ Windows = Counter[tuple[tuple[int, int, int], ...]]
 
 @dataclass(frozen=True)
 class SetEstimate:
-    """The estimate of one set of rows. sampled: rows that were encoded; good: those that preparing would pack."""
+    """The estimate of one set of rows.
+
+    sampled: rows that were encoded; good: those that preparing would pack; rejected: the others by reason.
+    """
 
     files: int
     rows: RowCount
     sampled: int
     good: int
+    rejected: dict[str, int]
+
+    @property
+    def lost(self) -> float:
+        """Rows of the set that preparing would reject."""
+        return self.rows.rows * (1 - self.good / self.sampled) if self.sampled else 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,15 @@ class Estimate:
     """Rows in bins."""
     tokens: int
     visual_tokens: int
+    measures: RowMeasures
+    """Measures of the encoded rows, those over a capacity too."""
+    weights: np.ndarray
+    """Rows that each encoded row stands for, float64."""
+
+    @property
+    def lost(self) -> float:
+        """Rows that preparing would reject."""
+        return sum(estimate.lost for estimate in self.sets)
 
     @property
     def rows(self) -> RowCount:
@@ -78,12 +104,15 @@ class _Sampled:
 
     usable: bool, whether the row would be packed; lengths, visual: int64, its tokens and visual tokens; buckets: its
     image shape.
+    rejected: rows that would not be packed, by reason; measures: of all rows that could be encoded.
     """
 
     usable: np.ndarray
     lengths: np.ndarray
     visual: np.ndarray
     buckets: np.ndarray
+    rejected: dict[str, int]
+    measures: RowMeasures
 
     def repeated(self, first: int, rows: int) -> np.ndarray:
         """Numbers of the usable sampled rows that represent the rows `first` to `first + rows` - 1 of the set."""
@@ -91,22 +120,35 @@ class _Sampled:
         return numbers[self.usable[numbers]]
 
 
+def count_sets(datasets: Sequence[DatasetSettings], seconds: float = COUNT_SECONDS) -> list[RowCount]:
+    """Count the rows of each set of a split. seconds: time that it may take. Raises UserError for missing files."""
+    sets = _files_of_sets(datasets)
+    return [count_rows(set_files, seconds / len(sets)) for set_files in sets]
+
+
+def _files_of_sets(datasets: Sequence[DatasetSettings]) -> list[list[SourceFile]]:
+    files = source_files(datasets)
+    return [[file for file in files if file.dataset == number] for number in range(len(datasets))]
+
+
 def estimate_split(
-    job: Job, split: str, family: Family, policy: TilingPolicy, *, seconds: float = COUNT_SECONDS
-) -> Estimate:
+    job: Job, split: str, family: Family, policy: TilingPolicy, *, counts: Sequence[RowCount] | None = None,
+    seconds: float = COUNT_SECONDS,
+) -> Estimate:  # fmt: skip
     """Estimate what preparing a split would make; duplicate ids are not considered.
 
     split: `train` or `eval`.
     policy: the tiling policy as resolved for the family.
+    counts: the rows of each set, from `count_sets`; None: they are counted.
     seconds: time that counting rows may take.
 
     Raises UserError for files that cannot be read.
     """
     datasets = job.data.splits[split]
-    encoder = Encoder(job.data.lenient, datasets, family, policy, job.packing, loss=job.loss)
-    files = source_files(datasets)
-    files_of_sets = [[file for file in files if file.dataset == number] for number in range(len(datasets))]
-    counts = [count_rows(set_files, seconds / len(files_of_sets)) for set_files in files_of_sets]
+    roomy = job.packing.model_copy(update={"token_capacity": ANY_LENGTH, "visual_capacity": ANY_LENGTH})
+    encoder = Encoder(job.data.lenient, datasets, family, policy, roomy, loss=job.loss)
+    files_of_sets = _files_of_sets(datasets)
+    counts = count_sets(datasets, seconds) if counts is None else counts
     wanted = max(FIRST_ROWS, SAMPLE_ROWS // len(files_of_sets))
     samples = [_sample(job, encoder, set_files, wanted) for set_files in files_of_sets]
     windows = _windows([count.rows for count in counts], job.packing.window_rows)
@@ -117,10 +159,16 @@ def estimate_split(
         bins, packed = bins + number * len(packed_bins), packed + number * len(lengths)
         tokens, visual = tokens + number * int(lengths.sum()), visual + number * int(visual_tokens.sum())
     sets = tuple(
-        SetEstimate(len(set_files), count, len(sample.usable), int(sample.usable.sum()))
+        SetEstimate(len(set_files), count, len(sample.usable), int(sample.usable.sum()), sample.rejected)
         for set_files, count, sample in zip(files_of_sets, counts, samples, strict=True)
     )
-    return Estimate(sets, windows.total(), bins, packed, tokens, visual)
+    weights = [
+        np.full(len(sample.measures), count.rows / max(len(sample.usable), 1)) for sample, count in zip(samples, counts)
+    ]
+    return Estimate(
+        sets, windows.total(), bins, packed, tokens, visual,
+        measures=RowMeasures.joined([sample.measures for sample in samples]), weights=np.concatenate(weights),
+    )  # fmt: skip
 
 
 def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int) -> _Sampled:
@@ -130,17 +178,31 @@ def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int
     chosen = Counter(np.minimum(np.searchsorted(ends, places), len(files) - 1).tolist())
     pieces = [first_piece(files[number], -(-wanted * count // SAMPLE_FILES)) for number, count in chosen.items()]
     results = encoder.encode([row for piece in pieces for row in read_piece(piece)])
-    good = {number: result for number, result in enumerate(results) if isinstance(result, Sample)}
-    labels = sample_labels(list(good.values()), label_maker(job.loss, encoder.family)) if good else []
+    encoded = {number: result for number, result in enumerate(results) if isinstance(result, Sample)}
+    rejected = Counter(result.reason for result in results if isinstance(result, RejectedRow))
+    labels = sample_labels(list(encoded.values()), label_maker(job.loss, encoder.family)) if encoded else []
     sample = _Sampled(
         np.zeros(len(results), dtype=bool), np.zeros(len(results), dtype=np.int64),
-        np.zeros(len(results), dtype=np.int64), np.full(len(results), "", dtype=object),
+        np.zeros(len(results), dtype=np.int64), np.full(len(results), "", dtype=object), rejected,
+        measured_samples(list(encoded.values()), labels, encoder.family),
     )  # fmt: skip
-    for (number, encoded), label_ids in zip(good.items(), labels, strict=True):
-        sample.usable[number] = allows_empty(job.loss) or (label_ids != IGNORE_INDEX).any()
-        sample.lengths[number], sample.visual[number] = len(encoded.input_ids), encoded.visual_tokens
-        sample.buckets[number] = encoded.bucket
+    for (number, row), label_ids in zip(encoded.items(), labels, strict=True):
+        sample.lengths[number], sample.visual[number] = len(row.input_ids), row.visual_tokens
+        sample.buckets[number] = row.bucket
+        is_trained = allows_empty(job.loss) or bool((label_ids != IGNORE_INDEX).any())
+        if reason := _reason_to_reject(row, is_trained, job.packing):
+            rejected[reason] += 1
+        sample.usable[number] = reason is None
     return sample
+
+
+def _reason_to_reject(row: Sample, is_trained: bool, packing: PackingSettings) -> str | None:
+    """The reason for which preparing rejects an encoded row, in the order in which it looks for reasons."""
+    if len(row.input_ids) > packing.token_capacity:
+        return "too_long"
+    if row.visual_tokens > packing.visual_capacity:
+        return "too_many_visual_tokens"
+    return None if is_trained else NOTHING_TRAINED.reason
 
 
 def _windows(rows_of_sets: Sequence[int], window_rows: int) -> Windows:
