@@ -40,7 +40,8 @@ class ExportedModel:
     num_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.folder}: step {self.step:,}, {self.dtype}, {self.num_bytes / 1e9:.2f} GB"
+        size = f"{self.num_bytes / 1e9:.2f} GB" if self.num_bytes >= 1e8 else f"{self.num_bytes / 1e6:.1f} MB"
+        return f"{self.folder}: step {self.step:,}, {self.dtype}, {size}"
 
 
 def export_model(
