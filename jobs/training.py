@@ -171,7 +171,9 @@ def train(
 def export_at_end(job: Job) -> None:
     """Write the model of a finished run, where the job says so, and tell where it is."""
     if job.output.export.at_end:
-        console.print(f"{job.name}: finished, the model is in {export_finished(job.output.run, job.model)}")
+        console.print(
+            f"{job.name}: finished, the model is in {export_finished(job.output.run, job.model)}", soft_wrap=True
+        )
 
 
 def _last_event(run: RunFolder) -> dict[str, Any]:

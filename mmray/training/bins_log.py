@@ -60,10 +60,10 @@ class TrainedStep:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def read_trained(run: Path) -> list[TrainedStep]:
-    """The steps of a run in order, each once, as they were finally done; lines of lost work are left out."""
+def read_trained(run: str | Path) -> list[TrainedStep]:
+    """The steps of a run's local folder, each once and in order, as they were finally done, without lost work."""
     steps: list[TrainedStep] = []
-    for line in read_json_lines(run / TRAINED_FILE):
+    for line in read_json_lines(Path(run) / TRAINED_FILE):
         while steps and steps[-1].step >= line["step"]:
             steps.pop()
         steps.append(TrainedStep(**line))
