@@ -96,6 +96,9 @@ def image_folder(source: str, dataset: DatasetSettings) -> str:
 def image_ref(entry: object, root: str) -> ImageRef:
     """Reads one image as a row names it, in its column or in a part of a message. Raises RowError as `image_refs`."""
     if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
+        if not entry.keys() & {"bytes", "path"}:
+            keys = ", ".join(map(str, entry))
+            raise RowError("wrong_type", f"an image as an object has bytes or a path; this one has {keys:.60}")
         data = entry.get("bytes")
         entry = (base64_bytes(data) if isinstance(data, str) else data) or entry.get("path")
     if isinstance(entry, bytes):
@@ -104,12 +107,13 @@ def image_ref(entry: object, root: str) -> ImageRef:
         raise RowError("wrong_type", f"an image must be a path, a URI or bytes, not {entry!r:.60}")
     if (data := embedded_picture(entry)) is not None:
         return ImageRef(data=data)
-    if holds_secret(entry):
+    uri = entry if "://" in entry else _inside(root, entry)
+    if "://" in uri and holds_secret(entry):  # a local name may hold any sign
         raise RowError(
             "image_credentials",
             f"image {entry!r:.200} holds a password or a token; give credentials by the environment of the cluster",
         )
-    return ImageRef(uri=entry if "://" in entry else _inside(root, entry))
+    return ImageRef(uri=uri)
 
 
 def _inside(root: str, path: str) -> str:

@@ -5,6 +5,7 @@ the checkpoint's step: it holds every step once, as it was finally done.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from mmray.run.tracking.tensorboard import TensorBoard
 from mmray.training.json_lines import JsonLines, read_json_lines, replace_json_lines
 
 METRICS_FILE = "metrics.jsonl"
+
+SHARE_STEPS = 100
+"""Number of latest steps in which the share of each dataset of a mixture is counted."""
 
 
 class MetricsLog:
@@ -43,8 +47,8 @@ class MetricsLog:
 
         step: counted from 1.
         values: of a training step `epoch, loss, router_loss` (for experts) `, tokens, trained_tokens, bins, lr,
-        grad_norm, step_seconds, data_wait_seconds`; of an evaluation `epoch, eval_loss, …`. A value that is not finite
-        is written as null.
+        grad_norm, step_seconds, data_wait_seconds`, and of a mixture `loss_by_set, bins_by_dataset`, numbers by
+        name; of an evaluation `epoch, eval_loss, …`. A value that is not finite is written as null.
         """
         line = {"step": step} | {
             key: {name: _finite(number) for name, number in value.items()} if isinstance(value, Mapping)
@@ -72,6 +76,19 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without an incomplete last one; none where there is no file."""
     return read_json_lines(path)
+
+
+def shares_of_bins(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The share of each dataset of a mixture in the bins of the last SHARE_STEPS of some training steps, by its name;
+    none where the last step was not one of a mixture.
+
+    lines: of metrics.jsonl, those of training steps only.
+    """
+    counts: Counter[str] = Counter()
+    if lines and "bins_by_dataset" in lines[-1]:
+        for line in lines[-SHARE_STEPS:]:
+            counts.update(line.get("bins_by_dataset", {}))
+    return {name: count / counts.total() for name, count in counts.items()}
 
 
 def _finite(value: float | int | None) -> float | int | None:

@@ -1,6 +1,7 @@
 """Warnings about the evaluations of a run before it starts: none will come, or they test what is trained on."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,16 +38,18 @@ def _shared_rows(job: Job) -> Iterator[str]:
             return
     except UserError:  # row files may be gone once they are prepared
         pass
-    trained, tested = (PreparedDataset(path) for path in map(job.prepared_path, ("train", "eval")))
+    tested = PreparedDataset(job.prepared_path("eval"))
+    trained = [PreparedDataset(path) for path in job.trained_paths("train")]
+    most = -(-MOST_TRAINING_BINS // len(trained))
     known = {_hash(packed, number): packed.sample_ids[number] for packed, number in _samples(tested, len(tested))}
     looked_at, equal = 0, set()
-    for packed, number in _samples(trained, MOST_TRAINING_BINS):
+    for packed, number in itertools.chain.from_iterable(_samples(dataset, most) for dataset in trained):
         looked_at += 1
         if (digest := _hash(packed, number)) in known:
             equal.add(digest)
     if equal:
         example = known[min(equal)]
-        of = "all" if len(trained) <= MOST_TRAINING_BINS else f"{looked_at:,} looked at"
+        of = "all" if max(map(len, trained)) <= most else f"{looked_at:,} looked at"
         yield (
             f"{len(equal):,} of {len(known):,} rows of data.eval are also rows of data.train ({of}), such as "
             f"{example!r}: evaluations will look too good"
