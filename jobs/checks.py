@@ -98,7 +98,7 @@ def open_prepared(job: Job) -> dict[str, PreparedDataset]:
         check_settings(
             prepared.path, prepared.manifest["record"], processor=family.processor,
             tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
-            datasets=getattr(job.data, split),
+            datasets=getattr(job.data, split), data=job.data,
         )  # fmt: skip
         if prepared.is_read_otherwise:
             console.print(

@@ -29,7 +29,8 @@ from mmray.loss.sources import label_maker
 from mmray.prepared.window import NOTHING_TRAINED
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece as RowsPiece
-from mmray.rows.files import first_piece, plan_chunks, source_files
+from mmray.rows.files import first_piece, source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.preflight import sample_labels
 from mmray.rows.read import RawRow, read_piece
 from mmray.rows.sample import RejectedRow, Sample

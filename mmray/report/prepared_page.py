@@ -18,6 +18,7 @@ from mmray.report.prepared import (
     StepSettings,
     bins_to_show,
     rejects,
+    set_lines,
     step_balance,
 )  # fmt: skip
 
@@ -51,6 +52,7 @@ def prepared_page(
         gauges=_gauges(prepared) if len(prepared) else [],
         fill_note=_fill_note(prepared),
         sampled=_sampled(distributions),
+        sets=set_lines(prepared),
         charts=_charts(prepared, distributions),
         buckets=_buckets(distributions),
         balance=balance,
@@ -87,6 +89,8 @@ def _figures(prepared: PreparedDataset) -> list[tuple[str, str]]:
     return [
         (amount(facts["rows_packed"]), f"of {facts['rows_read']:,} rows packed"),
         (amount(facts["rows_rejected"]), "rows rejected"),
+        *([(amount(facts["rows_left_out"]), "rows left out")] if facts.get("rows_left_out") else []),
+        *([(amount(facts["rows_repeated"]), "rows repeated")] if facts.get("rows_repeated") else []),
         (amount(facts["bins"]), "bins"),
         (amount(facts["tokens"]), "tokens"),
         (f"{visual:.0%}", f"of them of images: {amount(facts['visual_tokens'])}"),
@@ -248,8 +252,9 @@ def _balance(prepared: PreparedDataset, settings: StepSettings) -> tuple[Plot | 
 
 def _rejects_note(prepared: PreparedDataset) -> str:
     facts = prepared.statistics
-    share = facts["rows_rejected"] / max(facts["rows_read"], 1)
-    return f"{facts['rows_rejected']:,} of {facts['rows_read']:,} rows ({share:.2%}), all in rejected.parquet."
+    taken = facts["rows_read"] - facts.get("rows_left_out", 0)
+    share = facts["rows_rejected"] / max(taken, 1)
+    return f"{facts['rows_rejected']:,} of {taken:,} rows ({share:.2%}), all in rejected.parquet."
 
 
 def _bins(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mmray.errors import UserError
 from mmray.rows import records
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
 
