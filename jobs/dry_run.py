@@ -176,7 +176,7 @@ def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
 
 
 def _made_of(set_estimate: SetEstimate, guess: Estimate) -> str:
-    """What becomes of the rows of a set, with its share of all tokens."""
+    """Words for the tokens and bins that a set becomes, with its share of all tokens."""
     share = set_estimate.tokens / max(guess.tokens, 1)
     bins = "1 bin" if set_estimate.bins == 1 else f"{set_estimate.bins:,} bins"
     return f"about {about(set_estimate.tokens)} tokens ({share:.1%}) in {bins}"

@@ -139,7 +139,7 @@ def _rank_bins(order: Schedule | BoundSchedule, settings: StepSettings, step: in
 
 @dataclass(frozen=True)
 class SetLine:
-    """What became of the rows of one set.
+    """Counts the rows, tokens and bins of one set.
 
     rows: number of rows in its files; left_out: of them, those that were not taken; repeated: rows in bins beyond the
     first time of each; share: its part of all tokens; bins: number of bins with a sample of the set.

@@ -114,8 +114,8 @@ class DatasetSettings(Settings):
     """Largest number of rows of this set that are taken; the others are left out and counted."""
 
     take: Literal["sampled", "first"] = "sampled"
-    """Which rows `max_rows` takes. `sampled`: rows drawn evenly over the whole set; `first`: its first rows, in the
-    order of its files."""
+    """Choice of the rows that `max_rows` takes. `sampled`: rows drawn evenly over the whole set; `first`: its first
+    rows, in the order of its files."""
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Share of this set among `data.rows`, relative to the weights of the other sets: rows are left out or repeated
@@ -200,8 +200,9 @@ class DataSettings(Settings):
     is repeated, of a larger one rows are drawn."""
 
     weigh_by: Literal["rows", "tokens"] = "rows"
-    """What the weights are shares of. `rows`: rows. `tokens`: tokens; preparing encodes a drawn sample of each set to
-    learn how long its rows are, so that shares of tokens are met within the accuracy of that sample."""
+    """Unit of the shares that weights are. `rows`: each set has its share of `data.rows`. `tokens`: each set has its
+    share of the tokens; preparing encodes 512 drawn rows of each set to learn how long its rows are, so shares are met
+    within the accuracy of that sample."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed by which rows are drawn for `repeat`, `max_rows` and `weight`."""
@@ -265,8 +266,8 @@ class DataSettings(Settings):
 
     def how_many_record(self, datasets: Sequence[DatasetSettings]) -> dict[str, Any]:
         """Return the settings that say, beside those of the sets of a split, how many rows are taken, as plain JSON."""
-        weights = {"rows": self.rows, "weigh_by": self.weigh_by} if any(each.weight for each in datasets) else {}
-        draws = any(each.how_many_record() for each in datasets)
+        weights = {"rows": self.rows, "weigh_by": self.weigh_by} if any(dataset.weight for dataset in datasets) else {}
+        draws = any(dataset.how_many_record() for dataset in datasets)
         return weights | ({"seed": self.seed} if draws and self.seed else {})
 
     @property

@@ -25,7 +25,7 @@ from mmray.rows.settings import DatasetSettings
 from mmray.synthetic.documents import make_document
 from tests.mmray.preparing import Preparation, contents, write_rows
 
-PACKING = PackingSettings(token_capacity=400, visual_capacity=64, window_rows=24, chunk_rows=8)
+PACKING = PackingSettings(token_capacity=400, visual_capacity=64, window_rows=24)
 WORDS = [make_document(0, number).text[:60] for number in range(200)]
 
 
@@ -123,7 +123,8 @@ def test_texts_and_places_are_those_of_the_rows(processors: dict[str, Any], tmp_
     lines = path.read_text().split("\n")
     preparation = made(processors, {"files": str(path), "repeat": 1.3})
     decode = preparation.family.tokenizer.decode
-    for packed in preparation.write(tmp_path / "out").bins(0, 10**6):
+    prepared = preparation.write(tmp_path / "out")
+    for packed in prepared.bins(0, len(prepared)):
         start = 0
         for row_id, source, length in zip(
             packed.sample_ids, packed.sample_sources, packed.sample_lengths.tolist(), strict=True

@@ -75,9 +75,9 @@ def test_every_row_is_taken_as_often_as_every_other_or_once_more(rows: int, take
     assert taking.repeated == sum(max(0, times[row] - 1) for row in range(rows))
 
 
-def decided(rows: list[int], *sets: dict[str, object], tokens: tuple[float, ...] = (), **data: object) -> list[int]:
+def decided(counts: list[int], *sets: dict[str, object], tokens: tuple[float, ...] = (), **data: object) -> list[int]:
     settings = DataSettings.model_validate({"train": [PAGES | each for each in sets], **data})
-    return [taking.taken for taking in takings(settings.train, settings, rows, tokens)]
+    return [taking.taken for taking in takings(settings.train, settings, counts, tokens)]
 
 
 def test_the_numbers_of_rows_are_those_that_the_settings_say() -> None:
