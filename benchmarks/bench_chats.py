@@ -2,7 +2,9 @@
 
 The second way is all that must be done for the same token ids, and all that was done before what trains was derived
 from the messages: the template once, the tokenizer's fastest call once. Rows are of one form and of many: a form is
-looked at once. CPU time, one thread.
+looked at once. CPU time, one thread. Against the encoder before (revision f4b23e2, both in turn on one machine): 1.07
+times as long for 2 turns, 1.25 for 20, and 1.02 for the pages of pretraining; a chat of 30 tokens takes 0.24 ms instead
+of 0.10.
 """
 
 import random

@@ -68,6 +68,22 @@ def train_cpus(job: Job) -> int:
     return math.ceil(needs(train_pools(job, gpus=False))["CPU"])
 
 
+def evaluate_pools(job: Job, gpus: bool) -> list[Pool]:
+    """The fewest actors with which `jobs/evaluate.py` evaluates."""
+    resources = job.resources
+    model = {"CPU": resources.cpus_per_worker} | ({"GPU": 1.0} if gpus else {})
+    return [
+        Pool("models", resources.min_workers, model),
+        Pool("encode actors", 1, {"CPU": 1}),
+        Pool("render actors", resources.render_actors, {"CPU": 1}),
+    ]
+
+
+def evaluate_cpus(job: Job) -> int:
+    """Number of logical CPUs that evaluating uses without a GPU."""
+    return math.ceil(needs(evaluate_pools(job, gpus=False))["CPU"])
+
+
 def needs(pools: Sequence[Pool]) -> dict[str, float]:
     """Total resources of some pools."""
     total: Counter[str] = Counter()

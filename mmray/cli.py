@@ -1,4 +1,4 @@
-"""Checks, shows and exports the data and runs of mmray; `prepare` and `train` run the jobs of a checkout."""
+"""Checks, shows and exports data and runs; `prepare`, `train` and `evaluate` run the jobs of a checkout."""
 
 import json
 import os
@@ -46,6 +46,12 @@ def prepare(context: typer.Context) -> None:
 def train(context: typer.Context) -> None:
     """Train a job: runs jobs/train.py of the checkout, with the same arguments."""
     _run_job("train", context.args)
+
+
+@app.command(context_settings=ALL_TO_THE_JOB)
+def evaluate(context: typer.Context) -> None:
+    """Let a model read rows and compare: runs jobs/evaluate.py of the checkout, with the same arguments."""
+    _run_job("evaluate", context.args)
 
 
 def _run_job(name: str, arguments: list[str]) -> None:
@@ -168,30 +174,29 @@ def from_pdf(
 def verify(
     path: Annotated[str, typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job's.")],
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that decode; default: one for each CPU.")
+        int | None, typer.Option(min=1, help="Processes of this machine that decode; default: one for each CPU.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster whose CPUs decode; default: RAY_ADDRESS, else this machine's.")
     ] = None,
 ) -> None:
     """Decode every picture of a prepared dataset once, and list those that are broken, blank or not as prepared.
 
-    Exit code 1 when a picture is broken. After a stop, the same command continues.
+    With --address, or RAY_ADDRESS as `ray job submit` sets it, all CPUs of a Ray cluster decode (jobs/verify.py of the
+    checkout), otherwise processes of this machine. Exit code 1 when a picture is broken. After a stop, the same command
+    continues, wherever it runs.
     """
-    paths = [path]
-    if path.endswith((".yaml", ".yml")):
-        from mmray.config.job import load_job
+    if processes is None and (address or os.environ.get("RAY_ADDRESS")):
+        _run_job("verify", [path, *(["--address", address] if address else [])])
+    if address:
+        raise UserError("--processes is for this machine, --address for a cluster; give one of them")
+    from mmray.config.job import prepared_paths
+    from mmray.prepared.verify import in_processes
+    from mmray.report.verified import verify_datasets
 
-        job = load_job(path)
-        paths = [job.prepared_path(split) for split in job.data.splits]
-    from mmray.display.progress import ProgressBar
-    from mmray.prepared.verify import verify as verify_pictures
-    from mmray.report.tables import verified_table
-
-    broken = 0
-    for prepared_path in paths:
-        with ProgressBar(f"pictures of {prepared_path}", "bins") as bar:
-            verified = verify_pictures(prepared_path, processes=processes, on_progress=bar.update)
-        Console().print(verified_table(prepared_path, verified))
-        broken += verified.broken
-    sys.exit(1 if broken else 0)
+    count = processes or os.cpu_count() or 1
+    Console(stderr=True).print(f"decoding in {count} processes of this machine; --address names a Ray cluster")
+    sys.exit(1 if verify_datasets(prepared_paths(path), in_processes(count)) else 0)
 
 
 @app.command()

@@ -84,7 +84,7 @@ class Rendered:
     rules: np.ndarray  # int8 [S], LossRule
     given_mask: np.ndarray  # bool [L], the tokens that rows with LossRule.GIVEN mark as trained on
     blocks: np.ndarray  # int32 [I, 2], first token and number of tokens of each image
-    trained_tokens: np.ndarray  # int64 [1], as counted when preparing
+    trained_tokens: np.ndarray  # int64 [1], as counted when preparing; below 0 where that is not known
     tiles: np.ndarray  # int32 [tiles, 4]: number of the sample, width and height in pixels, number of frames
     frame_sizes: np.ndarray  # int32 [frames, 2], (width, height) in pixels
     pixels: np.ndarray  # uint8, the frames one after another, each [height, width, 3]
@@ -231,7 +231,7 @@ def mask(rendered: Rendered, family: Family, maker: LabelMaker, device: torch.de
     )
     positions = family.position_ids(row)
     trained, expected = int((labels != IGNORE_INDEX).sum()), int(rendered.trained_tokens[0])
-    if trained != expected:
+    if trained != expected and expected >= 0:
         raise RuntimeError(f"bins {rendered.bins.tolist()}: {trained} trained tokens, {expected} when prepared")
     labels = labels.masked_fill(_skipped_tokens(rendered, device), IGNORE_INDEX)
     rendered_arrays = {field.name: getattr(rendered, field.name) for field in fields(Rendered)}
@@ -266,6 +266,11 @@ class MicroBatch:
         self.masked = masked
         self.family = family
         self.labels = _tensor(masked.labels)[None]
+
+    @property
+    def row(self) -> PackedRow:
+        """Its tokens, samples and tiles, on the CPU."""
+        return packed_row(self.masked, torch.device("cpu"))
 
     @property
     def place(self) -> Place:

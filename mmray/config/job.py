@@ -22,6 +22,7 @@ from mmray.images import TilingPolicy
 from mmray.loss.settings import LossSetting
 from mmray.packing.settings import PackingSettings
 from mmray.rows.settings import DatasetSettings, DataSettings
+from mmray.run.scoring.settings import EarlyStoppingSettings, EvaluationSettings, KeepBestSettings
 from mmray.run.tracking.settings import TrackingSettings
 from mmray.schedule.balance import BalanceSettings
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
@@ -176,6 +177,13 @@ class Job(Settings):
     """Locations of the results."""
     tracking: TrackingSettings = TrackingSettings()
     """Experiment trackers: Weights & Biases, MLflow."""
+    evaluation: EvaluationSettings | None = None
+    """Evaluation by loss and by the texts that the model writes, during training and by `jobs/evaluate.py`. null:
+    `training.eval_every_steps` says how often the loss is computed, and nothing is generated during training."""
+    keep_best: KeepBestSettings | None = None
+    """Keep the best checkpoint in addition to the latest. null: only the latest are kept."""
+    early_stopping: EarlyStoppingSettings | None = None
+    """End the run when evaluations no longer improve. null: it goes to its last step."""
 
     @model_validator(mode="before")
     @classmethod
@@ -221,6 +229,17 @@ class Job(Settings):
     def prepared_path(self, split: str) -> str:
         """Path of the prepared dataset of one split, `train` or `eval`."""
         return f"{self.output.prepared.rstrip('/')}/{split}"
+
+
+def prepared_paths(path: str) -> list[str]:
+    """Lists the prepared datasets that a person names: that of the path, or those of a job file.
+
+    Raises what `load_job` raises.
+    """
+    if not path.endswith((".yaml", ".yml")):
+        return [path]
+    job = load_job(path)
+    return [job.prepared_path(split) for split in job.data.splits]
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:

@@ -11,6 +11,7 @@ Adding a family is one file with a subclass of `Family`, a line in `mmray/famili
 """
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,9 @@ class Family(ABC):
     ZeRO-3 gathers all weights of such a module at once. Without that, ranks with different data would gather different
     weights and wait for each other forever.
     """
+    pads_prompts: ClassVar[bool] = True
+    """True if prompts of several rows can be generated for at once, padded on the left, with the pictures of all rows
+    one after another."""
     least_features: ClassVar[int] = 1
     """Image features that the vision tower needs to run; a row with fewer gets the dummy picture."""
 
@@ -328,6 +332,20 @@ class Family(ABC):
         if self.position_rows:
             inputs["position_ids"] = position_ids[:, None] if self.position_rows > 1 else position_ids
         return inputs | self.pixel_inputs(row.tiles, frames, dtype) | self.attention_inputs(row, dtype, config)
+
+    def prompt_inputs(
+        self, input_ids: Tensor, mask: Tensor, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype,
+        model: PreTrainedModel,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The model's arguments besides token ids and their mask, to generate after prompts that are not packed.
+
+        input_ids, mask: int64 [rows, L], padded on the left where the mask is 0.
+        tiles, frames: those of all rows, one row after another (`Tile.sample`: the row), as for `pixel_inputs`.
+        """
+        taken = inspect.signature(type(model).forward).parameters
+        is_image = ((input_ids == self.image_token_id) & (mask > 0)).to(torch.int64)
+        marks = {name: is_image for name in ("mm_token_type_ids", "token_type_ids") if name in taken}
+        return marks | (self.pixel_inputs(tiles, frames, dtype) if tiles else {})
 
 
 def header_ends(line_breaks: str = "\n") -> tuple[str, str]:

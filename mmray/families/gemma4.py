@@ -30,6 +30,10 @@ from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile
 from mmray.families.parts import Parts
 from mmray.images import TilingPolicy
 
+STOP_TOKENS = ("<|tool_response>",)
+"""The token by which a model of Gemma 4's format stops after a tool call; its templates begin the tool's answer with
+it."""
+
 
 def turn_markers() -> tuple[RoleMarkers, ...]:
     """The role boundaries of Gemma 4's templates.
@@ -49,7 +53,7 @@ class Gemma4(Family):
 
     model_types = ("gemma4",)
     processor_classes = ("Gemma4Processor",)
-    stop_tokens = ("<|tool_response>",)
+    stop_tokens = STOP_TOKENS
     module_names = Parts(
         vision=("model.vision_tower",),
         projector=("model.embed_vision",),

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
 from mmray.families.base import Family, PackedRow, RoleMarkers, Size, Span, Tile, as_frame
-from mmray.families.gemma4 import turn_markers
+from mmray.families.gemma4 import STOP_TOKENS, turn_markers
 from mmray.families.parts import Parts, parts_by_rules
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -35,6 +35,7 @@ class Generic(Family):
     model_types = ()
     processor_classes = ()
     is_verified = False
+    pads_prompts = False
     position_rows = 0
     tile_multiple = 1
 
@@ -48,6 +49,7 @@ class Generic(Family):
         self.placeholder = self.placeholder_unit = str(processor.image_token)
         super().__init__(processor, tiled)
         self.image_token_id = self.placeholder_id
+        self.stop_tokens = STOP_TOKENS if self.role_markers else ()
         _warn(name)
 
     @functools.cached_property
@@ -124,7 +126,7 @@ class Generic(Family):
 @functools.cache
 def _warn(name: str) -> None:
     log.warning(
-        "no model family of mmray serves %s: general rules are used, unverified. One sample a row; chat rows need "
-        "generation blocks in the template, or loss.boundaries",
+        "no model family of mmray serves %s: general rules are used, unverified. One sample a row; "
+        "loss: {roles: …} needs loss.boundaries",
         name,
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 from transformers.models.mllama.processing_mllama import build_string_from_input
 
@@ -37,6 +37,7 @@ class Mllama(Family):
     processor_classes = ("MllamaProcessor",)
     module_names = Parts(vision=("model.vision_model",), projector=("model.multi_modal_projector",))
     takes_text_only = False
+    pads_prompts = False
     looks_ahead = True  # what no token of a row of the mask may see is not masked in its attention
 
     def embedding_rows(self, config: PretrainedConfig) -> int:
@@ -154,3 +155,15 @@ class Mllama(Family):
             ((rows, columns),) = map(self._grid, tile.frame_sizes)
             visible[0, start:stop, number, : rows * columns] = 1
         return {"cross_attention_mask": visible}
+
+    def prompt_inputs(
+        self, input_ids: Tensor, mask: Tensor, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype,
+        model: PreTrainedModel,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The inputs of one prompt, with the mask by which its tokens look at the images before them."""
+        inputs = super().prompt_inputs(input_ids, mask, tiles, frames, dtype, model)
+        if not tiles:
+            return inputs
+        lengths = torch.tensor([input_ids.shape[1]], device=input_ids.device)
+        row = PackedRow(input_ids[0], lengths, torch.zeros_like(input_ids[0]), tuple(tiles))
+        return inputs | self.attention_inputs(row, dtype, model.config)

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.families.attention import causal_mask, given_mask, mask_problem, sample_numbers, seeing_blocks
-from mmray.families.base import PackedRow, RoleMarkers, Size, Span
+from mmray.families.base import PackedRow, RoleMarkers, Size, Span, Tile
 from mmray.families.one_size import OneSize
 from mmray.families.parts import Parts
 
@@ -105,6 +105,14 @@ class PaliGemma(OneSize):
             return {"token_type_ids": (~prompts | (samples > 0)).to(torch.int64)[None]}
         mask = seeing_blocks(causal_mask(samples), (samples + 1) * prompts)
         return {"attention_mask": given_mask(mask, config, dtype)}
+
+    def prompt_inputs(
+        self, input_ids: Tensor, mask: Tensor, tiles: Sequence[Tile], frames: Sequence[Tensor], dtype: torch.dtype,
+        model: PreTrainedModel,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The inputs of a prompt that is seen as a whole, as in training: all its tokens are of type 0."""
+        types = {"token_type_ids": torch.zeros_like(input_ids)}
+        return super().prompt_inputs(input_ids, mask, tiles, frames, dtype, model) | types
 
 
 def _sliding_window(config: PretrainedConfig) -> int | None:

@@ -24,6 +24,7 @@ _MAGICS: tuple[tuple[bytes, str, str], ...] = (
 )
 """Entries of (first bytes, what the file is, remedy); an empty remedy means: store it as an image."""
 
+_JPEG_LS = 0xF7
 _PDF_PLACE = 1024
 """Bytes at a file's beginning within which the mark of a PDF stands (PDF 1.7, H.3.4.1)."""
 
@@ -41,12 +42,30 @@ def _recognized(head: bytes) -> tuple[str, str]:
         return "the file begins with zeros, as one whose writing was interrupted", "copy it again"
     if b"%PDF-" in head[:_PDF_PLACE]:
         return "a PDF", "name a page of it by a path that ends with .pdf: scan.pdf#page=1"
+    if head.startswith(b"\xff\xd8\xff"):
+        return _jpeg(head), "store it as JPEG of 8 bits"
     for magic, what, remedy in _MAGICS:
         if head.startswith(magic):
             return what, remedy
     if head[4:8] == b"ftyp":
         return f"a film or a picture of the kind {head[8:12].decode('latin-1')!r}", ""
     return _text(head)
+
+
+def _jpeg(head: bytes) -> str:
+    """Describes a JPEG that is not decoded, by its frame header (ITU T.81, B.2.2)."""
+    at = 2
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
+        if marker == _JPEG_LS:
+            return "a JPEG-LS picture"
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits, height = head[at + 4], int.from_bytes(head[at + 5 : at + 7], "big")
+            if bits != 8:
+                return f"a JPEG of {bits} bits"
+            return "a JPEG whose header does not say its height" if not height else "a JPEG of an unusual kind"
+        at += 2 + length
+    return "a JPEG whose header is damaged"
 
 
 def _text(head: bytes) -> tuple[str, str]:

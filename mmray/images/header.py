@@ -48,7 +48,8 @@ _ORIENTATION_TAG = 274
 _INTEGER_KINDS = {1: "B", 3: "H", 4: "I"}
 _SIGNED_KINDS = {6: "b", 8: "h", 9: "i"}
 IMAGE_READING = 2
-"""Version of size reading, raised when the size of some image is read differently. 2: signed orientations count."""
+"""Version of size reading, raised when the size of some image is read differently. 2: orientations of signed
+kinds count, and of bytes in TIFF."""
 _BROKEN = -1
 """Stands for the orientation of EXIF that cannot be read."""
 BROKEN_EXIF = "broken_exif"
@@ -253,16 +254,20 @@ def _num_frames(image: ImageFile.ImageFile) -> int | None:
 
 
 def as_prepared(image: ImageFile.ImageFile, header: ImageHeader, size: tuple[int, int]) -> ImageHeader:
-    """Adapts the header of an image that was prepared before signed orientations counted (IMAGE_READING 1).
+    """Adapts the header of an image that was prepared before orientations of signed kinds, and of bytes in TIFF,
+    counted (IMAGE_READING 1).
 
     Such an image is used as it is stored, because it was measured so. Any other header is returned unchanged.
     size: the (width, height) in pixels with which the image was prepared.
     """
-    exif = image.info.get("exif")
-    if header.size == size or header.size[::-1] != size or not isinstance(exif, bytes):
+    if header.size == size or header.size[::-1] != size:
         return header
-    was_read = _exif_orientation(exif, _INTEGER_KINDS)
-    return header if was_read != _BROKEN else replace(header, width=size[0], height=size[1], orientation=1)
+    if isinstance(image, TiffReader):
+        is_new = isinstance(image.tag_v2.get(_ORIENTATION_TAG), bytes)
+    else:
+        exif = image.info.get("exif")
+        is_new = isinstance(exif, bytes) and _exif_orientation(exif, _INTEGER_KINDS) == _BROKEN
+    return replace(header, width=size[0], height=size[1], orientation=1) if is_new else header
 
 
 def _frames(image: ImageFile.ImageFile, source: ImageSource, *, is_any_enough: bool = False) -> list[int]:
@@ -334,6 +339,7 @@ def _orientation(image: ImageFile.ImageFile, file: IO[bytes]) -> int:
     """
     if isinstance(image, TiffReader):
         tag = image.tag_v2.get(_ORIENTATION_TAG)
+        tag = tag[0] if isinstance(tag, bytes) and len(tag) == 1 else tag
         orientation = tag if tag is None or isinstance(tag, int) else _BROKEN
     else:
         orientation = _exif_orientation(_exif_bytes(image, file))

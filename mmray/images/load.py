@@ -7,19 +7,28 @@ floating-point grey of the range 0 to 1 to black. Depth, sign and polarity, whic
 """
 
 import io
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageFile
 from PIL.GifImagePlugin import GifImageFile
 
 from mmray.errors import RowError
-from mmray.images import jpeg
+from mmray.images import jpeg, png
+from mmray.images.deep import is_mixed, mixed
 from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image, page_of
 from mmray.images.pdf import render_pdf
 from mmray.images.readers import PngReader, TiffReader
 from mmray.images.source import PASS_THROUGH_ERRORS, ImageSource, describe_source, one_line
 
 _WHITE = (255, 255, 255)
+_GREY = {127, 128}
+"""Levels of the pixels that decoders put in the place of missing ones in a JPEG."""
+_ZEROS_SHARE, _ZEROS_BYTES = 8, 4096
+"""A run of zeros of an eighth of a file, and of at least so many bytes, is no compressed picture."""
+_ENTROPY_CODED = ("AVIF", "HEIF", "JPEG2000")
+"""Formats whose compressed pixels hold no long run of zeros, not even those of a blank page (measured: 16 bytes). A
+WebP of a blank page is full of them."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -79,10 +88,12 @@ def decoded(image: ImageFile.ImageFile, header: ImageHeader, source: ImageSource
 def _decode(image: ImageFile.ImageFile, header: ImageHeader, reduction: int) -> Image.Image:
     if header.format in ("JPEG", "MPO"):
         pixels = _to_rgb(_whole_jpeg(image, reduction))
-    elif isinstance(image, PngReader) and image.transparent_16:
-        pixels = _without_colour_16(image, image.transparent_16)
+    elif is_mixed(image):
+        file = image.fp
+        pixels = mixed(image)
+        _check_rows(image, file)
     else:
-        image.load()
+        _load_whole(image)
         pixels = _to_rgb(image)
         if isinstance(image, GifImageFile) and image.tell() == 0 and image.dispose_extent:
             pixels = _on_canvas(pixels, image.dispose_extent)
@@ -103,17 +114,57 @@ def _whole_jpeg(image: ImageFile.ImageFile, reduction: int) -> Image.Image:
             opened.draft(None, size)
         opened.load()
 
-    place = jpeg.hole(data)
-    if place is not None:
-        raise ValueError(f"zeros stand in the place of its pixels, from byte {place} of {len(data)}")
+    if lost := jpeg.loss(data):
+        raise ValueError(lost)
+    picture: Image.Image = image
     try:
         load(image)
     except OSError:
         whole = jpeg.completed(data, load)
         if whole is None:
             raise
-        return whole
-    return image
+        picture = whole
+    last = np.asarray(picture.crop((picture.width - 1, picture.height - 1, picture.width, picture.height)))
+    if set(last.reshape(-1).tolist()) <= _GREY and jpeg.lacks_pixels(data):
+        raise ValueError("it ends before its pixels do")
+    return picture
+
+
+def _load_whole(image: ImageFile.ImageFile) -> None:
+    """Decodes an image. Raises ValueError where pixels are lost, which decoders do not report."""
+    file = image.fp
+    if file and image.format in _ENTROPY_CODED:
+        place = file.tell()
+        file.seek(0)
+        data = file.read()
+        file.seek(place)
+        if bytes(max(_ZEROS_BYTES, len(data) // _ZEROS_SHARE)) in data[: _picture_end(data)]:
+            raise ValueError("zeros stand in the place of its pixels")
+    image.load()
+    _check_rows(image, file)
+
+
+def _picture_end(data: bytes) -> int:
+    """Returns the end of the boxes of an AVIF or HEIC, and of the codestream of a JPEG 2000; padding may follow."""
+    if data[4:8] != b"ftyp":
+        end = data.rfind(b"\xff\xd9")
+        return end + 2 if end >= 0 else len(data)
+    end = 0
+    while len(head := data[end : end + 16]) >= 8 and head[:8] != bytes(8):
+        size = int.from_bytes(head[:4], "big")
+        size = int.from_bytes(head[8:], "big") if size == 1 else size
+        if size < 8:  # 0: up to the end of the file
+            return len(data)
+        end += size
+    return end
+
+
+def _check_rows(image: Image.Image, file: IO[bytes] | None) -> None:
+    """Raises ValueError where the last rows of a decoded PNG are missing."""
+    if file and isinstance(image, PngReader) and image.tell() == 0:
+        last_rows = np.asarray(image.crop((0, max(image.height - 2, 0), image.width, image.height)))
+        if not all(row.any() for row in last_rows) and png.lacks_rows(file):
+            raise ValueError("its data ends before its last row")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -124,11 +175,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             return _over_white(_trusted(image))
     if image.mode.startswith("I;16"):
         return _grey_16(image)
-    if image.mode in ("I", "F"):
-        is_pnm = getattr(image, "format", None) == "PPM"  # Pillow reads PGM of more than 8 bits as 0..65535
+    if image.mode in ("I", "F"):  # PFM is F too, and has a range that fits
+        is_pnm = image.mode == "I" and getattr(image, "format", None) == "PPM"  # of more than 8 bits: 0..65535
         return _grey(_full_scale(np.asarray(image), 65535) if is_pnm else _fitted(np.asarray(image)))
     if image.format == "BMP" and image.mode == "RGBA":
         return _over_white(_trusted(image))
+    if image.mode == "La":
+        return _over_white(image.convert("LA").convert("RGBA"))
     if image.has_transparency_data:
         return _over_white(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -157,22 +210,6 @@ def _on_canvas(frame: Image.Image, place: tuple[int, int, int, int]) -> Image.Im
     page = Image.new("RGB", frame.size, _WHITE)
     page.paste(frame.crop(place), place)
     return page
-
-
-def _without_colour_16(image: PngReader, colour: tuple[int, int, int]) -> Image.Image:
-    """Decodes RGB of 16 bits with one of its 2^48 colours made white, once for the high and once for the low bytes."""
-    file = image.fp
-    if file is None:
-        raise ValueError("decoded already")
-    image.load()
-    file.seek(0)
-    low = PngReader(file)
-    low.take_low_bytes()
-    low.load()
-    high_bytes, low_bytes = (np.asarray(reader, dtype=np.uint16) for reader in (image, low))
-    pixels = np.array(image)
-    pixels[((high_bytes << 8 | low_bytes) == np.asarray(colour)).all(axis=2)] = 255
-    return Image.fromarray(pixels)
 
 
 def _tiff_grey(image: TiffReader) -> Image.Image:

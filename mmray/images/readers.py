@@ -9,13 +9,17 @@ Text, EXIF and XMP beside the pixels are not parsed while decoding, because a br
 unreadable.
 """
 
-from typing import BinaryIO
+import io
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageFile, ImagePalette
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
 from PIL.TiffImagePlugin import PREFIXES as TIFF_PREFIXES
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "JPEG2000", "GIF", "BMP", "PPM", "AVIF"]
 """Formats that are opened, by Pillow's names; HEIF too, where pillow-heif is installed. Pillow's other formats are
@@ -24,15 +28,24 @@ guessed without a signature (TGA), run an interpreter (EPS) or hold sizes that d
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CODESTREAM, _JP2 = b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 _JPEG_2000_HEAD = 1 << 16
+_WEBP_FLAGS, _WEBP_ANIMATION = 20, 2
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _COLOR_MAP, _EXTRA, _SAMPLE_FORMAT = 258, 259, 262, 284, 320, 338, 339
-_SUBFILE_TYPE, _SUB_IFDS, _SUBSAMPLING = 254, 330, 530
+_SUBFILE_TYPE, _SUB_IFDS = 254, 330
+_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT, _ROWS_PER_STRIP = 256, 257, 322, 323, 278
+_STRIPS, _TILES = 273, 324
 _REDUCED_IMAGE, _MASK = 1, 4
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _YCBCR = 0, 1, 6
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _SEPARATE_PLANES = 2
 _LZW = 5
+_FAX = (2, 3, 4)
+_OTHER_COMPRESSIONS = {
+    33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC", 34892: "JPEG", 34933: "PNG",
+    34934: "JPEG XR", 50002: "JPEG XL", 52546: "JPEG XL",
+}  # fmt: skip
+"""Compressions of TIFF that Pillow does not know."""
 
 _PHOTOMETRICS = {
     0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "CIELab",
@@ -60,6 +73,9 @@ class TiffReader(TiffImageFile):
     is_alpha_named: bool
     """True if ExtraSamples names the fourth channel as transparency; otherwise Pillow only guesses that."""
 
+    is_planar: bool
+    """True if each channel is stored by itself."""
+
     is_preview: bool
     """True if the page is a smaller version of another page of the file, or a mask for one."""
 
@@ -67,18 +83,24 @@ class TiffReader(TiffImageFile):
         tags = self.tag_v2
         self.is_preview = bool(tags.get(_SUBFILE_TYPE, 0) & (_REDUCED_IMAGE | _MASK))
         bits, formats = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
-        photometric, compression = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), tags.get(_COMPRESSION, 1)
+        compression = tags.get(_COMPRESSION, 1)
+        if _PHOTOMETRIC not in tags:
+            tags[_PHOTOMETRIC] = _assumed_photometric(len(bits), compression)
+        photometric = tags[_PHOTOMETRIC]
         self.bits, self.is_signed = max(bits), formats[0] == _SIGNED
         self.is_white_zero = photometric == _WHITE_IS_ZERO and self.bits > 8
         self.is_alpha_named = bool(tags.get(_EXTRA))
-        is_planar = tags.get(_PLANAR, 1) == _SEPARATE_PLANES and len(bits) > 1
+        if len(bits) == 1:
+            tags[_PLANAR] = 1
+        self.is_planar = is_planar = tags.get(_PLANAR, 1) == _SEPARATE_PLANES
+        _check_compression(compression)
+        _check_strips(tags, len(bits) if is_planar else 1)
         kind = self._kind(bits, formats, photometric, is_planar)
         if self.is_white_zero:
             tags[_PHOTOMETRIC] = _BLACK_IS_ZERO
         if self.bits == 32 and formats[0] == _UNSIGNED:
             tags[_SAMPLE_FORMAT] = (_SIGNED,) * len(formats)
-        subsampled = photometric == _YCBCR and tuple(tags.get(_SUBSAMPLING, (2, 2))) != (1, 1)
-        if compression == 1 and ((is_planar and self.bits > 8) or subsampled):
+        if compression == 1 and (is_planar or photometric == _YCBCR):
             tags[_COMPRESSION] = _LZW  # any but none: Pillow then leaves the reading to libtiff, which knows better
         try:
             super()._setup()
@@ -119,6 +141,51 @@ class TiffReader(TiffImageFile):
         return f"{depth} bits {sign}, {_PHOTOMETRICS.get(photometric, f'photometric {photometric}')}{channels}"
 
 
+def _assumed_photometric(channels: int, compression: int) -> int:
+    """Returns the meaning of pixels for a TIFF that does not state it, as libtiff assumes it."""
+    if channels >= 3:
+        return _RGB
+    return _WHITE_IS_ZERO if compression in _FAX else _BLACK_IS_ZERO
+
+
+def _check_compression(compression: int) -> None:
+    """Raises UnknownKindError for a compression that cannot be decoded here."""
+    name = COMPRESSION_INFO.get(compression)
+    if name is None or not _is_decoded(name):
+        name = name or _OTHER_COMPRESSIONS.get(compression, f"method {compression}")
+        raise UnknownKindError(f"a TIFF compressed by {name} cannot be read; store it with LZW or Deflate")
+
+
+@cache
+def _is_decoded(compression: str) -> bool:
+    """Tells whether libtiff has been built with an optional compression, by writing a picture with it."""
+    if compression not in ("webp", "zstd", "lzma"):
+        return True
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), "TIFF", compression=compression)
+    except OSError:
+        return False
+    return True
+
+
+def _check_strips(tags: Mapping[int, Any], planes: int) -> None:
+    """Raises UnknownKindError for a TIFF with fewer strips or tiles than its size needs: Pillow leaves the rest
+    black."""
+    width, height = tags.get(_WIDTH), tags.get(_HEIGHT)
+    if not (isinstance(width, int) and isinstance(height, int)):
+        return
+    columns: object
+    rows: object
+    if _STRIPS in tags:
+        places, columns, rows = tags[_STRIPS], width, tags.get(_ROWS_PER_STRIP, height)
+    else:
+        places, columns, rows = tags.get(_TILES, ()), tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT)
+    if places and isinstance(columns, int) and isinstance(rows, int) and columns > 0 and rows > 0:
+        needed = -(-width // columns) * -(-height // rows) * planes
+        if len(places) < needed:
+            raise UnknownKindError(f"a TIFF that holds {len(places)} of its {needed} parts; store it anew")
+
+
 class PngReader(PngImageFile):
     """Reads a PNG: the transparent colour is compared in the file's depth, and nothing behind the pixels is read."""
 
@@ -127,6 +194,8 @@ class PngReader(PngImageFile):
 
     def _open(self) -> None:
         super()._open()
+        if self.mode == "P" and self.palette is None:
+            raise UnknownKindError("a PNG without its palette; store it anew")
         raw_mode, colour = self.raw_mode, self.info.get("transparency")
         if raw_mode == "RGB;16B" and isinstance(colour, tuple):
             self.transparent_16 = self.info.pop("transparency")
@@ -141,10 +210,6 @@ class PngReader(PngImageFile):
         """Pillow's raw mode of the stored pixels; empty once they are decoded."""
         return str(self.tile[0].args) if self.tile else ""
 
-    def take_low_bytes(self) -> None:
-        """Makes decoding return the low byte of each 16-bit value instead of the high one."""
-        self.tile = [tile._replace(args="RGB;16L") for tile in self.tile]
-
     def load_end(self) -> None:
         """Skips the chunks behind the pixels, which are text, except in animations, where they are frames."""
         if self.is_animated:
@@ -152,6 +217,20 @@ class PngReader(PngImageFile):
         elif self.png is not None:
             self.png.close()
             self.png = None
+
+
+class WebpReader(WebPImageFile):
+    """Reads a WebP. Frames of an animation need not cover its canvas, whose rest is transparent, whatever the file says
+    of transparency."""
+
+    def _open(self) -> None:
+        super()._open()
+        if self.fp is None:
+            return
+        self.fp.seek(0)
+        head = self.fp.read(_WEBP_FLAGS + 1)
+        if head[12:16] == b"VP8X" and head[_WEBP_FLAGS] & _WEBP_ANIMATION:
+            self.rawmode = self._mode = "RGBA"
 
 
 class Jpeg2000Reader(Jpeg2KImageFile):
@@ -199,9 +278,13 @@ def open_picture(file: BinaryIO) -> ImageFile.ImageFile:
     if head.startswith(tuple(TIFF_PREFIXES)):
         return TiffReader(file)
     if head.startswith(PNG_SIGNATURE):
+        if head[12:16] == b"CgBI":
+            raise UnknownKindError("a PNG in Apple's own form (CgBI), as in packages of apps; store it as PNG")
         return PngReader(file)
     if head.startswith((_CODESTREAM, _JP2)):
         return Jpeg2000Reader(file)
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return WebpReader(file)
     if is_heif(head):
         return _heif(file)
     return Image.open(file, formats=FORMATS)

@@ -119,11 +119,10 @@ def stop_token_ids(family: Family) -> tuple[int, ...]:
 
 def ending_texts(family: Family) -> tuple[str, ...]:
     """Returns the texts by which the model ends its turn: its stop tokens, the end markers of the assistant's turns,
-    and the tokenizer's `eos_token`."""
+    and the tokenizer's `eos_token`. A stop token that the vocabulary lacks is written as text, and counts too."""
     ends = (marker.end for marker in family.role_markers if marker.role == SAMPLED_ROLE and marker.end)
     eos = family.tokenizer.eos_token
-    known = [token for token in family.stop_tokens if family.known_token_ids([token])]
-    return tuple(dict.fromkeys((*known, *ends, *([str(eos)] if eos else ()))))
+    return tuple(dict.fromkeys((*family.stop_tokens, *ends, *([str(eos)] if eos else ()))))
 
 
 def ending_token_ids(family: Family) -> tuple[int, ...]:

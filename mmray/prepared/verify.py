@@ -3,22 +3,24 @@
 Preparing reads headers alone, so only training would find a picture that is broken behind its header, and would leave
 its sample out of the loss. `verify` finds it before, at the cost of decoding once as training's render actors do.
 
-The dataset is checked in parts of some bins, by as many processes as there are CPUs. The result of each part is written
-whole into a folder beside the dataset; after a stop, the same command continues with the missing parts. A process holds
-one group of rows and one decoded picture.
+The dataset is checked in parts of some bins, by as many processes as there are CPUs, or by a cluster
+(`pipelines/verify.py`). The result of each part is written whole into a folder beside the dataset; after a stop, the
+same command continues with the missing parts. A process holds one group of rows and one decoded picture.
 """
 
 import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import Self
 
 import numpy as np
+from PIL import Image
 
 from mmray.errors import RowError, UserError
 from mmray.images import ImageSource, load_image
@@ -39,6 +41,9 @@ BLANK, OTHER_FORMAT = "blank", "other_format"
 
 BLANK_RANGE = 4
 """Largest difference between the pixels of a blank picture, in levels of 255."""
+
+BLACK_SHARE = 1 / 8
+"""Share of a picture that is listed if it is black up to an edge."""
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png", ".apng"), "WEBP": (".webp",),
@@ -78,12 +83,43 @@ class VerifyResult:
         return sum(count for reason, count in self.listed.items() if reason not in (BLANK, OTHER_FORMAT))
 
 
+@dataclass(frozen=True)
+class Part:
+    """The bins `first` to `stop` - 1 of a dataset."""
+
+    first: int
+    stop: int
+
+
+@dataclass
+class PartResult:
+    """The result of one part: the number of its pictures, and those to list."""
+
+    pictures: int = 0
+    listed: list[ListedPicture] = field(default_factory=list)
+
+    def encoded(self) -> bytes:
+        """Returns the result as JSON."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decoded(cls, data: bytes) -> Self:
+        """Reads what `encoded` returned."""
+        result = json.loads(data)
+        return cls(result["pictures"], [ListedPicture(**picture) for picture in result["listed"]])
+
+
+RunParts = Callable[[str, Sequence[Part]], Iterable[tuple[int, PartResult]]]
+"""Decodes the pictures of some parts of a dataset, by its path; yields (first bin, result) of each as it is done."""
+
+
 def verify(
-    path: str, *, processes: int | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> VerifyResult:
+    path: str, *, run_parts: RunParts | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyResult:  # fmt: skip
     """Decode every picture of a prepared dataset, and list the faulty ones in the folder `PATH-verify`.
 
-    processes: number of processes; default: one for each CPU; 1: this process.
+    run_parts: decodes; default: `in_processes`, one for each CPU of this machine.
     on_progress: called with (bins done, all bins).
 
     Raises UserError when there is no prepared dataset, and when storage cannot be reached.
@@ -100,9 +136,9 @@ def verify(
     missing = [first for name, first in parts.items() if name not in written_parts]
     done = len(parts) - len(missing)
     on_progress(min(done * BINS_PER_PART, len(prepared)), len(prepared))
-    spans = [(first, min(first + BINS_PER_PART, len(prepared))) for first in missing]
-    for first, part_result in _run_parts(path, spans, processes or os.cpu_count() or 1):
-        folder.write(_name(first), json.dumps(part_result).encode())
+    missing_parts = [Part(first, min(first + BINS_PER_PART, len(prepared))) for first in missing]
+    for first, result in (run_parts or in_processes())(path, missing_parts):
+        folder.write(_name(first), result.encoded())
         done += 1
         on_progress(min(done * BINS_PER_PART, len(prepared)), len(prepared))
     return _write_report(folder, list(parts))
@@ -112,18 +148,22 @@ def _name(first: int) -> str:
     return f"part-{first:012d}.json"
 
 
-def _run_parts(path: str, spans: list[tuple[int, int]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (first bin, result) of each part, in the order in which the parts are done."""
-    if processes == 1 or len(spans) < 2:
-        yield from ((first, verify_part(path, first, stop)) for first, stop in spans)
+def in_processes(processes: int | None = None) -> RunParts:
+    """Returns a function that decodes in processes of this machine. processes: default: one for each CPU."""
+    return partial(_in_processes, processes=processes or os.cpu_count() or 1)
+
+
+def _in_processes(path: str, parts: Sequence[Part], *, processes: int) -> Iterator[tuple[int, PartResult]]:
+    if processes == 1 or len(parts) < 2:
+        yield from ((part.first, verify_part(path, part)) for part in parts)
         return
-    with ProcessPoolExecutor(min(processes, len(spans)), multiprocessing.get_context("spawn")) as pool:
-        waiting, left = dict[Future[dict[str, Any]], int](), list(reversed(spans))
+    with ProcessPoolExecutor(min(processes, len(parts)), multiprocessing.get_context("spawn")) as pool:
+        waiting, left = dict[Future[PartResult], int](), list(reversed(parts))
         try:
             while waiting or left:
                 while left and len(waiting) < 2 * processes:
-                    first, stop = left.pop()
-                    waiting[pool.submit(verify_part, path, first, stop)] = first
+                    part = left.pop()
+                    waiting[pool.submit(verify_part, path, part)] = part.first
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
@@ -133,12 +173,11 @@ def _run_parts(path: str, spans: list[tuple[int, int]], processes: int) -> Itera
             ) from error
 
 
-def verify_part(path: str, first: int, stop: int) -> dict[str, Any]:
-    """Decode the pictures of the bins `first` to `stop` - 1; returns their number and those to list, as JSON."""
-    prepared = PreparedDataset(path)
-    pictures, listed = 0, list[dict[str, str]]()
+def verify_part(path: str, part: Part) -> PartResult:
+    """Decode the pictures of a part's bins, each once."""
+    prepared, result = PreparedDataset(path), PartResult()
     decoded_images: set[tuple[str, int, int]] = set()
-    for packed in prepared.bins(first, stop):
+    for packed in prepared.bins(part.first, part.stop):
         for image in packed.images:
             size = image["width"], image["height"]
             source = image["data"] if image["data"] is not None else image["uri"]
@@ -146,13 +185,13 @@ def verify_part(path: str, first: int, stop: int) -> dict[str, Any]:
                 if (source, *size) in decoded_images:
                     continue
                 decoded_images.add((source, *size))
-            pictures += 1
+            result.pictures += 1
             name, sample = describe_source(source), image["sample"]
-            listed += [
-                asdict(ListedPicture(reason, message, name, packed.sample_ids[sample], packed.sample_sources[sample]))
+            result.listed += [
+                ListedPicture(reason, message, name, packed.sample_ids[sample], packed.sample_sources[sample])
                 for reason, message in picture_problems(source, size)
             ]
-    return {"pictures": pictures, "listed": listed}
+    return result
 
 
 def picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
@@ -183,6 +222,9 @@ def _picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[
     lows, highs = np.asarray(page.getextrema()).reshape(-1, 2).T
     if (highs - lows).max() <= BLANK_RANGE:
         listed.append((BLANK, f"{name}: all pixels are {tuple(lows.tolist())}, as of an empty page"))
+    elif black_share(page) >= BLACK_SHARE:
+        message = "is black up to one edge, as where a file was not written to its end"
+        listed.append((BLANK, f"{name}: {black_share(page):.0%} of it {message}"))
     suffix = os.path.splitext(file_of(source))[1].lower() if isinstance(source, str) else ""
     kind = "JPEG" if header.format == "MPO" else header.format
     if suffix not in _SUFFIXES.get(kind, ()) and any(suffix in known for known in _SUFFIXES.values()):
@@ -190,17 +232,23 @@ def _picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[
     return listed
 
 
+def black_share(page: Image.Image) -> float:
+    """Returns the share of a picture between one edge and the nearest pixel that is not entirely black."""
+    left, top, right, bottom = page.getbbox() or (0, 0, 0, 0)
+    return max(left / page.width, top / page.height, 1 - right / page.width, 1 - bottom / page.height)
+
+
 def _write_report(folder: Folder, names: list[str]) -> VerifyResult:
     """Join the results of all parts, in the order of bins, and write the report and the summary."""
     verified = VerifyResult(folder=folder.uri)
     with folder.writing(_REPORT) as file:
         for name in names:
-            part = json.loads(folder.read(name))
-            verified.pictures += part["pictures"]
-            for entry in part["listed"]:
-                verified.listed[entry["reason"]] += 1
-                verified.examples.setdefault(entry["reason"], ListedPicture(**entry))
-                file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape"))
+            result = PartResult.decoded(folder.read(name))
+            verified.pictures += result.pictures
+            for picture in result.listed:
+                verified.listed[picture.reason] += 1
+                verified.examples.setdefault(picture.reason, picture)
+                file.write((json.dumps(asdict(picture), ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape"))
     summary = {
         "pictures": verified.pictures,
         "broken": verified.broken,

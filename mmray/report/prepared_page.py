@@ -6,13 +6,13 @@ import numpy as np
 
 from mmray.base.words import amount, made_by
 from mmray.config.job import Job
+from mmray.display import charts
+from mmray.display.charts import Axis, Plot, Series
 from mmray.display.html import template
 from mmray.errors import UserError
 from mmray.inspect.page import ShownBin, shown_bin
 from mmray.inspect.view import family_of_prepared, view_bin
 from mmray.prepared import PreparedDataset
-from mmray.report import charts
-from mmray.report.charts import Axis, Plot, Series
 from mmray.report.prepared import (
     Distributions,
     StepSettings,

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mmray.display.charts import Plot, Series, over_steps
 from mmray.display.notebook import Fact, card, live
 from mmray.errors import UserError
-from mmray.report.charts import Plot, Series, over_steps
 from mmray.run.folder import RunFolder
 from mmray.run.history import HISTORY_FILE, read_history
 from mmray.run.metrics import METRICS_FILE, read_metrics

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from mmray.base.words import amount, made_by, span
+from mmray.display import charts
+from mmray.display.charts import Plot, Series
 from mmray.display.html import template
-from mmray.report import charts
-from mmray.report.charts import Plot, Series
 from mmray.report.run import Run, loss_chart, marks
 
 MOST_EVENTS, MOST_WARNINGS, MOST_SKIPPED = 200, 20, 10

@@ -96,12 +96,14 @@ class ChatLabels:
             (
                 run.message,
                 messages[run.message].role,
-                (rendered.filled.place(run.start), rendered.filled.place(run.ended)),
+                (rendered.filled.place(run.start), rendered.filled.place(run.end[1])),
             )
             for run in rendered.plan.runs
         ]
         place = rendered.filled.place
-        ends = tuple((place(run.stop), place(run.ended)) for run in rendered.plan.runs if run.ended != run.stop)
+        ends = tuple(
+            (place(start), place(stop)) for start, stop in (run.end for run in rendered.plan.runs) if start != stop
+        )
         return ChatSpans(
             trained.spans, ends, tuple(texts), tuple(turns), baked,
             trained.last_is_open and not self._own_boundaries and self._trains_ends,

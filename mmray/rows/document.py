@@ -88,7 +88,7 @@ class DocumentReader:
         special = {*family.structure_tokens, *(markers.special_tokens if markers else ())}
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._template = template or ChatTemplate(family)
-        self._messages = MessageReader(dataset, self._placeholders, self._refuse_special, self._plain)
+        self._messages = MessageReader(dataset, self._placeholders, self._refuse_special, self._plain, self._remedy)
         option_names = set(dataset.chat_template_kwargs)
         if option_names and (unread := option_names - self._template.variables):
             raise UserError(f"data: chat_template_kwargs: {self._unread(min(unread))}")
@@ -99,6 +99,7 @@ class DocumentReader:
         """Reads a row as a document. Raises RowError with the field, the value and the remedy."""
         images = self._with_pages(image_refs(value, source, self.dataset))
         row_id = self.row_id(value, source)
+        _refuse_other_media(value)
         if self.dataset.kind == "chat":
             return self._chat(value, row_id, images, source)
         text, count, ends = self._documents(self._string(value, "text"))
@@ -266,6 +267,18 @@ def check_chats(dataset: DatasetSettings, family: Family) -> None:
 
 
 _ALWAYS_THERE = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token"})
+
+
+def _refuse_other_media(value: dict[str, Any]) -> None:
+    """Raises RowError for a row whose text refers to a video or a sound in a column beside it."""
+    for kind in ("video", "audio"):
+        column = next((name for name in (f"{kind}s", kind) if value.get(name)), None)
+        if column and f"<{kind}>" in str({name: entry for name, entry in value.items() if name != column}):
+            raise RowError(
+                "wrong_type",
+                f"the row has {column}, to which <{kind}> in its text refers, and mmray reads only images; leave such "
+                "rows out, or write its frames as images",
+            )
 
 
 def check_image_count(placeholders: int, images: int, remedy: str = "") -> None:

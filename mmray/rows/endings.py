@@ -22,6 +22,11 @@ class Endings:
             self._end_of_document(dataset) if dataset.kind == "pretrain" else None for dataset in datasets
         ]
 
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """Ids of the tokens that end documents."""
+        return tuple(sorted({token for token in self._documents if token is not None}))
+
     def of(self, document: Document, dataset: int, is_open: bool) -> list[int]:
         """Returns the token ids to append: none or one.
 

@@ -16,7 +16,17 @@ from typing import Any
 from mmray.errors import RowError
 from mmray.loss.settings import SAMPLED_ROLE
 from mmray.rows.image_refs import ImageRef
-from mmray.rows.json_rows import lone_surrogate
+from mmray.rows.message_values import (
+    FLAGS,
+    JSON,
+    flag,
+    name_text,
+    one_of,
+    parsed,
+    refuse_not_finite,
+    says_nothing,
+    without_nulls,
+)
 from mmray.rows.settings import DatasetSettings
 
 ROLES = {
@@ -34,9 +44,6 @@ ROLES = {
 }
 """The role of templates for each name that rows use, in lower case."""
 
-FLAGS = ("train", "weight", "loss", "training")
-"""Keys of a message, or of a part, that say whether it is trained on: of axolotl (two), OpenAI, ms-swift."""
-
 _HARMLESS = frozenset({"id", "message_id", "uuid", "parent_id", "name", "timestamp", "created_at", "refusal", "audio"})
 """Keys that do not affect the text: who spoke, when, under which number; the last two only where they are null."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -44,10 +51,17 @@ _MESSAGE_KEYS = (
     "role", "from", "content", "value", *_THOUGHTS, "tool_calls", "function_call", "tool_call_id", *FLAGS,
 )  # fmt: skip
 _PART_KEYS = ("type", "text", "image", "path", "url", "image_url", "index", *FLAGS)
+_PICTURE_KEYS = ("url", "detail", "path", "bytes")
 _IMAGE_KEYS = ("image", "image_url", "path", "url")
 _RESERVED = frozenset({"messages", "conversation", "tools", "add_generation_prompt", "chat_template", "tokenize"})
 
-JSON = dict[str, Any]
+_PICTURE_IN_TEXT = re.compile(
+    r"<img>\s*(?:[a-z0-9+]+://[^<>\s]+|data:image/[^<>\s]+|[^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jp2|ppm))"
+    r"\s*</img>",
+    re.IGNORECASE,
+)
+"""Matches a picture as the first Qwen-VL wrote it, `<img>page.png</img>`; some OCR models answer with captions between
+these tags."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +135,16 @@ class MessageReader:
 
     def __init__(
         self, dataset: DatasetSettings, placeholders: re.Pattern[str], refuse_special: Callable[[str, str], None],
-        plain: Callable[[str], str],
+        plain: Callable[[str], str], remedy: str,
     ) -> None:  # fmt: skip
         """Prepares to read the chats of a data set.
 
         placeholders: matches the texts that stand for an image.
         refuse_special: called with a text and where it stands; raises RowError for structure tokens in the text.
         plain: replaces the model's image token in a text by plain words.
+        remedy: what to do where a text only speaks of a placeholder.
         """
-        self.dataset, self._plain = dataset, plain
+        self.dataset, self._plain, self._remedy = dataset, plain, remedy
         self._placeholders, self._refuse_special = placeholders, refuse_special
         self._roles: dict[str, str] = ROLES | {alias.lower(): role for alias, role in dataset.roles.items()}
         self._ignored = frozenset(dataset.ignore_message_keys)
@@ -142,15 +157,16 @@ class MessageReader:
         column, raw_messages = self._conversation(value)
         messages = [self._message(message, f"message {n}", to_image) for n, message in enumerate(raw_messages)]
         if system := self._system(value):
-            if messages[0].role == "system" and messages[0].text != system:
+            system_column = self.dataset.column("system")
+            message = Message("system", *self._content(system, system_column, "system", to_image))
+            if messages[0].role != "system":
+                messages.insert(0, message)
+            elif (messages[0].text, _count_images(messages[0])) != (message.text, _count_images(message)):
                 raise RowError(
                     "wrong_type",
-                    f"{self.dataset.column('system')} is {system!r:.60} and {column} begin with another system "
-                    "message; leave one of them out",
+                    f"{system_column} is {system!r:.60} and {column} begin with another system message; leave one of "
+                    "them out",
                 )
-            if messages[0].role != "system":
-                self._refuse_special(system, self.dataset.column("system"))
-                messages.insert(0, Message("system", (Part(system),), is_text=True))
         return Chat(tuple(messages), tuple(self._tools(value)), tuple(self._options(value).items()))
 
     # ---------------------------------------------------------------- columns
@@ -171,7 +187,7 @@ class MessageReader:
         column = (chosen or present_columns)[0]
         conversation = value[column]
         if isinstance(conversation, str) and conversation.lstrip().startswith("["):
-            conversation = _parsed(conversation, column)
+            conversation = parsed(conversation, column)
         if not isinstance(conversation, list) or not conversation:
             raise RowError("wrong_type", f"{column} must be a list with a message in it, not {conversation!r:.60}")
         return column, conversation
@@ -186,29 +202,30 @@ class MessageReader:
     def _tools(self, value: Mapping[str, Any]) -> list[JSON]:
         column = self.dataset.column("tools")
         raw_tools = value.get(column)
-        raw_tools = _parsed(raw_tools, column) if isinstance(raw_tools, str) and raw_tools.strip() else raw_tools or []
+        raw_tools = parsed(raw_tools, column) if isinstance(raw_tools, str) and raw_tools.strip() else raw_tools or []
         if not isinstance(raw_tools, list):
             raise RowError("wrong_type", f"{column} must be a list of tools or its JSON text, not {raw_tools!r:.60}")
-        tools = [_parsed(tool, column) if isinstance(tool, str) else tool for tool in raw_tools]
+        tools = [parsed(tool, column) if isinstance(tool, str) else tool for tool in raw_tools]
         for tool in tools:
             if not isinstance(tool, dict):
                 raise RowError("wrong_type", f"{column}: a tool must be an object, not {tool!r:.60}")
             self._refuse_special(json.dumps(tool, ensure_ascii=False), column)
-        return [without_nulls(tool) for tool in tools]
+        refuse_not_finite(tools, column)
+        return [_wrapped(without_nulls(tool)) for tool in tools]
 
     def _options(self, value: Mapping[str, Any]) -> JSON:
         column = self.dataset.column("chat_template_kwargs")
         raw_options = value.get(column)
         raw_options = (
-            _parsed(raw_options, column) if isinstance(raw_options, str) and raw_options.strip() else raw_options or {}
+            parsed(raw_options, column) if isinstance(raw_options, str) and raw_options.strip() else raw_options or {}
         )
         if not isinstance(raw_options, dict):
             raise RowError("wrong_type", f"{column} must be an object, not {raw_options!r:.60}")
-        for name, option in raw_options.items():
+        for name in raw_options:
             if name in _RESERVED:
                 raise RowError("unknown_field", f"{column}: {name!r} is no variable for a row to set; leave it out")
-            if isinstance(option, str):
-                self._refuse_special(option, f"{column}: {name}")
+        refuse_not_finite(raw_options, column)
+        raw_options = self._typed_values(raw_options, column)
         return dict(self.dataset.chat_template_kwargs) | without_nulls(raw_options)
 
     # ---------------------------------------------------------------- messages
@@ -220,7 +237,7 @@ class MessageReader:
         named = self._known(message, (*_MESSAGE_KEYS, *_HARMLESS), where)
         role = self._roles[name]
         calls = self._calls(named, where)
-        content = _one_of(named, ("content", "value"), where)
+        content = one_of(named, ("content", "value"), where)
         if name == "function_call":
             calls += self._calls_of_text(content, where)
             content = ""
@@ -229,13 +246,13 @@ class MessageReader:
         thought = self._thought(named, role, where)
         if content is None and (calls or thought):
             content = ""
-        parts, is_text = self._content(content, where, to_image)
-        extra = [(key, named[key]) for key in ("name", "tool_call_id") if named.get(key) is not None]
-        for key, text in extra:
-            if not isinstance(text, str):
-                raise RowError("wrong_type", f"{where}: {key} must be a string, not {text!r:.60}")
-            self._refuse_special(text, where)
-        trains = _flag(named, where)
+        parts, is_text = self._content(content, where, role, to_image)
+        extra = [
+            (key, self._typed(name_text(named[key], f"{where}: {key}"), where))
+            for key in ("name", "tool_call_id")
+            if named.get(key) is not None
+        ]
+        trains = flag(named, where)
         if trains and role != SAMPLED_ROLE:
             raise _flag_of_another_role(named, role, where)
         for part in parts:
@@ -247,7 +264,7 @@ class MessageReader:
 
     def _known(self, value: JSON, known: Collection[str], where: str) -> JSON:
         """Returns the keys that are neither null nor ignored. Raises RowError for an unknown one."""
-        named = {key: entry for key, entry in value.items() if not _says_nothing(entry) and key not in self._ignored}
+        named = {key: entry for key, entry in value.items() if not says_nothing(entry) and key not in self._ignored}
         for key in named:
             if key not in known or key in ("refusal", "audio"):
                 near = difflib.get_close_matches(str(key), [name for name in known if name != key], n=1, cutoff=0.5)
@@ -272,30 +289,48 @@ class MessageReader:
         return names[0].lower()
 
     def _thought(self, named: JSON, role: str, where: str) -> str:
-        thought = _one_of(named, _THOUGHTS, where)
+        thought = one_of(named, _THOUGHTS, where)
         if thought is None or thought == "":
             return ""
         if not isinstance(thought, str):
             raise RowError("wrong_type", f"{where}: its thought must be a string, not {thought!r:.60}")
         if role != SAMPLED_ROLE:
             raise RowError("wrong_type", f"{where} is of role {role!r} and has a thought; only the assistant thinks")
-        self._refuse_special(thought, where)
-        return thought
+        return self._typed(thought, f"{where}: its thought")
+
+    def _typed(self, text: str, where: str) -> str:
+        """Returns a text among which no image can stand. Raises RowError for structure and for placeholders in it."""
+        text = self._plain(text)
+        if match := self._placeholders.search(text):
+            raise RowError(
+                "special_token_in_text",
+                f"{where} holds the image placeholder {match.group()!r}, and no image can stand there; {self._remedy}",
+            )
+        self._refuse_special(text, where)
+        return text
+
+    def _typed_values(self, value: Any, where: str) -> Any:
+        """Returns a value of JSON with `_typed` texts and names of keys."""
+        if isinstance(value, dict):
+            return {self._typed(name, where): self._typed_values(entry, where) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [self._typed_values(entry, where) for entry in value]
+        return self._typed(value, where) if isinstance(value, str) else value
 
     # ---------------------------------------------------------------- calls
 
     def _calls(self, named: JSON, where: str) -> tuple[Call, ...]:
         raw_calls = named.get("tool_calls") or []
-        raw_calls = _parsed(raw_calls, f"{where}: tool_calls") if isinstance(raw_calls, str) else raw_calls
+        raw_calls = parsed(raw_calls, f"{where}: tool_calls") if isinstance(raw_calls, str) else raw_calls
         if not isinstance(raw_calls, list):
             raise RowError("wrong_type", f"{where}: tool_calls must be a list, not {raw_calls!r:.60}")
-        calls = [self._call(call, where) for call in raw_calls if not _says_nothing(call)]
+        calls = [self._call(call, where) for call in raw_calls if not says_nothing(call)]
         if old := named.get("function_call"):
             calls.append(self._call(old, where))
         return tuple(calls)
 
     def _call(self, call: object, where: str) -> Call:
-        call = _parsed(call, f"{where}: a tool call") if isinstance(call, str) else call
+        call = parsed(call, f"{where}: a tool call") if isinstance(call, str) else call
         if not isinstance(call, dict):
             raise RowError("wrong_type", f"{where}: a tool call must be an object, not {call!r:.60}")
         outer = self._known(call, ("id", "type", "index", "function", "name", "arguments"), f"{where}: a tool call")
@@ -309,7 +344,7 @@ class MessageReader:
         if not isinstance(name, str) or not name:
             raise RowError("wrong_type", f"{where}: a tool call must name its function, not {call!r:.80}")
         if isinstance(arguments, str):
-            arguments = _parsed(arguments, f"{where}: arguments") if arguments.strip() else {}
+            arguments = parsed(arguments, f"{where}: arguments") if arguments.strip() else {}
         else:
             arguments = without_nulls(arguments)
         if arguments is None:
@@ -318,18 +353,16 @@ class MessageReader:
             raise RowError(
                 "wrong_type", f"{where}: arguments must be an object or its JSON text, not {arguments!r:.60}"
             )
-        for text in (name, json.dumps(arguments, ensure_ascii=False)):
-            self._refuse_special(text, where)
+        refuse_not_finite(arguments, f"{where}: arguments")
         number = outer.get("id")
-        if number is not None and not isinstance(number, str):
-            raise RowError("wrong_type", f"{where}: a tool call's id must be a string, not {number!r:.60}")
-        self._refuse_special(number or "", where)
-        return Call(number, name, arguments)
+        number = None if number is None else self._typed(name_text(number, f"{where}: a tool call's id"), where)
+        arguments = self._typed_values(arguments, f"{where}: an argument of a tool call")
+        return Call(number, self._typed(name, where), arguments)
 
     def _calls_of_text(self, content: object, where: str) -> tuple[Call, ...]:
         """Reads the calls of ShareGPT's `function_call`: one call or several, as JSON."""
-        parsed = _parsed(content, where) if isinstance(content, str) else content
-        calls = parsed if isinstance(parsed, list) else [parsed]
+        value = parsed(content, where) if isinstance(content, str) else content
+        calls = value if isinstance(value, list) else [value]
         if not calls:
             raise RowError("wrong_type", f"{where} is a function_call without a call")
         return tuple(self._call(call, where) for call in calls)
@@ -337,10 +370,11 @@ class MessageReader:
     # ---------------------------------------------------------------- content
 
     def _content(
-        self, content: object, where: str, to_image: Callable[[object], ImageRef]
+        self, content: object, where: str, role: str, to_image: Callable[[object], ImageRef]
     ) -> tuple[tuple[Part, ...], bool]:
         """Returns the parts of a content, and whether it was one string without placeholders."""
         if isinstance(content, str):
+            _refuse_picture_in_text(content, role, where)
             pieces = self._placeholders.split(self._plain(content))
             parts: list[Part] = []
             for index, piece in enumerate(pieces):
@@ -357,29 +391,33 @@ class MessageReader:
             raise RowError(
                 "special_token_in_text",
                 f"{where}: a text part holds the image placeholder {match.group()!r}; make it a part of type 'image', "
-                "or, where the text only speaks of it, give the set another placeholder (placeholder:)",
+                f"or, {self._remedy}",
             )
         self._refuse_special(text, where)
+        _refuse_picture_in_text(text, role, where)
         return tuple(parts), False
 
     def _part(self, part: object, where: str, to_image: Callable[[object], ImageRef]) -> Part:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part, dict) and isinstance(part.get("text"), str):
             named = self._known(part, ("type", "text", *FLAGS), f"{where}: a text part")
-            return Part(self._plain(named["text"]), trains=_flag(named, f"{where}: a text part"))
+            return Part(self._plain(named["text"]), trains=flag(named, f"{where}: a text part"))
         if kind in ("image", "image_url") and isinstance(part, dict):
             named = self._known(part, _PART_KEYS, f"{where}: an image part")
             if named.get("text"):
                 raise RowError(
                     "wrong_type", f"{where}: an image part has a text, {named['text']!r:.60}; make it a part"
                 )
-            _flag(named, f"{where}: an image part")  # images are never trained on
+            flag(named, f"{where}: an image part")  # images are never trained on
             return Part(None, self._picture(named, where, to_image))
         raise RowError("wrong_type", f"{where}: a part must be of type 'text' or 'image', not {part!r:.80}")
 
     def _picture(self, named: JSON, where: str, to_image: Callable[[object], ImageRef]) -> ImageRef | int | None:
         """Returns the picture that an image part names, as in `Part.picture`."""
         names = [named[key] for key in _IMAGE_KEYS if key in named]
+        for name in names:
+            if isinstance(name, dict):
+                self._known(name, _PICTURE_KEYS, f"{where}: an image part's picture")
         entries = [name.get("url") if isinstance(name, dict) and "url" in name else name for name in names]
         pictures = [to_image(entry) for entry in entries]
         if len(set(pictures)) > 1:
@@ -427,64 +465,30 @@ def _shown(image: ImageRef) -> str:
     return f"{image.uri!r:.120}" if image.data is None else "bytes"
 
 
+def _wrapped(tool: JSON) -> JSON:
+    """Returns a tool in OpenAI's form; ShareGPT's `tools` columns hold functions alone, which few templates know."""
+    if isinstance(tool.get("name"), str) and "type" not in tool and "function" not in tool:
+        return {"type": "function", "function": tool}
+    return tool
+
+
+def _count_images(message: Message) -> int:
+    return sum(part.is_image for part in message.parts)
+
+
+def _refuse_picture_in_text(text: str, role: str, where: str) -> None:
+    if role != SAMPLED_ROLE and (match := _PICTURE_IN_TEXT.search(text)):
+        raise RowError(
+            "placeholder_count",
+            f"{where} names a picture in its text, {match.group()!r:.80}; write a placeholder there and the picture in "
+            "the row's images, or make it a part of type 'image'",
+        )
+
+
 def missing_column(column: str, value: Mapping[str, Any]) -> RowError:
     """Builds the error of a row that lacks a column, with the fields that it has."""
     fields = ", ".join(map(repr, value)) or "none"
     return RowError("missing_column", f"the row has no {column}; its fields are {fields:.200}; see data: columns")
-
-
-def without_nulls(value: Any) -> Any:
-    """Removes keys that are null, at any depth: a Parquet struct fills in every key that some row has."""
-    if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, list):
-        return [without_nulls(entry) for entry in value]
-    return value
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise RowError("wrong_type", f"{where}: {text!r:.60} is not JSON: {error}") from error
-    if half := lone_surrogate(text, found):
-        raise RowError("not_utf8", f"{where} holds {half!a}, half of a surrogate pair; write the whole character")
-    return found
-
-
-def _says_nothing(value: object) -> bool:
-    """Whether a value is null, or an object of nulls alone: what Parquet may make of an absent object."""
-    if isinstance(value, dict):
-        return bool(value) and all(map(_says_nothing, value.values()))
-    return value is None
-
-
-def _one_of(named: JSON, keys: Sequence[str], where: str) -> Any:
-    """Returns the value of the first present key among keys of one meaning; None where all are absent.
-
-    Raises RowError where two of them differ.
-    """
-    present_keys = [key for key in keys if key in named]
-    for key in present_keys[1:]:
-        if named[key] != named[present_keys[0]]:
-            raise RowError("wrong_type", f"{where} has {present_keys[0]} and {key}, which differ; keep one of them")
-    return named[present_keys[0]] if present_keys else None
-
-
-def _flag(named: JSON, where: str) -> bool | None:
-    """Returns whether a message is trained on by its flag; None without a flag. Raises RowError for a bad flag."""
-
-    flags = [(key, named[key]) for key in FLAGS if key in named]
-    for key, value in flags:
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RowError(
-                "unsupported_flag",
-                f"{where} has {key} {value!r:.40}; true and false (or 1 and 0) are honoured, parts of a loss are not",
-            )
-    values = {bool(value) for _, value in flags}
-    if len(values) > 1:
-        raise RowError("unsupported_flag", f"{where}: {' and '.join(key for key, _ in flags)} disagree; keep one")
-    return values.pop() if values else None
 
 
 def _flag_of_another_role(named: JSON, role: str, where: str) -> RowError:

@@ -56,9 +56,9 @@ def check_first_rows(
         labels = job_labels if dataset.loss is None else label_maker(dataset.loss, encoder.family)
         loss = encoder.losses[number]
         first_samples = _FirstSamples(name, samples, encoder.family)
-        is_chat = source in (LossSource.MESSAGES, LossSource.ROLES) and dataset.kind == "chat"
-        is_chat = is_chat and not (isinstance(loss, RoleLoss) and not _teaches_to_stop(loss))
-        open_ends = first_samples.open_ends(labels, encoder.ending_token_ids) if samples and is_chat else ""
+        has_turns = source in (LossSource.MESSAGES, LossSource.ROLES)
+        has_turns = has_turns and not (isinstance(loss, RoleLoss) and not _teaches_to_stop(loss))
+        open_ends = first_samples.open_ends(labels, encoder.ending_token_ids) if samples and has_turns else ""
         log.info("%s: loss on %s%s", name, described(source, labels, encoder.ending_token_ids), open_ends)
         if not samples:
             continue
@@ -191,13 +191,14 @@ class _FirstSamples:
                 )
 
     def open_ends(self, labels: LabelMaker, ending_token_ids: Sequence[int]) -> str:
-        """Describes missing stop tokens: `; 3 of 5 last turns end without a stop token`, or "" where none is
-        missing."""
+        """Describes missing stop tokens: `; 3 of 5 last turns end without a stop token`, or "" where none is missing.
+        Where all are, nothing teaches the model to stop, and the text says so."""
         ends = {*ending_token_ids, self.family.tokenizer.eos_token_id}
         trained = [ids[ids != IGNORE_INDEX] for ids in sample_labels(self.samples, labels)]
         last = [self._last(ids) for ids in trained if len(ids)]
         missing = sum(token not in ends for token in last)
-        return f"; {missing} of {len(last)} last turns end without a stop token" if missing else ""
+        silent = ": nothing teaches the model to stop" if missing == len(last) else ""
+        return f"; {missing} of {len(last)} last turns end without a stop token{silent}" if missing else ""
 
     def _last(self, ids: np.ndarray) -> int:
         """Returns the last token that is not blank; templates write blanks behind an end."""

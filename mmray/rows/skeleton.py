@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from mmray.loss.settings import SAMPLED_ROLE
 from mmray.rows.messages import Chat, Message
 
 Kind = Literal["content", "thought", "call name", "arguments", "id"]
@@ -178,13 +179,16 @@ class Writer:
             text = self._leaf(Leaf(number, "content", message.text, is_required=False), key)
             return self._of_form(text, message, number)
         entries: list[dict[str, str]] = []
+        thinks = message.role == SAMPLED_ROLE
         for place, part in enumerate(message.parts):
             if part.text is None:
                 key.append("image")
                 entries.append({"type": "image"})
             else:
                 key.append("text")
-                entries.append({"type": "text", "text": self._text(part.text, number, "content", key, place)})
+                entries.append(
+                    {"type": "text", "text": self._text(part.text, number, "content", key, place, thinks=thinks)}
+                )
         text_only = all(entry["type"] == "text" for entry in entries)
         is_joined = self._forms.of(message.role) == {str} or message.role in self._forms.single
         if message.is_text or (text_only and is_joined):
@@ -195,18 +199,18 @@ class Writer:
     def _of_form(self, text: str, message: Message, number: int) -> Any:
         return [{"type": "text", "text": text}] if self._forms.of(message.role) == {list} else text
 
-    def _text(self, text: str, number: int, kind: Kind, key: list[Any], part: int = 0) -> str:
+    def _text(self, text: str, number: int, kind: Kind, key: list[Any], part: int = 0, *, thinks: bool = False) -> str:
+        """Writes a text. thinks: whether what stands behind `<think>` in it is a thought."""
         pieces = []
-        thinks = False
+        is_thought = False
         for piece in self._words.split(text):
             if not piece:
                 continue
             if not piece.strip() or self._words.fullmatch(piece):
                 key.append(piece)
                 pieces.append(piece)
-                thinks = piece in _OPENS_THOUGHT or (thinks and not piece.strip())
+                is_thought = thinks and (piece in _OPENS_THOUGHT or (is_thought and not piece.strip()))
             else:
-                is_thought = kind == "content" and thinks
                 pieces.append(self._leaf(Leaf(number, "thought" if is_thought else kind, piece, part), key))
         return "".join(pieces)
 

@@ -39,14 +39,15 @@ class Run(NamedTuple):
     message: the number of the message.
     start: where the message begins; for the assistant, where the model begins to write.
     stop: where the message ends.
-    ended: behind the stop token, or the text that ends another role's turn; equal to `stop` where there is none.
+    end: the stop token, or the text that ends another role's turn, from its beginning to behind it; empty at `stop`
+        where there is none. Between `stop` and the end of another role's turn a template may write tools.
     first, last: the first and last occurrence of a leaf; -1 for a message without text.
     """
 
     message: int
     start: Place
     stop: Place
-    ended: Place
+    end: tuple[Place, Place]
     first: int
     last: int
 
@@ -455,7 +456,8 @@ class _Turns:
             if shown:
                 start = _Gap(self.skeleton, self.masked.marks, before, first).place(shown.start())
             match = self.template.ends_of(self.chat.messages[message].role).search(behind.text)
-            return Run(message, start, stop, behind.place(match.end()) if match else stop, first, last)
+            end = (behind.place(match.start()), behind.place(match.end())) if match else (stop, stop)
+            return Run(message, start, stop, end, first, last)
         if is_first:
             gap = _Gap(self.skeleton, self.masked.marks, before, first)
             start = gap.place(self._written_before(message, gap.text, before))
@@ -464,9 +466,8 @@ class _Turns:
         if match is None:
             specials = list(self.template.special_texts.finditer(behind.text, 0, own_length))
             match = specials[-1] if specials else None
-        if match is None:
-            return Run(message, start, behind.place(own_length), behind.place(own_length), first, last)
-        return Run(message, start, behind.place(match.start()), behind.place(match.end()), first, last)
+        stop, behind_end = map(behind.place, match.span() if match else (own_length, own_length))
+        return Run(message, start, stop, (stop, behind_end), first, last)
 
     def _written_before(self, message: int, gap: str, before: int) -> int:
         """Counts the letters before a turn of the assistant that stand there before the model begins to write."""
@@ -506,7 +507,7 @@ class _Turns:
         begin = len(before.tail) + _prompt_length(before.prompt or "", turn_text, self.template.plain_turn.header)
         match = self.template.ends.search(gap.text, begin)
         stop, ended = match.span() if match else (len(through.tail), len(through.tail))
-        return Run(message, gap.place(begin), gap.place(stop), gap.place(ended), -1, -1)
+        return Run(message, gap.place(begin), gap.place(stop), (gap.place(stop), gap.place(ended)), -1, -1)
 
 
 def _prompt_length(prompt: str, opening: str, header: str | None) -> int:

@@ -18,21 +18,29 @@ class TokenPlaces:
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
-        self._bytes = _token_bytes(backend)
-        self._lengths = np.asarray([len(token) for token in self._bytes], dtype=np.int64)
+        token_bytes = _token_bytes(backend)
+        self._bytes = np.frombuffer(b"".join(token_bytes), dtype=np.uint8)
+        self._lengths = np.asarray([len(token) for token in token_bytes], dtype=np.int64)
+        self._starts = self._lengths.cumsum() - self._lengths
 
     def of(self, text: str, ids: np.ndarray, *, add_special_tokens: bool) -> "PlacedTokens":
         """Returns the tokens of a text with their places. ids: the tokens that the tokenizer returned, int [n]."""
-        joined = b"".join(map(self._bytes.__getitem__, ids.tolist()))
+        lengths = self._lengths[ids]
+        stops = lengths.cumsum()
+        joined = self._joined(ids, lengths, stops)
         for normalise in (_as_it_is, self._normalised):
             written = normalise(text).encode()
             if joined.endswith(written):
-                lengths = self._lengths[ids]
-                stops = lengths.cumsum() - (len(joined) - len(written))
+                stops -= len(joined) - len(written)
                 return PlacedTokens(text, written, np.maximum(stops - lengths, 0), np.maximum(stops, 0), normalise)
         offsets = self._backend.encode(text, add_special_tokens=add_special_tokens).offsets
         starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
         return PlacedTokens(text, None, starts, stops)
+
+    def _joined(self, ids: np.ndarray, lengths: np.ndarray, stops: np.ndarray) -> bytes:
+        """Joins the bytes of tokens. One gather takes two fifths of the time of joining objects."""
+        moved = self._starts[ids] - (stops - lengths)
+        return self._bytes[np.arange(stops[-1] if len(stops) else 0) + moved.repeat(lengths)].tobytes()
 
     def _normalised(self, text: str) -> str:
         """Normalises a text as the tokenizer does, with every kind of space as a plain space."""

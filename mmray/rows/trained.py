@@ -46,24 +46,24 @@ def trained_text(rendered: RenderedChat, loss: Loss) -> TrainedText:
     last = max(chosen, default=-1)
     ending = [n for n, run in enumerate(runs) if run.message == max(with_text, default=-1)]
     for number, run in enumerate(runs):
-        start, stop, ended = (rendered.filled.place(place) for place in (run.start, run.stop, run.ended))
+        start, stop, *end = (rendered.filled.place(place) for place in (run.start, run.stop, *run.end))
         trains = run.message in chosen
         if trains:
             taken = list(_taken_out(rendered, run, setting, (start, stop), is_last=run.message == last))
             spans += _without((start, stop), taken)
-            whole.append((start, ended))
+            whole.append((start, end[1]))
         else:
             spans += _of_parts(rendered, run, trains=True)
-        if _end_trains(setting.train_on_eos, trains, is_last=bool(ending) and number == ending[-1]) and ended > stop:
-            spans.append((stop, ended))
-            ends.append((stop, ended))
+        if _end_trains(setting.train_on_eos, trains, is_last=bool(ending) and number == ending[-1]) and end[1] > end[0]:
+            spans.append((end[0], end[1]))
+            ends.append((end[0], end[1]))
     final = len(messages) - 1
     behind = [run for run in runs if run.message == final]
     is_open = (
         final in chosen
         and messages[final].role == SAMPLED_ROLE
         and bool(behind)
-        and behind[-1].ended == behind[-1].stop
+        and behind[-1].end[0] == behind[-1].end[1]
     )
     return TrainedText(tuple(sorted(spans)), tuple(whole), tuple(ends), is_open)
 

@@ -243,8 +243,12 @@ def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, An
 
 
 def check_deepspeed_overrides(overrides: dict[str, Any]) -> None:
-    """Raise ValueError, naming the setting to use, if mmray decides a key whose value is not "auto"."""
+    """Raise ValueError, naming the setting to use, if mmray decides a key whose value is not "auto"; also where the
+    group that mmray completes is not one."""
     stated = _without_auto(overrides)
+    zero = stated.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"the DeepSpeed key 'zero_optimization' must be an object, found {zero!r:.40}")
     for key, remedy in OWNED_DEEPSPEED_KEYS.items():
         node: Any = stated
         for part in key.split("."):

@@ -207,11 +207,11 @@ def test_as_a_module(module):
     assert "reprot" in ends[1].stderr
 
 
-def test_prepare_and_train_are_the_jobs_of_the_checkout(run, monkeypatch, tmp_path):
+def test_prepare_train_and_evaluate_are_the_jobs_of_the_checkout(run, monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr("os.execv", lambda program, words: (started.append(words), sys.exit(0)))
     checkout = Path(mmray.__file__).parents[1]
-    for name in ("prepare", "train"):
+    for name in ("prepare", "train", "evaluate"):
         assert run(name, "job.yaml", "--set", "a=1", "--help")[0] == 0
         script = checkout / "jobs" / f"{name}.py"
         assert script.exists()

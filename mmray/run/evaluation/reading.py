@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 
 import mmray
 from mmray.loss.sources import ending_token_ids
+from mmray.run.evaluation.generate import plain_generation
 from mmray.run.export.prompting import Picture
 
 
@@ -48,7 +49,8 @@ class Reader:
             max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=list(self.stop_token_ids),
             pad_token_id=self.prompt.family.padding_id,
         )  # fmt: skip
-        output = self.model.generate(**inputs, generation_config=config)
+        with plain_generation(self.model):
+            output = self.model.generate(**inputs, generation_config=config)
         return self.prompt.decode(output[0, inputs["input_ids"].shape[1] :])
 
     def _stop_token_ids(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mmray.errors import UserError
 from mmray.images.source import one_line
+from mmray.run.best import best_step
 from mmray.run.checkpoints import checkpoint_names, looks_whole, step_of
 from mmray.run.export.sidecar import Dtype
 from mmray.run.export.weights import needed_files
@@ -66,6 +67,15 @@ class SourceCheckpoint:
         if not wanted:
             raise UserError(f"{source} has no checkpoint of step {step}; it has those of steps {steps}")
         raise UserError(f"{source}: no checkpoint of step {step or steps} is whole; mmray report names what is missing")
+
+    @classmethod
+    def best(cls, run: str) -> "SourceCheckpoint":
+        """The checkpoint of the run's best evaluation (`keep_best`). Raises UserError where none is kept."""
+        newest = cls.find(run)
+        step = best_step(newest.folder)
+        if step is None:
+            raise UserError(f"{run} keeps no best checkpoint; set keep_best in the job file and train, or give a step")
+        return cls.find(run, step)
 
     @cached_property
     def folder(self) -> Path:

@@ -39,7 +39,7 @@ EXPECTED = {
     "system_column": [],
     "responses_api": "wrong_type",
     "video": "wrong_type",
-    "qwen1": [],
+    "qwen1": "placeholder_count",
     "both": "wrong_type",
     "content_and_value": "wrong_type",
     "role_and_from": [],

@@ -108,3 +108,117 @@ def test_a_picture_outside_of_generation_blocks_is_no_difference(zoo_processor):
     )
     assert "Anna." in found
     assert "<image>" not in found
+
+
+# ---- Where images cannot stand ----
+
+
+def called(arguments):
+    return answer(None, tool_calls=[{"function": {"name": "look", "arguments": arguments}}])
+
+
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        (answer(reasoning_content="Look at <image> again"), "message 1: its thought"),
+        (called({"page": {"names": ["<image>"]}}), "message 1: an argument of a tool call"),
+        (called('{"<image>": 1}'), "message 1: an argument of a tool call"),
+        (answer() | {"chat_template_kwargs": {"add_vision_id": "<image>"}}, "chat_template_kwargs"),
+        ({"messages": [USER | {"name": "<image>"}, answer()["messages"][1]]}, "message 0"),
+    ],
+)
+def test_a_placeholder_where_no_image_can_stand_is_refused(qwen, row, where):
+    found = qwen(row)
+    assert found.reason == "special_token_in_text"
+    assert found.message.startswith(f"{where} holds the image placeholder '<image>'")
+    assert "give the set another one (placeholder: '<|page|>')" in found.message
+    other = qwen(row, placeholder="<|page|>")
+    assert not isinstance(other, RejectedRow) or other.reason in ("not_written", "unknown_field")
+
+
+def test_a_placeholder_in_the_system_column_is_an_image(processors):
+    from PIL import Image
+
+    picture = png(Image.new("RGB", PICTURES["page.png"], "red"))
+    preparation = preparation_of(family_of(processors["qwen2_vl"]), "sampled")
+    assert preparation.rejected(answer() | {"system": "As in <image>."}).reason == "placeholder_count"
+    sample = preparation.sample(answer() | {"system": "As in <image>.", "images": [picture]})
+    assert [image.data for image in sample.images] == [picture["bytes"]]
+
+
+PICTURE_TEXTS = ["Picture 1: <img>red.png</img> Who?", "<IMG> a b.JPEG </IMG>", "<img>s3://bucket/page</img>"]
+
+
+@pytest.mark.parametrize("text", PICTURE_TEXTS)
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_a_picture_named_in_a_text_is_not_read_as_text(qwen, text, as_parts):
+    content = [{"type": "text", "text": text}] if as_parts else text
+    found = qwen({"messages": [{"role": "user", "content": content}, answer()["messages"][1]]})
+    assert (found.reason, "<img>" in found.message.lower()) == ("placeholder_count", True)
+
+
+@pytest.mark.parametrize("text", ["<img>A stamp.</img> Anna.", PICTURE_TEXTS[0]])
+def test_what_an_assistant_writes_of_pictures_is_text(qwen, text):
+    """Some OCR models describe pictures between these tags."""
+    assert qwen(answer(text)) == f"{text}{END}"
+
+
+def test_a_question_about_the_tag_is_text(qwen):
+    assert qwen(chat("What does <img> do, and <img>a caption</img>?", "Anna.")) == f"Anna.{END}"
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_other_media_are_not_left_out(qwen, kind):
+    spoken = chat(f"<{kind}> Who?", "Anna.")
+    found = qwen(spoken | {f"{kind}s": ["a.mp4"]})
+    assert (found.reason, f"{kind}s" in found.message) == ("wrong_type", True)
+    assert qwen(spoken | {f"{kind}s": []}) == f"Anna.{END}"
+    assert qwen(chat("Who?", "Anna.") | {kind: "source of the frame"}) == f"Anna.{END}"
+
+
+# ---- Numbers ----
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_lacks_are_refused(qwen, number):
+    for row in (
+        called({"count": [number]}),
+        called(json.dumps({"count": number})),
+        answer() | {"tools": [{"type": "function", "function": {"name": "look", "default": number}}]},
+    ):
+        found = qwen(row)
+        assert (found.reason, repr(number) in found.message) == ("wrong_type", True)
+
+
+def test_names_and_ids_may_be_numbers(zoo_processor, qwen):
+    named = {"messages": [USER | {"name": 7}, answer(name=8)["messages"][1]]}
+    assert qwen(named) == f"Anna.{END}"
+    assert qwen({"messages": [USER | {"name": True}]}).reason == "wrong_type"
+    if not (SHARED / "templates").exists():
+        pytest.skip("the shared data is not here")
+    call = {"id": 5, "function": {"name": "look", "arguments": {"page": "ARGUMENT"}}}
+    result = {"role": "tool", "tool_call_id": 5, "content": "RESULT"}
+    row = {"messages": [USER, answer(None, tool_calls=[call])["messages"][1], result, answer()["messages"][1]]}
+    family = family_with(zoo_processor("gemma4"), "gemma4", "ax_gemma4")
+    assert "ARGUMENT" in trained_text(preparation_of(family, "sampled"), row)
+
+
+# ---- Tools and pictures ----
+
+
+@pytest.mark.skipif(not (SHARED / "templates").exists(), reason="the shared data is not here")
+@pytest.mark.parametrize(("template", "member"), [("trl_qwen3_vl", "qwen3_vl"), ("ax_gemma4", "gemma4")])
+def test_functions_alone_are_tools(zoo_processor, template, member):
+    """As in ShareGPT's column: the prompt is the one of OpenAI's form, which is written when the model is used."""
+    parameters = {"type": "object", "properties": {"page": {"type": "string", "description": "Number."}}}
+    function = {"name": "look", "description": "Looks.", "parameters": parameters}
+    preparation = preparation_of(family_with(zoo_processor(member), member, template), "sampled")
+    wrapped = preparation.sample(answer() | {"tools": [{"type": "function", "function": function}]})
+    for tools in ([function], json.dumps([function]), [json.dumps(function)]):
+        assert preparation.sample(answer() | {"tools": tools}).input_ids.tolist() == wrapped.input_ids.tolist()
+
+
+def test_what_a_picture_says_besides_its_place_is_not_left_out(qwen):
+    part = {"type": "image_url", "image_url": {"url": "red.png", "detail": "high", "box": [1, 2, 3, 4]}}
+    found = qwen({"messages": [{"role": "user", "content": [part]}, answer()["messages"][1]]})
+    assert (found.reason, "'box'" in found.message) == ("unknown_field", True)

@@ -68,3 +68,35 @@ def trained(rank: int, world_size: int, name: str, folder: Path, stage: int) -> 
         return [asdict(engine.step(batches[rank::world_size])) for _ in range(STEPS)]
     finally:
         engine.close()
+
+
+def stepped(rank: int, world_size: int, folders: dict[str, Path]) -> dict[str, str]:
+    """By member: what is wrong with an engine of ZeRO-2 on the weights of its folder and one step of it; "" if
+    nothing."""
+    return {name: _step_problem(name, folder) for name, folder in folders.items()}
+
+
+def _step_problem(name: str, folder: Path) -> str:
+    member = ZOO[name]
+    saved = torch.load(folder / "saved.pt", weights_only=True)
+    try:
+        engine = TrainingEngine(
+            ModelSettings(path=str(folder / "model"), dtype="fp32", attention=member.attentions[0], seed=11),
+            TrainingSettings(steps=1, global_batch_bins=1, learning_rate=1e-3, zero_stage=2),
+            total_steps=1,
+            grad_accumulation=1,
+        )
+    except Exception as error:  # noqa: BLE001 (what each member does is told)
+        return f"{type(error).__name__}: {error}"
+    try:
+        weights = dict(engine.model.named_parameters())
+        if wrong := [key for key, weight in weights.items() if not torch.equal(weight.data, saved[key])]:
+            return f"loaded: {wrong}"
+        family = family_of(load_processor(folder), model_type=member.model_type)
+        result = engine.step([micro_batch(family, PICTURES[:1])])
+        changed = [key for key, weight in weights.items() if not torch.equal(weight.data, saved[key])]
+        if not (result.trained_tokens > 0 and 0 < result.loss < 100 and changed):
+            return f"stepped: {result}, {len(changed)} of {len(saved)} weights changed"
+        return ""
+    finally:
+        engine.close()

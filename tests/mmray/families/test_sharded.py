@@ -18,8 +18,8 @@ MEMBERS = [name for name, member in ZOO.items() if not member.missing and not me
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """By member: what `sharded.loaded` of two ranks says of a folder as transformers saves it."""
+def saved_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By member: its folder, with a model as transformers saves it and its weights beside."""
     folders = {}
     for name in MEMBERS:
         member, folder = ZOO[name], tmp_path_factory.mktemp("saved")
@@ -29,9 +29,26 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         model.save_pretrained(folder / "model")
         torch.save({name: weight.data for name, weight in model.named_parameters()}, folder / "saved.pt")
         folders[name] = folder
-    first, second = RankGroup(2, sharded.loaded, folders).results()
+    return folders
+
+
+@pytest.fixture(scope="module")
+def differences(saved_folders: dict[str, Path]) -> dict[str, str]:
+    """By member: what `sharded.loaded` of two ranks says of its folder."""
+    first, second = RankGroup(2, sharded.loaded, saved_folders).results()
     assert first == second
     return first
+
+
+@pytest.fixture(scope="module")
+def steps(saved_folders: dict[str, Path]) -> dict[str, str]:
+    """By member: what `sharded.stepped` says of its folder."""
+    return RankGroup(1, sharded.stepped, saved_folders).results()[0]
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_saved_weights_train_under_zero_2(name: str, steps: dict[str, str]) -> None:
+    assert steps[name] == ""
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -4,6 +4,8 @@ import gzip
 import io
 import sys
 
+import imagecodecs
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -39,6 +41,24 @@ def test_what_a_file_is(data: bytes, words: str) -> None:
     assert caught.value.reason == "image_unreadable"
     assert words in caught.value.message
     assert "\n" not in caught.value.message
+
+
+GREY = np.full((16, 16), 2000, np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (imagecodecs.jpeg8_encode(GREY, bitspersample=12), "a JPEG of 12 bits; store it as JPEG of 8 bits"),
+        (imagecodecs.jpegls_encode(GREY.astype(np.uint8)), "a JPEG-LS picture"),
+        (imagecodecs.jpeg8_encode(GREY.astype(np.uint8)).replace(b"\x08\0\x10\0\x10", b"\x08\0\0\0\x10"), "its height"),
+        (b"\xff\xd8\xff\xe0\0\x04ab" + bytes(40), "a JPEG whose header is damaged"),
+    ],
+)
+def test_a_jpeg_that_is_not_decoded_says_its_kind(data: bytes, words: str) -> None:
+    with pytest.raises(RowError, match="image_unreadable") as caught:
+        image_size(data)
+    assert words in caught.value.message
 
 
 def test_any_beginning_has_a_message() -> None:

@@ -86,10 +86,61 @@ def test_a_block_of_zeros_within_is_no_pixels(name: str) -> None:
         load_image(data[:at] + bytes(512) + data[at + 512 :])
 
 
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+def test_an_end_marker_in_the_place_of_the_rest_is_no_pixels(name: str, share: float) -> None:
+    """As programs that repair files write it; decoders make the rest grey. What the last scan of a progressive image
+    adds cannot be seen; `mmray verify` finds that it is cut."""
+    data = WHOLE[name]
+    if (name, share) == ("progressive", 0.8):
+        assert jpeg.lacks_pixels(data[: int(share * len(data))] + b"\xff\xd9")
+        return
+    with pytest.raises(RowError, match="image_corrupt"):
+        load_image(data[: int(share * len(data))] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("filler", [b"\xff", b"\x55"])
+def test_lost_restart_markers_are_lost_pixels(filler: bytes) -> None:
+    data = WHOLE["restarts"]
+    at = len(data) // 2
+    with pytest.raises(
+        RowError, match=r"image_corrupt.*of its \d+ restart markers, so a part of its pixels is missing"
+    ):
+        load_image(data[:at] + filler * (len(data) - at - 2) + data[-2:])
+
+
+@pytest.mark.parametrize("place", [5, 7])
+def test_a_header_that_announces_more_than_there_is(place: int) -> None:
+    """More rows, or more columns, by the frame header (ITU T.81, B.2.2)."""
+    data = WHOLE["plain"]
+    at = data.index(b"\xff\xc0") + place
+    larger = (3 * int.from_bytes(data[at : at + 2], "big") // 2).to_bytes(2, "big")
+    with pytest.raises(RowError, match="image_corrupt"):
+        load_image(data[:at] + larger + data[at + 2 :])
+
+
+def test_grey_pictures_are_whole() -> None:
+    """Their last pixel is the grey that stands for lost ones."""
+    for options in KINDS.values():
+        data = encoded(Image.new("RGB", (300, 200), (128, 128, 128)), **options)
+        assert np.array_equal(np.asarray(load_image(data)), pixels(data))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 7}])
+@pytest.mark.parametrize("size", [(1, 1), (17, 9), (64, 48), (321, 243)])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_whole_files_of_any_size_and_sampling_lack_nothing(options, size, subsampling) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    for page in (noise, noise.convert("L"), noise.convert("CMYK")):
+        data = encoded(page, subsampling=subsampling, **options)
+        assert jpeg.loss(data) is None
+        load_image(data)
+
+
 @pytest.mark.parametrize("name", [*WHOLE, *BLANK])
 def test_whole_files_have_no_hole(name: str) -> None:
     data = (WHOLE | BLANK)[name]
-    assert jpeg.hole(data) is None
+    assert jpeg.loss(data) is None
     assert np.array_equal(np.asarray(load_image(data)), pixels(data))
 
 
@@ -118,5 +169,5 @@ def test_any_bytes_may_stand_for_a_jpeg(data: st.DataObject) -> None:
     whole = bytearray(WHOLE["progressive"])
     for at, byte in data.draw(st.lists(st.tuples(st.integers(2, 700), st.integers(0, 255)), max_size=8)):
         whole[at] = byte
-    place = jpeg.hole(bytes(whole) + bytes(200))
-    assert place is None or 0 <= place < len(whole) + 200
+    lost = jpeg.loss(bytes(whole) + bytes(200))
+    assert lost is None or "missing" in lost or "zeros" in lost

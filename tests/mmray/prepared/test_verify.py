@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mmray import cli
 from mmray.errors import UserError
 from mmray.images import jpeg
 from mmray.prepared import verify as module
-from mmray.prepared.verify import verify
+from mmray.prepared.verify import Part, PartResult, in_processes, verify
 from tests.mmray.pdfs import pdf_of
 from tests.mmray.preparing import PACKING, Preparation, blank_unseen, write_rows
 
@@ -76,7 +77,7 @@ def reported(path: str) -> dict[str, str]:
 
 def test_sound_pictures_are_not_listed(processors: dict[str, Any], folder: Path) -> None:
     path = prepared_in(processors["qwen2_vl"], folder)
-    verified = verify(path, processes=1)
+    verified = verify(path, run_parts=in_processes(1))
     assert reported(path) == {"other.jpg": "other_format", "blank.png": "blank"}
     assert (verified.pictures, verified.broken) == (14, 0), "good1.jpg is looked at once"
 
@@ -89,7 +90,9 @@ def test_what_is_not_sound_is_listed(
     path = prepared_in(processors["qwen2_vl"], folder)
     break_them(folder)
     seen = []
-    verified = verify(path, processes=processes, on_progress=lambda done, total: seen.append((done, total)))
+    verified = verify(
+        path, run_parts=in_processes(processes), on_progress=lambda done, total: seen.append((done, total))
+    )
     assert reported(path) == LISTED
     assert verified.broken == 4
     assert dict(verified.listed) == dict.fromkeys(LISTED.values(), 1)
@@ -108,26 +111,26 @@ def test_a_stopped_run_goes_on_where_it_was(
     looked: list[int] = []
     part = module.verify_part
 
-    def stopping(path: str, first: int, stop: int) -> dict[str, Any]:
-        looked.append(first)
-        if first == 8 and looked.count(8) == 1:
+    def stopping(path: str, one: Part) -> PartResult:
+        looked.append(one.first)
+        if one.first == 8 and looked.count(8) == 1:
             raise KeyboardInterrupt
-        return part(path, first, stop)
+        return part(path, one)
 
     monkeypatch.setattr(module, "verify_part", stopping)
     with pytest.raises(KeyboardInterrupt):
-        verify(path, processes=1)
-    verified = verify(path, processes=1)
+        verify(path, run_parts=in_processes(1))
+    verified = verify(path, run_parts=in_processes(1))
     assert looked == [0, 4, 8, 8, 12]
     assert reported(path) == LISTED
     assert verified.pictures == 15, "good1.jpg stands in two parts"
-    verify(path, processes=1)
+    verify(path, run_parts=in_processes(1))
     assert looked == [0, 4, 8, 8, 12], "nothing is left to do"
 
 
 def test_another_dataset_is_looked_at_anew(processors: dict[str, Any], folder: Path) -> None:
     path = prepared_in(processors["qwen2_vl"], folder)
-    verify(path, processes=1)
+    verify(path, run_parts=in_processes(1))
     (folder / "good5.jpg").unlink()
     print_of(5, (60, 80)).save(folder / "good5.jpg")
     break_them(folder)
@@ -136,7 +139,7 @@ def test_another_dataset_is_looked_at_anew(processors: dict[str, Any], folder: P
     rows = [{"id": "one", "text": "<image> x", "images": ["good5.jpg"]}]
     dataset = {"files": write_rows(folder / "rows.jsonl", rows), "kind": "pretrain"}
     Preparation(processors["qwen2_vl"], dataset).write(path)
-    assert verify(path, processes=1).pictures == 1
+    assert verify(path, run_parts=in_processes(1)).pictures == 1
 
 
 def test_the_command(
@@ -144,8 +147,8 @@ def test_the_command(
 ) -> None:
     path = prepared_in(processors["qwen2_vl"], folder)
 
-    def run() -> int:
-        monkeypatch.setattr("sys.argv", ["mmray", "verify", path, "--processes", "1"])
+    def run(*options: str) -> int:
+        monkeypatch.setattr("sys.argv", ["mmray", "verify", path, "--processes", "1", *options])
         with pytest.raises(SystemExit) as done:
             cli.main()
         return int(str(done.value.code))
@@ -155,9 +158,35 @@ def test_the_command(
     for file in Path(f"{path}-verify").iterdir():
         file.unlink()
     assert run() == 1
-    shown = capsys.readouterr().out
-    assert "image_missing" in shown
-    assert "report.jsonl" in "".join(shown.split())
+    printed = capsys.readouterr()
+    assert "image_missing" in printed.out
+    assert "report.jsonl" in "".join(printed.out.split())
+    assert "decoding in 1 processes of this machine; --address names a Ray cluster" in printed.err
+    assert run("--address", "auto") == 2, "here or there"
+
+
+def test_the_command_goes_to_the_cluster_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda program, words: started.append(words[1:]) or sys.exit(0))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for options, address in ([["--address", "auto"], None], [[], "10.0.0.1:6379"]):
+        if address:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr("sys.argv", ["mmray", "verify", "/data/prepared", *options])
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert [Path(words[0]).name for words in started] == ["verify.py"] * 2
+    assert [words[1:] for words in started] == [["/data/prepared", "--address", "auto"], ["/data/prepared"]]
+
+
+def test_what_was_not_written_to_its_end_is_listed(tmp_path: Path) -> None:
+    """Of a format that is not compressed; a black frame around a page is none such."""
+    whole = np.asarray(print_of(3, (90, 120)))
+    for share, listed in [(0.0, []), (0.1, []), (0.5, ["blank"])]:
+        pixels = whole.copy()
+        pixels[round(120 * (1 - share)) :] = 0
+        Image.fromarray(pixels).save(tmp_path / "page.bmp")
+        assert [reason for reason, _ in module.picture_problems(f"{tmp_path}/page.bmp", (90, 120))] == listed
 
 
 def test_where_nothing_is_prepared(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmray.report import charts
-from mmray.report.charts import COLUMNS, Axis, Series, exact, over_steps, short
+from mmray.display import charts
+from mmray.display.charts import COLUMNS, Axis, Series, exact, over_steps, short
 
 FINITE = st.floats(-1e9, 1e9, allow_subnormal=False)
 

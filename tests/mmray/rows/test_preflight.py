@@ -100,7 +100,7 @@ def test_last_turns_without_an_end_are_said(check, processors):
         )
         return check(("chat", rows), processor=Endless(processor))[1][-1]
 
-    assert said_of("").endswith("; 5 of 5 last turns end without a stop token")
+    assert said_of("").endswith("; 5 of 5 last turns end without a stop token: nothing teaches the model to stop")
     assert "last turns" not in said_of("{{ eos_token }}")
     some = "{% if '3' not in m.content %}{{ eos_token }}{% endif %}"
     assert said_of(some, [*CHATS, chat("No answer")]).endswith("; 1 of 5 last turns end without a stop token")

@@ -84,6 +84,10 @@ def test_deepspeed_overrides_are_laid_over_ours(tmp_path: Path) -> None:
     file.write_text('{"optimizer": {"type": "Lamb"}}')
     with pytest.raises(UserError, match=r"'optimizer' is decided by training\.learning_rate"):
         load_deepspeed_overrides(str(file))
+    for group in ("[1]", "null", '"stage 2"'):
+        file.write_text(f'{{"zero_optimization": {group}}}')
+        with pytest.raises(UserError, match="'zero_optimization' must be an object"):
+            load_deepspeed_overrides(str(file))
     with pytest.raises(UserError, match="cannot read"):
         load_deepspeed_overrides(str(tmp_path / "missing.json"))
 

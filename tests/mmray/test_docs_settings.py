@@ -5,7 +5,7 @@ from pathlib import Path
 from mmray.config.job import Job
 from mmray.config.reference import settings_page
 
-PAGE = Path(__file__).parents[3] / "docs/settings.md"
+PAGE = Path(__file__).parents[2] / "docs/settings.md"
 
 
 def test_the_page_is_written_anew_with_every_change_of_a_setting():

@@ -1,0 +1,270 @@
+"""The rows that an evaluation looks at, each as a bin of its own: encoded and rendered as for training.
+
+    chunk of rows ─ RowEncoder (tokens, sizes) ─ batches of like length ─ RowRenderer (pictures) ─ RowEvaluator (model)
+
+Without Ray one process does all three; `pipelines/evaluate.py` runs them on actors.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from mmray.base.settings import RowKind
+from mmray.batches.micro_batch import Place, Rendered, render
+from mmray.config.compatibility import job_family
+from mmray.config.job import Job
+from mmray.errors import RowError, UserError
+from mmray.families import Family
+from mmray.images import TilingPolicy, load_image
+from mmray.loss.labels import LossRule
+from mmray.prepared import Bin
+from mmray.rows.encode import Encoder
+from mmray.rows.files import Chunk, SourceFile, first_piece, plan_chunks, source_files
+from mmray.rows.read import RowReader, chunk_rows, read_piece
+from mmray.rows.sample import RejectedRow, Sample
+from mmray.rows.settings import DatasetSettings
+from mmray.run.scoring.results import BadRow
+from mmray.storage import explained
+
+CHUNK_ROWS = 128
+"""Rows that are sorted by length together."""
+
+PICTURE_SIDE = 640
+"""Longest side, in pixels, of the picture of a page in a report."""
+
+Splits = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """A set of rows: its name in results, and how its files are read."""
+
+    name: str
+    dataset: DatasetSettings
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """The rows of an evaluation: `train` or `eval` of a job, or one file."""
+
+    name: str
+    """`train`, `eval`, or the file as it was named."""
+    sets: tuple[RowSet, ...]
+
+    @classmethod
+    def of(cls, job: Job, data: str) -> "EvaluationData":
+        """The rows of a split, or of a file that is read like the job's set of the same kind.
+
+        Raises UserError for a split without rows.
+        """
+        if data in ("train", "eval"):
+            split = getattr(job.data, data)
+            if not split:
+                raise UserError("data.eval has no rows; give --data train, or a file of rows")
+            chosen = job.evaluation.sets if job.evaluation and data == "eval" else None
+            numbers = range(len(split)) if chosen is None else chosen
+            return cls(data, tuple(RowSet(str(number), split[number]) for number in numbers))
+        like = [*job.data.eval, *job.data.train]
+        file = data if "://" in data else str(data)
+        (source, *_) = source_files([DatasetSettings(files=(file,), kind="pretrain")])
+        kind = _kind_of(source)
+        first = next((dataset for dataset in like if dataset.kind == kind), None)
+        dataset = DatasetSettings(files=(file,), kind=kind)
+        if first is not None:
+            dataset = first.model_copy(update={"files": (file,), "format": "auto", "members": ()})
+        return cls(data, (RowSet(PurePosixPath(file).name, dataset),))
+
+    @property
+    def datasets(self) -> tuple[DatasetSettings, ...]:
+        """Settings of the sets, in order."""
+        return tuple(row_set.dataset for row_set in self.sets)
+
+    def chunks(self, limit: int | None) -> list[Chunk]:
+        """The chunks of all rows, or of the first `limit` rows as they are dealt: each file's share."""
+        chunks = plan_chunks(source_files(self.datasets), window_rows=CHUNK_ROWS, chunk_rows=CHUNK_ROWS)
+        return chunks if limit is None else [chunk for chunk in chunks if chunk.first_row < limit]
+
+
+def _kind_of(file: SourceFile) -> RowKind:
+    """The kind of the rows of a file, by its first row."""
+    row = next(read_piece(first_piece(file, 1)), None)
+    names = set(row.value) if row is not None and isinstance(row.value, dict) else set()
+    if names & {"messages", "conversations"}:
+        return "chat"
+    return "tokenized" if "input_ids" in names else "pretrain"
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """A row as a bin of its own."""
+
+    number: int
+    """Position among all rows."""
+    set: str
+    kind: RowKind
+    bin: Bin
+
+    @property
+    def id(self) -> str:
+        """Id of the row."""
+        return self.bin.sample_ids[0]
+
+    @property
+    def source(self) -> str:
+        """Place of the row, `file:line`."""
+        return self.bin.sample_sources[0]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows of like length that are read together, and the bad rows of their chunk (with its first batch)."""
+
+    name: str
+    """The chunk's number and the batch's within it."""
+    rows: tuple[EvaluationRow, ...]
+    bad: tuple[BadRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class RenderedBatch:
+    """A batch with its pictures decoded: for each row its arrays, or what is wrong with it, and a small picture."""
+
+    batch: RowBatch
+    rendered: tuple[Rendered, ...]
+    pictures: tuple[bytes, ...]
+    """A JPEG of each row's first image; empty without one."""
+
+
+class RowEncoder:
+    """Encodes chunks of rows into batches of like length. It holds the tokenizer: one in each process is enough."""
+
+    def __init__(self, job: Job, data: EvaluationData, *, batch_rows: int, limit: int | None = None) -> None:
+        """limit: number of rows after which all others are left out."""
+        self.job, self._data, self._batch_rows, self._limit = job, data, batch_rows, limit
+        self._reader = RowReader()
+
+    @cached_property
+    def family(self) -> Family:
+        """The family of the job's model and processor."""
+        return job_family(self.job)
+
+    @cached_property
+    def policy(self) -> TilingPolicy:
+        """The tiling policy, as resolved for the family."""
+        return self.family.resolved_tiling(self.job.images)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        datasets = [dataset.model_copy(update={"loss": None}) for dataset in self._data.datasets]
+        return Encoder(self.job.data.lenient, datasets, self.family, self.policy, self.job.packing, loss="sampled")
+
+    def batches(self, chunk: Chunk) -> Iterator[RowBatch]:
+        """Yields the batches of a chunk, the longest rows first. Raises UserError for a file that cannot be read."""
+        with explained(f"{chunk.pieces[0].uri} or its images"):
+            raw = list(chunk_rows(chunk, self._reader))
+            if self._limit is not None:
+                raw = raw[: max(0, self._limit - chunk.first_row)]
+            results = self._encoder.encode(raw)
+        bad, rows = [], []
+        for number, (row, result) in enumerate(zip(raw, results), start=chunk.first_row):
+            row_set = self._data.sets[row.dataset]
+            if isinstance(result, RejectedRow):
+                bad.append(BadRow(result.id, result.source, row_set.name, result.reason, result.message))
+            else:
+                rows.append(EvaluationRow(number, row_set.name, row_set.dataset.kind, bin_of(result, number)))
+        rows.sort(key=lambda row: len(row.bin.input_ids), reverse=True)
+        groups = [rows[start : start + self._batch_rows] for start in range(0, len(rows), self._batch_rows)] or [[]]
+        for number, group in enumerate(groups):
+            yield RowBatch(
+                f"{chunk.window:06d}-{chunk.index:04d}-{number:04d}", tuple(group), tuple(bad if number == 0 else ())
+            )
+
+
+def bin_of(sample: Sample, number: int) -> Bin:
+    """The bin that holds one sample alone. Its number of trained tokens is not known: -1."""
+    given_mask = sample.given_mask if sample.rule == LossRule.GIVEN else np.zeros(0, dtype=bool)
+    images = [
+        {"uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
+         "first_token": int(first), "num_tokens": int(count)}
+        for image, (width, height), (first, count) in zip(sample.images, sample.sizes, sample.blocks)
+    ]  # fmt: skip
+    return Bin(
+        index=number, bucket=sample.bucket, visual_tokens=sample.visual_tokens, trained_tokens=-1,
+        input_ids=sample.input_ids, sample_lengths=np.asarray([len(sample.input_ids)], dtype=np.int32),
+        sample_ids=[sample.id], sample_sources=[sample.source], sample_rules=np.asarray([sample.rule], dtype=np.int8),
+        sample_sets=np.asarray([sample.dataset], dtype=np.int32), given_mask=given_mask, images=images,
+    )  # fmt: skip
+
+
+def sample_bin(packed: Bin, number: int) -> Bin:
+    """The bin that holds sample `number` of another bin alone. Its number of trained tokens is not known: -1."""
+    stop = int(packed.sample_lengths[: number + 1].sum())
+    start = stop - int(packed.sample_lengths[number])
+    images = [
+        image | {"sample": 0, "first_token": image["first_token"] - start}
+        for image in packed.images if image["sample"] == number
+    ]  # fmt: skip
+    one = slice(number, number + 1)
+    return replace(
+        packed, trained_tokens=-1, visual_tokens=sum(image["num_tokens"] for image in images),
+        input_ids=packed.input_ids[start:stop], sample_lengths=packed.sample_lengths[one],
+        sample_ids=packed.sample_ids[one], sample_sources=packed.sample_sources[one],
+        sample_rules=packed.sample_rules[one], sample_sets=packed.sample_sets[one],
+        given_mask=packed.given_mask[start:stop] if len(packed.given_mask) else packed.given_mask, images=images,
+    )  # fmt: skip
+
+
+class RowRenderer:
+    """Decodes the pictures of batches."""
+
+    def __init__(self, family: Family, policy: TilingPolicy) -> None:
+        self.family, self.policy = family, policy
+
+    def __call__(self, batch: RowBatch) -> RenderedBatch:
+        """Renders the rows of a batch; one with a picture that cannot be used is marked as skipped.
+
+        Raises UserError where the storage of the pictures cannot be reached.
+        """
+        rendered = tuple(
+            render([row.bin], Place(0, 0, number), self.family, self.policy, on_bad_row="reject")
+            for number, row in enumerate(batch.rows)
+        )
+        pictures = tuple(
+            b"" if arrays.skipped.any() else small_picture(row.bin) for row, arrays in zip(batch.rows, rendered)
+        )
+        return RenderedBatch(batch, rendered, pictures)
+
+
+def small_picture(packed: Bin) -> bytes:
+    """The first image of a bin as a small JPEG, for people; empty where it has none that can be read."""
+    if not packed.images:
+        return b""
+    image = packed.images[0]
+    try:
+        picture: Image.Image = load_image(image["data"] if image["data"] is not None else image["uri"])
+    except (RowError, UserError):
+        return b""
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "jpeg", quality=80)
+    return buffer.getvalue()
+
+
+def as_rows(data: EvaluationData) -> list[dict[str, Any]]:
+    """The sets of an evaluation as metrics.json describes them."""
+    return [
+        {"name": row_set.name, "kind": row_set.dataset.kind, "files": list(row_set.dataset.files)}
+        for row_set in data.sets
+    ]
+
+
+def rows_left(chunks: Sequence[Chunk], limit: int | None) -> int:
+    """Number of rows of chunks, blank lines included."""
+    total = sum(chunk.num_rows for chunk in chunks)
+    return total if limit is None else min(total, limit)
