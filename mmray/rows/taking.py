@@ -131,24 +131,41 @@ def takings(
     """
     if not any(map(chooses_rows, datasets)):
         return []
-    shares, decided = _shares(datasets, data, tokens_per_row), list[Taking]()
-    for number, (dataset, count) in enumerate(zip(datasets, rows, strict=True)):
-        taken, said = count, ""
-        if dataset.repeat is not None:
-            taken, said = round(Fraction(str(dataset.repeat)) * count), f"repeat: {dataset.repeat}"
-        elif dataset.max_rows is not None:
-            taken, said = min(dataset.max_rows, count), f"max_rows: {dataset.max_rows}"
-        elif dataset.weight is not None:
-            taken, said = shares[number], f"weight: {dataset.weight}"
-        if count and not taken:
+    shares = _shares(datasets, data, tokens_per_row)
+    decided = [
+        _taking(dataset, number, count, data.seed, shares[number])
+        for number, (dataset, count) in enumerate(zip(datasets, rows, strict=True))
+    ]
+    for number, (dataset, taking) in enumerate(zip(datasets, decided, strict=True)):
+        said = ", ".join(f"{name}: {value}" for name, value in dataset.how_many_record().items())
+        if taking.rows and not taking.taken:
             raise UserError(
-                f"data.{split}[{number}]: {said} takes none of its {count:,} rows; raise it, or leave the set out"
+                f"data.{split}[{number}]: {said} takes none of its {taking.rows:,} rows; raise it, or leave the set out"
             )
-        if not count and dataset.weight is not None:
+        if dataset.weight is not None and not taking.rows:
             raise UserError(f"data.{split}[{number}]: {said}, but its files hold no row; leave the set out")
-        seed = None if dataset.take == "first" else data.seed + (number << 32)
-        decided.append(Taking(count, taken, seed))
     return decided
+
+
+def taken_once(dataset: DatasetSettings, number: int, rows: int, seed: int) -> Taking:
+    """Decides which rows of a data set are looked at once each: those that preparing takes; all of a set with a weight.
+
+    number: the number of the set in its split; rows: the number of its rows; seed: `data.seed`.
+    """
+    taking = _taking(dataset, number, rows, seed, share=rows)
+    return Taking(rows, taking.distinct, taking.seed)
+
+
+def _taking(dataset: DatasetSettings, number: int, rows: int, seed: int, share: int) -> Taking:
+    """Decides how often the rows of one data set are taken. share: the rows that it gives by its weight."""
+    taken = rows
+    if dataset.repeat is not None:
+        taken = round(Fraction(str(dataset.repeat)) * rows)
+    elif dataset.max_rows is not None:
+        taken = min(dataset.max_rows, rows)
+    elif dataset.weight is not None:
+        taken = share
+    return Taking(rows, taken, None if dataset.take == "first" else seed + (number << 32))
 
 
 def _shares(

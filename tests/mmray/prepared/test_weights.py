@@ -21,7 +21,9 @@ from mmray.prepared.stages import WindowMaker
 from mmray.prepared.writer import PreparedWriter
 from mmray.report import prepared_page, prepared_table
 from mmray.rows.plan import by_window
+from mmray.rows.read import chunk_rows
 from mmray.rows.settings import DatasetSettings
+from mmray.run.evaluation.rows import EvaluationData, RowSet
 from mmray.synthetic.documents import make_document
 from tests.mmray.preparing import Preparation, contents, write_rows
 
@@ -299,3 +301,18 @@ def test_the_writer_tells_two_runs_that_measured_otherwise(processors: dict[str,
     PreparedWriter(str(tmp_path / "out")).begin(record, [10.0, 20.0])
     with pytest.raises(UserError, match="another run has just begun here"):
         PreparedWriter(str(tmp_path / "out")).begin(record, [10.0, 21.0])
+
+
+def test_an_evaluation_reads_the_rows_that_preparing_takes_each_once(
+    processors: dict[str, Any], tmp_path: Path
+) -> None:  # fmt: skip
+    sets = mixed_sets(tmp_path)
+    prepared = made(processors, *sets, seed=5).write(tmp_path / "out")
+    settings = [DatasetSettings.model_validate({"kind": "pretrain", **each}) for each in sets]
+    data = EvaluationData("eval", tuple(RowSet(str(n), dataset, n) for n, dataset in enumerate(settings)), seed=5)
+    rows = [row.value for chunk in data.chunks(None) for row in chunk_rows(chunk)]
+    ids = Counter(row["id"] for row in rows if isinstance(row, dict) and row["text"])
+    assert ids == Counter(dict.fromkeys(ids_of(prepared), 1)) | Counter(twice=2)
+    last = EvaluationData("eval", data.sets[2:], seed=5)  # a set alone has the rows that it has among others
+    alone = {row.value["id"] for chunk in last.chunks(None) for row in chunk_rows(chunk)}
+    assert alone == {row_id for row_id in ids if row_id.startswith("c-")}
