@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,6 +29,9 @@ from mmray.prepared import PreparedDataset, PreparedWriter
 from mmray.prepared.dataset import MANIFEST, PLAN
 from mmray.prepared.estimate import Estimate, SetEstimate, estimate_split
 from mmray.prepared.fingerprint import prepare_record
+from mmray.report.rows import RowFacts
+from mmray.report.speed import Speed
+from mmray.report.tables import rows_table
 from mmray.rows.files import source_files
 from mmray.run.checkpoints import newest_looking_whole, step_of
 from mmray.run.folder import RunFolder
@@ -46,6 +50,7 @@ class _Plan:
     job: Job
     findings: list[Finding] = field(default_factory=list)
     lines: list[tuple[str, str]] = field(default_factory=list)
+    tables: list[Group] = field(default_factory=list)
 
     def add(self, name: str, text: str) -> None:
         self.lines.append((name, text))
@@ -73,7 +78,7 @@ class _Plan:
         table.add_column(overflow="fold")
         for name, text in self.lines:
             table.add_row(escape(name), escape(text))
-        console.print(table, "", as_table(self.findings), "")
+        console.print(table, "", *self.tables, as_table(self.findings), "")
         bad = has_failed(self.findings)
         console.print(
             "[bold red]It would not run like this: see what failed above.[/] Nothing was written or started."
@@ -104,9 +109,15 @@ def plan_prepare(job: Job, address: str | None, *, replace: bool, verbose: bool)
     return plan.show(f"{job.name}: what jobs/prepare.py would do")
 
 
-def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: bool) -> int:
-    """Shows what `jobs/train.py` would do; returns the exit code."""
+def plan_train(
+    job: Job, address: str | None, *, continue_on: bool, verbose: bool, step_seconds: str | None = None
+) -> int:
+    """Shows what `jobs/train.py` would do; returns the exit code.
+
+    step_seconds: the time of a step, in seconds, or a run to read it from; None: no time is told.
+    """
     plan = _Plan(job)
+    speed = None if step_seconds is None else Speed.of(step_seconds)
     is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits)
     _, guesses = _examined(plan, counts=not is_prepared)
     prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
@@ -119,10 +130,13 @@ def plan_train(job: Job, address: str | None, *, continue_on: bool, verbose: boo
         plan.add("not prepared", "jobs/prepare.py must run first; until then bins are estimated")
     nodes = _nodes(plan, address, train_cpus(job), verbose)
     gpus = plan.attempt("cluster", lambda: uses_gpus(job, nodes)) if nodes is not None else None
+    steps_left = None
     if prepared is not None:
-        _add_run(plan, prepared, bool(gpus), continue_on)
+        steps_left = _add_run(plan, prepared, bool(gpus), continue_on)
     elif "train" in guesses and not is_prepared:
-        _add_steps(plan, guesses["train"].bins, "about ")
+        steps_left = _add_steps(plan, guesses["train"].bins, "about ")
+    if speed is not None and steps_left is not None:
+        plan.add("time", speed.text(job, steps_left, _bin_tokens(prepared, guesses)))
     _add_workers(plan, bool(gpus))
     if nodes is not None and gpus is not None:
         _add_cluster(plan, nodes, train_pools(job, gpus), "training")
@@ -153,8 +167,10 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
     with console.status("counting rows"):
         for split in plan.job.data.splits if rows and counts else ():
             guess = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
-            if guess is not None:
+            if guess is not None and rows is not None:
                 guesses[split] = guess
+                facts = RowFacts.of_estimate(guess, plan.job, split, rows.family)
+                plan.tables.append(rows_table(facts, f"{split}: {facts.looked_at}"))
     return rows, guesses
 
 
@@ -199,14 +215,22 @@ def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
     plan.add(f"{split} tokens", f"about {about(guess.tokens)}, of them {about(guess.visual_tokens)} visual")
 
 
-def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, continue_on: bool) -> None:
-    """Adds the steps, and where the run begins or continues."""
+def _bin_tokens(prepared: Mapping[str, PreparedDataset] | None, guesses: Mapping[str, Estimate]) -> float:
+    """The mean number of tokens of a bin of the training set."""
+    if prepared:
+        facts = prepared["train"].statistics
+        return facts["tokens"] / max(facts["bins"], 1)
+    return guesses["train"].tokens / max(guesses["train"].bins, 1)
+
+
+def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, continue_on: bool) -> int | None:
+    """Adds the steps, and where the run begins or continues; returns the steps that are left, None where it cannot."""
     job, run = plan.job, RunFolder(plan.job.output.run)
     planned_run = run_plan(job, dict(prepared), gpus, continue_on)
     checkpoint = plan.attempt("checkpoints", lambda: newest_looking_whole(run))
     cursor = plan.attempt("resume", lambda: planned_run.place(checkpoint, prepared["train"]))
     if cursor is None:
-        return
+        return None
     total = planned_run.total_steps(cursor)
     left = max(0, total - cursor.step)
     _add_steps(plan, len(prepared["train"]), total=total)
@@ -216,10 +240,14 @@ def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, c
         plan.add("goes on", f"from step {step_of(checkpoint.name):,} ({checkpoint.name}): {left:,} steps are left")
     else:
         plan.add("goes on", f"nowhere: {checkpoint.name} is that of the last step, nothing is left to train")
+    return left
 
 
-def _add_steps(plan: _Plan, bins: int, mark: str = "", total: int | None = None) -> None:
-    """Adds the number of steps. mark: text before numbers that are estimates; total: steps, where they are known."""
+def _add_steps(plan: _Plan, bins: int, mark: str = "", total: int | None = None) -> int:
+    """Adds the number of steps, and returns it.
+
+    mark: text before numbers that are estimates; total: steps, where they are known.
+    """
     training, resources = plan.job.training, plan.job.resources
     per_epoch = max(1, math.ceil(bins / training.global_batch_bins))
     steps = total or training.steps or max(1, round((training.epochs or 1) * per_epoch))
@@ -232,6 +260,7 @@ def _add_steps(plan: _Plan, bins: int, mark: str = "", total: int | None = None)
         f"{training.global_batch_bins:,} bins of up to {about(most)} tokens: on each worker {micro:,} micro-batches of "
         f"{training.micro_batch_bins}",
     )
+    return steps
 
 
 def _add_workers(plan: _Plan, gpus: bool) -> None:

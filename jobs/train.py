@@ -37,6 +37,10 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --trace: a line of JSON for each sample.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only show the plan, and what mmray doctor finds in the job.")] = False,
+    step_seconds: Annotated[
+        str | None,
+        typer.Option(metavar="SECONDS|RUN", help="With --dry-run: the time of a step, or a run to read it from."),
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
 ) -> None:
@@ -45,8 +49,9 @@ def main(
     from jobs import training
 
     training.run(
-        job, other_data=other_data, steps=steps, as_json=as_json, dry_run=dry_run, verbose=verbose, address=address
-    )
+        job, other_data=other_data, steps=steps, as_json=as_json, dry_run=dry_run, step_seconds=step_seconds,
+        verbose=verbose, address=address,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

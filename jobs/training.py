@@ -169,8 +169,8 @@ def _last_event(run: RunFolder) -> dict[str, Any]:
 
 
 def run(
-    job: Job, *, other_data: str | None, steps: str | None, as_json: bool, dry_run: bool, verbose: bool,
-    address: str | None,
+    job: Job, *, other_data: str | None, steps: str | None, as_json: bool, dry_run: bool, step_seconds: str | None,
+    verbose: bool, address: str | None,
 ) -> None:  # fmt: skip
     """Do what the command line of `jobs/train.py` asks for; its arguments, with `steps` for `--trace`."""
     if other_data is not None:
@@ -179,7 +179,10 @@ def run(
         trace(job, steps, continue_on=other_data is not None, as_json=as_json)
         return
     if dry_run:
-        raise typer.Exit(plan_train(job, address, continue_on=other_data is not None, verbose=verbose))
+        code = plan_train(job, address, continue_on=other_data is not None, verbose=verbose, step_seconds=step_seconds)
+        raise typer.Exit(code)
+    if step_seconds is not None:
+        raise UserError("--step-seconds tells the time of a run in a plan: give --dry-run too")
     require(job_checks(job, trains=True))
     check_job_settings(job)
     prepared = open_prepared(job)

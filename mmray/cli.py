@@ -94,7 +94,7 @@ def report(
     ] = None,
     processor: Annotated[
         str | None,
-        typer.Option(help="With --html: processor folder or hub name; default: the one the dataset was prepared with."),
+        typer.Option(help="Processor folder or hub name; default: the one the dataset was prepared with."),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the processor.")
@@ -107,6 +107,9 @@ def report(
     from mmray.display.html import write_html
     from mmray.prepared import PreparedDataset
     from mmray.report import Run, prepared_page, prepared_table, run_page, run_table
+    from mmray.report.prepared_page import loaded_family
+    from mmray.report.rows import RowFacts
+    from mmray.report.tables import rows_table
 
     console = Console()
     if Run.is_one(path):
@@ -118,10 +121,44 @@ def report(
         prepared = PreparedDataset(path)
         if html is None:
             console.print(prepared_table(prepared))
+            family, no_family = loaded_family(prepared, processor, trust_remote_code=trust_remote_code)
+            if family is None:
+                console.print(f"the rows are not looked at: {no_family}", markup=False, highlight=False, soft_wrap=True)
+            elif len(prepared):
+                facts = RowFacts.of_prepared(prepared, family)
+                console.print(rows_table(facts, f"rows: {facts.looked_at}"))
             return
         page = prepared_page(prepared, processor, job=job, trust_remote_code=trust_remote_code)
     size = write_html(html, page)
     console.print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def estimate(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    tries: Annotated[
+        list[str],
+        typer.Option(
+            "--try",
+            metavar="KEY=VALUE",
+            help="A policy to compare: a setting with another value, or several: 'images.grid=[2,2]; images.labels=1'.",
+        ),
+    ] = [],  # noqa: B006
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
+) -> None:
+    """Compare policies of a job: tokens, fill of bins, rows lost, steps; from a sample of its rows, without Ray."""
+    from mmray.prepared.policies import compare, policies
+
+    wanted = policies(job_file, overrides, tries)
+    from mmray.report.tables import policies_table
+
+    console = Console()
+    estimates = []
+    with console.status("counting rows") as status:
+        for policy_estimate in compare(wanted):
+            estimates.append(policy_estimate)
+            status.update(f"{len(estimates)} of {len(wanted)} policies")
+    console.print(policies_table(wanted[0].job.name, estimates))
 
 
 @app.command("from-huggingface")

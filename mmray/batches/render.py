@@ -9,7 +9,7 @@ Storage that fails is another matter: see `mmray.images.retries`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -17,12 +17,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from mmray.base.ahead import in_order
 from mmray.errors import RowError, UserError
 from mmray.images import ImageSource, TilePlan, TilingPolicy, plan_tiles
 from mmray.images.header import MAX_PIXELS
 from mmray.images.retries import with_retries
 from mmray.images.source import describe_source
 from mmray.prepared import Bin
+
+THREADS, AHEAD = 16, 32
+"""Threads that read the images of a bin from object storage, and the most images that are rendered before their turn. A
+read waits for 20 to 50 ms, as long as decoding takes. Local images are rendered in turn."""
 
 OnBadRow = Literal["reject", "error"]
 
@@ -68,24 +73,43 @@ def render_pages(packed: Bin, policy: TilingPolicy, render_page: RenderPage, on_
     """
     tiles: list[list[Image.Image]] = []
     skipped: dict[int, SkippedSample] = {}
-    for image in packed.images:
-        size = image["width"], image["height"]
-        source = image["data"] if image["data"] is not None else image["uri"]
-        plan = plan_tiles(size, policy)
-        max_pixels = max(MAX_PIXELS, size[0] * size[1])  # checked when preparing
-        try:
-            tiles.append(with_retries(partial(render_page, source, plan, max_pixels=max_pixels), source))
-        except RowError as error:
-            sample = image["sample"]
-            problem = _problem(packed, sample, source, error)
-            if on_bad_row == "error":
-                raise UserError(
-                    f"{problem}. Its header was read when preparing; put it back, or another picture of that size in "
-                    "its place (or let such samples be left out: data.on_bad_row: reject)"
-                ) from error
-            skipped.setdefault(sample, problem)
-            tiles.append([Image.new("RGB", tile_size, "white") for tile_size in plan.tile_sizes])
+    render = partial(_tiles_or_error, policy=policy, render_page=render_page)
+    is_remote = any("://" in (image["uri"] or "") for image in packed.images)
+    rendered = (
+        in_order(render, packed.images, threads=THREADS, ahead=AHEAD) if is_remote else map(render, packed.images)
+    )
+    for image, result in zip(packed.images, rendered, strict=True):
+        if not isinstance(result, RowError):
+            tiles.append(result)
+            continue
+        sample = image["sample"]
+        problem = _problem(packed, sample, _source(image), result)
+        if on_bad_row == "error":
+            raise UserError(
+                f"{problem}. Its header was read when preparing; put it back, or another picture of that size in "
+                "its place (or let such samples be left out: data.on_bad_row: reject)"
+            ) from result
+        skipped.setdefault(sample, problem)
+        plan = plan_tiles((image["width"], image["height"]), policy)
+        tiles.append([Image.new("RGB", tile_size, "white") for tile_size in plan.tile_sizes])
     return Pages(tiles, skipped)
+
+
+def _source(image: Mapping[str, Any]) -> ImageSource:
+    source: ImageSource = image["data"] if image["data"] is not None else image["uri"]
+    return source
+
+
+def _tiles_or_error(
+    image: Mapping[str, Any], *, policy: TilingPolicy, render_page: RenderPage
+) -> list[Image.Image] | RowError:  # fmt: skip
+    """Renders the tiles of an image; returns the RowError of one that cannot be used."""
+    size, source = (image["width"], image["height"]), _source(image)
+    max_pixels = max(MAX_PIXELS, size[0] * size[1])  # checked when preparing
+    try:
+        return with_retries(partial(render_page, source, plan_tiles(size, policy), max_pixels=max_pixels), source)
+    except RowError as error:
+        return error
 
 
 def _problem(packed: Bin, sample: int, source: ImageSource, error: RowError) -> SkippedSample:

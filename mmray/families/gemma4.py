@@ -92,8 +92,7 @@ class Gemma4(Family):
         """Checks a tiling policy. Raises ValueError for tiles or an overview over the image processor's budget of
         tokens."""
         resolved = super().resolve_tiling(policy)
-        overviews = [bucket.size for bucket in resolved.overview_buckets]
-        for size in overviews if resolved.tile_size is None else [resolved.tile_size, *overviews]:
+        for size in resolved.fixed_sizes:
             self._check_frame(size)
         return resolved
 

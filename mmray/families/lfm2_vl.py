@@ -74,8 +74,8 @@ class Lfm2VL(Family):
 
     def resolve_tiling(self, policy: TilingPolicy) -> TilingPolicy:
         aligned = policy.aligned(self.tile_multiple) if policy.is_tiled else policy
-        for size in (aligned.tile_size, *(bucket.size for bucket in aligned.overview_buckets)):
-            if size and math.prod(size) > self._most_pixels:
+        for size in aligned.fixed_sizes:
+            if math.prod(size) > self._most_pixels:
                 raise ValueError(
                     f"a tile of {size[0]} x {size[1]} pixels would be made smaller: this model takes "
                     f"{self.images.max_image_tokens} tokens of {self.tile_multiple} x {self.tile_multiple} pixels; set "

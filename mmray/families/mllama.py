@@ -80,8 +80,7 @@ class Mllama(Family):
                 f"{self.square} pixels; set tile_size instead"
             )
         aligned = policy.aligned(self.square)
-        sizes = [aligned.tile_size, *(bucket.size for bucket in aligned.overview_buckets)]
-        for width, height in (size for size in sizes if size):
+        for width, height in aligned.fixed_sizes:
             squares = (width // self.square) * (height // self.square)
             if squares > self.images.max_image_tiles:
                 raise ValueError(

@@ -6,7 +6,7 @@ how, and is refused where nothing is cut, since a setting without effect is a mi
 later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from PIL import ImageColor
@@ -45,6 +45,8 @@ Color = Annotated[_Channels, BeforeValidator(_color, json_schema_input_type=str 
 """(red, green, blue) of 0 to 255, or the name of a colour."""
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+Overlap = Annotated[float, Field(ge=0, le=0.49)]
+
 PRESET_TILE_SIZE = (512, 512)
 """Tile size of a preset where the policy names none, (width, height) in pixels."""
 
@@ -52,6 +54,7 @@ PRESET_TILE_SIZE = (512, 512)
 _OF_WHOLE_PAGES = ("patch_multiple", "pdf_dpi", "max_pixels", "min_pixels")
 """Settings that also have an effect on pages that are not cut."""
 _LATER = ("pdf_dpi", "max_pixels", "min_pixels", "max_tile_pixels")
+_LATER_OF_BUCKETS = ("tile_size", "overlap", "overview", "min_area")
 """Settings that came after the first version of prepared datasets."""
 
 
@@ -64,6 +67,20 @@ class ShapeBucket(Settings):
 
     grid: Grid
     """Number of tiles as (columns, rows)."""
+
+    tile_size: SquareOrSize | None = None
+    """Size of the tiles of these pages, (width, height) in pixels, or one number for both; null: the policy's. With a
+    grid of [1, 1] the whole page stands on a canvas of this size."""
+
+    overlap: Overlap | None = None
+    """How far a tile of these pages extends beyond its cell on each side, as a fraction of the cell's width and height;
+    null: the policy's."""
+
+    overview: SquareOrSize | Literal[False] | None = None
+    """Size of the additional first tile that shows the whole page; false: none; null: the policy's."""
+
+    min_area: Annotated[int, Field(ge=0)] | None = None
+    """Smallest area (width times height) of such a page that is cut; null: the policy's."""
 
 
 class OverviewBucket(Settings):
@@ -123,7 +140,7 @@ class TilingPolicy(Settings):
     """Smallest area (width times height) of a page that is not cut into tiles; a smaller page is enlarged to it before
     the model's processor sizes it. null: the processor's own limit."""
 
-    overlap: Annotated[float, Field(ge=0, le=0.49)] = 0.0
+    overlap: Overlap = 0.0
     """How far a tile extends beyond its cell on each side, as a fraction of the cell's width and height. Tiles end at
     the page's edge."""
 
@@ -144,9 +161,11 @@ class TilingPolicy(Settings):
     reading_order: Literal["ltr", "rtl"] = "ltr"
     """Order of the tiles in a row, left to right or right to left. Rows go from top to bottom."""
 
-    labels: bool = False
+    labels: bool | Literal["tokens"] = False
     """Write a label before each tile of a page of several tiles: <global_img> before the overview, <row1_col1> and so
-    on before the others. Columns are counted from the left in either reading order. A page of one tile has no label."""
+    on before the others. Columns are counted from the left in either reading order. A page of one tile has no label.
+    tokens: write the model's own tokens <global-img>, <row_1_col_1> and so on, which Idefics3, SmolVLM and
+    Granite-Docling have; a label is then one token, and as text several."""
 
     exact_pixels: bool = False
     """Decode pages whole and resize them with Pillow. false: tiles are made two to seven times faster. A JPEG at least
@@ -184,6 +203,14 @@ class TilingPolicy(Settings):
         buckets = tuple(bucket for bucket in self.overview if isinstance(bucket, OverviewBucket))
         return buckets or (OverviewBucket(size=cast(Size, self.overview)),)
 
+    @property
+    def fixed_sizes(self) -> tuple[Size, ...]:
+        """Every size, (width, height) in pixels, that the policy and its buckets set for tiles and overviews."""
+        sizes = [self.tile_size, *(bucket.size for bucket in self.overview_buckets)]
+        for bucket in self.buckets or ():
+            sizes += [bucket.tile_size, bucket.overview or None]
+        return tuple(size for size in sizes if size)
+
     def aligned(self, multiple: int) -> Self:
         """Adapt the policy to a model family whose merged patches cover `multiple` x `multiple` pixels.
 
@@ -197,12 +224,7 @@ class TilingPolicy(Settings):
             width, height = (max(1, (2 * pixels + multiple) // (2 * multiple)) * multiple for pixels in size)
             return width, height
 
-        overview = [OverviewBucket(max_ratio=b.max_ratio, size=nearest(b.size)) for b in self.overview_buckets]
-        return self._with(
-            patch_multiple=multiple,
-            tile_size=self.tile_size and nearest(self.tile_size),
-            overview=overview[0].size if len(overview) == 1 else overview or None,
-        )
+        return self._with(patch_multiple=multiple, **self._sized(nearest))
 
     def with_fixed_tiles(self, size: Size) -> Self:
         """Adapt the policy to a model family that only accepts tiles of one size, by giving it to tiles and overview.
@@ -217,7 +239,7 @@ class TilingPolicy(Settings):
                 f"native_resolution: this model takes tiles of {size[0]} x {size[1]} pixels only; "
                 "remove native_resolution"
             )
-        return self._with(tile_size=size, overview=self.overview and size)
+        return self._with(**self._sized(lambda _: size))
 
     def record(self) -> dict[str, Any]:
         """Return the settings as plain JSON for a prepared dataset's record.
@@ -226,7 +248,30 @@ class TilingPolicy(Settings):
         """
         fields = type(self).model_fields
         unsaid = {name for name in _LATER if getattr(self, name) == fields[name].default}
-        return self.model_dump(mode="json", exclude=unsaid)
+        record = self.model_dump(mode="json", exclude=unsaid)
+        for bucket in record["buckets"] or ():
+            for name in _LATER_OF_BUCKETS:
+                if bucket[name] is None:
+                    del bucket[name]
+        return record
+
+    def _sized(self, sized: Callable[[Size], Size]) -> dict[str, Any]:
+        """Returns the settings that hold sizes, each size changed."""
+        overview = [OverviewBucket(max_ratio=b.max_ratio, size=sized(b.size)) for b in self.overview_buckets]
+        buckets = [
+            bucket.model_copy(
+                update={
+                    "tile_size": bucket.tile_size and sized(bucket.tile_size),
+                    "overview": sized(bucket.overview) if bucket.overview else bucket.overview,
+                }
+            )
+            for bucket in self.buckets or ()
+        ]
+        return {
+            "tile_size": self.tile_size and sized(self.tile_size),
+            "overview": overview[0].size if len(overview) == 1 else overview or None,
+            "buckets": buckets or None,
+        }
 
     def _with(self, **changes: object) -> Self:
         return self.model_validate({**self.model_dump(), **changes})
@@ -263,11 +308,16 @@ class TilingPolicy(Settings):
     def _check_tile_sizes(self, grid: str) -> None:
         if self.tile_size and self.native_resolution:
             raise ValueError("tile_size and native_resolution exclude each other; keep one of them")
-        if not self.tile_size and not self.native_resolution:
+        sized_buckets = [bucket for bucket in self.buckets or () if bucket.tile_size]
+        if sized_buckets and self.native_resolution:
+            raise ValueError("tile_size of a bucket and native_resolution exclude each other; keep one of them")
+        has_size = self.tile_size or (sized_buckets and len(sized_buckets) == len(self.buckets or ()))
+        if not has_size and not self.native_resolution:
             raise ValueError(f"tile_size: {grid} needs it; set it, or native_resolution: true")
         if self.max_tile_pixels and not self.native_resolution:
             raise ValueError("max_tile_pixels: without effect, as tile_size sizes tiles; remove it")
-        if self.no_upscale and self.native_resolution and not self.overview:
+        has_overview = self.overview or any(bucket.overview for bucket in self.buckets or ())
+        if self.no_upscale and self.native_resolution and not has_overview:
             raise ValueError("no_upscale: without effect, as native_resolution scales nothing; remove it")
 
 

@@ -19,9 +19,10 @@ from mmray.images.policy import OverviewBucket, ShapeBucket, TilingPolicy
 
 Box = tuple[int, int, int, int]
 UNTILED_SHAPE = "page"
-OVERVIEW_LABEL = "<global_img>"
+OVERVIEW_LABEL, OVERVIEW_TOKEN = "<global_img>", "<global-img>"
 
 _AnyBucket = TypeVar("_AnyBucket", ShapeBucket, OverviewBucket)
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,8 @@ class TilePlan:
     """True for each tile whose smaller box is enlarged to fit the tile; otherwise the box keeps its scale."""
     pad_color: tuple[int, int, int]
     """The colour (red, green, blue) of the part of a tile that its box does not fill."""
+    label_end: str = "\n"
+    """The text between a label and its tile."""
     exact_pixels: bool
     """True if `render_tiles` decodes and resizes exactly as `load_image` and `cut_tiles` do; otherwise faster."""
 
@@ -53,6 +56,11 @@ class TilePlan:
     def inner_sizes(self) -> tuple[tuple[int, int], ...]:
         """The (width, height) in pixels to which each box is scaled, at the top left of its tile."""
         return tuple(map(_inner_size, self.boxes, self.tile_sizes, self.upscale))
+
+    @property
+    def label_texts(self) -> tuple[str, ...]:
+        """The text before each tile, its label with `label_end`; empty where it has no label."""
+        return tuple(f"{label}{self.label_end}" if label else "" for label in self.labels)
 
     @property
     def is_tiled(self) -> bool:
@@ -70,20 +78,23 @@ def plan_tiles(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
         raise ValueError(f"a page has at least 1 x 1 pixels, not {width} x {height}")
     if not policy.is_tiled:
         return _untiled_plan((width, height), policy)
-    is_small = width * height < policy.min_area
     ratio = height / width
-    grid = (1, 1) if is_small else _bucket_of(policy.shape_buckets, ratio).grid
+    bucket = _bucket_of(policy.shape_buckets, ratio)
+    is_small = width * height < _chosen(bucket.min_area, policy.min_area)
+    grid = (1, 1) if is_small else bucket.grid
     cells = _cells(grid, policy.reading_order)
-    boxes = [_cell_box(size, grid, cell, policy.overlap) for cell in cells]
-    tile_sizes = [policy.tile_size or _native_size(box, policy) for box in boxes]
-    labels = [f"<row{row + 1}_col{column + 1}>" for column, row in cells]
+    overlap = _chosen(bucket.overlap, policy.overlap)
+    boxes = [_cell_box(size, grid, cell, overlap) for cell in cells]
+    tile_size = bucket.tile_size or policy.tile_size
+    tile_sizes = [tile_size or _native_size(box, policy) for box in boxes]
+    labels = [_label(row, column, policy) for column, row in cells]
     upscale = [not policy.no_upscale and not policy.native_resolution] * len(cells)
     shape = f"{grid[0]}x{grid[1]}@{_sizes_key(tile_sizes)}"
-    if policy.overview and not is_small:
-        overview_size = _bucket_of(policy.overview_buckets, ratio).size
+    overview_size = _overview_size(bucket, ratio, policy)
+    if overview_size and not is_small:
         boxes.insert(0, (0, 0, width, height))
         tile_sizes.insert(0, overview_size)
-        labels.insert(0, OVERVIEW_LABEL)
+        labels.insert(0, OVERVIEW_TOKEN if policy.labels == "tokens" else OVERVIEW_LABEL)
         upscale.insert(0, not policy.no_upscale)
         shape += f"+{overview_size[0]}x{overview_size[1]}"
     has_labels = policy.labels and len(boxes) > 1
@@ -97,7 +108,17 @@ def plan_tiles(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
         upscale=tuple(upscale),
         pad_color=policy.pad_color,
         exact_pixels=policy.exact_pixels,
+        label_end="" if policy.labels == "tokens" else "\n",
     )
+
+
+def label_tokens(policy: TilingPolicy) -> list[str]:
+    """Lists the model's own tokens that a policy writes as labels; none for labels as text."""
+    if policy.labels != "tokens":
+        return []
+    grids = [bucket.grid for bucket in policy.shape_buckets]
+    columns, rows = (max(grid[side] for grid in grids) for side in (0, 1))
+    return [OVERVIEW_TOKEN, *(_label(row, column, policy) for row in range(rows) for column in range(columns))]
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
@@ -154,6 +175,22 @@ def _untiled_plan(size: tuple[int, int], policy: TilingPolicy) -> TilePlan:
 
 def _bucket_of(buckets: Sequence[_AnyBucket], ratio: float) -> _AnyBucket:
     return next(bucket for bucket in buckets if bucket.max_ratio is None or ratio < bucket.max_ratio)
+
+
+def _chosen(of_bucket: _Number | None, of_policy: _Number) -> _Number:
+    return of_policy if of_bucket is None else of_bucket
+
+
+def _overview_size(bucket: ShapeBucket, ratio: float, policy: TilingPolicy) -> tuple[int, int] | None:
+    if bucket.overview is not None:
+        return bucket.overview or None
+    return _bucket_of(policy.overview_buckets, ratio).size if policy.overview else None
+
+
+def _label(row: int, column: int, policy: TilingPolicy) -> str:
+    if policy.labels == "tokens":
+        return f"<row_{row + 1}_col_{column + 1}>"
+    return f"<row{row + 1}_col{column + 1}>"
 
 
 def _cells(grid: tuple[int, int], reading_order: str) -> list[tuple[int, int]]:

@@ -127,7 +127,7 @@ def _shown(image: dict[str, Any], tiling: TilingPolicy, scale: float) -> ShownIm
     except (RowError, UserError, OSError) as error:
         return ShownImage(name, size, error=str(error))
     pictures = tuple(
-        Picture(label or "", tile.size, _data_uri(tile, scale)) for label, tile in zip(plan.labels, tiles, strict=True)
+        Picture(label or "", tile.size, data_uri(tile, scale)) for label, tile in zip(plan.labels, tiles, strict=True)
     )
     columns, rows = plan.grid
     on_page = len(pictures) - columns * rows
@@ -141,7 +141,8 @@ def _shown(image: dict[str, Any], tiling: TilingPolicy, scale: float) -> ShownIm
     )
 
 
-def _data_uri(tile: Image.Image, scale: float) -> str:
+def data_uri(tile: Image.Image, scale: float) -> str:
+    """A scaled picture as a JPEG in a data URI."""
     size = tuple(max(round(side * scale), 1) for side in tile.size)
     smaller = tile if size == tile.size else tile.resize((size[0], size[1]), Image.Resampling.LANCZOS)
     file = io.BytesIO()

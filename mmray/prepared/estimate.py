@@ -5,6 +5,9 @@ are as many as rows were counted, and the windows of these are packed by the cod
 same sets are packed once. So the estimate has the fill of full bins and of a window's last bins, and is wrong only as
 far as the sample differs from the other rows: the sample is the beginnings of up to eight files of each set. It is at
 most SAMPLE_ROWS rows, which take 1 to 2 s; counting the rows of many gigabytes takes up to 10 s.
+
+Rows are encoded as if bins had room for any of them, and then compared with the capacities: so it is also known by how
+much a row is too long.
 """
 
 from collections import Counter
@@ -19,20 +22,25 @@ from mmray.images import TilingPolicy
 from mmray.loss.labels import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
-from mmray.prepared.window import pack_by_bucket, packed_to_cost
+from mmray.packing.settings import PackingSettings
+from mmray.prepared.row_measures import RowMeasures, measured_samples
+from mmray.prepared.window import NOTHING_TRAINED, pack_by_bucket, packed_to_cost
 from mmray.rows.count import RowCount, count_rows
 from mmray.rows.dealing import dealt, first_rows
 from mmray.rows.encode import Encoder
 from mmray.rows.files import SourceFile, first_piece, source_files
 from mmray.rows.preflight import FIRST_ROWS, sample_labels
 from mmray.rows.read import read_piece
-from mmray.rows.sample import Sample
+from mmray.rows.sample import RejectedRow, Sample
+from mmray.rows.settings import DatasetSettings
 from mmray.rows.taking import Taking, takings
 from mmray.schedule.loads import Loads
 
 SAMPLE_ROWS = 512
 """Number of rows that are encoded of all sets of a split; at least FIRST_ROWS of each set."""
 SAMPLE_FILES = 8
+ANY_LENGTH = 1 << 40
+"""A capacity that holds any row."""
 COUNT_SECONDS = 10.0
 MOST_KINDS = 8
 """Number of windows up to which each is packed by itself; of more windows, only one whole window is packed."""
@@ -45,19 +53,26 @@ Windows = Counter[tuple[tuple[int, int, int], ...]]
 class SetEstimate:
     """The estimate of one set of rows.
 
-    sampled: rows that were encoded; good: those that preparing would pack; taking: how often the rows are taken, None
-    where every row of every set is taken once; tokens, visual_tokens: of its packed rows; bins: number of bins with a
-    sample of the set.
+    sampled: rows that were encoded; good: those that preparing would pack; rejected: the others by reason; taking: how
+    often the rows are taken, None where every row of every set is taken once; tokens, visual_tokens: of its packed
+    rows; bins: number of bins with a sample of the set.
     """
 
     files: int
     rows: RowCount
     sampled: int
     good: int
+    rejected: dict[str, int]
     taking: Taking | None = None
     tokens: int = 0
     visual_tokens: int = 0
     bins: int = 0
+
+    @property
+    def lost(self) -> float:
+        """Rows of the set that preparing would reject."""
+        rows = self.taking.distinct if self.taking else self.rows.rows
+        return rows * (1 - self.good / self.sampled) if self.sampled else 0.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,15 @@ class Estimate:
     """Rows in bins."""
     tokens: int
     visual_tokens: int
+    measures: RowMeasures
+    """Measures of the encoded rows, those over a capacity too."""
+    weights: np.ndarray
+    """Rows that each encoded row stands for, float64."""
+
+    @property
+    def lost(self) -> float:
+        """Rows that preparing would reject."""
+        return sum(estimate.lost for estimate in self.sets)
 
     @property
     def rows(self) -> RowCount:
@@ -84,7 +108,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Sampled:
+class _Rows:
     """Encoded rows, one entry for each: the sample of one set, or the rows of a window.
 
     usable: bool, whether the row would be packed; lengths, visual, trained, visual_pairs: int64, its tokens, visual
@@ -100,7 +124,7 @@ class _Sampled:
     sets: np.ndarray
 
     @classmethod
-    def none(cls, rows: int, number: int = 0) -> "_Sampled":
+    def none(cls, rows: int, number: int = 0) -> "_Rows":
         """Rows that are not usable, of set `number`."""
 
         def zeros() -> np.ndarray:
@@ -111,9 +135,9 @@ class _Sampled:
             buckets=np.full(rows, "", dtype=object), sets=zeros() + number,
         )  # fmt: skip
 
-    def take(self, numbers: np.ndarray) -> "_Sampled":
+    def take(self, numbers: np.ndarray) -> "_Rows":
         """The rows with these numbers."""
-        return _Sampled(**{field.name: getattr(self, field.name)[numbers] for field in fields(self)})
+        return _Rows(**{field.name: getattr(self, field.name)[numbers] for field in fields(self)})
 
     def __len__(self) -> int:
         return len(self.usable)
@@ -132,32 +156,56 @@ class _Sampled:
         return numbers[self.usable[numbers]]
 
 
+@dataclass(frozen=True)
+class _Sampled:
+    """The encoded sample of one set. rejected: rows that would not be packed, by reason; measures: of all rows that
+    could be encoded."""
+
+    rows: _Rows
+    rejected: dict[str, int]
+    measures: RowMeasures
+
+
+def count_sets(datasets: Sequence[DatasetSettings], seconds: float = COUNT_SECONDS) -> list[RowCount]:
+    """Count the rows of each set of a split. seconds: time that it may take. Raises UserError for missing files."""
+    sets = _files_of_sets(datasets)
+    return [count_rows(set_files, seconds / len(sets)) for set_files in sets]
+
+
+def _files_of_sets(datasets: Sequence[DatasetSettings]) -> list[list[SourceFile]]:
+    files = source_files(datasets)
+    return [[file for file in files if file.dataset == number] for number in range(len(datasets))]
+
+
 def estimate_split(
-    job: Job, split: str, family: Family, policy: TilingPolicy, *, seconds: float = COUNT_SECONDS
-) -> Estimate:
+    job: Job, split: str, family: Family, policy: TilingPolicy, *, counts: Sequence[RowCount] | None = None,
+    seconds: float = COUNT_SECONDS,
+) -> Estimate:  # fmt: skip
     """Estimate what preparing a split would make; duplicate ids are not considered.
 
     split: `train` or `eval`.
     policy: the tiling policy as resolved for the family.
+    counts: the rows of each set, from `count_sets`; None: they are counted.
     seconds: time that counting rows may take.
 
     Raises UserError for files that cannot be read.
     """
     datasets = job.data.splits[split]
-    encoder = Encoder(job.data.lenient, datasets, family, policy, job.packing, loss=job.loss)
-    files = source_files(datasets)
-    files_of_sets = [[file for file in files if file.dataset == number] for number in range(len(datasets))]
-    counts = [count_rows(set_files, seconds / len(files_of_sets)) for set_files in files_of_sets]
+    roomy = job.packing.model_copy(update={"token_capacity": ANY_LENGTH, "visual_capacity": ANY_LENGTH})
+    encoder = Encoder(job.data.lenient, datasets, family, policy, roomy, loss=job.loss)
+    files_of_sets = _files_of_sets(datasets)
+    counts = count_sets(datasets, seconds) if counts is None else counts
     wanted = max(FIRST_ROWS, SAMPLE_ROWS // len(files_of_sets))
     samples = [_sample(job, encoder, set_files, wanted) for set_files in files_of_sets]
-    means = [float(sample.lengths[sample.usable].mean()) if sample.usable.any() else 1.0 for sample in samples]
+    encoded = [sample.rows for sample in samples]
+    means = [float(rows.lengths[rows.usable].mean()) if rows.usable.any() else 1.0 for rows in encoded]
     set_takings = takings(datasets, job.data, [count.rows for count in counts], means, split=split)
-    rows = [taking.taken for taking in set_takings] or [count.rows for count in counts]
-    windows = _windows(rows, job.packing.window_rows)
+    taken = [taking.taken for taking in set_takings] or [count.rows for count in counts]
+    windows = _windows(taken, job.packing.window_rows)
     pack, bins, packed, tokens, visual = _packer(job, family), 0, 0, 0, 0
     of_sets = [Counter[str]() for _ in samples]
     for kind, number in windows.items():
-        window = _window_rows(samples, kind)
+        window = _window_rows(encoded, kind)
         members = pack(window)
         bins, packed = bins + number * len(members), packed + number * len(window.lengths)
         tokens, visual = tokens + number * int(window.lengths.sum()), visual + number * int(window.visual.sum())
@@ -165,19 +213,31 @@ def estimate_split(
             of_sets[set_number].update({name: number * count for name, count in counted.items()})
     sets = tuple(
         SetEstimate(
-            len(set_files), count, len(sample.usable), int(sample.usable.sum()),
-            set_takings[number] if set_takings else None, **of_sets[number],
+            len(set_files),
+            count,
+            len(sample.rows),
+            int(sample.rows.usable.sum()),
+            sample.rejected,
+            set_takings[number] if set_takings else None,
+            **of_sets[number],
         )
         for number, (set_files, count, sample) in enumerate(zip(files_of_sets, counts, samples, strict=True))
+    )
+    weights = [
+        np.full(len(sample.measures), count / max(len(sample.rows), 1))
+        for sample, count in zip(samples, taken, strict=True)
+    ]
+    return Estimate(
+        sets, windows.total(), bins, packed, tokens, visual,
+        measures=RowMeasures.joined([sample.measures for sample in samples]), weights=np.concatenate(weights),
     )  # fmt: skip
-    return Estimate(sets, windows.total(), bins, packed, tokens, visual)
 
 
-def _packer(job: Job, family: Family) -> Callable[[_Sampled], list[list[int]]]:
+def _packer(job: Job, family: Family) -> Callable[[_Rows], list[list[int]]]:
     """The way in which preparing packs the rows of a window: by `packing.mode`."""
     costs = job.packing_costs
 
-    def pack(rows: _Sampled) -> list[list[int]]:
+    def pack(rows: _Rows) -> list[list[int]]:
         if costs:
             return packed_to_cost(rows.loads, job.packing, family.sample_gap, costs.sample_costs)
         return pack_by_bucket(rows.lengths, rows.visual, rows.buckets.tolist(), job.packing, family.sample_gap)
@@ -185,7 +245,7 @@ def _packer(job: Job, family: Family) -> Callable[[_Sampled], list[list[int]]]:
     return pack
 
 
-def _by_set(window: _Sampled, bins: Sequence[Sequence[int]]) -> dict[int, dict[str, int]]:
+def _by_set(window: _Rows, bins: Sequence[Sequence[int]]) -> dict[int, dict[str, int]]:
     """Tokens, visual tokens and bins of each set in a window."""
     in_bins = [np.unique(window.sets[list(members)]) for members in bins]
     bins_of_sets = Counter(np.concatenate(in_bins).tolist() if in_bins else [])
@@ -206,16 +266,28 @@ def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int
     chosen = Counter(np.minimum(np.searchsorted(ends, places), len(files) - 1).tolist())
     pieces = [first_piece(files[number], -(-wanted * count // SAMPLE_FILES)) for number, count in chosen.items()]
     results = encoder.encode([row for piece in pieces for row in read_piece(piece)])
-    good = {number: result for number, result in enumerate(results) if isinstance(result, Sample)}
-    labels = sample_labels(list(good.values()), label_maker(job.loss, encoder.family)) if good else []
-    sample = _Sampled.none(len(results), files[0].dataset)
-    for (number, encoded), label_ids in zip(good.items(), labels, strict=True):
-        sample.trained[number] = (label_ids != IGNORE_INDEX).sum()
-        sample.usable[number] = allows_empty(job.loss) or sample.trained[number]
-        sample.lengths[number], sample.visual[number] = len(encoded.input_ids), encoded.visual_tokens
-        sample.visual_pairs[number] = encoded.visual_pairs
-        sample.buckets[number] = encoded.bucket
-    return sample
+    encoded = {number: result for number, result in enumerate(results) if isinstance(result, Sample)}
+    rejected = Counter(result.reason for result in results if isinstance(result, RejectedRow))
+    labels = sample_labels(list(encoded.values()), label_maker(job.loss, encoder.family)) if encoded else []
+    rows = _Rows.none(len(results), files[0].dataset)
+    for (number, row), label_ids in zip(encoded.items(), labels, strict=True):
+        rows.lengths[number], rows.visual[number] = len(row.input_ids), row.visual_tokens
+        rows.trained[number], rows.visual_pairs[number] = (label_ids != IGNORE_INDEX).sum(), row.visual_pairs
+        rows.buckets[number] = row.bucket
+        is_trained = allows_empty(job.loss) or bool(rows.trained[number])
+        if reason := _reason_to_reject(row, is_trained, job.packing):
+            rejected[reason] += 1
+        rows.usable[number] = reason is None
+    return _Sampled(rows, rejected, measured_samples(list(encoded.values()), labels, encoder.family))
+
+
+def _reason_to_reject(row: Sample, is_trained: bool, packing: PackingSettings) -> str | None:
+    """The reason for which preparing rejects an encoded row, in the order in which it looks for reasons."""
+    if len(row.input_ids) > packing.token_capacity:
+        return "too_long"
+    if row.visual_tokens > packing.visual_capacity:
+        return "too_many_visual_tokens"
+    return None if is_trained else NOTHING_TRAINED.reason
 
 
 def _windows(rows_of_sets: Sequence[int], window_rows: int) -> Windows:
@@ -240,10 +312,10 @@ def _kind(first: Sequence[int], rows: Sequence[int]) -> tuple[tuple[int, int, in
     return tuple((number, start, count) for number, (start, count) in enumerate(zip(first, rows, strict=True)) if count)
 
 
-def _window_rows(samples: Sequence[_Sampled], kind: Sequence[tuple[int, int, int]]) -> _Sampled:
+def _window_rows(samples: Sequence[_Rows], kind: Sequence[tuple[int, int, int]]) -> _Rows:
     """The usable rows of a window."""
     parts = [samples[number].take(samples[number].repeated(*rows)) for number, *rows in kind if len(samples[number])]
-    parts = parts or [_Sampled.none(0)]
-    return _Sampled(**{
-        field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(_Sampled)
+    parts = parts or [_Rows.none(0)]
+    return _Rows(**{
+        field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(_Rows)
     })  # fmt: skip

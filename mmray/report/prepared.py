@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
+from mmray.prepared.row_measures import spaced
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule, BoundSchedule
 from mmray.schedule.loads import Loads
@@ -232,13 +233,6 @@ def bins_to_show(distributions: Distributions, prepared: PreparedDataset, most: 
         by_length = bucket_bins[np.argsort(loads.tokens[bucket_bins], kind="stable")]
         chosen.append(int(numbers[by_length[len(by_length) // 2]]))
     return chosen
-
-
-def spaced(items: list[int], most: int) -> list[int]:
-    """Pick at most `most` items, evenly spaced, in order."""
-    if len(items) <= most:
-        return items
-    return [items[place] for place in np.linspace(0, len(items) - 1, most).round().astype(int).tolist()]
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -9,8 +9,10 @@ from mmray.config.job import Job
 from mmray.display import charts
 from mmray.display.charts import Axis, Plot, Series
 from mmray.display.html import template
-from mmray.errors import UserError
-from mmray.inspect.page import ShownBin, shown_bin
+from mmray.errors import RowError, UserError
+from mmray.families import Family
+from mmray.images import load_image
+from mmray.inspect.page import ShownBin, data_uri, shown_bin
 from mmray.inspect.view import family_of_prepared, view_bin
 from mmray.prepared import PreparedDataset
 from mmray.report.prepared import (
@@ -21,12 +23,15 @@ from mmray.report.prepared import (
     set_lines,
     step_balance,
 )  # fmt: skip
+from mmray.report.rows import PERCENTILES, RowFacts
 
 MOST_SAMPLES = 4
 """Number of samples shown of each bin."""
 PICTURE_PIXELS = 1_000_000
 """Pixels of all pictures of one bin: about 0.4 MB as JPEG."""
 LENGTH_BARS = 32
+THUMBNAIL_SIDE = 160
+"""Longest side, in pixels, of the picture of a page whose text does not fit it."""
 
 
 def prepared_page(
@@ -41,7 +46,8 @@ def prepared_page(
     Raises UserError for a `processor` that is not the dataset's, and for files that cannot be read.
     """
     distributions = Distributions.of(prepared)
-    bins, bins_note = _bins(prepared, distributions, processor, trust_remote_code)
+    family, no_family = loaded_family(prepared, processor, trust_remote_code=trust_remote_code)
+    bins, bins_note = _bins(prepared, distributions, family, no_family)
     balance, balance_note = _balance(prepared, StepSettings.of(job))
     refused = rejects(prepared)
     most = max(refused.counts.values(), default=1)
@@ -51,6 +57,9 @@ def prepared_page(
         figures=_figures(prepared),
         gauges=_gauges(prepared) if len(prepared) else [],
         fill_note=_fill_note(prepared),
+        rows=None if family is None or not len(prepared) else RowFacts.of_prepared(prepared, family),
+        percentiles=PERCENTILES,
+        thumbnail=_thumbnail,
         sampled=_sampled(distributions),
         sets=set_lines(prepared),
         charts=_charts(prepared, distributions),
@@ -66,6 +75,15 @@ def prepared_page(
         bins_note=bins_note,
         footer=made_by(),
     )
+
+
+def _thumbnail(uri: str) -> str | None:
+    """The small picture of a page as a data URI; None where it cannot be read."""
+    try:
+        page = load_image(uri)
+    except (RowError, UserError, OSError):
+        return None
+    return data_uri(page, min(1.0, THUMBNAIL_SIDE / max(page.size)))
 
 
 def _facts(prepared: PreparedDataset) -> list[tuple[str, str]]:
@@ -257,21 +275,28 @@ def _rejects_note(prepared: PreparedDataset) -> str:
     return f"{facts['rows_rejected']:,} of {taken:,} rows ({share:.2%}), all in rejected.parquet."
 
 
-def _bins(
-    prepared: PreparedDataset, distributions: Distributions, processor: str | None, trust_remote_code: bool
-) -> tuple[list[ShownBin], str]:
-    """Bins for a person to look at, and a line about them, which says why when there are none."""
-    numbers = bins_to_show(distributions, prepared)
-    if not numbers:
-        return [], ""
+def loaded_family(
+    prepared: PreparedDataset, processor: str | None, *, trust_remote_code: bool
+) -> tuple[Family | None, str]:
+    """The family of a dataset's processor, or None and the reason. Arguments and errors as for `prepared_page`."""
     try:
         family = family_of_prepared(prepared, processor, trust_remote_code=trust_remote_code)
     except UserError as error:
         if processor is not None:
             raise
-        return [], f"Not shown: {error}"
+        return None, str(error)
+    return family, "" if family else "the dataset does not name its processor; give it with --processor."
+
+
+def _bins(
+    prepared: PreparedDataset, distributions: Distributions, family: Family | None, no_family: str
+) -> tuple[list[ShownBin], str]:
+    """Bins for a person to look at, and a line about them, which says why when there are none."""
+    numbers = bins_to_show(distributions, prepared)
+    if not numbers:
+        return [], ""
     if family is None:
-        return [], "Not shown: the dataset does not name its processor; give it with --processor."
+        return [], f"Not shown: {no_family}"
     shown = [
         shown_bin(
             view_bin(prepared, number, family), prepared.tiling, most_samples=MOST_SAMPLES, most_pixels=PICTURE_PIXELS

@@ -1,14 +1,20 @@
 """Renders reports as tables for a terminal."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from mmray.base.words import amount
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
+from mmray.prepared.policies import PolicyEstimate
 from mmray.prepared.verify import VerifyResult
 from mmray.report.prepared import rejects, set_lines
+from mmray.report.rows import PERCENTILES, RowFacts
 from mmray.report.run import Run
 
 
@@ -45,6 +51,41 @@ def prepared_table(prepared: PreparedDataset) -> Table:
         table.add_row("duplicate ids", f"{facts['duplicate_ids']:,}")
     table.add_row("seconds", f"{prepared.manifest['seconds']}")
     table.add_row("fingerprint", prepared.fingerprint)
+    return table
+
+
+def rows_table(facts: RowFacts, title: str) -> Group:
+    """Tabulate what rows are like: percentiles of their measures by set; below, capacities, odd pages, a suggestion."""
+    table = Table("", title=escape(title), title_justify="left")
+    for name in (*(f"p{number}" for number in PERCENTILES), "most"):
+        table.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for entry in facts.percentiles:
+        if entry.row_set != last:
+            last = entry.row_set
+            table.add_section()
+            table.add_row(Text(f"{last}", "bold"))
+        table.add_row(entry.measure, *map(amount, entry.values))
+    return Group(table, *(Text(note, overflow="fold") for note in facts.notes))
+
+
+def policies_table(name: str, estimates: Sequence[PolicyEstimate]) -> Table:
+    """Tabulate policies of a job: tokens, bins and how full they are, rows that would be rejected, steps."""
+    first = estimates[0].estimate
+    table = Table(title=escape(f"{name}: training set"), title_justify="left", caption_justify="left", show_lines=True)
+    table.add_column("policy", overflow="fold")
+    for column in ("tokens", "visual", "bins", "fill", "visual fill", "rows lost", "steps an epoch"):
+        table.add_column(column, justify="right")
+    for policy_estimate in estimates:
+        guess = policy_estimate.estimate
+        lost = f"{guess.lost:,.0f}"
+        if guess.lost:
+            lost += f" ({guess.lost / guess.rows.rows:.1%})"
+        table.add_row(
+            Text(policy_estimate.policy.name), amount(guess.tokens), amount(guess.visual_tokens), f"{guess.bins:,}",
+            *(f"{fill:.0%}" for fill in policy_estimate.fills), lost, f"{policy_estimate.steps:,}",
+        )  # fmt: skip
+    table.caption = f"{first.rows} rows; estimated from {first.sampled:,} of them"
     return table
 
 

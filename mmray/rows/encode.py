@@ -24,6 +24,7 @@ from mmray.images.header import frames_of, measured
 from mmray.images.measure_ahead import Measure, MeasureAhead
 from mmray.images.paged import PageOfFile, each_page
 from mmray.images.source import one_line
+from mmray.images.tiling import label_tokens
 from mmray.loss.labels import LossRule
 from mmray.loss.roles import role_keep_mask
 from mmray.loss.settings import Loss
@@ -73,6 +74,7 @@ class Encoder:
         self._compares = True
         self.tells_messages = False
         """True if samples carry the message of each token (`Sample.messages`), for showing rows to a person."""
+        _check_tile_labels(policy, family)
         for dataset in datasets:
             check_chats(dataset, family)
         self.losses: list[Loss] = [loss if dataset.loss is None else dataset.loss for dataset in datasets]
@@ -369,7 +371,7 @@ class Encoder:
         if not label:
             return 0
         prefix = self.family.placeholder_unit.split(self.family.placeholder)[0]
-        tokens = self._backend.encode(f"{label}\n{prefix}", add_special_tokens=False).ids
+        tokens = self._backend.encode(f"{plan.label_texts[0]}{prefix}", add_special_tokens=False).ids
         if before[-len(tokens) :].tolist() == tokens:
             return len(tokens)
         tails = ((count, self._backend.decode(before[-count:], skip_special_tokens=False)) for count in range(1, 99))
@@ -478,8 +480,18 @@ def spliced_tiles(
     return spliced, counts
 
 
+def _check_tile_labels(policy: TilingPolicy, family: Family) -> None:
+    """Raises UserError for labels as tokens where a model has none for the cells of the policy's grids."""
+    for token in label_tokens(policy):
+        try:
+            family.token_id(token)
+        except ValueError as error:
+            remedy = "labels: true writes them as text, or use smaller grids"
+            raise UserError(f"images.labels: tokens: {error}; {remedy}") from error
+
+
 def expanded_units(text: str, plans: Sequence[TilePlan], unit: str) -> str:
-    """Repeats each image's unit in a text for every tile of the image, each after its label and a newline.
+    """Repeats each image's unit in a text for every tile of the image, each after its label.
 
     plans: those of the text's images, in order.
     unit: what the chat template writes for an image (`Family.placeholder_unit`).
@@ -487,7 +499,7 @@ def expanded_units(text: str, plans: Sequence[TilePlan], unit: str) -> str:
     head, *tails = text.split(unit)
     pieces = [head]
     for plan, tail in zip(plans, tails, strict=True):
-        pieces += [f"{label}\n{unit}" if label else unit for label in plan.labels]
+        pieces += [f"{label}{unit}" for label in plan.label_texts]
         pieces.append(tail)
     return "".join(pieces)
 

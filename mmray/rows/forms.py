@@ -30,12 +30,29 @@ _REFUSED = {
     b"BZh": "compressed with bzip2; write it with gzip or zstd, or decompress it",
     b"\xfd7zXZ\0": "compressed with xz; write it with gzip or zstd, or decompress it",
     b"PK\x03\x04": "a ZIP archive; unpack it",
+    b"\x04\x22\x4d\x18": "compressed with LZ4; write it with gzip or zstd, or decompress it",
+    b"\xff\x06\0\0sNaPpY": "compressed with Snappy; write it with gzip or zstd, or decompress it",
+    b"x\x9c": "compressed with zlib; write it with gzip or zstd, or decompress it",
+    b"x\xda": "compressed with zlib; write it with gzip or zstd, or decompress it",
+    b"\x1f\x8b": "compressed twice; decompress it once",
+    b"\x28\xb5\x2f\xfd": "compressed twice; decompress it once",
+    b"%PDF-": "a PDF; mmray from-pdf writes rows for its pages",
+    b"\x89PNG": "a picture; name a file of rows that names the picture",
+    b"\xff\xd8\xff": "a picture; name a file of rows that names the picture",
+    b"FEA1": "a Feather file of version 1; write it as Feather of version 2 or Parquet",
+    b"SQLite format 3": "an SQLite database; write its table as Parquet or JSON lines",
+    b"Obj\x01": "an Avro file; write it as Parquet or JSON lines",
+    b"\x89HDF": "an HDF5 file; write it as Parquet",
+    b"\x93NUMPY": "a NumPy array; write rows as JSON lines or Parquet",
+    b"\x80\x04\x95": "a Python pickle; write rows as JSON lines or Parquet",
+    b"\x80\x05\x95": "a Python pickle; write rows as JSON lines or Parquet",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself; get it with git lfs pull",
     b"\xff\xfe\0\0": "UTF-32; save it as UTF-8",
     b"\0\0\xfe\xff": "UTF-32; save it as UTF-8",
 }
 _UTF16: dict[bytes, Encoding] = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
-_ROW_LIST = re.compile(r"\[\s*\{")
+_ROW_LIST = re.compile(r"\[\s*(\{|\]\s*\Z)")
+_UNMARKED_UTF16 = re.compile(rb"[\t\n\r\x20-\x7e]\0[\t\n\r\x20-\x7e]\0|\0[\t\n\r\x20-\x7e]\0[\t\n\r\x20-\x7e]")
 _PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 _LINK = re.compile(rb"(\.\.?/)+[^\s\0]+")
 """Matches a path and nothing else, which git writes for a link where links are not allowed."""
@@ -87,6 +104,8 @@ def detected_form(opened: BinaryIO, uri: str, expected: str, *, is_declared: boo
     for mark, what in _REFUSED.items():
         if head.startswith(mark):
             raise UserError(f"{uri}: is {what}")
+    if _UNMARKED_UTF16.match(head):
+        raise UserError(f"{uri}: is UTF-16 without its mark; save it as UTF-8")
     if _PAGE.match(head):
         raise UserError(f"{uri}: is a web page or XML, no rows; was it downloaded without an error?")
     if len(head) < HEAD_BYTES and _LINK.fullmatch(head):

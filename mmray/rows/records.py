@@ -104,7 +104,11 @@ class RecordScan:
         csv.field_size_limit(MAX_ROW_BYTES)
         lines = _Lines(self._read)
         records = csv.reader(lines, delimiter=_DELIMITERS[self._format], strict=True)
-        self.header = _header(next(records, None), self._format)
+        try:
+            first = next(records, None)
+        except csv.Error as error:
+            raise OSError(f"the first line is not as CSV is ({error}); end lines with a line feed") from error
+        self.header = _header(first, self._format)
         self.end = lines.offset
         starts: list[int] = []
         rows = 0

@@ -26,14 +26,22 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmray.errors import RowError
+from mmray.images.paged import each_page
 from mmray.images.source import one_line
 from mmray.images.tar_member import PartOfFile
 from mmray.rows.image_refs import ImageRef
 from mmray.rows.json_rows import parse_row
 from mmray.rows.settings import ONE_IMAGE
 
-IMAGE_ENDINGS = frozenset("jpg jpeg png webp tif tiff jp2 j2k gif bmp ppm pgm pbm avif".split())  # noqa: SIM905
+IMAGE_ENDINGS = frozenset(
+    (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "tif", "tiff", "jp2", "j2k", "jpx", "j2c", "gif"),
+        *("bmp", "dib", "ppm", "pgm", "pbm", "pnm", "avif", "heic", "heif"),
+    )
+)
 """Endings of the members that are images, in lower case; members may have them in any case."""
+_PDF = "pdf"
+_OTHER_PICTURES = ("jxl", "jxr", "svg", "psd", "eps", "djvu", "tga", "ico", "exr", "hdr", "dng", "cr2", "nef")
 
 _NUMBERED = re.compile(r"(?P<name>.*?)(?P<number>\d+)\.[^.]+")
 BY_NUMBER = "image_order"
@@ -273,8 +281,23 @@ def _notes(members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:
     """Returns the notes on a row whose JSON names no images."""
     images = _images(members)
     if not images:
+        _check_no_picture(members)
         return (WITHOUT_IMAGE,)
     return (BY_NUMBER,) if list(images) != [ending for ending in members if ending in images] else ()
+
+
+def _check_no_picture(members: dict[str, tarfile.TarInfo]) -> None:
+    """Raises RowError for a sample without images that has a picture of another kind: it would train without it."""
+    for ending, member in members.items():
+        kind = ending.lower().rpartition(".")[2]
+        if kind == _PDF:
+            pages = f"name pages in the sample's JSON, images: ['{posixpath.basename(member.name)}#page=1']"
+            raise RowError("image_unreadable", f"{member.name} is a PDF; {pages}, or choose other members")
+        if kind in _OTHER_PICTURES:
+            raise RowError(
+                "image_unreadable", f"{member.name} is a picture that cannot be read; store it as JPEG or PNG, or "
+                "choose other members"
+            )  # fmt: skip
 
 
 def _image_refs(members: dict[str, tarfile.TarInfo], uri: str, named: object) -> object:
@@ -282,15 +305,28 @@ def _image_refs(members: dict[str, tarfile.TarInfo], uri: str, named: object) ->
     none."""
     if named is not None and not isinstance(named, list):
         return named
-    refs: dict[str, ImageRef] = {}
+    parts: dict[str, str] = {}
     for ending, member in members.items():
-        if ending.lower().rpartition(".")[2] in IMAGE_ENDINGS:
+        if ending.lower().rpartition(".")[2] in (*IMAGE_ENDINGS, _PDF):
             name = posixpath.basename(member.name)
-            ref = ImageRef(str(PartOfFile(uri, name, member.offset_data, member.size)))
-            refs |= dict.fromkeys((ending, name, member.name), ref)
+            part = str(PartOfFile(uri, name, member.offset_data, member.size))
+            parts |= dict.fromkeys((ending, name, member.name), part)
     if named is None:
-        return [refs[ending] for ending in _images(members)]
-    return [refs.get(entry, entry) if isinstance(entry, str) else entry for entry in named]
+        return [ImageRef(parts[ending]) for ending in _images(members)]
+    return [ref for entry in named for ref in _named_refs(entry, parts)]
+
+
+def _named_refs(entry: object, parts: dict[str, str]) -> list[object]:
+    """Returns the images that an entry of a sample's JSON names: a member, a page of one, or something else as it is.
+
+    parts: the members by ending, name and path.
+    """
+    if not isinstance(entry, str):
+        return [entry]
+    member, mark, page = entry.partition("#")
+    if member not in parts:
+        return [entry]
+    return [ImageRef(text) for text in each_page(f"{parts[member]}{mark}{page}")]
 
 
 def _text(member: tarfile.TarInfo, file: BinaryIO) -> str:

@@ -7,4 +7,5 @@ model classes; only the sizes are small.
 - `pages.write_pages`: page images, `pages.jsonl`, `chat.jsonl`, `eval.jsonl`, bad rows on purpose.
 - `processors.write_processor`: a tokenizer trained on such texts, image-processor settings, chat template.
 - `models.small_config`: a model config of a few layers that fits such a processor.
+- `numbers.write_numbers`, `numbers.write_reader`: pictures of numbers, and a model that soon reads them.
 """

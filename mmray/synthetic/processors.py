@@ -9,7 +9,7 @@ limits (so that a page is at most about a hundred visual tokens).
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +200,18 @@ _RECIPES = {
 MODEL_TYPES = tuple(_RECIPES)
 
 
-def write_processor(folder: str | Path, model_type: str = "qwen2_vl", texts: Iterable[str] | None = None) -> Path:
+def write_processor(
+    folder: str | Path, model_type: str = "qwen2_vl", texts: Iterable[str] | None = None,
+    image_processor: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """Writes a small processor of a family to `folder`, and returns the folder (see `write_recipe`).
 
-    Raises ValueError for a family not in MODEL_TYPES.
+    image_processor: entries of preprocessor_config.json in place of the family's. Raises ValueError for a family not in
+    MODEL_TYPES.
     """
-    return write_recipe(folder, _recipe_of(model_type), texts)
+    recipe = _recipe_of(model_type)
+    recipe = replace(recipe, image_processor=recipe.image_processor | (image_processor or {}))
+    return write_recipe(folder, recipe, texts)
 
 
 def write_recipe(folder: str | Path, recipe: Recipe, texts: Iterable[str] | None = None) -> Path:

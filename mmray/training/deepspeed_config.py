@@ -66,7 +66,7 @@ def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
     if changed:
         raise UserError(
             f"DeepSpeed changed the type of {len(changed)} buffers of the model, {changed[0]}, which makes positions "
-            "wrong: install deepspeed 0.19.2 or later"
+            "wrong: install deepspeed 0.19.8 or later"
         )
 
 

@@ -1,6 +1,7 @@
 """`--dry-run` tells what a run would do, as it then does it, and leaves nothing behind."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,9 @@ def test_the_plan_is_what_is_done(inputs: Inputs, tmp_path: Path, capsys: pytest
     assert "train rows 71, in 2 windows" in shown
     assert "data.train[0] (pretrain) 46 in 1 file; 6 of 46 looked at would be rejected; about" in shown
     assert "prepared/train: nothing there yet" in shown
+    assert "train: 62 rows" in shown
+    assert "p5 p25 p50 p75 p95 p99 most set 0 (pretrain) tokens" in " ".join(re.sub("[━-╿]", " ", shown).split())
+    assert "2 rows (3.23%) are over packing.token_capacity 512;" in shown
     code, shown_unprepared = planned(train.main, job, tmp_path, capsys)
     assert code == 0
     assert "jobs/prepare.py must run first" in shown_unprepared
@@ -66,6 +70,8 @@ def test_the_plan_is_what_is_done(inputs: Inputs, tmp_path: Path, capsys: pytest
     assert "global batch 4 bins of up to 2,048 tokens: on each worker 2 micro-batches of 1" in shown
     assert "workers 2, 0.5 CPU each" in shown
     assert "begins at step 0" in shown
+    code, shown = planned(train.main, job, tmp_path, capsys, step_seconds="600")
+    assert (code, "time about 2 h: 12 steps of 600 s (as given)" in shown) == (0, True), shown
 
     schedule = run_plan(Job.model_validate(job), {"train": made}, gpus=False).schedule
     checkpoint = write_checkpoint(tmp_path / "job" / "run", 5)

@@ -228,3 +228,17 @@ def test_a_folder_of_prepared_datasets_or_a_run_says_what_is_inside(run, prepare
     for command in ("report", "inspect"):
         check_error(run(command, outer), "It holds train", f"{outer}/train")
     check_error(run("inspect", write_metrics(tmp_path / "run", 3.0)), "training run", f"mmray report {tmp_path}/run")
+
+
+def test_estimate_compares_policies_in_one_table(run, inputs, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(inputs.job(tmp_path)))
+    code, out, _ = run("estimate", path, "--try", "packing.token_capacity=1024", "--try", "packing.token_capacity=100")
+    assert code == 0
+    rows = cells(out)
+    assert list(rows)[-3:] == ["the job as it is", "packing.token_capacity=1024", "packing.token_capacity=100"]
+    assert "71 rows; estimated from 71 of them" in out
+    code, out, err = run("estimate", path, "--try", "packing.tokens=1")
+    assert (code, out) == (2, "")
+    assert "--try 'packing.tokens=1': " in err
+    assert "packing.tokens: unknown key" in err

@@ -18,8 +18,10 @@ from mmray.images import image_size, load_image
 from mmray.images.size_cache import SizeCache, merge_sizes, read_sizes
 from mmray.prepared import PreparedDataset
 from mmray.rows.files import source_files
+from mmray.rows.from_pdf import write_pdf_rows
 from mmray.rows.settings import DatasetSettings
 from mmray.storage import Folder, file_system
+from tests.mmray.pdfs import pdf_of
 from tests.mmray.preparing import Preparation, write_pictures, write_rows
 from tests.s3 import PORT, SECRET
 
@@ -113,6 +115,33 @@ def test_a_prepare_from_s3_to_s3_equals_the_local_one(pictures: str, processors,
     assert len(PreparedDataset(f"{pictures}/prepared").rejected()) == 1
 
 
+def test_pages_of_pdfs_in_s3_equal_local_ones(bucket: str, processors, tmp_path: Path) -> None:
+    """Rows that `mmray from-pdf` writes for both: sizes, reasons and pixels."""
+    folder = f"{bucket}/{tmp_path.name}-pdfs"
+    documents = {
+        "a.pdf": Path(pdf_of(tmp_path / "a.pdf", [{"points": (90, 120)}, {"points": (60, 40), "color": (0, 0, 255)}])),
+        "b.pdf": Path(pdf_of(tmp_path / "b.pdf", [{"points": (40, 90)}])),
+    }
+    for name, path in documents.items():
+        Folder(folder).write(name, path.read_bytes())
+    Folder(folder).write("damaged.pdf", documents["a.pdf"].read_bytes()[:300])
+    write_pdf_rows([f"{folder}/*.pdf"], str(tmp_path / "far.jsonl"))
+    write_pdf_rows([str(path) for path in documents.values()], str(tmp_path / "near.jsonl"))
+    gone = {"id": "gone", "text": "<image>", "images": [f"{folder}/gone.pdf#page=1"]}
+    with (tmp_path / "far.jsonl").open("a") as file:
+        file.write(json.dumps(gone) + "\n")
+    shown = []
+    for name in ("near", "far"):
+        rows = {"files": f"{tmp_path}/{name}.jsonl", "kind": "pretrain"}
+        job = Preparation(processors["qwen2_vl"], rows, tiling={"pdf_dpi": 72}, max_rejected_share=1)
+        prepared = job.write(tmp_path / name)
+        images = [image for packed in prepared.bins(0, len(prepared)) for image in packed.images]
+        shown.append(sorted((image["width"], image["height"], load_image(image["uri"]).tobytes()) for image in images))
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 3
+    assert prepared.statistics["rejected_by_reason"] == {"image_missing": 1}
+
+
 def test_rows_in_parquet_files_are_read_by_ranges(bucket: str, processors) -> None:
     uri = f"{bucket}/rows/one.parquet"
     table = pa.table({"id": [str(number) for number in range(500)], "text": [f"Row {n}" for n in range(500)]})
@@ -146,6 +175,7 @@ import json, sys
 from mmray.errors import UserError
 from mmray.images import image_size
 from mmray.rows.files import source_files
+from mmray.rows.from_pdf import write_pdf_rows
 from mmray.rows.settings import DatasetSettings
 from mmray.storage import Folder
 for step in (

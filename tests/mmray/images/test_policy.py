@@ -74,12 +74,38 @@ def test_from_the_job_file() -> None:
             "patch_multiple": 28,
         },
         {"grid": [2, 2], "tile_size": SIZE, "overview": [{"max_ratio": 1, "size": [9, 9]}, {"size": [8, 8]}]},
+        {
+            "buckets": [
+                {"max_ratio": 1, "grid": [2, 1], "tile_size": 448, "overlap": 0.1, "min_area": 900},
+                {"grid": [1, 1], "tile_size": [64, 32], "overview": False},
+            ],
+            "overview": SIZE,
+            "labels": "tokens",
+        },
     ],
 )
 def test_a_policy_survives_being_written_and_read(fields: dict[str, Any]) -> None:
     policy = TilingPolicy.model_validate(fields)
     assert TilingPolicy.model_validate(policy.model_dump(mode="json")) == policy
     assert TilingPolicy.model_validate_json(policy.model_dump_json()) == policy
+
+
+def test_a_record_says_of_a_bucket_what_it_sets_alone() -> None:
+    """So that a dataset that was prepared before buckets had more settings stays the job's."""
+    buckets = [{"max_ratio": 1, "grid": [3, 2]}, {"grid": [2, 3], "overlap": 0}]
+    policy = TilingPolicy.model_validate({"buckets": buckets, "tile_size": 8})
+    assert policy.record()["buckets"] == [
+        {"max_ratio": 1.0, "grid": [3, 2]},
+        {"max_ratio": None, "grid": [2, 3], "overlap": 0.0},
+    ]
+
+
+def test_sizes_of_buckets_follow_the_model() -> None:
+    buckets = [{"max_ratio": 1, "grid": [2, 1], "tile_size": 100, "overview": [50, 70]}, {"grid": [1, 1]}]
+    policy = TilingPolicy.model_validate({"buckets": buckets, "tile_size": 30})
+    assert set(policy.fixed_sizes) == {(100, 100), (50, 70), (30, 30)}
+    assert set(policy.aligned(28).fixed_sizes) == {(112, 112), (56, 84), (28, 28)}
+    assert set(policy.with_fixed_tiles((64, 64)).fixed_sizes) == {(64, 64)}
 
 
 def test_every_field_is_documented() -> None:
@@ -102,6 +128,13 @@ def test_two_grids(fields: dict[str, Any]) -> None:
     message = refusal(**fields)
     names = [name for name in ("preset", "grid", "buckets") if name in fields]
     assert f"{names[0]} and {names[1]} exclude each other; keep one" in message
+
+
+def test_sizes_of_buckets_that_do_not_fit() -> None:
+    sized = {"grid": [1, 1], "tile_size": 64}
+    assert "native_resolution exclude each other" in refusal(buckets=[sized], native_resolution=True)
+    assert "tile_size: buckets needs it" in refusal(buckets=[{"max_ratio": 1, **sized}, {"grid": [1, 2]}])
+    assert TilingPolicy.model_validate({"buckets": [{"max_ratio": 1, **sized}, sized]}).tile_size is None
 
 
 SETTINGS_OF_TILES = [

@@ -20,6 +20,7 @@ from mmray.images import (
     load_image,
     plan_tiles,
 )
+from mmray.images.tiling import label_tokens
 
 PAGES = Path(__file__).resolve().parents[4] / "shared/data/pages"
 needs_pages = pytest.mark.skipif(not PAGES.is_dir(), reason="the shared test data is not here")
@@ -396,3 +397,46 @@ def test_native_tiles_have_at_most_so_many_pixels(size: tuple[int, int], most: i
         elif min(width, height) > multiple:
             assert width * height <= most
     assert all(inner[0] <= tile[0] and inner[1] <= tile[1] for inner, tile in zip(plan.inner_sizes, plan.tile_sizes))
+
+
+def test_each_shape_has_its_own_tiles() -> None:
+    """Whole pages on a canvas by shape; receipts cut, with an overview and an overlap that other pages have not."""
+    policy = TilingPolicy.model_validate({
+        "buckets": [
+            {"max_ratio": 1, "grid": [1, 1], "tile_size": [96, 64]},
+            {"max_ratio": 2, "grid": [1, 1], "tile_size": [64, 96]},
+            {"grid": [1, 3], "tile_size": 48, "overlap": 0.1, "overview": [24, 48], "min_area": 3000},
+        ],
+        "labels": True,
+    })  # fmt: skip
+    wide, tall, long, small = (plan_tiles(size, policy) for size in ((300, 200), (200, 300), (50, 300), (20, 100)))
+    assert (wide.tile_sizes, wide.shape, wide.labels) == (((96, 64),), "1x1@96x64", (None,))
+    assert (tall.tile_sizes, tall.boxes) == (((64, 96),), ((0, 0, 200, 300),))
+    assert long.tile_sizes == ((24, 48), (48, 48), (48, 48), (48, 48))
+    assert long.boxes == ((0, 0, 50, 300), (0, 0, 50, 110), (0, 90, 50, 210), (0, 190, 50, 300))
+    assert long.labels == ("<global_img>", "<row1_col1>", "<row2_col1>", "<row3_col1>")
+    assert (small.tile_sizes, small.grid) == (((48, 48),), (1, 1))
+    tiles = cut_tiles(Image.new("RGB", (50, 300)), long)
+    assert [tile.size for tile in tiles] == list(long.tile_sizes)
+
+
+def test_a_shape_may_have_no_overview() -> None:
+    policy = TilingPolicy.model_validate(
+        {
+            "buckets": [{"max_ratio": 1, "grid": [2, 1], "overview": False}, {"grid": [1, 2]}],
+            "tile_size": 8,
+            "overview": [4, 4],
+        }
+    )
+    assert plan_tiles((30, 20), policy).tile_sizes == ((8, 8), (8, 8))
+    assert plan_tiles((20, 30), policy).tile_sizes == ((4, 4), (8, 8), (8, 8))
+
+
+def test_labels_as_the_models_own_tokens() -> None:
+    policy = TilingPolicy.model_validate({"grid": [2, 1], "tile_size": 8, "overview": [8, 8], "labels": "tokens"})
+    plan = plan_tiles((20, 10), policy)
+    assert plan.label_texts == plan.labels == ("<global-img>", "<row_1_col_1>", "<row_1_col_2>")
+    assert label_tokens(policy) == ["<global-img>", "<row_1_col_1>", "<row_1_col_2>"]
+    as_text = TilingPolicy.model_validate({"grid": [2, 1], "tile_size": 8, "labels": True})
+    assert plan_tiles((20, 10), as_text).label_texts == ("<row1_col1>\n", "<row1_col2>\n")
+    assert label_tokens(as_text) == []

@@ -63,6 +63,24 @@ def test_figures_and_fill_are_those_of_the_manifest(page, written):
     assert gauges == [f"{stats['token_fill']:.1%}", f"{stats['visual_fill']:.1%}"]
 
 
+def test_rows_are_described_with_their_odd_pages(page, written):
+    """Of 40 pages of 0 to 39 words, one has none, and one a twentieth of the median."""
+    (head,) = [each for each in page.of("h2") if each.text == "What the rows are like"]
+    (section,) = [each for each in head.parents if each.tag == "section"]
+    cells = [each.text for each in page.of("td") if any(parent is section for parent in each.parents)]
+    lengths = [length for number in range(len(written)) for length in written.bin(number).sample_lengths.tolist()]
+    assert "set 0 (pretrain), 40 rows" in cells
+    assert "set 1 (chat), 9 rows" in cells
+    assert f"{max(lengths):,}" in cells
+    lines = [" ".join(each.text.split()) for each in page.of("li") if any(parent is section for parent in each.parents)]
+    assert any(line.startswith("no row is over packing.token_capacity 300; ") for line in lines)
+    assert any(line.startswith("1 of 40 rows with images have no text") for line in lines)
+    assert any(line.startswith("1 of 40 rows with images have far too little text") for line in lines), lines
+    odd = [each.text.split(",")[0] for each in page.of("span") if each.is_in("odd")]
+    assert odd == ["page 0", "page 1"]
+    assert len([each for each in page.of("img") if each.is_in("odd")]) == 2
+
+
 def figure_parts(page, tag):
     return [each for each in page.of(tag) if each.is_in("figures")]
 
@@ -100,7 +118,8 @@ def test_bins_are_shown_with_tiles_and_masks(page, written):
     buckets = {written.bin(number).bucket for number in range(len(written))}
     assert len(shown) == min(len(buckets), facts.SHOWN_BINS)
     assert len(page.pictures) >= 2
-    assert all(picture.size == (56, 56) for picture in page.pictures)
+    # Beside the tiles there are the pages whose text does not fit them, small.
+    assert {picture.size for picture in page.pictures} == {(56, 56), (124, 160), (160, 124)}
     assert any("word" in each.text for each in page.of("span", "trained"))
     assert page.of("span", "run")
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import tracemalloc
+import zlib
 from itertools import count
 from pathlib import Path
 
@@ -190,6 +191,7 @@ DAMAGED = {
     "two.csv": b"id,id\n1,2\n",
     "semicolons.csv": b"id;text\n1;a\n",
     "empty.csv": b"",
+    "macintosh.csv": b"id,text\r1,a\r2,b\r",
     "odd.jsonl": FORMS["le.jsonl"][:-1],
 }
 
@@ -211,11 +213,20 @@ def test_a_damaged_file_is_an_error_that_names_it_and_never_fewer_rows(name: str
         (b"../store/part-2.jsonl", "a link that was copied as text"),
         (b"BZh91AY", "bzip2"), (b"PK\x03\x04zip", "ZIP"), (b"\xff\xfe\0\0a\0\0\0", "UTF-32"),
         (gzip.compress(FORMS["rows.pq"]), "Parquet, compressed as a whole"),
+        (gzip.compress(gzip.compress(b"{}")), "compressed twice"), (zlib.compress(b"{}"), "compressed with zlib"),
+        (b"\x04\x22\x4d\x18\x64", "LZ4"), (b"\xff\x06\0\0sNaPpY", "Snappy"), (b"SQLite format 3\0", "SQLite"),
+        ('{"id": "1"}'.encode("utf-16-le"), "UTF-16 without its mark"), (b"%PDF-1.7", "mmray from-pdf"),
+        ("id,text".encode("utf-16-be"), "UTF-16 without its mark"), (b"\x89PNG\r\n\x1a\n", "a picture"),
     ],
 )  # fmt: skip
 def test_what_holds_no_rows_is_told_by_its_first_bytes(content: bytes, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         plan_of(write(f"{tmp_path}/rows.jsonl", content))
+
+
+@pytest.mark.parametrize("content", [b"[]", b" [ \n ]\n"])
+def test_an_empty_array_holds_no_rows(content: bytes, tmp_path: Path) -> None:
+    assert values_of(write(f"{tmp_path}/rows.json", content)) == []
 
 
 def test_a_format_that_the_job_says_is_not_overruled_in_silence(tmp_path: Path) -> None:

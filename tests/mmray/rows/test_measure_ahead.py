@@ -9,13 +9,15 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mmray.images import measure_ahead
+from mmray.batches import render
+from mmray.images import measure_ahead, render_tiles
 from mmray.images.header import measured
 from mmray.images.measure_ahead import AHEAD, MeasureAhead
 from mmray.rows.image_refs import remote_images
 from mmray.rows.read import RawRow
 from mmray.rows.settings import DatasetSettings
-from tests.mmray.preparing import Preparation
+from tests.mmray.pdfs import pdf_of
+from tests.mmray.preparing import PACKING, Preparation, write_rows
 
 DELAY = 0.02
 
@@ -107,3 +109,31 @@ def test_what_is_local_is_not_asked_for_early(tmp_path: Path) -> None:
     assert remote_images(row, f"{tmp_path}/rows.jsonl:1", dataset) == ["s3://bucket/b.png"]
     assert remote_images({"images": ["a.png"]}, "s3://bucket/rows.jsonl:1", dataset) == ["s3://bucket/a.png"]
     assert remote_images({"images": ["../../a.png", "s3://x/b.png"]}, "/data/rows.jsonl:1", dataset) == []
+
+
+def test_pages_of_far_pdfs_are_measured_and_rendered_by_many_requests(
+    store: str, processors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what training gets is what one request after another gives, an image that is gone among them."""
+    uris = []
+    for number in range(40):
+        content = Path(pdf_of(tmp_path / "one.pdf", [{"points": (90, 60 + number)}, {"points": (60, 60)}])).read_bytes()
+        FarAway().pipe_file(f"/far-pages/{number}.pdf", content)
+        uris.append(f"{number}.pdf#page={1 + number % 2}")
+    row = {"id": "a", "text": "<image>" * 60, "images": [*uris, *(f"{n}.png" for n in range(0, 200, 10))]}
+    packing = PACKING.model_copy(update={"token_capacity": 4096, "visual_capacity": 4096})
+    rows = {"files": write_rows(tmp_path / "rows.jsonl", [row]), "kind": "pretrain", "image_root": store}
+    job = Preparation(processors["qwen2_vl"], rows, packing=packing, tiling={"pdf_dpi": 72})
+    prepared = job.write(tmp_path / "prepared")
+    assert [(image["width"], image["height"]) for image in prepared.bin(0).images[:3]] == [(90, 60), (60, 60), (90, 62)]
+    assert FarAway.most > 8
+    FarAway().rm_file("/far-pages/10.png")
+    FarAway.most = 0
+    rendered = {}
+    for threads in (render.THREADS, 1):
+        monkeypatch.setattr(render, "THREADS", threads)
+        pages = render.render_pages(prepared.bin(0), job.policy, render_tiles, "reject")
+        rendered[threads] = [[tile.tobytes() for tile in tiles] for tiles in pages.tiles], pages.skipped
+    assert FarAway.most > 8
+    assert rendered[1] == rendered[16]
+    assert [skipped.reason for skipped in rendered[1][1].values()] == ["image_missing"]

@@ -22,6 +22,7 @@ from mmray.rows.plan import plan_chunks
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
 from tests.mmray.oddities import ODD_ROWS
+from tests.mmray.pdfs import pdf_of
 from tests.mmray.preparing import Preparation
 
 fresh_names = count()
@@ -380,6 +381,33 @@ def test_a_text_whose_picture_is_missing_is_counted_with_its_place(processors, t
     assert facts["rows_packed"] == 5
     assert facts["image_notes"] == {"image_order": 1, "missing_image": 2}
     assert facts["examples"]["missing_image"] == [f"{place}:1", f"{place}:4"]
+
+
+def test_pages_of_a_pdf_in_a_shard_are_named_by_its_json(processors, tmp_path: Path) -> None:
+    pages = [{"points": (90, 120)}, {"points": (60, 40)}, {"points": (30, 30)}]
+    pdf = Path(pdf_of(tmp_path / "scan.pdf", pages)).read_bytes()
+    place = write(tmp_path / "s.tar", shard(
+        ("a.pdf", pdf), ("a.json", '{"text": "<image> two", "images": ["a.pdf#page=2"]}'),
+        ("b.pdf", pdf), ("b.json", '{"text": "<image><image> two", "images": ["pdf#pages=2-3"]}'),
+    ))  # fmt: skip
+    job = Preparation(processors["qwen2_vl"], {"files": place, "kind": "pretrain"}, tiling={"pdf_dpi": 72})
+    prepared = job.write(tmp_path / "prepared")
+    images = [image for packed in prepared.bins(0, len(prepared)) for image in packed.images]
+    assert sorted((image["width"], image["height"]) for image in images) == [(30, 30), (60, 40), (60, 40)]
+    assert all(load_image(image["uri"]).size == (image["width"], image["height"]) for image in images)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a.pdf", "a.pdf is a PDF; name pages in the sample's JSON"), ("a.jxl", "a.jxl is a picture that cannot be read")],
+)
+def test_a_picture_of_another_kind_is_not_left_out_in_silence(place: str, name: str, words: str) -> None:
+    write(place, shard((name, b"?"), ("a.txt", "one"), ("b.png", A), ("b.svg", b"?"), ("b.txt", "two")))
+    first, second = rows_of(place)
+    assert isinstance(first.value, RowError)
+    assert words in first.value.message
+    assert shown(second.value)["images"] == ["b.png"]
+    assert [row.notes for row in rows_of(place, members=["txt", "png"])] == [("missing_image",), ()]
 
 
 @pytest.mark.skipif(ODD_ROWS is None, reason="the shared data is not here")

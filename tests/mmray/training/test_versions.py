@@ -16,8 +16,9 @@ from tests.mmray.training import tiny
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize(("name", "too_old"), [("deepspeed", "0.19.1"), ("transformers", "5.0.0"), ("ray", "2.50.0")])
+@pytest.mark.parametrize(("name", "too_old"), [("deepspeed", "0.19.7"), ("transformers", "5.0.0"), ("ray", "2.50.0")])
 def test_versions_that_compute_something_else_are_not_installed(name: str, too_old: str) -> None:
+    """With DeepSpeed 0.19.2, .3, .5 and .7, ranks on gloo load wrong weights for ZeRO-3, and losses are NaN."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stated = [*project["dependencies"], *project["optional-dependencies"]["cluster"]]
     (bound,) = [Requirement(line).specifier for line in stated if Requirement(line).name == name]
@@ -35,7 +36,7 @@ def test_rotary_buffers_in_bf16_are_an_error() -> None:
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
     with (
         pytest.raises(
-            UserError, match=r"inv_freq from torch\.float32 to torch\.bfloat16, .*deepspeed 0\.19\.2 or later"
+            UserError, match=r"inv_freq from torch\.float32 to torch\.bfloat16, .*deepspeed 0\.19\.8 or later"
         ),
         buffers_kept(model),
     ):
