@@ -205,7 +205,8 @@ def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
         return
     fill = guess.tokens / guess.bins / packing.token_capacity
     visual = guess.visual_tokens / guess.bins / packing.visual_capacity
-    whole = guess.rows.is_exact and guess.sampled == guess.rows.rows
+    taken_once = all(set_estimate.taking is None for set_estimate in guess.sets)
+    whole = guess.rows.is_exact and guess.sampled == guess.rows.rows and taken_once
     plan.add(
         f"{split} bins",
         f"{'' if whole else 'about '}{guess.bins:,}: {fill:.0%} of {packing.token_capacity:,} tokens and {visual:.0%} "
