@@ -18,6 +18,8 @@ from mmray.rows.dealing import dealt
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule, BoundSchedule, ReadLoads
 from mmray.schedule.loads import Loads
+from mmray.schedule.mixture import MixedDataset, MixedSchedule
+from mmray.schedule.mixture import Mixture as WeightedDatasets
 from mmray.schedule.schedule import Schedule, mix_many
 
 RANKS = 8
@@ -31,7 +33,7 @@ WINDOW_ROWS = 8192
 SMOLVLM = {"token_pair": 1.6e-4, "trained_token": 0.27, "visual_token": 13.0, "visual_pair": 0.044}
 """Costs of SmolVLM-256M, as in docs/training.md."""
 
-Order = Schedule | BoundSchedule
+Order = Schedule | MixedSchedule | BoundSchedule
 
 
 def run() -> list[Result]:
@@ -42,7 +44,8 @@ def run() -> list[Result]:
     results += [ranks_of(mixture, PACKED_ATTENTION, 8) for mixture in (ocr_tiles, text_only)]
     results += [composition(mixture) for mixture in (ocr_tiles, MIXTURES[-1])]
     results += [other_costs(ocr_tiles), other_costs(ocr_any_size), *chance(), mixed_costs(), *one_shape()]
-    return results + [*shares(), files_read(), seek(), seek_of_large_batches()]
+    results += [*shares(), files_read(), seek(), seek_of_large_batches()]
+    return results + [*mixture_shares(), mixture_files(), mixture_seek()]
 
 
 @functools.cache
@@ -350,3 +353,70 @@ def seeking(num_bins: int, size: int, step: int, loads: ReadLoads) -> Callable[[
         return BalancedSchedule(order, DEFAULTS).bound_to(loads).bins(step)
 
     return work
+
+
+def mixture(weights: list[float], num_bins: list[int]) -> MixedSchedule:
+    """Datasets of so many bins with these weights, 64 bins a step."""
+    datasets = tuple(
+        MixedDataset("", str(number), f"benchmark {number}", bins, weight)
+        for number, (weight, bins) in enumerate(zip(weights, num_bins))
+    )
+    return MixedSchedule(WeightedDatasets(datasets), 64, seed=0)
+
+
+def mixture_shares(steps: int = 1000) -> list[Result]:
+    """Datasets of 0.2, 1 and 30 % of 10^6 bins mixed by these weights, against a draw by chance."""
+    shares = [0.002, 0.01, 0.3, 0.688]
+    schedule = mixture(shares, [round(share * 10**6) for share in shares])
+    numbers = np.searchsorted(schedule._first_bins, schedule.bins_of(0, 10**6 // 64), side="right") - 1
+    drawn = np.random.default_rng(0).choice(len(shares), len(numbers), p=shares)
+    results = []
+    for place, share in enumerate(shares[:3]):
+        (far, longest), (far_chance, chance) = (share_of(of == place, steps * 64) for of in (numbers, drawn))
+        results.append(
+            Result(
+                name=f"any {steps:,} steps' bins of a dataset of weight {share:.1%} against it, 10^6 bins",
+                ratio=far / far_chance,
+                explanation=f"the worst, in standard deviations of a draw by chance: {far:.2f}, drawn "
+                f"{far_chance:.1f}. Longest stretch without it: {longest:,} bins, drawn {chance:,}",
+                goal=0.5,
+                lower_is_better=True,
+            )
+        )
+    return results
+
+
+def mixture_files(steps: int = 1000) -> Result:
+    """Distinct files, of 1,024 bins, that 1,000 steps of a mixture read, against the same bins in one dataset."""
+    files = [2, 10, 293, 672]
+    schedule = mixture([float(count) for count in files], [1024 * count for count in files])
+    alone = Schedule(10**6, 64, seed=0, fingerprint="benchmark")
+    starts = range(0, alone.steps_per_epoch - steps, 5000)
+    orders: list[Order] = [schedule, alone]
+    mixed, plain = (np.mean([distinct_files(order, start, start + steps) for start in starts]) for order in orders)
+    return Result(
+        name=f"distinct files read in {steps:,} steps, a mixture of four datasets against one, 10^6 bins",
+        ratio=float(mixed / plain),
+        explanation=f"{mixed:.0f} against {plain:.0f}: each dataset mixes 64 files of its own at a time",
+        lower_is_better=True,
+    )
+
+
+def mixture_seek() -> Result:
+    """The first batch of a mixture of 64 datasets just built, at its beginning and deep inside; and the inverse."""
+
+    def work(step: int) -> object:
+        return mixture([1 + number % 7 for number in range(64)], [10**9 // 64] * 64).bins(step)
+
+    first, deep = (best_seconds(functools.partial(work, step)) for step in (0, 10**7))
+    schedule = mixture([1 + number % 7 for number in range(64)], [10**9 // 64] * 64)
+    numbers = iter(range(10**8, 10**9))
+    inverse = best_seconds(lambda: schedule.place_of(3, next(numbers)))
+    return Result(
+        name="seek to step 10^7 against step 0, a mixture of 64 datasets with 10^9 bins, 64 a batch",
+        ratio=deep / first,
+        explanation=f"{1e3 * deep:.1f} ms against {1e3 * first:.1f} ms to build it and compute its batch; "
+        f"{1e6 * inverse:.0f} µs from a dataset's bin back to its step",
+        goal=1.5,
+        lower_is_better=True,
+    )

@@ -11,8 +11,7 @@ import hashlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,15 +19,13 @@ import pyarrow.fs
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from mmray.errors import PassingError
 from mmray.run.checkpoints import checkpoint_name, prune
 from mmray.run.folder import RunFolder
+from mmray.storage import explained, library_write_errors
 from mmray.training.checksums import LISTS, list_files, list_name
 from mmray.training.ranks import Ranks
 
 COPY_CHUNK_BYTES = 64 << 20
-TORCH_WRITE_ERROR = "inline_container"
-"""The part of torch that raises a RuntimeError where a file could not be written."""
 
 
 class CheckpointWriter:
@@ -54,7 +51,7 @@ class CheckpointWriter:
         """
         self._idle.wait()
         self._scratch.mkdir(parents=True, exist_ok=True)
-        with _as_user_error(self._scratch):
+        with explained(f"a checkpoint in {self._scratch}"), library_write_errors():
             folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self._scratch))
             write(folder)
         self._idle.clear()
@@ -95,7 +92,7 @@ class CheckpointWriter:
             if self._ranks.rank == 0:
                 prune(self._run, self._keep)
             files = list_files(Path(checkpoint.path))
-            with _as_user_error(target):
+            with explained(f"a checkpoint in {target}"):
                 system.create_dir(f"{target}/{LISTS}")
                 pyarrow.fs.copy_files(
                     checkpoint.path, target, destination_filesystem=system, chunk_size=COPY_CHUNK_BYTES,
@@ -106,24 +103,6 @@ class CheckpointWriter:
             return Checkpoint(path=target, filesystem=system)
         finally:
             self._idle.set()
-
-
-@contextmanager
-def _as_user_error(folder: Path | str) -> Iterator[None]:
-    """Raises the error of a disk that is full or may not be written as a UserError that may pass."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-        elif TORCH_WRITE_ERROR in str(error):
-            reason = f"probably no space left on device (torch: {str(error).splitlines()[0]})"
-        else:
-            raise
-        raise PassingError(
-            f"a checkpoint could not be written into {folder}: {reason}; make room or mend the disk, and start the "
-            "same command again"
-        ) from error
 
 
 def _scratch(run: RunFolder) -> Path:

@@ -20,10 +20,13 @@ from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.doctor import Status, examine_settings
 from mmray.errors import UserError
+from mmray.loss.labels import LabelMaker
 from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset
-from mmray.prepared.fingerprint import check_settings
+from mmray.prepared.fingerprint import check_settings, settings_record
+from mmray.prepared.joined import PreparedMixture, check_common
 from mmray.prepared.versions import check_labels
+from mmray.run.data import RunData, open_data
 from pipelines.nodes import Node
 
 log = logging.getLogger("mmray")
@@ -89,27 +92,39 @@ def check_job_settings(job: Job) -> None:
         console.print(f"{finding.check}: {finding.detail}", markup=False, highlight=False, soft_wrap=True)
 
 
-def open_prepared(job: Job) -> dict[str, PreparedDataset]:
+def open_prepared(job: Job) -> dict[str, RunData]:
     """The job's prepared datasets. Raises UserError when one is missing, empty, or was made with other settings."""
     family = job_family(job)
-    datasets = {}
+    tiling, labels = family.resolved_tiling(job.images), label_maker(job.loss, family)
+    datasets: dict[str, RunData] = {}
     for split in job.data.splits:
-        prepared = PreparedDataset(job.prepared_path(split))
+        data = datasets[split] = open_data(job, split)
+        if isinstance(data, PreparedMixture):
+            record = settings_record(processor=family.processor, tiling=tiling, packing=job.packing, loss=job.loss)
+            for part in data.parts:
+                check_common(part, record)
+                _check_bins(part, labels)
+            continue
         check_settings(
-            prepared.path, prepared.manifest["record"], processor=family.processor,
-            tiling=family.resolved_tiling(job.images), packing=job.packing, loss=job.loss,
+            data.path, data.manifest["record"], processor=family.processor,
+            tiling=tiling, packing=job.packing, loss=job.loss,
             datasets=getattr(job.data, split), data=job.data,
         )  # fmt: skip
-        if prepared.is_read_otherwise:
-            console.print(
-                f"{prepared.path} was prepared before orientations of signed kinds in EXIF counted: such pictures go "
-                "on as they are stored, with the sizes they were prepared with; prepare anew to have them turned",
-                markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
-        prepared.check_has_bins()
-        check_labels(prepared, label_maker(job.loss, family))
-        datasets[split] = prepared
+        _check_bins(data, labels)
     return datasets
+
+
+def _check_bins(prepared: PreparedDataset, labels: LabelMaker) -> None:
+    """Raises UserError where a dataset has no bins or its labels would be others; tells of pictures read otherwise."""
+    if prepared.is_read_otherwise:
+        console.print(
+            f"{prepared.path} was prepared before orientations of signed kinds in EXIF, and of bytes in TIFF, "
+            "counted: such pictures go on as they are stored, with the sizes they were prepared with; prepare anew "
+            "to turn them",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    prepared.check_has_bins()
+    check_labels(prepared, labels)
 
 
 def check_outputs(job: Job) -> None:
@@ -121,6 +136,7 @@ def check_outputs(job: Job) -> None:
         ("output.prepared", job.output.prepared, shared),
         ("output.run", job.output.run, shared),
         ("data.size_cache", job.data.size_cache, shared),
+        *((f"mixture.{number}.prepared", part.prepared, shared) for number, part in enumerate(job.mixture)),
         ("resources.tile_cache.folder", cache and cache.folder, local),
     ):
         if in_submitted_job() and path and Path(path).is_relative_to(here):

@@ -17,6 +17,7 @@ import ray
 import ray._private.services as ray_services
 import ray.data  # sets the level of its own loggers when imported
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from jobs.command_line import as_ctrl_c
 from mmray.errors import UserError
@@ -58,6 +59,7 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
         warnings.filterwarnings("ignore")
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
+        transformers_logging.disable_progress_bar()
     if ray.is_initialized():
         return False
     ends_softly = signal.getsignal(signal.SIGTERM) is as_ctrl_c

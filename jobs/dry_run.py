@@ -25,17 +25,21 @@ from mmray.base.words import amount as about
 from mmray.config.job import Job
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
-from mmray.prepared import PreparedDataset, PreparedWriter
+from mmray.prepared import PreparedWriter
 from mmray.prepared.dataset import MANIFEST, PLAN
 from mmray.prepared.estimate import Estimate, SetEstimate, estimate_split
 from mmray.prepared.fingerprint import prepare_record
+from mmray.prepared.joined import PreparedMixture
 from mmray.report.rows import RowFacts
 from mmray.report.speed import Speed
 from mmray.report.tables import rows_table
 from mmray.rows.files import source_files
 from mmray.run.checkpoints import newest_looking_whole, step_of
+from mmray.run.data import RunData
 from mmray.run.folder import RunFolder
-from mmray.run.plan import run_plan
+from mmray.run.plan import RunPlan, run_plan
+from mmray.schedule.cursor import Cursor
+from mmray.schedule.mixture import Mixture
 from mmray.storage import Folder
 from pipelines.nodes import Node, alive_nodes, amount
 
@@ -118,7 +122,9 @@ def plan_train(
     """
     plan = _Plan(job)
     speed = None if step_seconds is None else Speed.of(step_seconds)
-    is_prepared = all(Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits)
+    is_prepared = bool(job.mixture) or all(
+        Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits
+    )
     _, guesses = _examined(plan, counts=not is_prepared)
     prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
     for split, guess in guesses.items():
@@ -216,7 +222,7 @@ def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
     plan.add(f"{split} tokens", f"about {about(guess.tokens)}, of them {about(guess.visual_tokens)} visual")
 
 
-def _bin_tokens(prepared: Mapping[str, PreparedDataset] | None, guesses: Mapping[str, Estimate]) -> float:
+def _bin_tokens(prepared: Mapping[str, RunData] | None, guesses: Mapping[str, Estimate]) -> float:
     """The mean number of tokens of a bin of the training set."""
     if prepared:
         facts = prepared["train"].statistics
@@ -224,7 +230,7 @@ def _bin_tokens(prepared: Mapping[str, PreparedDataset] | None, guesses: Mapping
     return guesses["train"].tokens / max(guesses["train"].bins, 1)
 
 
-def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, continue_on: bool) -> int | None:
+def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_on: bool) -> int | None:
     """Adds the steps, and where the run begins or continues; returns the steps that are left, None where it cannot."""
     job, run = plan.job, RunFolder(plan.job.output.run)
     planned_run = run_plan(job, dict(prepared), gpus, continue_on)
@@ -234,7 +240,9 @@ def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, c
         return None
     total = planned_run.total_steps(cursor)
     left = max(0, total - cursor.step)
-    _add_steps(plan, len(prepared["train"]), total=total)
+    if isinstance(data := prepared["train"], PreparedMixture):
+        _add_mixture(plan, data.mixture, planned_run, cursor, total)
+    _add_steps(plan, len(data), total=total)
     if checkpoint is None:
         plan.add("begins", "at step 0: the run has no checkpoint yet")
     elif left:
@@ -242,6 +250,21 @@ def _add_run(plan: _Plan, prepared: Mapping[str, PreparedDataset], gpus: bool, c
     else:
         plan.add("goes on", f"nowhere: {checkpoint.name} is that of the last step, nothing is left to train")
     return left
+
+
+def _add_mixture(plan: _Plan, mixture: Mixture, run: RunPlan, cursor: Cursor, total: int) -> None:
+    """Adds the datasets of a mixture: their shares at the beginning, and how far each will be after the last step."""
+    taken = run.schedule_at(cursor).bins_taken(max(total, cursor.step) - cursor.first_step)
+    _, shares = mixture.shares_from(cursor.step)[0]
+    for dataset, share in zip(mixture.datasets, shares):
+        epochs = taken[dataset.fingerprint] / dataset.num_bins
+        plan.add(
+            f"  {dataset.name}",
+            f"{float(share):.2%} of the bins now, {epochs:.3g} epochs of its {dataset.num_bins:,} bins in all steps",
+        )
+    for stage in mixture.stages:
+        weights = ", ".join(f"{weight:g}" for weight in stage.weights)
+        plan.add("  stage", f"until step {stage.until:,}: weights {weights}")
 
 
 def _add_steps(plan: _Plan, bins: int, mark: str = "", total: int | None = None) -> int:
@@ -253,7 +276,8 @@ def _add_steps(plan: _Plan, bins: int, mark: str = "", total: int | None = None)
     per_epoch = max(1, math.ceil(bins / training.global_batch_bins))
     steps = total or training.steps or max(1, round((training.epochs or 1) * per_epoch))
     counted = "" if training.steps else mark
-    plan.add("steps", f"{counted}{steps:,}: {mark}{steps / per_epoch:.3g} epochs of {mark}{per_epoch:,} steps")
+    epochs = "" if plan.job.mixture else f": {mark}{steps / per_epoch:.3g} epochs of {mark}{per_epoch:,} steps"
+    plan.add("steps", f"{counted}{steps:,}{epochs}")
     micro = math.ceil(training.global_batch_bins / training.micro_batch_bins / resources.min_workers)
     most = training.global_batch_bins * plan.job.packing.token_capacity
     plan.add(

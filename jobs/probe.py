@@ -102,7 +102,8 @@ def packages_of(job: Job, *, trains: bool) -> list[str]:
     """Modules that nodes need beside mmray's own: those of training, of the job's trackers and of its addresses."""
     trackers = [tracker.library for tracker in job.tracking.trackers().values()]
     rows = [uri for dataset in (*job.data.train, *job.data.eval) for uri in dataset.files]
-    uses_s3 = any(text.startswith(("s3://", "s3a://")) for text in (job.output.prepared, job.output.run, *rows))
+    paths = job.output.prepared, job.output.run, *job.trained_paths("train")
+    uses_s3 = any(text.startswith(("s3://", "s3a://")) for text in (*paths, *rows))
     return [*(["deepspeed", *trackers] if trains else []), *(["s3fs"] if uses_s3 else [])]
 
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,13 +16,15 @@ from mmray.display.progress import ProgressBar
 from mmray.errors import UserError
 from mmray.run.folder import PUBLISH_SECONDS, RunFolder
 from mmray.run.history import HISTORY_FILE, in_words
-from mmray.run.metrics import METRICS_FILE
+from mmray.run.metrics import METRICS_FILE, SHARE_STEPS, shares_of_bins
 from mmray.run.warnings import WARNINGS_FILE, read_warnings
 
 log = logging.getLogger("mmray")
 
 POLL_SECONDS = 0.5
 TAIL_BYTES = 4096
+SHOWN_DATASETS = 6
+"""The most datasets of a mixture whose shares the progress line shows one by one."""
 
 
 class RunWatch:
@@ -61,6 +64,13 @@ class RunWatch:
                     self._old_metrics = -1
                     self._update(bar)
 
+    def _steps(self, num_bytes: int) -> list[dict[str, Any]]:
+        """The lines of training steps with a loss in the last bytes of metrics.jsonl."""
+        with self._path.open("rb") as file:
+            file.seek(max(0, self._path.stat().st_size - num_bytes))
+            lines = [json.loads(line) for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
+        return [line for line in lines if line.get("loss") is not None]
+
     def _tell_events(self) -> None:
         """Prints a line for each event since the last call."""
         if _size(self._history) <= self._events_read:
@@ -77,16 +87,25 @@ class RunWatch:
                 log.info("%s: %s", self._name, words)
 
     def _update(self, bar: ProgressBar) -> None:
-        with self._path.open("rb") as file:
-            file.seek(max(0, self._path.stat().st_size - TAIL_BYTES))
-            lines = [json.loads(line) for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
-        lines = [line for line in lines if line.get("loss") is not None]
+        lines = self._steps(TAIL_BYTES) or self._steps(16 * TAIL_BYTES)  # a step of many datasets has a long line
+        if lines and "bins_by_dataset" in lines[-1]:
+            lines = self._steps(SHARE_STEPS * 2 * len(json.dumps(lines[-1])))  # evaluations stand between them
         if lines:
             last = lines[-1]
             note = _step_note(last)
+            if shares := shares_of_bins(lines):
+                note += f"  last {min(SHARE_STEPS, len(lines))} steps: {_shares_note(shares)}"
             if warning_lines := read_warnings(self._warnings, self._old_warnings):
                 note += f"  warnings: {len(warning_lines)}"
             bar.update(last["step"], self._total, note)
+
+
+def _shares_note(shares: Mapping[str, float]) -> str:
+    """The shares of datasets in a few words, the largest first."""
+    largest = sorted(shares, key=lambda name: -shares[name])
+    words = [f"{name} {shares[name]:.1%}" for name in largest[:SHOWN_DATASETS]]
+    rest = sum(shares[name] for name in largest[SHOWN_DATASETS:])
+    return ", ".join(words) + (f", {len(largest) - SHOWN_DATASETS} others {rest:.1%}" if rest else "")
 
 
 def _step_note(line: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ from jobs.common import console
 from mmray.batches.plan import BatchPlan
 from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.prepared import PreparedDataset
 from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.data import open_data
 from mmray.run.folder import RunFolder
 from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.run.place import CURSOR_FILE
@@ -46,7 +46,7 @@ def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
     differs."""
     folder = RunFolder(job.output.run)
     run = folder.fetch()
-    prepared = PreparedDataset(job.prepared_path("train"))
+    prepared = open_data(job)
     plan = run_plan(job, {"train": prepared}, gpus=False, continue_on=continue_on)
     checkpoint = newest_looking_whole(folder)
     if checkpoint is None or continue_on:
@@ -60,8 +60,9 @@ def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
 
 
 def _batches(plan: RunPlan, cursor: Cursor, span: DataSpan, workers: int) -> BatchPlan:
-    of_span = replace(plan, train=(span.num_bins, span.fingerprint))
-    return replace(plan.batches("train", of_span.schedule_at(cursor), workers, span.first_step), prepared=span.prepared)
+    paths = tuple(dataset.prepared for dataset in span.mixture.datasets) if span.mixture else (span.prepared,)
+    batches = plan.batches("train", plan.schedule_of(cursor, span), workers, span.first_step)
+    return replace(batches, prepared=paths)
 
 
 def _range(steps: str) -> tuple[int, int]:
@@ -86,10 +87,11 @@ def _table(step: int, samples: list[TracedSample], metrics: dict[str, Any] | Non
     table = Table(title=escape(title), title_justify="left")
     for name in ("rank", "micro-batch", "bin"):
         table.add_column(name, justify="right")
-    for name in ("sample", "source"):
+    mixed = any(sample.dataset for sample in samples)
+    for name in ("sample", "source", *(["dataset"] if mixed else [])):
         table.add_column(name, overflow="fold")
     for sample in samples:
-        table.add_row(
-            str(sample.rank), str(sample.micro_batch), str(sample.bin), escape(sample.id), escape(sample.source)
-        )
+        places = str(sample.rank), str(sample.micro_batch), str(sample.bin)
+        texts = (sample.id, sample.source, *([sample.dataset] if sample.dataset else []))
+        table.add_row(*places, *map(escape, texts))
     return table

@@ -27,8 +27,9 @@ def main(
         typer.Option(
             "--continue-on",
             metavar="PREPARED",
-            help="Train on with other data: another job's output.prepared. The run's weights and steps are kept, "
-            "the first epoch of that data begins.",
+            help="Train on with other data: another job's output.prepared, whose first epoch begins; or `mixture`, for "
+            "the mixture and stages that the job file has now, whose datasets go on where the run left them. The run's "
+            "weights and steps are kept.",
         ),
     ] = None,
     steps: Annotated[

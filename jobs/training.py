@@ -32,6 +32,7 @@ from mmray.report import Run, run_table
 from mmray.rows.encode import Encoder
 from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
+from mmray.run.data import RunData
 from mmray.run.export import export_finished
 from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
@@ -41,6 +42,8 @@ from pipelines.nodes import alive_nodes
 
 log = logging.getLogger("mmray")
 
+MIXTURE = "mixture"
+"""Value of `--continue-on` that stands for the job file's own mixture."""
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Environment of workers that train on CPUs, also on machines that have GPUs."""
 RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
@@ -51,16 +54,24 @@ LEFTOVER_DATA = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
 
 
 def with_data(job: Job, prepared: str) -> Job:
-    """The job with another output.prepared. Raises UserError for a folder that is no such."""
+    """The job with another output.prepared, or with the mixture that it has. Raises UserError for neither.
+
+    prepared: what `--continue-on` is given: a folder, or the word `mixture`.
+    """
+    if prepared == MIXTURE:
+        if not job.mixture:
+            raise UserError("--continue-on mixture: the job has none; write mixture into the job file")
+        return job
     path = prepared if "://" in prepared else str(Path.cwd() / prepared)
     if Folder(path).exists(MANIFEST):
         raise UserError(f"--continue-on {prepared}: give the folder that holds `train`, as in output.prepared")
-    return job.model_copy(update={"output": job.output.model_copy(update={"prepared": path})})
+    output = job.output.model_copy(update={"prepared": path})
+    return job.model_copy(update={"output": output, "mixture": (), "stages": ()})
 
 
-def check_old_chats(job: Job, split: str, prepared: PreparedDataset) -> None:
+def check_old_chats(job: Job, split: str, prepared: RunData) -> None:
     """Raise UserError where a new run would begin on chats of an earlier version that train otherwise now."""
-    if old_chats(prepared.manifest):
+    if isinstance(prepared, PreparedDataset) and old_chats(prepared.manifest):  # a mixture never has such
         family = job_family(job)
         encoder = Encoder(
             job.data.lenient,
@@ -75,7 +86,7 @@ def check_old_chats(job: Job, split: str, prepared: PreparedDataset) -> None:
 
 def train(
     job: Job,
-    prepared: dict[str, PreparedDataset],
+    prepared: dict[str, RunData],
     *,
     continue_on: bool = False,
     joined: bool = False,
@@ -160,7 +171,9 @@ def train(
 def export_at_end(job: Job) -> None:
     """Write the model of a finished run, where the job says so, and tell where it is."""
     if job.output.export.at_end:
-        console.print(f"{job.name}: finished, the model is in {export_finished(job.output.run, job.model)}")
+        console.print(
+            f"{job.name}: finished, the model is in {export_finished(job.output.run, job.model)}", soft_wrap=True
+        )
 
 
 def _last_event(run: RunFolder) -> dict[str, Any]:

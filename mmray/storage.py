@@ -14,6 +14,7 @@ import errno
 import functools
 import os
 import posixpath
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -131,7 +132,7 @@ def explained(place: str) -> Iterator[None]:
 
 
 def _remedy(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free some space there; then the same command continues"
     if error.errno == errno.EROFS:
         return "let this user write there, or choose another folder"
@@ -142,6 +143,24 @@ def _remedy(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "something else removes files there while this runs; the same command continues"
     return "once that is mended, the same command continues"
+
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors ends the message of an error that the system has raised."""
+
+
+@contextmanager
+def library_write_errors() -> Iterator[None]:
+    """Raises as OSError the errors of torch and safetensors for a file that could not be written."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and "inline_container" in text:  # torch's writer, which tells no reason
+            raise OSError(errno.ENOSPC, f"probably no space left on device (torch: {text})") from error
+        if type(error).__name__ == "SafetensorError" and (match := _OS_ERROR.search(text)):
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
+        raise
 
 
 @contextmanager

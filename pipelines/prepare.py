@@ -160,7 +160,7 @@ def _run_graph(
     try:
         for row in dataset.iter_rows():
             if sizes:
-                sizes.measured += map(_from_buffer, row["sizes"])
+                sizes.add(map(_from_buffer, row["sizes"]))
             if row[ERROR]:
                 raise UserError(row[ERROR])
             yield int(row["window"])

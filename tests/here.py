@@ -14,6 +14,7 @@ from mmray.prepared import PreparedDataset
 from mmray.prepared.driver import prepare
 from mmray.run.callback import Callback
 from mmray.run.callbacks import standard_callbacks
+from mmray.run.data import open_data
 from mmray.run.folder import RunFolder
 from mmray.run.folder_checkpoints import FolderCheckpoints
 from mmray.run.loop import TrainingLoop
@@ -57,18 +58,20 @@ def prepare_without_ray(job: Job, folder: Path, *, kill: bool = False) -> "subpr
     )
 
 
-def train_here(job: Job, *callbacks: Callback, ranks: int = 1) -> list[dict[str, Any]]:
+def train_here(job: Job, *callbacks: Callback, ranks: int = 1, continue_on: bool = False) -> list[dict[str, Any]]:
     """Train a job as `jobs/train.py` does, from its newest checkpoint, but without Ray: the lines of metrics.jsonl."""
-    RankGroup(ranks, _train_rank, job, callbacks, Path.cwd()).results()
+    RankGroup(ranks, _train_rank, job, callbacks, Path.cwd(), continue_on).results()
     return read_metrics(Path(job.output.run) / METRICS_FILE)
 
 
 def _train_rank(
-    _rank: int, _world_size: int, job: Job, own_callbacks: tuple[Callback, ...], current_folder: Path
-) -> None:
+    _rank: int, _world_size: int, job: Job, own_callbacks: tuple[Callback, ...], current_folder: Path,
+    continue_on: bool,
+) -> None:  # fmt: skip
     os.chdir(current_folder)
-    prepared = {split: PreparedDataset(job.prepared_path(split)) for split in job.data.splits}
-    plan, folder, ranks = run_plan(job, prepared, gpus=False), RunFolder(job.output.run), Ranks()
+    prepared = {split: open_data(job, split) for split in job.data.splits}
+    plan = run_plan(job, prepared, gpus=False, continue_on=continue_on)
+    folder, ranks = RunFolder(job.output.run), Ranks()
     run = open_run(plan, folder, ranks, scratch=folder.path)
     checkpoints = FolderCheckpoints(folder.path, ranks, job.training.keep_checkpoints)
     callbacks = standard_callbacks(run, asking=own_callbacks)

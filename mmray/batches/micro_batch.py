@@ -82,6 +82,7 @@ class Rendered:
     skipped: np.ndarray  # bool [S], True for samples outside the loss: one of their pictures cannot be used
     problems: np.ndarray  # uint8, why they are skipped (`skipped_to_array`)
     rules: np.ndarray  # int8 [S], LossRule
+    sets: np.ndarray  # int32 [S], number of each sample's set of rows (`Bin.sample_sets`); -1 where there is none
     given_mask: np.ndarray  # bool [L], the tokens that rows with LossRule.GIVEN mark as trained on
     blocks: np.ndarray  # int32 [I, 2], first token and number of tokens of each image
     trained_tokens: np.ndarray  # int64 [1], as counted when preparing; below 0 where that is not known
@@ -124,6 +125,7 @@ def render(
         skipped=np.asarray(row.skipped, dtype=bool),
         problems=skipped_to_array(row.problems),
         rules=np.asarray(row.rules, dtype=np.int8),
+        sets=np.asarray(row.sets, dtype=np.int32),
         given_mask=np.concatenate(row.given_masks),
         blocks=np.asarray(row.blocks, dtype=np.int32).reshape(-1, 2),
         trained_tokens=np.asarray([sum(packed_bin.trained_tokens for packed_bin in present)], dtype=np.int64),
@@ -136,7 +138,7 @@ def render(
 
 
 class _RowBuilder:
-    """Joins samples into one row. Each sample is one entry in `ids`, `padding`, `skipped`, `rules`, `given_masks`."""
+    """Joins samples into one row. Each sample is one entry in every list from `ids` to `given_masks`."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -145,6 +147,7 @@ class _RowBuilder:
         self.skipped: list[bool] = []
         self.problems: list[SkippedSample] = []
         self.rules: list[int] = []
+        self.sets: list[int] = []
         self.given_masks: list[np.ndarray] = []
         self.blocks: list[tuple[int, int]] = []
         self.tiles: list[Tile] = []
@@ -169,7 +172,7 @@ class _RowBuilder:
                 self._picture(tile.size, self.family.frames(tile, num_tiles))
             self._append(
                 packed.input_ids[start:stop], skipped=number in pages.skipped, rule=packed.sample_rules[number],
-                given_mask=given_mask[start:stop],
+                set_number=packed.sample_sets[number], given_mask=given_mask[start:stop],
             )  # fmt: skip
         self.problems += pages.skipped.values()
 
@@ -191,12 +194,13 @@ class _RowBuilder:
 
     def _append(
         self, ids: np.ndarray, *, padding: bool = False, skipped: bool = False, rule: int = 0,
-        given_mask: np.ndarray | None = None,
+        set_number: int = -1, given_mask: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.ids.append(ids)
         self.padding.append(padding)
         self.skipped.append(skipped)
         self.rules.append(rule)
+        self.sets.append(set_number)
         self.given_masks.append(np.zeros(len(ids), dtype=bool) if given_mask is None else given_mask)
         self.length += len(ids)
 
@@ -290,6 +294,13 @@ class MicroBatch:
         return segment_ids(_tensor(masked.lengths), left_out, total=len(masked.input_ids))
 
     @property
+    def token_sets(self) -> Tensor:
+        """The number of the set of rows of each token's sample, int64 [L]; -1 outside samples."""
+        masked = self.masked
+        sets, lengths = _tensor(masked.sets).to(torch.int64), _tensor(masked.lengths).to(torch.int64)
+        return torch.repeat_interleave(sets, lengths, output_size=len(masked.input_ids))
+
+    @property
     def num_samples(self) -> int:
         """Number of its samples, skipped ones included."""
         return int((~self.masked.padding).sum())
@@ -379,7 +390,8 @@ def from_table(kind: type[Arrays], table: pa.Table) -> Arrays:
 _DTYPES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "place": (np.int64, (-1,)), "bins": (np.int64, (-1,)), "input_ids": (np.int32, (-1,)),
     "lengths": (np.int32, (-1,)), "padding": (np.bool_, (-1,)), "skipped": (np.bool_, (-1,)),
-    "problems": (np.uint8, (-1,)), "rules": (np.int8, (-1,)), "given_mask": (np.bool_, (-1,)),
+    "problems": (np.uint8, (-1,)), "rules": (np.int8, (-1,)), "sets": (np.int32, (-1,)),
+    "given_mask": (np.bool_, (-1,)),
     "blocks": (np.int32, (-1, 2)), "trained_tokens": (np.int64, (-1,)), "tiles": (np.int32, (-1, 4)),
     "frame_sizes": (np.int32, (-1, 2)), "pixels": (np.uint8, (-1,)), "labels": (np.int64, (-1,)),
     "position_ids": (np.int64, (-1,)),

@@ -20,16 +20,16 @@ from mmray.images.tile_cache import TileCache
 from mmray.loss.labels import LabelMaker
 from mmray.loss.settings import Loss
 from mmray.loss.sources import label_maker
-from mmray.prepared import PreparedDataset
+from mmray.prepared.joined import JoinedDatasets
 from mmray.schedule.balanced import BalancedSchedule, BoundSchedule
-from mmray.schedule.schedule import Schedule
+from mmray.schedule.order import Order
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """Determines every batch of a run; small enough to send to every actor.
 
-    prepared: path of the prepared dataset.
+    prepared: path of the prepared dataset; paths of all of a mixture.
     processor: folder or hub name of the processor.
     model_type: `config.model_type` of the model.
     world_size: number of ranks.
@@ -38,12 +38,12 @@ class BatchPlan:
     first_step: step of the run at which the schedule begins; above 0 when the run trained on other data before.
     """
 
-    prepared: str
+    prepared: str | tuple[str, ...]
     processor: str
     model_type: str | None
     trust_remote_code: bool
     loss: Loss
-    schedule: Schedule | BalancedSchedule
+    schedule: Order | BalancedSchedule
     world_size: int
     micro_batch_bins: int
     on_bad_row: OnBadRow = "error"
@@ -55,13 +55,13 @@ class BatchPlan:
         return self.schedule.micro_batches_per_rank(self.world_size, self.micro_batch_bins)
 
     @cached_property
-    def dataset(self) -> PreparedDataset:
-        """The prepared dataset, opened in each process that uses it: a pickled plan does not hold it."""
-        return PreparedDataset(self.prepared)
+    def dataset(self) -> JoinedDatasets:
+        """The prepared datasets, opened in each process that uses them: a pickled plan does not hold them."""
+        return JoinedDatasets((self.prepared,) if isinstance(self.prepared, str) else self.prepared)
 
     @cached_property
-    def order(self) -> Schedule | BoundSchedule:
-        """The order of bins; a balanced schedule derives it from the dataset's loads."""
+    def order(self) -> Order | BoundSchedule:
+        """The order of bins; a balanced schedule derives it from the datasets' loads."""
         if isinstance(self.schedule, BalancedSchedule):
             return self.schedule.bound_to(self.dataset.loads)
         return self.schedule
@@ -86,7 +86,7 @@ class BatchMaker:
         self._tile_cache = tile_cache
 
     @cached_property
-    def prepared(self) -> PreparedDataset:
+    def prepared(self) -> JoinedDatasets:
         return self.plan.dataset
 
     @cached_property

@@ -10,6 +10,7 @@ from mmray.errors import UserError
 from mmray.families import Family, load_family
 from mmray.packing.settings import PackingSettings
 from mmray.training.flash_attention import flash_problem
+from mmray.training.inline_config import check_inline_keys
 from mmray.training.model import empty_model, load_config
 from mmray.training.settings import ModelSettings
 
@@ -31,6 +32,8 @@ def fitting_family(job: Job) -> tuple[PretrainedConfig, Family]:
         model_type=config.model_type,
         trust_remote_code=job.model.trust_remote_code,
     )
+    if isinstance(job.model.config, dict):
+        check_inline_keys(config, job.model.config)
     check_model(config, family)
     check_token_ids(config, family, job.model)
     return config, family

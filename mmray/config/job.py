@@ -25,6 +25,7 @@ from mmray.rows.settings import DatasetSettings, DataSettings
 from mmray.run.scoring.settings import EarlyStoppingSettings, EvaluationSettings, KeepBestSettings
 from mmray.run.tracking.settings import TrackingSettings
 from mmray.schedule.balance import BalanceSettings
+from mmray.schedule.mixture_settings import MixtureSettings, StageSettings, check_mixture
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
 
 
@@ -169,6 +170,11 @@ class Job(Settings):
     except media is trained on."""
     training: TrainingSettings
     """Steps, optimizer, DeepSpeed, evaluation and checkpoints."""
+    mixture: tuple[MixtureSettings, ...] = ()
+    """Training: prepared datasets to train on by weights, in place of output.prepared, whose `eval` is still what is
+    evaluated. All must have been prepared for the same processor, tiling, capacities and loss. Empty: no mixture."""
+    stages: tuple[StageSettings, ...] = ()
+    """Training: weights of the mixture that change with the steps. Empty: those of `mixture` throughout."""
     balance: BalanceSettings | None = BalanceSettings()
     """How ranks are given equal work. null: bins are dealt in plain shuffled order."""
     resources: ResourceSettings = ResourceSettings()
@@ -219,6 +225,15 @@ class Job(Settings):
             raise ValueError("packing.mode equal_cost mixes shapes: leave out balance.one_shape_per_batch")
         return self
 
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> "Job":
+        check_mixture(self.mixture, self.stages)
+        if self.mixture and self.training.steps is None:
+            raise ValueError(
+                "training.epochs: the datasets of a mixture end their epochs at different steps; give training.steps"
+            )
+        return self
+
     @property
     def packing_costs(self) -> BalanceSettings | None:
         """Costs by which bins are packed to equal cost; None in the other packing modes."""
@@ -230,16 +245,22 @@ class Job(Settings):
         """Path of the prepared dataset of one split, `train` or `eval`."""
         return f"{self.output.prepared.rstrip('/')}/{split}"
 
+    def trained_paths(self, split: str) -> tuple[str, ...]:
+        """Paths of the prepared datasets that training reads for one split: of `train`, all of the mixture."""
+        if split == "train" and self.mixture:
+            return tuple(f"{dataset.prepared.rstrip('/')}/{split}" for dataset in self.mixture)
+        return (self.prepared_path(split),)
+
 
 def prepared_paths(path: str) -> list[str]:
-    """Lists the prepared datasets that a person names: that of the path, or those of a job file.
+    """Lists the prepared datasets that a person names: that of the path, or those of a job file, its mixture's too.
 
     Raises what `load_job` raises.
     """
     if not path.endswith((".yaml", ".yml")):
         return [path]
     job = load_job(path)
-    return [job.prepared_path(split) for split in job.data.splits]
+    return [path for split in job.data.splits for path in job.trained_paths(split)]
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -319,6 +340,7 @@ def _with_absolute_paths(job: Job) -> Job:
         if isinstance(value := getattr(job.model, name), str) and Path(value).exists()  # else a hub's name
     }
     output = {name: _absolute(getattr(job.output, name)) for name in ("prepared", "run")}
+    mixture = [part.model_copy(update={"prepared": _absolute(part.prepared)}) for part in job.mixture]
     data: dict[str, Any] = {"train": datasets(job.data.train), "eval": datasets(job.data.eval)}
     if job.data.size_cache is not None:
         data["size_cache"] = _absolute(job.data.size_cache)
@@ -331,6 +353,7 @@ def _with_absolute_paths(job: Job) -> Job:
         update={
             "model": job.model.model_copy(update=model),
             "data": job.data.model_copy(update=data),
+            "mixture": tuple(mixture),
             "training": job.training.model_copy(update=training),
             "resources": job.resources.model_copy(update=resources),
             "output": job.output.model_copy(update=output),

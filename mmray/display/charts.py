@@ -12,12 +12,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, ScalarFormatter
 
 COLUMNS = 240
 """Number of stretches that a longer series is drawn in; half of it is the most columns that show values on hover."""
+MOST_LABEL = 7
+"""Most characters of a label with a letter for its thousands; longer ones are written out."""
 FLAG_ROOM = 350
 """Largest width of a mark's text, in thousandths of the plot, on a phone too."""
 LOG_FROM, LOG_TO = 50, 1e12
@@ -34,11 +37,12 @@ class Tick:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, mapped to places from 0 to 1000."""
+    """A range of values, mapped to places from 0 to 1000. whole: label whole numbers only."""
 
     low: float
     high: float
     log: bool = False
+    whole: bool = False
 
     def at(self, values: np.ndarray) -> np.ndarray:
         """Places of values, float64 [n]."""
@@ -50,11 +54,12 @@ class Axis:
     @property
     def ticks(self) -> list[Tick]:
         """About four ticks at round values inside the range."""
-        locator = LogLocator(numticks=5) if self.log else MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+        steps = [1, 2, 2.5, 5, 10]
+        locator = LogLocator(numticks=5) if self.log else MaxNLocator(4, steps=steps, integer=self.whole, min_n_ticks=1)
         values = np.asarray(locator.tick_values(self.low, self.high))
         slack = 1e-9 * (self.high - self.low)
         values = values[(values >= self.low - slack) & (values <= self.high + slack)]
-        return [Tick(place, short(value)) for place, value in zip(self.at(values).tolist(), values.tolist())]
+        return [Tick(place, text) for place, text in zip(self.at(values).tolist(), labels(values))]
 
     @classmethod
     def around(cls, *values: np.ndarray, zero: bool = False, log: bool | None = None) -> "Axis":
@@ -127,15 +132,25 @@ class Plot:
         return rows
 
 
-def short(value: float) -> str:
-    """Format a number for an axis: 0, 0.25, 12k, 3.4M, 1e-05."""
-    size = abs(value)
-    if size == 0 or 0.001 <= size < 1000:
-        return f"{value:.3g}"
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= limit:
-            return f"{value / limit:.4g}{letter}" if size < 1e12 else f"{value:.0e}"
-    return f"{value:.3g}"
+def labels(values: np.ndarray) -> list[str]:
+    """The labels of an axis with ticks at these values, float64 [n]: as exact as the ticks are, and alike.
+
+    For example 11.25, 11.50, 11.75; 0, 2.5k, 5k; 0, 1e-05, 2e-05.
+    """
+    largest = float(np.abs(values).max(initial=0))
+    if 0 < largest < 0.001:
+        return [f"{value:g}" for value in values]
+    thousands = [EngFormatter(sep="").format_data(value) for value in values.tolist()]
+    if largest >= 1000 and max(map(len, thousands)) <= MOST_LABEL:
+        return thousands
+    if min(np.abs(values[values != 0]), default=1.0) * 50 < largest:  # a logarithmic axis
+        return [f"{value:g}" for value in values]
+    plain = ScalarFormatter(useOffset=False)
+    plain.set_scientific(False)
+    plain.create_dummy_axis()
+    axis: Any = plain.axis
+    axis.set_view_interval(values.min(initial=0), values.max(initial=0))
+    return plain.format_ticks(values.tolist())
 
 
 def exact(value: float | None) -> str:
@@ -164,14 +179,14 @@ def over_steps(
     last_step: int, first_step: int = 1, x_name: str = "step",
 ) -> Plot:  # fmt: skip
     """Draw series over steps. marks: (step, label) of events."""
-    x = Axis(first_step, max(last_step, first_step + 1))
+    x = Axis(first_step, max(last_step, first_step + 1), whole=True)
     y = Axis.around(*(curve_series.values for curve_series in series), zero=zero)
     drawn = [curve_series for curve_series in series if len(curve_series.values)]
     return Plot(
         title=title,
         note=note,
         x_name=x_name,
-        x_ticks=[tick for tick in x.ticks if "." not in tick.text or tick.text[-1] in "kMG"],
+        x_ticks=x.ticks,
         y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
         curves=[_curve(curve_series, x, y) for curve_series in drawn],
         marks=[Tick(float(x.at(np.asarray(step)).clip(0, 1000)), text) for step, text in marks],

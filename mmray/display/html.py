@@ -11,8 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from mmray.base.visible import visible
-from mmray.errors import UserError
-from mmray.images.source import one_line
+from mmray.storage import explained
 
 
 @cache
@@ -33,12 +32,13 @@ def template(name: str) -> Template:
 
 
 def write_html(path: str | Path, page: str) -> int:
-    """Write a page; returns its size in bytes. Raises UserError when the file cannot be written."""
-    data = page.encode(errors="backslashreplace")
-    try:
-        return Path(path).write_bytes(data)
-    except OSError as error:
-        raise UserError(f"the page cannot be written to {path}: {one_line(error)}; choose another --html") from error
+    """Writes a page, and the folder that it lies in; returns its size in bytes.
+
+    Raises UserError when the file cannot be written.
+    """
+    with explained(f"the page {path}"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return Path(path).write_bytes(page.encode(errors="backslashreplace"))
 
 
 class InlinePage:

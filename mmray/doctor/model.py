@@ -24,6 +24,7 @@ from mmray.doctor.findings import Finding, failed, failed_by, guarded, not_appli
 from mmray.doctor.shrink import shrunken
 from mmray.families import Family
 from mmray.images import TilingPolicy
+from mmray.images.source import one_line
 from mmray.loss.labels import IGNORE_INDEX, LabelMaker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import Bin
@@ -58,12 +59,21 @@ TEXTS = (
 )
 
 
+MISFIT = (
+    "values of the model's configuration fit neither one another nor the processor: compare model.config (or "
+    "config.json in model.path) and the processor's files with the model's own"
+)
+
+
 def examine_model(job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> Iterator[Finding]:
     """Yield the findings of the checks that run the small copy."""
     try:
         copy = _SmallCopy.of(job, family, policy, config)
     except Exception as error:  # noqa: BLE001 (a configuration of any class is taken apart)
         yield failed_by("small copy", error)
+        return
+    if problem := copy.forward_problem():
+        yield failed("small copy", problem, MISFIT)
         return
     yield guarded(FRESH, copy.fresh_loss)
     copy.enlarge()
@@ -211,6 +221,14 @@ class _SmallCopy:
         if not (earlier < TOLERANCE or self.family.looks_ahead):
             return failed(PICTURES_SEEN, detail, "tokens see what comes after them: please report the model")
         return passed(PICTURES_SEEN, detail)
+
+    def forward_problem(self) -> str | None:
+        """The error that the model raises for a batch of text and pictures; None where it computes logits."""
+        try:
+            self.logits(self.inputs(self.batch(self.packed_bin if not self.packing_problem else self.single_bins[0])))
+        except Exception as error:  # noqa: BLE001 (the code of any model)
+            return f"the model stops at its first batch: {type(error).__name__}: {one_line(error)}"
+        return None
 
     def labels_and_loss(self) -> Finding:
         """Check that labels are the tokens themselves, and that the loss is that of the next token."""

@@ -41,6 +41,17 @@ class RotaryFamily(Family):
     def processor_kwargs(self) -> dict[str, Any]:
         return {"do_resize": False} if self.tiled else {}
 
+    def model_problem(self, config: PretrainedConfig) -> str | None:
+        for name, ours in (("patch_size", self.images.patch_size), ("spatial_merge_size", self.images.merge_size)):
+            theirs = getattr(config.vision_config, name, ours)
+            if ours != theirs:
+                setting = {"spatial_merge_size": "merge_size"}.get(name, name)
+                return (
+                    f"vision_config.{name} is {theirs}, {setting} of the image processor is {ours}; make them "
+                    "the same, or set model.processor to the model's own"
+                )
+        return super().model_problem(config)
+
     # ---------------------------------------------------------------- sizes
 
     def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:

@@ -115,6 +115,16 @@ class PreparedDataset:
         return f"{self.manifest['fingerprint']}-{self.manifest['content']}"
 
     @property
+    def record(self) -> dict[str, Any]:
+        """Everything that the dataset depends on (`fingerprint.prepare_record`)."""
+        return dict(self.manifest["record"])
+
+    @property
+    def num_sets(self) -> int:
+        """Number of sets of rows that samples name; 1 in format 2, whose samples name none."""
+        return len(self.record["datasets"]) if self.manifest["format_version"] > 2 else 1
+
+    @property
     def statistics(self) -> dict[str, Any]:
         """Counts of rows, bins and tokens (`writer.add_statistics`)."""
         return dict(self.manifest["statistics"])

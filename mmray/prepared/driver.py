@@ -59,7 +59,7 @@ def run_windows_here(
             number = make(window)
         finally:
             if sizes and cache:
-                sizes.measured.append(cache.take_new())
+                sizes.add([cache.take_new()])
         yield number
 
 

@@ -56,6 +56,13 @@ def prepare_record(
         "max_image_pixels": data.max_image_pixels,
         "image_frames": data.image_frames,
         "duplicate_ids": data.duplicate_ids,
+        **settings_record(processor=processor, tiling=tiling, packing=packing, loss=loss),
+    }
+
+
+def settings_record(*, processor: Any, tiling: TilingPolicy, packing: PackingSettings, loss: Loss) -> dict[str, Any]:
+    """The part of a record that training shares with preparing, as plain JSON."""
+    return {
         "processor": processor_record(processor),
         "tiling": tiling.record(),
         "packing": packing.model_dump(mode="json"),
@@ -72,12 +79,7 @@ def check_settings(
     record: the record in the dataset's manifest. Of the sets of rows only their own `loss`, and how many rows are
     taken, are compared. The row files are not checked: a user may delete them once they are prepared.
     """
-    now = {
-        "processor": processor_record(processor),
-        "tiling": tiling.record(),
-        "packing": packing.model_dump(mode="json"),
-        "loss": loss_record(loss),
-    }
+    now = settings_record(processor=processor, tiling=tiling, packing=packing, loss=loss)
     before = {key: record[key] for key in now} | _of_sets(record["datasets"])
     before |= {f"data.{name}": record.get(name) for name in _DATA}
     now |= _of_sets([dataset.record() for dataset in datasets])

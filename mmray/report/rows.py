@@ -5,7 +5,7 @@ The same facts are shown of a prepared dataset and, before there is one, of the 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class CapacityFit:
     """How many rows fit a capacity.
 
     setting: its name in the job file; over: rows that do not fit; rows: all rows; keeps: the smallest capacity that
-    holds KEPT_SHARE of the rows.
+    holds KEPT_SHARE of the rows; unknown: rows that were rejected before they were compared with it.
     """
 
     setting: str
@@ -60,12 +60,14 @@ class CapacityFit:
     over: float
     rows: float
     keeps: int
+    unknown: int = 0
 
     @property
     def text(self) -> str:
         """A line for people."""
         over = f"{self.over:,.0f} rows ({self.over / self.rows:.2%}) are" if self.over else "no row is"
-        return f"{over} over {self.setting} {self.capacity:,}; {self.keeps:,} would keep {KEPT_SHARE:.0%}"
+        unknown = f" ({self.unknown:,} rows that are too long were not compared)" if self.unknown else ""
+        return f"{over} over {self.setting} {self.capacity:,}; {self.keeps:,} would keep {KEPT_SHARE:.0%}{unknown}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class RowFacts:
         return cls._of(
             measures, {number: f"set {number} ({kind})" for number, kind in kinds.items()}, packing, family.sample_gap,
             weights=np.full(len(measures), facts["rows_packed"] / max(len(measures), 1)), too_large=too_large,
+            too_long=facts["rejected_by_reason"].get("too_long", 0),
             looked_at=f"{len(measures):,} of {facts['rows_packed']:,} packed rows",
         )  # fmt: skip
 
@@ -129,7 +132,7 @@ class RowFacts:
     @classmethod
     def _of(
         cls, measures: RowMeasures, names: Mapping[int, str], packing: PackingSettings, sample_gap: int, *,
-        weights: np.ndarray, too_large: Mapping[str, tuple[np.ndarray, np.ndarray]], looked_at: str,
+        weights: np.ndarray, too_large: Mapping[str, tuple[np.ndarray, np.ndarray]], looked_at: str, too_long: int = 0,
     ) -> "RowFacts":  # fmt: skip
         fits = []
         for setting, capacity, needs in (
@@ -139,7 +142,8 @@ class RowFacts:
             more, more_weights = too_large.get(setting, (needs[:0], weights[:0]))
             needs, all_weights = np.concatenate([needs, more]), np.concatenate([weights, more_weights])
             if needs.any():
-                fits.append(fit(f"packing.{setting}", capacity, needs, all_weights))
+                of_setting = fit(f"packing.{setting}", capacity, needs, all_weights)
+                fits.append(replace(of_setting, unknown=too_long if setting == "visual_capacity" else 0))
         return cls(
             tuple(percentiles(measures, names)), tuple(fits), tuple(odd_pages(measures)),
             suggestion(measures, packing, sample_gap), looked_at,

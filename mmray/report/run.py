@@ -14,11 +14,12 @@ from mmray.display.notebook import Fact, card, live
 from mmray.errors import UserError
 from mmray.run.folder import RunFolder
 from mmray.run.history import HISTORY_FILE, read_history
-from mmray.run.metrics import METRICS_FILE, read_metrics
+from mmray.run.metrics import METRICS_FILE, SHARE_STEPS, read_metrics
 from mmray.run.place import CURSOR_FILE
 from mmray.run.skipped import SKIPPED_FILE
 from mmray.run.warnings import WARNINGS_FILE, read_warnings
 from mmray.schedule.cursor import Cursor
+from mmray.schedule.mixture import shares_at
 from mmray.storage import Folder
 from mmray.training.json_lines import read_json_lines
 
@@ -108,6 +109,41 @@ class Run:
         """A value of every evaluation, float64 [evaluations]; NaN where it is unknown or was not finite."""
         return _numbers(self.evaluations, name)
 
+    def columns_by_name(self, key: str) -> dict[str, np.ndarray]:
+        """The numbers that every training step of a mixture has by name, float64 [steps] each; NaN where it has none.
+
+        key: `loss_by_set` or `bins_by_dataset`.
+        """
+        names = dict.fromkeys(name for line in self.steps for name in line.get(key, {}))
+        return {name: _numbers([line.get(key, {}) for line in self.steps], name) for name in names}
+
+    @cached_property
+    def shares(self) -> dict[str, np.ndarray]:
+        """The share of each dataset in the bins of the SHARE_STEPS steps up to each step, float64 [steps], by name."""
+        bins = {name: np.nan_to_num(column) for name, column in self.columns_by_name("bins_by_dataset").items()}
+        recent = {name: _recent_sums(column) for name, column in bins.items()}
+        total = np.sum(list(recent.values()), axis=0)
+        with np.errstate(invalid="ignore"):
+            return {name: column / total for name, column in recent.items()}
+
+    @cached_property
+    def asked_shares(self) -> dict[str, np.ndarray]:
+        """The share that was asked for of each dataset in every training step, float64 [steps], by its name.
+
+        NaN in steps before a dataset joined, and after it left.
+        """
+        steps, asked = self.column("step"), {name: np.full(len(self.steps), np.nan) for name in self.shares}
+        for event in (event for event in self.history if event["event"] in ("start", "continue_on")):
+            after = steps > event["step"]
+            for column in asked.values():
+                column[after] = np.nan
+            if "mixture" in event:
+                shares = shares_at(event["mixture"], steps[after].astype(int).tolist())
+                for number, dataset in enumerate(event["mixture"]["datasets"]):
+                    if dataset["name"] in asked:
+                        asked[dataset["name"]][after] = shares[:, number]
+        return asked
+
     @property
     def last_step(self) -> int:
         """Number of the last training step; 0 before the first."""
@@ -193,6 +229,12 @@ def marks(run: Run) -> list[tuple[int, str]]:
 def _from_to(values: np.ndarray) -> str:
     first, last = ("not finite" if np.isnan(value) else f"{value:.4g}" for value in (values[0], values[-1]))
     return f"{last}, from {first}"
+
+
+def _recent_sums(values: np.ndarray) -> np.ndarray:
+    """The sums of the last SHARE_STEPS values up to each one, float64 [n]."""
+    sums = np.concatenate([np.zeros(SHARE_STEPS), np.cumsum(values)])
+    return sums[SHARE_STEPS:] - sums[:-SHARE_STEPS]
 
 
 def _numbers(lines: list[dict[str, Any]], name: str) -> np.ndarray:

@@ -10,8 +10,11 @@ from mmray.display import charts
 from mmray.display.charts import Plot, Series
 from mmray.display.html import template
 from mmray.report.run import Run, loss_chart, marks
+from mmray.run.metrics import SHARE_STEPS
 
 MOST_EVENTS, MOST_WARNINGS, MOST_SKIPPED = 200, 20, 10
+LINES = ("tokens", "visual", "good", "warn", "bad")
+"""Colours of the datasets or sets that one chart shows."""
 COLOURS = {"resume": "warn", "preemption": "warn", "damaged_checkpoint": "bad", "finish": "good", "checkpoint": "grey"}
 
 
@@ -99,11 +102,44 @@ def _charts(run: Run) -> list[Plot]:
         when = np.asarray([event["step"] for event in saved], dtype=np.float64)
         note = f"The step loop held up at each; {values.sum():,.1f} s in all, {np.median(values):.2g} s at the median."
         plots.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
+    if run.shares:
+        plots += [chart(*_share_chart(run), True), chart(*_set_loss_chart(run))]
     skipped = run.column("skipped_samples")
     if np.nansum(skipped):
         note = f"Samples whose picture could not be used: {np.nansum(skipped):,.0f} in all."
         plots.append(chart("Skipped samples", note, [Series("samples", "bad", steps, skipped)], True))
     return [plot for plot in plots if plot.curves and any(curve.line or curve.dots for curve in plot.curves)]
+
+
+def _share_chart(run: Run) -> tuple[str, str, list[Series]]:
+    """The share of each dataset of a mixture beside the one asked for: title, note and series of the chart."""
+    steps, names = run.column("step"), list(run.shares)[: len(LINES)]
+    series = []
+    for name, colour in zip(names, LINES):
+        series.append(Series(f"{name}, asked for", "grey", steps, run.asked_shares[name]))
+        series.append(Series(name, colour, steps, run.shares[name]))
+    ends = (f"{name} {run.shares[name][-1]:.1%} of {run.asked_shares[name][-1]:.1%}" for name in names)
+    note = f"Bins of the last {SHARE_STEPS} steps; grey is what is asked for. At the end: {', '.join(ends)}."
+    return "Share of each dataset", note + _others(len(run.shares)), series
+
+
+def _set_loss_chart(run: Run) -> tuple[str, str, list[Series]]:
+    """The loss of each set of a mixture: title, note and series of the chart."""
+    losses = run.columns_by_name("loss_by_set")
+    steps = run.column("step")
+    series = [Series(name, colour, steps, losses[name]) for name, colour in zip(losses, LINES)]
+    ends = (f"{name} {_number(_last_known(losses[name]))}" for name in list(losses)[: len(LINES)])
+    note = f"A mean over the trained tokens that each step has of a set. Last: {', '.join(ends)}."
+    return "Loss by set", note + _others(len(losses)), series
+
+
+def _others(count: int) -> str:
+    return f" The first {len(LINES)} of {count} are drawn." if count > len(LINES) else ""
+
+
+def _last_known(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else float("nan")
 
 
 def _has(run: Run, key: str) -> bool:
@@ -124,6 +160,8 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _words(value: Any) -> str:
+    if isinstance(value, dict):  # the only one is a mixture's record
+        return ", ".join(f"{dataset['name']} with weight {dataset['weight']:g}" for dataset in value["datasets"])
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -16,6 +16,7 @@ from mmray.prepared.verify import VerifyResult
 from mmray.report.prepared import rejects, set_lines
 from mmray.report.rows import PERCENTILES, RowFacts
 from mmray.report.run import Run
+from mmray.run.metrics import SHARE_STEPS
 
 
 def prepared_table(prepared: PreparedDataset) -> Table:
@@ -104,6 +105,13 @@ def run_table(run: Run) -> Table:
     table.add_row("loss", _from_to(run.column("loss")))
     if run.evaluations:
         table.add_row("eval loss", _from_to(run.eval_column("eval_loss")))
+    for name, losses in run.columns_by_name("loss_by_set").items():
+        known = losses[np.isfinite(losses)]
+        table.add_row(f"  loss of {escape(name)}", _from_to(known) if len(known) else "no trained token")
+    for name, shares in run.shares.items():
+        asked = run.asked_shares[name][-1]
+        of = "" if np.isnan(asked) else f", {asked:.1%} asked for"
+        table.add_row(f"  share of {escape(name)}", f"{shares[-1]:.1%} of the last {SHARE_STEPS} steps' bins{of}")
     table.add_row("tokens", f"{tokens:,.0f}")
     table.add_row("tokens per second", f"{tokens / max(seconds, 1e-9):,.0f}")
     table.add_row("waiting for data", f"{run.column('data_wait_seconds').sum():.1f} s beside {seconds:.1f} s of steps")

@@ -107,12 +107,13 @@ def image_ref(entry: object, root: str) -> ImageRef:
         raise RowError("wrong_type", f"an image must be a path, a URI or bytes, not {entry!r:.60}")
     if (data := embedded_picture(entry)) is not None:
         return ImageRef(data=data)
-    if holds_secret(entry):
+    uri = entry if "://" in entry else _inside(root, entry)
+    if "://" in uri and holds_secret(entry):  # a local name may hold any sign
         raise RowError(
             "image_credentials",
             f"image {entry!r:.200} holds a password or a token; give credentials by the environment of the cluster",
         )
-    return ImageRef(uri=entry if "://" in entry else _inside(root, entry))
+    return ImageRef(uri=uri)
 
 
 def _inside(root: str, path: str) -> str:

@@ -3,12 +3,12 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 
 from mmray.batches.plan import BatchMaker
 from mmray.errors import UserError
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
+from mmray.run.data import data_lines, mixture_line, mixture_metrics
 from mmray.run.metrics import MetricsLog
 from mmray.run.skipped import BatchCounts, SkippedLog
 from mmray.run.state import RunState
@@ -54,12 +54,11 @@ class History(Callback):
     def at_start(self, loop: Loop) -> None:
         run = loop.run
         if run.checkpoint is None:
-            run.note("start", loop.step)
+            run.note("start", loop.step, **mixture_line(run.prepared))
             return
         run.note("resume", loop.step, checkpoint=run.checkpoint)
         if loop.step == run.start.first_step > 0:
-            data = run.prepared
-            run.note("continue_on", loop.step, prepared=data.path, fingerprint=data.fingerprint, bins=len(data))
+            run.note("continue_on", loop.step, **data_lines(run.prepared))
 
     def on_checkpoint(self, loop: Loop, name: str, seconds: float) -> None:
         loop.run.note("checkpoint", loop.step, name=name, seconds=round(seconds, 3))
@@ -136,7 +135,7 @@ class Records(Callback):
         if not self._skipped:
             return
         trained, metrics, counts = done.step.trained, done.metrics, done.step.counts
-        self._trained.append(asdict(trained))
+        self._trained.append(trained.to_json())
         self._metrics.write(
             done.number,
             epoch=done.epoch,
@@ -152,6 +151,7 @@ class Records(Callback):
             grad_norm=metrics.grad_norm,
             step_seconds=done.seconds,
             data_wait_seconds=done.step.waited,
+            **mixture_metrics(loop.run.prepared, trained, metrics),
         )
 
     def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:

@@ -4,6 +4,8 @@
 workers, from which checkpoints, after which losses of machines. One process writes at a time: rank 0, or the driver
 before it starts any worker.
 
+A run that trains on a mixture also tells its datasets and weights (`mixture`) where it starts and continues on others.
+
 | event | besides `time`, `step`, `workers` | | --- | --- | | `start` | a new run begins | | `resume` | `checkpoint`:
 the name of the one it continues from | | `checkpoint` | `name`; `seconds`: how long the step loop was held up | |
 `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over | | `preemption` | `nodes`: those that will be taken
@@ -20,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from mmray.schedule.mixture import shares_at
 from mmray.training.json_lines import JsonLines, read_json_lines
 
 HISTORY_FILE = "history.jsonl"
@@ -46,7 +49,7 @@ def in_words(event: dict[str, Any]) -> str:
     step, workers = event["step"], "1 worker" if event["workers"] == 1 else f"{event['workers']} workers"
     match event["event"]:
         case "start":
-            return f"started with {workers}"
+            return f"started with {workers}" + _mixed(event, ", training on")
         case "resume":
             return f"resumed from {event['checkpoint']} at step {step} with {workers}"
         case "damaged_checkpoint":
@@ -56,9 +59,23 @@ def in_words(event: dict[str, Any]) -> str:
         case "first_loss":
             return str(event["problem"])
         case "continue_on":
-            return f"from step {step} on it trains on {event['prepared']}, {event['bins']} bins"
+            data = _mixed(event, "") or f" {event['prepared']}, {event['bins']} bins"
+            return f"from step {step} on it trains on{data}"
         case "stop":
             return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":
             return f"finished {step} steps"
     return ""
+
+
+def _mixed(event: dict[str, Any], before: str) -> str:
+    """The shares of a mixture in words, after `before`; "" where the event tells of none."""
+    if "mixture" not in event:
+        return ""
+    datasets = event["mixture"]["datasets"]
+    shares = shares_at(event["mixture"], [event["step"] + 1])[0]
+    return (
+        f"{before} "
+        + ", ".join(f"{dataset['name']} {share:.4g}" for dataset, share in zip(datasets, 100 * shares))
+        + " %"
+    )

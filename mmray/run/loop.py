@@ -18,11 +18,11 @@ from typing import Protocol
 from mmray.batches.micro_batch import MicroBatch
 from mmray.run.callback import Callback, DoneStep, Evaluation, Step
 from mmray.run.callback_states import write_callback_states
+from mmray.run.data import trained_step
 from mmray.run.place import write_place
 from mmray.run.skipped import BatchCounts
 from mmray.run.state import RunState
 from mmray.schedule.cursor import Cursor
-from mmray.training.bins_log import TrainedStep
 from mmray.training.checkpoint import save_state
 
 log = logging.getLogger("mmray")
@@ -153,12 +153,8 @@ class TrainingLoop:
         rows = run.engine.gather([here.samples, len(here.skipped), *flags, *bins, *padding])
         skipped = run.engine.gather_objects(here.skipped) if any(count for _, count, *_ in rows) else []
         first_bin = 2 + len(flags)
-        trained = TrainedStep(
-            step=self.step + 1,
-            data=self.cursor.fingerprint,
-            workers=run.ranks.size,
-            bins=[[number for number in row[first_bin:] if number >= 0] for row in rows],
-        )
+        rank_bins = [[number for number in row[first_bin:] if number >= 0] for row in rows]
+        trained = trained_step(run.prepared, self.step + 1, rank_bins)
         return Step(
             trained,
             BatchCounts(sum(row[0] for row in rows), skipped),

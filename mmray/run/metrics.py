@@ -5,7 +5,8 @@ the checkpoint's step: it holds every step once, as it was finally done.
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from mmray.run.tracking.tensorboard import TensorBoard
 from mmray.training.json_lines import JsonLines, read_json_lines, replace_json_lines
 
 METRICS_FILE = "metrics.jsonl"
+
+SHARE_STEPS = 100
+"""Number of latest steps in which the share of each dataset of a mixture is counted."""
 
 
 class MetricsLog:
@@ -37,15 +41,19 @@ class MetricsLog:
             Feed(name, settings, run, logged=earlier, kept=step) for name, settings in (trackers or {}).items()
         ]
 
-    def write(self, step: int, **values: float | int | None) -> None:
+    def write(self, step: int, **values: float | int | Mapping[str, float | None] | None) -> None:
         """Appends one line and hands it to the operating system: it survives the death of this process.
 
         step: counted from 1.
         values: of a training step `epoch, loss, router_loss` (for experts) `, tokens, trained_tokens, bins, lr,
-        grad_norm, step_seconds, data_wait_seconds`; of an evaluation `epoch, eval_loss, …`. A value that is not finite
-        is written as null.
+        grad_norm, step_seconds, data_wait_seconds`, and of a mixture `loss_by_set, bins_by_dataset`, numbers by
+        name; of an evaluation `epoch, eval_loss, …`. A value that is not finite is written as null.
         """
-        line = {"step": step} | {key: _finite(value) for key, value in values.items()}
+        line = {"step": step} | {
+            key: {name: _finite(number) for name, number in value.items()} if isinstance(value, Mapping)
+            else _finite(value)
+            for key, value in values.items()
+        }  # fmt: skip
         self._file.append(line)
         scalars = _scalars(line)
         for tracker in self._trackers:
@@ -63,15 +71,31 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return read_json_lines(path)
 
 
+def shares_of_bins(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The share of each dataset of a mixture in the bins of the last SHARE_STEPS of some training steps, by its name;
+    none where the last step was not one of a mixture.
+
+    lines: of metrics.jsonl, those of training steps only.
+    """
+    counts: Counter[str] = Counter()
+    if lines and "bins_by_dataset" in lines[-1]:
+        for line in lines[-SHARE_STEPS:]:
+            counts.update(line.get("bins_by_dataset", {}))
+    return {name: count / counts.total() for name, count in counts.items()}
+
+
 def _finite(value: float | int | None) -> float | int | None:
     return None if value is None or not math.isfinite(value) else value
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line under the names that trackers show: `train/loss`, `eval/loss`."""
+    """The numbers of a line under the names that trackers show: `train/loss`, `eval/loss`, `train/loss_by_set/a`."""
     kind = "eval" if any(key.startswith("eval_") for key in line) else "train"
-    return {
-        f"{kind}/{key.removeprefix('eval_')}": value
-        for key, value in line.items()
-        if key != "step" and value is not None
-    }
+    numbers: dict[str, float | None] = {}
+    for key, value in line.items():
+        name = f"{kind}/{key.removeprefix('eval_')}"
+        if isinstance(value, Mapping):
+            numbers |= {f"{name}/{inner}": number for inner, number in value.items()}
+        elif key != "step":
+            numbers[name] = value
+    return {name: number for name, number in numbers.items() if number is not None}

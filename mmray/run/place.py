@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mmray.errors import UserError
-from mmray.prepared import PreparedDataset
 from mmray.prepared.fingerprint import differences
+from mmray.prepared.joined import PreparedMixture
+from mmray.run.data import RunData
 from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.cursor import Cursor
-from mmray.schedule.schedule import Schedule
+from mmray.schedule.mixture import mixture_differences
+from mmray.schedule.order import Order
 
 CURSOR_FILE = "cursor.json"
 PREPARED_FILE = "prepared.json"
@@ -24,31 +26,31 @@ PREPARED_FILE = "prepared.json"
 SHOWN_DIFFERENCES = 8
 
 
-def write_place(folder: Path, cursor: Cursor, prepared: PreparedDataset) -> None:
+def write_place(folder: Path, cursor: Cursor, prepared: RunData) -> None:
     """Writes both files into a checkpoint. prepared: the dataset that the cursor belongs to."""
     cursor.write(folder / CURSOR_FILE)
     content = {
         "path": prepared.path,
         "fingerprint": prepared.fingerprint,
         "rows": prepared.statistics["rows_packed"],
-        "record": prepared.manifest["record"],
+        "record": prepared.record,
     }
     (folder / PREPARED_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def place_in(
     checkpoint: Path,
-    schedule_at: Callable[[Cursor], Schedule | BalancedSchedule],
-    prepared: PreparedDataset,
+    schedule_at: Callable[[Cursor], Order | BalancedSchedule],
+    prepared: RunData,
     *,
     continue_on: bool,
 ) -> Cursor:
     """The place in `prepared` at which a run that resumes from `checkpoint` continues.
 
     schedule_at: the order of `prepared` in a run that stands at the checkpoint's cursor.
-    continue_on: whether the user wants data other than the checkpoint's, which then begins anew. Without it, raises
-    UserError that names both fingerprints, the settings that differ and the remedy. Other settings of the order are
-    refused either way.
+    continue_on: whether the user wants data other than the checkpoint's, or other weights of a mixture, from here on.
+    Without it, raises UserError that names both fingerprints, the settings that differ and the remedy. Other settings
+    of the order are refused either way.
     """
     cursor = Cursor.read(checkpoint / CURSOR_FILE)
     schedule = schedule_at(cursor)
@@ -62,11 +64,14 @@ def place_in(
     return moved
 
 
-def _other_data(checkpoint: Path, cursor: Cursor, prepared: PreparedDataset) -> str:
+def _other_data(checkpoint: Path, cursor: Cursor, prepared: RunData) -> str:
     saved = _record_in(checkpoint)
-    lines = (
-        differences(saved, prepared.manifest["record"]) if saved else ["(the checkpoint does not tell its settings)"]
-    )
+    if cursor.mixture is not None and isinstance(prepared, PreparedMixture):
+        lines = mixture_differences(cursor.mixture, prepared.mixture)
+    elif saved is None:
+        lines = ["(the checkpoint does not tell its settings)"]
+    else:
+        lines = differences(saved, prepared.record)
     if not lines:
         lines = ["the same settings and files, but other bins came of them: an image's size has changed"]
     hidden = len(lines) - SHOWN_DIFFERENCES
@@ -76,9 +81,17 @@ def _other_data(checkpoint: Path, cursor: Cursor, prepared: PreparedDataset) -> 
     return (
         f"{checkpoint} was trained to step {cursor.step} on other data: its fingerprint is {cursor.fingerprint}"
         f"{known}, that of {prepared.path} is {prepared.fingerprint}; the difference:{listed}\n"
-        "Point output.prepared at the data of the checkpoint; or, to train on with the other data from here, give "
-        "--continue-on and its folder"
+        f"{_remedy(cursor, prepared)}"
     )
+
+
+def _remedy(cursor: Cursor, prepared: RunData) -> str:
+    back = "Point output.prepared at the data of the checkpoint"
+    if cursor.mixture is not None:
+        back = "Put mixture and stages of the checkpoint back into the job file"
+    if isinstance(prepared, PreparedMixture):
+        return f"{back}; or, to train on with the job's mixture from here, give --continue-on mixture"
+    return f"{back}; or, to train on with the other data from here, give --continue-on and its folder"
 
 
 def _record_in(checkpoint: Path) -> dict[str, Any] | None:

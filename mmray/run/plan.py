@@ -1,17 +1,21 @@
 """The driver's decisions for a training run, equal on all workers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmray.batches.plan import BatchPlan
 from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.prepared import PreparedDataset
+from mmray.prepared.joined import PreparedMixture
+from mmray.run.data import RunData
 from mmray.run.place import place_in
 from mmray.run.tracking import git_commit
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule
-from mmray.schedule.cursor import Cursor
+from mmray.schedule.cursor import Cursor, DataSpan
+from mmray.schedule.mixture import WINDOW_BATCHES, MixedSchedule, Mixture
+from mmray.schedule.order import Order
 from mmray.schedule.schedule import Schedule
 from mmray.training.model import load_config
 
@@ -28,28 +32,55 @@ class RunPlan:
     """True if the job's data begins anew where the checkpoint was trained on other data."""
     commit: str | None = None
     """Git commit of the code, for trackers; None outside of git."""
+    mixture: Mixture | None = None
+    """Datasets and weights of the training data; None for one dataset."""
 
     @property
-    def schedule(self) -> Schedule | BalancedSchedule:
+    def schedule(self) -> Order | BalancedSchedule:
         """The order of the training data in a new run, from its own step 0."""
-        return self._schedule(self.job.balance)
+        return self._balanced(self._order(self.job.balance, 0, {}), self.job.balance)
 
-    def schedule_at(self, cursor: Cursor) -> Schedule | BalancedSchedule:
-        """The order of the training data in a run that stands at `cursor`.
+    def schedule_at(self, cursor: Cursor) -> Order | BalancedSchedule:
+        """The order of the plan's training data in a run that stands at `cursor`.
 
-        Where the job does not set whether batches are made of bins of similar cost, the run continues as it began.
+        On other data than the cursor's it begins at the cursor's step; each dataset of a mixture goes on where the run
+        left it. Where the job does not set whether batches are made of bins of similar cost, the run continues as it
+        began.
         """
+        balance = self._balance_at(cursor)
+        if cursor.fingerprint == self.train[1]:
+            order = self._order(balance, cursor.first_step, cursor.taken_before())
+        else:
+            order = self._order(balance, cursor.step, cursor.bins_taken() if self.mixture else {})
+        return self._balanced(order, balance)
+
+    def schedule_of(self, cursor: Cursor, span: DataSpan) -> Order | BalancedSchedule:
+        """The order of one of the cursor's spans, also of other data than the plan's."""
+        return self._balanced(cursor.order_of(span), self._balance_at(cursor))
+
+    def _balance_at(self, cursor: Cursor) -> BalanceSettings | None:
         balance = self.job.balance
         if balance is not None and balance.across_batches is None and cursor.balance is not None:
             balance = balance.across(True)
-        return self._schedule(balance)
+        return balance
 
-    def _schedule(self, balance: BalanceSettings | None) -> Schedule | BalancedSchedule:
-        bins, fingerprint = self.train
+    def _order(self, balance: BalanceSettings | None, first_step: int, taken: Mapping[str, int]) -> Order:
+        """The shuffled order. first_step: step of the run at which it begins; taken: bins of each dataset, by its
+        fingerprint, that the run has taken before; only a mixture goes on from there."""
         training = self.job.training
-        order = Schedule(
-            num_bins=bins, global_batch_bins=training.global_batch_bins, seed=training.seed, fingerprint=fingerprint
+        if self.mixture is None:
+            bins, fingerprint = self.train
+            return Schedule(bins, training.global_batch_bins, training.seed, fingerprint)
+        return MixedSchedule(
+            self.mixture,
+            training.global_batch_bins,
+            training.seed,
+            first_step,
+            tuple(taken.get(dataset.fingerprint, 0) for dataset in self.mixture.datasets),
+            balance.window_batches if balance is not None and balance.sorts_batches else WINDOW_BATCHES,
         )
+
+    def _balanced(self, order: Order, balance: BalanceSettings | None) -> Order | BalancedSchedule:
         return order if balance is None else BalancedSchedule(order, balance.for_attention(self.job.model.attention))
 
     def total_steps(self, cursor: Cursor) -> int:
@@ -59,7 +90,7 @@ class RunPlan:
             return training.steps
         return cursor.first_step + max(1, round((training.epochs or 1) * self.schedule.steps_per_epoch))
 
-    def place(self, checkpoint: Path | None, prepared: PreparedDataset) -> Cursor:
+    def place(self, checkpoint: Path | None, prepared: RunData) -> Cursor:
         """The place at which the run continues from a checkpoint, or begins without one. Raises UserError where it does
         not fit."""
         if checkpoint is None:
@@ -73,12 +104,12 @@ class RunPlan:
         return cursor
 
     def batches(
-        self, split_name: str, schedule: Schedule | BalancedSchedule, world_size: int, first_step: int = 0
+        self, split_name: str, schedule: Order | BalancedSchedule, world_size: int, first_step: int = 0
     ) -> BatchPlan:
         """The batches of a split for a number of ranks. first_step: step of the run at which the schedule begins."""
         job = self.job
         return BatchPlan(
-            prepared=job.prepared_path(split_name),
+            prepared=job.trained_paths(split_name),
             processor=job.model.processor_source,
             model_type=load_config(job.model).model_type,
             trust_remote_code=job.model.trust_remote_code,
@@ -91,7 +122,9 @@ class RunPlan:
         )
 
 
-def run_plan(job: Job, prepared: dict[str, PreparedDataset], gpus: bool, continue_on: bool = False) -> RunPlan:
+def run_plan(job: Job, prepared: Mapping[str, RunData], gpus: bool, continue_on: bool = False) -> RunPlan:
     """The plan of a run over prepared datasets."""
     shapes = {name: (len(dataset), dataset.fingerprint) for name, dataset in prepared.items()}
-    return RunPlan(job, shapes["train"], shapes.get("eval"), gpus, continue_on, git_commit(Path.cwd()))
+    data = prepared["train"]
+    mixture = data.mixture if isinstance(data, PreparedMixture) else None
+    return RunPlan(job, shapes["train"], shapes.get("eval"), gpus, continue_on, git_commit(Path.cwd()), mixture)

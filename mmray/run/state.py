@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mmray.batches.plan import BatchPlan
-from mmray.prepared import PreparedDataset
 from mmray.run.callback_states import read_callback_states
 from mmray.run.checkpoints import Scratch, newest_whole, step_of
+from mmray.run.data import RunData, open_data, set_names
 from mmray.run.folder import RunFolder
 from mmray.run.history import Event, add_to_history
 from mmray.run.plan import RunPlan
@@ -31,8 +31,8 @@ class RunState:
     """The run's folder as this process sees it."""
     ranks: Ranks
     """All ranks of the run."""
-    prepared: PreparedDataset
-    """The dataset the run trains on."""
+    prepared: RunData
+    """The data the run trains on."""
     start: Cursor
     """The cursor at which the run begins or continues."""
     checkpoint: str | None
@@ -77,7 +77,7 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
     def note_damage(name: str, problem: str) -> None:
         add_to_history(folder.path, "damaged_checkpoint", step_of(name), ranks.size, checkpoint=name, problem=problem)
 
-    prepared = PreparedDataset(plan.job.prepared_path("train"))
+    prepared = open_data(plan.job)
     copies = None if folder.shared_path is not None else Scratch(scratch / "restored", node)
     checkpoint = newest_whole(folder, ranks, note_damage, copies)
     start = plan.place(checkpoint, prepared)
@@ -92,6 +92,7 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
         scratch=folder.shared_path or scratch,
         node=copies.node if copies else "",
         ranks=ranks,
+        num_sets=len(set_names(prepared)),
     )
     states = read_callback_states(checkpoint) if checkpoint else {}
     ranks.every(None)

@@ -7,12 +7,13 @@ the newest checkpoint knows, and of the job's data beyond it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mmray.batches.plan import BatchPlan
 from mmray.errors import UserError
-from mmray.prepared import PreparedDataset
+from mmray.prepared.joined import JoinedDatasets
 from mmray.schedule.cursor import Cursor, DataSpan
 from mmray.training.bins_log import TrainedStep, read_trained
 
@@ -31,24 +32,27 @@ class TracedSample:
     micro_batch: int
     """Index of the micro-batch within the rank's step."""
     bin: int
+    """Number of the bin in its dataset."""
     id: str
     source: str
     """File and line (or row group and row) of the sample's row."""
     trained: bool
     """True if the step was done; False for a prediction."""
+    dataset: str | None = None
+    """Path of its prepared dataset in a mixture; None where there is only one."""
 
     def to_json(self) -> dict[str, Any]:
         """The sample as plain values of JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Tracer:
     """Traces the steps of one run. cursor: the run's place; workers: number of ranks in steps that are not done."""
 
     def __init__(self, run: Path, cursor: Cursor, plan_of: PlanOf, workers: int) -> None:
-        self._cursor, self._plan_of, self._workers = cursor, plan_of, workers
+        self._cursor, self._plan_of, self._workers = cursor, cache(plan_of), workers
         self._trained = {step.step: step for step in read_trained(run)}
-        self._opened: dict[str, PreparedDataset] = {}
+        self._checked: set[str] = set()
 
     def samples(self, step: int) -> Iterator[TracedSample]:
         """The samples of one step, counted from 1, by rank and in the order they are trained on.
@@ -65,24 +69,29 @@ class Tracer:
                 f"({span.prepared}); its checkpoint was deleted or replaced"
             )
         workers = done.workers if done else self._workers
-        plan, prepared = self._plan_of(span, workers), self._prepared(span)
+        plan = self._plan_of(span, workers)
+        data = plan.dataset
+        self._check(span, data)
         for rank in range(workers):
             for micro, bins in enumerate(_micro_batches(plan, step, rank, done)):
                 for number in bins:
-                    content = prepared.bin(number)
+                    content, (part, index) = data.bin(number), data.part_of(number)
+                    dataset = data.parts[part].path if span.mixture else None
                     for id_, source in zip(content.sample_ids, content.sample_sources, strict=True):
-                        yield TracedSample(step, workers, rank, micro, number, id_, source, done is not None)
+                        yield TracedSample(step, workers, rank, micro, index, id_, source, done is not None, dataset)
 
-    def _prepared(self, span: DataSpan) -> PreparedDataset:
-        if span.fingerprint not in self._opened:
-            prepared = PreparedDataset(span.prepared)
-            if prepared.fingerprint != span.fingerprint:
+    def _check(self, span: DataSpan, data: JoinedDatasets) -> None:
+        """Raises UserError where a dataset of the span was prepared anew since."""
+        if span.fingerprint in self._checked:
+            return
+        expected = [dataset.fingerprint for dataset in span.mixture.datasets] if span.mixture else [span.fingerprint]
+        for part, fingerprint in zip(data.parts, expected, strict=True):
+            if part.fingerprint != fingerprint:
                 raise UserError(
-                    f"{span.prepared} has fingerprint {prepared.fingerprint}, and the run trained on "
-                    f"{span.fingerprint} from step {span.first_step + 1} on: it was prepared anew since"
+                    f"{part.path} has fingerprint {part.fingerprint}, and the run trained on {fingerprint} from step "
+                    f"{span.first_step + 1} on: it was prepared anew since"
                 )
-            self._opened[span.fingerprint] = prepared
-        return self._opened[span.fingerprint]
+        self._checked.add(span.fingerprint)
 
 
 def _micro_batches(plan: BatchPlan, step: int, rank: int, done: TrainedStep | None) -> list[list[int]]:
@@ -92,7 +101,8 @@ def _micro_batches(plan: BatchPlan, step: int, rank: int, done: TrainedStep | No
     """
     size = plan.micro_batch_bins
     if done:
-        bins = done.bins[rank]
+        datasets = done.dataset_of[rank] if done.dataset_of else [0] * len(done.bins[rank])
+        bins = [plan.dataset.first_bins[dataset] + number for dataset, number in zip(datasets, done.bins[rank])]
         return [bins[start : start + size] for start in range(0, len(bins), size)]
     scheduled = plan.order.rank_bins(step - 1 - plan.first_step, rank, plan.world_size, size)
     return [[number for number in bins if number is not None] for bins in scheduled]

@@ -2,6 +2,7 @@
 
 from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.cursor import Cursor
+from mmray.schedule.mixture import MixedSchedule, Mixture
 from mmray.schedule.schedule import Schedule
 
-__all__ = ["BalancedSchedule", "Cursor", "Schedule"]
+__all__ = ["BalancedSchedule", "Cursor", "MixedSchedule", "Mixture", "Schedule"]

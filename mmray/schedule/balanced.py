@@ -29,7 +29,7 @@ import json
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -37,7 +37,8 @@ import numpy as np
 
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.loads import Loads
-from mmray.schedule.schedule import Schedule, mix_many
+from mmray.schedule.order import Order, Window
+from mmray.schedule.schedule import mix_many
 
 ReadLoads = Callable[[np.ndarray], Loads]
 """Reads the loads of bins by their numbers, int64 [n]; returns the same in every process."""
@@ -54,7 +55,7 @@ class BalancedSchedule:
     Raises ValueError for balance settings that do not fit the order, or with `whole_row_attention` undecided.
     """
 
-    order: Schedule
+    order: Order
     balance: BalanceSettings
 
     def __post_init__(self) -> None:
@@ -103,9 +104,18 @@ class BalancedSchedule:
         """Number of global batches in an epoch, the padded one included."""
         return self.order.steps_per_epoch
 
-    def position(self, step: int) -> tuple[int, int]:
-        """(epoch, step in epoch) of global batch `step`, as `Schedule.position`."""
-        return self.order.position(step)
+    @property
+    def window_batches(self) -> int:
+        """Number of global batches whose bins are rearranged together."""
+        return self.balance.window_batches if self.balance.sorts_batches else 1
+
+    def bins_taken(self, step: int) -> dict[str, int]:
+        """Number of bins of each dataset that were taken before a step, by its fingerprint.
+
+        With sorting across batches, in the middle of a window, all bins of the window count as taken.
+        """
+        window = self.order.window(step, self.window_batches)
+        return self.order.bins_taken(window.first if window.first == step else window.stop)
 
     def micro_batches_per_rank(self, world_size: int, micro_batch_bins: int = 1) -> int:
         """Number of micro-batches that each rank runs in a step, as `Schedule.micro_batches_per_rank`."""
@@ -127,18 +137,12 @@ class BoundSchedule:
         self._loads = loads
         self._window = lru_cache(maxsize=_WINDOWS_KEPT)(self._arranged)
 
-    @cached_property
-    def _num_windows(self) -> int:
-        balance = self.schedule.balance
-        return max(1, self.schedule.steps_per_epoch // (balance.window_batches if balance.sorts_batches else 1))
-
     def bins(self, step: int) -> list[int | None]:
         """The bin numbers of global batch `step`, the heaviest first; None, at the end, is an empty padding bin."""
-        epoch, batch = self.schedule.position(step)
-        window = ((batch + 1) * self._num_windows - 1) // self.schedule.steps_per_epoch
+        window = self.schedule.order.window(step, self.schedule.window_batches)
         size = self.schedule.global_batch_bins
-        start = (batch - self._first_batch(window)) * size
-        bins: list[int | None] = list(self._window(epoch, window)[start : start + size].tolist())
+        start = (step - window.first) * size
+        bins: list[int | None] = list(self._window(window)[start : start + size].tolist())
         return bins + [None] * (size - len(bins))
 
     def rank_bins(self, step: int, rank: int, world_size: int, micro_batch_bins: int = 1) -> list[list[int | None]]:
@@ -163,21 +167,13 @@ class BoundSchedule:
         starts = (k * micro_batch_bins for k in range(num_micro_batches))
         return [[dealt(turn) for turn in range(start, start + micro_batch_bins)] for start in starts]
 
-    def _first_batch(self, window: int) -> int:
-        """The first global batch of a window; windows divide the epoch evenly, so that none is much smaller."""
-        return window * self.schedule.steps_per_epoch // self._num_windows
-
-    def _arranged(self, epoch: int, window: int) -> np.ndarray:
+    def _arranged(self, window: Window) -> np.ndarray:
         """The bins of a window's global batches, one batch after the other, int64 [n]; in each the heaviest first."""
         order, balance = self.schedule.order, self.schedule.balance
         size = order.global_batch_bins
-        bins = order.bins_in(
-            epoch,
-            self._first_batch(window) * size,
-            min(self._first_batch(window + 1) * size, order.num_bins),
-        )
+        bins = order.bins_of(window.first, window.stop)
         loads = self._loads(bins)
-        random = _Random(order.fingerprint, order.seed, epoch, window)
+        random = _Random(order.fingerprint, order.seed, *window.key)
         cost = balance.costs(loads)
         shape = np.zeros(len(bins), dtype=np.int64)
         if balance.one_shape_per_batch:

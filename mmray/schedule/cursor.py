@@ -6,27 +6,33 @@ nothing else needs saving; the other fields serve to refuse a cursor of another 
 or not at all.
 
 A run may continue on other data (`continue_on`). Its count of steps goes on, and the schedule of the new data begins at
-the step of the change. The cursor keeps a list of all data so far, which says what any step was trained on.
+the step of the change. The cursor keeps a list of all data so far, which says what any step was trained on. Of a
+mixture it keeps datasets and weights too, and `bins_taken` says how far each dataset is: that follows from the step
+alone, and a mixture takes up each dataset where the run left it.
 """
 
 import json
 import operator
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from mmray.errors import UserError
+from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule
+from mmray.schedule.mixture import WINDOW_BATCHES, MixedDataset, MixedSchedule, Mixture
+from mmray.schedule.order import Order
 from mmray.schedule.schedule import DEFAULT_SHUFFLE_BLOCK, DEFAULT_SHUFFLE_WINDOW, Schedule
 from mmray.storage import replacing
 
-FORMAT = 2
+FORMAT, MIXTURE_FORMAT = 2, 3
+"""Version of the format, and of cursors of runs that trained on a mixture, which earlier versions cannot read."""
 
 
 @dataclass(frozen=True)
 class DataSpan:
-    """Consecutive steps of a run on one prepared data set, up to the beginning of the next span."""
+    """Consecutive steps of a run on one prepared data set or mixture, up to the beginning of the next span."""
 
     first_step: int
     """Global batches that the run had consumed when the span began."""
@@ -34,6 +40,10 @@ class DataSpan:
     num_bins: int
     prepared: str
     """Path of the prepared data set; "" when it is not known."""
+    mixture: Mixture | None = None
+    """Datasets and weights of a mixture; None for one data set."""
+    taken: tuple[int, ...] = ()
+    """Bins of each dataset of the mixture that were taken before the span, over all epochs."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +69,20 @@ class Cursor:
     """Global batches that were consumed before the first one of this data set."""
     earlier: tuple[DataSpan, ...] = ()
     """The data sets before this one."""
+    mixture: Mixture | None = None
+    """Datasets and weights of a mixture; None for one data set."""
+    taken: tuple[int, ...] = ()
+    """Bins of each dataset of the mixture that were taken before its first step, over all epochs."""
 
     @classmethod
-    def at(cls, schedule: Schedule | BalancedSchedule, step: int = 0, *, prepared: str = "") -> Self:
+    def at(cls, schedule: Order | BalancedSchedule, step: int = 0, *, prepared: str = "") -> Self:
         """The cursor of a run over `schedule` that has consumed `step` global batches.
 
         prepared: path of the prepared data set.
         """
         balance = schedule.balance.order_record() if isinstance(schedule, BalancedSchedule) else None
         order = schedule.order if isinstance(schedule, BalancedSchedule) else schedule
-        names = (field.name for field in fields(cls) if hasattr(order, field.name))
+        names = (field.name for field in fields(cls) if field.name != "first_step" and hasattr(order, field.name))
         values = {name: getattr(order, name) for name in names}
         return cls(step=step, balance=balance, prepared=prepared, **values)
 
@@ -83,13 +97,46 @@ class Cursor:
     @property
     def spans(self) -> tuple[DataSpan, ...]:
         """All data of the run so far, in order; the last span is the current one."""
-        return *self.earlier, DataSpan(self.first_step, self.fingerprint, self.num_bins, self.prepared)
+        current = (self.first_step, self.fingerprint, self.num_bins, self.prepared, self.mixture, self.taken)
+        return *self.earlier, DataSpan(*current)
+
+    @property
+    def _datasets(self) -> tuple[MixedDataset, ...]:
+        return () if self.mixture is None else self.mixture.datasets
+
+    def order_of(self, span: DataSpan) -> Order:
+        """The order of the bins of one of the spans; its step 0 is the span's first."""
+        if span.mixture is None:
+            shuffling = self.shuffle, self.shuffle_block, self.shuffle_window
+            return Schedule(span.num_bins, self.global_batch_bins, self.seed, span.fingerprint, *shuffling)
+        batches = WINDOW_BATCHES if self.balance is None else self.balance["window_batches"]
+        return MixedSchedule(span.mixture, self.global_batch_bins, self.seed, span.first_step, span.taken, batches)
+
+    def taken_before(self) -> dict[str, int]:
+        """Number of bins of each dataset of the mixture, by its fingerprint, that were taken before its first step."""
+        return dict(zip((dataset.fingerprint for dataset in self._datasets), self.taken))
+
+    def bins_taken(self) -> dict[str, int]:
+        """Number of bins of each dataset, by its fingerprint, that the run has taken, over all its epochs.
+
+        Of a dataset that it left, the number with which it did.
+        """
+        taken: dict[str, int] = {}
+        stops = [*(span.first_step for span in self.spans[1:]), self.step]
+        for span, stop in zip(self.spans, stops):
+            order, steps = self.order_of(span), stop - span.first_step
+            if self.balance is None:
+                taken |= order.bins_taken(steps)
+            else:
+                balance = BalanceSettings(**self.balance, across_batches=True)
+                taken |= BalancedSchedule(order, balance).bins_taken(steps)
+        return taken
 
     def advance(self, steps: int = 1) -> Self:
         """The cursor after `steps` more global batches."""
         return replace(self, step=self.step + steps)
 
-    def continue_on(self, schedule: Schedule | BalancedSchedule, prepared: str) -> Self:
+    def continue_on(self, schedule: Order | BalancedSchedule, prepared: str) -> Self:
         """The cursor of the same run at the beginning of other data.
 
         schedule: the order of the new data; prepared: path of the new data.
@@ -98,14 +145,14 @@ class Cursor:
         spans = self.spans if self.step > self.first_step else self.earlier  # none on which no step was trained
         return replace(start, first_step=self.step, earlier=spans)
 
-    def check(self, schedule: Schedule | BalancedSchedule) -> None:
+    def check(self, schedule: Order | BalancedSchedule) -> None:
         """Raise UserError, naming both values and the remedy, when the cursor belongs to another order."""
         job = Cursor.at(schedule)
         for name, remedy in _DATA_REMEDIES.items():
             self._compare(name, getattr(self, name), getattr(job, name), remedy)
         self.check_order(schedule)
 
-    def check_order(self, schedule: Schedule | BalancedSchedule) -> None:
+    def check_order(self, schedule: Order | BalancedSchedule) -> None:
         """Raise UserError, as `check` does, when the settings of the order differ; the data may differ."""
         job = Cursor.at(schedule)
         for name, remedy in _ORDER_REMEDIES.items():
@@ -126,16 +173,30 @@ class Cursor:
             )
 
     def to_json(self) -> str:
-        """The cursor as one JSON object, with the version of its format."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        """The cursor as one JSON object, with the version of its format.
+
+        Of a mixture it also tells, for people, the epochs and the bins of each dataset that are done.
+        """
+        mixtures = [span.mixture for span in self.spans if span.mixture]
+        saved = _plain(self) | {"earlier": [_plain(span) for span in self.earlier]}
+        progress = {"progress": self._progress()} if self.mixture else {}
+        return json.dumps({"format": MIXTURE_FORMAT if mixtures else FORMAT, **saved, **progress}, indent=1) + "\n"
+
+    def _progress(self) -> dict[str, dict[str, int]]:
+        taken, progress = self.bins_taken(), {}
+        for dataset in self._datasets:
+            epochs, bins = divmod(taken[dataset.fingerprint], dataset.num_bins)
+            progress[dataset.name] = {"epochs": epochs, "bins": bins, "of": dataset.num_bins}
+        return progress
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read the cursor that `to_json` wrote. Raises ValueError, saying what is wrong, for anything else."""
         saved = json.loads(text)
         version = saved.pop("format", None) if isinstance(saved, dict) else None
-        if version not in (1, FORMAT):
+        if version not in (1, FORMAT, MIXTURE_FORMAT):
             raise ValueError(f'no object with "format": {FORMAT}')
+        saved.pop("progress", None)
         if version == 1:  # had one data set only, and at first no balance
             saved = {"balance": None, "prepared": "", "first_step": 0, "earlier": []} | saved
         earlier = saved.get("earlier")
@@ -164,17 +225,31 @@ class Cursor:
 
 
 Saved = TypeVar("Saved")
+_KINDS: dict[str, Any] = {"balance": dict | None, "earlier": tuple, "taken": tuple}
+
+
+def _plain(span: "Cursor | DataSpan") -> dict[str, Any]:
+    """The fields as plain values; those of mixtures only where there is one."""
+    values = {field.name: getattr(span, field.name) for field in fields(span)}
+    mixture, taken = values.pop("mixture"), values.pop("taken")
+    return values if mixture is None else values | {"mixture": mixture.record(), "taken": list(taken)}
 
 
 def _checked(kind: type[Saved], values: Any) -> Saved:
     """Make a dataclass from plain values. Raises ValueError when one is missing, unknown or of another type."""
     types = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
+    if isinstance(values, dict):
+        mixture, taken = values.get("mixture"), values.get("taken", [])
+        if not isinstance(taken, list) or not all(isinstance(count, int) for count in taken):
+            raise ValueError(f"taken is {taken!r}")
+        read = None if mixture is None else Mixture.from_record(mixture)
+        values = values | {"mixture": read, "taken": tuple(taken)}
     if not isinstance(values, dict) or values.keys() != types.keys():
         keys = sorted(values) if isinstance(values, dict) else values
         raise ValueError(f"keys {keys}, expected {sorted(types)}")
     for name, value in values.items():
-        expected = {"balance": dict | None, "earlier": tuple}.get(name, types[name])
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):  # type: ignore[arg-type]
+        expected = _KINDS.get(name, types[name])
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
             raise ValueError(f"{name} is {value!r}")
     return kind(**values)
 

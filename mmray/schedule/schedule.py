@@ -33,6 +33,8 @@ from math import isqrt
 
 import numpy as np
 
+from mmray.schedule.order import Order, Window, at_least
+
 _MASK_64 = (1 << 64) - 1
 _ROUNDS = 8  # two passes of Luby and Rackoff's four; eight 64-bit keys are one full blake2b digest
 _SPLITMIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -42,7 +44,7 @@ DEFAULT_SHUFFLE_WINDOW = 64
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Order):
     """The order of a prepared data set's bins over all epochs.
 
     >>> schedule = Schedule(num_bins=10, global_batch_bins=4, seed=0, fingerprint="3f2a")
@@ -73,7 +75,7 @@ class Schedule:
     def __post_init__(self) -> None:
         least = {"num_bins": 1, "global_batch_bins": 1, "seed": 0, "shuffle_block": 1, "shuffle_window": 1}
         for name, minimum in least.items():
-            value = _at_least(minimum, name, getattr(self, name))
+            value = at_least(minimum, name, getattr(self, name))
             object.__setattr__(self, name, value)  # a numpy integer becomes an int: keys are derived from it
 
     def _repr_html_(self) -> str:
@@ -84,7 +86,7 @@ class Schedule:
         more = ", …" if self.global_batch_bins > len(slots) else ""
 
         def bins(step: int) -> str:
-            return ", ".join("empty" if number is None else f"{number:,}" for number in self._slots(step, slots)) + more
+            return ", ".join("empty" if number is None else f"{number:,}" for number in self.slots(step, slots)) + more
 
         return card(
             f"Schedule: {self.steps_per_epoch:,} steps an epoch",
@@ -102,55 +104,43 @@ class Schedule:
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, step in epoch), both from 0, of global batch `step`, which counts from 0 over the run."""
-        return divmod(_at_least(0, "step", step), self.steps_per_epoch)
-
-    def bins(self, step: int) -> list[int | None]:
-        """The bin numbers of global batch `step`, `global_batch_bins` long; None is an empty padding bin.
-
-        Padding is at the end of an epoch's last global batch and nowhere else.
-        """
-        return self._slots(step, range(self.global_batch_bins))
+        return divmod(at_least(0, "step", step), self.steps_per_epoch)
 
     def bin_at(self, epoch: int, index: int) -> int:
         """The bin at place `index` (0 to num_bins - 1) of `epoch`'s order; over all places every bin once."""
-        epoch, index = _at_least(0, "epoch", epoch), operator.index(index)
+        epoch, index = at_least(0, "epoch", epoch), operator.index(index)
         if not 0 <= index < self.num_bins:
             raise ValueError(f"index must be from 0 to {self.num_bins - 1} (num_bins - 1), got {index}")
         return self._order(epoch).bin_at(index) if self.shuffle else index
 
     def bins_in(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """The bins at places `start` to `stop` - 1 of `epoch`'s order, int64 [n]: `bin_at` for many places at once."""
-        epoch, start, stop = _at_least(0, "epoch", epoch), operator.index(start), operator.index(stop)
+        epoch, start, stop = at_least(0, "epoch", epoch), operator.index(start), operator.index(stop)
         if not 0 <= start <= stop <= self.num_bins:
             raise ValueError(f"start and stop must lie in order from 0 to {self.num_bins}, got {start} and {stop}")
         return self._order(epoch).bins_in(start, stop) if self.shuffle else np.arange(start, stop, dtype=np.int64)
 
-    def micro_batches_per_rank(self, world_size: int, micro_batch_bins: int = 1) -> int:
-        """Number of micro-batches that each rank runs in a step (gradient accumulation); equal for all ranks."""
-        share = _at_least(1, "world_size", world_size) * _at_least(1, "micro_batch_bins", micro_batch_bins)
-        return -(-self.global_batch_bins // share)
+    def window(self, step: int, batches: int) -> Window:
+        """The window of a step. Windows divide the epoch evenly, so that none is much smaller than the others."""
+        epoch, batch = self.position(step)
+        num_windows = max(1, self.steps_per_epoch // batches)
+        window = ((batch + 1) * num_windows - 1) // self.steps_per_epoch
+        first, stop = (number * self.steps_per_epoch // num_windows for number in (window, window + 1))
+        return Window(step - batch + first, step - batch + stop, (epoch, window))
 
-    def rank_bins(self, step: int, rank: int, world_size: int, micro_batch_bins: int = 1) -> list[list[int | None]]:
-        """The micro-batches of one rank in global batch `step`, in the order it runs them.
+    def bins_of(self, first: int, stop: int) -> np.ndarray:
+        """The bins of the steps `first` to `stop` - 1 of one epoch, int64 [n], in order and without padding."""
+        epoch, batch = self.position(first)
+        end = min((batch + stop - first) * self.global_batch_bins, self.num_bins)
+        return self.bins_in(epoch, batch * self.global_batch_bins, end)
 
-        Bins are dealt alike for any world size: slot s of bins(step) goes to micro-batch s // (world_size * m) of
-        rank (s // m) % world_size, at place s % m, where m is micro_batch_bins. So reading micro-batch 0 of
-        ranks 0, 1, 2, ..., then micro-batch 1 of all ranks, and so on, gives bins(step), followed only by
-        padding where the global batch does not divide evenly. Every rank gets micro_batches_per_rank(...)
-        lists of m entries; a list may be all padding.
+    def bins_taken(self, step: int) -> dict[str, int]:
+        """Number of bins that were taken before a step, over all epochs, by the dataset's fingerprint."""
+        epoch, batch = self.position(step)
+        return {self.fingerprint: epoch * self.num_bins + min(batch * self.global_batch_bins, self.num_bins)}
 
-        Returns ceil(global_batch_bins / (world_size * m)) lists of m bin numbers or None. Computes this
-        rank's bins alone, so that a rank of 4,096 pays for its own share. Raises ValueError for a rank out of
-        range.
-        """
-        num_micro_batches = self.micro_batches_per_rank(world_size, micro_batch_bins)
-        if not 0 <= operator.index(rank) < world_size:
-            raise ValueError(f"rank must be from 0 to {world_size - 1} (world_size - 1), got {rank}")
-        starts = ((k * world_size + rank) * micro_batch_bins for k in range(num_micro_batches))
-        return [self._slots(step, range(start, start + micro_batch_bins)) for start in starts]
-
-    def _slots(self, step: int, slots: range) -> list[int | None]:
-        """The bins at these slots of a global batch; None past its end and past the epoch's."""
+    def slots(self, step: int, slots: range) -> list[int | None]:
+        """The bins in some slots of a global batch; None past its end and past the epoch's."""
         epoch, step_in_epoch = self.position(step)
         start = step_in_epoch * self.global_batch_bins
         end = min(start + self.global_batch_bins, self.num_bins)
@@ -294,14 +284,3 @@ def mix_many(values: np.ndarray) -> np.ndarray:
     for shift, factor in _SPLITMIX:
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
     return values ^ (values >> np.uint64(31))
-
-
-def _at_least(minimum: int, name: str, value: int) -> int:
-    """`value` as an int. Raises TypeError if it is no integer, ValueError, quoting it, if it is too small."""
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value

@@ -3,14 +3,21 @@
     {"step": 7, "data": "9f0c…", "workers": 2, "bins": [[14, 3], [9, 21]]}
 
 `bins` are those whose micro-batches each rank really received, read from the batches and gathered over all ranks, not
-computed from the schedule; `data` is the fingerprint of the prepared dataset. 0.4 kB a step at 64 bins.
+computed from the schedule; `data` is the fingerprint of the prepared dataset. 0.4 kB a step at 64 bins. A step of a
+mixture also names the dataset of each bin, whose number is the one within its dataset:
+
+    {"step": 7, "data": "mixture-51…", "workers": 2, "bins": [[14, 3], [9, 21]], "datasets": ["9f0c…", "77b0…"],
+     "dataset_of": [[0, 1], [0, 0]]}
+
+`datasets` are the fingerprints of the mixture's datasets, in its order, and `dataset_of` numbers of that list.
 
 The file is only appended to. A step that is done again after a crash has a second line. All lines from that step on
 that were written before belong to work that was lost, and `read_trained` leaves them out.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mmray.training.json_lines import read_json_lines
 
@@ -23,21 +30,40 @@ class TrainedStep:
 
     step: int
     data: str
-    """Fingerprint of the prepared dataset."""
+    """Fingerprint of the prepared dataset, or of the mixture."""
     workers: int
     bins: list[list[int]]
-    """Bins of each rank, in the order it ran them; empty bins are left out."""
+    """Bins of each rank, in the order it ran them, by their numbers in their datasets; empty bins are left out."""
+    datasets: list[str] | None = None
+    """Fingerprints of the datasets of a mixture; None for one dataset."""
+    dataset_of: list[list[int]] | None = None
+    """Dataset of each of `bins`, as a number in `datasets`; None for one dataset."""
 
     @property
     def all_bins(self) -> list[int]:
         """The bins of all ranks, sorted."""
         return sorted(number for rank in self.bins for number in rank)
 
+    @property
+    def named_bins(self) -> list[tuple[str, int]]:
+        """The bins of all ranks as (fingerprint of the dataset, number in it), sorted."""
+        if self.datasets is None or self.dataset_of is None:
+            return [(self.data, number) for number in self.all_bins]
+        return sorted(
+            (self.datasets[dataset], number)
+            for rank, datasets in zip(self.bins, self.dataset_of, strict=True)
+            for number, dataset in zip(rank, datasets, strict=True)
+        )
 
-def read_trained(run: Path) -> list[TrainedStep]:
-    """The steps of a run in order, each once, as they were finally done; lines of lost work are left out."""
+    def to_json(self) -> dict[str, Any]:
+        """The line of the log, as plain values of JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def read_trained(run: str | Path) -> list[TrainedStep]:
+    """The steps of a run's local folder, each once and in order, as they were finally done, without lost work."""
     steps: list[TrainedStep] = []
-    for line in read_json_lines(run / TRAINED_FILE):
+    for line in read_json_lines(Path(run) / TRAINED_FILE):
         while steps and steps[-1].step >= line["step"]:
             steps.pop()
         steps.append(TrainedStep(**line))

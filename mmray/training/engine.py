@@ -29,7 +29,7 @@ from mmray.images.source import one_line
 from mmray.loss.labels import PADDING_SEGMENT
 from mmray.training import checkpoint
 from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
-from mmray.training.loss import count_trained_tokens, packed_loss_sum
+from mmray.training.loss import count_trained_tokens, packed_loss_sum, packed_loss_sums
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from mmray.training.ranks import Ranks
@@ -48,6 +48,14 @@ class MicroBatch(Protocol):
     @property
     def num_tokens(self) -> int:
         """Number of tokens of the samples, without padding."""
+        ...
+
+    @property
+    def token_sets(self) -> Tensor:
+        """Number of the set of rows of each token's sample, int64 [L]; -1 outside samples.
+
+        Only an engine that measures the loss of sets asks for it.
+        """
         ...
 
     @property
@@ -85,6 +93,9 @@ class StepMetrics:
 
     It is 1 where experts are used evenly; None where no such loss is trained.
     """
+    set_losses: tuple[float | None, ...] = ()
+    """Mean cross-entropy of the trained tokens of each set, in nats; None for a set without one. () where the losses of
+    sets are not measured."""
 
 
 class TrainingEngine:
@@ -104,6 +115,7 @@ class TrainingEngine:
         scratch: Path | None = None,
         node: str = "",
         ranks: Ranks | None = None,
+        num_sets: int = 0,
     ) -> None:
         """Builds the model and DeepSpeed around it; torch.distributed must be initialised.
 
@@ -115,6 +127,7 @@ class TrainingEngine:
         checkpoint there.
         node: ranks with the same value see the same files in scratch; "": all ranks do.
         ranks: made here where None.
+        num_sets: number of sets of rows whose losses are measured apart; 0: none are.
 
         Raises UserError when settings, checkpoint and number of ranks do not fit together.
         """
@@ -125,6 +138,7 @@ class TrainingEngine:
         self.training_settings = training_settings
         self.total_steps = total_steps
         self.grad_accumulation = grad_accumulation
+        self.num_sets = num_sets
         self.ranks = ranks or Ranks()
         self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.zero_stage = effective_zero_stage(model_settings, training_settings)
@@ -171,7 +185,7 @@ class TrainingEngine:
             return self._nothing_trained(tokens, rate)
         balanced = self._balanced_tokens(micro_batches)
         scales = self.world_size / max(1, trained), self.world_size / max(1, balanced)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2 + 2 * self.num_sets, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches[:-1]:
             sums += self._forward_backward(micro_batch, *scales)
             self.deepspeed.step()
@@ -181,7 +195,13 @@ class TrainingEngine:
         self._require_finite(loss, "loss")
         grad_norm = self._apply_gradients()
         self.step_count += 1
-        return StepMetrics(loss, trained, tokens, grad_norm, rate, router_loss if self.routers else None)
+        set_losses = self._set_losses(sums[2:].tolist())
+        return StepMetrics(loss, trained, tokens, grad_norm, rate, router_loss if self.routers else None, set_losses)
+
+    def _set_losses(self, sums: list[float]) -> tuple[float | None, ...]:
+        """The mean loss of each set. sums: of the losses of each set, and then the numbers of their trained tokens."""
+        pairs = zip(sums[: self.num_sets], sums[self.num_sets :], strict=True)
+        return tuple(loss_sum / count if count else None for loss_sum, count in pairs)
 
     def _nothing_trained(self, tokens: int, rate: float) -> StepMetrics:
         """Counts a step without an update: with gradients of zero, AdamW would still move every weight, by its running
@@ -189,7 +209,7 @@ class TrainingEngine:
         self.step_count += 1
         if self.rank == 0:
             logger.warning("step %d has no trained token: the weights stay as they are", self.step_count)
-        return StepMetrics(0.0, 0, tokens, 0.0, rate)
+        return StepMetrics(0.0, 0, tokens, 0.0, rate, set_losses=(None,) * self.num_sets)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> tuple[float, int]:
         """The mean cross-entropy over the trained tokens of all batches of all ranks, and the number of these tokens.
@@ -272,20 +292,31 @@ class TrainingEngine:
         dist.all_reduce(tokens)
         return int(tokens)
 
+    def _loss_parts(self, micro_batch: MicroBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The micro-batch's loss sum, and the sums and numbers of trained tokens of its sets, detached [2 num_sets]."""
+        if not self.num_sets:
+            loss_sum = self._loss_sum(micro_batch, labels)
+            return loss_sum, loss_sum.new_zeros(0)
+        inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
+        sets = micro_batch.token_sets.to(self.device)
+        sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets, self.num_sets)
+        return sums.sum(), torch.cat([sums.detach(), counts.to(sums.dtype)])
+
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, router_scale: float) -> Tensor:
-        """The micro-batch's loss sum and its sum of balancing losses, detached; their gradients are accumulated."""
+        """The micro-batch's loss sum and its sum of balancing losses, then the sums and counts of its sets, detached;
+        their gradients are accumulated."""
         labels = micro_batch.labels.to(self.device)
         if self.routers is None:
-            loss_sum = self._loss_sum(micro_batch, labels)
+            loss_sum, of_sets = self._loss_parts(micro_batch, labels)
             self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
-            return torch.stack([loss_sum.detach(), torch.zeros_like(loss_sum)])
+            return torch.cat([torch.stack([loss_sum.detach(), torch.zeros_like(loss_sum)]), of_sets])
         with self.routers.recording():
-            loss_sum = self._loss_sum(micro_batch, labels)
+            loss_sum, of_sets = self._loss_parts(micro_batch, labels)
         balancing = self.routers.balancing_sum(micro_batch.trained_segments)
         assert self.router_loss is not None
         whole = loss_sum * scale + balancing * (router_scale * self.router_loss)
         self.deepspeed.backward(whole, scale_wrt_gas=False)
-        return torch.stack([loss_sum.detach(), balancing.detach()])
+        return torch.cat([torch.stack([loss_sum.detach(), balancing.detach()]), of_sets])
 
     def _apply_gradients(self) -> float:
         """Clips and updates; returns the norm before clipping. At stage 0 DeepSpeed would clip by a norm in fp32."""

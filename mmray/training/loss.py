@@ -7,6 +7,7 @@ one chunk at a time, also in the backward pass, which computes them anew.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,30 @@ def packed_loss_sum(model: torch.nn.Module, inputs: dict[str, Tensor], labels: T
     Without a trained token the result is zero and still attached to every parameter, so that under ZeRO-3 this rank
     takes part in every collective of the backward pass.
     """
+    logits, targets, _ = _trained_logits(model, inputs, labels)
+    return _in_chunks(_chunk_sum, logits, targets)
+
+
+def packed_loss_sums(
+    model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor, sets: Tensor, num_sets: int
+) -> tuple[Tensor, Tensor]:
+    """Sums of the cross-entropies of the trained tokens of each set, fp32 [num_sets], and their numbers, int64.
+
+    sets: the set of each token of the row, int64 [L] on the labels' device, from 0 for every trained one. The other
+    arguments are those of `packed_loss_sum`, and so is the sum of the result, up to rounding.
+    """
+    logits, targets, trained = _trained_logits(model, inputs, labels)
+    token_sets = sets[1:].expand_as(trained)[trained]
+
+    def chunk_sums(chunk: Tensor, chunk_targets: Tensor, chunk_sets: Tensor) -> Tensor:
+        losses = F.cross_entropy(chunk.float(), chunk_targets, reduction="none")
+        return (losses[:, None] * F.one_hot(chunk_sets, num_sets)).sum(0)  # unlike index_add, the same on every GPU
+
+    return _in_chunks(chunk_sums, logits, targets, token_sets), torch.bincount(token_sets, minlength=num_sets)
+
+
+def _trained_logits(model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits [N, V] and targets [N] of the trained tokens, and which tokens of labels[:, 1:] they are, bool."""
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
     module: Any = getattr(model, "module", model)
@@ -48,16 +73,17 @@ def packed_loss_sum(model: torch.nn.Module, inputs: dict[str, Tensor], labels: T
         logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
     else:
         logits = model(**inputs, use_cache=False).logits[:, :-1][trained]
-    return _cross_entropy_sum(logits, targets[trained])
+    return logits, targets[trained], trained
 
 
-def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies, an fp32 scalar, computed in chunks of rows. logits: [N, V]; targets: [N]; N may be
-    0."""
+def _in_chunks(chunk_sum: Callable[..., Tensor], logits: Tensor, *columns: Tensor) -> Tensor:
+    """Sum of `chunk_sum` over chunks of rows. logits: [N, V]; columns: [N] each, passed along; N may be 0."""
     rows = max(1, MAX_CHUNK_ELEMENTS // logits.shape[-1])
-    total = logits.new_zeros((), dtype=torch.float32)
-    for chunk, chunk_targets in zip(logits.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(_chunk_sum, chunk, chunk_targets, use_reentrant=False, preserve_rng_state=False)
+    total: Tensor | None = None
+    for parts in zip(logits.split(rows), *(column.split(rows) for column in columns), strict=True):
+        part = checkpoint(chunk_sum, *parts, use_reentrant=False, preserve_rng_state=False)
+        total = part if total is None else total + part
+    assert total is not None  # a split has at least one part, an empty one
     return total
 
 

@@ -21,6 +21,7 @@ from mmray.errors import UserError
 from mmray.families import load_family
 from mmray.families.model_source import source_problem
 from mmray.families.processors import warn_of_remote_code
+from mmray.training.inline_config import inline_config
 from mmray.training.settings import ModelSettings
 from mmray.training.weights import UnknownWeights, check_fit, check_patterns, fit, stored_shapes
 
@@ -118,12 +119,7 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 def _read_config(settings: ModelSettings) -> PretrainedConfig:
     if isinstance(settings.config, dict):
-        values = dict(settings.config)
-        model_type = values.pop("model_type")
-        try:
-            return AutoConfig.for_model(model_type, **values)
-        except ValueError as error:
-            raise UserError(f"model.config: transformers knows no model_type {model_type!r}") from error
+        return inline_config(settings.config)
     source = settings.path or settings.config or ""
     if problem := source_problem(source):
         setting = "model.path" if settings.path else "model.config"

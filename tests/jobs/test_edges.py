@@ -44,6 +44,25 @@ def test_a_run_without_warnings_says_nothing_of_them(
     assert caplog.messages == []
 
 
+def test_shares_of_a_mixture_are_those_of_the_last_100_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 150 steps, the first 50 of which had no texts; evaluations stand between them, and lines are long."""
+    names = ["pages", "texts", *(f"small{number}" for number in range(60))]
+    lines = []
+    for step in range(1, 151):
+        counts = dict.fromkeys(names, 0) | ({"pages": 8} if step <= 50 else {"pages": 4, "texts": 3, "small7": 1})
+        lines.append(LINE | {"step": step, "bins_by_dataset": counts, "loss_by_set": dict.fromkeys(names, 1.23456)})
+        lines.append({"step": step, "eval_loss": 1.0})
+    with RunWatch("job", RunFolder(tmp_path), 150):
+        (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = capsys.readouterr().err
+    assert "last 100 steps: pages 50.0%, texts 37.5%, small7 12.5%" in shown
+    with RunWatch("job", RunFolder(tmp_path), 151), (tmp_path / METRICS_FILE).open("a") as file:
+        file.write(json.dumps(LINE | {"step": 151}) + "\n")
+    assert "last 100 steps" not in capsys.readouterr().err, "a run that went on on one dataset"
+
+
 def test_what_happens_to_a_run_is_a_line_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

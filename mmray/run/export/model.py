@@ -6,11 +6,8 @@ a shard that is written, and 1 GB (`benchmarks/bench_export.py`). The folder is 
 whole or not at all.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +23,7 @@ from mmray.run.export.source import SourceCheckpoint, wants_masters
 from mmray.run.export.target import writing_folder
 from mmray.run.export.weights import SavedWeights
 from mmray.run.folder import MODEL_FOLDER
-from mmray.storage import Folder
+from mmray.storage import Folder, explained, library_write_errors
 from mmray.training.model import DTYPES, empty_model, resize_embeddings
 from mmray.training.settings import ModelSettings
 
@@ -43,7 +40,8 @@ class ExportedModel:
     num_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.folder}: step {self.step:,}, {self.dtype}, {self.num_bytes / 1e9:.2f} GB"
+        size = f"{self.num_bytes / 1e9:.2f} GB" if self.num_bytes >= 1e8 else f"{self.num_bytes / 1e6:.1f} MB"
+        return f"{self.folder}: step {self.step:,}, {self.dtype}, {size}"
 
 
 def export_model(
@@ -92,7 +90,7 @@ def export_model(
         prepared=prepared["path"],
         fingerprint=prepared["fingerprint"],
     )
-    with writing_folder(out, replaces=SIDECAR if replace else None) as folder, _full_disk_as_user_error(out):
+    with explained(out), library_write_errors(), writing_folder(out, replaces=SIDECAR if replace else None) as folder:
         copy_processor(settings.processor_source, folder)
         _fill(model, checkpoint, final)
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -147,15 +145,3 @@ def _fill(model: PreTrainedModel, checkpoint: SourceCheckpoint, dtype: Dtype) ->
                 f"describes it: {str(error).splitlines()[-1].strip()}"
             ) from error
     model.tie_weights()
-
-
-@contextmanager
-def _full_disk_as_user_error(out: str) -> Iterator[None]:
-    """Raises the error of a disk that is full or may not be written as a UserError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise UserError(
-            f"the model could not be written into {out}: {reason}; make room there and export again"
-        ) from error

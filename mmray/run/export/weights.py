@@ -11,6 +11,7 @@ classes of DeepSpeed's own besides: exporting a checkpoint runs no code from it.
 """
 
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class SavedWeights:
 
         Raises UserError where files are missing or cannot be read.
         """
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out
         import_deepspeed()
         self._files = _MappedFiles(folder)
         names = [path.name for path in folder.glob("*.pt")]

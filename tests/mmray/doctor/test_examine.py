@@ -102,6 +102,29 @@ def test_a_model_that_is_not_the_processor_s(make_job):
     assert "the model is a idefics3" in failed(content)["processor"]
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "check", "message"),
+    [
+        (
+            "vision_config",
+            "spatial_merge_size",
+            4,
+            "processor",
+            "spatial_merge_size is 4, merge_size of the image",
+        ),
+        ("vision_config", "patch_size", 7, "processor", "patch_size is 7, patch_size of the image processor is 14"),
+        ("text_config", "num_attention_heads", 7, "small copy", "the model stops at its first batch: RuntimeError"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_told_once(make_job, inputs, part, key, value, check, message):
+    config = json.loads((inputs.folder / "model" / "config.json").read_text())
+    config[part][key] = value
+    (problem,) = failed(make_job(model__config=config)).items()
+    assert problem[0] == check
+    assert message in problem[1]
+    assert "please report" not in problem[1]
+
+
 @pytest.mark.usefixtures("without_model")
 def test_a_token_that_was_added(make_job, tmp_path, inputs):
     tokenizer = AutoTokenizer.from_pretrained(inputs.folder / "processor")

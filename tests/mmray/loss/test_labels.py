@@ -1,5 +1,6 @@
 """Labels of packed rows: what each rule trains, what never trains, and the trained text of real rows in every mode."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -310,6 +311,7 @@ def encoded(request, shared_data: Path):
     """A function: the rows of a file of shared data and their samples."""
     tiling = TILING if request.param == "tiled" else None
 
+    @functools.cache
     def encode(processor: Any, name: str, kind: str, loss: Loss = "sampled"):
         file = shared_data / name
         dataset = {"files": str(file), "kind": kind}

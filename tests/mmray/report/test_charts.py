@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmray.display import charts
-from mmray.display.charts import COLUMNS, Axis, Series, exact, over_steps, short
+from mmray.display.charts import COLUMNS, Axis, Series, exact, over_steps
 
 FINITE = st.floats(-1e9, 1e9, allow_subnormal=False)
 
@@ -119,15 +119,39 @@ def test_a_heat_map_counts_pairs():
     assert opposite.strength < corner.strength == 1
 
 
+@given(low=st.floats(-1e6, 1e9), width=st.floats(1e-4, 1e9), whole=st.booleans())
+def test_labels_of_equal_distances_tell_equal_distances(low, width, whole):
+    if whole:
+        low, width = round(low), round(width) + 1
+    assume(width > 1e-5 * abs(low))
+    ticks = Axis(low, low + width, whole=whole).ticks
+    told = np.asarray([number(tick.text) for tick in ticks])
+    true = low + np.asarray([tick.place for tick in ticks]) / 1000 * width
+    assert np.allclose(told, true, rtol=0, atol=1e-6 * width + 1e-9 * abs(low))
+    assert not whole or (told == told.round()).all()
+
+
+def number(text):
+    """The number that a label tells a reader."""
+    text = text.replace("\N{MINUS SIGN}", "-")
+    return float(text.rstrip("kMGT")) * {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (11.2, 12.1, ["11.25", "11.50", "11.75", "12.00"]),
+        (1.8301, 1.8312, ["1.8305", "1.8310"]),
+        (0, 12_345, ["0", "5k", "10k"]),
+        (0, 3e-5, ["0", "1e-05", "2e-05", "3e-05"]),
+        (100_000, 100_003, ["100000", "100001", "100002", "100003"]),
+    ],
+)
+def test_labels_are_as_exact_as_their_ticks(low, high, texts):
+    assert [tick.text for tick in Axis(low, high).ticks] == texts
+
+
 def test_numbers_in_words():
-    assert [short(value) for value in (0, 0.25, 12_000, 3.4e6, 1e-5, -1500)] == [
-        "0",
-        "0.25",
-        "12k",
-        "3.4M",
-        "1e-05",
-        "-1.5k",
-    ]
     assert [exact(value) for value in (1234567.0, 0.01234, None, float("inf"))] == [
         "1,234,567", "0.01234", "not finite", "not finite",
     ]  # fmt: skip

@@ -194,6 +194,8 @@ def test_a_dry_run_sees_what_a_prepare_makes(inputs, tmp_path):
     assert rejected["too_long"] > 0
     assert [(fits.over, fits.keeps) for fits in before.fits] == [(fits.over, fits.keeps) for fits in after.fits]
     assert round(before.fits[0].over) == rejected["too_long"]
+    assert "2 rows that are too long were not compared" in after.fits[1].text
+    assert "compared" not in before.fits[1].text
     assert {entry.row_set: entry.rows for entry in before.percentiles if entry.measure == "tokens"} == {
         entry.row_set: entry.rows + 1  # the row of each set that is too long
         for entry in after.percentiles

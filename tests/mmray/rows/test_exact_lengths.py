@@ -1,6 +1,7 @@
 """The promise on real pages: stored tokens are those of the real processor on the real, upright, decoded images, and
 preparing decodes none of them."""
 
+import copy
 import functools
 import json
 
@@ -19,14 +20,29 @@ PACKING = PackingSettings(token_capacity=16_384, visual_capacity=12_288, window_
 KINDS = {"pages": "pretrain", "chat": "chat"}
 
 
-@pytest.fixture(params=[None, {"preset": "ocr_pages"}], ids=["untiled", "ocr_pages"])
+@pytest.fixture(scope="module", params=[None, {"preset": "ocr_pages"}], ids=["untiled", "ocr_pages"])
 def preparation(request, shared_data, shared_processor):
     """Both shared row files, for each real processor, untiled and tiled."""
     datasets = [{"files": (str(shared_data / f"{name}.jsonl"),), "kind": kind} for name, kind in KINDS.items()]
     return Preparation(shared_processor, *datasets, tiling=request.param, packing=PACKING)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def prepared(preparation, shared_data, tmp_path_factory):
+    """What preparing makes of both files where decoding any image raises."""
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_decoding(patch)
+        with pytest.raises(Decoded), Image.open(shared_data / "pages/p0000.jpg") as page:
+            page.convert("L")  # the trap works
+        with pytest.raises(Decoded):
+            mmray.images.load_image(shared_data / "pages/p0000.jpg")
+        encode = preparation.encoder.encode
+        some = lambda rows, **_: encode(rows, verify=range(0, len(rows), 32))  # noqa: E731
+        patch.setattr(preparation.encoder, "encode", some)
+        return preparation.write(tmp_path_factory.mktemp("exact") / "prepared")
+
+
+@pytest.fixture(scope="module")
 def rows(shared_data):
     """id -> (kind, row) of both files."""
     lines = {name: (shared_data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in KINDS}
@@ -67,8 +83,23 @@ def real_tokens(kind, row, preparation, tiles):
     return [*ids, processor.tokenizer.eos_token_id] if kind == "pretrain" else ids
 
 
-def test_stored_tokens_are_the_real_processors_on_the_decoded_images(preparation, rows, shared_data, tmp_path):
-    prepared = preparation.write(tmp_path / "prepared")
+@pytest.fixture
+def pixels_once(preparation, monkeypatch):
+    """The real image processor is called once for each list of pictures: many rows share their page."""
+    kind, results = type(preparation.family.processor.image_processor), {}
+    call = kind.__call__
+
+    def called(self, images, *args, **options):
+        key = tuple(id(picture) for group in images for picture in (group if isinstance(group, list) else [group]))
+        if key not in results:
+            results[key] = (images, call(self, images, *args, **options))  # the pictures live on: an id is theirs
+        return copy.copy(results[key][1])
+
+    monkeypatch.setattr(kind, "__call__", called)
+
+
+@pytest.mark.usefixtures("pixels_once")
+def test_stored_tokens_are_the_real_processors_on_the_decoded_images(preparation, prepared, rows, shared_data):
     facts = prepared.statistics
     assert facts["rows_read"] == facts["rows_packed"] + facts["rows_rejected"] == len(rows)
     stored = stored_tokens(prepared)
@@ -91,8 +122,7 @@ class Decoded(BaseException):
     """Not an Exception: nothing on the way can take it for a broken image."""
 
 
-@pytest.fixture
-def no_decoding(monkeypatch):
+def refuse_decoding(monkeypatch):
     """Decoding an image file raises. Pictures made in memory, as the verification uses, are none."""
 
     def refuse(*_, **__):
@@ -115,13 +145,6 @@ def subclasses(kind):
     return [inner for direct in kind.__subclasses__() for inner in (direct, *subclasses(direct))]
 
 
-def test_preparing_decodes_no_pixels(preparation, no_decoding, shared_data, tmp_path, monkeypatch):
-    with pytest.raises(Decoded), Image.open(shared_data / "pages/p0000.jpg") as page:
-        page.convert("L")  # the trap works
-    with pytest.raises(Decoded):
-        load_image(shared_data / "pages/p0000.jpg")
-    encode = preparation.encoder.encode
-    monkeypatch.setattr(preparation.encoder, "encode", lambda rows, **_: encode(rows, verify=range(0, len(rows), 32)))
-    facts = preparation.write(tmp_path / "prepared").statistics
-    assert facts["images"] > 50
-    assert facts["rows_packed"] > 80
+def test_preparing_decodes_no_pixels(prepared):
+    assert prepared.statistics["images"] > 50
+    assert prepared.statistics["rows_packed"] > 80

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from mmray.batches.micro_batch import Place, render
+from mmray.errors import RowError
 from mmray.images import load_image
+from mmray.rows.image_refs import image_ref
 from mmray.rows.sample import RejectedRow
 from tests.mmray.pdfs import pdf_of
 from tests.mmray.preparing import Preparation, chat, write_rows
@@ -212,3 +214,11 @@ def test_a_part_of_a_message_names_one_page(processors: dict[str, Any], folder: 
         else:
             rejected = made.rejected(row, source=f"{folder}/rows.jsonl")
             assert (rejected.reason, "2 pages" in rejected.message) == ("placeholder_count", True)
+
+
+def test_a_local_name_may_hold_any_sign():
+    """In a folder `?key=` is a part of a name; at a URI it is a secret."""
+    assert image_ref("scan?key=12.png", "/scans").uri == "/scans/scan?key=12.png"
+    with pytest.raises(RowError) as refused:
+        image_ref("scan?key=12.png", "s3://bucket/scans")
+    assert refused.value.reason == "image_credentials"

@@ -81,8 +81,10 @@ def test_every_bin_once_at_every_size(one_shape):
         check_epoch(balanced(num_bins, 8, window_batches=5, one_shape_per_batch=one_shape), epoch=num_bins % 3)
     for num_bins in range(301, 2501, 7 if one_shape else 1):
         order = balanced(num_bins, 8, one_shape_per_batch=one_shape)
-        windows = [order._arranged(0, window) for window in range(order._num_windows)]
-        np.testing.assert_array_equal(np.sort(np.concatenate(windows)), np.arange(num_bins))
+        schedule, steps = order.schedule, range(order.schedule.steps_per_epoch)
+        windows = dict.fromkeys(schedule.order.window(step, schedule.window_batches) for step in steps)
+        bins = [order._arranged(window) for window in windows]
+        np.testing.assert_array_equal(np.sort(np.concatenate(bins)), np.arange(num_bins))
 
 
 @pytest.mark.parametrize("num_bins", [2999, 4096, 4097])

@@ -188,7 +188,7 @@ GOOD = json.loads(Cursor.at(SCHEDULE).to_json())
     [
         ('{"step": 3, "finge', "Unterminated"),
         ("[1]", 'no object with "format": 2'),
-        (json.dumps(GOOD | {"format": 3}), 'no object with "format": 2'),
+        (json.dumps(GOOD | {"format": 4}), 'no object with "format": 2'),
         (json.dumps(GOOD | {"epoch": 1}), "keys .*'epoch'"),
         (json.dumps(GOOD | {"step": 1.0}), r"step is 1\.0"),
         (json.dumps(GOOD | {"step": True}), "step is True"),

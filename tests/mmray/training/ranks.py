@@ -32,7 +32,7 @@ class RankGroup:
         for process in self._processes:
             process.start()
 
-    def results(self, timeout_seconds: float = 240) -> list[Any]:
+    def results(self, timeout_seconds: float = 1200) -> list[Any]:
         """What the function returned on each rank. Fails with the ranks' traces, or when they hang."""
         deadline = time.monotonic() + timeout_seconds
         try:

@@ -27,7 +27,7 @@ def test_what_is_done_again_replaces_all_that_came_after(tmp_path: Path) -> None
     append(tmp_path, step(1, [0], [1]), step(2, [2], [3]), step(3, [4], [5]), step(4, [6], [7]))
     again = step(3, [4], [5], [])
     append(tmp_path, again)
-    assert read_trained(tmp_path) == [step(1, [0], [1]), step(2, [2], [3]), again]
+    assert read_trained(str(tmp_path)) == [step(1, [0], [1]), step(2, [2], [3]), again]
     assert again.all_bins == [4, 5]
     append(tmp_path, step(4, [7], [6], []))
     assert [each.workers for each in read_trained(tmp_path)] == [2, 2, 3, 3]
@@ -38,9 +38,9 @@ def test_a_torn_line_is_cut_off_by_the_next_writer(tmp_path: Path) -> None:
     path = tmp_path / TRAINED_FILE
     with path.open("a") as file:
         file.write('{"step": 2, "da')
-    assert read_trained(tmp_path) == [step(1, [0])]
+    assert read_trained(str(tmp_path)) == [step(1, [0])]
     append(tmp_path, step(2, [1]))
-    assert read_trained(tmp_path) == [step(1, [0]), step(2, [1])]
+    assert read_trained(str(tmp_path)) == [step(1, [0]), step(2, [1])]
     assert path.read_text().count("\n") == 2
 
 
@@ -49,7 +49,7 @@ def test_a_file_without_a_whole_line_is_empty(tmp_path: Path, torn: bytes) -> No
     (tmp_path / TRAINED_FILE).write_bytes(torn)
     assert read_trained(tmp_path) == []
     append(tmp_path, step(1, [0]))
-    assert read_trained(tmp_path) == [step(1, [0])]
+    assert read_trained(str(tmp_path)) == [step(1, [0])]
 
 
 def test_history_is_appended_with_the_time(tmp_path: Path) -> None:

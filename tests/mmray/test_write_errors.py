@@ -6,8 +6,8 @@ import pyarrow.fs
 import pytest
 import torch
 
-from jobs.checkpoint_writer import _as_user_error
-from mmray.errors import UserError
+from mmray.errors import PassingError
+from mmray.storage import explained, library_write_errors
 
 FULL = Path("/dev/full")
 
@@ -28,11 +28,11 @@ def by_arrow() -> None:
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("write", [by_python, by_torch, by_arrow])
 def test_a_full_disk_is_the_users_matter(write) -> None:
-    message = "a checkpoint could not be written into /run: .*[Nn]o space left on device.*make room or mend the disk"
-    with pytest.raises(UserError, match=message), _as_user_error("/run"):
+    message = "a checkpoint in /run: .*[Nn]o space left on device.*; free some space there; then the same command cont"
+    with pytest.raises(PassingError, match=message), explained("a checkpoint in /run"), library_write_errors():
         write()
 
 
 def test_other_errors_are_not(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ours"), _as_user_error(tmp_path):
+    with pytest.raises(RuntimeError, match="ours"), explained(str(tmp_path)), library_write_errors():
         raise RuntimeError("ours")
