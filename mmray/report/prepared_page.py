@@ -255,7 +255,7 @@ def _balance(prepared: PreparedDataset, settings: StepSettings) -> tuple[Plot | 
         return None, f"One worker waits for no other ({settings.source})."
     size = f"{settings.global_batch_bins:,} bins a step on {settings.workers:,} workers"
     shown = "" if steps == times.whole_steps else f"; the first {steps:,} of {times.whole_steps:,} steps of an epoch"
-    note = f"Time of the slowest worker against equal work, by cost: 1 is best. {size}{shown} ({settings.source})."
+    note = f"Cost of all bins of the slowest worker against equal work: 1 is best. {size}{shown} ({settings.source})."
     numbers = np.arange(1, steps + 1)
     plot = charts.over_steps(
         "Equal work for all workers", note,
