@@ -144,7 +144,7 @@ def to_cost(mixture: Mixture, balance: BalanceSettings) -> Result:
     if mixture is few_sizes and balance is PACKED_ATTENTION:
         note = (
             ". Bins of a window are equal to 1.05, but windows differ: six sizes allow few numbers of bins, and of "
-            "three windows one takes the fewest, two take 14 and 16 % more. With 14 to 16 % more in each, all would be below "
+            "three windows one takes the fewest, two take 14 and 16 % more. With 14 to 16 % more all would be below "
             "1.05 with one mean, which windows that are packed each for itself do not know"
         )
     return Result(
