@@ -43,7 +43,8 @@ from mmray.packing.settings import PackingSettings
 from mmray.prepared.dataset import window_bins
 from mmray.prepared.window import pack_window, samples_table
 from mmray.rows.encode import Encoder
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import read_piece
 from mmray.rows.sample import Sample
 from mmray.rows.settings import DataSettings

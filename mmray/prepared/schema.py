@@ -70,6 +70,7 @@ SAMPLES = pa.schema(
         ("message", pa.string()),
         ("row", pa.string()),
         ("columns", pa.list_(pa.string())),  # columns of the row by which its set is checked (`mmray.rows.columns`)
+        ("copy", pa.int32()),  # 0 or null: taken for the first time; else how often it was taken before
     ]
 )
 """Columns of the table that an encoder hands to the packer: the samples and rejected rows of a chunk, in row order."""
