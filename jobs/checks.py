@@ -108,7 +108,7 @@ def open_prepared(job: Job) -> dict[str, RunData]:
         check_settings(
             data.path, data.manifest["record"], processor=family.processor,
             tiling=tiling, packing=job.packing, loss=job.loss,
-            datasets=getattr(job.data, split),
+            datasets=getattr(job.data, split), data=job.data,
         )  # fmt: skip
         _check_bins(data, labels)
     return datasets
