@@ -144,7 +144,7 @@ def test_evaluations_that_never_come_and_rows_that_are_trained_on_are_told(
     told = list(evaluation_warnings(job, 5))
     assert told[0] == "evaluation.every_steps is 9, and the run has 5 steps: there will be one, at the end"
     assert "data.eval names files that are trained on" in told[1]
-    assert "pages.jsonl and 1 more" in told[1]
+    assert "chat.jsonl and 1 more" in told[1]
     assert not list(evaluation_warnings(job_in(inputs, folder, "unused"), 5)), "nothing is evaluated"
 
     lines = (inputs.folder / "data" / "pages.jsonl").read_text().splitlines()
