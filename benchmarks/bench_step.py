@@ -36,7 +36,7 @@ from benchmarks.common import Result, best_seconds
 from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families import family_of, load_processor
 from mmray.images import TilingPolicy, load_image
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings

@@ -23,7 +23,8 @@ from mmray.images.source import describe_source
 from mmray.inspect.page import page_of
 from mmray.inspect.terminal import is_plain, legend, print_sample
 from mmray.inspect.view import BinView, Mark, Piece, SampleView, Turn, view_pieces
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker
+from mmray.loss.labels import LabelMaker
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
 from mmray.prepared.window import NOTHING_TRAINED

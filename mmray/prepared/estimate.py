@@ -19,7 +19,7 @@ import numpy as np
 from mmray.config.job import Job
 from mmray.families import Family
 from mmray.images import TilingPolicy
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mmray.errors import UserError
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker
+from mmray.loss.labels import LabelMaker
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.prepared.dataset import Bin, PreparedDataset
 from mmray.prepared.schema import FORMAT_VERSION
 from mmray.rows.encode import Encoder

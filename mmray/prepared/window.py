@@ -11,14 +11,14 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import RowError
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.packing.equal_cost import pack_equal_cost
 from mmray.packing.pack import lower_bound, pack_2d
 from mmray.packing.settings import PackingSettings
@@ -28,6 +28,9 @@ from mmray.rows.rejections import SetRows
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.schedule.loads import Loads
 from mmray.schedule.schedule import mix_many
+
+if TYPE_CHECKING:  # it imports PyTorch, which reading a prepared dataset does without
+    from mmray.loss.labels import LabelMaker
 
 BINS_PER_ROW_GROUP = 8
 """Number of bins in a row group: reading one bin reads its whole group, and each group adds to the file's footer."""
@@ -94,7 +97,7 @@ def samples_table(
 
 
 def pack_window(
-    samples: pa.Table, packing: PackingSettings, labels: LabelMaker, sample_gap: int = 0, allow_empty: bool = False,
+    samples: pa.Table, packing: PackingSettings, labels: "LabelMaker", sample_gap: int = 0, allow_empty: bool = False,
     *, mixed: bool = False, sample_costs: SampleCosts | None = None,
 ) -> Window:  # fmt: skip
     """Pack a window's samples into bins; deterministic to the byte.
@@ -290,7 +293,7 @@ class _Columns:
     def tokens(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
-    def trained_tokens(self, labels: LabelMaker) -> np.ndarray:
+    def trained_tokens(self, labels: "LabelMaker") -> np.ndarray:
         """Number of trained tokens of every row, int64 [rows]; 0 for rejected rows."""
         blocks = [
             (int(self.offsets[index]) + image["first_token"], image["num_tokens"])

@@ -22,7 +22,7 @@ from mmray.config.job import Job
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images import TilingPolicy, load_image
-from mmray.loss.labels import LossRule
+from mmray.loss.rules import LossRule
 from mmray.prepared import Bin
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Chunk, SourceFile, first_piece, source_files
