@@ -161,20 +161,20 @@ def check_fit(path: str, weights_fit: Fit, allowed: Sequence[str]) -> str:
     missing, unexpected = (_without(names, allowed) for names in (weights_fit.missing, weights_fit.unexpected))
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing from the files, which would be drawn at random: {_listed(missing)}")
+        problems.append(f"{len(missing)} missing from the files, which would be drawn at random: {listed(missing)}")
     if unexpected:
-        problems.append(f"{len(unexpected)} in the files that the model does not have: {_listed(unexpected)}")
+        problems.append(f"{len(unexpected)} in the files that the model does not have: {listed(unexpected)}")
     if weights_fit.mismatched:
         shapes = [f"{list(stored)} instead of {list(wanted)}" for stored, wanted in weights_fit.mismatched.values()]
-        problems.append(f"{len(shapes)} of another shape: {_listed(list(weights_fit.mismatched), shapes)}")
+        problems.append(f"{len(shapes)} of another shape: {listed(list(weights_fit.mismatched), shapes)}")
     if weights_fit.unmergeable:
         problems.append(
-            f"{len(weights_fit.unmergeable)} whose parts do not go together: {_listed(weights_fit.unmergeable)}"
+            f"{len(weights_fit.unmergeable)} whose parts do not go together: {listed(weights_fit.unmergeable)}"
         )
     if weights_fit.codes:
         problems.append(
             f"{len(weights_fit.codes)} stored as integers or in 8 bits without what turns them into weights: "
-            f"{_listed(weights_fit.codes)}"
+            f"{listed(weights_fit.codes)}"
         )
     if problems:
         remedy = "give whole files of this model, or, where it is meant, name the weights in model.allow_missing"
@@ -186,7 +186,7 @@ def check_fit(path: str, weights_fit: Fit, allowed: Sequence[str]) -> str:
             remedy = "config.json or the files are another model's: give those that belong together"
         raise UserError(f"the weights of {path} do not fit its model: {'; '.join(problems)}. Remedy: {remedy}")
     exempt = [
-        f"{len(names)} {said}: {_listed(names)}"
+        f"{len(names)} {said}: {listed(names)}"
         for names, said in ((weights_fit.missing, "drawn at random"), (weights_fit.unexpected, "left out"))
         if names
     ]
@@ -204,7 +204,7 @@ def _without(names: Sequence[str], allowed: Sequence[str]) -> list[str]:
     return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)]
 
 
-def _listed(names: Sequence[str], said: Sequence[str] = ()) -> str:
+def listed(names: Sequence[str], said: Sequence[str] = ()) -> str:
     """Names in one line; those that differ in numbers alone as one pattern. said: a text for each name."""
     patterns = [_NUMBER.sub(".*", name) for name in names]
     groups: dict[tuple[str, ...], list[str]] = {}

@@ -33,6 +33,7 @@ from mmray.training import weights as training_weights
 from mmray.training.loss import packed_loss_sum
 from mmray.training.model import build_model, load_config
 from mmray.training.settings import ModelSettings
+from mmray.training.weights import StoredWeight
 from tests.mmray.preparing import write_rows
 
 CHECKS = (
@@ -552,13 +553,14 @@ def test_weights_of_the_hub(make_job, monkeypatch):
     """Their headers are asked for; nothing is fetched."""
     job = Job.model_validate(make_job())
     config = load_config(job.model)
-    shapes = {name: tuple(weight.shape) for name, weight in build_model(job.model).state_dict().items()}
-    monkeypatch.setattr(training_weights, "_hub_shapes", lambda name: shapes)
+    weights = build_model(job.model).state_dict().items()
+    stored = {name: StoredWeight(tuple(weight.shape), "BF16") for name, weight in weights}
+    monkeypatch.setattr(training_weights, "_hub_weights", lambda name: stored)
     monkeypatch.setattr(training_model, "_read_config", lambda _: config)
     of_hub = job.model_copy(update={"model": job.model.model_copy(update={"path": "owner/model"})})
     assert doctor_weights.examine_names(of_hub).status is Status.PASS
-    name, shape = shapes.popitem()
-    shapes[name] = (*shape, 1)
+    name, weight = stored.popitem()
+    stored[name] = StoredWeight((*weight.shape, 1), "BF16")
     with pytest.raises(UserError, match=f"1 of another shape: {re.escape(name)}"):
         doctor_weights.examine_names(of_hub)
 
