@@ -150,6 +150,17 @@ def test_attention_that_is_not_installed(make_job, monkeypatch):
     assert "flash_attn is not installed" in with_gpu.detail
 
 
+def test_a_key_that_deepspeed_does_not_know(make_job):
+    """Found before work starts: a run and its plan do the same cheap part."""
+    overrides = {"zero_optimization": {"reduce_bucket_sizes": 1}}
+    found = {each.check: each for each in examine_settings(Job.model_validate(make_job(training__deepspeed=overrides)))}
+    assert found["deepspeed"].status is Status.FAIL
+    assert "did you mean zero_optimization.reduce_bucket_size?" in found["deepspeed"].detail
+    overrides = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    found = {each.check: each for each in examine_settings(Job.model_validate(make_job(training__deepspeed=overrides)))}
+    assert found["deepspeed"].status is Status.PASS
+
+
 def test_a_model_that_cannot_pack(make_job, monkeypatch):
     monkeypatch.setattr(Qwen2VL, "packing_problem", lambda *_, **__: "samples see each other")
     assert "samples see each other" in failed(make_job())["attention"]

@@ -27,6 +27,8 @@ def version_2(processors, tmp_path_factory):
 
 
 def test_every_family_has_the_turns_of_its_time(member, member_family, version_2):
+    if member.name not in LABELS:
+        pytest.skip("what it needs was not installed where its boundaries were written down")
     family = member_family()
     words = family.tokenizer.convert_ids_to_tokens
     losses: dict[str, Loss] = {"sampled": "sampled", "roles": RoleLoss()}
