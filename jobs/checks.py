@@ -109,7 +109,7 @@ def open_prepared(job: Job) -> dict[str, RunData]:
         check_settings(
             data.path, data.manifest["record"], processor=family.processor,
             tiling=tiling, packing=job.packing, loss=job.loss,
-            datasets=getattr(job.data, split),
+            datasets=getattr(job.data, split), data=job.data,
         )  # fmt: skip
         _check_bins(data, run_labels(data, job.loss, family))
     return datasets
@@ -119,8 +119,9 @@ def _check_bins(prepared: PreparedDataset, labels: LabelMaker) -> None:
     """Raises UserError where a dataset has no bins or its labels would be others; tells of pictures read otherwise."""
     if prepared.is_read_otherwise:
         console.print(
-            f"{prepared.path} was prepared before orientations of signed kinds in EXIF counted: such pictures go "
-            "on as they are stored, with the sizes they were prepared with; prepare anew to have them turned",
+            f"{prepared.path} was prepared before orientations of signed kinds in EXIF, and of bytes in TIFF, "
+            "counted: such pictures go on as they are stored, with the sizes they were prepared with; prepare anew "
+            "to turn them",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     prepared.check_has_bins()

@@ -27,7 +27,7 @@ from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
 from mmray.prepared import PreparedWriter
 from mmray.prepared.dataset import MANIFEST, PLAN
-from mmray.prepared.estimate import Estimate, estimate_split
+from mmray.prepared.estimate import Estimate, SetEstimate, estimate_split
 from mmray.prepared.fingerprint import prepare_record
 from mmray.prepared.joined import PreparedMixture
 from mmray.report.rows import RowFacts
@@ -192,7 +192,16 @@ def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
         files = "1 file" if set_estimate.files == 1 else f"{set_estimate.files:,} files"
         bad = set_estimate.sampled - set_estimate.good
         rejects = f"; {bad} of {set_estimate.sampled:,} looked at would be rejected" if bad else ""
-        plan.add(f"  data.{split}[{number}] ({kind})", f"{set_estimate.rows} in {files}{rejects}")
+        taken = f"; {set_estimate.taking}" if set_estimate.taking else ""
+        text = f"{set_estimate.rows} in {files}{taken}{rejects}; {_made_of(set_estimate, guess)}"
+        plan.add(f"  data.{split}[{number}] ({kind})", text)
+
+
+def _made_of(set_estimate: SetEstimate, guess: Estimate) -> str:
+    """Words for the tokens and bins that a set becomes, with its share of all tokens."""
+    share = set_estimate.tokens / max(guess.tokens, 1)
+    bins = "1 bin" if set_estimate.bins == 1 else f"{set_estimate.bins:,} bins"
+    return f"about {about(set_estimate.tokens)} tokens ({share:.1%}) in {bins}"
 
 
 def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
@@ -202,7 +211,8 @@ def _add_bins(plan: _Plan, split: str, guess: Estimate) -> None:
         return
     fill = guess.tokens / guess.bins / packing.token_capacity
     visual = guess.visual_tokens / guess.bins / packing.visual_capacity
-    whole = guess.rows.is_exact and guess.sampled == guess.rows.rows
+    taken_once = all(set_estimate.taking is None for set_estimate in guess.sets)
+    whole = guess.rows.is_exact and guess.sampled == guess.rows.rows and taken_once
     plan.add(
         f"{split} bins",
         f"{'' if whole else 'about '}{guess.bins:,}: {fill:.0%} of {packing.token_capacity:,} tokens and {visual:.0%} "

@@ -65,7 +65,7 @@ def _on_cluster(job: Job, address: str | None, verbose: bool) -> RunBatches:
 
 def results_table(folder: str, values: dict[str, Any]) -> Table:
     """Tabulates the metrics of an evaluation: of all rows, and by set where there are several."""
-    table = Table(title=escape(folder), title_justify="left")
+    table = Table(title=escape(folder), title_justify="left", caption_justify="left")
     table.add_column("")
     for name in ("rows", "loss", *NAMES.values()):
         table.add_column(name, justify="right")

@@ -1,6 +1,9 @@
 """Preparing the splits of a job on the cluster that this process is connected to, and what `jobs/prepare.py` does
 around it."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
+
 import typer
 
 from jobs.capacity import prepare_cpus
@@ -13,6 +16,9 @@ from mmray.prepared import PreparedDataset
 from mmray.report import prepared_table
 from pipelines.nodes import alive_nodes
 
+MANY_FILES = 1_000
+"""Number of files from which on finding their rows is shown."""
+
 
 def prepare_splits(job: Job, *, replace: bool = False, joined: bool = False) -> dict[str, PreparedDataset]:
     """Prepare `train` and, where the job has one, `eval`, with a progress bar and a table each.
@@ -24,8 +30,12 @@ def prepare_splits(job: Job, *, replace: bool = False, joined: bool = False) -> 
     require(cluster_checks(job, alive_nodes(), trains=False, joined=joined))
     done = {}
     for split in job.data.splits:
-        with ProgressBar(f"{job.name}: preparing {split}", "rows") as bar:
-            prepared, made = prepare(job, split, replace=replace, on_progress=bar.update)
+        with ExitStack() as files, ExitStack() as rows:
+            prepared, made = prepare(
+                job, split, replace=replace,
+                on_files=_shown(files, f"{job.name}: finding the rows of {split}", "files", least=MANY_FILES),
+                on_progress=_shown(rows, f"{job.name}: preparing {split}", "rows"),
+            )  # fmt: skip
         if made:
             console.print(prepared_table(prepared))
         else:
@@ -33,6 +43,25 @@ def prepare_splits(job: Job, *, replace: bool = False, joined: bool = False) -> 
         prepared.check_has_bins()
         done[split] = prepared
     return done
+
+
+def _shown(stack: ExitStack, title: str, unit: str, least: int = 0) -> Callable[[int, int], None]:
+    """A progress bar that appears when there is something to show, and is closed by the stack, or when all is done.
+
+    least: smallest total that is shown.
+    """
+    bars: list[ProgressBar] = []
+
+    def show(done: int, total: int) -> None:
+        if total < least:
+            return
+        if not bars:
+            bars.append(stack.enter_context(ProgressBar(title, unit)))
+        bars[0].update(done, total)
+        if done >= total:
+            stack.close()
+
+    return show
 
 
 def run(job: Job, *, replace: bool, dry_run: bool, verbose: bool, address: str | None) -> None:

@@ -307,6 +307,8 @@ def _inspect_rows(
     else:
         size = write_rows_page(html, jobs, list(shown))
         Console().print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
+    for note in jobs.notes(name):
+        Console(stderr=True).print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ With `data.size_cache` all actors look into one table in the object store; sizes
 with the windows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,19 +24,25 @@ from mmray.prepared import PreparedDataset, driver
 from mmray.prepared.arrow import binary_cell
 from mmray.prepared.stages import ChunkEncoder, PrepareContext, WindowPacker
 from mmray.rows.files import Chunk
+from mmray.rows.plan import Progress, by_window, no_progress
 from pipelines import measures
 from pipelines.dataset import ERROR, cluster_amount, one_row_blocks, out_of_room
 from pipelines.measures import StageClock, clocked
 from pipelines.row_ids import hash_ids
 
+CHUNKS_AT_ONCE = 65_536
+"""Number of chunks of one graph."""
+CHUNKS_AN_ACTOR = 256
+"""Number of chunks of one graph for each encode actor, if these are more."""
+
 
 def prepare(
     job: Job, split: str, *, replace: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = no_progress, on_files: Progress = no_progress,
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
     """Prepares a split as `driver.prepare` does, on the cluster that this process is connected to."""
     return driver.prepare(
-        job, split, replace=replace, on_progress=on_progress, run_windows=partial(_run_windows, job),
+        job, split, replace=replace, on_progress=on_progress, on_files=on_files, run_windows=partial(_run_windows, job),
         hash_ids=partial(hash_ids, labels=job.resources.prepare_labels),
     )  # fmt: skip
 
@@ -115,14 +121,31 @@ class PackWindow:
 
 
 def _run_windows(
-    job: Job, context: PrepareContext, token: str, chunks: Sequence[Chunk], sizes: KeptSizes | None
+    job: Job, context: PrepareContext, token: str, chunks: Iterable[Chunk], sizes: KeptSizes | None
 ) -> Iterator[int]:
     """Executes the graph over these chunks: the `driver.RunWindows` of a job.
 
+    Ray lists all chunks of a graph before it starts, some kilobytes each. So there is a graph for about CHUNKS_AT_ONCE
+    chunks at a time, or more where there are more actors, that the start of actors, seconds, does not count.
+
     Raises UserError for mistakes that actors find, and where Ray lacks resources.
     """
-    if not chunks:
-        return
+    most = max(CHUNKS_AT_ONCE, CHUNKS_AN_ACTOR * job.resources.encode_actors)
+    windows = by_window(chunks)
+    waiting: list[Chunk] = []
+    for window in windows:
+        if len(waiting) + len(window) > most and waiting:
+            yield from _run_graph(job, context, token, waiting, sizes)
+            waiting = []
+        waiting += window
+    if waiting:
+        yield from _run_graph(job, context, token, waiting, sizes)
+
+
+def _run_graph(
+    job: Job, context: PrepareContext, token: str, chunks: Sequence[Chunk], sizes: KeptSizes | None
+) -> Iterator[int]:
+    """Executes one graph; arguments, returns and errors as of `_run_windows`."""
     split, resources, cpus = context.split, job.resources, int(cluster_amount("CPU", job.resources.prepare_labels))
     dataset = one_row_blocks([{"chunk": chunk} for chunk in chunks], resources.prepare_labels)
     dataset = dataset.map_batches(
@@ -137,7 +160,7 @@ def _run_windows(
     try:
         for row in dataset.iter_rows():
             if sizes:
-                sizes.measured += map(_from_buffer, row["sizes"])
+                sizes.add(map(_from_buffer, row["sizes"]))
             if row[ERROR]:
                 raise UserError(row[ERROR])
             yield int(row["window"])

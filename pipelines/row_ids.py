@@ -5,7 +5,8 @@ depends on their order alone, so windows can still be made anywhere, and again.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -17,20 +18,25 @@ from mmray.rows.files import Chunk
 from mmray.rows.settings import DatasetSettings
 from pipelines.dataset import ERROR, one_row_blocks
 
+CHUNKS_AT_ONCE = 65_536
+"""Number of chunks that one graph is made of: Ray lists all of them, some kilobytes each, before it starts."""
+
 
 def hash_ids(
-    chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings], *, labels: Mapping[str, str]
+    chunks: Iterable[Chunk], datasets: Sequence[DatasetSettings], *, labels: Mapping[str, str]
 ) -> Iterator[bytes]:
     """The hashes of the ids of each chunk's rows: the `driver.HashIds` of a cluster.
 
     labels: of the nodes to work on. Raises UserError for a file that cannot be read.
     """
-    blocks = one_row_blocks([{"chunk": chunk} for chunk in chunks], labels)
-    hashed = blocks.map_batches(functools.partial(_hash_ids, tuple(datasets)), batch_size=1, num_cpus=1)
-    for row in hashed.iter_rows():
-        if row[ERROR]:
-            raise UserError(row[ERROR])
-        yield row["hashes"]
+    remaining = iter(chunks)
+    while some := [{"chunk": chunk} for chunk in islice(remaining, CHUNKS_AT_ONCE)]:
+        blocks = one_row_blocks(some, labels)
+        hashed = blocks.map_batches(functools.partial(_hash_ids, tuple(datasets)), batch_size=1, num_cpus=1)
+        for row in hashed.iter_rows():
+            if row[ERROR]:
+                raise UserError(row[ERROR])
+            yield row["hashes"]
 
 
 def _hash_ids(datasets: Sequence[DatasetSettings], batch: dict[str, Any]) -> dict[str, Any]:

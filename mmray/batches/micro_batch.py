@@ -45,7 +45,8 @@ from mmray.batches.render import (
 from mmray.errors import UserError
 from mmray.families import Family, PackedRow, Tile
 from mmray.images import TilingPolicy, render_tiles
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker, segment_ids
+from mmray.loss.labels import LabelMaker, segment_ids
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.prepared import Bin
 from mmray.prepared.arrow import binary_cell
 

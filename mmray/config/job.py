@@ -253,7 +253,7 @@ class Job(Settings):
 
 
 def prepared_paths(path: str) -> list[str]:
-    """Lists the prepared datasets that a person names: that of the path, or those of a job file.
+    """Lists the prepared datasets that a person names: that of the path, or those of a job file, its mixture's too.
 
     Raises what `load_job` raises.
     """

@@ -25,7 +25,8 @@ from mmray.doctor.shrink import shrunken
 from mmray.families import Family
 from mmray.images import TilingPolicy
 from mmray.images.source import one_line
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker
+from mmray.loss.labels import LabelMaker
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import Bin
 from mmray.prepared.dataset import window_bins

@@ -16,7 +16,7 @@ from mmray.families import Family
 from mmray.images import TilingPolicy
 from mmray.inspect.terminal import is_plain, legend, print_sample
 from mmray.inspect.view import view_samples
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import LossSource, label_maker
 from mmray.prepared.dataset import window_bins

@@ -28,6 +28,7 @@ import pypdfium2.raw as pdfium
 from PIL import Image
 
 from mmray.errors import RowError
+from mmray.images.contents import CONTENTS_BYTES, contents
 from mmray.images.paged import DEFAULT_PDF_DPI, PageOfFile
 from mmray.images.source import PASS_THROUGH_ERRORS, describe_source, image_file, one_line, source_state
 from mmray.images.tar_member import PartOfFile
@@ -216,6 +217,10 @@ def _opened(file: str, data: bytes | None) -> pypdfium2.PdfDocument:
         if error.err_code in (pdfium.FPDF_ERR_PASSWORD, pdfium.FPDF_ERR_SECURITY):
             message = f"{describe_source(file)}: the PDF is encrypted; store it without a password"
             raise RowError("pdf_encrypted", message) from error
+        with image_file(file) as opened:
+            head = opened.read(CONTENTS_BYTES)
+        if b"%PDF-" not in head:
+            raise RowError("pdf_damaged", f"{describe_source(file)}: no PDF, but {contents(head)}") from error
         raise RowError("pdf_damaged", f"{describe_source(file)}: {one_line(error)}; store the PDF anew") from error
     return document
 

@@ -7,8 +7,9 @@ share; a lookup is a binary search. An image with a flaw in its header is not ca
 time.
 
 There are many readers and one writer: each actor gets what `read_sizes` returned, asks its `SizeCache` for sizes, and
-returns what it had to measure (`take_new`); the process that started the actors merges these tables at the end
-(`kept_sizes`). What a crash loses is measured again. A cache is optional: one that cannot be read is a warning.
+returns what it had to measure (`take_new`); the process that started the actors merges these tables at the end, and
+each time that a quarter more has been measured (`kept_sizes`). What a crash loses is measured again. A cache is
+optional: one that cannot be read is a warning.
 """
 
 import hashlib
@@ -16,7 +17,6 @@ import logging
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +28,11 @@ from mmray.storage import Folder
 
 log = logging.getLogger("mmray")
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the cache, raised when `measured` returns something else for some file; older caches are then unused."""
+
+KEPT_ROWS = 100_000
+"""The least number of newly measured images for which a cache is written before the end."""
 
 FILE_NAME = "image-sizes.parquet"
 """The name of the file where a cache is named by its folder."""
@@ -124,32 +127,42 @@ def merge_sizes(uri: str, new_tables: Iterable[pa.Table]) -> int:
     return len(known)
 
 
-@dataclass
 class KeptSizes:
-    """The driver's side of a cache.
+    """The driver's side of a cache. known: the sizes at the beginning, for every reader."""
 
-    known: the sizes at the beginning, for every reader.
-    measured: the sizes that readers had to measure.
-    """
+    def __init__(self, uri: str) -> None:
+        """Reads the cache. Raises UserError for an unknown kind of URI."""
+        self.known = read_sizes(uri)
+        self._uri, self._kept = uri, len(self.known)
+        self._measured: list[pa.Table] = []
 
-    known: pa.Table
-    measured: list[pa.Table] = field(default_factory=list)
+    def add(self, measured: Iterable[pa.Table]) -> None:
+        """Adds the sizes that readers had to measure, and writes them once they are many: a kill loses at most a fifth
+        of what the cache would hold, and a large cache is written rarely."""
+        self._measured += [table for table in measured if len(table)]
+        if sum(map(len, self._measured)) >= max(KEPT_ROWS, self._kept // 4):
+            self.keep()
+
+    def keep(self) -> None:
+        """Writes what was added. A cache that cannot be written is a warning."""
+        try:
+            self._kept = merge_sizes(self._uri, self._measured)
+        except Exception as error:  # noqa: BLE001, a remote file system may raise anything
+            log.warning("size cache %s: %s; it stays as it was", self._uri, one_line(error))
+        self._measured = []
 
 
 @contextmanager
 def kept_sizes(uri: str) -> Iterator[KeptSizes]:
-    """Yields the cache at `uri`, and adds the sizes measured by then when the block ends, with or without an error.
+    """Yields the cache at `uri`; the sizes added by then are written when the block ends, with or without an error.
 
-    A cache that cannot be written is a warning. Raises UserError for an unknown kind of URI.
+    Raises UserError for an unknown kind of URI.
     """
-    sizes = KeptSizes(read_sizes(uri))
+    sizes = KeptSizes(uri)
     try:
         yield sizes
     finally:
-        try:
-            merge_sizes(uri, sizes.measured)
-        except Exception as error:  # noqa: BLE001, a remote file system may raise anything
-            log.warning("size cache %s: %s; it stays as it was", uri, one_line(error))
+        sizes.keep()
 
 
 def _located(uri: str) -> tuple[Folder, str]:

@@ -40,7 +40,7 @@ from mmray.images.tiling import TilePlan
 
 log = logging.getLogger("mmray")
 
-PIXELS_VERSION = 2
+PIXELS_VERSION = 3
 """Version of the pixels, raised when mmray makes other pixels of the same file and plan."""
 
 FULL_SECONDS = 1800.0

@@ -23,13 +23,15 @@ from mmray.images.source import describe_source
 from mmray.inspect.page import page_of
 from mmray.inspect.terminal import is_plain, legend, print_sample
 from mmray.inspect.view import BinView, Mark, Piece, SampleView, Turn, view_pieces
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker
+from mmray.loss.labels import LabelMaker
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
 from mmray.prepared.window import NOTHING_TRAINED
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece as RowsPiece
-from mmray.rows.files import first_piece, plan_chunks, source_files
+from mmray.rows.files import first_piece, source_files
+from mmray.rows.plan import Plan, indexed_files
 from mmray.rows.preflight import sample_labels
 from mmray.rows.read import RawRow, read_piece
 from mmray.rows.sample import RejectedRow, Sample
@@ -107,9 +109,22 @@ class JobRows:
         name: the name of the set, such as `train.1`.
         """
         for split, number in self._sets(name):
+            dataset = getattr(self.job.data, split)[number]
+            most = min(count, dataset.max_rows) if dataset.max_rows and dataset.take == "first" else count
             pieces = (first_piece(file, count) for file in self._files(split, number))
-            rows = list(islice((row for piece in pieces for row in read_piece(piece)), count))
+            rows = list(islice((row for piece in pieces for row in read_piece(piece)), most))
             yield from self._shown(split, number, rows)
+
+    def notes(self, name: str | None = None) -> list[str]:
+        """Describe the sets whose rows are not all taken once. name: as for `first`."""
+        settings = [(split, number, getattr(self.job.data, split)[number]) for split, number in self._sets(name)]
+        return [
+            f"{split}.{number}: not every row is taken once ("
+            + ", ".join(f"{setting}: {value}" for setting, value in dataset.how_many_record().items())
+            + "); a row is shown here whether it is taken or not"
+            for split, number, dataset in settings
+            if dataset.how_many_record()
+        ]
 
     def with_id(self, row_id: str, name: str | None = None) -> Iterator[ShownRow]:
         """Yield the rows with an id, from one set or from all. Raises UserError when there is none."""
@@ -118,8 +133,9 @@ class JobRows:
         for split, number in sets:
             encoder = self._encoder(split)
             column = encoder.datasets[number].column("id")
-            chunks = plan_chunks(self._files(split, number), window_rows=_SEARCHED_ROWS, chunk_rows=_SEARCHED_ROWS)
-            pieces: Iterable[RowsPiece] = (piece for chunk in chunks for piece in chunk.pieces)
+            indexed = indexed_files(self._files(split, number))
+            plan = Plan(indexed, window_rows=_SEARCHED_ROWS, chunk_rows=_SEARCHED_ROWS)
+            pieces: Iterable[RowsPiece] = (piece for chunk in plan.chunks() for piece in chunk.pieces)
             for piece in pieces:
                 rows = [row for row in read_piece(piece) if _id_of(row, column) == row_id]
                 is_found |= bool(rows)

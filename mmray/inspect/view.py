@@ -17,8 +17,9 @@ import torch
 from mmray.errors import UserError
 from mmray.families import Family, family_of, load_processor
 from mmray.inspect.text import token_texts
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule, segment_ids
+from mmray.loss.labels import LabelMaker, segment_ids
 from mmray.loss.roles import RoleBoundary, role_keep_mask
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import Loss, RoleLoss, loss_of_record
 from mmray.loss.sources import label_maker
 from mmray.prepared import Bin, PreparedDataset

@@ -6,7 +6,6 @@ token in the loss, gradients were 20 to 30 % off those of the samples alone.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,21 +14,8 @@ import torch
 from torch import Tensor
 
 from mmray.loss.roles import RoleBoundary, role_keep_mask
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.packing.pack import PADDING_SEGMENT
-
-IGNORE_INDEX = -100
-"""The label of a token that is not trained on: the `ignore_index` of PyTorch's cross-entropy."""
-
-
-class LossRule(IntEnum):
-    """Says how a sample's trained tokens are determined."""
-
-    ALL = 0
-    """Every token except media is trained on."""
-    ROLES = 1
-    """The turns of the roles to train on are found by their boundaries during training."""
-    GIVEN = 2
-    """A mask with one entry a token, stored when preparing: what the row itself or its chat template says."""
 
 
 @dataclass(frozen=True)

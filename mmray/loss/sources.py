@@ -15,8 +15,9 @@ from mmray.base.settings import RowKind
 from mmray.errors import UserError
 from mmray.families import Family
 from mmray.families.base import RoleMarkers
-from mmray.loss.labels import LabelMaker, LossRule
+from mmray.loss.labels import LabelMaker
 from mmray.loss.roles import RoleBoundary
+from mmray.loss.rules import LossRule
 from mmray.loss.settings import (
     SAMPLED_ROLE,
     BoundarySettings,

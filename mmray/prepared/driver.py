@@ -8,10 +8,10 @@ runs the same stages on the actors of a Ray cluster. Windows are committed one b
 has committed is not made again, and bins are byte-equal wherever they are made.
 """
 
+import bisect
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,30 +24,32 @@ from mmray.images.size_cache import KeptSizes, SizeCache, kept_sizes
 from mmray.prepared.dataset import PreparedDataset
 from mmray.prepared.stages import PrepareContext, WindowMaker
 from mmray.prepared.versions import labels_record
+from mmray.prepared.weighing import decided_takings, tokens_per_row
 from mmray.prepared.writer import PreparedWriter
 from mmray.rows.dealing import dealing_of
 from mmray.rows.document import DROPPED_THOUGHTS
-from mmray.rows.duplicates import chunk_id_hashes, with_duplicates
-from mmray.rows.files import Chunk, SourceFile, by_window, check_unchanged, plan_chunks, set_files, source_files
-from mmray.rows.preflight import check_first_rows, set_name
+from mmray.rows.duplicates import DuplicateRows, chunk_id_hashes
+from mmray.rows.files import Chunk, Piece, SourceFile, check_unchanged, set_files, source_files
+from mmray.rows.plan import Plan, Progress, by_window, first_taken, indexed_files, no_progress
+from mmray.rows.preflight import FIRST_ROWS, check_first_rows, set_name
 from mmray.rows.rejections import SetRows
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.webdataset import BY_NUMBER, WITHOUT_IMAGE
 
 log = logging.getLogger("mmray")
 
-RunWindows = Callable[[PrepareContext, str, Sequence[Chunk], KeptSizes | None], Iterator[int]]
+RunWindows = Callable[[PrepareContext, str, Iterable[Chunk], KeptSizes | None], Iterator[int]]
 """Makes and commits windows: takes (context, token of the plan, chunks of whole windows in order, known image sizes),
 yields the number of each window once it is committed. Puts the sizes it measured into `KeptSizes.measured`. Raises
 UserError."""
 
-HashIds = Callable[[Sequence[Chunk], Sequence[DatasetSettings]], Iterable[bytes]]
+HashIds = Callable[[Iterable[Chunk], Sequence[DatasetSettings]], Iterable[bytes]]
 """Hashes the ids of rows: takes (all chunks in order, their data sets) and gives `rows.duplicates.chunk_id_hashes` of
 each chunk."""
 
 
 def run_windows_here(
-    context: PrepareContext, token: str, chunks: Sequence[Chunk], sizes: KeptSizes | None
+    context: PrepareContext, token: str, chunks: Iterable[Chunk], sizes: KeptSizes | None
 ) -> Iterator[int]:
     """Make windows in this process, one after another: a `RunWindows` that needs no cluster."""
     cache = SizeCache(sizes.known) if sizes else None
@@ -57,18 +59,18 @@ def run_windows_here(
             number = make(window)
         finally:
             if sizes and cache:
-                sizes.measured.append(cache.take_new())
+                sizes.add([cache.take_new()])
         yield number
 
 
-def hash_ids_here(chunks: Sequence[Chunk], datasets: Sequence[DatasetSettings]) -> Iterator[bytes]:
+def hash_ids_here(chunks: Iterable[Chunk], datasets: Sequence[DatasetSettings]) -> Iterator[bytes]:
     """Hash the ids of rows in this process: a `HashIds` that needs no cluster."""
     return (chunk_id_hashes(chunk, datasets) for chunk in chunks)
 
 
 def prepare(
     job: Job, split: str = "train", *, replace: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = no_progress, on_files: Progress = no_progress,
     run_windows: RunWindows = run_windows_here, hash_ids: HashIds = hash_ids_here,
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
     """Prepare one split of a job.
@@ -76,6 +78,7 @@ def prepare(
     split: `train` or `eval`.
     replace: delete what is prepared there and start anew.
     on_progress: called with (rows done, all rows) when a window is committed.
+    on_files: called with (files read, all files) while the rows of files are found, before the first window.
     run_windows, hash_ids: where the work is done; default: in this process.
 
     Returns the dataset, and whether there was anything to do. Raises UserError for what a person can mend.
@@ -83,13 +86,19 @@ def prepare(
     files = source_files(job.data.splits[split])  # a missing file is reported before a processor is loaded
     context = PrepareContext.of(job, split)
     return prepare_files(
-        context, files, replace=replace, on_progress=on_progress, run_windows=run_windows, hash_ids=hash_ids
+        context,
+        files,
+        replace=replace,
+        on_progress=on_progress,
+        on_files=on_files,
+        run_windows=run_windows,
+        hash_ids=hash_ids,
     )
 
 
 def prepare_files(
     context: PrepareContext, files: Sequence[SourceFile], *, replace: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = no_progress, on_files: Progress = no_progress,
     run_windows: RunWindows = run_windows_here, hash_ids: HashIds = hash_ids_here,
 ) -> tuple[PreparedDataset, bool]:  # fmt: skip
     """Prepare a split from a context instead of a job; arguments, returns and errors as in `prepare`.
@@ -104,30 +113,36 @@ def prepare_files(
     if not replace and writer.is_finished(record):
         writer.tidy()
         return PreparedDataset(context.path), False
-    chunks = plan_chunks(files, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=context.dealing)
-    chunks = _with_verification(chunks, data.verify_rows)
-    if not chunks:
+    indexed = indexed_files(files, on_files)
+    set_tokens = None if replace else writer.tokens_per_row()
+    set_tokens = tokens_per_row(context, indexed) if set_tokens is None else set_tokens
+    takings = decided_takings(context, indexed, set_tokens)
+    plan = Plan(
+        indexed, takings, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=context.dealing
+    )
+    if not plan.num_rows:
         raise UserError(f"data.{context.split}: the files hold no rows: {', '.join(file.uri for file in files)}")
-    planned = Counter[int]()
-    for chunk in chunks:
-        planned[chunk.window] += chunk.num_rows
-    rejections = _Rejections(context, chunks)
+    for number, taking in enumerate(takings):
+        log.info("%s: %s", set_name(context.split, number, context.datasets[number]), taking)
+    rejections = _Rejections(context, first_taken(indexed, takings, len(context.datasets)))
     with kept_sizes(data.size_cache) if data.size_cache else nullcontext() as sizes:
-        sources = _check_first_rows(context, chunks, sizes)
+        sources = _check_first_rows(context, plan, sizes)
         if replace:
             writer.clear()
-        finished = writer.begin(record)
+        finished = writer.begin(record, set_tokens)
         if finished:
             log.info("%s: %d windows are there from an earlier run and are kept", context.path, len(finished))
-        if data.duplicate_ids == "reject" and any(chunk.window not in finished for chunk in chunks):
-            chunks = list(with_duplicates(chunks, hash_ids(chunks, context.datasets)))
-        missing = [chunk for chunk in chunks if chunk.window not in finished]
-        done, total = sum(planned[number] for number in finished), planned.total()
+        missing = [window for window in range(plan.num_windows) if window not in finished]
+        duplicates = None
+        if data.duplicate_ids == "reject" and missing:
+            duplicates = DuplicateRows(plan, hash_ids(plan.chunks(), context.datasets))
+        chunks = _marked(plan, missing, data.verify_rows, duplicates)
+        done, total = sum(map(plan.rows_of_window, finished)), plan.num_rows
         on_progress(done, total)
         try:
             rejections.add(writer.statistics(finished))
-            for number in run_windows(context, writer.token, missing, sizes):
-                done += planned[number]
+            for number in run_windows(context, writer.token, chunks, sizes):
+                done += plan.rows_of_window(number)
                 on_progress(done, total)
                 rejections.add(writer.statistics([number]))
             rejections.check_all()
@@ -137,7 +152,7 @@ def prepare_files(
         check_unchanged(files, context.datasets)
     prepared = writer.finish(
         record,
-        chunks[-1].window + 1,
+        plan.num_windows,
         tiling=context.tiling,
         capacities=(packing.token_capacity, packing.visual_capacity),
         facts={
@@ -147,8 +162,10 @@ def prepare_files(
             "loss_sources": sources,
             "labels": labels_record(context.labels(), sources),
             "set_files": set_files(files, len(context.datasets)),
+            **({"tokens_per_row": set_tokens} if set_tokens else {}),
             "seconds": round(time.monotonic() - started, 1),
         },
+        left_out=[taking.left_out for taking in takings],
     )
     _warn_of_oddities(prepared)
     return prepared, True
@@ -157,13 +174,12 @@ def prepare_files(
 class _Rejections:
     """Counts the rejected rows of each set as windows are committed, and checks `data.max_rejected_share`."""
 
-    def __init__(self, context: PrepareContext, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, context: PrepareContext, planned: Sequence[int]) -> None:
+        """planned: number of rows of each set that are read."""
         self._max_share = context.data.max_rejected_share
         self._names = [set_name(context.split, number, dataset) for number, dataset in enumerate(context.datasets)]
         self._sets = [SetRows() for _ in context.datasets]
-        self._planned = [0] * len(context.datasets)
-        for piece in (piece for chunk in chunks for piece in chunk.pieces):
-            self._planned[piece.dataset] += piece.num_rows
+        self._planned = planned
 
     def add(self, windows: Iterable[dict[str, Any]]) -> None:
         """Add the statistics of windows.
@@ -210,13 +226,13 @@ def _warn_of_oddities(prepared: PreparedDataset) -> None:
         )  # fmt: skip
 
 
-def _check_first_rows(context: PrepareContext, chunks: Sequence[Chunk], sizes: KeptSizes | None) -> list[str]:
+def _check_first_rows(context: PrepareContext, plan: Plan, sizes: KeptSizes | None) -> list[str]:
     """Check the first rows of a split (`check_first_rows`); returns the names of its loss sources.
 
     Bad rows do not stop the job here, but later, if at all.
     """
     encoder = context.encoder(context.data.lenient, SizeCache(sizes.known) if sizes else None)
-    pieces = [piece for chunk in chunks for piece in chunk.pieces]
+    pieces = [piece for number in range(len(context.datasets)) for piece in _first_pieces(plan, number)]
     sources = check_first_rows(
         encoder, context.labels(), pieces, split=context.split,
         some_good=context.data.max_rejected_share < 1,
@@ -224,11 +240,24 @@ def _check_first_rows(context: PrepareContext, chunks: Sequence[Chunk], sizes: K
     return [source.value for source in sources]
 
 
-def _with_verification(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
-    """The chunks with rows drawn for comparison with the real processor; deterministic for equal input."""
-    total = sum(chunk.num_rows for chunk in chunks)
-    drawn = set(random.Random(0).sample(range(total), min(count, total)))
-    return [
-        replace(chunk, verify=tuple(n for n in range(chunk.num_rows) if chunk.first_row + n in drawn))
-        for chunk in chunks
-    ]
+def _first_pieces(plan: Plan, dataset: int) -> Iterator[Piece]:
+    """The pieces that hold the first rows of a set, also where most of its first lines are blank."""
+    rows = 0
+    for piece in plan.set_pieces(dataset):
+        yield piece
+        rows += piece.num_taken
+        if rows >= 16 * FIRST_ROWS:
+            return
+
+
+def _marked(plan: Plan, windows: Sequence[int], count: int, duplicates: DuplicateRows | None) -> Iterator[Chunk]:
+    """The chunks of some windows, with the rows whose id an earlier row has, and with those drawn for comparison with
+    the real processor, `count` of all; deterministic for equal input."""
+    drawn = sorted(random.Random(0).sample(range(plan.num_rows), min(count, plan.num_rows)))
+    for chunk in plan.chunks(windows):
+        first, last = (bisect.bisect_left(drawn, row) for row in (chunk.first_row, chunk.first_row + chunk.num_rows))
+        yield replace(
+            chunk,
+            verify=tuple(row - chunk.first_row for row in drawn[first:last]),
+            duplicates=duplicates.in_chunk(chunk) if duplicates else (),
+        )

@@ -11,20 +11,20 @@ much a row is too long.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from mmray.config.job import Job
 from mmray.families import Family
 from mmray.images import TilingPolicy
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.row_measures import RowMeasures, measured_samples
-from mmray.prepared.window import NOTHING_TRAINED, pack_by_bucket
+from mmray.prepared.window import NOTHING_TRAINED, pack_by_bucket, packed_to_cost
 from mmray.rows.count import RowCount, count_rows
 from mmray.rows.dealing import dealt, first_rows
 from mmray.rows.encode import Encoder
@@ -33,6 +33,8 @@ from mmray.rows.preflight import FIRST_ROWS, sample_labels
 from mmray.rows.read import read_piece
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DatasetSettings
+from mmray.rows.taking import Taking, takings
+from mmray.schedule.loads import Loads
 
 SAMPLE_ROWS = 512
 """Number of rows that are encoded of all sets of a split; at least FIRST_ROWS of each set."""
@@ -51,7 +53,9 @@ Windows = Counter[tuple[tuple[int, int, int], ...]]
 class SetEstimate:
     """The estimate of one set of rows.
 
-    sampled: rows that were encoded; good: those that preparing would pack; rejected: the others by reason.
+    sampled: rows that were encoded; good: those that preparing would pack; rejected: the others by reason; taking: how
+    often the rows are taken, None where every row of every set is taken once; tokens, visual_tokens: of its packed
+    rows; bins: number of bins with a sample of the set.
     """
 
     files: int
@@ -59,11 +63,16 @@ class SetEstimate:
     sampled: int
     good: int
     rejected: dict[str, int]
+    taking: Taking | None = None
+    tokens: int = 0
+    visual_tokens: int = 0
+    bins: int = 0
 
     @property
     def lost(self) -> float:
         """Rows of the set that preparing would reject."""
-        return self.rows.rows * (1 - self.good / self.sampled) if self.sampled else 0.0
+        rows = self.taking.distinct if self.taking else self.rows.rows
+        return rows * (1 - self.good / self.sampled) if self.sampled else 0.0
 
 
 @dataclass(frozen=True)
@@ -99,25 +108,62 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Sampled:
-    """The encoded sample of one set, one entry for each row.
+class _Rows:
+    """Encoded rows, one entry for each: the sample of one set, or the rows of a window.
 
-    usable: bool, whether the row would be packed; lengths, visual: int64, its tokens and visual tokens; buckets: its
-    image shape.
-    rejected: rows that would not be packed, by reason; measures: of all rows that could be encoded.
+    usable: bool, whether the row would be packed; lengths, visual, trained, visual_pairs: int64, its tokens, visual
+    tokens, trained tokens and `Sample.visual_pairs`; buckets: its image shape; sets: the number of its set.
     """
 
     usable: np.ndarray
     lengths: np.ndarray
     visual: np.ndarray
+    trained: np.ndarray
+    visual_pairs: np.ndarray
     buckets: np.ndarray
-    rejected: dict[str, int]
-    measures: RowMeasures
+    sets: np.ndarray
+
+    @classmethod
+    def none(cls, rows: int, number: int = 0) -> "_Rows":
+        """Rows that are not usable, of set `number`."""
+
+        def zeros() -> np.ndarray:
+            return np.zeros(rows, dtype=np.int64)
+
+        return cls(
+            usable=np.zeros(rows, dtype=bool), lengths=zeros(), visual=zeros(), trained=zeros(), visual_pairs=zeros(),
+            buckets=np.full(rows, "", dtype=object), sets=zeros() + number,
+        )  # fmt: skip
+
+    def take(self, numbers: np.ndarray) -> "_Rows":
+        """The rows with these numbers."""
+        return _Rows(**{field.name: getattr(self, field.name)[numbers] for field in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    @property
+    def loads(self) -> Loads:
+        """The loads of the rows, as if each had its own bin."""
+        return Loads(
+            tokens=self.lengths, visual_tokens=self.visual, trained_tokens=self.trained,
+            sample_pairs=self.lengths**2, visual_pairs=self.visual_pairs, bucket=self.buckets.astype(np.str_),
+        )  # fmt: skip
 
     def repeated(self, first: int, rows: int) -> np.ndarray:
         """Numbers of the usable sampled rows that represent the rows `first` to `first + rows` - 1 of the set."""
         numbers = (first + np.arange(rows)) % len(self.usable)
         return numbers[self.usable[numbers]]
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """The encoded sample of one set. rejected: rows that would not be packed, by reason; measures: of all rows that
+    could be encoded."""
+
+    rows: _Rows
+    rejected: dict[str, int]
+    measures: RowMeasures
 
 
 def count_sets(datasets: Sequence[DatasetSettings], seconds: float = COUNT_SECONDS) -> list[RowCount]:
@@ -151,24 +197,66 @@ def estimate_split(
     counts = count_sets(datasets, seconds) if counts is None else counts
     wanted = max(FIRST_ROWS, SAMPLE_ROWS // len(files_of_sets))
     samples = [_sample(job, encoder, set_files, wanted) for set_files in files_of_sets]
-    windows = _windows([count.rows for count in counts], job.packing.window_rows)
-    bins, packed, tokens, visual = (0, 0, 0, 0)
+    encoded = [sample.rows for sample in samples]
+    means = [float(rows.lengths[rows.usable].mean()) if rows.usable.any() else 1.0 for rows in encoded]
+    set_takings = takings(datasets, job.data, [count.rows for count in counts], means, split=split)
+    taken = [taking.taken for taking in set_takings] or [count.rows for count in counts]
+    windows = _windows(taken, job.packing.window_rows)
+    pack, bins, packed, tokens, visual = _packer(job, family), 0, 0, 0, 0
+    of_sets = [Counter[str]() for _ in samples]
     for kind, number in windows.items():
-        lengths, visual_tokens, buckets = _window_rows(samples, kind)
-        packed_bins = pack_by_bucket(lengths, visual_tokens, buckets, job.packing, family.sample_gap)
-        bins, packed = bins + number * len(packed_bins), packed + number * len(lengths)
-        tokens, visual = tokens + number * int(lengths.sum()), visual + number * int(visual_tokens.sum())
+        window = _window_rows(encoded, kind)
+        members = pack(window)
+        bins, packed = bins + number * len(members), packed + number * len(window.lengths)
+        tokens, visual = tokens + number * int(window.lengths.sum()), visual + number * int(window.visual.sum())
+        for set_number, counted in _by_set(window, members).items():
+            of_sets[set_number].update({name: number * count for name, count in counted.items()})
     sets = tuple(
-        SetEstimate(len(set_files), count, len(sample.usable), int(sample.usable.sum()), sample.rejected)
-        for set_files, count, sample in zip(files_of_sets, counts, samples, strict=True)
+        SetEstimate(
+            len(set_files),
+            count,
+            len(sample.rows),
+            int(sample.rows.usable.sum()),
+            sample.rejected,
+            set_takings[number] if set_takings else None,
+            **of_sets[number],
+        )
+        for number, (set_files, count, sample) in enumerate(zip(files_of_sets, counts, samples, strict=True))
     )
     weights = [
-        np.full(len(sample.measures), count.rows / max(len(sample.usable), 1)) for sample, count in zip(samples, counts)
+        np.full(len(sample.measures), count / max(len(sample.rows), 1))
+        for sample, count in zip(samples, taken, strict=True)
     ]
     return Estimate(
         sets, windows.total(), bins, packed, tokens, visual,
         measures=RowMeasures.joined([sample.measures for sample in samples]), weights=np.concatenate(weights),
     )  # fmt: skip
+
+
+def _packer(job: Job, family: Family) -> Callable[[_Rows], list[list[int]]]:
+    """The way in which preparing packs the rows of a window: by `packing.mode`."""
+    costs = job.packing_costs
+
+    def pack(rows: _Rows) -> list[list[int]]:
+        if costs:
+            return packed_to_cost(rows.loads, job.packing, family.sample_gap, costs.sample_costs)
+        return pack_by_bucket(rows.lengths, rows.visual, rows.buckets.tolist(), job.packing, family.sample_gap)
+
+    return pack
+
+
+def _by_set(window: _Rows, bins: Sequence[Sequence[int]]) -> dict[int, dict[str, int]]:
+    """Tokens, visual tokens and bins of each set in a window."""
+    in_bins = [np.unique(window.sets[list(members)]) for members in bins]
+    bins_of_sets = Counter(np.concatenate(in_bins).tolist() if in_bins else [])
+    return {
+        number: {
+            "tokens": int(window.lengths[window.sets == number].sum()),
+            "visual_tokens": int(window.visual[window.sets == number].sum()),
+            "bins": count,
+        }
+        for number, count in bins_of_sets.items()
+    }
 
 
 def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int) -> _Sampled:
@@ -181,19 +269,16 @@ def _sample(job: Job, encoder: Encoder, files: Sequence[SourceFile], wanted: int
     encoded = {number: result for number, result in enumerate(results) if isinstance(result, Sample)}
     rejected = Counter(result.reason for result in results if isinstance(result, RejectedRow))
     labels = sample_labels(list(encoded.values()), label_maker(job.loss, encoder.family)) if encoded else []
-    sample = _Sampled(
-        np.zeros(len(results), dtype=bool), np.zeros(len(results), dtype=np.int64),
-        np.zeros(len(results), dtype=np.int64), np.full(len(results), "", dtype=object), rejected,
-        measured_samples(list(encoded.values()), labels, encoder.family),
-    )  # fmt: skip
+    rows = _Rows.none(len(results), files[0].dataset)
     for (number, row), label_ids in zip(encoded.items(), labels, strict=True):
-        sample.lengths[number], sample.visual[number] = len(row.input_ids), row.visual_tokens
-        sample.buckets[number] = row.bucket
-        is_trained = allows_empty(job.loss) or bool((label_ids != IGNORE_INDEX).any())
+        rows.lengths[number], rows.visual[number] = len(row.input_ids), row.visual_tokens
+        rows.trained[number], rows.visual_pairs[number] = (label_ids != IGNORE_INDEX).sum(), row.visual_pairs
+        rows.buckets[number] = row.bucket
+        is_trained = allows_empty(job.loss) or bool(rows.trained[number])
         if reason := _reason_to_reject(row, is_trained, job.packing):
             rejected[reason] += 1
-        sample.usable[number] = reason is None
-    return sample
+        rows.usable[number] = reason is None
+    return _Sampled(rows, rejected, measured_samples(list(encoded.values()), labels, encoder.family))
 
 
 def _reason_to_reject(row: Sample, is_trained: bool, packing: PackingSettings) -> str | None:
@@ -227,15 +312,10 @@ def _kind(first: Sequence[int], rows: Sequence[int]) -> tuple[tuple[int, int, in
     return tuple((number, start, count) for number, (start, count) in enumerate(zip(first, rows, strict=True)) if count)
 
 
-def _window_rows(
-    samples: Sequence[_Sampled], kind: Sequence[tuple[int, int, int]]
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Tokens, visual tokens and image shapes of a window's rows."""
-    parts = [
-        (samples[number], samples[number].repeated(*rows)) for number, *rows in kind if len(samples[number].usable)
-    ]
-    lengths = [sample.lengths[chosen] for sample, chosen in parts]
-    visual = [sample.visual[chosen] for sample, chosen in parts]
-    buckets = [str(bucket) for sample, chosen in parts for bucket in sample.buckets[chosen]]
-    empty = np.zeros(0, dtype=np.int64)
-    return np.concatenate([empty, *lengths]), np.concatenate([empty, *visual]), buckets
+def _window_rows(samples: Sequence[_Rows], kind: Sequence[tuple[int, int, int]]) -> _Rows:
+    """The usable rows of a window."""
+    parts = [samples[number].take(samples[number].repeated(*rows)) for number, *rows in kind if len(samples[number])]
+    parts = parts or [_Rows.none(0)]
+    return _Rows(**{
+        field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(_Rows)
+    })  # fmt: skip

@@ -52,6 +52,7 @@ def prepare_record(
         **({"dealing": DEALING} if len(files) > 1 else {}),  # one file is dealt as it always was
         "files": [f"{file.uri} size={file.size} version={file.version}" for file in files],
         "datasets": [dataset.record() for dataset in datasets],
+        **data.how_many_record(datasets),
         "max_image_pixels": data.max_image_pixels,
         "image_frames": data.image_frames,
         "duplicate_ids": data.duplicate_ids,
@@ -71,16 +72,18 @@ def settings_record(*, processor: Any, tiling: TilingPolicy, packing: PackingSet
 
 def check_settings(
     path: str, record: dict[str, Any], *, processor: Any, tiling: TilingPolicy, packing: PackingSettings,
-    loss: Loss, datasets: Sequence[DatasetSettings],
+    loss: Loss, datasets: Sequence[DatasetSettings], data: DataSettings,
 ) -> None:  # fmt: skip
     """Raise UserError when a prepared dataset was made with another processor or other settings than the job's.
 
-    record: the record in the dataset's manifest. Of the sets of rows only their own `loss` is compared. The row files
-    are not checked: a user may delete them once they are prepared.
+    record: the record in the dataset's manifest. Of the sets of rows only their own `loss`, and how many rows are
+    taken, are compared. The row files are not checked: a user may delete them once they are prepared.
     """
     now = settings_record(processor=processor, tiling=tiling, packing=packing, loss=loss)
-    before = {key: record[key] for key in now} | _own_losses(record["datasets"])
-    now |= _own_losses([dataset.record() for dataset in datasets])
+    before = {key: record[key] for key in now} | _of_sets(record["datasets"])
+    before |= {f"data.{name}": record.get(name) for name in _DATA}
+    now |= _of_sets([dataset.record() for dataset in datasets])
+    now |= {f"data.{name}": data.how_many_record(datasets).get(name) for name in _DATA}
     lines = differences(before, json.loads(json.dumps(now)))
     if lines:
         shown = "\n  ".join(lines[:8])
@@ -90,9 +93,20 @@ def check_settings(
         )
 
 
-def _own_losses(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The `loss` of each set that has one of its own."""
-    return {f"datasets[{number}].loss": record["loss"] for number, record in enumerate(records) if "loss" in record}
+_COMPARED = ("loss", "repeat", "max_rows", "take", "weight")
+"""Settings of a set of rows that must be those of the job that trains."""
+_DATA = ("rows", "weigh_by", "seed")
+"""Settings beside those of the sets that must be those of the job that trains."""
+
+
+def _of_sets(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The compared settings of each set, as far as it has them."""
+    return {
+        f"datasets[{number}].{name}": record[name]
+        for number, record in enumerate(records)
+        for name in _COMPARED
+        if name in record
+    }
 
 
 def fingerprint(record: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 
 from mmray.families import Family
 from mmray.images import plan_tiles
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker
+from mmray.loss.labels import LabelMaker
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import loss_of_record
 from mmray.prepared.dataset import Bin, PreparedDataset
 from mmray.prepared.versions import run_labels

@@ -36,7 +36,7 @@ BINS = pa.schema(
         ("sample_lengths", pa.list_(pa.int32())),
         ("sample_ids", pa.list_(pa.string())),
         ("sample_sources", pa.list_(pa.string())),  # file:line (JSONL) or file:row (Parquet)
-        ("sample_rules", pa.list_(pa.int8())),  # masks.labels.LossRule
+        ("sample_rules", pa.list_(pa.int8())),  # loss.rules.LossRule
         ("sample_sets", pa.list_(pa.int32())),  # number of its set of rows in the split
         ("given", pa.list_(pa.bool_())),  # for LossRule.GIVEN: trained or not, per token; else empty
         ("images", IMAGES),
@@ -70,6 +70,7 @@ SAMPLES = pa.schema(
         ("message", pa.string()),
         ("row", pa.string()),
         ("columns", pa.list_(pa.string())),  # columns of the row by which its set is checked (`mmray.rows.columns`)
+        ("copy", pa.int32()),  # 0 or null: taken for the first time; else how often it was taken before
     ]
 )
 """Columns of the table that an encoder hands to the packer: the samples and rejected rows of a chunk, in row order."""

@@ -108,7 +108,7 @@ class ChunkEncoder:
             rows = list(chunk_rows(chunk, self._reader))
             verify = [line * len(rows) // chunk.num_rows for line in chunk.verify]  # blank lines count, but are no rows
             results = self._encoder.encode(rows, verify, chunk.duplicates)
-        return samples_table(results, [row.dataset for row in rows])
+        return samples_table(results, [row.dataset for row in rows], [row.copy for row in rows])
 
 
 class WindowPacker:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from mmray.errors import RowError, UserError
-from mmray.images import ImageSource, load_image
+from mmray.images import ImageSource, TilingPolicy, plan_tiles, render_tiles
 from mmray.images.header import MAX_PIXELS, read_header
 from mmray.images.jpeg import lacks_pixels
 from mmray.images.paged import file_of
@@ -202,17 +202,14 @@ def picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[s
     try:
         return with_retries(lambda: _picture_problems(source, size), source)
     except RowError as error:
-        return [(error.reason, error.message)]
+        name = describe_source(source)
+        return [(error.reason, error.message if name in error.message else f"{name}: {error.message}")]
 
 
 def _picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[str, str]]:
     name, max_pixels = describe_source(source), max(MAX_PIXELS, size[0] * size[1])
-    page = load_image(source, max_pixels=max_pixels)
+    (page,) = render_tiles(source, plan_tiles(size, TilingPolicy()), max_pixels=max_pixels)  # as training does
     header = read_header(source, max_pixels=max_pixels)
-    if page.size != size:
-        planned, actual_pixels = ("{} x {}".format(*width_height) for width_height in (size, page.size))
-        message = f"{name}: planned for {planned} pixels, the image now has {actual_pixels}; prepare the dataset again"
-        return [("image_changed", message)]
     if header.format == "JPEG":
         with image_file(source) as file:
             file.seek(0)

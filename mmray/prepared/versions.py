@@ -16,7 +16,8 @@ import numpy as np
 from mmray.errors import UserError
 from mmray.families import Family, Gemma4, GraniteDocling, Idefics3, Pixtral, Qwen2VL
 from mmray.families.text_models import OnTextModel
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker
+from mmray.loss.labels import LabelMaker
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import Loss, RoleLoss
 from mmray.loss.sources import label_maker
 from mmray.prepared.dataset import Bin, PreparedDataset

@@ -11,23 +11,26 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import RowError
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.packing.equal_cost import pack_equal_cost
 from mmray.packing.pack import lower_bound, pack_2d
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
-from mmray.rows.duplicates import id_hashes
+from mmray.rows.duplicates import copy_id, id_hashes
 from mmray.rows.rejections import SetRows
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.schedule.loads import Loads
 from mmray.schedule.schedule import mix_many
+
+if TYPE_CHECKING:  # it imports PyTorch, which reading a prepared dataset does without
+    from mmray.loss.labels import LabelMaker
 
 BINS_PER_ROW_GROUP = 8
 """Number of bins in a row group: reading one bin reads its whole group, and each group adds to the file's footer."""
@@ -57,8 +60,13 @@ class Window:
     id_hashes: bytes = b""
 
 
-def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] | None = None) -> pa.Table:
-    """Encoded rows as the Arrow table (`schema.SAMPLES`) that the packer takes. datasets: the set of each row."""
+def samples_table(
+    rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] | None = None, copies: Sequence[int] | None = None
+) -> pa.Table:
+    """Encoded rows as the Arrow table (`schema.SAMPLES`) that the packer takes.
+
+    datasets: the set of each row; copies: how often each row was taken before, default: never.
+    """
 
     def record(row: Sample | RejectedRow) -> dict[str, Any]:
         if isinstance(row, RejectedRow):
@@ -80,12 +88,16 @@ def samples_table(rows: Sequence[Sample | RejectedRow], datasets: Sequence[int] 
         }  # fmt: skip
 
     sets = [row.dataset for row in rows] if datasets is None else datasets
-    records = [record(row) | {"dataset": number} for row, number in zip(rows, sets, strict=True)]
+    taken_before = [0] * len(rows) if copies is None else copies
+    records = [
+        record(row) | {"dataset": number, "copy": copy}
+        for row, number, copy in zip(rows, sets, taken_before, strict=True)
+    ]
     return pa.Table.from_pylist(records, schema=SAMPLES)
 
 
 def pack_window(
-    samples: pa.Table, packing: PackingSettings, labels: LabelMaker, sample_gap: int = 0, allow_empty: bool = False,
+    samples: pa.Table, packing: PackingSettings, labels: "LabelMaker", sample_gap: int = 0, allow_empty: bool = False,
     *, mixed: bool = False, sample_costs: SampleCosts | None = None,
 ) -> Window:  # fmt: skip
     """Pack a window's samples into bins; deterministic to the byte.
@@ -103,7 +115,7 @@ def pack_window(
     ]
     used = np.asarray(usable, dtype=np.int64)
     if packing.mode == "equal_cost":
-        packed = _packed_to_cost(columns.loads(trained).take(used), packing, sample_gap, sample_costs)
+        packed = packed_to_cost(columns.loads(trained).take(used), packing, sample_gap, sample_costs)
     else:
         packed = pack_by_bucket(
             columns.lengths[used], columns.visual[used], [columns.buckets[index] for index in usable], packing,
@@ -113,13 +125,17 @@ def pack_window(
     if mixed:
         bins = [bins[number] for number in _drawn_order(len(bins), seed=int(columns.lengths.sum()))]
     table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
+    # A row that is taken again is rejected, or noted, with its first copy alone.
+    is_first = columns.copies == 0
     unusable = sorted(set(range(samples.num_rows)) - set(usable))
+    unusable = [index for index in unusable if is_first[index]]
     rejected = pa.Table.from_pylist([columns.rejected(index) for index in unusable], schema=REJECTED)
     loads = Loads.of(table, [int(columns.visual_pairs[list(members)].sum()) for members in bins])
     statistics = {
-        "rows_read": samples.num_rows,
-        "rows_packed": len(usable),
+        "rows_read": int(is_first.sum()),
+        "rows_packed": int(is_first[used].sum()),
         "rows_rejected": rejected.num_rows,
+        "rows_repeated": int((~is_first[used]).sum()),
         "rejected_by_reason": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
         "content": content_hash(table),
         "bins": len(bins),
@@ -131,11 +147,12 @@ def pack_window(
         "visual_tokens": int(columns.visual[used].sum()),
         "trained_tokens": int(trained[used].sum()),
         "images": sum(len(columns.images[index]) for index in usable),
-        "sets": _by_set(samples["dataset"].to_pylist(), dict(zip(unusable, rejected.to_pylist()))),
+        "sets": _by_set(samples["dataset"].to_pylist(), is_first, dict(zip(unusable, rejected.to_pylist()))),
+        "set_counts": columns.set_counts(bins, unusable, trained),
         "set_columns": columns.set_columns(),
-        **_image_notes([(samples["source"][index].as_py(), columns.notes[index]) for index in usable]),
+        **_image_notes([(samples["source"][i].as_py(), columns.notes[i]) for i in usable if is_first[i]]),
     }  # fmt: skip
-    ids = id_hashes(row_id for members in table["sample_ids"].to_pylist() for row_id in members)
+    ids = id_hashes(columns.unique_id(index) for members in bins for index in members)
     bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
     return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
 
@@ -146,12 +163,16 @@ def _drawn_order(count: int, seed: int) -> list[int]:
     return np.argsort(draws, kind="stable").tolist()
 
 
-def _by_set(datasets: Sequence[int | None], rejected: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def _by_set(
+    datasets: Sequence[int | None], is_first: np.ndarray, rejected: Mapping[int, dict[str, Any]]
+) -> dict[str, Any]:
     """Counts of each set's rows (`SetRows`), by the number of the set as a JSON key.
 
-    rejected: records of the rejected rows, by index.
+    is_first: whether each row is taken for the first time, bool [rows]; rejected: records of the rejected rows, by
+    index.
     """
-    sets = {str(number): SetRows(count) for number, count in Counter(datasets).items() if number is not None}
+    read = Counter(number for number, first in zip(datasets, is_first.tolist()) if first)
+    sets = {str(number): SetRows(count) for number, count in read.items() if number is not None}
     for index, record in rejected.items():
         if (number := datasets[index]) is not None:
             sets[str(number)].reject(record["reason"], record["source"], record["message"])
@@ -197,6 +218,7 @@ class _Columns:
     given_mask: np.ndarray
     notes: list[list[str]]
     datasets: np.ndarray
+    copies: np.ndarray
 
     @classmethod
     def of(cls, table: pa.Table) -> "_Columns":
@@ -220,7 +242,41 @@ class _Columns:
             given_mask=given_mask,
             notes=[notes or [] for notes in table["notes"].to_pylist()],
             datasets=table["dataset"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False),
+            copies=table["copy"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False),
         )
+
+    def unique_id(self, index: int) -> str:
+        """The id of a row, by which duplicates are found; a row that is taken again is no duplicate."""
+        if copy := int(self.copies[index]):
+            return copy_id(self.table["source"][index].as_py(), copy)
+        return str(self.table["id"][index].as_py())
+
+    def set_counts(
+        self, bins: Sequence[Sequence[int]], rejected: Sequence[int], trained: np.ndarray
+    ) -> dict[str, dict[str, int]]:  # fmt: skip
+        """Rows, tokens and bins of each set of rows. A bin counts for each set that has a sample in it.
+
+        bins: the samples of each bin; rejected: the rejected rows; trained: number of trained tokens of every row.
+        """
+        used = np.asarray([index for members in bins for index in members], dtype=np.int64)
+        bin_of_sample = np.repeat(np.arange(len(bins)), [len(members) for members in bins])
+        refused_sets = self.datasets[np.asarray(rejected, dtype=np.int64)]
+        counts: dict[str, dict[str, int]] = {}
+        for number in np.unique(self.datasets[self.datasets >= 0]).tolist():
+            is_of_set = self.datasets[used] == number
+            samples, refused = used[is_of_set], int((refused_sets == number).sum())
+            firsts = int((self.copies[samples] == 0).sum())
+            counts[str(number)] = {
+                "rows_read": firsts + refused,
+                "rows_packed": firsts,
+                "rows_rejected": refused,
+                "rows_repeated": len(samples) - firsts,
+                "bins": len(np.unique(bin_of_sample[is_of_set])),
+                "tokens": int(self.lengths[samples].sum()),
+                "visual_tokens": int(self.visual[samples].sum()),
+                "trained_tokens": int(trained[samples].sum()),
+            }
+        return counts
 
     def set_columns(self) -> dict[str, dict[str, Any]]:
         """The number of images, and the columns by which it is checked, of each set of rows (`mmray.rows.columns`)."""
@@ -237,7 +293,7 @@ class _Columns:
     def tokens(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
-    def trained_tokens(self, labels: LabelMaker) -> np.ndarray:
+    def trained_tokens(self, labels: "LabelMaker") -> np.ndarray:
         """Number of trained tokens of every row, int64 [rows]; 0 for rejected rows."""
         blocks = [
             (int(self.offsets[index]) + image["first_token"], image["num_tokens"])
@@ -292,9 +348,13 @@ class _Columns:
         return record
 
 
-def _packed_to_cost(
+def packed_to_cost(
     samples: Loads, packing: PackingSettings, sample_gap: int, sample_costs: SampleCosts | None
 ) -> list[list[int]]:
+    """Pack samples into bins of equal cost; returns the bins as lists of sample numbers.
+
+    samples: the loads of samples, as if each had its own bin; sample_costs: computes their costs.
+    """
     if sample_costs is None:
         raise ValueError("packing to equal cost needs to know what samples cost")
     costs, pair_cost = sample_costs(samples)

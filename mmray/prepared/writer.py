@@ -103,8 +103,16 @@ class PreparedWriter:
         """True when version 2 made the dataset from the same record. Training checks whether a run may begin on it."""
         return bool(manifest.get("fingerprint") == fingerprint(record | {"format_version": 2}))
 
-    def begin(self, record: dict[str, Any]) -> set[int]:
-        """Write the plan or continue it; returns the windows that an earlier run of the same plan finished."""
+    def tokens_per_row(self) -> list[float] | None:
+        """The tokens per row of each set that the plan in the folder was made with; None where there is no plan."""
+        with explained(self.path):
+            return self._read(PLAN).get("tokens_per_row", []) if self._folder.exists(PLAN) else None
+
+    def begin(self, record: dict[str, Any], tokens_per_row: Sequence[float] = ()) -> set[int]:
+        """Write the plan or continue it; returns the windows that an earlier run of the same plan finished.
+
+        tokens_per_row: mean number of tokens of the rows of each set, where it decides how many rows are taken.
+        """
         with explained(self.path):
             self._folder.create()
             if not self._folder.exists(PLAN):
@@ -112,8 +120,12 @@ class PreparedWriter:
                     raise UserError(f"{self.path}: another run has just finished here; the same command finds it done")
                 self.clear()  # files count only under the plan they were made for
                 plan = {"fingerprint": fingerprint(record), "token": uuid.uuid4().hex[:12], "record": record}
-                self._folder.write(PLAN, _json(plan))
-            self.token = str(self._read(PLAN).get("token"))
+                measured = {"tokens_per_row": list(tokens_per_row)} if tokens_per_row else {}
+                self._folder.write(PLAN, _json(plan | measured))
+            plan = self._read(PLAN)
+            if plan.get("tokens_per_row", []) != list(tokens_per_row):
+                raise UserError(f"{self.path}: another run has just begun here; run the same command again")
+            self.token = str(plan.get("token"))
             sizes = self._folder.sizes()
             numbers = _committed(sizes, self.token)
             commits = self._commits(numbers)
@@ -131,18 +143,19 @@ class PreparedWriter:
 
     def finish(
         self, record: dict[str, Any], num_windows: int, *, tiling: TilingPolicy, capacities: tuple[int, int],
-        facts: dict[str, Any],
+        facts: dict[str, Any], left_out: Sequence[int] = (),
     ) -> PreparedDataset:  # fmt: skip
         """Join the rejected rows, check that no row was lost, and write the manifest.
 
-        capacities: (token_capacity, visual_capacity) of a bin; facts: further entries of the manifest.
+        capacities: (token_capacity, visual_capacity) of a bin; facts: further entries of the manifest; left_out: number
+        of rows of each set that were not taken, () where all were.
 
         Returns the dataset, also when another run of the same job has finished it in between. Raises UserError when a
         run of another job uses the folder.
         """
         with explained(self.path):
             try:
-                self._join(record, num_windows, tiling, capacities, facts)
+                self._join(record, num_windows, tiling, capacities, facts, left_out)
             except FileNotFoundError:
                 if not self.is_finished(record):
                     raise
@@ -151,7 +164,7 @@ class PreparedWriter:
 
     def _join(
         self, record: dict[str, Any], num_windows: int, tiling: TilingPolicy, capacities: tuple[int, int],
-        facts: dict[str, Any],
+        facts: dict[str, Any], left_out: Sequence[int],
     ) -> None:  # fmt: skip
         if self._read(PLAN).get("token") != self.token:
             raise UserError(
@@ -182,6 +195,7 @@ class PreparedWriter:
                     raise UserError(f"{self.path}: {problem}")
             if statistics["rows_read"] != statistics["rows_packed"] + statistics["rows_rejected"]:
                 raise RuntimeError(f"rows were lost while preparing {self.path}: {statistics}")
+            _count_left_out(statistics, left_out)
         self._count_duplicates(statistics, ids, shards)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -333,7 +347,12 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
     notes: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     sets: dict[str, dict[str, Any]] = {}
+    counts_of_sets: dict[str, Counter[str]] = {}
+    all_counted = True
     for part in parts:
+        for number, set_counts in part.get("set_counts", {}).items():
+            counts_of_sets.setdefault(number, Counter()).update(set_counts)
+        all_counted &= "set_counts" in part  # an earlier mmray did not count tokens by sets
         for number, counts in part.get("set_columns", {}).items():
             set_facts = sets.setdefault(number, {"images": 0, "columns": []})
             set_facts["images"] += counts["images"]
@@ -344,17 +363,32 @@ def add_statistics(parts: Iterable[dict[str, Any]], capacities: tuple[int, int])
             examples[name] = (examples.get(name, []) + places)[:EXAMPLES]
         total.update({key: value for key, value in part.items() if isinstance(value, int)})
     room = max(total["bins"], 1)
-    keys = ("rows_read", "rows_packed", "rows_rejected", "bins", "bins_at_least", "tokens", "visual_tokens",
-            "trained_tokens", "images")  # fmt: skip
+    keys = ("rows_read", "rows_packed", "rows_rejected", "rows_repeated", "bins", "bins_at_least", "tokens",
+            "visual_tokens", "trained_tokens", "images")  # fmt: skip
     return {
         **{key: total[key] for key in keys},
-        "set_columns": dict(sorted(sets.items(), key=lambda entry: int(entry[0]))),
+        "sets": _by_number(counts_of_sets) if all_counted else {},
+        "set_columns": _by_number(sets),
         "rejected_by_reason": dict(sorted(reasons.items())),
         "image_notes": dict(sorted(notes.items())),
         "examples": examples,
         "token_fill": round(total["tokens"] / (room * capacities[0]), 4),
         "visual_fill": round(total["visual_tokens"] / (room * capacities[1]), 4),
     }
+
+
+def _by_number(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Entries of sets, in the order of their numbers, as plain JSON."""
+    return {number: dict(sets[number]) for number in sorted(sets, key=int)}
+
+
+def _count_left_out(statistics: dict[str, Any], left_out: Sequence[int]) -> None:
+    """Add the rows that were not taken to the statistics: they are rows of the files too, and are counted as read."""
+    statistics["rows_left_out"] = sum(left_out)
+    statistics["rows_read"] += sum(left_out)
+    for number, counts in statistics["sets"].items():
+        counts["rows_left_out"] = left_out[int(number)] if left_out else 0
+        counts["rows_read"] += counts["rows_left_out"]
 
 
 def _other_result(path: str, existing: dict[str, Any], record: dict[str, Any]) -> str:

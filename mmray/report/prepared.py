@@ -94,7 +94,10 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepBalance:
-    """The time of the slowest rank in each of the first steps relative to equal ranks, float64 [steps]; 1 is best."""
+    """The time of the slowest rank in each of the first steps relative to equal ranks, float64 [steps]; 1 is best.
+
+    A rank's time is the sum of its micro-batches: ranks wait for one another at the end of a step.
+    """
 
     plain: np.ndarray
     balanced: np.ndarray
@@ -120,19 +123,66 @@ def step_balance(prepared: PreparedDataset, settings: StepSettings) -> StepBalan
 def _slowest(
     order: Schedule | BoundSchedule, prepared: PreparedDataset, settings: StepSettings, steps: int
 ) -> np.ndarray:
-    """The time of each step, when ranks wait for one another after every micro-batch, relative to equal ranks."""
+    """The time of each step, in which ranks wait for one another at its end, relative to equal ranks."""
     ranks = range(settings.workers)
     dealt = np.asarray([[_rank_bins(order, settings, step, rank) for rank in ranks] for step in range(steps)])
     cost = np.zeros(dealt.shape)  # [steps, ranks, micro-batches, bins]
     cost[dealt >= 0] = settings.balance.costs(prepared.loads(dealt[dealt >= 0]))
-    micro = cost.sum(axis=3)
-    return micro.max(axis=1).sum(axis=1) / micro.mean(axis=1).sum(axis=1)
+    ranks_cost = cost.sum(axis=(2, 3))
+    return ranks_cost.max(axis=1) / ranks_cost.mean(axis=1)
 
 
 def _rank_bins(order: Schedule | BoundSchedule, settings: StepSettings, step: int, rank: int) -> list[list[int]]:
     """The bin numbers of each micro-batch of a rank; -1 for an empty bin."""
     micros = order.rank_bins(step, rank, settings.workers, settings.micro_batch_bins)
     return [[-1 if number is None else number for number in micro] for micro in micros]
+
+
+@dataclass(frozen=True)
+class SetLine:
+    """Counts the rows, tokens and bins of one set.
+
+    rows: number of rows in its files; left_out: of them, those that were not taken; repeated: rows in bins beyond the
+    first time of each; share: its part of all tokens; bins: number of bins with a sample of the set.
+    """
+
+    number: int
+    kind: str
+    rows: int
+    packed: int
+    rejected: int
+    left_out: int
+    repeated: int
+    tokens: int
+    visual_tokens: int
+    trained_tokens: int
+    bins: int
+    share: float
+
+    @property
+    def in_words(self) -> str:
+        """The line in words, without what is zero."""
+        counts = [
+            (self.packed, "packed"), (self.rejected, "rejected"), (self.left_out, "left out"),
+            (self.repeated, "repeated"),
+        ]  # fmt: skip
+        rows = ", ".join(f"{count:,} {name}" for count, name in counts if count)
+        return f"{self.rows:,} rows ({rows}), {self.tokens:,} tokens ({self.share:.1%}), {self.bins:,} bins"
+
+
+def set_lines(prepared: PreparedDataset) -> list[SetLine]:
+    """List the sets of a dataset by number; none for a dataset of an earlier version, which did not count by sets."""
+    sets, all_tokens = prepared.statistics.get("sets", {}), max(prepared.statistics["tokens"], 1)
+    return [
+        SetLine(
+            number=int(number), kind=prepared.manifest["record"]["datasets"][int(number)]["kind"],
+            rows=counts["rows_read"], packed=counts["rows_packed"], rejected=counts["rows_rejected"],
+            left_out=counts["rows_left_out"], repeated=counts["rows_repeated"], tokens=counts["tokens"],
+            visual_tokens=counts["visual_tokens"], trained_tokens=counts["trained_tokens"], bins=counts["bins"],
+            share=counts["tokens"] / all_tokens,
+        )
+        for number, counts in sets.items()
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mmray.report.prepared import (
     StepSettings,
     bins_to_show,
     rejects,
+    set_lines,
     step_balance,
 )  # fmt: skip
 from mmray.report.rows import PERCENTILES, RowFacts
@@ -60,6 +61,7 @@ def prepared_page(
         percentiles=PERCENTILES,
         thumbnail=_thumbnail,
         sampled=_sampled(distributions),
+        sets=set_lines(prepared),
         charts=_charts(prepared, distributions),
         buckets=_buckets(distributions),
         balance=balance,
@@ -105,6 +107,8 @@ def _figures(prepared: PreparedDataset) -> list[tuple[str, str]]:
     return [
         (amount(facts["rows_packed"]), f"of {facts['rows_read']:,} rows packed"),
         (amount(facts["rows_rejected"]), "rows rejected"),
+        *([(amount(facts["rows_left_out"]), "rows left out")] if facts.get("rows_left_out") else []),
+        *([(amount(facts["rows_repeated"]), "rows repeated")] if facts.get("rows_repeated") else []),
         (amount(facts["bins"]), "bins"),
         (amount(facts["tokens"]), "tokens"),
         (f"{visual:.0%}", f"of them of images: {amount(facts['visual_tokens'])}"),
@@ -251,7 +255,7 @@ def _balance(prepared: PreparedDataset, settings: StepSettings) -> tuple[Plot | 
         return None, f"One worker waits for no other ({settings.source})."
     size = f"{settings.global_batch_bins:,} bins a step on {settings.workers:,} workers"
     shown = "" if steps == times.whole_steps else f"; the first {steps:,} of {times.whole_steps:,} steps of an epoch"
-    note = f"Time of the slowest worker against equal work, by cost: 1 is best. {size}{shown} ({settings.source})."
+    note = f"Cost of all bins of the slowest worker against equal work: 1 is best. {size}{shown} ({settings.source})."
     numbers = np.arange(1, steps + 1)
     plot = charts.over_steps(
         "Equal work for all workers", note,
@@ -266,8 +270,9 @@ def _balance(prepared: PreparedDataset, settings: StepSettings) -> tuple[Plot | 
 
 def _rejects_note(prepared: PreparedDataset) -> str:
     facts = prepared.statistics
-    share = facts["rows_rejected"] / max(facts["rows_read"], 1)
-    return f"{facts['rows_rejected']:,} of {facts['rows_read']:,} rows ({share:.2%}), all in rejected.parquet."
+    taken = facts["rows_read"] - facts.get("rows_left_out", 0)
+    share = facts["rows_rejected"] / max(taken, 1)
+    return f"{facts['rows_rejected']:,} of {taken:,} rows ({share:.2%}), all in rejected.parquet."
 
 
 def loaded_family(

@@ -13,7 +13,7 @@ from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.prepared.policies import PolicyEstimate
 from mmray.prepared.verify import VerifyResult
-from mmray.report.prepared import rejects
+from mmray.report.prepared import rejects, set_lines
 from mmray.report.rows import PERCENTILES, RowFacts
 from mmray.report.run import Run
 from mmray.run.metrics import SHARE_STEPS
@@ -25,9 +25,14 @@ def prepared_table(prepared: PreparedDataset) -> Table:
     table = Table(title=escape(prepared.path), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
+    left_out, repeated = facts.get("rows_left_out", 0), facts.get("rows_repeated", 0)
     table.add_row(
-        "rows", f"{facts['rows_read']:,} read = {facts['rows_packed']:,} packed + {facts['rows_rejected']:,} rejected"
+        "rows",
+        f"{facts['rows_read']:,} read = {facts['rows_packed']:,} packed + {facts['rows_rejected']:,} rejected"
+        + (f" + {left_out:,} left out" if left_out else ""),
     )
+    if repeated:
+        table.add_row("  repeated", f"{repeated:,}")
     rejected = rejects(prepared)
     for reason, count in facts["rejected_by_reason"].items():
         table.add_row(f"  {reason}", f"{count:,}")
@@ -39,6 +44,8 @@ def prepared_table(prepared: PreparedDataset) -> Table:
     table.add_row("visual tokens", f"{facts['visual_tokens']:,}")
     table.add_row("trained tokens", f"{facts['trained_tokens']:,}")
     table.add_row("images", f"{facts['images']:,}")
+    for of_set in set_lines(prepared):
+        table.add_row(f"  set {of_set.number} ({of_set.kind})", of_set.in_words)
     for note, count in facts.get("image_notes", {}).items():
         table.add_row(f"  {note}", f"{count:,}")
     if facts.get("duplicate_ids"):

@@ -15,8 +15,9 @@ import torch
 
 from mmray.errors import RowError, UserError
 from mmray.families import Family
-from mmray.loss.labels import LabelMaker, LossRule
+from mmray.loss.labels import LabelMaker
 from mmray.loss.roles import role_keep_mask
+from mmray.loss.rules import LossRule
 from mmray.loss.settings import Loss, RoleLoss
 from mmray.loss.sources import label_maker
 from mmray.rows.templates import RenderedChat

@@ -7,14 +7,16 @@ A row without an id is identified by its place.
 
 import hashlib
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from mmray.rows.files import Chunk
+from mmray.rows.files import Chunk, Piece
 from mmray.rows.ids import has_id, id_text
+from mmray.rows.plan import Plan
 from mmray.rows.read import RawRow, RowReader, chunk_rows
 from mmray.rows.settings import DatasetSettings
 from mmray.storage import explained
@@ -40,9 +42,20 @@ def id_hashes(ids: Iterable[str]) -> bytes:
 
 
 def chunk_id_hashes(chunk: Chunk, datasets: Sequence[DatasetSettings], reader: RowReader | None = None) -> bytes:
-    """Hashes the ids of the rows of a chunk (`id_hashes`). Raises UserError where the rows cannot be read."""
+    """Hashes the ids of the rows of a chunk (`id_hashes`); a row that is taken again counts as a row without an id.
+
+    Raises UserError where the rows cannot be read.
+    """
     with explained(chunk.pieces[0].uri):
-        return id_hashes(id_of(row, datasets[row.dataset]) for row in chunk_rows(chunk, reader))
+        rows = chunk_rows(chunk, reader)
+        return id_hashes(
+            copy_id(row.source, row.copy) if row.copy else id_of(row, datasets[row.dataset]) for row in rows
+        )
+
+
+def copy_id(source: str, copy: int) -> str:
+    """Returns a text by which a row that is taken again is no duplicate of any other. source: its place."""
+    return f"\0{copy}\0{source}"
 
 
 class DuplicateIds:
@@ -108,16 +121,61 @@ def _later_ones(records: np.ndarray) -> np.ndarray:
     return np.sort(sorted_records["position"][1:][same])
 
 
-def with_duplicates(chunks: Sequence[Chunk], hashes: Iterable[bytes]) -> Iterator[Chunk]:
-    """Yields the chunks, each with the positions of its rows that have the id of an earlier row.
+class DuplicateRows:
+    """Knows the rows of a plan that have the id of an earlier row, and what is taken of these rows again."""
 
-    hashes: the hashed ids of the rows of each chunk, in order (`id_hashes`), without blank lines.
-    """
-    ids, starts = DuplicateIds(sum(chunk.num_rows for chunk in chunks)), [0]
-    for chunk_hashes in hashes:
-        ids.add(chunk_hashes)
-        starts.append(starts[-1] + len(chunk_hashes) // HASH_BYTES)
-    later = np.sort(np.concatenate(list(ids.later())))
-    chunk_positions = np.split(later, np.searchsorted(later, starts[1:-1]))
-    for chunk, start, positions in zip(chunks, starts, chunk_positions, strict=False):
-        yield replace(chunk, duplicates=tuple((positions - start).tolist()))
+    def __init__(self, plan: Plan, hashes: Iterable[bytes]) -> None:
+        """Finds them. hashes: `chunk_id_hashes` of each chunk of the plan, in order."""
+        ids, starts = DuplicateIds(plan.num_rows), array("q", [0])
+        for chunk_hashes in hashes:
+            ids.add(chunk_hashes)
+            starts.append(starts[-1] + len(chunk_hashes) // HASH_BYTES)
+        self._starts = np.frombuffer(starts, dtype=np.int64)
+        self._later = np.sort(np.concatenate(list(ids.later())))
+        self._chunks_a_window = plan.window_rows // plan.chunk_rows
+        # Positions in their data sets of the rows found, by which further copies of them are known.
+        self._positions: dict[int, np.ndarray] = {}
+        if plan.has_copies:
+            self._positions = self._found_positions(plan)
+
+    def _found_positions(self, plan: Plan) -> dict[int, np.ndarray]:
+        positions: dict[int, list[np.ndarray]] = {}
+        numbers = np.unique(np.searchsorted(self._starts, self._later, side="right") - 1).tolist()
+        for window, group in groupby(numbers, key=lambda number: number // self._chunks_a_window):
+            chunks = plan.window(window)
+            for number in group:
+                chunk = chunks[number % self._chunks_a_window]
+                rows = np.asarray(self._of_first_copies(chunk), dtype=np.int64)
+                for start, piece in _with_starts(chunk):
+                    inside = rows[(rows >= start) & (rows < start + piece.num_taken)] - start
+                    positions.setdefault(piece.dataset, []).append(_positions(piece)[inside])
+        return {dataset: np.concatenate(parts) for dataset, parts in positions.items()}
+
+    def in_chunk(self, chunk: Chunk) -> tuple[int, ...]:
+        """Returns the positions in a chunk of such rows."""
+        rows = self._of_first_copies(chunk)
+        for start, piece in _with_starts(chunk):
+            if piece.copy and piece.dataset in self._positions:
+                again = np.isin(_positions(piece), self._positions[piece.dataset])
+                rows += (np.flatnonzero(again) + start).tolist()
+        return tuple(sorted(rows))
+
+    def _of_first_copies(self, chunk: Chunk) -> list[int]:
+        number = chunk.window * self._chunks_a_window + chunk.index
+        start, stop = self._starts[number], self._starts[number + 1]
+        first, last = np.searchsorted(self._later, [start, stop])
+        return (self._later[first:last] - start).tolist()
+
+
+def _with_starts(chunk: Chunk) -> Iterator[tuple[int, Piece]]:
+    """Yields the pieces of a chunk, each with the position in the chunk of its first row."""
+    start = 0
+    for piece in chunk.pieces:
+        yield start, piece
+        start += piece.num_taken
+
+
+def _positions(piece: Piece) -> np.ndarray:
+    """Returns the positions in its data set of the rows of a piece, int64 [rows]."""
+    assert piece.drawn is not None
+    return piece.drawn.drawn.positions(piece.drawn.start, piece.drawn.stop)

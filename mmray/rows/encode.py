@@ -25,8 +25,8 @@ from mmray.images.measure_ahead import Measure, MeasureAhead
 from mmray.images.paged import PageOfFile, each_page
 from mmray.images.source import one_line
 from mmray.images.tiling import label_tokens
-from mmray.loss.labels import LossRule
 from mmray.loss.roles import role_keep_mask
+from mmray.loss.rules import LossRule
 from mmray.loss.settings import Loss
 from mmray.loss.sources import LossSource, label_maker, loss_source, marks_generated, turn_markers
 from mmray.packing.settings import PackingSettings

@@ -1,27 +1,24 @@
-"""Plans a prepare: from the files that a user names to windows and chunks of rows.
+"""Finds the files that a user names, and where their rows begin.
 
 A *piece* is a range of rows of one file, a *chunk* the rows that one actor call encodes, a *window* the chunks that are
-packed at once. The plan is a pure function of the files, so the same input gives the same windows whatever the number
-of actors. JSONL files are read through once here for their line breaks (about 1 GB/s), shards for their headers; every
-later reader seeks to its bytes.
+packed at once (`plan.py`). JSONL files are read through once here for their line breaks (about 1 GB/s), shards for
+their headers; every later reader seeks to its bytes.
 """
 
 import bisect
-import itertools
+import functools
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from mmray.base.ahead import in_order
 from mmray.errors import UserError
-from mmray.rows.dealing import DEALING, dealt, lanes_of
 from mmray.rows.forms import NAMES, Form, detected_form, format_by_name
 from mmray.rows.huggingface import SavedRows, saved_version
 from mmray.rows.listing import listed_files
@@ -29,7 +26,8 @@ from mmray.rows.records import READ_BYTES, RecordScan, row_starts
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.streams import BEGINNING, Entry, RowStream
 from mmray.rows.tables import num_table_rows
-from mmray.rows.webdataset import ALL_MEMBERS, ShardRules, index_shard, is_member
+from mmray.rows.taking import Drawn
+from mmray.rows.webdataset import ALL_MEMBERS, ShardRules, index_shard
 from mmray.storage import file_system, file_version
 
 REFUSED_ENDINGS = (".tar.gz", ".tar.zst", ".tgz", ".bz2", ".xz", ".zip")
@@ -54,7 +52,7 @@ class Reading:
 UNOPENED = Reading()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """One row file.
 
@@ -72,7 +70,27 @@ class SourceFile:
     is_declared: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class DrawnPart:
+    """The rows of a piece that are taken: those that are drawn, from number `start` to `stop` - 1 of all drawn ones."""
+
+    drawn: Drawn
+    start: int
+    stop: int
+
+    @property
+    def is_whole(self) -> bool:
+        """True if every row of the piece is taken."""
+        return self.drawn.is_unbroken
+
+    @property
+    def places(self) -> list[int]:
+        """The places of these rows among those of the piece that are not blank, ascending; the first is 0."""
+        positions = self.drawn.positions(self.start, self.stop)
+        return (positions - positions[0]).tolist()
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Rows [first_row, first_row + num_rows) of a file.
 
@@ -80,6 +98,8 @@ class Piece:
         text.
     entry: the place at which to enter the text of a compressed file.
     refused: the rows of a shard that are rejected, because their key stands in several places.
+    drawn: the rows that are taken; None for all.
+    copy: 0 for rows that are taken for the first time, else how often they were taken before.
     """
 
     dataset: int
@@ -92,29 +112,48 @@ class Piece:
     reading: Reading = UNOPENED
     entry: Entry = BEGINNING
     refused: tuple[int, ...] = ()
+    drawn: DrawnPart | None = None
+    copy: int = 0
+
+    @property
+    def num_taken(self) -> int:
+        """The number of rows that are taken, blank lines included where all are."""
+        return self.drawn.stop - self.drawn.start if self.drawn else self.num_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowIndex:
     """The result of one pass over a file.
 
-    starts: where each row starts, and the end, int64 [rows + 1].
+    starts: where each row starts, and the end, [rows + 1] integers.
     entries: the places at which a text can be entered that cannot be entered everywhere.
     refused: the rows of a shard that are rejected, because their key stands in several places.
     endings: the endings of a shard's members.
+    blank: the numbers of blank lines, which count as rows here, ascending.
     """
 
     file: SourceFile
     format: str
     reading: Reading
-    starts: np.ndarray
+    starts: Sequence[int] | np.ndarray
     entries: tuple[Entry, ...] = ()
     refused: tuple[int, ...] = ()
     endings: frozenset[str] = frozenset()
+    blank: Sequence[int] = field(default=())
 
     @property
     def num_rows(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def num_filled(self) -> int:
+        """The number of rows that are not blank."""
+        return self.num_rows - len(self.blank)
+
+    def row_of(self, filled: int) -> int:
+        """Returns the number of the row that is number `filled` of those that are not blank."""
+        blanks_before = bisect.bisect_right(range(len(self.blank)), filled, key=lambda n: self.blank[n] - n)
+        return filled + blanks_before
 
     def piece(self, row: int, num_rows: int) -> Piece:
         """Returns the piece of rows [row, row + num_rows)."""
@@ -129,7 +168,7 @@ class RowIndex:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """The rows of one call of the encoder.
 
@@ -146,18 +185,19 @@ class Chunk:
 
     @property
     def num_rows(self) -> int:
-        return sum(piece.num_rows for piece in self.pieces)
+        return sum(piece.num_taken for piece in self.pieces)
 
 
 def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
     """Lists the files of all data sets, in order. Raises UserError for a name that matches nothing."""
     files = []
     for number, dataset in enumerate(datasets):
+        reading = _reading_of(dataset)
         for pattern in dataset.files:
             if dataset.format == "huggingface":
-                files.append(_saved_dataset(number, pattern))
+                files.append(_saved_dataset(number, dataset, pattern))
                 continue
-            files += [_source_file(number, dataset, *match) for match in listed_files(pattern)]
+            files += [_source_file(number, dataset, reading, *match) for match in listed_files(pattern)]
     return files
 
 
@@ -179,7 +219,9 @@ def check_unchanged(files: Sequence[SourceFile], datasets: Sequence[DatasetSetti
         )
 
 
-def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, info: Mapping[str, Any]) -> SourceFile:
+def _source_file(
+    number: int, dataset: DatasetSettings, reading: Reading, system: Any, path: str, info: Mapping[str, Any]
+) -> SourceFile:
     uri = path if isinstance(system, LocalFileSystem) else system.unstrip_protocol(path)
     suffix = posixpath.splitext(path)[1].lower()
     if path.lower().endswith(REFUSED_ENDINGS):
@@ -190,91 +232,20 @@ def _source_file(number: int, dataset: DatasetSettings, system: Any, path: str, 
         raise UserError(f"{uri}: a WebDataset shard ends with .tar and nothing else does; here format is {format_}")
     if dataset.members and format_ != "webdataset":
         raise UserError(f"{uri}: members are chosen of WebDataset shards, this is {NAMES[format_]}; leave members out")
+    size, version = int(info["size"]), file_version(info)
+    return SourceFile(number, uri, format_, size, version, reading, is_declared)
+
+
+def _reading_of(dataset: DatasetSettings) -> Reading:
+    """Describes how the files of a data set are read, before they are opened."""
     row_id, text, images = map(dataset.column, ("id", "text", "images"))
-    shard = ShardRules(row_id, text, images, dataset.members)
-    reading = Reading(columns=dataset.used_columns, shard=shard)
-    return SourceFile(number, uri, format_, int(info["size"]), file_version(info), reading, is_declared)
+    return Reading(columns=dataset.used_columns, shard=ShardRules(row_id, text, images, dataset.members))
 
 
-def _saved_dataset(number: int, folder: str) -> SourceFile:
+def _saved_dataset(number: int, dataset: DatasetSettings, folder: str) -> SourceFile:
     """Describes a folder of `Dataset.save_to_disk` as a row file, whose size is its number of rows."""
-    return SourceFile(number, folder, "huggingface", len(SavedRows(folder)), saved_version(folder))
-
-
-def plan_chunks(
-    files: Sequence[SourceFile], *, window_rows: int, chunk_rows: int, dealing: int = DEALING
-) -> list[Chunk]:
-    """Deals all rows into chunks and windows. Only the last chunk may be shorter; line breaks are found by threads.
-
-    window_rows: the rows of a window, a multiple of chunk_rows.
-    chunk_rows: the rows of a chunk.
-    dealing: the version of dealing. 2: every window holds every file's share (`dealing.py`); 1: the files come one
-        after another.
-
-    Raises UserError for a file that cannot be read, and for a pattern of `members` that chooses nothing.
-    """
-    if window_rows % chunk_rows:
-        raise ValueError(f"window_rows {window_rows} is no multiple of chunk_rows {chunk_rows}")
-    indexed = list(in_order(index_rows, files, threads=4, ahead=16))
-    _check_members(indexed)
-    per_window = window_rows // chunk_rows
-    return [
-        Chunk(number // per_window, number % per_window, number * chunk_rows, tuple(group))
-        for number, group in enumerate(_chunk_pieces(_dealt_rows(indexed, window_rows, dealing), chunk_rows))
-    ]
-
-
-def _dealt_rows(indexed: Sequence[RowIndex], window_rows: int, dealing: int) -> Iterator[tuple[RowIndex, int, int]]:
-    """Yields stretches of rows in the order in which windows take them: (file, first row, stop)."""
-    lanes = lanes_of([index.num_rows for index in indexed], [index.file.dataset for index in indexed], dealing)
-    ends = [np.cumsum([indexed[file].num_rows for file in lane]).tolist() for lane in lanes]
-    done = [0] * len(lanes)
-    for window in dealt([end[-1] for end in ends if end], window_rows):
-        for lane, count in enumerate(window):
-            stop = done[lane] + count
-            while done[lane] < stop:
-                place = bisect.bisect_right(ends[lane], done[lane])  # place in the lane of the next row's file
-                index, end = indexed[lanes[lane][place]], min(stop, ends[lane][place])
-                before = ends[lane][place] - index.num_rows
-                yield index, done[lane] - before, end - before
-                done[lane] = end
-
-
-def by_window(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Groups chunks, which are in order, by their window."""
-    return (list(window) for _, window in itertools.groupby(chunks, key=lambda chunk: chunk.window))
-
-
-def _chunk_pieces(stretches: Iterable[tuple[RowIndex, int, int]], chunk_rows: int) -> Iterator[list[Piece]]:
-    """Yields groups of pieces with a total of chunk_rows rows each; the last group may have fewer."""
-    group: list[Piece] = []
-    room = chunk_rows
-    for index, row, stop in stretches:
-        while row < stop:
-            taken = min(room, stop - row)
-            group.append(index.piece(row, taken))
-            row, room = row + taken, room - taken
-            if not room:
-                yield group
-                group, room = [], chunk_rows
-    if group:
-        yield group
-
-
-def _check_members(indexed: Sequence[RowIndex]) -> None:
-    """Raises UserError where a pattern of `members` chooses no member of a data set's shards."""
-    endings: dict[tuple[int, tuple[str, ...]], frozenset[str]] = {}
-    for index in indexed:
-        if members := index.reading.shard.members:
-            key = index.file.dataset, members
-            endings[key] = endings.get(key, frozenset()) | index.endings
-    for (number, members), shard_endings in endings.items():
-        for pattern in members:
-            if not any(is_member(ending, pattern) for ending in shard_endings):
-                raise UserError(
-                    f"members: {pattern!r} chooses no member of the shards of data set {number}; their endings are "
-                    f"{', '.join(sorted(shard_endings)):.200}"
-                )
+    reading = Reading(columns=dataset.used_columns)
+    return SourceFile(number, folder, "huggingface", len(SavedRows(folder)), saved_version(folder), reading)
 
 
 def first_piece(file: SourceFile, num_rows: int) -> Piece:
@@ -307,7 +278,7 @@ def index_rows(file: SourceFile, max_rows: int | None = None) -> RowIndex:
     if file.format == "huggingface":
         return RowIndex(file, file.format, file.reading, _numbers(file.size, max_rows))
     with opened_rows(file) as (opened, form):
-        reading = replace(file.reading, form=form)
+        reading = _opened(file.reading, form)
         if form.format in ("parquet", "arrow"):
             return RowIndex(file, form.format, reading, _numbers(num_table_rows(opened, form.format), max_rows))
         if form.format == "webdataset":
@@ -317,8 +288,15 @@ def index_rows(file: SourceFile, max_rows: int | None = None) -> RowIndex:
         scan = RecordScan((stream or opened).read, form.format)
         starts = row_starts(scan, max_rows)
         entries = tuple(stream.entries) if stream else ()
-        return RowIndex(file, form.format, replace(reading, header=scan.header), starts, entries)
+        reading = _opened(file.reading, form, scan.header)
+        return RowIndex(file, form.format, reading, starts, entries, blank=scan.blank)
 
 
-def _numbers(rows: int, max_rows: int | None) -> np.ndarray:
-    return np.arange((rows if max_rows is None else min(rows, max_rows)) + 1, dtype=np.int64)
+@functools.lru_cache(maxsize=1024)
+def _opened(reading: Reading, form: Form, header: tuple[str, ...] = ()) -> Reading:
+    """Completes how a file is read by what it is; one object for the many files of a set."""
+    return replace(reading, form=form, header=header)
+
+
+def _numbers(rows: int, max_rows: int | None) -> range:
+    return range((rows if max_rows is None else min(rows, max_rows)) + 1)

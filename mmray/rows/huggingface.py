@@ -9,7 +9,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from mmray.errors import UserError
 from mmray.images.source import one_line
+from mmray.rows.tables import used_columns
 from mmray.storage import Folder
 
 ROWS_PER_FILE = 8192
@@ -30,10 +31,15 @@ _SPLITS = "dataset_dict.json"
 class SavedRows:
     """The rows of a folder that `Dataset.save_to_disk` wrote."""
 
-    def __init__(self, folder: str) -> None:
-        """Raises UserError where the folder is not one of `Dataset.save_to_disk`."""
+    def __init__(self, folder: str, columns: Sequence[str] = ()) -> None:
+        """Opens the folder. columns: the columns that are used; () for all.
+
+        Raises UserError where the folder is not one of `Dataset.save_to_disk`.
+        """
         self.folder = folder
-        self._dataset = _saved(folder).with_format("arrow")
+        dataset = _saved(folder)
+        names = used_columns(dataset.column_names, columns) if columns else None
+        self._dataset = (dataset if names is None else dataset.select_columns(names)).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -13,8 +13,9 @@ import numpy as np
 
 from mmray.errors import UserError
 from mmray.families import Family
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule
+from mmray.loss.labels import LabelMaker
 from mmray.loss.roles import RoleBoundary
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import SAMPLED_ROLE, RoleLoss, allows_empty
 from mmray.loss.sources import LossSource, label_maker
 from mmray.loss.turns import opened_turns

@@ -1,7 +1,7 @@
 """Reads the rows of a piece, each with its place in the source; a row that cannot be read carries its error instead."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,12 +27,14 @@ class RawRow:
     dataset: the number of its data set in the split.
     value: the row, or the error that says why it cannot be read.
     notes: tolerated flaws to count (`webdataset`).
+    copy: 0 for the first time that the row is taken, else how often it was taken before.
     """
 
     source: str
     dataset: int
     value: dict[str, Any] | RowError
     notes: tuple[str, ...] = ()
+    copy: int = 0
 
 
 class RowReader:
@@ -44,33 +46,37 @@ class RowReader:
         self._streams: dict[str, RowStream] = {}
 
     def read(self, piece: Piece) -> Iterator[RawRow]:
-        """Yields the rows of a piece in order. Blank lines of JSONL are no rows. Raises UserError for a damaged
-        file."""
+        """Yields the rows of a piece that are taken, in order. Blank lines of JSONL are no rows. Raises UserError for
+        a damaged file."""
         if piece.format == "huggingface":
-            return self._read_saved(piece)
-        if piece.format == "webdataset":
-            return _read_shard(piece)
-        if piece.format in ("parquet", "arrow"):
-            return self._read_table(piece)
-        return self._read_text(piece)
+            rows = self._read_saved(piece)
+        elif piece.format == "webdataset":
+            rows = _read_shard(piece)
+        elif piece.format in ("parquet", "arrow"):
+            rows = self._read_table(piece)
+        else:
+            rows = self._read_text(piece)
+        return (replace(row, copy=piece.copy) for row in rows) if piece.copy else rows
 
     def _read_table(self, piece: Piece) -> Iterator[RawRow]:
         table = self._table(piece.uri, piece.format, piece.reading.columns)
-        for row, value in enumerate(table.values(piece.first_row, piece.num_rows), start=piece.first_row):
-            yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
+        for first, count in _stretches(piece):
+            for row, value in enumerate(table.values(first, count), start=first):
+                yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
 
     def _read_saved(self, piece: Piece) -> Iterator[RawRow]:
-        row = piece.first_row
-        for table in self._saved(piece.uri).batches(row, row + piece.num_rows):
-            for value in row_values(table):
-                yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
-                row += 1
+        saved = self._saved(piece.uri, piece.reading.columns)
+        for row, count in _stretches(piece):
+            for table in saved.batches(row, row + count):
+                for value in row_values(table):
+                    yield RawRow(f"{piece.uri}:{row}", piece.dataset, value)
+                    row += 1
 
     def _read_text(self, piece: Piece) -> Iterator[RawRow]:
         form, reading = piece.reading.form or Form(piece.format), piece.reading
         data = self._streamed(piece, form) if not form.is_plain else _bytes_of(piece)
         first = piece.first_row + (piece.format == "jsonl")
-        for number, value in records(data, piece.format, reading.header):
+        for number, value in records(data, piece.format, reading.header, _chosen(piece)):
             if number < piece.num_rows:
                 yield RawRow(f"{piece.uri}:{first + number}", piece.dataset, _named(value, piece))
 
@@ -107,6 +113,20 @@ def _named(value: dict[str, Any] | RowError, piece: Piece) -> dict[str, Any] | R
     return value
 
 
+def _chosen(piece: Piece) -> set[int] | None:
+    """Returns the places of the rows of a piece that are taken; None for all."""
+    return None if piece.drawn is None or piece.drawn.is_whole else set(piece.drawn.places)
+
+
+def _stretches(piece: Piece) -> Iterator[tuple[int, int]]:
+    """Yields (first row, number of rows) of the stretches of a table's piece that are taken."""
+    chosen = _chosen(piece)
+    if chosen is None:
+        yield piece.first_row, piece.num_rows
+    else:
+        yield from ((piece.first_row + place, 1) for place in sorted(chosen))
+
+
 def read_piece(piece: Piece) -> Iterator[RawRow]:
     """Yields the rows of one piece, as `RowReader.read` does."""
     return RowReader().read(piece)
@@ -124,5 +144,7 @@ def _read_shard(piece: Piece) -> Iterator[RawRow]:
     refused = {row - piece.first_row for row in piece.refused}
     with system.open(path, "rb", block_size=READ_BYTES) as file:
         values = read_rows(file, piece.uri, piece.start, piece.stop, piece.reading.shard, refused)
+        chosen = _chosen(piece)
         for row, (value, notes) in enumerate(values, start=piece.first_row):
-            yield RawRow(f"{piece.uri}:{row}", piece.dataset, value, notes)
+            if chosen is None or row - piece.first_row in chosen:
+                yield RawRow(f"{piece.uri}:{row}", piece.dataset, value, notes)

@@ -8,8 +8,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,10 +21,12 @@ MAX_ROW_BYTES = 1 << 28
 """The most bytes of a row of an array or of CSV; a longer one is taken for a bracket or a quote that is never
 closed."""
 
+Item = TypeVar("Item")
 Read = Callable[[int], bytes]
 """Reads the next bytes of a text, up to a number of them; none at the end."""
 
 _BLANK = re.compile(r"[ \t\r\n]*")
+_BLANK_BYTES = np.frombuffer(b" \t\r\n\v\f", dtype=np.uint8)
 _SEPARATORS = re.compile(r"[ \t\r\n,]*")
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _decode = json.JSONDecoder(strict=False).raw_decode
@@ -35,11 +37,13 @@ class RecordScan:
 
     header: the names of columns of CSV and TSV, known after the first block.
     end: where the last row ends, known after the last block.
+    blank: the numbers of blank lines, which are no rows, ascending; complete after the last block.
     """
 
     def __init__(self, read: Read, format_: str) -> None:
         self.header: tuple[str, ...] = ()
         self.end = 0
+        self.blank: list[int] = []
         self._read = read
         self._format = format_
 
@@ -54,10 +58,24 @@ class RecordScan:
 
     def _lines(self) -> Iterator[np.ndarray]:
         yield np.zeros(1, dtype=np.int64)
+        lines, begin, is_blank = 0, 0, True  # of the line that is not ended: number, offset, whether blank so far
         while block := self._read(READ_BYTES):
-            starts = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1 + self.end
+            values = np.frombuffer(block, dtype=np.uint8)
+            ends = np.flatnonzero(values == ord("\n"))
+            if len(ends):
+                if is_blank and not block[: ends[0]].strip():
+                    self.blank.append(lines)
+                # Of the lines within this block only those that begin with a blank can be blank.
+                for number in np.flatnonzero(np.isin(values[ends[:-1] + 1], _BLANK_BYTES)).tolist():
+                    if not block[ends[number] : ends[number + 1]].strip():
+                        self.blank.append(lines + number + 1)
+                lines, begin, is_blank = lines + len(ends), self.end + int(ends[-1]) + 1, True
+            is_blank = is_blank and not block[ends[-1] if len(ends) else 0 :].strip()
+            starts = ends + 1 + self.end
             self.end += len(block)
             yield starts
+        if is_blank and self.end > begin:
+            self.blank.append(lines)
 
     def _elements(self) -> Iterator[np.ndarray]:
         """Yields the offsets of a JSON array's elements. Bytes are read as Latin-1: structure is ASCII in UTF-8
@@ -93,10 +111,12 @@ class RecordScan:
         self.header = _header(first, self._format)
         self.end = lines.offset
         starts: list[int] = []
+        rows = 0
         while not lines.is_at_end:
             start, line = lines.offset, records.line_num
             try:
-                next(records)
+                if not next(records):
+                    self.blank.append(rows + len(starts))
             except csv.Error as error:
                 if records.line_num > line + 1:
                     raise OSError(f"from line {line + 1} on a quote is not closed as it should be ({error})") from error
@@ -104,7 +124,7 @@ class RecordScan:
             self.end = lines.offset
             if len(starts) >= 4096:
                 yield np.asarray(starts, dtype=np.int64)
-                starts = []
+                starts, rows = [], rows + len(starts)
         yield np.asarray(starts, dtype=np.int64)
 
 
@@ -230,17 +250,26 @@ def _header(names: list[str] | None, format_: str) -> tuple[str, ...]:
 # ---------------------------------------------------------------- rows
 
 
-def records(data: bytes, format_: str, header: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def records(
+    data: bytes, format_: str, header: tuple[str, ...], chosen: Collection[int] | None = None
+) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Yields (number in the part, row or the error that says why it is none) of a part of a text that begins and ends
-    with a row. Blank lines are counted but are no rows."""
+    with a row. Blank lines are counted but are no rows.
+
+    chosen: the rows to yield, counted from 0 without blank lines; None for all.
+    """
+    if format_ in _DELIMITERS:
+        yield from _chosen(_csv_rows(data, _DELIMITERS[format_], header), chosen)
+        return
     if format_ == "json":
-        yield from enumerate(map(parse_row, _elements_of(data)))
-    elif format_ in _DELIMITERS:
-        yield from _csv_rows(data, _DELIMITERS[format_], header)
+        texts: Iterator[tuple[int, bytes]] = enumerate(_elements_of(data))
     else:
-        for number, line in enumerate(data.split(b"\n")):
-            if line.strip():
-                yield number, parse_row(line)
+        texts = ((number, line) for number, line in enumerate(data.split(b"\n")) if line.strip())
+    yield from ((number, parse_row(text)) for number, text in _chosen(texts, chosen))
+
+
+def _chosen(items: Iterator[Item], chosen: Collection[int] | None) -> Iterator[Item]:
+    return items if chosen is None else (item for number, item in enumerate(items) if number in chosen)
 
 
 def _elements_of(data: bytes) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmray.base.redact import redacted
-from mmray.loss.labels import LossRule
+from mmray.loss.rules import LossRule
 from mmray.rows.image_refs import ImageRef
 
 SHOWN_LETTERS = 500

@@ -1,5 +1,6 @@
 """The `data` part of the job file: where rows come from and what they look like."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
@@ -25,7 +26,9 @@ LIKE_IMAGES = tuple(
 """Names of columns, in lower case, that look like images (`mmray.rows.columns`)."""
 
 _OF_CHATS = ("roles", "ignore_message_keys", "allow_dropped", "chat_template_kwargs")
-_LATER = (*_OF_CHATS, "own_token_text", "join_documents", "loss", "members", "pdf_dpi")
+_HOW_MANY = ("repeat", "max_rows", "take", "weight")
+"""Settings that say how many rows of a set are taken."""
+_LATER = (*_OF_CHATS, "own_token_text", "join_documents", "loss", "members", "pdf_dpi", *_HOW_MANY)
 """Settings that came after the first version of prepared datasets."""
 
 
@@ -103,6 +106,21 @@ class DatasetSettings(Settings):
     loss: LossSetting | None = None
     """Choice of the tokens of this set that are trained on. Default: the job's `loss`."""
 
+    repeat: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
+    """How many times each row of this set is taken. 2.5: every row twice, and a drawn half of them once more; 0.1: a
+    drawn tenth. Which rows are drawn depends on `data.seed` and the place of each row alone. Default: once."""
+
+    max_rows: Annotated[int, Field(gt=0)] | None = None
+    """Largest number of rows of this set that are taken; the others are left out and counted."""
+
+    take: Literal["sampled", "first"] = "sampled"
+    """Choice of the rows that `max_rows` takes. `sampled`: rows drawn evenly over the whole set; `first`: its first
+    rows, in the order of its files."""
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Share of this set among `data.rows`, relative to the weights of the other sets: rows are left out or repeated
+    until the set has its share. All sets of `data.train` have a weight, or none has."""
+
     @field_serializer("loss")
     def _plain_loss(self, loss: Any) -> Any:
         return None if loss is None else loss_record(loss)
@@ -141,6 +159,22 @@ class DatasetSettings(Settings):
             raise ValueError("loss: allow_empty is for the job's loss; leave it out here")
         return self
 
+    @model_validator(mode="after")
+    def _says_once_how_many(self) -> "DatasetSettings":
+        named = [name for name in ("repeat", "max_rows", "weight") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(
+                f"{' and '.join(named)} each say how many rows of the set are taken: keep one of them, or list the "
+                "files as two sets"
+            )
+        if self.take != "sampled" and self.max_rows is None:
+            raise ValueError("take says which rows max_rows takes: set max_rows, or leave take out")
+        return self
+
+    def how_many_record(self) -> dict[str, Any]:
+        """Return the settings that say how many rows are taken, as plain JSON; empty where each row is taken once."""
+        return {name: value for name, value in self.record().items() if name in _HOW_MANY}
+
     @property
     def used_columns(self) -> tuple[str, ...]:
         """Column names in the file that rows are made of, and those that look like images, by which a set is judged."""
@@ -160,6 +194,18 @@ class DataSettings(Settings):
 
     eval: tuple[DatasetSettings, ...] = ()
     """Sets of rows to evaluate on; packed like the training rows, never shuffled."""
+
+    rows: Annotated[int, Field(gt=0)] | None = None
+    """Number of rows that all sets of `train` give together, each by its `weight`. A set with fewer rows than its share
+    is repeated, of a larger one rows are drawn."""
+
+    weigh_by: Literal["rows", "tokens"] = "rows"
+    """Unit of the shares that weights are. `rows`: each set has its share of `data.rows`. `tokens`: each set has its
+    share of the tokens; preparing encodes 512 drawn rows of each set to learn how long its rows are, so shares are met
+    within the accuracy of that sample."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed by which rows are drawn for `repeat`, `max_rows` and `weight`."""
 
     on_bad_row: Literal["reject", "error"] = "reject"
     """`reject`: a row that cannot be used is written to rejected.parquet with its reason; a sample with an image that
@@ -195,6 +241,34 @@ class DataSettings(Settings):
     verify_rows: Annotated[int, Field(ge=0)] = 16
     """Number of rows of each prepare, drawn by a fixed seed, whose tokens are compared with the real processor's (run
     on blank pages of the same sizes, so that nothing is decoded). A difference stops the job."""
+
+    @model_validator(mode="after")
+    def _weights_fit_together(self) -> "DataSettings":
+        without = [number for number, dataset in enumerate(self.train) if dataset.weight is None]
+        if len(without) == len(self.train):
+            if self.rows is not None:
+                raise ValueError("rows are dealt out by weight: give every set of train a weight, or leave rows out")
+            if self.weigh_by != "rows":
+                raise ValueError("weigh_by says what weights are of: give every set of train a weight, or leave it out")
+        elif without:
+            raise ValueError(f"train[{without[0]}] has no weight, and other sets have one: give every set a weight")
+        elif self.rows is None:
+            raise ValueError("train has weights but no number of rows to deal out by them: set data.rows")
+        for number, dataset in enumerate(self.eval):
+            if dataset.weight is not None:
+                raise ValueError(f"eval[{number}].weight: weights deal out the rows of train; use max_rows or repeat")
+            if dataset.repeat is not None and dataset.repeat > 1:
+                raise ValueError(
+                    f"eval[{number}].repeat is {dataset.repeat:g}: an evaluation counts each row once at most; leave "
+                    "it out, or set it below 1"
+                )
+        return self
+
+    def how_many_record(self, datasets: Sequence[DatasetSettings]) -> dict[str, Any]:
+        """Return the settings that say, beside those of the sets of a split, how many rows are taken, as plain JSON."""
+        weights = {"rows": self.rows, "weigh_by": self.weigh_by} if any(dataset.weight for dataset in datasets) else {}
+        draws = any(dataset.how_many_record() for dataset in datasets)
+        return weights | ({"seed": self.seed} if draws and self.seed else {})
 
     @property
     def splits(self) -> dict[str, tuple[DatasetSettings, ...]]:

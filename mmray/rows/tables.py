@@ -115,7 +115,7 @@ class _ParquetGroups:
         self._file = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         metadata = self._file.metadata
         self.ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-        self._columns = _used(self._file.schema_arrow.names, columns)
+        self._columns = used_columns(self._file.schema_arrow.names, columns)
 
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
         return iter(self._file.iter_batches(BATCH_ROWS, row_groups=[group], columns=self._columns))
@@ -134,7 +134,7 @@ class _ArrowGroups:
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
         with _opened(self._uri) as file:
             for batch in _arrow_batches(file):
-                names = _used(batch.schema.names, self._columns)
+                names = used_columns(batch.schema.names, self._columns)
                 yield batch.select(names) if names is not None else batch
 
 
@@ -154,7 +154,7 @@ def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(file)
 
 
-def _used(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
+def used_columns(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
     """Returns the columns to read; None for all, where no used column has content, so that the error can name the
     columns."""
     used = [name for name in names if name in columns]

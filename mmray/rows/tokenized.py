@@ -8,7 +8,7 @@ import numpy as np
 from mmray.errors import RowError
 from mmray.images import TilePlan
 from mmray.images.source import one_line
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.rows.document import check_image_count
 from mmray.rows.messages import missing_column
 from mmray.rows.settings import DatasetSettings

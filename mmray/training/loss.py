@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 
 # fp32 logits that exist at once, about 256 MB.
 MAX_CHUNK_ELEMENTS = 2**26

@@ -1,10 +1,14 @@
 """Callbacks that workers of Ray import: one counts the steps it was told of, and checkpoints carry the count."""
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 from mmray.errors import UserError
 from mmray.run.callback import Callback, DoneStep, Loop, Step
+from mmray.run.checkpoints import newest_looking_whole
 
 
 class Mistaken(Callback):
@@ -16,6 +20,21 @@ class Mistaken(Callback):
     def before_step(self, loop: Loop, step: Step) -> None:
         if step.number == self.step and loop.run.ranks.rank == self.rank:
             raise UserError("this row cannot be trained on; mend it")
+
+
+class KilledOnce(Callback):
+    """Kills its own process before a step, on one rank, once a checkpoint is whole; a file says that it is done."""
+
+    def __init__(self, step: int, rank: int, file: Path) -> None:
+        self.step, self.rank, self.file = step, rank, file
+
+    def before_step(self, loop: Loop, step: Step) -> None:
+        if step.number != self.step or loop.run.ranks.rank != self.rank or self.file.exists():
+            return
+        while newest_looking_whole(loop.run.folder) is None:  # it may still be on its way
+            time.sleep(0.05)
+        self.file.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Counting(Callback):

@@ -48,7 +48,7 @@ def test_the_plan_is_what_is_done(inputs: Inputs, tmp_path: Path, capsys: pytest
     code, shown = planned(prepare.main, job, tmp_path, capsys)
     assert code == 0, shown
     assert "train rows 71, in 2 windows" in shown
-    assert "data.train[0] (pretrain) 46 in 1 file; 6 of 46 looked at would be rejected" in shown
+    assert "data.train[0] (pretrain) 46 in 1 file; 6 of 46 looked at would be rejected; about" in shown
     assert "prepared/train: nothing there yet" in shown
     assert "train: 62 rows" in shown
     assert "p5 p25 p50 p75 p95 p99 most set 0 (pretrain) tokens" in " ".join(re.sub("[━-╿]", " ", shown).split())

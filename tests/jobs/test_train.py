@@ -1,14 +1,11 @@
 """Training under Ray Train: whole, stopped and resumed, with another number of workers, and with a worker killed."""
 
 import json
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
-import psutil
 import pytest
 from transformers import AutoModelForImageTextToText
 
@@ -28,7 +25,7 @@ from mmray.training.settings import ModelSettings
 from pipelines import measures
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
-from tests.jobs.counting import Counting, Mistaken
+from tests.jobs.counting import Counting, KilledOnce, Mistaken
 from tests.scraping import wait_until_told
 
 KILL_IN_STEP = 5
@@ -130,26 +127,12 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
     remembers is torn: the run goes on from the checkpoint before, on three workers, by which the global batch of 4 bins
     does not divide evenly. A callback of the test's own has its count carried through all of it."""
     run, counting = folder / "chained", Counting(folder / "counted")
-    killed: list[int] = []
-
-    def kill_one_worker() -> None:
-        while not read_history(run):
-            time.sleep(0.05)
-        processes = psutil.Process(ray_head.pid).children(recursive=True)  # listed now: steps are quicker than this
-        workers = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
-        while len(read_metrics(run / "metrics.jsonl")) < KILL_IN_STEP - 1:
-            time.sleep(0.05)
-        workers[-1].kill()
-        killed.append(workers[-1].pid)
-
-    killer = threading.Thread(target=kill_one_worker, daemon=True)
-    killer.start()
+    killed = KilledOnce(KILL_IN_STEP, rank=1, file=folder / "killed")
     every = {"training__checkpoint_every_steps": 3}
-    lines = run_job(inputs, folder, "chained", [counting], training__steps=9, training__max_failures=2, **every)
-    killer.join(1)
-    assert len(killed) == 1
+    lines = run_job(inputs, folder, "chained", [counting, killed], training__steps=9, training__max_failures=2, **every)
+    assert killed.file.exists()
     assert_same_steps(lines, whole[:9], tolerance=1e-6)
-    assert resumes(run)[0] in (3, 6)
+    assert resumes(run) == [3]
 
     newest = newest_looking_whole(run)
     assert newest is not None

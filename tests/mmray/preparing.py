@@ -25,7 +25,8 @@ from mmray.prepared.stages import PrepareContext, WindowPacker
 from mmray.prepared.versions import labels_record
 from mmray.prepared.window import Window, samples_table
 from mmray.rows.dealing import dealing_of
-from mmray.rows.files import Chunk, plan_chunks, set_files, source_files
+from mmray.rows.files import Chunk, set_files, source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import RawRow, chunk_rows
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DatasetSettings, DataSettings

@@ -18,6 +18,7 @@ from mmray.rows.files import first_piece, source_files
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
 from tests.conftest import Inputs
+from tests.here import prepare_here
 from tests.mmray.preparing import Preparation, write_rows
 
 WORDS = ["invoice", "total", "date", "street", "number", "page", "signed", "by", "the", "clerk", "of", "this", "office"]
@@ -114,3 +115,29 @@ def test_the_first_rows_of_a_file_alone(tmp_path: Path, sets: list[dict[str, str
     ids = [row.value["id"] for row in read_piece(first_piece(file, 3))]
     assert [each.partition("-")[2] for each in ids] == ["0", "1", "2"]
     assert len(list(read_piece(first_piece(file, 9999)))) == {"short-0.jsonl": 900, "long.parquet": 2500}[name]
+
+
+def test_bins_of_equal_cost_are_estimated_as_they_are_packed(inputs: Inputs, tmp_path: Path) -> None:
+    files = write_rows(tmp_path / "few.jsonl", texts(60, 1, 4) + texts(240, 2, 62)[:99])
+    packing = PackingSettings(mode="equal_cost", token_capacity=256, visual_capacity=64, window_rows=1024)
+    changes = {"data__train": [{"files": files, "kind": "pretrain"}], "packing": packing.model_dump()}
+    job = Job.model_validate(inputs.job(tmp_path, images={}, **changes))
+    made = prepare_here(job)
+    family = preparation(inputs, [{"files": files}]).family
+    guess = estimate_split(job, "train", family, family.resolved_tiling(job.images))
+    assert guess.bins == made.statistics["bins"]
+    fewest = estimated(inputs, tmp_path, preparation(inputs, [{"files": files}]))
+    assert guess.bins > fewest.bins, "the other mode has other bins, or this shows nothing"
+
+
+def test_sets_are_estimated_as_often_as_they_are_taken(inputs: Inputs, tmp_path: Path) -> None:
+    few, more = (write_rows(tmp_path / f"{name}.jsonl", texts(200, name, 30)) for name in (1, 2))
+    sets = [{"files": few, "repeat": 2.5}, {"files": more, "max_rows": 50}]
+    made = preparation(inputs, sets)
+    facts = made.write(tmp_path / "out").statistics["sets"]
+    guess = estimated(inputs, tmp_path, made)
+    assert [str(each.taking) for each in guess.sets] == ["500 taken, 2.5 times each", "50 taken, 150 left out"]
+    for number, each in enumerate(guess.sets):
+        assert each.tokens == pytest.approx(facts[str(number)]["tokens"], rel=0.15)
+        assert each.bins == pytest.approx(facts[str(number)]["bins"], rel=0.3)
+    assert guess.tokens == sum(each.tokens for each in guess.sets)

@@ -1,18 +1,28 @@
 """Preparing on a real Ray: what the library alone gives, to the byte, and what Prometheus is told."""
 
+import contextlib
+import csv
+import gzip
+import io
+import json
 from pathlib import Path
 from unittest.mock import ANY
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from jobs.preparing import prepare_splits
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
+from mmray.rows.from_pdf import write_pdf_rows
 from pipelines import measures
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here, prepare_without_ray
+from tests.mmray.pdfs import pdf_of
 from tests.mmray.preparing import contents
 from tests.scraping import wait_until_told
 
@@ -60,6 +70,67 @@ def test_prometheus_is_told_the_same_counts(prepared: tuple[Job, PreparedDataset
         measures.STAGE_BUSY_SECONDS: {("encode",): ANY, ("pack",): ANY},
     }
     wait_until_told(expected, job_name="prepared")
+
+
+FORMS = ("rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet", "rows.jsonl.zst", "pages.jsonl")
+
+
+def write_forms(inputs: Inputs, folder: Path) -> list[dict[str, object]]:
+    """The rows of the inputs in each of FORMS, the last of them the pages of a PDF; returns the data sets."""
+    lines = (inputs.folder / "data" / "pages.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for line in lines if isinstance(row := _parsed(line), dict) and isinstance(row.get("text"), str)]
+    texts = [{"id": str(row.get("id")), "text": row["text"], "images": row.get("images") or []} for row in rows]
+    text = "".join(json.dumps(row) + "\n" for row in texts).encode()
+    table = [{**row, "images": json.dumps(row["images"])} for row in texts]
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, ["id", "text", "images"])
+    writer.writeheader()
+    writer.writerows(table)
+    half = text.index(b"\n", len(text) // 2) + 1
+    contents_of = {
+        "rows.jsonl.gz": gzip.compress(text[:half]) + gzip.compress(text[half:]),
+        "rows.json": json.dumps(texts).encode(), "rows.csv": sheet.getvalue().encode(),
+        "rows.jsonl.zst": zstandard.compress(text),
+    }  # fmt: skip
+    for name, content in contents_of.items():
+        (folder / name).write_bytes(content)
+    pq.write_table(pa.Table.from_pylist(texts), folder / "rows.parquet", row_group_size=7)
+    pdf_of(folder / "scan.pdf", [{"points": (90 + 3 * number, 120)} for number in range(40)])
+    write_pdf_rows([str(folder / "scan.pdf")], str(folder / "pages.jsonl"), text=True)
+    data = str(inputs.folder / "data")
+    return [
+        {"files": str(folder / name), "kind": "pretrain", "image_root": str(folder) if name == "pages.jsonl" else data}
+        for name in FORMS
+    ]
+
+
+def _parsed(line: str) -> object:
+    with contextlib.suppress(ValueError):
+        return json.loads(line)
+    return None
+
+
+def test_every_form_gives_the_same_bytes_for_any_actors_and_after_a_kill(
+    ray_head: RayHead, inputs: Inputs, tmp_path: Path
+) -> None:
+    """One actor continues what was killed after the first window, two make all of it, none makes it too."""
+    (tmp_path / "forms").mkdir()
+    data = {"train": write_forms(inputs, tmp_path / "forms"), "max_rejected_share": 1}
+    made = {}
+    for actors in (1, 2):
+        folder = tmp_path / str(actors)
+        folder.mkdir()
+        job = Job.model_validate(inputs.job(folder, data=data, resources__encode_actors=actors))
+        if actors == 1:
+            assert prepare_without_ray(job, folder, kill=True).returncode == -9
+            assert len(list(Path(job.prepared_path("train")).glob("bins-*"))) == 1
+        made[actors] = prepare(job, "train")[0]
+    facts = made[1].statistics
+    assert facts["rows_packed"] > 150
+    assert facts["rows_read"] == facts["rows_packed"] + facts["rows_rejected"]
+    assert len(made[1].manifest["shards"]) > 2
+    here = prepare_here(Job.model_validate(inputs.job(tmp_path / "here", data=data)))
+    assert contents(made[1].path) == contents(made[2].path) == contents(here.path)
 
 
 def test_one_actor_continues_a_killed_run_of_the_library_to_the_same_bytes(

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayTaskError
 
+import pipelines.prepare
+import pipelines.row_ids
 from mmray.errors import UserError
 from pipelines.dataset import out_of_room
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
-from tests.mmray.prepared.test_driver import assert_later_ones_rejected, job_on, once, write_twice
+from tests.mmray.prepared.test_driver import assert_later_ones_rejected, job_of, job_on, once, write_twice
 from tests.mmray.preparing import contents
 
 
@@ -62,6 +64,24 @@ def test_ids_that_stand_twice_are_rejected_on_the_cluster_too(
     write_twice(rows)
     dataset, _ = prepare(job_on(rows, inputs, tmp_path, duplicate_ids="reject"), "train")
     assert_later_ones_rejected(dataset, rows)
+
+
+def test_rows_that_are_repeated_are_equal_on_the_cluster_in_graphs_of_few_chunks(
+    ray_head: RayHead, inputs: Inputs, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph is made of some chunks at a time; which, does not change the bins."""
+    write_twice(rows)
+    pages = {"kind": "pretrain", "image_root": str(inputs.folder / "data"), "files": str(rows)}
+    sets = [pages | {"repeat": 1.5}, pages | {"max_rows": 20}]
+    options = {"data": {"train": sets, "duplicate_ids": "reject", "max_rejected_share": 1}}
+    expected = prepare_here(job_of(inputs, tmp_path / "here", **options))
+    assert expected.statistics["rows_repeated"] > 3
+    monkeypatch.setattr(pipelines.prepare, "CHUNKS_AT_ONCE", 2)
+    monkeypatch.setattr(pipelines.prepare, "CHUNKS_AN_ACTOR", 1)
+    monkeypatch.setattr(pipelines.row_ids, "CHUNKS_AT_ONCE", 2)
+    dataset, _ = prepare(job_of(inputs, tmp_path / "ray", **options), "train")
+    assert len(dataset.manifest["shards"]) > 2
+    assert contents(dataset.path) == contents(expected.path)
 
 
 def caused_by(cause: BaseException) -> BaseException:

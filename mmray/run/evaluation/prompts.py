@@ -18,7 +18,7 @@ from mmray.base.settings import RowKind
 from mmray.batches.micro_batch import MicroBatch
 from mmray.errors import RowError
 from mmray.families import Family, Tile
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.sources import ending_token_ids
 from mmray.run.scoring.settings import GenerateSettings
 

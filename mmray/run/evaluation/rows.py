@@ -22,13 +22,15 @@ from mmray.config.job import Job
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images import TilingPolicy, load_image
-from mmray.loss.labels import LossRule
+from mmray.loss.rules import LossRule
 from mmray.prepared import Bin
 from mmray.rows.encode import Encoder
-from mmray.rows.files import Chunk, SourceFile, first_piece, plan_chunks, source_files
+from mmray.rows.files import Chunk, SourceFile, first_piece, source_files
+from mmray.rows.plan import Plan, indexed_files, rows_of_sets
 from mmray.rows.read import RowReader, chunk_rows, read_piece
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DatasetSettings
+from mmray.rows.taking import Taking, chooses_rows, taken_once
 from mmray.run.scoring.results import BadRow
 from mmray.storage import explained
 
@@ -43,10 +45,14 @@ Splits = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class RowSet:
-    """A set of rows: its name in results, and how its files are read."""
+    """A set of rows.
+
+    name: its name in results; dataset: how its files are read; number: its number in the split.
+    """
 
     name: str
     dataset: DatasetSettings
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class EvaluationData:
     name: str
     """`train`, `eval`, or the file as it was named."""
     sets: tuple[RowSet, ...]
+    seed: int = 0
+    """Seed by which rows of the sets are drawn (`data.seed`)."""
 
     @classmethod
     def of(cls, job: Job, data: str) -> "EvaluationData":
@@ -69,7 +77,8 @@ class EvaluationData:
                 raise UserError("data.eval has no rows; give --data train, or a file of rows")
             chosen = job.evaluation.sets if job.evaluation and data == "eval" else None
             numbers = range(len(split)) if chosen is None else chosen
-            return cls(data, tuple(RowSet(str(number), split[number]) for number in numbers))
+            sets = tuple(RowSet(str(number), split[number], number) for number in numbers)
+            return cls(data, sets, job.data.seed)
         like = [*job.data.eval, *job.data.train]
         file = data if "://" in data else str(data)
         (source, *_) = source_files([DatasetSettings(files=(file,), kind="pretrain")])
@@ -77,7 +86,8 @@ class EvaluationData:
         first = next((dataset for dataset in like if dataset.kind == kind), None)
         dataset = DatasetSettings(files=(file,), kind=kind)
         if first is not None:
-            dataset = first.model_copy(update={"files": (file,), "format": "auto", "members": ()})
+            all_rows = {"repeat": None, "max_rows": None, "take": "sampled", "weight": None}
+            dataset = first.model_copy(update={"files": (file,), "format": "auto", "members": (), **all_rows})
         return cls(data, (RowSet(PurePosixPath(file).name, dataset),))
 
     @property
@@ -86,9 +96,20 @@ class EvaluationData:
         return tuple(row_set.dataset for row_set in self.sets)
 
     def chunks(self, limit: int | None) -> list[Chunk]:
-        """The chunks of all rows, or of the first `limit` rows as they are dealt: each file's share."""
-        chunks = plan_chunks(source_files(self.datasets), window_rows=CHUNK_ROWS, chunk_rows=CHUNK_ROWS)
-        return chunks if limit is None else [chunk for chunk in chunks if chunk.first_row < limit]
+        """The chunks of all rows, or of the first `limit` rows as they are dealt: each file's share.
+
+        Rows that preparing leaves out (`max_rows`, `repeat` below 1) are left out; no row is taken twice.
+        """
+        indexed, takings = indexed_files(source_files(self.datasets)), list[Taking]()
+        if any(map(chooses_rows, self.datasets)):
+            counts = rows_of_sets(indexed, len(self.sets))
+            takings = [
+                taken_once(row_set.dataset, row_set.number, count, self.seed)
+                for row_set, count in zip(self.sets, counts, strict=True)
+            ]
+        plan = Plan(indexed, takings, window_rows=CHUNK_ROWS, chunk_rows=CHUNK_ROWS)
+        windows = plan.num_windows if limit is None else min(plan.num_windows, -(-limit // CHUNK_ROWS))
+        return list(plan.chunks(range(windows)))
 
 
 def _kind_of(file: SourceFile) -> RowKind:

@@ -20,7 +20,7 @@ from mmray.config.job import TileCacheSettings
 from mmray.errors import UserError
 from mmray.images import tile_cache
 from mmray.images.header import MAX_PIXELS, opened_image
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.packing.settings import PackingSettings
 from mmray.schedule.schedule import Schedule
 from tests.mmray.noise import noise

@@ -12,7 +12,7 @@ from mmray.errors import RowError, UserError
 from mmray.images import render_tiles
 from mmray.images import retries as passing
 from mmray.images.retries import is_transient, with_retries
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from tests.mmray.noise import noise
 from tests.mmray.preparing import Preparation, write_rows
 

@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from mmray.families import Family, family_of
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import RoleLoss
 from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import sample_labels

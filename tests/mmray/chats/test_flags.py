@@ -4,7 +4,7 @@ import pytest
 
 from mmray.errors import UserError
 from mmray.families import family_of
-from mmray.loss.labels import LossRule
+from mmray.loss.rules import LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.rows.sample import RejectedRow
 from tests.mmray.chats.oracle import SHARED, family_with, preparation_of, trained_text

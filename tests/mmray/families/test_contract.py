@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families.idefics3 import Idefics3
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.packing.settings import PackingSettings
 from tests.mmray.noise import noise
 from tests.mmray.preparing import Preparation, write_rows

@@ -8,7 +8,7 @@ import pytest
 from mmray.errors import UserError
 from mmray.families import family_of
 from mmray.images import TilingPolicy
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import RoleLoss
 from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import sample_labels

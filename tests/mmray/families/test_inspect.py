@@ -6,7 +6,7 @@ from PIL import Image
 
 from mmray.inspect.page import page_of
 from mmray.inspect.view import Mark, view_bin
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.packing.settings import PackingSettings
 from tests.mmray.looking import training_labels
 from tests.mmray.preparing import Preparation, chat, write_rows

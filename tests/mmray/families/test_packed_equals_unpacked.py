@@ -23,7 +23,7 @@ from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.errors import RowError
 from mmray.families import Family, family_of
 from mmray.images import cut_tiles, load_image, plan_tiles, render_tiles
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.sources import label_maker, stop_token_ids
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset

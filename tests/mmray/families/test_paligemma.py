@@ -8,7 +8,7 @@ from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.config.compatibility import check_model, check_packing
 from mmray.errors import UserError
 from mmray.families import family_of
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.sources import LossSource
 from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import described

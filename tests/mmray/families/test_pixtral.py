@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.families import family_of, load_processor
-from mmray.loss.labels import IGNORE_INDEX, LossRule
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import label_maker
 from tests.mmray.families.pictures import changed_family, check_picture, many, sizes

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoConfig
 
 from mmray.families import PackedRow, family_of
-from mmray.loss.labels import IGNORE_INDEX, LossRule, segment_ids
+from mmray.loss.labels import segment_ids
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import label_maker
 from tests.mmray.noise import noise

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, PretrainedConfig
 from mmray.families import PackedRow, Tile, family_of
 from mmray.families.base import positions_in_sample
 from mmray.families.text_models import PACKING_TEXT_MODELS, packing_problem, role_markers
-from mmray.loss.labels import IGNORE_INDEX, LossRule, segment_ids
+from mmray.loss.labels import segment_ids
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import label_maker
 from mmray.training.model import build_model

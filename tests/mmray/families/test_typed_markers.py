@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from mmray.families import family_of
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import RoleLoss
 from mmray.packing.settings import PackingSettings
 from mmray.rows.preflight import sample_labels

@@ -9,7 +9,7 @@ import torch
 from mmray.errors import UserError
 from mmray.families import FAMILIES, Tile, family_of
 from mmray.images import TilingPolicy, cut_tiles, plan_tiles
-from mmray.loss.labels import IGNORE_INDEX, LossRule
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings

@@ -130,6 +130,20 @@ def test_a_damaged_document(scan: str, tmp_path: Path) -> None:
     assert reason(f"{tmp_path}/nowhere.pdf#page=1")[0] == "image_missing"
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<html>404</html>", "a web page (HTML)"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"", "the file is empty"), (bytes(9000), "begins with zeros"),
+    ],
+)  # fmt: skip
+def test_what_is_called_a_pdf_and_is_none_says_what_it_is(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(content)
+    with pytest.raises(RowError, match=r"pdf_damaged.*no PDF, but") as caught:
+        image_size(f"{tmp_path}/a.pdf#page=1")
+    assert words in caught.value.message
+
+
 @pytest.mark.parametrize("points", [(0.0, 100.0), (100.0, float("nan")), (-5.0, 5.0)])
 def test_a_page_without_area(scan: str, points: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """PDFium has a letter page in the place of most of them."""

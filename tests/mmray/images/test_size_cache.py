@@ -330,7 +330,7 @@ ONE_SIZE = pa.table([[1], [2], [3], [4]], schema=SIZES)
 def measure_and_end(uri: str, error: BaseException) -> None:
     with kept_sizes(uri) as sizes:
         assert len(sizes.known) == 0
-        sizes.measured.append(ONE_SIZE)
+        sizes.add([ONE_SIZE])
         raise error
 
 
@@ -345,5 +345,29 @@ def test_sizes_are_kept_whatever_ends_a_prepare(error: BaseException, tmp_path: 
 def test_a_size_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING, "mmray"), kept_sizes(str(tmp_path / "file" / "cache")) as sizes:
-        sizes.measured.append(ONE_SIZE)
+        sizes.add([ONE_SIZE])
     assert "it stays as it was" in caplog.messages[-1]
+
+
+def test_what_is_measured_is_kept_before_the_end_once_it_is_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a kill loses little; the larger the cache, the rarer it is written."""
+    monkeypatch.setattr(size_cache, "KEPT_ROWS", 3)
+
+    def sizes_of(first: int, count: int) -> pa.Table:
+        numbers = range(first, first + count)
+        columns = [
+            pa.array([value] * count if value else numbers, field.type) for value, field in zip((0, 9, 5, 6), SIZES)
+        ]
+        return pa.table(columns, schema=SIZES)
+
+    held = []
+    with kept_sizes(str(tmp_path)) as sizes:
+        for first in range(0, 80, 2):
+            sizes.add([sizes_of(first, 2), sizes_of(0, 0)])
+            held.append(len(read_sizes(str(tmp_path))))
+        assert len(sizes.known) == 0
+    assert held[:4] == [0, 4, 4, 8]
+    assert len(set(held)) < 16, "80 images are not written 20 times"
+    assert len(read_sizes(str(tmp_path))) == 80

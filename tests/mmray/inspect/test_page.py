@@ -16,7 +16,7 @@ from mmray.images import plan_tiles, render_tiles
 from mmray.inspect import page, write_bin_page
 from mmray.inspect.page import page_of
 from mmray.inspect.view import view_bin, view_samples
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings

@@ -16,7 +16,7 @@ from mmray.inspect import print_bin
 from mmray.inspect.terminal import turn_text
 from mmray.inspect.text import token_texts
 from mmray.inspect.view import Mark, Piece, Turn, family_of_prepared, view_bin
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import BoundarySettings, RoleLoss
 from tests.mmray.looking import ODD, name_processor, preparation, training_labels, write_looked_at
 from tests.mmray.preparing import with_marked_template

@@ -10,7 +10,8 @@ import yaml
 from mmray.errors import UserError
 from mmray.families import load_processor
 from mmray.loss.settings import BoundarySettings, RoleLoss, loss_of_record
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.preflight import FIRST_ROWS, check_first_rows
 from tests.mmray.preparing import Preparation, chat, write_rows
 

@@ -6,7 +6,7 @@ import pytest
 
 from mmray.families import RoleMarkers
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.loss.labels import IGNORE_INDEX, LossRule
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import LossSource
 from mmray.packing.settings import PackingSettings

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from mmray.images import TilingPolicy
 from mmray.loss import roles as roles_module
-from mmray.loss.labels import IGNORE_INDEX, LabelMaker, LossRule, segment_ids
+from mmray.loss.labels import LabelMaker, segment_ids
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.scan import scan_tensors
 from mmray.loss.settings import Loss, RoleLoss
 from mmray.loss.sources import LossSource, label_maker

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from mmray.errors import UserError
 from mmray.families import RoleMarkers, family_of
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.loss.labels import LossRule
+from mmray.loss.rules import LossRule
 from mmray.loss.settings import RoleLoss, allows_empty, loss_of_record, loss_record
 from mmray.loss.sources import LossSource, label_maker, loss_source, stop_token_ids
 from tests.mmray.preparing import with_marked_template

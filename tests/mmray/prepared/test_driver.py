@@ -17,7 +17,8 @@ from mmray.prepared import PreparedDataset
 from mmray.prepared.driver import prepare
 from mmray.prepared.stages import ChunkEncoder, PrepareContext
 from mmray.report import prepared_table
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
+from mmray.rows.plan import plan_chunks
 from tests.conftest import Inputs, write_inputs
 from tests.here import prepare_here, prepare_without_ray
 from tests.mmray.preparing import contents

@@ -184,7 +184,7 @@ def test_a_job_is_compared_with_what_a_dataset_was_prepared_with(make, processor
     )  # fmt: skip
     now = {
         "processor": job.family.processor, "tiling": job.policy, "packing": job.packing, "loss": job.loss,
-        "datasets": job.data.train,
+        "datasets": job.data.train, "data": job.data,
     }  # fmt: skip
     check_settings("some/folder", record, **now)  # the row files may be gone
     with pytest.raises(UserError) as caught:
@@ -199,7 +199,7 @@ def test_a_loss_of_a_set_that_is_no_longer_the_prepared_one_is_told(make, proces
     chats, families = {"kind": "chat"}, Preparation(processors["qwen2_vl"], {"files": "rows.jsonl", "kind": "chat"})
     now = {
         "processor": families.family.processor, "tiling": families.policy, "loss": "sampled",
-        "packing": PackingSettings(token_capacity=64, visual_capacity=32),
+        "packing": PackingSettings(token_capacity=64, visual_capacity=32), "data": families.data,
     }  # fmt: skip
     own = DatasetSettings(files=("a",), kind="chat", loss=RoleLoss(turns="last"))
     job_wide = DatasetSettings(files=("a",), kind="chat")

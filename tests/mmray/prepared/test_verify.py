@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,12 @@ def test_what_was_not_written_to_its_end_is_listed(tmp_path: Path) -> None:
         pixels[round(120 * (1 - share)) :] = 0
         Image.fromarray(pixels).save(tmp_path / "page.bmp")
         assert [reason for reason, _ in module.picture_problems(f"{tmp_path}/page.bmp", (90, 120))] == listed
+
+
+def test_processes_that_decode_do_without_torch() -> None:
+    """Each of them would need 200 MB more."""
+    code = "import sys; sys.modules['torch'] = None; import mmray.prepared.verify"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_where_nothing_is_prepared(tmp_path: Path) -> None:

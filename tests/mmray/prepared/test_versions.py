@@ -10,7 +10,7 @@ from mmray.batches import BatchMaker, BatchPlan
 from mmray.batches.micro_batch import Place
 from mmray.errors import UserError
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmray.loss.labels import LabelMaker, LossRule
+from mmray.loss.labels import LabelMaker
 from mmray.loss.roles import RoleBoundary
+from mmray.loss.rules import LossRule
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window, pack_window, samples_table

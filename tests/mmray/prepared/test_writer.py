@@ -16,7 +16,8 @@ from mmray.prepared.stages import PrepareContext
 from mmray.prepared.window import Window
 from mmray.prepared.writer import add_statistics
 from mmray.rows.encode import Encoder
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
+from mmray.rows.plan import plan_chunks
 from mmray.storage import Folder
 from tests.mmray.preparing import PACKING, Preparation, committing, contents, other_packing, write_rows
 

@@ -3,6 +3,7 @@ more, and they need nothing else."""
 
 import json
 import re
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -148,6 +149,19 @@ def test_the_balance_of_steps_is_that_of_the_orders(written):
     assert found.balanced.mean() <= found.plain.mean() + 1e-9
 
 
+def test_several_bins_of_a_worker_count_by_their_sum(written):
+    settings = replace(StepSettings.of(None), workers=2)
+    shown = step_balance(written, settings)
+    plain = Schedule(len(written), 8, 0, written.fingerprint)
+    balanced = BalancedSchedule(plain, settings.balance).bound_to(written.loads)
+    for order, ratios in ((plain, shown.plain), (balanced, shown.balanced)):
+        for step, ratio in enumerate(ratios):
+            bins = [np.ravel(order.rank_bins(step, rank, 2)) for rank in range(2)]
+            sums = [settings.balance.costs(written.loads(numbers.astype(int))).sum() for numbers in bins]
+            assert ratio == pytest.approx(max(sums) / np.mean(sums))
+    assert shown.balanced.mean() < shown.plain.mean()
+
+
 def test_a_job_says_whose_steps(written, tmp_path):
     content = yaml.safe_load(LEAST) | {"resources": {"workers": 2}}
     content["training"]["global_batch_bins"] = 4
@@ -184,7 +198,7 @@ def test_a_dataset_without_bins_images_or_rejects(processors, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"id": "a", "text": "hello there"}])
     text_only = Preparation(processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing())
     page = Page(prepared_page(text_only.write(tmp_path / "text")))
-    assert "None: every row that was read is in a bin." in words(page)
+    assert "None: every row that was taken is in a bin." in words(page)
     assert "An epoch of 1 bins has no whole step of 8" in words(page)
     assert "Not shown: the dataset does not name its processor" in words(page)
     nothing = Preparation(

@@ -13,8 +13,9 @@ from mmray.errors import UserError
 from mmray.images import ALLOWED_SCHEMES
 from mmray.images.readers import FORMATS
 from mmray.packing.settings import PackingSettings
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
 from mmray.rows.messages import ROLES
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import read_piece
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import FIELDS, DatasetSettings

@@ -12,7 +12,7 @@ from mmray.errors import RowError, UserError
 from mmray.families import family_of, load_processor
 from mmray.families.base import Span
 from mmray.images import TilingPolicy, cut_tiles, load_image, plan_tiles
-from mmray.loss.labels import IGNORE_INDEX, LossRule
+from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.packing.settings import PackingSettings
 from mmray.rows.encode import Encoder

@@ -1,5 +1,6 @@
 """From file names to chunks: every row once, in order, and no chunk knows where one file ends and the next begins."""
 
+import io
 import os
 from itertools import accumulate, count, pairwise
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from mmray.errors import UserError
 from mmray.rows import records
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
 
@@ -224,3 +226,21 @@ def test_the_same_files_give_the_same_plan(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n' * 20)
     files = found(f"{tmp_path}/rows.jsonl")
     assert plan_chunks(files, window_rows=6, chunk_rows=3) == plan_chunks(files, window_rows=6, chunk_rows=3)
+
+
+# ---- Blank lines ----
+
+
+@given(
+    st.lists(st.sampled_from([b'{"text": "a"}', b"", b" \t", b"\r", b"{}", b"  x", b"\x0b"]), max_size=30), st.data()
+)
+@settings(deadline=None)
+def test_blank_lines_are_known_wherever_blocks_end(lines, data):
+    text = b"\n".join(lines) + data.draw(st.sampled_from([b"", b"\n"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "READ_BYTES", data.draw(st.integers(1, 9)))
+        scan = records.RecordScan(io.BytesIO(text).read, "jsonl")
+        starts = records.row_starts(scan, None)
+    parts = [text[start:stop] for start, stop in pairwise(starts.tolist())]
+    assert scan.blank == [number for number, part in enumerate(parts) if not part.strip()]
+    assert b"".join(parts) == text

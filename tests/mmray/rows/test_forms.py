@@ -24,7 +24,8 @@ from mmray.errors import RowError, UserError
 from mmray.images import image_size
 from mmray.rows import records, streams
 from mmray.rows.count import RowCount, count_rows
-from mmray.rows.files import first_piece, plan_chunks, source_files
+from mmray.rows.files import first_piece, source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import RowReader, chunk_rows, read_piece
 from mmray.rows.settings import DatasetSettings
 from tests.mmray.oddities import ODD_ROWS, restored

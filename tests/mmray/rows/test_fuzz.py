@@ -19,7 +19,8 @@ from PIL import Image
 
 from mmray.errors import UserError
 from mmray.packing.settings import PackingSettings
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import RawRow, read_piece
 from mmray.rows.sample import RejectedRow
 from mmray.storage import Folder

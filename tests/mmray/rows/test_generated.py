@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmray.families.qwen2_vl import Qwen2VL
-from mmray.loss.labels import LossRule
+from mmray.loss.rules import LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import LossSource, ending_token_ids, marks_generated
 from mmray.packing.settings import PackingSettings

@@ -12,8 +12,9 @@ from PIL import Image
 
 from mmray.errors import UserError
 from mmray.rows import huggingface
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
 from mmray.rows.huggingface import write_rows
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import RowReader
 from mmray.rows.settings import DatasetSettings
 from mmray.storage import Folder

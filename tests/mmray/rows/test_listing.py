@@ -9,8 +9,9 @@ import fsspec
 import pytest
 
 from mmray.errors import UserError
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
 from mmray.rows.listing import listed_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
 from tests.mmray.oddities import ODD_ROWS, restored

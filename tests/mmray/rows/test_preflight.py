@@ -14,7 +14,8 @@ from mmray.families.qwen2_vl import Qwen2VL
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import LossSource
 from mmray.packing.settings import PackingSettings
-from mmray.rows.files import plan_chunks, source_files
+from mmray.rows.files import source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.preflight import FIRST_ROWS, check_first_rows
 from tests.mmray.preparing import Preparation, chat, png, with_marked_template, write_rows
 

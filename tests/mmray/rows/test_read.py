@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.errors import RowError, UserError
-from mmray.rows.files import Piece, plan_chunks, source_files
+from mmray.rows.files import Piece, source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import RowReader, read_piece
 from mmray.rows.settings import DatasetSettings
 

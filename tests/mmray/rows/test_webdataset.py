@@ -17,7 +17,8 @@ from mmray.errors import RowError, UserError
 from mmray.images import image_size, load_image
 from mmray.images.size_cache import SizeCache, read_sizes
 from mmray.images.tar_member import PartOfFile
-from mmray.rows.files import first_piece, plan_chunks, source_files
+from mmray.rows.files import first_piece, source_files
+from mmray.rows.plan import plan_chunks
 from mmray.rows.read import read_piece
 from mmray.rows.settings import DatasetSettings
 from tests.mmray.oddities import ODD_ROWS

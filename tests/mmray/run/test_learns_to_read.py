@@ -24,7 +24,7 @@ from mmray.run.history import read_history
 from mmray.synthetic.numbers import PROMPT, write_numbers, write_reader
 from tests.here import prepare_here, train_here
 
-STEPS, SAVED, KILLED = 180, 60, 66
+STEPS, SAVED, KILLED = 240, 80, 86
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mmray.loss.labels import IGNORE_INDEX
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.training.settings import ModelSettings, TrainingSettings
 
 IMAGE_TOKEN = 151

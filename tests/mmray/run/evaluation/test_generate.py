@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmray.batches.micro_batch import MicroBatch, Place, mask, render
-from mmray.loss.labels import LossRule
+from mmray.loss.rules import LossRule
 from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.run.evaluation.generate import TextGenerator
