@@ -31,7 +31,8 @@ def main(wanted: list[str]) -> int:
         sections[name] = importlib.import_module(f"benchmarks.bench_{name}").run()
         print(f"## {name} ({time.perf_counter() - started:.0f} s)\n\n{as_table(sections[name])}\n", flush=True)
     if not wanted:
-        (FOLDER / "RESULTS.md").write_text(as_page(sections))
+        page = FOLDER / "RESULTS.md"
+        page.write_text(as_page(sections) + kept_sections(page.read_text(), names))
     return 0 if all(result.is_met for results in sections.values() for result in results) else 1
 
 
@@ -42,6 +43,12 @@ def as_page(sections: dict[str, list[Result]]) -> str:
         f"{machine()}\n"
     )
     return head + "".join(f"\n## {name}\n\n{as_table(results)}\n" for name, results in sections.items())
+
+
+def kept_sections(page: str, names: list[str]) -> str:
+    """The sections of an earlier page that no benchmark of this run writes: those of `benchmarks.learning`."""
+    sections = page.split("\n## ")[1:]
+    return "".join(f"\n## {section}" for section in sections if section.split("\n", 1)[0] not in names)
 
 
 def as_table(results: list[Result]) -> str:

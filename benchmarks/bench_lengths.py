@@ -169,7 +169,13 @@ def sizes_kept(found: Inputs) -> Result:
 
 
 def tokenising(found: Inputs, name: str) -> Result:
-    """Rows of a page and its text, encoded in one chunk; then their texts alone, tokenised in one batch."""
+    """Rows of a page and its text, encoded in one chunk; then their texts alone, tokenised in one batch.
+
+    The Rust back end leaves little: of 572 µs a text (720 tokens, Qwen2-VL), making arrays of its ids takes 3 %,
+    and a call for a chunk is 16 % faster than one for each text. Splitting text into words by the tokenizer's regular
+    expression alone takes as long as the whole call, when its words come to Python; so the limit is the back end's own
+    0.8 µs a token, and more encode actors are what makes preparing faster.
+    """
     family = family_of(found.processors[name])
     dataset = DatasetSettings(files=("rows.jsonl",), kind="pretrain", image_root=str(found.folder))
     packing = PackingSettings(token_capacity=1 << 20, visual_capacity=1 << 20)

@@ -243,10 +243,10 @@ def test_a_bad_row_is_set_aside_alone(processors: dict[str, Any], folder: Path, 
 
 
 def test_every_reason_that_preparing_gives_is_in_the_table() -> None:
-    """Beside those that have tests of their own: of families, of templates, of training."""
+    """Beside those that have tests of their own: of families, of templates, of training, of evaluation."""
     elsewhere = {
         "bad_tar", "bad_csv", "needs_image", "template", "image_tokens", "image_corrupt", "image_changed",
-        "pdf_empty_page", "turns_differ",
+        "pdf_empty_page", "turns_differ", "no_text",
     }  # fmt: skip
     assert {bad.reason for bad in BAD.values()} == reasons_in_code() - elsewhere
 
