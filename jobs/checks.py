@@ -25,7 +25,7 @@ from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.fingerprint import check_settings, settings_record
 from mmray.prepared.joined import PreparedMixture, check_common
-from mmray.prepared.versions import check_labels
+from mmray.prepared.versions import check_labels, run_labels
 from mmray.run.data import RunData, open_data
 from pipelines.nodes import Node
 
@@ -95,12 +95,13 @@ def check_job_settings(job: Job) -> None:
 def open_prepared(job: Job) -> dict[str, RunData]:
     """The job's prepared datasets. Raises UserError when one is missing, empty, or was made with other settings."""
     family = job_family(job)
-    tiling, labels = family.resolved_tiling(job.images), label_maker(job.loss, family)
+    tiling = family.resolved_tiling(job.images)
     datasets: dict[str, RunData] = {}
     for split in job.data.splits:
         data = datasets[split] = open_data(job, split)
         if isinstance(data, PreparedMixture):
             record = settings_record(processor=family.processor, tiling=tiling, packing=job.packing, loss=job.loss)
+            labels = label_maker(job.loss, family)
             for part in data.parts:
                 check_common(part, record)
                 _check_bins(part, labels)
@@ -110,7 +111,7 @@ def open_prepared(job: Job) -> dict[str, RunData]:
             tiling=tiling, packing=job.packing, loss=job.loss,
             datasets=getattr(job.data, split), data=job.data,
         )  # fmt: skip
-        _check_bins(data, labels)
+        _check_bins(data, run_labels(data, job.loss, family))
     return datasets
 
 

@@ -24,10 +24,10 @@ from jobs.train_loop import train_worker, worker_config
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.errors import PassingError, UserError
-from mmray.loss.sources import label_maker
 from mmray.prepared import PreparedDataset
 from mmray.prepared.dataset import MANIFEST
-from mmray.prepared.versions import check_new_run, old_chats
+from mmray.prepared.schema import FORMAT_VERSION
+from mmray.prepared.versions import check_new_run
 from mmray.report import Run, run_table
 from mmray.rows.encode import Encoder
 from mmray.run.callback import Callback
@@ -72,7 +72,7 @@ def with_data(job: Job, prepared: str) -> Job:
 
 def check_old_chats(job: Job, split: str, prepared: RunData) -> None:
     """Raise UserError where a new run would begin on chats of an earlier version that train otherwise now."""
-    if isinstance(prepared, PreparedDataset) and old_chats(prepared.manifest):  # a mixture never has such
+    if isinstance(prepared, PreparedDataset) and prepared.manifest["format_version"] < FORMAT_VERSION:
         family = job_family(job)
         encoder = Encoder(
             job.data.lenient,
@@ -82,7 +82,7 @@ def check_old_chats(job: Job, split: str, prepared: RunData) -> None:
             job.packing,
             loss=job.loss,
         )
-        check_new_run(prepared, encoder, label_maker(job.loss, family))
+        check_new_run(prepared, encoder, job.loss)
 
 
 def train(

@@ -113,7 +113,7 @@ def file_version(info: Mapping[str, Any]) -> str:
     return str(next((info[key] for key in _VERSION_KEYS if info.get(key)), ""))
 
 
-_LASTING = (PermissionError, FileExistsError, NotADirectoryError, FileNotFoundError)
+_LASTING = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError, FileNotFoundError)
 """Errors that a retry would raise again."""
 
 
@@ -140,6 +140,8 @@ def _remedy(error: OSError) -> str:
         return "let this user read and write there, or choose another folder"
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return "a file stands where a folder should be; move it, or choose another folder"
+    if isinstance(error, IsADirectoryError):
+        return "a folder stands there; give the name of a file"
     if isinstance(error, FileNotFoundError):
         return "something else removes files there while this runs; the same command continues"
     return "once that is mended, the same command continues"

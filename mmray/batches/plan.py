@@ -21,6 +21,7 @@ from mmray.loss.labels import LabelMaker
 from mmray.loss.settings import Loss
 from mmray.loss.sources import label_maker
 from mmray.prepared.joined import JoinedDatasets
+from mmray.prepared.versions import run_labels
 from mmray.schedule.balanced import BalancedSchedule, BoundSchedule
 from mmray.schedule.order import Order
 
@@ -105,6 +106,8 @@ class BatchMaker:
 
     @cached_property
     def labels(self) -> LabelMaker:
+        if len(self.prepared.parts) == 1:
+            return run_labels(self.prepared.parts[0], self.plan.loss, self.family)
         return label_maker(self.plan.loss, self.family)
 
     @cached_property

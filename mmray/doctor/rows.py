@@ -124,7 +124,7 @@ class FirstRows:
             typical = by_length[(len(by_length) - 1) // 2]
             alone = self.job.packing.model_copy(update={"mode": "none"})
             (shown,) = window_bins(pack_window(samples_table([typical]), alone, labels, 0, True))
-            roles, (view,) = view_samples(shown, self.family, self.job.loss)
+            roles, (view,) = view_samples(shown, self.family, self.job.loss, labels)
             print_sample(console, f"a typical one of the first rows of {self.name(number)}: {view.id}", view, roles)
         if numbers:
             console.print(legend(is_plain(console)), "")

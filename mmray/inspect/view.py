@@ -17,13 +17,14 @@ import torch
 from mmray.errors import UserError
 from mmray.families import Family, family_of, load_processor
 from mmray.inspect.text import token_texts
-from mmray.loss.labels import segment_ids
+from mmray.loss.labels import LabelMaker, segment_ids
 from mmray.loss.roles import RoleBoundary, role_keep_mask
 from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import Loss, RoleLoss, loss_of_record
 from mmray.loss.sources import label_maker
 from mmray.prepared import Bin, PreparedDataset
 from mmray.prepared.fingerprint import differences, processor_record
+from mmray.prepared.versions import run_labels
 
 
 class Mark(StrEnum):
@@ -128,7 +129,7 @@ def view_bin(prepared: PreparedDataset, number: int, family: Family | None) -> B
     roles: tuple[str, ...] = ()
     samples = tuple(_counts(shown))
     if family is not None:
-        roles, samples = view_samples(shown, family, loss)
+        roles, samples = view_samples(shown, family, loss, run_labels(prepared, loss, family))
     return BinView(
         path=prepared.path,
         index=number,
@@ -145,11 +146,13 @@ def view_bin(prepared: PreparedDataset, number: int, family: Family | None) -> B
     )
 
 
-def view_samples(shown: Bin, family: Family, loss: Loss) -> tuple[tuple[str, ...], tuple[SampleView, ...]]:
+def view_samples(
+    shown: Bin, family: Family, loss: Loss, labels: LabelMaker
+) -> tuple[tuple[str, ...], tuple[SampleView, ...]]:
     """Compute the roles that may have turns, and the samples of a bin with their turns."""
     boundaries = turn_boundaries(loss, family)
     roles = tuple(dict.fromkeys(boundary.role for boundary in boundaries))
-    return roles, tuple(_with_turns(tuple(_counts(shown)), shown, family, loss, boundaries))
+    return roles, tuple(_with_turns(tuple(_counts(shown)), shown, family, loss, labels, boundaries))
 
 
 def family_of_prepared(
@@ -208,14 +211,13 @@ def _counts(shown: Bin) -> Iterator[SampleView]:
 
 
 def _with_turns(
-    samples: Sequence[SampleView], shown: Bin, family: Family, loss: Loss, boundaries: Sequence[RoleBoundary]
-) -> Iterator[SampleView]:
+    samples: Sequence[SampleView], shown: Bin, family: Family, loss: Loss, labels: LabelMaker,
+    boundaries: Sequence[RoleBoundary],
+) -> Iterator[SampleView]:  # fmt: skip
     blocks = [(image["first_token"], image["num_tokens"]) for image in shown.images]
     given_mask = shown.given_mask if len(shown.given_mask) else np.zeros(len(shown.input_ids), dtype=bool)
-    labels = label_maker(loss, family).of_arrays(
-        shown.input_ids, shown.sample_lengths, shown.sample_rules, given_mask, blocks
-    )
-    trained = labels != IGNORE_INDEX
+    label_ids = labels.of_arrays(shown.input_ids, shown.sample_lengths, shown.sample_rules, given_mask, blocks)
+    trained = label_ids != IGNORE_INDEX
     marks = np.asarray([Mark.CONTEXT, Mark.MEDIA, Mark.TRAINED], dtype=object)[
         np.where(trained, 2, _is_media(shown, family))
     ]

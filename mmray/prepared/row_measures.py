@@ -15,8 +15,8 @@ from mmray.images import plan_tiles
 from mmray.loss.labels import LabelMaker
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import loss_of_record
-from mmray.loss.sources import label_maker
 from mmray.prepared.dataset import Bin, PreparedDataset
+from mmray.prepared.versions import run_labels
 from mmray.prepared.window import BINS_PER_ROW_GROUP
 from mmray.rows.sample import Sample
 
@@ -95,7 +95,7 @@ def measured_bins(prepared: PreparedDataset, family: Family, *, most_tokens: int
     family: that of the processor it was prepared with.
     most_tokens: of more tokens, evenly spaced groups of bins are read.
     """
-    labels = label_maker(loss_of_record(prepared.manifest["record"]["loss"]), family)
+    labels = run_labels(prepared, loss_of_record(prepared.manifest["record"]["loss"]), family)
     words = _Words(family)
     parts = [
         _measured_bin(prepared, shown, labels, words, family)

@@ -3,18 +3,23 @@
 Version 2 found the turns of chats by a scan for turn markers alone, and kept only role and content of a message. Its
 other rows are equal to today's. A dataset does not hold what was left out of its chats, so their first rows are read
 again: when other tokens of one of them would be trained on now, no new run begins on the dataset. A run that has begun
-continues as it began.
+continues as it began, with the turn markers that its family had then (`run_labels`).
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from mmray.errors import UserError
+from mmray.families import Family, Gemma4, GraniteDocling, Idefics3, Pixtral, Qwen2VL
+from mmray.families.text_models import OnTextModel
 from mmray.loss.labels import LabelMaker
 from mmray.loss.rules import IGNORE_INDEX
+from mmray.loss.settings import Loss, RoleLoss
+from mmray.loss.sources import label_maker
 from mmray.prepared.dataset import Bin, PreparedDataset
 from mmray.prepared.schema import FORMAT_VERSION
 from mmray.rows.encode import Encoder
@@ -25,6 +30,8 @@ from mmray.rows.sample import RejectedRow
 
 _BY_TURNS = ("roles", "template", "boundaries")
 """Loss sources of version 2 that depend on the turns of chats."""
+_GAINED_TOOLS = (Qwen2VL, GraniteDocling, Idefics3, OnTextModel)
+"""Families whose markers have turns of tools since version 3; among those on text models, Pixtral always had them."""
 _CHECKED_BINS = 16
 COMPARED_ROWS = 512
 """Number of rows of each set of chats that are encoded anew before a run begins on an earlier version's dataset."""
@@ -39,24 +46,46 @@ def old_chats(manifest: dict[str, Any]) -> list[int]:
     return [n for n, (kind, source) in enumerate(zip(kinds, sources)) if kind == "chat" and source in _BY_TURNS]
 
 
-def check_new_run(prepared: PreparedDataset, encoder: Encoder, labels: LabelMaker) -> None:
+def run_labels(prepared: PreparedDataset, loss: Loss, family: Family) -> LabelMaker:
+    """Build the label maker of a run on a prepared dataset: the one with which its trained tokens were counted.
+
+    A mixture of datasets has today's label maker, with which each of them must have been counted, too.
+    """
+    labels = label_maker(loss, family)
+    if prepared.manifest["format_version"] == FORMAT_VERSION:
+        return labels
+    if isinstance(family, Gemma4):
+        return replace(labels, stop_token_ids=())
+    has_own_boundaries = isinstance(loss, RoleLoss) and loss.boundaries is not None
+    if has_own_boundaries or isinstance(family, Pixtral) or not isinstance(family, _GAINED_TOOLS):
+        return labels
+    return replace(labels, boundaries=tuple(boundary for boundary in labels.boundaries if boundary.role != "tool"))
+
+
+def check_new_run(prepared: PreparedDataset, encoder: Encoder, loss: Loss) -> None:
     """Raise UserError when a new run on an earlier version's dataset would be trained on other tokens than now.
 
-    encoder: the job's encoder for the same split. The first rows of each set of chats are encoded anew and compared.
+    encoder: the job's encoder for the same split. The first rows of each set of chats are encoded anew and compared;
+    turn markers that the family did not have then are looked for in all bins.
     Also raises UserError when the row files are missing: then nothing shows that the labels are right.
     """
+    labels, earlier = label_maker(loss, encoder.family), run_labels(prepared, loss, encoder.family)
+    remedy = "prepare it anew (jobs/prepare.py --replace). A run that has begun on the dataset ends on it without that"
+    for shown in prepared.bins(0, len(prepared)) if labels != earlier else ():
+        if not np.array_equal(bin_labels(shown, labels), bin_labels(shown, earlier)):
+            raise UserError(
+                f"{prepared.path} was prepared by an earlier version, which knew fewer turns, and its bin "
+                f"{shown.index} has other trained tokens now: {remedy}"
+            )
     for number in old_chats(prepared.manifest):
         name = f"{prepared.path} was prepared by an earlier version, and of its set {number}"
-        remedy = (
-            "prepare it anew (jobs/prepare.py --replace). A run that has begun on the dataset ends on it without that"
-        )
         try:
             rows = _first_rows(encoder, number)
         except (UserError, OSError) as error:
             problem = f"the rows cannot be read to check which of their tokens are trained on ({error})"
             raise UserError(f"{name} {problem}: {remedy}") from error
         results = dict(zip((row.source for row in rows), encoder.encode(rows)))
-        for source, ids, trained in _stored(prepared, labels, set(results)):
+        for source, ids, trained in _stored(prepared, earlier, set(results)):
             result = results[source]
             if isinstance(result, RejectedRow):
                 raise UserError(f"{name} row {source} is refused now ({result.reason}: {result.message}): {remedy}")

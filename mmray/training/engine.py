@@ -35,6 +35,7 @@ from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, p
 from mmray.training.ranks import Ranks
 from mmray.training.router_loss import Routers, router_coefficient
 from mmray.training.settings import ModelSettings, TrainingSettings
+from mmray.training.weights import listed
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ class TrainingEngine:
         sums += self._forward_backward(micro_batches[-1], *scales)
         dist.all_reduce(sums)
         loss, router_loss = sums[0].item() / max(1, trained), sums[1].item() / max(1, balanced)
-        self._require_finite(loss, "loss")
+        self._require_finite(loss, "loss")  # no weight has changed yet
         grad_norm = self._apply_gradients()
         self.step_count += 1
         set_losses = self._set_losses(sums[2:].tolist())
@@ -357,11 +358,19 @@ class TrainingEngine:
 
     def _require_finite(self, value: float, name: str) -> None:
         """Raises UserError for a value that is not finite. All ranks hold the same value, so all raise or none."""
-        if not torch.isfinite(torch.tensor(value)):
-            raise UserError(
-                f"the {name} of step {self.step_count + 1} is {value}; lower training.learning_rate or "
-                f"max_grad_norm, or look at the bins of this step, and resume from the last checkpoint"
-            )
+        if torch.isfinite(torch.tensor(value)):
+            return
+        remedy = "lower training.learning_rate or max_grad_norm, or look at the bins of this step, and resume from the "
+        remedy += "last checkpoint"
+        if name == "loss" and (broken := self._broken_weights()):
+            remedy = f"{len(broken)} weights of the model have numbers that are not finite: {listed(broken)}; "
+            remedy += "begin from other files or an earlier checkpoint"
+        raise UserError(f"the {name} of step {self.step_count + 1} is {value}; {remedy}")
+
+    def _broken_weights(self) -> list[str]:
+        """Names of the weights of which this rank holds a number that is not finite; under ZeRO-3, in its shard."""
+        shards = ((name, getattr(weight, "ds_tensor", weight)) for name, weight in self.model.named_parameters())
+        return [name for name, shard in shards if not torch.isfinite(shard.data).all()]
 
 
 @contextmanager

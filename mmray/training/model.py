@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from mmray.families.model_source import source_problem
 from mmray.families.processors import warn_of_remote_code
 from mmray.training.inline_config import inline_config
 from mmray.training.settings import ModelSettings
-from mmray.training.weights import UnknownWeights, check_fit, check_patterns, fit, stored_shapes
+from mmray.training.weights import UnknownWeights, check_fit, check_patterns, fit, stored_weights
 
 log = logging.getLogger("mmray")
 
@@ -80,7 +81,7 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
 def check_weights(settings: ModelSettings, *, download: bool = False) -> str:
     """Compares the weights in the files of `model.path` with the model, without loading them.
 
-    download: as for `stored_shapes`.
+    download: as for `stored_weights`.
 
     Returns a text on weights that are drawn at random or left out because `model.allow_missing` says so, "" for none.
 
@@ -90,10 +91,9 @@ def check_weights(settings: ModelSettings, *, download: bool = False) -> str:
     config = load_config(settings)
     if getattr(config, "quantization_config", None):
         raise UnknownWeights(f"{settings.path} is quantised: transformers judges its weights while it loads them")
-    stored = stored_shapes(settings.path, download=download)
-    empty = empty_model(settings)
-    names = {*stored, *empty.state_dict()}
-    weights_fit = fit(empty, stored)
+    stored = stored_weights(settings.path, download=download)
+    names = {*stored, *empty_model(settings).state_dict()}
+    weights_fit = fit(partial(empty_model, settings), stored)
     check_patterns(settings.allow_missing, {*names, *weights_fit.unexpected})
     return check_fit(settings.path, weights_fit, settings.allow_missing)
 

@@ -113,7 +113,7 @@ def test_report_writes_a_page(run, prepared, tmp_path):
         assert code == 0
         assert out == f"{file}: {file.stat().st_size / 1e6:.1f} MB\n"
         assert f"<title>{title} {path}</title>" in file.read_text(encoding="utf-8")
-    check_error(run("report", prepared.path, "--html", tmp_path), str(tmp_path), "Is a directory", "--html")
+    check_error(run("report", prepared.path, "--html", tmp_path), str(tmp_path), "Is a directory", "the name of a file")
     check_error(run("report", prepared.path, "--html", file, "--job", tmp_path / "no.yaml"), "no.yaml", "No such file")
 
 
@@ -154,8 +154,14 @@ def test_inspect_writes_a_page(run, prepared, processor_folders, tmp_path):
 def test_inspect_where_no_page_can_be_written(run, prepared, processor_folders, tmp_path):
     check_error(run("inspect", prepared.path, "--html", tmp_path / "p.html"), "does not name its processor")
     processor = ("--processor", processor_folders["qwen2_vl"])
-    for path, problem in ((tmp_path, "Is a directory"), (tmp_path / "no" / "p.html", "No such file or directory")):
-        check_error(run("inspect", prepared.path, *processor, "--html", path), str(path), problem, "--html")
+    refused = run("inspect", prepared.path, *processor, "--html", tmp_path)
+    check_error(refused, str(tmp_path), "Is a directory", "the name of a file")
+
+
+def test_inspect_makes_the_folder_of_a_page(run, prepared, processor_folders, tmp_path):
+    page = tmp_path / "no" / "p.html"
+    assert run("inspect", prepared.path, "--processor", processor_folders["qwen2_vl"], "--html", page)[0] == 0
+    assert "<title>" in page.read_text()
 
 
 def test_inspect_runs_code_of_a_processor_only_when_asked(run, prepared, monkeypatch):

@@ -33,6 +33,7 @@ from mmray.training import weights as training_weights
 from mmray.training.loss import packed_loss_sum
 from mmray.training.model import build_model, load_config
 from mmray.training.settings import ModelSettings
+from mmray.training.weights import StoredWeight
 from tests.mmray.preparing import write_rows
 
 CHECKS = (
@@ -147,6 +148,17 @@ def test_attention_that_is_not_installed(make_job, monkeypatch):
     _, with_gpu, _ = examine_settings(job)
     assert with_gpu.status is Status.FAIL
     assert "flash_attn is not installed" in with_gpu.detail
+
+
+def test_a_key_that_deepspeed_does_not_know(make_job):
+    """Found before work starts: a run and its plan do the same cheap part."""
+    overrides = {"zero_optimization": {"reduce_bucket_sizes": 1}}
+    found = {each.check: each for each in examine_settings(Job.model_validate(make_job(training__deepspeed=overrides)))}
+    assert found["deepspeed"].status is Status.FAIL
+    assert "did you mean zero_optimization.reduce_bucket_size?" in found["deepspeed"].detail
+    overrides = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    found = {each.check: each for each in examine_settings(Job.model_validate(make_job(training__deepspeed=overrides)))}
+    assert found["deepspeed"].status is Status.PASS
 
 
 def test_a_model_that_cannot_pack(make_job, monkeypatch):
@@ -552,13 +564,14 @@ def test_weights_of_the_hub(make_job, monkeypatch):
     """Their headers are asked for; nothing is fetched."""
     job = Job.model_validate(make_job())
     config = load_config(job.model)
-    shapes = {name: tuple(weight.shape) for name, weight in build_model(job.model).state_dict().items()}
-    monkeypatch.setattr(training_weights, "_hub_shapes", lambda name: shapes)
+    weights = build_model(job.model).state_dict().items()
+    stored = {name: StoredWeight(tuple(weight.shape), "BF16") for name, weight in weights}
+    monkeypatch.setattr(training_weights, "_hub_weights", lambda name: stored)
     monkeypatch.setattr(training_model, "_read_config", lambda _: config)
     of_hub = job.model_copy(update={"model": job.model.model_copy(update={"path": "owner/model"})})
     assert doctor_weights.examine_names(of_hub).status is Status.PASS
-    name, shape = shapes.popitem()
-    shapes[name] = (*shape, 1)
+    name, weight = stored.popitem()
+    stored[name] = StoredWeight((*weight.shape, 1), "BF16")
     with pytest.raises(UserError, match=f"1 of another shape: {re.escape(name)}"):
         doctor_weights.examine_names(of_hub)
 

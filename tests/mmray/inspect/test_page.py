@@ -18,6 +18,7 @@ from mmray.inspect.page import page_of
 from mmray.inspect.view import view_bin, view_samples
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import RoleLoss
+from mmray.loss.sources import label_maker
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
 from tests.mmray.html_page import Page
@@ -276,7 +277,7 @@ def test_boundaries_of_the_job_may_be_called_anything(processors, folder, tmp_pa
     loss = RoleLoss(roles=(role,), boundaries=(boundary,), allow_empty=True)
     made = preparation(processors["qwen2_vl"], folder, "chat")
     prepared = made.write(tmp_path)
-    roles, samples = view_samples(prepared.bin(0), made.family, loss)
+    roles, samples = view_samples(prepared.bin(0), made.family, loss, label_maker(loss, made.family))
     view = replace(view_bin(prepared, 0, made.family), roles=roles, samples=samples)
     found = Page(page_of(view, made.family, prepared.tiling))
     assert {element.text for element in found.of("div", "role")} == {role}

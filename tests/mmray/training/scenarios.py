@@ -74,6 +74,7 @@ def two_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
     results["text alone"] = text_alone(engine)
     engine.close()
     results["not finite"] = not_finite()
+    results["broken files"] = not_finite(path=str(folder / "broken"), config=None)
     return results
 
 
@@ -99,11 +100,11 @@ def nothing_trained(engine: TrainingEngine) -> tuple[bool, float, int]:
     return same, metrics.loss + metrics.grad_norm, engine.step_count
 
 
-def not_finite() -> str:
-    """The message of a step whose pixels are not numbers on one rank."""
-    engine = build((2, "fp32"), 2)
+def not_finite(**model: Any) -> str:
+    """The message of a step of a model; of one with random weights, whose pixels are not numbers on one rank."""
+    engine = build((2, "fp32"), 2, model=model)
     bins = tiny.global_batch(0)
-    if engine.rank == 1:
+    if engine.rank == 1 and not model:
         bins[3].samples[0].pixel_values[0] = float("nan")
     try:
         engine.step(tiny.micro_batches(bins, engine.rank, engine.world_size, 2))

@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmray.training.model import build_model
 from tests.mmray.training import scenarios, tiny
 from tests.mmray.training.ranks import RankGroup
 from tests.mmray.training.scenarios import EXACT, LAST_STEP, SAVED_AT, checkpoint_name
 
+BROKEN = "model.language_model.layers.1.mlp.down_proj.weight"
 Results = dict[str, list[dict[Any, Any]]]  # by process group, then by rank
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder, shared = tmp_path_factory.mktemp("checkpoints"), tmp_path_factory.mktemp("shared [1+1]")
-    build_model(tiny.model_settings()).save_pretrained(folder / "model")
+    model = build_model(tiny.model_settings())
+    model.save_pretrained(folder / "model")
+    with torch.no_grad():
+        model.get_parameter(BROKEN)[3] = float("nan")
+    model.save_pretrained(folder / "broken")
     done: Results = {"two": RankGroup(2, scenarios.two_ranks, folder).results()}
     for case in EXACT:
         merge(folder / checkpoint_name(case))
@@ -95,6 +101,14 @@ def test_a_step_that_trains_nothing_leaves_the_weights(results: Results, case: s
 def test_a_loss_that_is_not_finite_stops_every_rank(results: Results) -> None:
     for rank in (0, 1):
         assert results["two"][rank]["not finite"].startswith("the loss of step 1 is nan; lower training.learning_rate")
+
+
+def test_weights_that_are_not_finite_are_named(results: Results) -> None:
+    for rank in (0, 1):
+        assert results["two"][rank]["broken files"] == (
+            f"the loss of step 1 is nan; 1 weights of the model have numbers that are not finite: {BROKEN}; begin from "
+            "other files or an earlier checkpoint"
+        )
 
 
 @pytest.mark.parametrize("case", EXACT, ids=checkpoint_name)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mmray.errors import UserError
 from mmray.training import weights as weights_module
-from mmray.training.model import build_model, check_weights
+from mmray.training.model import build_model, check_weights, empty_model
 from mmray.training.settings import ModelSettings
-from mmray.training.weights import UnknownWeights
+from mmray.training.weights import StoredWeight, UnknownWeights
 from tests.mmray.training import tiny
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
@@ -59,6 +61,13 @@ def with_head(state: State) -> State:
     return state | {"value_head.weight": torch.zeros(1, 64)}
 
 
+def as_codes(dtype: torch.dtype) -> Callable[[State], State]:
+    """An edit: the projections down of the MLPs as quantised weights are stored, without their scales."""
+    return lambda state: {
+        name: (weight.clamp(-1, 1) * 100).to(dtype) if "down_proj" in name else weight for name, weight in state.items()
+    }
+
+
 def narrower(state: State) -> State:
     return {name: weight[:-1].contiguous() if "down_proj" in name else weight for name, weight in state.items()}
 
@@ -76,9 +85,28 @@ def test_whole_files_fit(whole: Path) -> None:
         (without("layers.1.mlp.down_proj"), ("1 missing from the files, which would be drawn at random: " + DOWN,)),
         (adapted, ("58 missing", "57 in the files that the model does not have: base_model.model.", "merge it into")),
         (with_head, ("1 in the files that the model does not have: value_head.weight. Remedy", "model.allow_missing")),
+        (
+            as_codes(torch.int8),
+            (
+                "2 stored as integers or in 8 bits without what turns them into weights: ",
+                "model.language_model.layers.*.mlp.down_proj.weight (2 times)",
+                "give the model in bf16, fp16 or fp32",
+            ),
+        ),
+        (as_codes(torch.float8_e4m3fn), ("2 stored as integers or in 8 bits",)),
+        (as_codes(torch.bool), ("2 stored as integers or in 8 bits",)),
         (narrower, ("2 of another shape: ", "[63, 96] instead of [64, 96]", "another model's")),
     ],
-    ids=["no vision tower", "no layer's part", "an adapter's prefix", "another head", "another width"],
+    ids=[
+        "no vision tower",
+        "no layer's part",
+        "an adapter's prefix",
+        "another head",
+        "int8",
+        "fp8",
+        "bool",
+        "another width",
+    ],
 )
 def test_files_that_do_not_fit(changed: Changed, edit: Callable[[State], State], messages: tuple[str, ...]) -> None:
     folder = changed(edit)
@@ -88,6 +116,21 @@ def test_files_that_do_not_fit(changed: Changed, edit: Callable[[State], State],
         for message in messages:
             assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_other_plain_numbers_fit(changed: Changed, whole: Path) -> None:
+    """Files in fp16, and numbers that are integers in the model, too."""
+    folder = changed(lambda state: {name: weight.half() for name, weight in state.items()})
+    assert check_weights(settings(folder)) == ""
+    stored = weights_module.stored_weights(str(whole), download=False)
+
+    def counting() -> PreTrainedModel:
+        model = empty_model(settings(whole))
+        model.register_buffer("seen", torch.zeros((), dtype=torch.int64, device="meta"))
+        return model
+
+    counted = stored | {"seen": StoredWeight((), "I64")}
+    assert weights_module.fit(counting, counted) == weights_module.fit(partial(empty_model, settings(whole)), stored)
 
 
 def test_who_means_it_says_so(changed: Changed, caplog: pytest.LogCaptureFixture) -> None:
@@ -136,11 +179,11 @@ def test_weights_of_the_hub_are_judged_from_their_headers(changed: Changed, monk
     """Without fetching them."""
     folder = changed(without("visual.blocks.1."))
     header = load_file(folder / "model.safetensors")
-    tensors = {name: SimpleNamespace(shape=list(weight.shape)) for name, weight in header.items()}
+    tensors = {name: SimpleNamespace(shape=list(weight.shape), dtype="F32") for name, weight in header.items()}
     told = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
     monkeypatch.setattr(weights_module, "get_safetensors_metadata", lambda name: told)
-    found = weights_module.stored_shapes("owner/nowhere", download=False)
-    assert found == {name: tuple(weight.shape) for name, weight in header.items()}
+    found = weights_module.stored_weights("owner/nowhere", download=False)
+    assert found == {name: StoredWeight(tuple(weight.shape), "F32") for name, weight in header.items()}
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,4 +192,4 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(weights_module, "get_safetensors_metadata", silent)
     with pytest.raises(UnknownWeights, match=r"owner/nowhere is not on this machine, .* no route"):
-        weights_module.stored_shapes("owner/nowhere", download=False)
+        weights_module.stored_weights("owner/nowhere", download=False)

@@ -2,13 +2,17 @@
 
 import itertools
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mmray.run.export import export_model
+from mmray.training.model import build_model
+from mmray.training.settings import ModelSettings
 from tests.mmray.families.zoo import ZOO
+from tests.mmray.run.export.cases import Case, prepare
 from tests.mmray.run.export.conftest import trained
 
 FAMILIES = ("qwen2_vl", "gemma3", "qwen3_vl_moe")
@@ -63,6 +67,33 @@ def test_the_exported_model_is_the_engine_s(engines, number, tmp_path):
     export_model(str(case.run), str(tmp_path / "out"))
     model = load(tmp_path / "out", case)
     assert str(model.dtype) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[case.dtype]
+    check_equal(model, engine)
+
+
+@dataclass(frozen=True)
+class WithAddedTokens(Case):
+    """A case whose model was saved before tokens were added to its tokenizer."""
+
+    @property
+    def model(self) -> ModelSettings:
+        return ModelSettings(path=str(self.processor), dtype=self.dtype, resize_embeddings=True)
+
+
+def test_the_vectors_of_added_tokens_are_exported(make_case, tmp_path):
+    plain = make_case("qwen2_vl", 2, "fp32")
+    folder = tmp_path / "added"
+    ZOO["qwen2_vl"].write_processor(folder)
+    build_model(plain.model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = build_model(plain.model).get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<new {number}>" for number in range(rows + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    prepared = prepare("qwen2_vl", folder, tmp_path / "rows")
+    case = WithAddedTokens(plain.member, plain.stage, plain.dtype, folder, prepared, plain.run)
+    engine = trained({1: [case]})[case]
+    export_model(str(case.run), str(tmp_path / "out"))
+    model = load(tmp_path / "out", case)
+    assert model.get_input_embeddings().num_embeddings == model.config.get_text_config().vocab_size == rows + 1
     check_equal(model, engine)
 
 
