@@ -26,7 +26,7 @@ from mmray.images.contents import CONTENTS_BYTES, contents
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "XML, as stores send for errors"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
         (b'{"error": "not found"}', "JSON text"),
-        (gzip.compress(b"page"), "gzip data; unpack it"),
+        (gzip.compress(b"page", mtime=0), "gzip data; unpack it"),
         (b"PK\x03\x04....", "a ZIP archive"),
         (b"8BPS\0\x01", "a Photoshop document"),
         (b"\0\0\0\x20ftypisom....", "a film or a picture of the kind 'isom'"),
