@@ -147,6 +147,9 @@ def estimate(
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
 ) -> None:
     """Compare policies of a job: tokens, fill of bins, rows lost, steps; from a sample of its rows, without Ray."""
+    from mmray.config.job import load_job
+
+    load_job(job_file, overrides)  # a typo is told before the rest is imported
     from mmray.prepared.policies import compare, policies
 
     wanted = policies(job_file, overrides, tries)
@@ -228,12 +231,14 @@ def verify(
     if address:
         raise UserError("--processes is for this machine, --address for a cluster; give one of them")
     from mmray.config.job import prepared_paths
+
+    paths = prepared_paths(path)  # a typo is told before the rest is imported
     from mmray.prepared.verify import in_processes
     from mmray.report.verified import verify_datasets
 
     count = processes or os.cpu_count() or 1
     Console(stderr=True).print(f"decoding in {count} processes of this machine; --address names a Ray cluster")
-    sys.exit(1 if verify_datasets(prepared_paths(path), in_processes(count)) else 0)
+    sys.exit(1 if verify_datasets(paths, in_processes(count)) else 0)
 
 
 @app.command()

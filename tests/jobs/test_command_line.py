@@ -1,5 +1,6 @@
 """A mistake in a job file is told at once: before torch and Ray, whose import takes seconds."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,14 +32,20 @@ else:
         ["mmray", "doctor", "JOB"],
         ["mmray", "inspect", "JOB", "--rows", "3"],
         ["mmray", "verify", "JOB"],
+        ["jobs/verify.py", "JOB"],
+        ["jobs/evaluate.py", "JOB"],
+        ["mmray", "estimate", "JOB", "--try", "packing.token_capacity=512"],
     ],
     ids=" ".join,
 )
 def test_a_typo_is_told_before_torch_and_ray_are_imported(words: list[str], tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("name: x\nmodle: {}\n")
-    script = [str(ROOT / word) if word.endswith(".py") else word.replace("JOB", str(job)) for word in words]
-    done = subprocess.run([sys.executable, "-c", RUN, *script], capture_output=True, text=True, cwd=ROOT, check=False)
+    script = [str(ROOT / word) if word.endswith(".py") else str(job) if word == "JOB" else word for word in words]
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *script], capture_output=True, text=True, cwd=ROOT, check=False, env=env
+    )
     assert done.returncode == 2, done.stderr
     assert "modle: unknown key; did you mean 'model'?" in done.stderr
     assert done.stdout.splitlines()[-1] == "imported:"
