@@ -64,7 +64,7 @@ def test_the_ignore_index_is_written_once():
         and isinstance(node.operand, ast.Constant)
         and node.operand.value == 100
     ]
-    assert places == ["loss/labels.py"]
+    assert places == ["loss/rules.py"]
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.read_text()], ids=lambda path: path.stem)
