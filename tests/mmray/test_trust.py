@@ -28,7 +28,9 @@ SHIPPED = [
     *sorted(path for path in (ROOT / "jobs").iterdir() if path.suffix in (".py", ".yaml", ".ipynb")),
 ]  # fmt: skip
 
-BETWEEN_PROCESSES = {"pipelines/dataset.py", "pipelines/ingest.py", "jobs/train.py", "jobs/train_loop.py"}
+BETWEEN_PROCESSES = {
+    "pipelines/dataset.py", "pipelines/evaluate.py", "pipelines/ingest.py", "jobs/train.py", "jobs/train_loop.py",
+}  # fmt: skip
 """Where a job pickles a class of its own for its own actors and workers. Nothing of it is written or read."""
 
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

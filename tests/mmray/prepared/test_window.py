@@ -116,6 +116,8 @@ def test_bins_hold_whole_samples_each_once_within_both_capacities(case):
         "rejected_by_reason": dict(sorted(Counter(row["reason"] for row in out).items())),
         "content": window.statistics["content"],
         "set_columns": window.statistics["set_columns"],
+        "set_counts": window.statistics["set_counts"],
+        "rows_repeated": 0,
         "bins": len(bins),
         "bins_at_least": window.statistics["bins_at_least"],
         "tokens": sum(each["num_tokens"] for each in bins),
