@@ -97,7 +97,7 @@ def image_ref(entry: object, root: str) -> ImageRef:
     """Reads one image as a row names it, in its column or in a part of a message. Raises RowError as `image_refs`."""
     if isinstance(entry, dict):  # the form of Hugging Face datasets: bytes, path or both
         if entry and not entry.keys() & {"bytes", "path"}:
-            keys = ", ".join(map(str, entry))
+            keys = ", ".join(map(repr, entry))  # on one line, whatever they hold
             raise RowError("wrong_type", f"an image as an object has bytes or a path; this one has {keys:.60}")
         data = entry.get("bytes")
         entry = (base64_bytes(data) if isinstance(data, str) else data) or entry.get("path")
