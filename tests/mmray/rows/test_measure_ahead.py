@@ -59,24 +59,19 @@ def store(pictures: Path) -> Iterator[str]:
         MemoryFileSystem().rm("/far-pages", recursive=True)
 
 
-def test_rows_are_those_of_asking_one_after_another_and_come_soon(
-    store: str, processors, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_those_of_asking_one_after_another(store: str, processors, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [{"id": str(number), "text": "<image> a page", "images": [f"{number}.png"]} for number in range(400)]
     rows = [RawRow(f"/rows.jsonl:{number}", 0, value) for number, value in enumerate(values)]
     rows[5] = RawRow("/rows.jsonl:5", 0, {"id": "5", "text": "<image><image>", "images": ["5.png", "6.png"]})
     job = Preparation(processors["qwen2_vl"], {"files": "x", "kind": "pretrain", "image_root": store})
     job.encoder.encode(rows[:2])
-    seconds, results = {}, {}
+    results = {}
     for ahead in (AHEAD, 1):
         monkeypatch.setattr(measure_ahead, "AHEAD", ahead)
-        started = time.perf_counter()
         results[ahead] = job.encoder.encode(rows)
-        seconds[ahead] = time.perf_counter() - started
     assert list(map(repr, results[AHEAD])) == list(map(repr, results[1]))
     assert {row.reason for row in results[1] if hasattr(row, "reason")} == {"image_missing", "image_unreadable"}
-    assert FarAway.most == AHEAD
-    assert seconds[1] > 6 * seconds[AHEAD], seconds  # 20 times on a machine of one's own: benchmarks/bench_latency.py
+    assert FarAway.most == AHEAD  # requests at once; what that saves: benchmarks/bench_latency.py
 
 
 def test_an_error_comes_at_its_images_turn_and_no_more_are_asked_for_than_the_window(store: str) -> None:
