@@ -95,7 +95,9 @@ def test_wandb_offline(tmp_path: Path) -> None:
     for item in tables:  # as one value, or a key for each part of it
         table = item.get("eval/texts") or {key: item[f"eval/texts.{key}"] for key in ("_type", "nrows")}
         assert (table["_type"], table["nrows"]) == ("table-file", 1)
-    assert list(tmp_path.glob("wandb/**/media/images/**/*.png"))
+    written = [path.read_text() for path in tmp_path.glob("wandb/**/*.table.json")]
+    assert written
+    assert all('["Image","page-7"' in table for table in written)  # the page beside the texts, in the table's artifact
     axes = [each["metric"] for each in parts[1] if each["type"] == "metric"]
     assert any(axis.get("glob_name") == "*" and axis.get("step_metric") == "step" for axis in axes)
 
