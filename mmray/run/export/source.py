@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.run.callback_states import best_step
 from mmray.run.checkpoints import checkpoint_names, looks_whole, step_of
 from mmray.run.export.sidecar import Dtype
