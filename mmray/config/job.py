@@ -26,7 +26,7 @@ from mmray.run.scoring.settings import EarlyStoppingSettings, EvaluationSettings
 from mmray.run.tracking.settings import TrackingSettings
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.mixture_settings import MixtureSettings, StageSettings, check_mixture
-from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
+from mmray.training.settings import ModelSettings, TrainingSettings, check_quantised, load_deepspeed_overrides
 
 
 class TileCacheSettings(Settings):
@@ -236,6 +236,14 @@ class Job(Settings):
                     f"{name}.metric is {setting.metric}, which is not measured: set evaluation, its generate.rows and "
                     f"{metric} among its metrics"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_can_train(self) -> "Job":
+        try:
+            check_quantised(self.model, self.training)
+        except UserError as error:
+            raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ may write into a local folder of its own that is merged later:
 
     training_state.json          step, ranks, ZeRO stage, dtype        rank 0
     model.json                   settings of the model, of training    rank 0
+    adapter.json                 the adapter and its base, if any      rank 0
     cursor.json, prepared.json   the place in which data               rank 0
     rng/rank-00000.pt            states of the random generators       each rank
     deepspeed/                   weights and optimizer state           each rank its shard
@@ -30,6 +31,7 @@ import torch
 from mmray.base.version import __version__
 from mmray.base.words import one_line
 from mmray.errors import UserError
+from mmray.training.adapter import Adapter
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.ranks import Ranks
 from mmray.training.settings import ModelSettings, TrainingSettings
@@ -55,6 +57,8 @@ class Engine(Protocol):
     """Number of optimizer steps done."""
     router_loss: float | None
     """Factor of the balancing loss of a mixture of experts; None for none."""
+    adapter: Adapter | None
+    """The adapter that is trained; None where the model's own weights are."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def save_state(engine: Engine, folder: Path) -> None:
     It is complete only when every rank has returned and the folders are merged: commit it after that.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    engine.deepspeed.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+    engine.deepspeed.save_checkpoint(
+        str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=_base_is_in_files(engine)
+    )
     (folder / "rng").mkdir(exist_ok=True)
     torch.save(_rng_state(), _rng_file(folder, engine.rank))
     if engine.rank == 0:
@@ -108,6 +114,8 @@ def save_state(engine: Engine, folder: Path) -> None:
         )
         written = {name: value for name, value in asdict(state).items() if value is not None}
         (folder / STATE_FILE).write_text(json.dumps(written, indent=2) + "\n")
+        if engine.adapter is not None:
+            engine.adapter.write(folder)
         settings = {"model": engine.model_settings, "training": engine.training_settings}
         content = {name: value.model_dump(mode="json") for name, value in settings.items()}
         (folder / MODEL_FILE).write_text(json.dumps({"mmray": __version__, **content}, indent=1) + "\n")
@@ -158,6 +166,7 @@ def prepared(
             f"{resume_from} was written with ZeRO stage {saved[0]} and {saved[1]}, this run has stage "
             f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or start a new run"
         )
+    _check_adapter(resume_from, engine)
     if state.world_size == engine.world_size or state.zero_stage == 0:
         yield ResumeSource(resume_from, state, resume_from, universal=False)
         return
@@ -170,6 +179,23 @@ def prepared(
         yield ResumeSource(resume_from, state, shards_parent, universal=True)
 
 
+def _base_is_in_files(engine: Engine) -> bool:
+    """True if the frozen weights of an adapter's base lie in files, so that checkpoints leave them out."""
+    return engine.adapter is not None and engine.adapter.base is not None
+
+
+def _check_adapter(folder: Path, engine: Engine) -> None:
+    """Raises UserError where the checkpoint holds another adapter than the engine trains."""
+    saved = Adapter.read(folder)
+    if engine.adapter is not None:
+        engine.adapter.check_resumes(saved, folder)
+    elif saved is not None:
+        raise UserError(
+            f"{folder} holds an adapter (training.adapter: {saved.settings.kind} of rank {saved.settings.rank}); set it "
+            "back, or begin a new run with a merged export of it as model.path"
+        )
+
+
 def load_state(engine: Engine, source: ResumeSource) -> None:
     """Restores weights, optimizer state, step and RNG into a new engine. Collective.
 
@@ -178,7 +204,9 @@ def load_state(engine: Engine, source: ResumeSource) -> None:
     with tempfile.TemporaryDirectory(prefix="mmray-load-") as plain:
         # DeepSpeed takes the path for a glob pattern: hand it one without special characters.
         (Path(plain) / SHARDS).symlink_to((source.shards_parent / SHARDS).resolve())
-        engine.deepspeed.load_checkpoint(plain, tag=SHARDS, load_lr_scheduler_states=False)
+        engine.deepspeed.load_checkpoint(
+            plain, tag=SHARDS, load_lr_scheduler_states=False, load_module_strict=not _base_is_in_files(engine)
+        )
     _restore_own_settings(engine)
     engine.step_count = source.state.step
     rng_file = _rng_file(source.folder, engine.rank)

@@ -28,13 +28,15 @@ from mmray.errors import UserError
 from mmray.families import leaf_modules
 from mmray.loss.labels import PADDING_SEGMENT
 from mmray.training import checkpoint
+from mmray.training.adapter import Adapter, load_start
+from mmray.training.base_weights import BaseFiles
 from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
 from mmray.training.loss import count_trained_tokens, packed_loss_sum, packed_loss_sums
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from mmray.training.ranks import Ranks
 from mmray.training.router_loss import Routers, router_coefficient
-from mmray.training.settings import ModelSettings, TrainingSettings
+from mmray.training.settings import ModelSettings, TrainingSettings, check_quantised
 from mmray.training.weights import listed
 
 logger = logging.getLogger(__name__)
@@ -134,6 +136,7 @@ class TrainingEngine:
         """
         if not dist.is_initialized():
             raise RuntimeError("TrainingEngine needs an initialised torch.distributed process group")
+        check_quantised(model_settings, training_settings)
         deepspeed = import_deepspeed()
         self.model_settings = model_settings
         self.training_settings = training_settings
@@ -150,8 +153,9 @@ class TrainingEngine:
 
         _agree_on_device()
         deepspeed.init_distributed()
+        self.adapter = self._adapter()
         with checkpoint.prepared(resume_from, self, scratch, node) as source:
-            self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
+            self.deepspeed = self._initialize(deepspeed, source)
             saved = None if source is None else source.state.router_loss
             self.router_loss = router_coefficient(
                 training_settings.router_loss, self.model, saved, resumes=source is not None
@@ -272,19 +276,27 @@ class TrainingEngine:
         """Releases DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
         self.deepspeed.destroy()
 
-    def _initialize(self, deepspeed: Any, *, load_universal: bool) -> Any:
+    def _adapter(self) -> Adapter | None:
+        settings, path = self.training_settings.adapter, self.model_settings.path
+        if settings is None:
+            return None
+        base = None if path is None else BaseFiles.of(path, self.ranks)
+        return Adapter.of(self.model_settings, settings, base, _drawing_device())
+
+    def _initialize(self, deepspeed: Any, source: checkpoint.ResumeSource | None) -> Any:
         config = deepspeed_config(
             self.model_settings,
             self.training_settings,
             world_size=self.world_size,
             grad_accumulation=self.grad_accumulation,
-            load_universal=load_universal,
+            load_universal=source is not None and source.universal,
         )
-        model = build_model(
-            self.model_settings,
-            device=torch.device(deepspeed.get_accelerator().current_device_name()),
-            zero3_config=config if self.zero_stage == 3 else None,
-        )
+        zero3_config = config if self.zero_stage == 3 else None
+        model = build_model(self.model_settings, device=_drawing_device(), zero3_config=zero3_config)
+        if self.adapter is not None:
+            self.adapter.put_into(model, self.model_settings.seed, zero3_config)
+            if self.adapter.settings.start_from is not None and source is None:
+                load_start(model, self.adapter)
         if self.zero_stage == 3 and (leaves := leaf_modules(model.config.model_type)):
             deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves))
         groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
@@ -380,6 +392,11 @@ def _as_user_error() -> Iterator[None]:
         yield
     except (ValueError, AssertionError) as error:  # also of its pydantic models
         raise UserError(f"DeepSpeed cannot be set up for this model and training: {one_line(error)}") from error
+
+
+def _drawing_device() -> torch.device:
+    """The device of this rank, on which random weights are drawn."""
+    return torch.device(import_deepspeed().get_accelerator().current_device_name())
 
 
 def _agree_on_device() -> None:

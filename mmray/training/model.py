@@ -22,6 +22,7 @@ from mmray.errors import UserError
 from mmray.families import load_family
 from mmray.families.model_source import source_problem
 from mmray.families.processors import warn_of_remote_code
+from mmray.training import quantized
 from mmray.training.inline_config import inline_config
 from mmray.training.settings import ModelSettings
 from mmray.training.weights import UnknownWeights, check_fit, check_patterns, fit, stored_weights
@@ -36,7 +37,8 @@ def build_model(
 ) -> PreTrainedModel:
     """The model in training mode, cache off, gradient checkpointing as set; leaves the RNG of the caller alone.
 
-    device: where random weights are drawn (the CPU where None); another device draws other numbers. zero3_config: the
+    device: where random weights are drawn, and others quantised (the CPU where None); another device draws other
+    numbers. zero3_config: the
     DeepSpeed configuration of a ZeRO-3 run. Weights are then sharded while they are drawn or loaded, so no rank ever
     holds the whole model; every rank must make this call.
 
@@ -46,9 +48,9 @@ def build_model(
     try:
         if settings.path is not None:
             _warn_of_weights(settings)
-        with _seeded(settings.seed, device), _zero3(zero3_config, settings):
+        with seeded(settings.seed, device), _zero3(zero3_config, settings):
             if settings.path is not None:
-                model = _load(settings.path, settings)
+                model = _load(settings.path, settings, device)
             else:
                 model = _random(settings, device, sharded=zero3_config is not None)
             if settings.resize_embeddings:
@@ -143,9 +145,14 @@ def _read_config(settings: ModelSettings) -> PretrainedConfig:
         raise UserError(f"cannot read a model configuration from {source}: {error}") from error
 
 
-def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
+def _load(path: str, settings: ModelSettings, device: torch.device) -> PreTrainedModel:
     model_class = _model_class(load_config(settings))
-    return model_class.from_pretrained(path, **_build_options(model_class, settings))
+    options = _build_options(model_class, settings)
+    if settings.quantize is not None:
+        options |= quantized.loading_options(empty_model(settings), options["dtype"], device)
+    model: PreTrainedModel = model_class.from_pretrained(path, **options)
+    quantized.as_in_training(model)
+    return model
 
 
 def _random(settings: ModelSettings, device: torch.device, *, sharded: bool) -> PreTrainedModel:
@@ -211,7 +218,8 @@ def _switch_off_cache(config: PretrainedConfig) -> None:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws random numbers of a device from a seed inside the block, and puts its generator back afterwards."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)
@@ -220,19 +228,26 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _zero3(config: dict[str, Any] | None, settings: ModelSettings) -> Iterator[None]:
-    """Makes transformers build and load for ZeRO-3, which it does while it finds an object of this kind.
-
-    Its own, HfDeepSpeedConfig, wants the accelerate package for nothing but reading the stage.
-    """
+    """Makes transformers build and load for ZeRO-3."""
     if config is None:
         yield
         return
     empty = empty_model(settings)
+    with knows_of_zero3(config), _converted_by_shapes_of(empty):
+        yield
+
+
+@contextmanager
+def knows_of_zero3(config: dict[str, Any]) -> Iterator[None]:
+    """Lets transformers, and peft, which asks it, know of ZeRO-3 inside the block.
+
+    They find an object of this kind. transformers' own, HfDeepSpeedConfig, wants the accelerate package for nothing but
+    reading the stage.
+    """
     holder = _Zero3Config(config)  # transformers keeps a weak reference
     transformers_deepspeed.set_hf_deepspeed_config(holder)
     try:
-        with _converted_by_shapes_of(empty):
-            yield
+        yield
     finally:
         transformers_deepspeed.unset_hf_deepspeed_config()
 

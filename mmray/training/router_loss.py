@@ -108,6 +108,11 @@ def _has_balancing_loss(model: PreTrainedModel) -> bool:
     )
 
 
+def router_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of a model that choose experts."""
+    return [router for router, _ in _routers(model)]
+
+
 def _routers(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, int]]:
     """The modules that choose experts, in the order of layers, and the place of the logits in their output."""
     recorders = {

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmray.base.settings import Settings
 from mmray.errors import UserError
+from mmray.training.adapter_settings import AdapterSettings
 
 # DeepSpeed keys whose value mmray decides, each with the setting that decides it.
 OWNED_DEEPSPEED_KEYS = {
@@ -79,6 +80,10 @@ class ModelSettings(Settings):
     processor: str | None = None
     """Folder or hub name of the processor. Default: `path`."""
 
+    quantize: Literal["nf4"] | None = None
+    """Hold the linear layers of the language model in 4 bits (nf4 of bitsandbytes), which an adapter trains beside
+    (training.adapter); the weights of `path` are quantised while they are loaded. null: all weights in dtype."""
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.config is None):
@@ -88,6 +93,8 @@ class ModelSettings(Settings):
             raise ValueError('an inline config needs its "model_type", for example "qwen2_vl"')
         if self.allow_missing and self.path is None:
             raise ValueError("allow_missing is about the weights of path; with config all are drawn at random")
+        if self.quantize and self.path is None:
+            raise ValueError("quantize is about the weights of path, which are quantised while they are loaded")
         return self
 
     @property
@@ -142,6 +149,9 @@ class TrainingSettings(Settings):
 
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to it. null: no clipping."""
+
+    adapter: AdapterSettings | None = None
+    """Train an adapter (LoRA, DoRA) beside frozen weights. null: the model's weights are trained."""
 
     deepspeed: dict[str, Any] | str | None = None
     """DeepSpeed configuration merged over mmray's own: inline, or the path of a JSON file. Values "auto" are ignored;
@@ -217,6 +227,19 @@ class TrainingSettings(Settings):
                 f"micro_batch_bins ({self.micro_batch_bins})"
             )
         return self
+
+
+def check_quantised(model: ModelSettings, training: TrainingSettings) -> None:
+    """Raises UserError where a quantised model cannot be trained as the settings say."""
+    if model.quantize is None:
+        return
+    if training.adapter is None:
+        raise UserError("model.quantize: weights in 4 bits cannot be trained themselves; set training.adapter")
+    if training.zero_stage == 3:
+        raise UserError(
+            "model.quantize does not go with training.zero_stage 3, which would cut the codes of a weight apart from "
+            "their scales; set zero_stage: 2, where each worker holds the quantised weights whole"
+        )
 
 
 def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -85,6 +85,14 @@ def stored_weights(path: str, *, download: bool) -> dict[str, StoredWeight]:
     return stored
 
 
+def weight_files(path: str) -> list[str]:
+    """The files with the weights of a folder or hub name that are on this machine. Raises UserError for none."""
+    try:
+        return _files(path, local_only=True)
+    except OSError as error:
+        raise UserError(f"cannot find the weights of {path}: {error}") from error
+
+
 def _files(path: str, *, local_only: bool) -> list[str]:
     """The files that transformers would load."""
     files, _ = _get_resolved_checkpoint_files(
