@@ -327,6 +327,10 @@ def export(
         Path | None,
         typer.Option("--job", metavar="JOB.yaml", help="The run's job, for checkpoints that do not name their model."),
     ] = None,
+    merge: Annotated[
+        bool | None,
+        typer.Option("--merge/--adapter", help="An adapter merged into its base (default), or apart, as peft loads it."),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in OUT.")] = False,
 ) -> None:
     """Write a checkpoint as a model folder that transformers loads, with its processor and a prompt's form."""
@@ -343,7 +347,10 @@ def export(
     if best:
         source = str(SourceCheckpoint.best(source))
 
-    exported = export_model(source, out, step=step, dtype=dtype, settings=settings, replace=replace)  # type: ignore[arg-type]
+    exported = export_model(
+        source, out, step=step, dtype=dtype, settings=settings, replace=replace,  # type: ignore[arg-type]
+        form=None if merge is None else "merged" if merge else "apart",
+    )  # fmt: skip
     Console().print(str(exported), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -45,7 +45,7 @@ class Adapter:
     settings: AdapterSettings
     targets: AdapterTargets
     base: BaseFiles | None
-    """The files of the base; None for a base with random weights, which checkpoints hold."""
+    """The files of the base; None for a base with weights that were drawn at random, which checkpoints hold."""
     quantize: str | None = None
     """How the base is quantised; None where it is not."""
     drawn: str | None = None
@@ -67,7 +67,7 @@ class Adapter:
                     f"training.adapter.save_whole: {listed(trained)} would be quantised (model.quantize) and cannot be "
                     "trained whole; adapt them, or leave model.quantize out"
                 )
-        drawn = f"{device.type}, torch {torch.__version__}" if model.path is None else None
+        drawn = f"{device.type}, torch {torch.__version__}" if base is None else None
         return cls(settings, targets, base, model.quantize, drawn)
 
     def record(self) -> dict[str, Any]:
@@ -188,7 +188,11 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def to_file_names(names: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of an adapter by their names in an adapter's file, from those in the adapted model."""
-    return {PREFIX + name.replace(f".{NAME}.", ".").removesuffix(f".{NAME}"): value for name, value in names.items()}
+    magnitude = "lora_magnitude_vector"
+    return {
+        PREFIX + name.replace(f"{magnitude}.{NAME}.weight", magnitude).replace(f".{NAME}.", ".").removesuffix(f".{NAME}"): value
+        for name, value in names.items()
+    }
 
 
 def load_start(model: PreTrainedModel, adapter: Adapter) -> None:

@@ -277,11 +277,11 @@ class TrainingEngine:
         self.deepspeed.destroy()
 
     def _adapter(self) -> Adapter | None:
-        settings, path = self.training_settings.adapter, self.model_settings.path
+        settings, model = self.training_settings.adapter, self.model_settings
         if settings is None:
             return None
-        base = None if path is None else BaseFiles.of(path, self.ranks)
-        return Adapter.of(self.model_settings, settings, base, _drawing_device())
+        base = BaseFiles.of(model.path, self.ranks) if model.path is not None and model.is_all_in_files else None
+        return Adapter.of(model, settings, base, _drawing_device())
 
     def _initialize(self, deepspeed: Any, source: checkpoint.ResumeSource | None) -> Any:
         config = deepspeed_config(

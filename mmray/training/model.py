@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed as transformers_deepspeed
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
 from mmray.families import load_family
 from mmray.families.model_source import source_problem
@@ -77,6 +78,16 @@ def transformers_model(module: torch.nn.Module) -> PreTrainedModel:
     while not isinstance(inner, PreTrainedModel):
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.module
     return inner
+
+
+def load_plain(settings: ModelSettings) -> PreTrainedModel:
+    """The model of `path` on the CPU as its files and its configuration have it: not quantised, without the switches
+    that training sets. Raises UserError like `build_model`."""
+    assert settings.path is not None
+    try:
+        return _load(settings.path, settings.model_copy(update={"quantize": None}), torch.device("cpu"))
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"cannot build the model from {settings.path}: {one_line(error)}") from error
 
 
 def empty_model(settings: ModelSettings) -> PreTrainedModel:

@@ -98,6 +98,11 @@ class ModelSettings(Settings):
         return self
 
     @property
+    def is_all_in_files(self) -> bool:
+        """True if no weight is drawn at random."""
+        return self.path is not None and not self.allow_missing and not self.resize_embeddings
+
+    @property
     def processor_source(self) -> str:
         """Folder or hub name of the processor. Raises UserError when neither processor nor path is set."""
         source = self.processor or self.path
@@ -235,6 +240,9 @@ def check_quantised(model: ModelSettings, training: TrainingSettings) -> None:
         return
     if training.adapter is None:
         raise UserError("model.quantize: weights in 4 bits cannot be trained themselves; set training.adapter")
+    if not model.is_all_in_files:
+        drawn = "resize_embeddings" if model.resize_embeddings else "allow_missing"
+        raise UserError(f"model.quantize does not go with model.{drawn}: all weights must be in the files of model.path")
     if training.zero_stage == 3:
         raise UserError(
             "model.quantize does not go with training.zero_stage 3, which would cut the codes of a weight apart from "

@@ -48,6 +48,10 @@ class EvaluatedModel:
         if folder == BASE or (folder is not None and job.model.path is not None and _same(folder, job.model.path)):
             return cls(BASE, "base")
         if folder is not None:
+            if Path(folder, "adapter_config.json").exists():
+                raise UserError(
+                    f"--model {folder}: an adapter without its base; export it with --merge, or give --checkpoint"
+                )
             if not Path(folder, "config.json").exists():
                 raise UserError(f"--model {folder}: no folder of a model, it holds no config.json")
             step = read_sidecar(folder).step if Path(folder, SIDECAR).exists() else None
@@ -78,6 +82,7 @@ class EvaluatedModel:
             loaded = settings.model_copy(
                 update={
                     "path": folder, "config": None, "allow_missing": (), "processor": job.model.processor_source,
+                    "quantize": None,
                 }
             )  # fmt: skip
             return _on(device, build_model(loaded))

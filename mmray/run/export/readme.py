@@ -18,8 +18,11 @@ SHOWN_SETTINGS = (
 )  # fmt: skip
 
 
-def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> str:
-    """The text of the README. It does not say when or where it was exported, so a second export is equal."""
+def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family, adapter_of: str | None = None) -> str:
+    """The text of the README. It does not say when or where it was exported, so a second export is equal.
+
+    adapter_of: the base model of an adapter that is exported apart; None for a whole model.
+    """
     prepared, known = checkpoint.prepared, checkpoint.settings
     sets = prepared["record"]["datasets"]
     environment = Environment(
@@ -37,6 +40,8 @@ def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> st
         sets=[{"kind": dataset["kind"], "files": dataset["files"]} for dataset in sets[:MOST_SETS]],
         more_sets=max(0, len(sets) - MOST_SETS),
         evaluation=checkpoint.evaluation,
+        adapter_of=adapter_of,
+        adapter=checkpoint.adapter,
     )
 
 

@@ -22,6 +22,7 @@ from mmray.run.folder import RunFolder
 from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.run.place import PREPARED_FILE
 from mmray.storage import Folder
+from mmray.training.adapter import Adapter
 from mmray.training.checkpoint import STATE_FILE, SavedState, read_settings, read_state
 from mmray.training.checksums import listed_files
 from mmray.training.conversion import SHARDS
@@ -91,6 +92,11 @@ class SourceCheckpoint:
     def settings(self) -> tuple[ModelSettings, TrainingSettings] | None:
         """The settings that the checkpoint was trained with; None where it does not hold them."""
         return read_settings(self.folder)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that the checkpoint holds; None where it holds a model's weights."""
+        return Adapter.read(self.folder)
 
     @property
     def prepared(self) -> dict[str, Any]:
