@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Formats numbers and notes for messages and reports."""
+=======
+"""Formats numbers, notes and the messages of other libraries' errors."""
+>>>>>>> main
 
 from datetime import UTC, datetime, timedelta
 
@@ -32,6 +36,12 @@ def span(time: timedelta) -> str:
     parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
     first = next((place for place, (count, _) in enumerate(parts) if count), 3)
     return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count) or "0 s"
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the message of another library's exception as one line of at most 200 characters."""
+    text = str((isinstance(error, OSError) and error.strerror) or error)
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def made_by() -> str:

@@ -18,14 +18,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
 
+<<<<<<< HEAD
 from mmray.base.words import counted
+=======
+from mmray.base.words import one_line
+>>>>>>> main
 from mmray.batches.micro_batch import Masked, MicroBatch, Place, mask, packed_row, render
 from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, failed_by, guarded, not_applicable, passed
 from mmray.doctor.shrink import shrunken
 from mmray.families import Family
 from mmray.images import TilingPolicy
-from mmray.images.source import one_line
 from mmray.loss.labels import LabelMaker
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.packing.settings import PackingSettings

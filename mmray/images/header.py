@@ -25,7 +25,11 @@ from typing import IO, BinaryIO, NamedTuple
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 
+<<<<<<< HEAD
 from mmray.base.words import counted
+=======
+from mmray.base.words import one_line
+>>>>>>> main
 from mmray.errors import RowError
 from mmray.images import jpeg
 from mmray.images.contents import CONTENTS_BYTES, contents
@@ -39,7 +43,6 @@ from mmray.images.source import (
     ImageSource,
     describe_source,
     image_file,
-    one_line,
 )
 
 MAX_PIXELS = 250_000_000

@@ -27,11 +27,15 @@ import pypdfium2
 import pypdfium2.raw as pdfium
 from PIL import Image
 
+<<<<<<< HEAD
 from mmray.base.words import counted
+=======
+from mmray.base.words import one_line
+>>>>>>> main
 from mmray.errors import RowError
 from mmray.images.contents import CONTENTS_BYTES, contents
 from mmray.images.paged import DEFAULT_PDF_DPI, PageOfFile
-from mmray.images.source import PASS_THROUGH_ERRORS, describe_source, image_file, one_line, source_state
+from mmray.images.source import PASS_THROUGH_ERRORS, describe_source, image_file, source_state
 from mmray.images.tar_member import PartOfFile
 
 MAX_DOCUMENTS = 16

@@ -15,12 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+<<<<<<< HEAD
 from mmray.base.words import counted
+=======
+from mmray.base.words import one_line
+>>>>>>> main
 from mmray.display.notebook import Fact, Segment, card
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.images.header import IMAGE_READING
-from mmray.images.source import one_line
 from mmray.prepared.schema import FORMAT_VERSION, READ_VERSIONS
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window
 from mmray.schedule.loads import Loads

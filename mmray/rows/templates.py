@@ -18,10 +18,13 @@ import jinja2
 from jinja2 import TemplateError, meta, nodes
 from transformers.utils.chat_template_utils import render_jinja_template
 
+<<<<<<< HEAD
 from mmray.base.words import counted
+=======
+from mmray.base.words import one_line
+>>>>>>> main
 from mmray.errors import RowError
 from mmray.families import Family
-from mmray.images.source import one_line
 from mmray.loss.settings import SAMPLED_ROLE
 from mmray.loss.sources import chat_template, ending_texts, marks_generated
 from mmray.rows.messages import Call, Chat, Message, Part

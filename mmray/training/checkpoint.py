@@ -28,9 +28,8 @@ import numpy as np
 import torch
 
 from mmray.base.version import __version__
-from mmray.base.words import counted
+from mmray.base.words import counted, one_line
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.ranks import Ranks
 from mmray.training.settings import ModelSettings, TrainingSettings

@@ -22,10 +22,10 @@ from mmray.run.export.readme import readme
 from mmray.run.export.sidecar import SIDECAR, Dtype, Sidecar, read_sidecar
 from mmray.run.export.source import SourceCheckpoint, wants_masters
 from mmray.run.export.target import writing_folder
-from mmray.run.export.weights import SavedWeights
 from mmray.run.folder import MODEL_FOLDER
 from mmray.storage import Folder, explained, library_write_errors
 from mmray.training.model import DTYPES, empty_model, resize_embeddings
+from mmray.training.saved_weights import SavedWeights
 from mmray.training.settings import ModelSettings
 
 SHARD_SIZE = "5GB"

@@ -19,10 +19,10 @@ import mmray
 from mmray.cli import app
 from mmray.errors import UserError
 from mmray.run.export import export_finished, export_model
-from mmray.run.export.weights import needed_files
 from mmray.run.folder import RunFolder
 from mmray.training.checkpoint import MODEL_FILE
 from mmray.training.checksums import list_files, list_name
+from mmray.training.saved_weights import needed_files
 from tests.mmray.families.zoo import ZOO
 from tests.mmray.preparing import contents
 from tests.mmray.run.export.conftest import trained
