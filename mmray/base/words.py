@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Formats numbers and notes for messages and reports."""
-=======
 """Formats numbers, notes and the messages of other libraries' errors."""
->>>>>>> main
 
 from datetime import UTC, datetime, timedelta
 

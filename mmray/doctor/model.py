@@ -18,11 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
 
-<<<<<<< HEAD
-from mmray.base.words import counted
-=======
-from mmray.base.words import one_line
->>>>>>> main
+from mmray.base.words import counted, one_line
 from mmray.batches.micro_batch import Masked, MicroBatch, Place, mask, packed_row, render
 from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, failed_by, guarded, not_applicable, passed

@@ -25,11 +25,7 @@ from typing import IO, BinaryIO, NamedTuple
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 
-<<<<<<< HEAD
-from mmray.base.words import counted
-=======
-from mmray.base.words import one_line
->>>>>>> main
+from mmray.base.words import counted, one_line
 from mmray.errors import RowError
 from mmray.images import jpeg
 from mmray.images.contents import CONTENTS_BYTES, contents

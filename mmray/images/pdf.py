@@ -27,11 +27,7 @@ import pypdfium2
 import pypdfium2.raw as pdfium
 from PIL import Image
 
-<<<<<<< HEAD
-from mmray.base.words import counted
-=======
-from mmray.base.words import one_line
->>>>>>> main
+from mmray.base.words import counted, one_line
 from mmray.errors import RowError
 from mmray.images.contents import CONTENTS_BYTES, contents
 from mmray.images.paged import DEFAULT_PDF_DPI, PageOfFile

@@ -15,11 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-<<<<<<< HEAD
-from mmray.base.words import counted
-=======
-from mmray.base.words import one_line
->>>>>>> main
+from mmray.base.words import counted, one_line
 from mmray.display.notebook import Fact, Segment, card
 from mmray.errors import UserError
 from mmray.images import TilingPolicy

@@ -18,11 +18,7 @@ import jinja2
 from jinja2 import TemplateError, meta, nodes
 from transformers.utils.chat_template_utils import render_jinja_template
 
-<<<<<<< HEAD
-from mmray.base.words import counted
-=======
-from mmray.base.words import one_line
->>>>>>> main
+from mmray.base.words import counted, one_line
 from mmray.errors import RowError
 from mmray.families import Family
 from mmray.loss.settings import SAMPLED_ROLE
