@@ -330,7 +330,9 @@ def export(
     ] = None,
     merge: Annotated[
         bool | None,
-        typer.Option("--merge/--adapter", help="An adapter merged into its base (default), or apart, as peft loads it."),
+        typer.Option(
+            "--merge/--adapter", help="An adapter merged into its base (default), or apart, as peft loads it."
+        ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in OUT.")] = False,
 ) -> None:

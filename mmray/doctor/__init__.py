@@ -10,6 +10,8 @@ from transformers import PretrainedConfig
 
 from mmray.config.compatibility import check_attention, check_packing, fitting_family
 from mmray.config.job import Job
+from mmray.doctor.adapter import CHECK as ADAPTER
+from mmray.doctor.adapter import examine_adapter
 from mmray.doctor.findings import (
     Finding,
     Status,
@@ -86,6 +88,8 @@ def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Fami
     yield passed("processor", detail)
     yield guarded("attention", lambda: _attention(job, config, family))
     yield guarded(NAMES, lambda: examine_names(job))
+    if job.training.adapter is not None:
+        yield guarded(ADAPTER, lambda: examine_adapter(job))
     if job.training.deepspeed:
         yield guarded("deepspeed", lambda: _deepspeed(job))
     return config, family

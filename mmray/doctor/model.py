@@ -106,7 +106,7 @@ class _SmallCopy:
         model = build_model(
             job.model.model_copy(
                 update={
-                    "path": None, "allow_missing": (), "config": small.to_dict(), "dtype": "fp32",
+                    "path": None, "allow_missing": (), "quantize": None, "config": small.to_dict(), "dtype": "fp32",
                     "attention": attention, "gradient_checkpointing": False, "processor": job.model.processor_source,
                 }
             )

@@ -105,7 +105,8 @@ def _rendered(rows: FirstRows, bins: Sequence[Bin]) -> tuple[list[Rendered], lis
 def _loss(job: Job, rows: FirstRows, bins: Sequence[Rendered]) -> tuple[float, int]:
     cpu, labels = torch.device("cpu"), label_maker(job.loss, rows.family)
     attention = "sdpa" if job.model.attention == "flash_attention_2" else job.model.attention
-    model = build_model(job.model.model_copy(update={"attention": attention, "gradient_checkpointing": False})).eval()
+    plain = {"attention": attention, "gradient_checkpointing": False, "quantize": None}
+    model = build_model(job.model.model_copy(update=plain)).eval()
     total, tokens = 0.0, 0
     for rendered in bins:
         batch = MicroBatch(mask(rendered, rows.family, labels, cpu), rows.family)

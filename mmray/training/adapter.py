@@ -136,8 +136,8 @@ class Adapter:
         """Raises UserError, naming what differs, where a checkpoint with the adapter `saved` is not of this one."""
         if saved is None:
             raise UserError(
-                f"{checkpoint} is of a training without an adapter; remove training.adapter, or begin a new run with an "
-                "export of it as model.path"
+                f"{checkpoint} is of a training without an adapter; remove training.adapter, or begin a new run with "
+                "an export of it as model.path"
             )
         before, now = saved.settings.model_dump(), self.settings.model_dump()
         changed = [
@@ -152,8 +152,8 @@ class Adapter:
             changed.append(f"its random base was drawn on {saved.drawn}, which here would be {self.drawn}")
         if changed:
             raise UserError(
-                f"{checkpoint} holds another adapter: {'; '.join(changed)}. Set it back, or begin a new run (start_from "
-                "an export of this adapter)"
+                f"{checkpoint} holds another adapter: {'; '.join(changed)}. Set it back, or begin a new run "
+                "(start_from an export of this adapter)"
             )
         if saved.targets != self.targets:
             names = set(sum(asdict(saved.targets).values(), ())) ^ set(sum(asdict(self.targets).values(), ()))
@@ -190,7 +190,10 @@ def to_file_names(names: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of an adapter by their names in an adapter's file, from those in the adapted model."""
     magnitude = "lora_magnitude_vector"
     return {
-        PREFIX + name.replace(f"{magnitude}.{NAME}.weight", magnitude).replace(f".{NAME}.", ".").removesuffix(f".{NAME}"): value
+        PREFIX
+        + name.replace(f"{magnitude}.{NAME}.weight", magnitude)
+        .replace(f".{NAME}.", ".")
+        .removesuffix(f".{NAME}"): value
         for name, value in names.items()
     }
 
@@ -230,8 +233,8 @@ def _stored(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"training.adapter.start_from: {folder} holds no adapter that can be read: {one_line(error)}; give a folder "
-            "with adapter_config.json and adapter_model.safetensors"
+            f"training.adapter.start_from: {folder} holds no adapter that can be read: {one_line(error)}; give a "
+            "folder with adapter_config.json and adapter_model.safetensors"
         ) from error
     wanted = adapter.config().to_dict()
     changed = [

@@ -8,6 +8,7 @@ Routers of experts stay as they are. Experts are single parameters of three dime
 
 import difflib
 import fnmatch
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,20 +62,21 @@ class AdapterTargets:
         return cls(modules, parameters, whole)
 
     def in_words(self, model: PreTrainedModel, parts: Parts) -> str:
-        """What is adapted and what not, by part, for a person. model: without the adapter."""
-        by_part: dict[str, list[str]] = {}
-        for name in (*self.modules, *self.parameters):
-            by_part.setdefault(parts.part_of(name if name in self.parameters else f"{name}.weight"), []).append(name)
-        adapted = "; ".join(f"{part}: {listed(names)}" for part, names in by_part.items())
-        frozen = {*self.parameters, *(f"{name}.weight" for name in self.modules), *self.whole}
-        rest = [name for name, _ in model.named_parameters() if name not in frozen and not name.endswith(".bias")]
-        whole = f"; trained whole: {listed(self.whole)}" if self.whole else ""
-        untouched: dict[str, int] = {}
-        for name in rest:
+        """What is adapted and what not, by part, for a person. model: without the adapter; parts: its parts."""
+        weights = {name: name for name in self.parameters} | {f"{name}.weight": name for name in self.modules}
+        adapted: dict[str, list[str]] = {}
+        frozen: dict[str, int] = {}
+        for name, _ in model.named_parameters():
             part = parts.part_of(name)
-            untouched[part] = untouched.get(part, 0) + 1
-        left = ", ".join(f"{count} of {part}" for part, count in untouched.items())
-        return f"adapted: {adapted}{whole}; other weights stay as they are: {left or 'none'}"
+            if name in weights:
+                adapted.setdefault(part, []).append(weights[name])
+            elif name not in self.whole:
+                frozen[part] = frozen.get(part, 0) + 1
+        sentences = [f"adapted in {part}: {_kinds(names)}" for part, names in adapted.items()]
+        if self.whole:
+            sentences.append(f"trained whole: {_kinds(self.whole)}")
+        left = ", ".join(f"{count} of {part}" for part, count in frozen.items())
+        return "; ".join([*sentences, f"other weights stay as they are: {left}"])
 
 
 def _chosen(model: PreTrainedModel, parts: Parts, wanted: Sequence[str]) -> list[str]:
@@ -139,6 +141,16 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 def _below(holders: Sequence[str], names: Iterable[str]) -> list[str]:
     """The names that are holders, or lie below one."""
     return [name for name in names if any(name == holder or name.startswith(f"{holder}.") for holder in holders)]
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """Names in a few words: their ends, each with how often it occurs."""
+    ends: Counter[str] = Counter()
+    for name in names:
+        pieces = name.removesuffix(".weight").split(".")
+        first = -2 if pieces[-1].isdecimal() or name.endswith(".bias") else -1
+        ends[".".join(pieces[first:])] += 1
+    return ", ".join(f"{end} ({count})" for end, count in ends.items())
 
 
 def _nothing(setting: str, pattern: str, names: Collection[str], modules: Mapping[str, Any]) -> str:

@@ -49,8 +49,8 @@ class BaseFiles:
         names = {*self.digests, *other.digests}
         if changed := sorted(name for name in names if self.digests.get(name) != other.digests.get(name)):
             raise UserError(
-                f"{holder} belongs to another base model: {listed(changed)} differ. Set model.path to the files that it "
-                "was trained on"
+                f"{holder} belongs to another base model: {listed(changed)} differ. Set model.path to the files that "
+                "it was trained on"
             )
 
 

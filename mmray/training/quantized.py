@@ -40,9 +40,7 @@ def loading_options(empty: PreTrainedModel, dtype: torch.dtype, device: torch.de
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"model.quantize needs bitsandbytes: pip install 'mmray[bitsandbytes]' ({error})"
-        ) from error
+        raise UserError(f"model.quantize needs bitsandbytes: pip install 'mmray[bitsandbytes]' ({error})") from error
     if getattr(empty.config, "quantization_config", None):
         raise UserError("model.quantize: the files of model.path are quantised already; give those in bf16 or fp32")
     layers = set(quantised_layers(empty))
@@ -59,6 +57,7 @@ def loading_options(empty: PreTrainedModel, dtype: torch.dtype, device: torch.de
 def as_in_training(model: PreTrainedModel) -> None:
     """Lets quantised layers compute in evaluation as they do in training, and keeps their scales, which belong to the
     files of the base, out of checkpoints."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -242,7 +242,9 @@ def check_quantised(model: ModelSettings, training: TrainingSettings) -> None:
         raise UserError("model.quantize: weights in 4 bits cannot be trained themselves; set training.adapter")
     if not model.is_all_in_files:
         drawn = "resize_embeddings" if model.resize_embeddings else "allow_missing"
-        raise UserError(f"model.quantize does not go with model.{drawn}: all weights must be in the files of model.path")
+        raise UserError(
+            f"model.quantize does not go with model.{drawn}: all weights must be in the files of model.path"
+        )
     if training.zero_stage == 3:
         raise UserError(
             "model.quantize does not go with training.zero_stage 3, which would cut the codes of a weight apart from "

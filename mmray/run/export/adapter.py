@@ -17,18 +17,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmray.errors import UserError
-from mmray.run.export.weights import SavedWeights
 from mmray.training.adapter import Adapter, is_adapter, plain_name, to_file_names, trained_weights
 from mmray.training.base_weights import BaseFiles
-from mmray.training.model import DTYPES, empty_model, load_plain, resize_embeddings
+from mmray.training.model import empty_model, load_plain, resize_embeddings
 from mmray.training.quantized import quantised_layers, rounded
+from mmray.training.saved_weights import SavedWeights
 from mmray.training.settings import ModelSettings
 from mmray.training.weights import listed
 
 BASE_FOLDER = "base"
 
 
-def merged_model(adapter: Adapter, settings: ModelSettings, weights: SavedWeights, dtype: torch.dtype) -> PreTrainedModel:
+def merged_model(
+    adapter: Adapter, settings: ModelSettings, weights: SavedWeights, dtype: torch.dtype
+) -> PreTrainedModel:
     """The base model with the adapter of a checkpoint merged into it, in a dtype.
 
     settings: the model's, in the dtype of training. Raises UserError where the base is not the one it was trained on.
