@@ -62,7 +62,7 @@ class AdapterTargets:
         return cls(modules, parameters, whole)
 
     def in_words(self, model: PreTrainedModel, parts: Parts) -> str:
-        """What is adapted and what not, by part, for a person. model: without the adapter; parts: its parts."""
+        """Lists what is adapted and what not, by part, for a person. model: without the adapter; parts: its parts."""
         weights = {name: name for name in self.parameters} | {f"{name}.weight": name for name in self.modules}
         adapted: dict[str, list[str]] = {}
         frozen: dict[str, int] = {}
@@ -110,10 +110,10 @@ def _adaptable(model: PreTrainedModel, parts: Parts) -> Iterator[tuple[str, str]
             part = parts.part_of(f"{name}.weight")
             if part == "embeddings" or not isinstance(module, nn.Embedding):
                 yield name, part
-        for own, parameter in module.named_parameters(recurse=False):
+        for leaf, parameter in module.named_parameters(recurse=False):
             is_expert = type(module).__name__.endswith("Experts") and parameter.dim() == 3
-            if is_expert or own in LONE_MATRICES:
-                yield f"{name}.{own}", parts.part_of(f"{name}.{own}")
+            if is_expert or leaf in LONE_MATRICES:
+                yield f"{name}.{leaf}", parts.part_of(f"{name}.{leaf}")
 
 
 def _whole(model: PreTrainedModel, parts: Parts, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -173,8 +173,8 @@ def _check_plain(settings: AdapterSettings, parameters: Sequence[str]) -> None:
     if parameters and (settings.kind != "lora" or settings.dropout):
         what = f"kind: {settings.kind}" if settings.kind != "lora" else f"dropout: {settings.dropout:g}"
         raise UserError(
-            f"training.adapter: peft adapts {listed(parameters)} by plain LoRA alone, without {what}; set kind: lora and "
-            "dropout: 0, or leave them out by patterns in parts"
+            f"training.adapter: peft adapts {listed(parameters)} by plain LoRA alone, without {what}; set kind: lora "
+            "and dropout: 0, or leave them out by patterns in parts"
         )
 
 
@@ -188,8 +188,9 @@ def _check_untied(model: PreTrainedModel, modules: Sequence[str]) -> None:
         tied = holders.get(id(model.get_submodule(name).weight), [name])
         if len(tied) > 1:
             raise UserError(
-                f"training.adapter: {' and '.join(tied)} share one weight in a {type(model).__name__}, which an adapter "
-                "on one of them would change for both; train it whole (save_whole: [embeddings]), or leave it out"
+                f"training.adapter: {' and '.join(tied)} share one weight in a {type(model).__name__}, which an "
+                "adapter on one of them would change for both; train it whole (save_whole: [embeddings]), or leave it "
+                "out"
             )
 
 

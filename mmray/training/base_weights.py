@@ -1,4 +1,4 @@
-"""The files of a base model, by digests of their content: an adapter is of use with the weights it was trained on alone.
+"""The files of a base model, by digests of their content: an adapter is of use with the weights it was trained on.
 
 Each rank reads a part of the files, once at the start of a run, about a second per gigabyte. The same bytes are then
 loaded, so the disk is read once where memory holds them.

@@ -191,8 +191,8 @@ def _check_adapter(folder: Path, engine: Engine) -> None:
         engine.adapter.check_resumes(saved, folder)
     elif saved is not None:
         raise UserError(
-            f"{folder} holds an adapter (training.adapter: {saved.settings.kind} of rank {saved.settings.rank}); set it "
-            "back, or begin a new run with a merged export of it as model.path"
+            f"{folder} holds an adapter (training.adapter: {saved.settings.kind} of rank {saved.settings.rank}); set "
+            "it back, or begin a new run with a merged export of it as model.path"
         )
 
 

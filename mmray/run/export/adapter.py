@@ -139,9 +139,9 @@ def owners_of_whole(model: nn.Module, whole: Iterable[str]) -> list[str]:
         if any(name.startswith(f"{owner}.") for owner in owners):
             continue
         if any(id(weight) in held for weight in module.parameters(recurse=False)):
-            if others := [own for own, weight in module.named_parameters() if id(weight) not in held]:
-                lone = [own for own, weight in module.named_parameters(recurse=False) if id(weight) in held]
-                where = [f"{name}.{own}".lstrip(".") for own in lone]
+            if others := [leaf for leaf, weight in module.named_parameters() if id(weight) not in held]:
+                lone = [leaf for leaf, weight in module.named_parameters(recurse=False) if id(weight) in held]
+                where = [f"{name}.{leaf}".lstrip(".") for leaf in lone]
                 raise UserError(
                     f"peft saves whole modules alone, and {listed(where)} (training.adapter.save_whole) is not all of "
                     f"its module, which also has {listed(others)}; leave out --adapter to export the merged model"
