@@ -16,7 +16,7 @@ class AdapterSettings(Settings):
     are."""
 
     kind: Literal["lora", "dora"] = "lora"
-    """lora: a product of two thin matrices is added to each adapted matrix. dora: the same, with the lengths of the
+    """Kind of adapter. lora: a product of two thin matrices is added to each adapted matrix. dora: the same, with the lengths of the
     matrix's rows trained apart, which costs more time."""
 
     rank: int = Field(default=16, ge=1)
@@ -29,9 +29,10 @@ class AdapterSettings(Settings):
     """Share of an adapted module's inputs that the adapter does not see in training, drawn at random."""
 
     parts: tuple[str, ...] = Field(default=("language",), min_length=1)
-    """What is adapted: parts of the model (vision, projector, language, embeddings), of which all linear layers and
-    experts are, or patterns of module names with `*` for any text, such as `q_proj` or `model.visual.*.qkv`. A pattern
-    also matches the end of a name. One that matches nothing is an error."""
+    """Adapted layers: parts of the model (vision, projector, language, embeddings), which stand for all their linear
+    layers and experts, or patterns of module names with `*` for any text, such as `q_proj` or `model.visual.*.qkv`. A
+    pattern also matches the end of a name, and a module stands for the layers in it. One that matches nothing is an
+    error."""
 
     rslora: bool = False
     """Scale by alpha / √rank (rank-stabilised LoRA), for ranks of 64 and more."""

@@ -103,7 +103,9 @@ def export_model(
         prepared=prepared["path"],
         fingerprint=prepared["fingerprint"],
     )
-    adapter_of = (settings.path or f"./{BASE_FOLDER}") if form == "apart" else None
+    adapter_of = None
+    if adapter is not None and form == "apart":
+        adapter_of = f"./{BASE_FOLDER}" if adapter.base is None else settings.path
     with explained(out), library_write_errors(), writing_folder(out, replaces=SIDECAR if replace else None) as folder:
         copy_processor(settings.processor_source, folder)
         if adapter is None:

@@ -1,11 +1,13 @@
 """Evaluation during training: its numbers and files, and that training's own numbers know nothing of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
@@ -14,8 +16,10 @@ from mmray.run.evaluation.model import EvaluatedModel
 from mmray.run.evaluation.rows import EvaluationData
 from mmray.run.evaluation.standalone import EvaluationPlan, evaluate
 from mmray.run.evaluation.warnings import evaluation_warnings
+from mmray.run.export import export_finished
 from mmray.run.history import read_history
 from mmray.run.scoring.settings import EvaluationSettings
+from mmray.training.model import build_model
 from tests.conftest import Inputs
 from tests.here import prepare_here, train_here
 
@@ -94,6 +98,34 @@ def test_what_training_reads_is_what_the_checkpoint_reads(inputs: Inputs, folder
         if "eval_loss" in line and line["step"] == 5
     )  # fmt: skip
     assert values["all"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+def test_a_run_with_an_adapter_is_evaluated_resumed_and_exported(inputs: Inputs, folder: Path) -> None:
+    """On a base of files, in four bits: what training reads is what its best checkpoint reads, from its export too."""
+    base = folder / "base"
+    shutil.copytree(inputs.folder / "processor", base)
+    build_model(job_in(inputs, folder, "unused").model).save_pretrained(base)
+    changes = {
+        "model__path": str(base), "model__config": None, "model__quantize": "nf4", "evaluation": EVALUATION,
+        "training__adapter": {"rank": 4, "parts": ["language"], "save_whole": ["projector"], "dropout": 0.1},
+        "keep_best": {"metric": "loss"},
+    }  # fmt: skip
+    whole = train_here(job_in(inputs, folder, "adapter-whole", **changes))
+    train_here(job_in(inputs, folder, "adapter", **changes | {"training__steps": 3}))
+    job = job_in(inputs, folder, "adapter", **changes)
+    lines = train_here(job)
+    assert train_numbers(lines) == train_numbers(whole), "dropout's draws go on"
+    evaluations = {line["step"]: line for line in lines if "eval_loss" in line}
+    best = min(evaluations, key=lambda step: evaluations[step]["eval_loss"])
+    settings = EvaluationSettings.model_validate({**EVALUATION, "normalisation": {}})
+    model = EvaluatedModel.find(job, checkpoint="best")
+    assert model.step == best
+    values, _ = evaluate(EvaluationPlan(job, model, EvaluationData.of(job, "eval"), settings), replace=True)
+    assert values["all"]["loss"] == pytest.approx(evaluations[best]["eval_loss"], rel=1e-5)
+    exported = export_finished(job.output.run, job.model)
+    assert exported.step == 5
+    base_model = EvaluatedModel.find(job, folder="base").load(job, torch.device("cpu"))
+    assert type(base_model.model.language_model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 
 def test_rows_are_chosen_by_sets_and_dealt_in_rounds_of_one_kind(inputs: Inputs, folder: Path) -> None:

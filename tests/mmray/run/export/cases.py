@@ -61,6 +61,11 @@ class Case:
             processor=str(self.processor), seed=7,
         )  # fmt: skip
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """Training settings that are special to the case."""
+        return {}
+
 
 def prepare(member_name: str, processor: Path, folder: Path, *, packed: bool = True) -> Path:
     """The rows above as a prepared dataset: tiled where the model takes tiles; packed: several samples in a bin where
@@ -104,7 +109,9 @@ def train_case(rank: int, world_size: int, case: Case) -> dict[str, Any]:
 
     prepared = PreparedDataset(str(case.prepared))
     batch = micro_batch(prepared, family_for(case, prepared), 0)
-    training = TrainingSettings(steps=4, global_batch_bins=world_size, learning_rate=3e-3, zero_stage=case.stage)
+    training = TrainingSettings(
+        steps=4, global_batch_bins=world_size, learning_rate=3e-3, zero_stage=case.stage, **case.training
+    )
     engine = TrainingEngine(case.model, training, total_steps=4, grad_accumulation=1)
     engine.step([batch])
     schedule = Schedule(
@@ -126,7 +133,10 @@ def train_case(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.zero_stage == 3):
         weights = {name: weight.detach().clone() for name, weight in parameters.items()}
     if engine.zero_stage > 0:
-        masters = {name: safe_get_full_fp32_param(weight).clone() for name, weight in parameters.items()}
+        masters = {
+            name: safe_get_full_fp32_param(weight).clone()
+            for name, weight in parameters.items() if weight.requires_grad
+        }  # fmt: skip
     engine.close()
     return {"inputs": inputs, "logits": logits, "weights": weights, "masters": masters or weights}
 
