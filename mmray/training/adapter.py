@@ -99,7 +99,7 @@ class Adapter:
     def config(self, base: str | None = None) -> Any:
         """peft's configuration. base: the folder or hub name of the base model, for whoever loads the adapter."""
         settings = self.settings
-        alpha = int(settings.alpha) if settings.alpha.is_integer() else settings.alpha
+        alpha = int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha
         return _peft().LoraConfig(
             r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, use_dora=settings.kind == "dora",
             use_rslora=settings.rslora, target_modules=list(self.targets.modules),

@@ -16,13 +16,13 @@ class AdapterSettings(Settings):
     are."""
 
     kind: Literal["lora", "dora"] = "lora"
-    """Kind of adapter. lora: a product of two thin matrices is added to each adapted matrix. dora: the same, with the lengths of the
-    matrix's rows trained apart, which costs more time."""
+    """Kind of adapter. lora: a product of two thin matrices is added to each adapted matrix. dora: the same, with the
+    lengths of the matrix's rows trained apart, which costs more time."""
 
     rank: int = Field(default=16, ge=1)
     """Width of the thin matrices."""
 
-    alpha: float = Field(default=32, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale of the adapter: its product is multiplied by alpha / rank."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
