@@ -39,7 +39,7 @@ ASK_SECONDS = 2.0
 ANSWER_SECONDS = 5.0
 TOKEN_SECONDS = 21600
 GOOGLE_PREEMPTION_SECONDS = 30.0
-"""From the notice to the end, as Compute Engine documents it for spot and preemptible machines."""
+"""From the notice to the end, as Compute Engine documents it for spot machines without a `preemptionNoticeDuration`."""
 GOOGLE_MAINTENANCE_SECONDS = 3600.0
 """From the notice to the end, as Compute Engine documents it for machines with GPUs, which cannot move to another
 host."""
@@ -111,9 +111,12 @@ class GoogleMetadata:
     """Notices of Compute Engine: a preemption, or maintenance of the host that ends the machine.
 
     Its host is that of GCE_METADATA_HOST, as for Google's own tools.
+
+    preemption_seconds: from the notice of a preemption to the machine's end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, preemption_seconds: float = GOOGLE_PREEMPTION_SECONDS) -> None:
+        self._preemption_seconds = preemption_seconds
         host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
         self._address = f"http://{host}/computeMetadata/v1/instance"
         self._announced: dict[str, float] = {}
@@ -121,7 +124,7 @@ class GoogleMetadata:
     def notice(self) -> Notice | None:
         """The preemption, else the maintenance, else None. Their times count from when they were first seen."""
         if self._read("preempted") == "TRUE":
-            return self._since("spot machine: preempted", GOOGLE_PREEMPTION_SECONDS)
+            return self._since("spot machine: preempted", self._preemption_seconds)
         if self._read("maintenance-event") == "TERMINATE_ON_HOST_MAINTENANCE":
             return self._since("maintenance of the host", GOOGLE_MAINTENANCE_SECONDS)
         return None
@@ -213,7 +216,10 @@ def main(
     node_ip_address: Annotated[
         str, typer.Option(help="The node's address, where `ray start` was given one; default: as Ray finds it.")
     ] = "",
-    seconds: Annotated[float, typer.Option(min=0, help="For `now`: how long to wait at most.")] = 90,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0, help="From the notice to the end, where the cloud does not tell it: for `gcp` and `now`."),
+    ] = GOOGLE_PREEMPTION_SECONDS,
 ) -> None:
     """Pass on to Ray that this machine will be taken away."""
     if not address:
@@ -223,7 +229,7 @@ def main(
     if source is Source.NOW:
         leave(machine, seconds)
     else:
-        watch(AmazonMetadata() if source is Source.AWS else GoogleMetadata(), machine)
+        watch(AmazonMetadata() if source is Source.AWS else GoogleMetadata(seconds), machine)
 
 
 if __name__ == "__main__":
