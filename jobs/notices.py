@@ -39,11 +39,11 @@ ASK_SECONDS = 2.0
 ANSWER_SECONDS = 5.0
 TOKEN_SECONDS = 21600
 GOOGLE_PREEMPTION_SECONDS = 30.0
-"""Seconds from the notice to the end of a spot machine of Compute Engine without a `preemptionNoticeDuration`, as Google
-documents them."""
+"""Seconds from the notice to the end of a spot machine of Compute Engine without a
+`preemptionNoticeDuration`, as Google documents them."""
 GOOGLE_MAINTENANCE_SECONDS = 3600.0
-"""Seconds from the notice of a host's maintenance to the end of a machine of Compute Engine with GPUs, which cannot move
-to another host, as Google documents them."""
+"""Seconds from the notice of a host's maintenance to the end of a machine of Compute Engine that cannot move to another
+host, as Google documents them for those with GPUs."""
 ALIVE: int = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE  # type: ignore[attr-defined]
 PREEMPTION: int = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
 log = logging.getLogger("mmray.notices")

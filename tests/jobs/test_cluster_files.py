@@ -114,9 +114,7 @@ def test_rays_launcher_starts_each_kind_of_node_on_aws(aws: Any) -> None:
         (disk,) = aws.describe_volumes(Filters=[{"Name": "attachment.instance-id", "Values": list(made)}])["Volumes"]
         assert disk["Size"] == 300
     assert machines["cpu_workers"]["InstanceLifecycle"] == "spot"
-    gpu = machines["gpu_workers"]
     assert written["available_node_types"]["gpu_workers"]["node_config"]["Placement"]["GroupName"] == "mmray-placement"
-    assert len(gpu["NetworkInterfaces"]) == 32
 
 
 def test_each_network_card_of_the_gpu_machines_has_an_efa(aws: Any) -> None:
