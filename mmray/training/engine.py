@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
 from mmray.families import leaf_modules
-from mmray.images.source import one_line
 from mmray.loss.labels import PADDING_SEGMENT
 from mmray.training import checkpoint
 from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
