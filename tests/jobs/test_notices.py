@@ -135,7 +135,7 @@ def started_as_in(cluster: str, head: RayHead, log: Path) -> Iterator[None]:
     command = yaml.safe_load((ROOT / cluster).read_text())["worker_start_ray_commands"][-1]
     host, port = head.address.split(":")
     command = command.replace("/home/ray/mmray", str(ROOT)).replace("$RAY_HEAD_IP:6379", f"$RAY_HEAD_IP:{port}")
-    command = command.replace("/tmp/notices.log", str(log)).replace("/tmp/", f"{log.parent}/")
+    command = command.replace("/tmp/notices", f"{log.parent}/notices")
     command = command.replace(">>", "--node-ip-address=127.0.0.5 >>")
     subprocess.run(["bash", "-c", f"true && ({command})"], check=True, env=head.environment | {"RAY_HEAD_IP": host})
     try:
