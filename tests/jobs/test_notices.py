@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -137,7 +138,9 @@ def started_as_in(cluster: str, head: RayHead, log: Path) -> Iterator[None]:
     command = command.replace("/home/ray/mmray", str(ROOT)).replace("$RAY_HEAD_IP:6379", f"$RAY_HEAD_IP:{port}")
     command = command.replace("/tmp/notices", f"{log.parent}/notices")
     command = command.replace(">>", "--node-ip-address=127.0.0.5 >>")
-    subprocess.run(["bash", "-c", f"true && ({command})"], check=True, env=head.environment | {"RAY_HEAD_IP": host})
+    subprocess.run(
+        ["bash", "-c", f"true && ({command})"], check=True, env=os.environ | head.environment | {"RAY_HEAD_IP": host}
+    )
     try:
         yield
     finally:
@@ -151,7 +154,9 @@ def left(head: RayHead, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """The hook of a pod that ends, with its node at 127.0.0.5."""
     command = [sys.executable, "-m", "jobs.notices", "now", "--node-ip-address=127.0.0.5", "--seconds=2000"]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=head.environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | head.environment, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         yield process
     finally:
