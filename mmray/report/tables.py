@@ -111,8 +111,9 @@ def run_table(run: Run) -> Table:
         table.add_row("eval loss", _from_to(run.eval_column("eval_loss")))
         for name in dict.fromkeys(name for line in run.evaluations for name in line.get("eval_loss_by_set") or {}):
             losses = [line["eval_loss_by_set"].get(name) for line in run.evaluations if line.get("eval_loss_by_set")]
-            known = np.asarray([loss for loss in losses if loss is not None])
-            table.add_row(f"  eval loss of {escape(name)}", _from_to(known) if len(known) else "no trained token")
+            measured = [loss for loss in losses if loss is not None]
+            shown = _from_to(np.asarray(measured)) if measured else "no trained token"
+            table.add_row(f"  eval loss of {escape(name)}", shown)
     for name, losses in run.columns_by_name("loss_by_set").items():
         known = losses[np.isfinite(losses)]
         table.add_row(f"  loss of {escape(name)}", _from_to(known) if len(known) else "no trained token")
