@@ -110,8 +110,8 @@ def run_table(run: Run) -> Table:
     if run.evaluations:
         table.add_row("eval loss", _from_to(run.eval_column("eval_loss")))
         for name in dict.fromkeys(name for line in run.evaluations for name in line.get("eval_loss_by_set") or {}):
-            losses = [line["eval_loss_by_set"].get(name) for line in run.evaluations if line.get("eval_loss_by_set")]
-            measured = [loss for loss in losses if loss is not None]
+            of_set = [line["eval_loss_by_set"].get(name) for line in run.evaluations if line.get("eval_loss_by_set")]
+            measured = [loss for loss in of_set if loss is not None]
             shown = _from_to(np.asarray(measured)) if measured else "no trained token"
             table.add_row(f"  eval loss of {escape(name)}", shown)
     for name, losses in run.columns_by_name("loss_by_set").items():
