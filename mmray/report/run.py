@@ -183,12 +183,12 @@ class Run:
     @property
     def total_steps(self) -> int | None:
         """Steps of the whole run, as it last began or went on; None for runs whose history does not tell."""
-        told = [event["total_steps"] for event in self.history if "total_steps" in event]
-        return told[-1] if told else None
+        totals = [event["total_steps"] for event in self.history if "total_steps" in event]
+        return totals[-1] if totals else None
 
     @property
     def state(self) -> str:
-        """Whether the run is finished, was stopped, or is under way or broken off, and since when."""
+        """The state of the run by its last event: finished, stopped, or else under way or broken off."""
         if not self.history:
             return f"after step {self.last_step:,}"
         event = self.history[-1]
