@@ -132,6 +132,9 @@ def test_packages_are_those_the_job_needs() -> None:
     content = yaml.safe_load(LEAST) | {"tracking": {"mlflow": "pages"}}
     assert packages_of(Job.model_validate(content), trains=True) == ["deepspeed", "mlflow"]
     assert packages_of(Job.model_validate(content), trains=False) == []
+    content["training"]["adapter"], content["model"]["quantize"] = {"rank": 4}, "nf4"
+    adapting = packages_of(Job.model_validate(content), trains=True)
+    assert adapting == ["deepspeed", "peft", "bitsandbytes", "mlflow"]
 
 
 @pytest.mark.parametrize("place", ["prepared", "run", "train", "eval"])

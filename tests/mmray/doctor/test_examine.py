@@ -150,6 +150,25 @@ def test_attention_that_is_not_installed(make_job, monkeypatch):
     assert "flash_attn is not installed" in with_gpu.detail
 
 
+def test_what_an_adapter_touches_is_listed_and_what_is_not_there_refused(make_job):
+    def finding(adapter):
+        job = Job.model_validate(make_job(training__adapter=adapter))
+        (only,) = [each for each in examine_settings(job) if each.check == "adapter"]
+        return only.status, only.detail
+
+    status, detail = finding({"rank": 4, "parts": ["language"], "save_whole": ["projector"]})
+    assert status is Status.PASS
+    assert detail.startswith("lora of rank 4; adapted in language: q_proj (2), ")
+    assert "trained whole: ln_q (1)" in detail
+    assert "other weights stay as they are: " in detail
+    assert finding({"parts": ["qproj"]}) == (
+        Status.FAIL,
+        "training.adapter.parts: 'qproj' is no part of the model and matches no name in it; did you mean 'q_proj' or "
+        "'proj' or 'v_proj'?",
+    )
+    assert finding({"start_from": "/nowhere"})[0] is Status.FAIL
+
+
 def test_a_key_that_deepspeed_does_not_know(make_job):
     """Found before work starts: a run and its plan do the same cheap part."""
     overrides = {"zero_optimization": {"reduce_bucket_sizes": 1}}

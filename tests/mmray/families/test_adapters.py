@@ -83,7 +83,6 @@ def adapted(request, make_adapted):
     return make_adapted(request.param)
 
 
-@pytest.mark.proves("adapters")
 def test_an_adapter_on_every_part(adapted, tmp_path):
     """One test for each member, because a model is built and run for it: it begins as the base, a step moves exactly
     what is trained, packed equals unpacked, and both forms of its export have its logits."""
