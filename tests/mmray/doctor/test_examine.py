@@ -161,11 +161,9 @@ def test_what_an_adapter_touches_is_listed_and_what_is_not_there_refused(make_jo
     assert detail.startswith("lora of rank 4; adapted in language: q_proj (2), ")
     assert "trained whole: ln_q (1)" in detail
     assert "other weights stay as they are: " in detail
-    assert finding({"parts": ["qproj"]}) == (
-        Status.FAIL,
-        "training.adapter.parts: 'qproj' is no part of the model and matches no name in it; did you mean 'q_proj' or "
-        "'proj' or 'v_proj'?",
-    )
+    status, detail = finding({"parts": ["qproj"]})
+    assert status is Status.FAIL
+    assert "'qproj' is no part of the model and matches no name in it; did you mean 'q_proj' or" in detail
     assert finding({"start_from": "/nowhere"})[0] is Status.FAIL
 
 
