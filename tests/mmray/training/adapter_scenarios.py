@@ -52,7 +52,7 @@ EQUAL = [
     AdapterCase(2, "bf16", "lora"),
     AdapterCase(3, "fp32", "lora"),
     AdapterCase(3, "bf16", "dora"),
-    AdapterCase(2, "fp32", "lora", quantize="nf4"),
+    AdapterCase(2, "bf16", "lora", quantize="nf4"),
     AdapterCase(2, "fp32", "lora", in_files=False),
 ]
 """Cases that give equal losses with any number of ranks."""
