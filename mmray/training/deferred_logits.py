@@ -1,10 +1,10 @@
 """A model's forward pass up to its output head: logits that are described and not computed.
 
 During the forward pass a stand-in takes the head's place. It returns `DeferredLogits`, which hold the hidden states and
-write down what the model's class does to the logits afterwards, such as Gemma's soft cap or Granite's scale. So the head
-and these steps can run later, for a few tokens at a time, with any model that treats each logit by itself. Where a
-class does anything else, the logits are computed at that moment for all tokens, and the forward pass goes on with them:
-nothing has to be known of a class in advance, and nothing is computed wrongly.
+write down what the model's class does to the logits afterwards, such as Gemma's soft cap or Granite's scale. So head
+and steps can run later, for a few tokens at a time, with any model that treats each logit by itself. Where a class does
+anything else, the logits are computed at that moment for all tokens, and the forward pass goes on with them: nothing
+has to be known of a class in advance, and nothing is computed wrongly.
 """
 
 from collections.abc import Callable, Iterator
@@ -62,9 +62,7 @@ class DeferredLogits(Tensor):
     def of(hidden: Tensor, head: Head, dtype: torch.dtype, steps: tuple[Step, ...] = ()) -> "DeferredLogits":
         """The logits of some hidden states after some steps, which make them `dtype`."""
         shape = (*hidden.shape[:-1], head.module.out_features)
-        logits: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            DeferredLogits, shape, dtype=dtype, device=hidden.device
-        )
+        logits: Any = Tensor._make_wrapper_subclass(DeferredLogits, shape, dtype=dtype, device=hidden.device)
         logits.hidden, logits.head, logits.steps, logits.computed = hidden, head, steps, None
         deferred: DeferredLogits = logits
         return deferred
@@ -79,7 +77,7 @@ class DeferredLogits(Tensor):
         return self.computed
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any | None = None) -> Any:
         """Describes or writes down the operation, or computes the logits and does it."""
         options, name = kwargs or {}, getattr(func, "__name__", str(func))
         logits = args[0] if args else None
@@ -94,7 +92,7 @@ class DeferredLogits(Tensor):
         return func(*_computed(args, name), **_computed(options, name))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuses what went past `__torch_function__`: below autograd the gradients would be lost."""
         raise RuntimeError(f"{func} cannot be done with logits that are not computed")
 
@@ -110,7 +108,9 @@ def deferred_head(model: PreTrainedModel) -> Iterator[Head | None]:
         yield None
         return
     head = Head(module)
-    places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
+    places = [
+        (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module
+    ]
     for parent, name in places:
         parent._modules[name] = _StandIn(head)
     try:

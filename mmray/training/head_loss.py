@@ -63,7 +63,7 @@ class HeadLoss:
         self.steps = ()
         return self._apply(_NoHead(), logits, [])
 
-    def _apply(self, head: "_Head", rows: Tensor, parameters: list[Tensor]) -> Tensor:
+    def _apply(self, head: "_Head", rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         if torch.is_grad_enabled() and (rows.requires_grad or parameters):
             loss: Tensor = _Loss.apply(self, head, rows, *parameters)
             return loss
@@ -186,13 +186,10 @@ class _Module:
 
     def __init__(self, module: Any, forward: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]) -> None:
         self._forward, self._parameters, self._vocabulary = forward, parameters, module.out_features
-        # Under ZeRO-3 each module inside gathers its weights whenever it is called, on all ranks together: they must
-        # call it equally often.
-        self._whole = any(hasattr(weight, "ds_id") for weight in module.parameters())
         self._sums: list[Tensor | None] = [None] * len(parameters)
 
     def rows_at_once(self, rows: int) -> int:
-        return max(1, rows if self._whole else HEAD_ELEMENTS // self._vocabulary)
+        return max(1, HEAD_ELEMENTS // self._vocabulary)
 
     def logits(self, rows: Tensor, *, differentiate: bool) -> Tensor:
         self._rows = rows.detach().requires_grad_(differentiate)
@@ -230,6 +227,15 @@ class _NoHead:
 
     def gradients(self) -> list[Tensor | None]:
         return []
+
+
+def runs_in_chunks(head: torch.nn.Module) -> bool:
+    """False for a head with modules inside whose weights ZeRO-3 has sharded.
+
+    Each of them gathers its weights whenever it is called, on all ranks together, which have other numbers of chunks.
+    """
+    inside = (weight for part in head.children() for weight in part.parameters())
+    return not any(hasattr(weight, "ds_id") for weight in inside)
 
 
 @contextmanager

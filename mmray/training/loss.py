@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mmray.loss.rules import IGNORE_INDEX
-from mmray.training.deferred_logits import DeferredLogits, deferred_head
-from mmray.training.head_loss import HeadLoss, replaced_forward
+from mmray.training.deferred_logits import DeferredLogits, Head, deferred_head
+from mmray.training.head_loss import HeadLoss, replaced_forward, runs_in_chunks
 from mmray.training.model import transformers_model
 from mmray.training.token_losses import Measures, Objective, TrainedTokens
 
@@ -88,10 +88,12 @@ def packed_loss(
     def whole_loss(*arguments: Any, **named: Any) -> Tensor:
         with deferred_head(inner) as head:
             logits = forward(*arguments, **named).logits
-        if isinstance(logits, DeferredLogits) and logits.computed is None:
+        deferred = isinstance(logits, DeferredLogits) and logits.computed is None
+        if deferred and runs_in_chunks(logits.head.module):
             work.steps = logits.steps
             return work.of_hidden(of_trained(logits.hidden), logits.head.module)
-        _tell_of_whole_logits(type(inner).__name__, head.needed_by if head else "")
+        reason = "has modules inside its head, which ZeRO-3 shards" if deferred else _reason(head)
+        _tell_of_whole_logits(type(inner).__name__, reason)
         whole = logits.compute("") if isinstance(logits, DeferredLogits) else logits
         return work.of_logits(of_trained(whole))
 
@@ -100,10 +102,14 @@ def packed_loss(
     return PackedLoss(loss, work.measures)
 
 
+def _reason(head: Head | None) -> str:
+    """The reason why a model has computed its logits itself."""
+    return f"does `{head.needed_by}` with them" if head else "has no head that runs by itself"
+
+
 @cache
-def _tell_of_whole_logits(model_class: str, needed_by: str) -> None:
-    """Warns, once, of the memory that a model's logits take, and of the reason."""
-    reason = f"does `{needed_by}` with them" if needed_by else "has no head that runs by itself"
+def _tell_of_whole_logits(model_class: str, reason: str) -> None:
+    """Warns, once, that a model's logits take memory. reason: a verb and what follows it."""
     log.warning(
         "the logits of all trained tokens of a row are computed at once, which takes memory: %s %s", model_class, reason
     )

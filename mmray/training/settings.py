@@ -147,6 +147,15 @@ class TrainingSettings(Settings):
     """DeepSpeed configuration merged over mmray's own: inline, or the path of a JSON file. Values "auto" are ignored;
     keys that mmray decides are errors."""
 
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over the whole vocabulary. `loss` in the metrics stays the plain
+    cross-entropy, in training and evaluation; `smoothed_loss` is the one that is trained."""
+
+    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Factor of the z-loss, the squared logarithm of the softmax's denominator, which is added to the loss of each
+    trained token and keeps logits from growing; 1e-4 is common. `loss` in the metrics does not contain it; `z_loss` is
+    its mean before the factor."""
+
     router_loss: RouterLoss = "model"
     """Factor of the balancing loss of a mixture of experts, which keeps its routers from sending all tokens to a few
     experts: a number, "model" for `router_aux_loss_coef` of its configuration, or null for none. A resumed run with

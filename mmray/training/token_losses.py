@@ -30,7 +30,7 @@ class TrainedTokens:
 
 @dataclass
 class Measures:
-    """Sums over trained tokens, detached, fp32 scalars; they grow chunk by chunk."""
+    """Sums over trained tokens, detached; fp32 scalars, which grow chunk by chunk."""
 
     cross_entropy: Tensor
     """Sum of the cross-entropies, in nats."""
@@ -42,17 +42,19 @@ class Measures:
     """Number of tokens that are the most likely ones by the model: no other one has a larger logit."""
     set_sums: Tensor
     """Sum of the cross-entropies of each set, fp32 [num_sets]."""
+    set_counts: Tensor
+    """Number of trained tokens of each set, int64 [num_sets]."""
 
     @classmethod
     def zeros(cls, tokens: TrainedTokens) -> "Measures":
-        """No tokens yet, on the device of the targets."""
+        """Sums of zero on the device of the targets; the tokens of the sets are counted."""
         zero = torch.zeros((), dtype=torch.float32, device=tokens.targets.device)
-        return cls(zero, zero, zero, zero, zero.new_zeros(tokens.num_sets))
+        sets = tokens.targets.new_zeros(0) if tokens.sets is None else tokens.sets
+        counts = torch.bincount(sets, minlength=tokens.num_sets)
+        return cls(zero, zero, zero, zero, zero.new_zeros(tokens.num_sets), counts)
 
 
-def chunk_loss(
-    logits: Tensor, tokens: TrainedTokens, rows: slice, objective: Objective, measures: Measures
-) -> Tensor:
+def chunk_loss(logits: Tensor, tokens: TrainedTokens, rows: slice, objective: Objective, measures: Measures) -> Tensor:
     """The sum of the trained losses of a chunk of tokens, attached to its logits [n, vocabulary]; adds to the measures.
 
     rows: the tokens of the chunk, n of them, which may be 0.
