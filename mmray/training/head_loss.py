@@ -75,14 +75,21 @@ class HeadLoss:
         rows: what the head takes, [N, width]; N may be 0.
         """
         total, gradients = self.scale.new_zeros(()), torch.empty_like(rows) if differentiate else None
-        for start in range(0, max(1, len(rows)), head.rows_at_once(len(rows))):
-            chunk = rows[start : start + head.rows_at_once(len(rows))]
-            logits = head.logits(chunk, differentiate=differentiate)
-            loss, logit_gradients = self._loss(logits, start, differentiate, overwrite=head.overwrite)
-            total = total + loss
-            if gradients is not None and logit_gradients is not None:
-                gradients[start : start + len(chunk)] = head.backward(chunk, logit_gradients)
+        at_once = head.rows_at_once(len(rows))
+        for start in range(0, max(1, len(rows)), at_once):
+            chunk = rows[start : start + at_once]
+            of_chunk = None if gradients is None else gradients[start : start + at_once]
+            total = total + self._run_chunk(head, chunk, start, of_chunk)
         return total, [gradients, *head.gradients()]
+
+    def _run_chunk(self, head: "_Head", rows: Tensor, start: int, gradients: Tensor | None) -> Tensor:
+        """The summed loss of the rows from `start` on, whose logits are gone when it returns; their gradients are
+        written into `gradients`, [n, width], where it is not None."""
+        logits = head.logits(rows, differentiate=gradients is not None)
+        loss, logit_gradients = self._loss(logits, start, gradients is not None, overwrite=head.overwrite)
+        if gradients is not None and logit_gradients is not None:
+            gradients.copy_(head.backward(rows, logit_gradients))
+        return loss
 
     def _loss(
         self, logits: Tensor, start: int, differentiate: bool, *, overwrite: bool
