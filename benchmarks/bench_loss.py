@@ -1,8 +1,8 @@
 """The loss of 2,048 trained tokens of a vocabulary of 151,936: peak memory and time of forward and backward.
 
 Against the way mmray went before: the head makes the logits of all tokens, and the loss makes fp32 copies of them in
-chunks, which its backward pass makes again (torch's checkpointing). Hidden states and head have the width of Qwen2-VL-2B,
-whose vocabulary it is. Both ways give the same loss and gradients, or the benchmark fails. Peak memory is
+chunks, which its backward pass makes again (torch's checkpointing). Hidden states and head have the width of
+Qwen2-VL-2B, whose vocabulary it is. Both ways give the same loss and gradients, or the benchmark fails. Peak memory is
 what torch holds at most beside hidden states and head, the gradients of both included; it and the CPU time of one
 thread are of the same pass, in fp32. On a GPU the dtype is bf16 and the time the clock's.
 """

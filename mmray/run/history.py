@@ -6,13 +6,18 @@ before it starts any worker.
 
 A run that trains on a mixture also tells its datasets and weights (`mixture`) where it starts and continues on others.
 
-| event | besides `time`, `step`, `workers` | | --- | --- | | `start` | a new run begins | | `resume` | `checkpoint`:
-the name of the one it continues from | | `checkpoint` | `name`; `seconds`: how long the step loop was held up | |
-`damaged_checkpoint` | `checkpoint`, `problem`: it is passed over | | `preemption` | `nodes`: those that will be taken
-away; `deadline`: when, or null | | `first_loss` | `loss`, `problem`: that of the first step is not one of trained
-weights | | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on | | `stop` | `reason`: who
-or what asked the run to stop before its last step; all that is done is saved | | `finish` | the last step is done and
-its checkpoint whole |
+| event | besides `time`, `step`, `workers` |
+| --- | --- |
+| `start` | a new run begins |
+| `resume` | `checkpoint`: the name of the one it continues from |
+| `checkpoint` | `name`; `seconds`: how long the step loop was held up |
+| `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
+| `preemption` | `nodes`: those that will be taken away; `deadline`: when, or null |
+| `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
+| `profile` | `file`: the trace of some steps, in the run's folder |
+| `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
+| `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
+| `finish` | the last step is done and its checkpoint whole |
 
 `step` is the number of steps done when it happened; `workers` the number of ranks, 0 where there were none yet.
 """
@@ -29,7 +34,16 @@ from mmray.training.json_lines import JsonLines, read_json_lines
 HISTORY_FILE = "history.jsonl"
 
 Event = Literal[
-    "start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "first_loss", "continue_on", "stop", "finish"
+    "start",
+    "resume",
+    "checkpoint",
+    "damaged_checkpoint",
+    "preemption",
+    "first_loss",
+    "profile",
+    "continue_on",
+    "stop",
+    "finish",
 ]
 
 
@@ -59,6 +73,8 @@ def in_words(event: dict[str, Any]) -> str:
             return f"nodes {', '.join(event['nodes'])} will be taken away; a checkpoint is written at step {step}"
         case "first_loss":
             return str(event["problem"])
+        case "profile":
+            return f"a trace of the steps up to {step} is in {event['file']}"
         case "continue_on":
             data = _mixed(event, "") or f" {event['prepared']}, {counted(event['bins'], 'bin')}"
             return f"from step {step} on it trains on{data}"

@@ -8,7 +8,7 @@ to use instead.
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -99,6 +99,21 @@ class ModelSettings(Settings):
         return source
 
 
+class ProfileSettings(Settings):
+    """The steps that are traced."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """First and last step that rank 0 traces, counted from 1. The file is `profile/steps-FIRST-LAST.json.gz` in the
+    run's folder, which Perfetto opens; a few steps are enough."""
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if steps[0] > steps[1]:
+            raise ValueError(f"the first step to trace, {steps[0]}, comes after the last, {steps[1]}")
+        return steps
+
+
 class TrainingSettings(Settings):
     """Length, batch, optimizer, ZeRO stage, and how often to evaluate and to save."""
 
@@ -160,6 +175,13 @@ class TrainingSettings(Settings):
     """Factor of the balancing loss of a mixture of experts, which keeps its routers from sending all tokens to a few
     experts: a number, "model" for `router_aux_loss_coef` of its configuration, or null for none. A resumed run with
     "model" keeps the factor it began with."""
+
+    fused_loss: Literal["liger"] | None = None
+    """Kernel that computes the loss on GPUs: liger, of the package liger-kernel (`pip install 'mmray[liger]'`). null:
+    mmray's own way, in chunks, which gives the same loss."""
+
+    profile: ProfileSettings | None = None
+    """Steps of which a trace is written, to see what they spend their time on. null: none."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """State that ZeRO partitions across the workers. 0: nothing; 1: optimizer state; 2: also gradients; 3: also
