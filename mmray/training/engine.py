@@ -29,6 +29,8 @@ from mmray.families import leaf_modules
 from mmray.loss.labels import PADDING_SEGMENT
 from mmray.training import checkpoint
 from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
+from mmray.training.head_loss import HeadLoss
+from mmray.training.liger import LigerLoss, check_fused_loss
 from mmray.training.loss import PLAIN, PackedLoss, count_trained_tokens, packed_loss
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
@@ -161,6 +163,7 @@ class TrainingEngine:
 
         _agree_on_device()
         deepspeed.init_distributed()
+        check_fused_loss(training_settings, torch.device(deepspeed.get_accelerator().current_device_name()))
         with checkpoint.prepared(resume_from, self, scratch, node) as source:
             self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
             saved = None if source is None else source.state.router_loss
@@ -326,13 +329,13 @@ class TrainingEngine:
 
     def _loss(
         self, micro_batch: MicroBatch, labels: Tensor, *, objective: Objective = PLAIN, num_sets: int = 0,
-        scale: float = 1.0,
+        scale: float = 1.0, kind: type[HeadLoss] = HeadLoss,
     ) -> PackedLoss:  # fmt: skip
         """The loss of a micro-batch, whose sets are measured apart where `num_sets` says how many there are."""
         inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
         sets = micro_batch.token_sets.to(self.device).clamp(min=0) if num_sets else None
         return packed_loss(
-            self.deepspeed, inputs, labels, objective=objective, sets=sets, num_sets=num_sets, scale=scale
+            self.deepspeed, inputs, labels, objective=objective, sets=sets, num_sets=num_sets, scale=scale, kind=kind
         )
 
     def _balanced_tokens(self, micro_batches: Sequence[MicroBatch]) -> int:
@@ -348,6 +351,7 @@ class TrainingEngine:
         """The micro-batch's sums (`_sums`); its gradients are accumulated."""
         labels = micro_batch.labels.to(self.device)
         options: dict[str, Any] = {"objective": self.objective, "num_sets": self.num_sets, "scale": scale}
+        options["kind"] = LigerLoss if self.training_settings.fused_loss else HeadLoss
         if self.routers is None:
             packed = self._loss(micro_batch, labels, **options)
             self.deepspeed.backward(packed.loss * scale, scale_wrt_gas=False)

@@ -52,7 +52,7 @@ class HeadLoss:
 
         def whole_loss(rows: Tensor) -> Tensor:
             parameters = [weight for weight in head.parameters() if weight.requires_grad]
-            return self._apply(_Linear(head) if plain else _Module(head, forward, parameters), rows, parameters)
+            return self._apply(LinearHead(head) if plain else _ModuleHead(head, forward, parameters), rows, parameters)
 
         with replaced_forward(head, whole_loss):
             loss: Tensor = head(hidden)
@@ -63,13 +63,13 @@ class HeadLoss:
         self.steps = ()
         return self._apply(_NoHead(), logits, [])
 
-    def _apply(self, head: "_Head", rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def _apply(self, head: "Head", rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         if torch.is_grad_enabled() and (rows.requires_grad or parameters):
             loss: Tensor = _Loss.apply(self, head, rows, *parameters)
             return loss
         return self.run(head, rows, differentiate=False)[0]
 
-    def run(self, head: "_Head", rows: Tensor, *, differentiate: bool) -> tuple[Tensor, list[Tensor | None]]:
+    def run(self, head: "Head", rows: Tensor, *, differentiate: bool) -> tuple[Tensor, list[Tensor | None]]:
         """The summed loss, and the gradients of the rows and of the head's parameters, times the scale.
 
         rows: what the head takes, [N, width]; N may be 0.
@@ -82,7 +82,7 @@ class HeadLoss:
             total = total + self._run_chunk(head, chunk, start, of_chunk)
         return total, [gradients, *head.gradients()]
 
-    def _run_chunk(self, head: "_Head", rows: Tensor, start: int, gradients: Tensor | None) -> Tensor:
+    def _run_chunk(self, head: "Head", rows: Tensor, start: int, gradients: Tensor | None) -> Tensor:
         """The summed loss of the rows from `start` on, whose logits are gone when it returns; their gradients are
         written into `gradients`, [n, width], where it is not None."""
         logits = head.logits(rows, differentiate=gradients is not None)
@@ -116,7 +116,7 @@ class _Loss(torch.autograd.Function):
     """The loss as one operation, whose gradients are known when it is done."""
 
     @staticmethod
-    def forward(ctx: Any, work: HeadLoss, head: "_Head", rows: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, work: HeadLoss, head: "Head", rows: Tensor, *parameters: Tensor) -> Tensor:
         loss, ctx.gradients = work.run(head, rows, differentiate=True)
         ctx.scale = work.scale
         return loss
@@ -131,7 +131,7 @@ class _Loss(torch.autograd.Function):
         return (None, None, *(None if gradient is None else gradient.mul_(factor) for gradient in gradients))
 
 
-class _Head(Protocol):
+class Head(Protocol):
     """The last part of a model, applied to some rows at a time."""
 
     overwrite: bool
@@ -154,39 +154,43 @@ class _Head(Protocol):
         ...
 
 
-class _Linear:
+class LinearHead:
     """A matrix, and perhaps a bias, whose gradients are summed in place."""
 
     overwrite = True
 
     def __init__(self, module: Any) -> None:
-        self._weight, self._bias = module.weight, module.bias
+        self.weight, self.bias = module.weight, module.bias
         self._of_weight: Tensor | None = None
         self._of_bias: Tensor | None = None
 
     def rows_at_once(self, rows: int) -> int:
-        return max(1, HEAD_ELEMENTS // self._weight.shape[0])
+        return max(1, HEAD_ELEMENTS // self.weight.shape[0])
 
     def logits(self, rows: Tensor, *, differentiate: bool) -> Tensor:
-        return F.linear(rows, self._weight, self._bias)
+        return F.linear(rows, self.weight, self.bias)
 
     def backward(self, rows: Tensor, logit_gradients: Tensor) -> Tensor:
-        if self._weight.requires_grad:
+        if self.weight.requires_grad:
             if self._of_weight is None:
                 self._of_weight = logit_gradients.t().mm(rows)
             else:
                 self._of_weight.addmm_(logit_gradients.t(), rows)
-        if self._bias is not None and self._bias.requires_grad:
+        if self.bias is not None and self.bias.requires_grad:
             of_bias = logit_gradients.sum(0)
             self._of_bias = of_bias if self._of_bias is None else self._of_bias + of_bias
-        return logit_gradients.mm(self._weight)
+        return logit_gradients.mm(self.weight)
 
     def gradients(self) -> list[Tensor | None]:
-        pairs = (self._weight, self._of_weight), (self._bias, self._of_bias)
+        return self.in_order(self._of_weight, self._of_bias)
+
+    def in_order(self, of_weight: Tensor | None, of_bias: Tensor | None) -> list[Tensor | None]:
+        """The gradients of those that are trained: weight, bias."""
+        pairs = (self.weight, of_weight), (self.bias, of_bias)
         return [gradient for weight, gradient in pairs if weight is not None and weight.requires_grad]
 
 
-class _Module:
+class _ModuleHead:
     """Any head: with adapters, quantised, kept whole by peft. Its parameters' gradients come from autograd."""
 
     overwrite = False  # what the module keeps for its own backward pass may be its output

@@ -54,7 +54,7 @@ def packed_loss_sum(model: torch.nn.Module, inputs: dict[str, Tensor], labels: T
 
 def packed_loss(
     model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor, *, objective: Objective = PLAIN,
-    sets: Tensor | None = None, num_sets: int = 0, scale: float = 1.0,
+    sets: Tensor | None = None, num_sets: int = 0, scale: float = 1.0, kind: type[HeadLoss] = HeadLoss,
 ) -> PackedLoss:  # fmt: skip
     """The summed loss of all trained tokens.
 
@@ -67,6 +67,7 @@ def packed_loss(
         sets: the set of each token of the row, int64 [L] on the labels' device, from 0 for every trained one; None
             where the losses of sets are not measured apart.
         scale: the factor that the loss gets before its backward pass (`HeadLoss`).
+        kind: what computes the loss.
 
     Without a trained token the loss is zero and still attached to every parameter, so that under ZeRO-3 this rank
     takes part in every collective of the backward pass, which can run once.
@@ -75,7 +76,7 @@ def packed_loss(
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
     token_sets = None if sets is None else sets[1:].expand_as(trained)[trained]
-    work = HeadLoss(TrainedTokens(targets[trained], token_sets, num_sets), objective, scale)
+    work = kind(TrainedTokens(targets[trained], token_sets, num_sets), objective, scale)
     options: dict[str, Any] = {"use_cache": False}
     if labels.shape[0] == 1 and _takes_logits_to_keep(type(inner)):
         options["logits_to_keep"] = trained[0].nonzero().squeeze(1)

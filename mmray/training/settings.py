@@ -41,6 +41,11 @@ RouterLoss = Literal["model"] | float | None
 """Factor of the balancing loss of a mixture of experts; "model": that of its configuration; None: no such loss."""
 
 
+def _is_off(value: Any) -> bool:
+    """True for a setting that changes nothing: records of runs without it are as they were before there was one."""
+    return not value
+
+
 class ModelSettings(Settings):
     """The trained model, and how its forward pass runs."""
 
@@ -162,11 +167,11 @@ class TrainingSettings(Settings):
     """DeepSpeed configuration merged over mmray's own: inline, or the path of a JSON file. Values "auto" are ignored;
     keys that mmray decides are errors."""
 
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
     """Share of each target that is spread evenly over the whole vocabulary. `loss` in the metrics stays the plain
     cross-entropy, in training and evaluation; `smoothed_loss` is the one that is trained."""
 
-    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False, exclude_if=_is_off)
     """Factor of the z-loss, the squared logarithm of the softmax's denominator, which is added to the loss of each
     trained token and keeps logits from growing; 1e-4 is common. `loss` in the metrics does not contain it; `z_loss` is
     its mean before the factor."""
@@ -176,11 +181,11 @@ class TrainingSettings(Settings):
     experts: a number, "model" for `router_aux_loss_coef` of its configuration, or null for none. A resumed run with
     "model" keeps the factor it began with."""
 
-    fused_loss: Literal["liger"] | None = None
+    fused_loss: Literal["liger"] | None = Field(default=None, exclude_if=_is_off)
     """Kernel that computes the loss on GPUs: liger, of the package liger-kernel (`pip install 'mmray[liger]'`). null:
     mmray's own way, in chunks, which gives the same loss."""
 
-    profile: ProfileSettings | None = None
+    profile: ProfileSettings | None = Field(default=None, exclude_if=_is_off)
     """Steps of which a trace is written, to see what they spend their time on. null: none."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
