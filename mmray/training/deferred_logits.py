@@ -131,7 +131,7 @@ class _StandIn(torch.nn.Module):
         return DeferredLogits.of(hidden, self._head, hidden.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        """What a model's class asks of its head, such as its weight's type, is answered by the head."""
+        """Answers from the head what the model's class asks of it, such as the type of its weight."""
         try:
             return super().__getattr__(name)
         except AttributeError:

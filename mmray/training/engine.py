@@ -397,8 +397,8 @@ class TrainingEngine:
 
 
 def _sums(balancing: Tensor, measures: Measures) -> Tensor:
-    """What the metrics of a step are made of, summed over the ranks at once: NUM_SUMS values, and then of each set the
-    loss, and the number of trained tokens."""
+    """Joins the sums that the metrics of a step are made of, which ranks reduce at once: NUM_SUMS values, then the loss
+    of each set, then the number of its trained tokens."""
     whole = torch.stack([
         balancing.detach(), measures.cross_entropy, measures.smoothed, measures.squared_normaliser, measures.correct
     ])  # fmt: skip

@@ -38,7 +38,8 @@ class LigerLoss(HeadLoss):
         if self.tokens.sets is not None:
             members = F.one_hot(self.tokens.sets, self.tokens.num_sets)
             self.measures.set_sums = (losses[:, None] * members).sum(0)
-        of_rows, of_weight, of_bias = (None if each is None else each.mul_(self.scale) for each in gradients)
+        scaled = [None if gradient is None else gradient.mul_(self.scale) for gradient in gradients]
+        of_rows, of_weight, of_bias = scaled
         return self.measures.cross_entropy, [of_rows, *head.in_order(of_weight, of_bias)]
 
 
