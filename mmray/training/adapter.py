@@ -120,12 +120,16 @@ class Adapter:
         for name, parameter in plain_named_parameters(model):
             if name in whole:
                 parameter.requires_grad_(True)
-        if zero3_config is not None and (self.settings.kind == "dora" or self.targets.parameters):
+        if zero3_config is not None:
             self._gather_at_once(model)
 
     def _gather_at_once(self, model: PreTrainedModel) -> None:
-        """Lets ZeRO-3 gather all weights of an adapted module together: DoRA and experts compute with the weights of
-        modules inside them, which ZeRO-3 has for the calls of those alone."""
+        """Lets ZeRO-3 gather all weights of an adapted module together.
+
+        DoRA and experts compute with the weights of modules inside them, which ZeRO-3 has for the calls of those alone.
+        And the loss calls what is inside an adapted head once for each chunk of tokens: ranks with other numbers of
+        tokens would gather other numbers of times, and wait for each other forever.
+        """
         from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
         for module in model.modules():

@@ -47,8 +47,10 @@ class AdapterCase(Case):
 
     @property
     def training(self):
+        """An adapter on the head, too, where no embedding shares its weight and experts are the point."""
         whole = ("embeddings",) if self.member == "gemma3" else ("projector",)
-        return {"adapter": {"rank": 2, "alpha": 6, "kind": self.kind, "parts": ["language"], "save_whole": whole}}
+        parts = ["language", "lm_head"] if self.member == "qwen3_vl_moe" else ["language"]
+        return {"adapter": {"rank": 2, "alpha": 6, "kind": self.kind, "parts": parts, "save_whole": whole}}
 
 
 CASES = {
