@@ -156,6 +156,18 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
     assert all(step == count for step, count in counted)
 
 
+def test_a_first_loss_as_of_random_weights_is_told(inputs: Inputs, folder: Path) -> None:
+    """And what transformers warns of in workers is kept."""
+    config = str(inputs.folder / "model")
+    build_model(ModelSettings(config=config, dtype="fp32")).save_pretrained(folder / "untrained")
+    model = {"path": str(folder / "untrained"), "processor": str(inputs.folder / "processor"), "dtype": "fp32"}
+    (line,) = run_job(inputs, folder, "untrained-run", model=model, training__steps=1)
+    events = {event["event"]: event for event in read_history(folder / "untrained-run")}
+    assert events["first_loss"]["loss"] == line["loss"]
+    assert "as random weights: ln(vocabulary) is 6.41" in events["first_loss"]["problem"]
+    assert events["first_loss"]["problem"] in (folder / "untrained-run/warnings.log").read_text()
+
+
 def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
     """Not even workers start: its history stays as it is."""
     history = read_history(folder / "whole")
@@ -191,33 +203,11 @@ def test_a_mistake_that_workers_find_reaches_the_user(
         run_job(inputs, folder, "whole", training__seed=5, training__max_failures=0)
 
 
-@pytest.fixture(scope="module")
-def mistaken(inputs: Inputs, folder: Path) -> str:
-    """The message of a run from files of random weights that ends in its third step, by a mistake of one worker,
-    although failures may be tried again three times, and the other rank waits for it in a collective.
-
-    Before its third step the worker has had a collective of the second, so that the first is written.
-    """
-    config = str(inputs.folder / "model")
-    build_model(ModelSettings(config=config, dtype="fp32")).save_pretrained(folder / "untrained")
-    model = {"path": str(folder / "untrained"), "processor": str(inputs.folder / "processor"), "dtype": "fp32"}
-    with pytest.raises(UserError) as error:
-        run_job(inputs, folder, "mistaken", [Mistaken(step=3, rank=1)], model=model, training__max_failures=3)
-    return str(error.value)
-
-
-def test_a_mistake_of_one_worker_ends_the_run_at_once(mistaken: str, folder: Path) -> None:
-    assert mistaken == "this row cannot be trained on; mend it"
-    assert [event["event"] for event in read_history(folder / "mistaken")] == ["start", "first_loss"]
-
-
-def test_a_first_loss_as_of_random_weights_is_told(mistaken: str, folder: Path) -> None:
-    """And what transformers warns of in workers is kept."""
-    line, *_ = read_metrics(folder / "mistaken" / "metrics.jsonl")
-    events = {event["event"]: event for event in read_history(folder / "mistaken")}
-    assert events["first_loss"]["loss"] == line["loss"]
-    assert "as random weights: ln(vocabulary) is 6.41" in events["first_loss"]["problem"]
-    assert events["first_loss"]["problem"] in (folder / "mistaken/warnings.log").read_text()
+def test_a_mistake_of_one_worker_ends_the_run_at_once(inputs: Inputs, folder: Path) -> None:
+    """Although failures may be tried again three times, and the other rank waits for it in a collective."""
+    with pytest.raises(UserError, match=r"^this row cannot be trained on; mend it$"):
+        run_job(inputs, folder, "mistaken", [Mistaken(step=2, rank=1)], training__max_failures=3)
+    assert [event["event"] for event in read_history(folder / "mistaken")] == ["start"]
 
 
 def test_settings_that_differ_from_the_prepared_ones_are_refused(inputs: Inputs, folder: Path) -> None:
