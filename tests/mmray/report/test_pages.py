@@ -268,7 +268,7 @@ def test_what_steps_measure_is_drawn_where_it_is_known(tmp_path):
     run = Run(write_run(tmp_path / "run", 8, **columns))
     page = Page(run_page(run))
     assert hover(page, "Token accuracy")[3] == "step 4\nshare 0.25"
-    assert hover(page, "Loss by set")[3] == "step 4\nset 0 2"
+    assert hover(page, "Loss by set")[3] == "step 4\nset 0 2\nset 1 1 not finite"
     text = words(page)
     for note in ("50.0% at the end", "2.00 GB at most", "median 3 TFLOPs a second", "Last: set 0 4, set 1 not finite"):
         assert note in text
