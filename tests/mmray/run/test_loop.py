@@ -142,7 +142,8 @@ def test_a_run_without_ray_leaves_the_files_of_one_with_it(whole: list[dict[str,
         (1, False), (2, False), (3, False), (4, False), (4, True), *((step, False) for step in range(5, 9)), (8, True),
     ]  # fmt: skip
     assert [(event["event"], event["step"], event["workers"]) for event in read_history(run)] == [
-        ("start", 0, 2), ("profile", 3, 2), ("checkpoint", 3, 2), ("checkpoint", 6, 2), ("checkpoint", 8, 2), ("finish", 8, 2),
+        ("start", 0, 2), ("profile", 3, 2), ("checkpoint", 3, 2), ("checkpoint", 6, 2), ("checkpoint", 8, 2),
+        ("finish", 8, 2),
     ]  # fmt: skip
     assert {path.name[:19] for path in run.glob("checkpoint_*")} == {"checkpoint_00000006", "checkpoint_00000008"}
     trained = read_trained(run)
