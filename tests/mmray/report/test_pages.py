@@ -274,10 +274,10 @@ def test_what_steps_measure_is_drawn_where_it_is_known(tmp_path):
         assert note in text
     assert "Model FLOPs utilisation" not in text
     cells = [str(cell) for column in run_table(run).columns for cell in column.cells]
-    assert ["0.0625 -> 0.5000", "2.00 GB", "3 T"] == [
+    assert [
         cells[cells.index(name) + len(cells) // 2]
         for name in ("token accuracy", "peak memory of a worker", "model FLOPs per second")
-    ]
+    ] == ["0.0625 -> 0.5000", "2.00 GB", "3 T"]
     assert "  loss of set 0" in cells
 
 
