@@ -27,7 +27,7 @@ MEASURED: tuple[tuple[str, str, str, str, Callable[[np.ndarray], str]], ...] = (
     ("mfu", "Model FLOPs utilisation", "share", "good",
      lambda shares: f"Of what the GPUs could do in bf16; median {np.nanmedian(shares):.1%}."),
 )  # fmt: skip
-"""What a step measures that has a chart of its own: its key, and the chart's title, name, colour and note."""
+"""The measures of a step that have a chart of their own: key; title, name, colour and note of the chart."""
 
 MOST_TEXTS = 9
 MOST_EVENTS, MOST_WARNINGS, MOST_SKIPPED = 200, 20, 10
