@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mmray.errors import UserError
 from mmray.training.adapter import Adapter, is_adapter, plain_name, to_file_names, trained_weights
 from mmray.training.base_weights import BaseFiles
-from mmray.training.model import empty_model, load_plain, resize_embeddings
+from mmray.training.model import DTYPES, empty_model, load_plain, resize_embeddings
 from mmray.training.quantized import quantised_layers, rounded
 from mmray.training.saved_weights import SavedWeights
 from mmray.training.settings import ModelSettings
@@ -36,7 +36,7 @@ def merged_model(
     settings: the model's, in the dtype of training. Raises UserError where the base is not the one it was trained on.
     """
     if adapter.base is None:
-        model = base_in_checkpoint(adapter, settings, weights, dtype)
+        model = base_in_checkpoint(adapter, settings, weights, DTYPES[settings.dtype])
     else:
         assert settings.path is not None
         adapter.base.check_equal(BaseFiles.of(settings.path), "the adapter")
@@ -45,10 +45,10 @@ def merged_model(
             for name in quantised_layers(model):
                 layer: Any = model.get_submodule(name)
                 layer.weight.data = rounded(layer.weight.data)
-        nn.Module.to(model, dtype)
     adapter.put_into(model)
-    read_trained(model, weights, dtype)
+    read_trained(model, weights, torch.float32)
     merge(model, dtype)
+    nn.Module.to(model, dtype)
     return model
 
 

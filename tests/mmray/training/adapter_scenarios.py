@@ -138,7 +138,7 @@ def one_rank(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
         "other base": refusal(case, folder, model={"path": str(folder / "other")}, **saved),
         "random base": refusal(case, folder, model={"path": None, "config": tiny.TINY_QWEN2_VL}, **saved),
     }
-    dropping = case.engine(folder, 4, adapter=case.adapter(dropout=0.5), **saved)
+    dropping = case.engine(folder, 4, adapter=case.adapter(dropout=0.5), scratch=folder / "scratch", **saved)
     results["other dropout"] = dropping.step_count
     dropping.close()
     return results

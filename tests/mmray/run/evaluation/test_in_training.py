@@ -108,7 +108,7 @@ def test_a_run_with_an_adapter_is_evaluated_resumed_and_exported(inputs: Inputs,
     changes = {
         "model__path": str(base), "model__config": None, "model__quantize": "nf4", "evaluation": EVALUATION,
         "training__adapter": {"rank": 4, "parts": ["language"], "save_whole": ["projector"], "dropout": 0.1},
-        "keep_best": {"metric": "loss"},
+        "keep_best": {"metric": "eval_loss"},
     }  # fmt: skip
     whole = train_here(job_in(inputs, folder, "adapter-whole", **changes))
     train_here(job_in(inputs, folder, "adapter", **changes | {"training__steps": 3}))
