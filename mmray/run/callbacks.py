@@ -14,6 +14,7 @@ from mmray.run.skipped import SkippedLog
 from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
 from mmray.training.bins_log import TRAINED_FILE
+from mmray.training.engine import StepMetrics
 from mmray.training.first_loss import first_loss_problem
 from mmray.training.json_lines import JsonLines
 
@@ -57,10 +58,12 @@ class History(Callback):
         run = loop.run
         if run.checkpoint is None:
             run.note("start", loop.step, **mixture_line(run.prepared))
+            run.note_stage()
             return
         run.note("resume", loop.step, checkpoint=run.checkpoint)
         if loop.step == run.start.first_step > 0:
             run.note("continue_on", loop.step, **data_lines(run.prepared))
+        run.note_stage()
 
     def on_checkpoint(self, loop: Loop, name: str, seconds: float) -> None:
         loop.run.note("checkpoint", loop.step, name=name, seconds=round(seconds, 3))
@@ -158,6 +161,7 @@ class Records(Callback):
             step_seconds=done.seconds,
             data_wait_seconds=done.step.waited,
             **mixture_metrics(loop.run.prepared, trained, metrics),
+            **_parts_metrics(metrics),
         )
 
     def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:
@@ -188,6 +192,12 @@ class PeriodicCheckpoints(Callback):
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         if is_due(done.number, self._every_steps):
             loop.save()
+
+
+def _parts_metrics(metrics: StepMetrics) -> dict[str, Any]:
+    """The number of the stage, and the rates of parts that have their own; none in a run without parts."""
+    stage = {} if metrics.stage is None else {"stage": metrics.stage}
+    return stage | ({"lr_by_part": metrics.rates_by_part} if metrics.rates_by_part else {})
 
 
 def _measured_apart(evaluation: Evaluation) -> dict[str, Any]:

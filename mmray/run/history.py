@@ -28,8 +28,9 @@ from mmray.training.json_lines import JsonLines, read_json_lines
 HISTORY_FILE = "history.jsonl"
 
 Event = Literal[
-    "start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "first_loss", "continue_on", "stop", "finish"
-]
+    "start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "first_loss", "continue_on", "stage", "stop",
+    "finish",
+]  # fmt: skip
 
 
 def add_to_history(run: Path, event: Event, step: int, workers: int, **values: Any) -> None:
@@ -61,6 +62,9 @@ def in_words(event: dict[str, Any]) -> str:
         case "continue_on":
             data = _mixed(event, "") or f" {event['prepared']}, {event['bins']} bins"
             return f"from step {step} on it trains on{data}"
+        case "stage":
+            parts = ", ".join(f"{part} {treated}" for part, treated in event["parts"].items())
+            return f"stage {event['stage']} of {event['stages']} begins after step {step}: {parts}"
         case "stop":
             return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":
