@@ -183,14 +183,15 @@ class Records(Callback):
 
 
 class PeriodicCheckpoints(Callback):
-    """Asks for a checkpoint every `every_steps` steps. The loop itself saves the last one."""
+    """Asks for a checkpoint every `every_steps` steps, and where the decay of the wsd schedule begins, from where a
+    longer run can continue. The loop itself saves the last one."""
 
     def __init__(self, every_steps: int | None) -> None:
         """Sets the number of steps between checkpoints. every_steps: None for the last checkpoint only."""
         self._every_steps = every_steps
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
-        if is_due(done.number, self._every_steps):
+        if is_due(done.number, self._every_steps) or done.number == loop.run.engine.decays_from:
             loop.save()
 
 

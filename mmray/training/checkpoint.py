@@ -27,16 +27,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from mmray.base.version import __version__
 from mmray.base.words import one_line
 from mmray.errors import UserError
 from mmray.training.conversion import SHARDS, converted
+from mmray.training.deepspeed_config import effective_zero_stage
+from mmray.training.optim import decays_from
 from mmray.training.optimizers import UNCONVERTED, momentum
 from mmray.training.ranks import Ranks
 from mmray.training.regroup import (
     GROUPS_FILE,
     SavedGroup,
+    check_same_trained,
     complete_universal,
     read_groups,
     restore_states,
@@ -47,7 +51,7 @@ from mmray.training.regroup import (
 )
 from mmray.training.saved_weights import SavedWeights
 from mmray.training.settings import ModelSettings, TrainingSettings
-from mmray.training.treatments import WeightGroup
+from mmray.training.treatments import Stage, WeightGroup, stage_at, usual_groups, weight_groups
 
 STATE_FILE = "training_state.json"
 MODEL_FILE = "model.json"
@@ -64,17 +68,16 @@ class Engine(Protocol):
     zero_stage: int
     model_settings: ModelSettings
     training_settings: TrainingSettings
+    stages: list[Stage]
+    """The stages of the training."""
+    stage: Stage
+    """The stage of the next step."""
     groups: list[WeightGroup]
     """The groups of the optimizer."""
     step_count: int
     """Number of optimizer steps done."""
     router_loss: float | None
     """Factor of the balancing loss of a mixture of experts; None for none."""
-
-    @property
-    def decays_from(self) -> int | None:
-        """With the wsd schedule: number of steps that are done before its decay begins."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def save_state(engine: Engine, folder: Path) -> None:
             lists=engine.world_size,
             router_loss=engine.router_loss,
             optimizer=None if (name := engine.training_settings.optimizer) == "adamw" else name,
-            decays_from=engine.decays_from,
+            decays_from=decays_from(engine.stage, engine.training_settings),
         )
         written = {name: value for name, value in asdict(state).items() if value is not None}
         (folder / STATE_FILE).write_text(json.dumps(written, indent=2) + "\n")
@@ -169,36 +172,49 @@ def read_settings(folder: Path) -> tuple[ModelSettings, TrainingSettings] | None
         raise UserError(f"{path} cannot be read: {one_line(error)}; it was written by another mmray") from error
 
 
-def check_fit(folder: Path, state: SavedState, engine: Engine) -> None:
-    """Raises UserError where a checkpoint belongs to a training of another kind than the engine's."""
-    if not (folder / SHARDS).is_dir():
-        raise UserError(f"{folder} is an incomplete checkpoint: it holds no {SHARDS} folder")
-    saved, wanted = (state.zero_stage, state.dtype), (engine.zero_stage, engine.model_settings.dtype)
+def check_resume(
+    folder: Path,
+    state: SavedState,
+    model: PreTrainedModel,
+    settings: tuple[ModelSettings, TrainingSettings],
+    stages: Sequence[Stage],
+) -> None:
+    """Raises UserError, with what differs, where a checkpoint belongs to another training than the settings'.
+
+    model: the model of the settings, also one without weights. stages: those of the training.
+    """
+    model_settings, training = settings
+    saved = (state.zero_stage, state.dtype)
+    wanted = (effective_zero_stage(model_settings, training), model_settings.dtype)
     if saved != wanted:
         raise UserError(
             f"{folder} was written with ZeRO stage {saved[0]} and {saved[1]}, this run has stage "
             f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or start a new run"
         )
     optimizer = state.optimizer or "adamw"
-    if optimizer != engine.training_settings.optimizer:
+    if optimizer != training.optimizer:
         raise UserError(
-            f"{folder} was written by optimizer {optimizer}, whose states another does not "
-            "take; set training.optimizer back, or start a new run"
+            f"{folder} was written by optimizer {optimizer}, and this run has {training.optimizer}, which cannot use "
+            "its states; set training.optimizer back, or start a new run"
+        )
+    done = stage_at(stages, state.step - 1)
+    groups = weight_groups(model, training, stages, done)
+    check_same_trained(folder, state.step, _saved_groups(folder, model, training), groups, done.place)
+    falls_from = state.decays_from
+    if falls_from is not None and falls_from < state.step and falls_from != decays_from(done, training):
+        raise UserError(
+            f"{folder} lies in the decay of the learning rate, which began after step {falls_from}: the rate would "
+            "jump back to its peak. A longer run continues a checkpoint from before the decay: move those after step "
+            f"{falls_from} out of the run's folder"
         )
 
 
-def check_decay(source: "ResumeSource", decays_from: int | None) -> None:
-    """Raises UserError where a checkpoint lies in the decay of a shorter run, and the rate would jump back to its peak.
-
-    decays_from: number of steps that are done before the decay in the present run; None without the wsd schedule.
-    """
-    state = source.state
-    if state.decays_from is not None and state.decays_from < state.step and state.decays_from != decays_from:
-        raise UserError(
-            f"{source.folder} lies in the decay of the learning rate, which began after step {state.decays_from}: the "
-            "rate would jump back to its peak. A longer run continues a checkpoint from before the decay: move the "
-            f"checkpoints after step {state.decays_from} out of the run's folder"
-        )
+def _saved_groups(folder: Path, model: PreTrainedModel, training: TrainingSettings) -> list[SavedGroup]:
+    """The groups of the optimizer in a checkpoint; the usual ones where it does not tell."""
+    groups = read_groups(folder)
+    if groups is None:
+        return [SavedGroup(group.names, 0, 0) for group in usual_groups(model, training)]
+    return groups
 
 
 @contextmanager
@@ -237,14 +253,16 @@ def prepared(
         yield replace(source, shards_parent=shards_parent)
 
 
-def resume_source(folder: Path, state: SavedState, engine: Engine, usual: Sequence[WeightGroup]) -> ResumeSource:
-    """The checkpoint that an engine with its model and groups resumes from, not converted yet.
+def resume_source(folder: Path, state: SavedState, engine: Engine, model: PreTrainedModel) -> ResumeSource:
+    """The checkpoint that an engine with this model resumes from, not converted yet.
 
-    usual: the groups of a training without parts, which a checkpoint has that does not tell its own.
+    Raises UserError where it is incomplete, or belongs to another training.
     """
-    groups = read_groups(folder)
-    if groups is None:
-        groups = [SavedGroup(group.names, 0, 0) for group in usual]
+    if not (folder / SHARDS).is_dir():
+        raise UserError(f"{folder} is an incomplete checkpoint: it holds no {SHARDS} folder")
+    training = engine.training_settings
+    check_resume(folder, state, model, (engine.model_settings, training), engine.stages)
+    groups = _saved_groups(folder, model, training)
     is_regrouped = [group.names for group in groups] != [group.names for group in engine.groups]
     universal = state.zero_stage > 0 and (is_regrouped or state.world_size != engine.world_size)
     return ResumeSource(folder, state, folder, universal, groups, is_regrouped)

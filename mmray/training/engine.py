@@ -31,21 +31,18 @@ from mmray.training import checkpoint
 from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
 from mmray.training.loss import count_trained_tokens, packed_loss_sum, packed_loss_sums
 from mmray.training.model import DTYPES, build_model
-from mmray.training.optim import clip_gradients, decay_start, gradient_norm, learning_rate, optimizer_groups
+from mmray.training.optim import clip_gradients, decays_from, gradient_norm, learning_rate, optimizer_groups
 from mmray.training.optimizers import peak_factor, ready_made
 from mmray.training.part_settings import PartSettings
 from mmray.training.ranks import Ranks
-from mmray.training.regroup import check_same_trained
 from mmray.training.router_loss import Routers, router_coefficient
 from mmray.training.settings import ModelSettings, TrainingSettings
 from mmray.training.treatments import (
-    Stage,
     freeze,
     stage_at,
     stages_of,
     summary,
     treatments,
-    usual_groups,
     weight_groups,
 )
 from mmray.training.weights import listed
@@ -173,29 +170,24 @@ class TrainingEngine:
         """Builds the model and DeepSpeed around it for the stage that comes next, from a checkpoint where one is
         given."""
         state = None if resume_from is None else checkpoint.read_state(resume_from)
-        if resume_from is not None and state is not None:
-            checkpoint.check_fit(resume_from, state, self)
         self.step_count = 0 if state is None else state.step
         self.stage = stage_at(self.stages, self.step_count)
         model = self._build(deepspeed)
-        settings = self.training_settings
-        self.groups = weight_groups(model, settings, self.stages, self.stage)
+        self.groups = weight_groups(model, self.training_settings, self.stages, self.stage)
         source = None
         if resume_from is not None and state is not None:
-            source = checkpoint.resume_source(resume_from, state, self, usual_groups(model, settings))
-            done = stage_at(self.stages, self.step_count - 1)
-            done_groups = weight_groups(model, settings, self.stages, done)
-            check_same_trained(resume_from, state.step, source.groups, done_groups, done.place)
-            checkpoint.check_decay(source, self._decay_start(done))
+            source = checkpoint.resume_source(resume_from, state, self, model)
         freeze(model, self.groups)
         with checkpoint.prepared(source, self, scratch, node) as source:
             self.deepspeed = self._initialize(deepspeed, model, load_universal=source is not None and source.universal)
             saved = None if source is None else source.state.router_loss
-            self.router_loss = router_coefficient(settings.router_loss, self.model, saved, resumes=source is not None)
+            self.router_loss = router_coefficient(
+                self.training_settings.router_loss, self.model, saved, resumes=source is not None
+            )
             self.routers = None if self.router_loss is None else Routers(self.model)
             self.device: torch.device = self.deepspeed.device
             self.deepspeed.train()
-            checkpoint.seed_rng(settings.seed, self.rank)
+            checkpoint.seed_rng(self.training_settings.seed, self.rank)
             if source is not None:
                 checkpoint.load_state(self, source)
 
@@ -336,12 +328,7 @@ class TrainingEngine:
     @property
     def decays_from(self) -> int | None:
         """With the wsd schedule: number of steps that are done before the decay of the present stage begins."""
-        return self._decay_start(self.stage)
-
-    def _decay_start(self, stage: Stage) -> int | None:
-        if self.training_settings.schedule != "wsd":
-            return None
-        return stage.first_step + decay_start(stage.steps, self.training_settings)
+        return decays_from(self.stage, self.training_settings)
 
     @property
     def rates_by_part(self) -> dict[str, float]:

@@ -27,7 +27,7 @@ def learning_rate(step: int, stage: Stage, settings: TrainingSettings, peak: flo
         return peak * (step + 1) / warmup
     if settings.schedule == "constant":
         return peak
-    falls_from = decay_start(total_steps, settings) if settings.schedule == "wsd" else warmup
+    falls_from = total_steps - (settings.decay_steps or 0) if settings.schedule == "wsd" else warmup
     progress = min(1.0, max(0, step - falls_from) / max(1, total_steps - falls_from))
     if settings.schedule == "cosine":
         height = 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -44,9 +44,9 @@ def warmup_steps(total_steps: int, settings: TrainingSettings) -> int:
     return math.ceil((settings.warmup_ratio or 0.0) * total_steps)
 
 
-def decay_start(total_steps: int, settings: TrainingSettings) -> int:
-    """Number of steps of a stage that are done before the decay of the wsd schedule begins."""
-    return total_steps - (settings.decay_steps or 0)
+def decays_from(stage: Stage, settings: TrainingSettings) -> int | None:
+    """With the wsd schedule: number of steps of the training that are done before the decay of a stage begins."""
+    return None if settings.schedule != "wsd" else stage.stop_step - (settings.decay_steps or 0)
 
 
 def gradient_norm(gradients: Sequence[torch.Tensor]) -> float:

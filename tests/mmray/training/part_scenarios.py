@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmray.errors import UserError
 from mmray.training.checkpoint import save_state
 from mmray.training.engine import TrainingEngine
 from tests.mmray.training import tiny
-from tests.mmray.training.scenarios import Case, refusal
+from tests.mmray.training.scenarios import Case
 
 LAST_STEP = 6
 STAGES = (
@@ -34,7 +35,7 @@ GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
 def staged(case: Case, grad_accumulation: int, resume_from: Path | None = None, **options: Any) -> TrainingEngine:
-    """An engine of a training in three stages. Weights are checkpointed in one half of the cases, and gathered."""
+    """An engine of a training in three stages. In fp32 it recomputes activations, and gathers all weights at ZeRO-3."""
     stage, dtype = case
     extra = {"deepspeed": GATHERED} if stage == 3 and dtype == "fp32" else {}
     return TrainingEngine(
@@ -63,6 +64,7 @@ def train(engine: TrainingEngine, folder: Path, case: Case, last_step: int) -> l
         after = weights_of(engine)
         moved = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
         history.append(metrics | {"moved": moved, "trained": [n for g in engine.groups for n in g.names]})
+        history[-1]["updates"] = updates_by_name(engine)
         place = checkpoint_of(folder, case, engine.step_count, engine.world_size)
         save_state(engine, place)
         engine.ranks.every(None)
@@ -82,6 +84,19 @@ def weights_of(engine: TrainingEngine) -> dict[str, Tensor]:
         with deepspeed.zero.GatheredParameters([weight], enabled=engine.zero_stage == 3):
             weights[name] = weight.detach().clone()
     return weights
+
+
+def updates_by_name(engine: TrainingEngine) -> dict[str, int]:
+    """The number of updates that Adam has counted, by a part of each weight's name; {} where shards are not at hand."""
+    if engine.zero_stage == 3 or engine.training_settings.optimizer != "adamw":
+        return {}
+    wrapper = engine.deepspeed.optimizer
+    inner = getattr(wrapper, "optimizer", wrapper)
+    counted = {}
+    for group, flat in zip(engine.groups, inner.param_groups, strict=True):
+        for name in group.names:
+            counted[name.split(".")[2]] = int(inner.state[flat["params"][0]]["step"])
+    return counted
 
 
 def costs(engine: TrainingEngine) -> dict[str, Any]:
@@ -132,4 +147,77 @@ def one_rank(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
         engine = staged(case, 4, steps=6)
         results["costs", case] = costs(engine)
         engine.close()
+    return results | {"longer": longer(folder)}
+
+
+def longer(folder: Path) -> dict[str, Any]:
+    """Losses of a run of eight steps by the wsd schedule: in one go, and from where a run of five begins to decay; and
+    the message for a checkpoint of that decay. On one rank."""
+    settings: dict[str, Any] = {"schedule": "wsd", "warmup_steps": 1, "decay_steps": 2, "stages": (), "parts": {}}
+
+    def engine(steps: int, resume_from: Path | None = None) -> TrainingEngine:
+        return staged((2, "fp32"), 2, resume_from, **settings, steps=steps)
+
+    case = (2, "fp32")
+    short = engine(5)
+    train(short, folder / "short", case, 5)
+    assert short.decays_from == 3
+    short.close()
+    whole = engine(8)
+    losses = {"whole": [(s["loss"], s["learning_rate"]) for s in train(whole, folder / "long", case, 8)]}
+    whole.close()
+    resumed = engine(8, checkpoint_of(folder / "short", case, 3, 1))
+    losses["resumed"] = [(s["loss"], s["learning_rate"]) for s in train(resumed, folder / "resumed", case, 8)]
+    resumed.close()
+    try:
+        engine(8, checkpoint_of(folder / "short", case, 4, 1))
+    except UserError as error:
+        return losses | {"in decay": str(error)}
+    return losses
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw_8bit": {"optimizer": "adamw_8bit"},
+    "muon": {"optimizer": "muon", "muon_learning_rate": 0.02, "muon_momentum": 0.9},
+}
+BY_OPTIMIZER: list[tuple[str, Case]] = [
+    ("adamw_8bit", (0, "fp32")), ("adamw_8bit", (2, "fp32")), ("adamw_8bit", (1, "bf16")), ("adamw_8bit", (3, "fp32")),
+    ("muon", (0, "fp32")), ("muon", (1, "fp32")), ("muon", (2, "bf16")),
+]  # fmt: skip
+
+
+def by_optimizer(name: str, case: Case, grad_accumulation: int, resume_from: Path | None = None) -> TrainingEngine:
+    """An engine with an optimizer, the vision tower frozen."""
+    options = OPTIMIZERS[name] | {"stages": (), "parts": {"vision": "frozen"}, "learning_rate": 1e-3}
+    return staged(case, grad_accumulation, resume_from, **options)
+
+
+def optimizers(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
+    """Four steps of each optimizer, and the last two again from a checkpoint; two ranks."""
+    results: dict[Any, Any] = {}
+    for name, case in BY_OPTIMIZER:
+        engine = by_optimizer(name, case, 2)
+        results[name, case] = train(engine, folder / name, case, 4)
+        engine.close()
+        engine = by_optimizer(name, case, 2, checkpoint_of(folder / name, case, 2, 2))
+        results["resumed", name, case] = train(engine, folder / f"{name}-again", case, 4)
+        engine.close()
+    return results
+
+
+def optimizers_alone(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
+    """What one rank makes of the checkpoints of two: losses, or the message."""
+    results: dict[Any, Any] = {}
+    for name, case in BY_OPTIMIZER:
+        try:
+            engine = by_optimizer(name, case, 4, checkpoint_of(folder / name, case, 2, 2))
+        except UserError as error:
+            results[name, case] = str(error)
+            continue
+        results[name, case] = train(engine, folder / f"{name}-alone", case, 4)
+        engine.close()
+    try:
+        staged((2, "fp32"), 4, checkpoint_of(folder / "muon", (0, "fp32"), 2, 2), zero_stage=0, stages=(), parts={})
+    except UserError as error:
+        results["another"] = str(error)
     return results

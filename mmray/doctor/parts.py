@@ -1,0 +1,40 @@
+"""Checks which parts of the model are trained, how, and with which optimizer."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from mmray.config.job import Job
+from mmray.doctor.findings import Finding, failed_by, guarded, passed
+from mmray.training.deepspeed_config import deepspeed_config
+from mmray.training.part_report import PartFacts, part_model, stage_facts
+from mmray.training.treatments import Stage
+
+CHECK, OPTIMIZER = "parts", "optimizer"
+
+
+def examine_parts(job: Job) -> Iterator[Finding]:
+    """Yield a finding for each stage of the training, and one for its optimizer; loads no weight."""
+    yield guarded(OPTIMIZER, partial(_optimizer, job))
+    try:
+        stages = list(stage_facts(part_model(job.model), job.model, job.training))
+    except Exception as error:  # noqa: BLE001 (the code of any model is run)
+        yield failed_by(CHECK, error)
+        return
+    for stage, facts in stages:
+        name = CHECK if len(stages) == 1 else f"{CHECK}, stage {stage.number + 1}"
+        yield passed(name, _in_words(job, stage, facts, is_last=stage is stages[-1][0]))
+
+
+def _optimizer(job: Job) -> Finding:
+    training = job.training
+    if training.optimizer != "adamw":
+        deepspeed_config(job.model, training, world_size=1, grad_accumulation=1, load_universal=False)
+    return passed(OPTIMIZER, f"{training.optimizer}, schedule {training.schedule}")
+
+
+def _in_words(job: Job, stage: Stage, facts: list[PartFacts], *, is_last: bool) -> str:
+    texts = "; ".join(fact.text for fact in facts)
+    if stage.number == 0 and is_last:
+        return texts
+    steps = f"to step {stage.stop_step:,}" if not is_last or job.training.steps else "to the end"
+    return f"from step {stage.first_step + 1:,} {steps}: {texts}"
