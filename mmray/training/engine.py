@@ -10,6 +10,7 @@ Nothing here keeps state that a checkpoint would have to carry beyond DeepSpeed'
 the learning rate is a function of the step, set before each one.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -318,6 +319,9 @@ class TrainingEngine:
         """
         self.close()
         del self.deepspeed, self.routers
+        gc.collect()  # DeepSpeed's engine holds itself in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         self._open(import_deepspeed(), saved, scratch, node)
 
     @property

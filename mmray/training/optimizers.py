@@ -69,6 +69,9 @@ def optimizer_config(training: TrainingSettings) -> dict[str, Any]:
 
 def ready_made(training: TrainingSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
     """The optimizer that DeepSpeed is handed; None where its configuration makes it."""
+    if training.optimizer == "muon" and not torch.cuda.is_available():
+        # Muon's iteration would be compiled by a C++ compiler, 20 s for each shape of a matrix.
+        torch.compiler.set_stance("force_eager")
     if training.optimizer != "adamw_8bit":
         return None
     import bitsandbytes

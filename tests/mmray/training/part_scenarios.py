@@ -182,7 +182,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 BY_OPTIMIZER: list[tuple[str, Case]] = [
     ("adamw_8bit", (0, "fp32")), ("adamw_8bit", (2, "fp32")), ("adamw_8bit", (1, "bf16")), ("adamw_8bit", (3, "fp32")),
-    ("muon", (0, "fp32")), ("muon", (1, "fp32")), ("muon", (2, "bf16")),
+    ("muon", (0, "fp32")), ("muon", (1, "fp32")), ("muon", (2, "fp32")), ("muon", (2, "bf16")),
 ]  # fmt: skip
 
 
