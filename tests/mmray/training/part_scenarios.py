@@ -178,7 +178,7 @@ def longer(folder: Path) -> dict[str, Any]:
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"optimizer": "adamw_8bit"},
-    "muon": {"optimizer": "muon", "muon_learning_rate": 0.02, "muon_momentum": 0.9},
+    "muon": {"optimizer": "muon", "muon_learning_rate": 0.01, "muon_momentum": 0.9, "max_grad_norm": None},
 }
 BY_OPTIMIZER: list[tuple[str, Case]] = [
     ("adamw_8bit", (0, "fp32")), ("adamw_8bit", (2, "fp32")), ("adamw_8bit", (1, "bf16")), ("adamw_8bit", (3, "fp32")),
