@@ -46,8 +46,8 @@ def check_optimizer(training: TrainingSettings, *, zero_stage: int, offloads: bo
         raise UserError("optimizer: adamw_8bit needs bitsandbytes: pip install 'mmray[bitsandbytes]'")
     if name == "muon" and zero_stage > 0 and training.max_grad_norm is not None:
         raise UserError(
-            f"optimizer: muon under ZeRO {zero_stage}: there DeepSpeed clips Muon's updates, whose norm does not depend "
-            "on the gradient, and so shrinks the learning rate; set training.max_grad_norm: null"
+            f"optimizer: muon under ZeRO {zero_stage}: there DeepSpeed clips Muon's updates, whose norm does not "
+            "depend on the gradient, and so shrinks the learning rate; set training.max_grad_norm: null"
         )
     if name == "muon" and zero_stage == 3:
         raise UserError(
