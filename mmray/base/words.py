@@ -13,6 +13,19 @@ def amount(count: int) -> str:
     return f"{count:,}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, in the plural where it is not 1: 1 bin, 2,048 bins, 3 batches."""
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def file_size(size: int) -> str:
+    """Format a number of bytes in decimal units: 0.8 kB, 12.3 MB or 4.56 GB."""
+    if size >= 10**8:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 10**5 else f"{size / 1e3:.1f} kB"
+
+
 def span(time: timedelta) -> str:
     """Format a length of time in its two largest units: 3 d 4 h, 12 min 5 s."""
     seconds = int(time.total_seconds())

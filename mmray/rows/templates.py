@@ -18,7 +18,7 @@ import jinja2
 from jinja2 import TemplateError, meta, nodes
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmray.base.words import one_line
+from mmray.base.words import counted, one_line
 from mmray.errors import RowError
 from mmray.families import Family
 from mmray.loss.settings import SAMPLED_ROLE
@@ -112,7 +112,8 @@ class ChatTemplate:
         if rendered_images != count_images:
             raise RowError(
                 "template",
-                f"the chat template wrote {rendered_images} images where the messages have {count_images} image parts; "
+                f"the chat template wrote {counted(rendered_images, 'image')} where the messages have "
+                f"{counted(count_images, 'image part')}; "
                 "put the images into user messages",
             )
         for look in _LOOKS:

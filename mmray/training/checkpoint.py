@@ -30,7 +30,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mmray.base.version import __version__
-from mmray.base.words import one_line
+from mmray.base.words import counted, one_line
 from mmray.errors import UserError
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.deepspeed_config import effective_zero_stage
@@ -231,18 +231,17 @@ def prepared(
         yield source
         return
     state, optimizer = source.state, engine.training_settings.optimizer
-    why = f"has {engine.world_size} workers"
+    writers, why = counted(state.world_size, "worker"), f"has {counted(engine.world_size, 'worker')}"
     if state.world_size == engine.world_size:
         why = "has other groups of weights, by training.parts or stages"
     if optimizer in UNCONVERTED:
         raise UserError(
-            f"{source.folder} was written by {state.world_size} workers, and this run {why}; that cannot be with "
-            f"optimizer {optimizer} under ZeRO {state.zero_stage}: {UNCONVERTED[optimizer]}. Set them back"
+            f"{source.folder} was written by {writers}, and this run {why}; that cannot be with optimizer {optimizer} "
+            f"under ZeRO {state.zero_stage}: {UNCONVERTED[optimizer]}. Set them back"
         )
     if scratch is None:
         raise UserError(
-            f"{source.folder} was written by {state.world_size} workers; to resume with {engine.world_size}, give a "
-            "folder to convert it in"
+            f"{source.folder} was written by {writers}; to resume with {engine.world_size}, give a folder to convert it in"
         )
 
     def complete(folder: Path) -> None:

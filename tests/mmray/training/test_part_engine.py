@@ -111,7 +111,7 @@ def test_an_optimizer_trains_and_resumes(by_optimizer: Results, name: str, case:
     if case[0] == 0:
         assert column(alone, "loss") == pytest.approx(column(history[2:], "loss"), rel=1e-5)
     else:
-        assert f"was written by 2 workers, and this run has 1 workers; that cannot be with optimizer {name}" in alone
+        assert f"was written by 2 workers, and this run has 1 worker; that cannot be with optimizer {name}" in alone
 
 
 def test_muon_is_the_same_at_all_zero_stages_that_it_may_run_at(by_optimizer: Results) -> None:

@@ -130,8 +130,8 @@ def test_a_prompt_is_refused_where_training_would_refuse_it(case, tmp_path):
     prompt, page = mmray.prompt(str(tmp_path / "out")), str(case.prepared.parent / "wide.png")
     for message, call in {
         "either text or messages": lambda: prompt(),
-        "1 image placeholders but 0 images": lambda: prompt("<image>"),
-        "0 image placeholders but 1 images": lambda: prompt("Total", images=[page]),
+        "1 image placeholder but 0 images": lambda: prompt("<image>"),
+        "0 image placeholders but 1 image": lambda: prompt("Total", images=[page]),
         "reads as structure": lambda: prompt("<end_of_turn>"),
         "already; end with the user's": lambda: prompt(
             messages=[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Anna."}]
