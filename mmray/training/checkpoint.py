@@ -241,7 +241,8 @@ def prepared(
         )
     if scratch is None:
         raise UserError(
-            f"{source.folder} was written by {writers}; to resume with {engine.world_size}, give a folder to convert it in"
+            f"{source.folder} was written by {writers}; to resume with {engine.world_size}, give a folder to "
+            "convert it in"
         )
 
     def complete(folder: Path) -> None:
