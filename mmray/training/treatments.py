@@ -10,6 +10,7 @@ the other not, and a stage that trains nothing are errors, found from the names 
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
@@ -22,6 +23,8 @@ from mmray.training.part_settings import PartSettings, PartsSetting
 from mmray.training.settings import TrainingSettings
 from mmray.training.weights import listed
 
+_ADAPTED = re.compile(r"\.lora_\w+\.\w+(\.weight)?$")
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
 PART_NAMES = tuple(part.name for part in fields(Parts))
 
 
@@ -119,13 +122,19 @@ def weight_names(model: torch.nn.Module) -> dict[str, list[str]]:
     return names
 
 
+def plain_name(name: str) -> str:
+    """The name that a weight has in the model without peft's adapters; that of the adapted weight for an adapter's."""
+    return _WRAPPED.sub("", _ADAPTED.sub(".weight", name))
+
+
 class _Keys:
     """The keys of a stage's parts, and the weights that they name."""
 
     def __init__(self, model: PreTrainedModel, stage: Stage) -> None:
         self._kind, self._stage = type(model).__name__, stage
         names_of = weight_names(model)
-        self._first_names, self._names = list(names_of), [name for names in names_of.values() for name in names]
+        self._first_names = [plain_name(name) for name in names_of]
+        self._names = [plain_name(name) for names in names_of.values() for name in names]
         self._patterns = [key for key in stage.parts if key not in PART_NAMES]
         self._parts = model_parts(model) if len(self._patterns) < len(stage.parts) else None
 
@@ -134,7 +143,7 @@ class _Keys:
 
         first_name: the weight's first name, which tells its part.
         """
-        parts = self._stage.parts
+        name, first_name, parts = plain_name(name), plain_name(first_name), self._stage.parts
         patterns = [pattern for pattern in self._patterns if fnmatch.fnmatchcase(name, pattern)]
         if any(parts[pattern] != parts[patterns[0]] for pattern in patterns):
             raise UserError(
@@ -223,6 +232,7 @@ def weight_groups(
     """
     history = [treatments(model, earlier, training) for earlier in stages[: stage.number + 1]]
     members: dict[tuple[bool, bool, float, float, int], list[str]] = {}
+    usable, named = {treatment.key for treatment in history[-1].values()}, set[str | None]()
     for name, weight in model.named_parameters():
         treatment = history[-1][name]
         if treatment.is_frozen or not weight.requires_grad:
@@ -232,6 +242,12 @@ def weight_groups(
         decay = treatment.weight_decay if is_matrix else 0.0
         key = (not is_matrix, not by_muon, treatment.learning_rate, decay, _trained_since(history, name))
         members.setdefault(key, []).append(name)
+        named.add(treatment.key)
+    for part, value in stage.parts.items():
+        if isinstance(value, PartSettings) and part in usable and part not in named:
+            raise UserError(
+                f"{stage.place}: {part} is given settings, and nothing of it is trained: the adapter does not touch it"
+            )
     if not members:
         raise UserError(f"{stage.place} leaves no weight to train: the rest of the model is not trained by its adapter")
     return [

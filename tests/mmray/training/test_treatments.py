@@ -9,7 +9,7 @@ from mmray.errors import UserError
 from mmray.training.model import empty_model
 from mmray.training.part_report import stage_facts
 from mmray.training.settings import TrainingSettings
-from mmray.training.treatments import stages_of, treatments, weight_groups, weight_names
+from mmray.training.treatments import plain_name, stages_of, treatments, weight_groups, weight_names
 from tests.mmray.training import tiny
 
 UNTIED = {"config": tiny.TINY_QWEN2_VL | {"tie_word_embeddings": False}}
@@ -131,6 +131,33 @@ def test_what_the_model_itself_does_not_train_is_in_no_group() -> None:
     assert all("visual" in name for group in groups_of(model, {"language": "frozen"}) for name in group.names)
     with pytest.raises(UserError, match="leaves no weight to train"):
         groups_of(model, {"vision": "frozen", "projector": "frozen"})
+    with pytest.raises(UserError, match=r"language is given settings, .* the adapter does not touch it"):
+        groups_of(model, {"language": {"learning_rate": 1e-4}})
+
+
+def test_weights_of_an_adapter_are_treated_as_those_that_they_adapt() -> None:
+    layer = f"{LAYERS}.0.self_attn.q_proj"
+    for adapted in (
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+        "lora_magnitude_vector.default",
+        "base_layer.weight",
+    ):
+        assert plain_name(f"{layer}.{adapted}") == f"{layer}.weight"
+    assert plain_name("model.visual.merger.modules_to_save.default.mlp.0.bias") == "model.visual.merger.mlp.0.bias"
+    assert plain_name("model.visual.merger.original_module.mlp.0.bias") == "model.visual.merger.mlp.0.bias"
+    import peft
+
+    model = empty_model(tiny.model_settings())
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=r".*(q_proj|attn\.qkv)"), model)
+    parts = {"vision": "frozen", f"{LAYERS}.1.*.q_proj.weight": {"learning_rate": 1e-4}}
+    groups = groups_of(model, parts)
+    rates = {name: group.learning_rate for group in groups for name in group.names}
+    assert rates == {
+        f"{LAYERS}.{number}.self_attn.q_proj.lora_{matrix}.default.weight": rate
+        for number, rate in ((0, 3e-3), (1, 1e-4))
+        for matrix in "AB"
+    }
 
 
 def test_names_of_tied_weights_are_told_together() -> None:
