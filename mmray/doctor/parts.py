@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from mmray.config.job import Job
-from mmray.doctor.findings import Finding, failed_by, guarded, passed
+from mmray.doctor.findings import Finding, failed, guarded, not_applicable, passed
+from mmray.errors import UserError
 from mmray.training.deepspeed_config import deepspeed_config
 from mmray.training.part_report import PartFacts, part_model, stage_facts
 from mmray.training.treatments import Stage
@@ -18,8 +19,11 @@ def examine_parts(job: Job) -> Iterator[Finding]:
         yield guarded(OPTIMIZER, partial(_optimizer, job))
     try:
         stages = list(stage_facts(part_model(job.model), job.model, job.training))
-    except Exception as error:  # noqa: BLE001 (the code of any model is run)
-        yield failed_by(CHECK, error)
+    except UserError as error:
+        yield failed(CHECK, str(error))
+        return
+    except Exception:  # noqa: BLE001 (the code of any model is run)
+        yield not_applicable(CHECK, "the model cannot be built from its configuration")
         return
     for stage, facts in stages:
         name = CHECK if len(stages) == 1 else f"{CHECK}, stage {stage.number + 1}"

@@ -141,11 +141,11 @@ def test_a_token_that_was_added(make_job, tmp_path, inputs):
 def test_attention_that_is_not_installed(make_job, monkeypatch):
     job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _, without_gpu, _ = examine_settings(job)
+    _, without_gpu, *_ = examine_settings(job)
     assert without_gpu.status is Status.PASS
     assert "flash_attn is looked for where GPUs are" in without_gpu.detail
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _, with_gpu, _ = examine_settings(job)
+    _, with_gpu, *_ = examine_settings(job)
     assert with_gpu.status is Status.FAIL
     assert "flash_attn is not installed" in with_gpu.detail
 
