@@ -16,6 +16,7 @@ from mmray.run.checkpoints import Scratch, newest_whole, step_of
 from mmray.run.data import RunData, open_data, set_names
 from mmray.run.folder import RunFolder
 from mmray.run.history import Event, add_to_history
+from mmray.run.performance import FlopsCounter
 from mmray.run.plan import RunPlan
 from mmray.schedule.cursor import Cursor
 from mmray.training.engine import TrainingEngine
@@ -50,6 +51,8 @@ class RunState:
     """A folder of this run on the node's own disk."""
     node: str
     """Ranks with the same value see the same `scratch`."""
+    flops: FlopsCounter
+    """Counts the operations that the model needs."""
 
     @property
     def is_first(self) -> bool:
@@ -118,6 +121,7 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
         engine=engine,
         scratch=scratch,
         node=node,
+        flops=FlopsCounter(engine),
     )
 
 
@@ -134,6 +138,7 @@ def enter_stage(run: RunState) -> None:
         )
     scratch = run.folder.shared_path or run.scratch
     run.engine.enter_stage(checkpoint, scratch, copies.node if copies else "")
+    run.flops.read(run.engine)
     _forget(checkpoint, run.ranks, copies)
 
 
