@@ -16,7 +16,7 @@ A run that trains on a mixture also tells its datasets and weights (`mixture`) w
 | `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
 | `profile` | `file`: the trace of some steps, in the run's folder |
 | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
-| `stage` | `stage`, `stages`: number of the stage that begins, from 1, and of all; `parts`: each part in it `trained`, `frozen` or `partly frozen` |
+| `stage` | `stage`, `stages`: the number of the stage that begins, of how many; `parts`: how each is trained |
 | `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
 | `finish` | the last step is done and its checkpoint whole |
 
