@@ -143,7 +143,7 @@ def enter_stage(run: RunState) -> None:
 
 
 def _copies(folder: RunFolder, scratch: Path, node: str) -> Scratch | None:
-    """Where checkpoints of an object store are copied to; None where all ranks share the run's folder."""
+    """The place that checkpoints of an object store are copied to; None where all ranks share the run's folder."""
     return None if folder.shared_path is not None else Scratch(scratch / "restored", node)
 
 

@@ -86,7 +86,7 @@ class SavedWeights:
         return self._joined([saved.flatten()], tuple(saved.shape), dtype)
 
     def __contains__(self, name: str) -> bool:
-        """Whether the checkpoint holds a weight or buffer."""
+        """True if the checkpoint holds a weight or buffer."""
         name = self._shared.get(name, name)
         return name in self._pieces or name in self._frozen or name in self._files[self._model_files[0]]["module"]
 

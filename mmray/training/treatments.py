@@ -39,7 +39,7 @@ class Stage:
     steps: int
     """Number of steps of the stage."""
     parts: PartsSetting
-    """What is trained in it."""
+    """Treatment of the parts in it."""
     place: str
     """Name of the setting that says so."""
 
@@ -218,7 +218,7 @@ class WeightGroup:
     since: int
     """Number of the stage from which on these weights have been trained without a break."""
     by_muon: bool = False
-    """Whether Muon updates them."""
+    """True if Muon updates them."""
 
 
 def weight_groups(
