@@ -74,7 +74,7 @@ class _Remote:
         return _Remote(_plainly(self._inner.open)(path, mode, **options))
 
     def exists(self, path: str) -> bool:
-        """Whether something is there. fsspec's own says no where the store cannot be asked."""
+        """Tell whether something is there. fsspec itself would say no where the store cannot be asked."""
         return self._type_of(path) is not None
 
     def isfile(self, path: str) -> bool:
