@@ -32,4 +32,4 @@ class TrainingStage(Settings):
     """Number of optimizer steps of the stage."""
 
     parts: PartsSetting
-    """Treatment of the parts of the model during the stage, as in `training.parts`, which holds after the last stage."""
+    """Treatment of parts of the model during the stage, as in `training.parts`, which holds after the last stage."""
