@@ -128,13 +128,21 @@ class Adapter:
 
         DoRA and experts compute with the weights of modules inside them, which ZeRO-3 has for the calls of those alone.
         And the loss calls what is inside an adapted head once for each chunk of tokens: ranks with other numbers of
-        tokens would gather other numbers of times, and wait for each other forever.
+        tokens would gather other numbers of times, and wait for each other forever. ZeRO-3 lets go of the weights when
+        the gradient of a module's input is there, so every input asks for one. Token ids cannot: raises UserError for an
+        adapter on embeddings.
         """
         from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
         for module in model.modules():
             if isinstance(module, _peft().tuners.tuners_utils.BaseTunerLayer):
+                if isinstance(module.get_base_layer(), torch.nn.Embedding):
+                    raise UserError(
+                        "training.adapter: embeddings cannot be adapted with training.zero_stage 3; set zero_stage: 2, "
+                        "or train them whole (save_whole: [embeddings])"
+                    )
                 set_z3_leaf_module(module, True)
+                module.register_forward_pre_hook(_ask_for_gradient)
 
     def check_resumes(self, saved: "Adapter | None", checkpoint: Path) -> None:
         """Raises UserError, naming what differs, where a checkpoint with the adapter `saved` is not of this one."""
@@ -167,6 +175,14 @@ class Adapter:
             )
         if self.base is not None and saved.base is not None:
             saved.base.check_equal(self.base, f"the adapter in {checkpoint}")
+
+
+def _ask_for_gradient(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lets the first input of an adapted module have a gradient, which goes no further."""
+    first, *others = inputs
+    if torch.is_grad_enabled() and first.is_floating_point() and not first.requires_grad:
+        first = first.detach().requires_grad_()
+    return first, *others
 
 
 def plain_name(name: str) -> str:
