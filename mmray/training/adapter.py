@@ -129,7 +129,7 @@ class Adapter:
         DoRA and experts compute with the weights of modules inside them, which ZeRO-3 has for the calls of those alone.
         And the loss calls what is inside an adapted head once for each chunk of tokens: ranks with other numbers of
         tokens would gather other numbers of times, and wait for each other forever. ZeRO-3 lets go of the weights when
-        the gradient of a module's input is there, so every input asks for one. Token ids cannot: raises UserError for an
+        the gradient of its input is there, so every input asks for one. Token ids cannot: raises UserError for an
         adapter on embeddings.
         """
         from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
