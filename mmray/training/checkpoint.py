@@ -21,7 +21,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,9 +129,11 @@ def save_state(engine: Engine, folder: Path) -> None:
     It is complete only when every rank has returned and the folders are merged: commit it after that.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    engine.deepspeed.save_checkpoint(
-        str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=_base_is_in_files(engine)
-    )
+    leaves_out = _base_is_in_files(engine)
+    with _frozen_left_out(engine.deepspeed.module) if leaves_out else nullcontext():
+        engine.deepspeed.save_checkpoint(
+            str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=leaves_out
+        )
     (folder / "rng").mkdir(exist_ok=True)
     torch.save(_rng_state(), _rng_file(folder, engine.rank))
     if engine.rank == 0:
@@ -279,6 +281,23 @@ def resume_source(folder: Path, state: SavedState, engine: Engine, model: PreTra
 
 def _weights(engine: Engine, source: ResumeSource) -> SavedWeights:
     return SavedWeights(source.folder / SHARDS, zero_stage=engine.zero_stage, masters=False)
+
+
+@contextmanager
+def _frozen_left_out(model: torch.nn.Module) -> Iterator[None]:
+    """Leaves frozen weights out of the model's state inside the block, by all names of tied ones: DeepSpeed knows the
+    first name alone."""
+
+    def leave_out(_: torch.nn.Module, state: dict[str, Any], prefix: str, __: dict[str, Any]) -> None:
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            if not weight.requires_grad:
+                state.pop(prefix + name, None)
+
+    handle = model.register_state_dict_post_hook(leave_out)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _base_is_in_files(engine: Engine) -> bool:
