@@ -7,6 +7,7 @@ before it starts (`jobs/checks.py`); short-lived files in the output folders are
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -24,6 +25,7 @@ from jobs.common import connect, console, local_cpus
 from mmray.base.words import amount as about
 from mmray.base.words import counted
 from mmray.config.job import Job
+from mmray.display.progress import MANY_FILES, shown
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
 from mmray.prepared import PreparedWriter
@@ -35,6 +37,7 @@ from mmray.report.rows import RowFacts
 from mmray.report.speed import Speed
 from mmray.report.tables import rows_table
 from mmray.rows.files import source_files
+from mmray.rows.plan import Progress
 from mmray.run.checkpoints import newest_looking_whole, step_of
 from mmray.run.data import RunData
 from mmray.run.folder import RunFolder
@@ -171,9 +174,10 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
                 rows = finding
             else:
                 plan.findings.append(finding)
-    with console.status("counting rows"):
-        for split in plan.job.data.splits if rows and counts else ():
-            guess = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
+    for split in plan.job.data.splits if rows and counts else ():
+        with ExitStack() as bar:
+            show = shown(bar, f"{plan.job.name}: counting the rows of {split}", "files", least=MANY_FILES)
+            guess = plan.attempt("rows", partial(_estimate, plan.job, split, rows, show))
             if guess is not None and rows is not None:
                 guesses[split] = guess
                 facts = RowFacts.of_estimate(guess, plan.job, split, rows.family)
@@ -181,9 +185,9 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
     return rows, guesses
 
 
-def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
+def _estimate(job: Job, split: str, rows: FirstRows | None, on_progress: Progress) -> Estimate:
     assert rows is not None
-    return estimate_split(job, split, rows.family, rows.policy)
+    return estimate_split(job, split, rows.family, rows.policy, on_progress=on_progress)
 
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:

@@ -60,7 +60,9 @@ class History(Callback):
             return
         run.note("resume", loop.step, checkpoint=run.checkpoint)
         if loop.step == run.start.first_step > 0:
-            run.note("continue_on", loop.step, **data_lines(run.prepared))
+            skipped = run.start.skipped_bins()
+            values = {"skipped_bins": skipped} if skipped else {}
+            run.note("continue_on", loop.step, **data_lines(run.prepared), **values)
 
     def on_checkpoint(self, loop: Loop, name: str, seconds: float) -> None:
         loop.run.note("checkpoint", loop.step, name=name, seconds=round(seconds, 3))

@@ -10,9 +10,10 @@ A run that trains on a mixture also tells its datasets and weights (`mixture`) w
 the name of the one it continues from | | `checkpoint` | `name`; `seconds`: how long the step loop was held up | |
 `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over | | `preemption` | `nodes`: those that will be taken
 away; `deadline`: when, or null | | `first_loss` | `loss`, `problem`: that of the first step is not one of trained
-weights | | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on | | `stop` | `reason`: who
-or what asked the run to stop before its last step; all that is done is saved | | `finish` | the last step is done and
-its checkpoint whole |
+weights | | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on; `skipped_bins`: those of
+the earlier data's last window that are never trained on, where there are any | | `stop` | `reason`: who or what asked
+the run to stop before its last step; all that is done is saved | | `finish` | the last step is done and its checkpoint
+whole |
 
 `step` is the number of steps done when it happened; `workers` the number of ranks, 0 where there were none yet.
 """
@@ -61,13 +62,21 @@ def in_words(event: dict[str, Any]) -> str:
             return str(event["problem"])
         case "continue_on":
             data = _mixed(event, "") or f" {event['prepared']}, {counted(event['bins'], 'bin')}"
-            return f"from step {step} on it trains on{data}"
+            return f"from step {step} on it trains on{data}{_skipped(event.get('skipped_bins', 0))}"
         case "stop":
             return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":
             reason = f": {event['reason']}" if event.get("reason") else ""
             return f"finished {counted(step, 'step')}{reason}"
     return ""
+
+
+def _skipped(bins: int) -> str:
+    """Words for the bins that a change of data skips; "" for none."""
+    verb = "is" if bins == 1 else "are"
+    return (
+        f"; {counted(bins, 'bin')} left in a window of sorted batches {verb} not trained on this epoch" if bins else ""
+    )
 
 
 def _mixed(event: dict[str, Any], before: str) -> str:
