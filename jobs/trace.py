@@ -57,7 +57,9 @@ def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
         cursor = replace(cursor, prepared=cursor.prepared or prepared.path)
     trained = read_trained(run)
     workers = trained[-1].workers if job.resources.is_elastic and trained else job.resources.max_workers
-    return Tracer(run, cursor, lambda span, ranks: _batches(plan, cursor, span, ranks), workers)
+    done = trained[-1].step if trained else 0
+    last_step = max(done, plan.total_steps(cursor))
+    return Tracer(run, cursor, lambda span, ranks: _batches(plan, cursor, span, ranks), workers, last_step)
 
 
 def _batches(plan: RunPlan, cursor: Cursor, span: DataSpan, workers: int) -> BatchPlan:

@@ -22,9 +22,10 @@ from mmray.images import TilingPolicy
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
+from mmray.packing.equal_cost import pack_equal_cost, planned_bin_cost
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.row_measures import RowMeasures, measured_samples
-from mmray.prepared.window import NOTHING_TRAINED, pack_by_bucket, packed_to_cost
+from mmray.prepared.window import NOTHING_TRAINED, costed, pack_by_bucket
 from mmray.rows.count import RowCount, count_rows
 from mmray.rows.dealing import dealt, first_rows
 from mmray.rows.encode import Encoder
@@ -256,7 +257,8 @@ def _packer(job: Job, family: Family) -> Callable[[_Rows], list[list[int]]]:
 
     def pack(rows: _Rows) -> list[list[int]]:
         if costs:
-            return packed_to_cost(rows.loads, job.packing, family.sample_gap, costs.sample_costs)
+            samples = costed(rows.loads, job.packing, family.sample_gap, costs.sample_costs)
+            return pack_equal_cost(samples, planned_bin_cost(samples))
         return pack_by_bucket(rows.lengths, rows.visual, rows.buckets.tolist(), job.packing, family.sample_gap)
 
     return pack
