@@ -120,7 +120,8 @@ def test_every_form_gives_the_same_bytes_for_any_actors_and_after_a_kill(
     for actors in (1, 2):
         folder = tmp_path / str(actors)
         folder.mkdir()
-        job = Job.model_validate(inputs.job(folder, data=data, resources__encode_actors=actors))
+        changes = {"packing__mode": "equal_cost", "resources__encode_actors": actors}
+        job = Job.model_validate(inputs.job(folder, data=data, **changes))
         if actors == 1:
             assert prepare_without_ray(job, folder, kill=True).returncode == -9
             assert len(list(Path(job.prepared_path("train")).glob("bins-*"))) == 1
