@@ -21,17 +21,18 @@ def hole(file: BinaryIO) -> tuple[int, int] | None:
 
     file: open at its beginning; it is read through in pieces of 1 MiB.
     """
-    zero, first, last, size = [np.zeros(0, bool)], [np.zeros(0, np.uint8)], [np.zeros(0, np.uint8)], 0
+    zero, first, last = ([np.zeros(0, np.uint8)] for _ in range(3))
+    size = 0
     while data := file.read(_READ_BYTES):
         size += len(data)
         blocks = np.frombuffer(data.ljust(-(-len(data) // BLOCK_BYTES) * BLOCK_BYTES, b"\0"), np.uint8)
         blocks = blocks.reshape(-1, BLOCK_BYTES)
-        zero.append(~blocks.any(axis=1))
+        zero.append((blocks.max(axis=1) == 0).astype(np.uint8))
         first.append(blocks[:, 0])
         last.append(blocks[:, -1])
     before = np.concatenate([[0], *last])  # the byte before each block, and the last byte
     after = np.concatenate([*first, [1]])  # the byte behind each block, from the second on
-    borders = np.flatnonzero(np.diff(np.concatenate([*zero]), prepend=False, append=False)).reshape(-1, 2)
+    borders = np.flatnonzero(np.diff(np.concatenate(zero), prepend=0, append=0)).reshape(-1, 2)
     for start, stop in borders.tolist():
         length = min(stop * BLOCK_BYTES, size) - start * BLOCK_BYTES
         if before[start] and after[stop] and length >= LEAST_BYTES:
