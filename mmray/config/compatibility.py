@@ -84,8 +84,8 @@ def check_attention(settings: ModelSettings) -> None:
         return
     if not is_flash_attn_2_available(kernels_fallback_ok=True):
         raise UserError(
-            "model.attention is flash_attention_2, and neither flash_attn is installed nor the kernel that transformers "
-            f"takes instead ({FLASH_ATTN_KERNEL_FALLBACK[settings.attention]}, by the package kernels of "
+            "model.attention is flash_attention_2, and neither flash_attn is installed nor the kernel that "
+            f"transformers takes instead ({FLASH_ATTN_KERNEL_FALLBACK[settings.attention]}, by the package kernels of "
             f"{KERNELS_MIN_VERSION} or newer); install one of them, or set sdpa"
         )
 
