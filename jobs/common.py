@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -149,12 +150,33 @@ def _core_tells_its_end() -> Iterator[None]:
     Of each pool of Ray Data it would tell, as an error, that its actors cannot be restarted without their arguments,
     which Ray Data holds as long as the pool. What fails is an exception in Python too.
     """
-    os.environ[RAY_CORE_LEVEL] = "fatal"  # read when this process connects
+    os.environ[RAY_CORE_LEVEL] = "fatal"  # read when this process connects, which tells that it was
     try:
-        with _started_processes(lambda options: options | {"env": _without(options["env"], RAY_CORE_LEVEL)}):
+        with (
+            _started_processes(lambda options: options | {"env": _without(options["env"], RAY_CORE_LEVEL)}),
+            _stderr_without(RAY_CORE_LEVEL),
+        ):
             yield
     finally:
         del os.environ[RAY_CORE_LEVEL]
+
+
+@contextmanager
+def _stderr_without(text: str) -> Iterator[None]:
+    """Leaves lines with a text out of what this process, with its C++ part, writes to stderr in the meantime; the
+    others come at the end."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if text.encode() not in line))
 
 
 def _without(environment: dict[str, str], name: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The edges of a job: exit codes and what is refused before anything starts."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -105,3 +106,13 @@ def test_ray_does_not_tell_of_each_pool_that_its_actors_need_their_arguments(how
     assert done.returncode == 0, done.stderr
     assert "levels {None}" in done.stdout
     assert ("the actor restart will fail" in done.stdout + done.stderr) == is_told
+    assert "RAY_BACKEND_LOG_LEVEL" not in done.stdout + done.stderr
+
+
+def test_what_is_written_while_ray_starts_comes_after_it(capfd: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(RuntimeError), common._stderr_without("noise"):
+        os.write(2, b"of C++\nnoise of C++\n")
+        print("of Python", file=sys.__stderr__)
+        assert capfd.readouterr().err == ""
+        raise RuntimeError
+    assert capfd.readouterr().err == "of C++\nof Python\n"
