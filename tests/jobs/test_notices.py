@@ -21,7 +21,7 @@ import yaml
 from ray.train.v2.api.preemption import PreemptionInfo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.notices import AmazonMetadata, GoogleMetadata, Notice
+from jobs.notices import AmazonMetadata, GoogleMetadata, Machine, Notice
 from jobs.preemption import Preemption
 from pipelines.nodes import alive_nodes
 from tests.conftest import ROOT, START_SECONDS, RayHead, end_processes
@@ -212,6 +212,8 @@ def test_a_notice_drains_the_node_of_its_machine_alone(ray_head: RayHead, servic
         ray.kill(busy)
         assert hook.wait(START_SECONDS) == 0, (tmp_path / "hook.log").read_text()
         assert node not in [node.node_id for node in alive_nodes()]
+    (head,) = alive_nodes()
+    assert Machine(ray_head.address, head.address).nodes() == [], "a head is not drained"
 
 
 class FakeLoop:
