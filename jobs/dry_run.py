@@ -26,6 +26,7 @@ from mmray.base.words import counted
 from mmray.config.job import Job
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
+from mmray.families import Family
 from mmray.prepared import PreparedWriter
 from mmray.prepared.dataset import MANIFEST, PLAN
 from mmray.prepared.estimate import Estimate, SetEstimate, estimate_split
@@ -42,6 +43,8 @@ from mmray.run.plan import RunPlan, run_plan
 from mmray.schedule.cursor import Cursor
 from mmray.schedule.mixture import Mixture
 from mmray.storage import Folder
+from mmray.training.part_report import check_resumed
+from mmray.training.treatments import stages_of
 from pipelines.nodes import Node, alive_nodes, amount
 
 EXIT_FAILED = 2
@@ -126,13 +129,15 @@ def plan_train(
     is_prepared = bool(job.mixture) or all(
         Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits
     )
-    _, guesses = _examined(plan, counts=not is_prepared)
+    rows, guesses = _examined(plan, counts=not is_prepared)
     prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
     for split, guess in guesses.items():
         _add_rows(plan, split, guess)
         _add_bins(plan, split, guess)
     for split, data in (prepared or {}).items():
         plan.add(f"{split} bins", f"{len(data):,}, prepared: {data.path}")
+        if rows is not None:
+            _add_prepared_rows(plan, split, data, rows.family)
     if not is_prepared:
         plan.add("not prepared", "jobs/prepare.py must run first; until then bins are estimated")
     nodes = _nodes(plan, address, train_cpus(job), verbose)
@@ -184,6 +189,13 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
 def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
     assert rows is not None
     return estimate_split(job, split, rows.family, rows.policy)
+
+
+def _add_prepared_rows(plan: _Plan, split: str, data: RunData, family: Family) -> None:
+    for part in data.parts if isinstance(data, PreparedMixture) else (data,):
+        facts = plan.attempt("rows", partial(RowFacts.of_prepared, part, family))
+        if facts is not None:
+            plan.tables.append(rows_table(facts, f"{split}: {facts.looked_at} of {part.path}"))
 
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
@@ -240,6 +252,9 @@ def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_
     if cursor is None:
         return None
     total = planned_run.total_steps(cursor)
+    plan.attempt("stages", lambda: stages_of(job.training, total))
+    if checkpoint is not None:
+        plan.attempt("resume", lambda: check_resumed(checkpoint, job.model, job.training, total))
     left = max(0, total - cursor.step)
     if isinstance(data := prepared["train"], PreparedMixture):
         _add_mixture(plan, data.mixture, planned_run, cursor, total)
