@@ -153,7 +153,7 @@ def _run_here(
 ) -> Iterator[int]:
     """Does in this process what the actors of a graph do; arguments, returns and errors as of `_run_windows`."""
     encode = EncodeChunk(job, context.split, ray.put(sizes.known) if sizes else None)
-    pack = PackWindow(job, context.split, token, context.dealing)
+    pack = PackWindow(job, context.split, token, context.plan)
     for window in by_window(chunks):
         samples = pa.concat_tables([pa.table(encode({"chunk": [chunk]})) for chunk in window])
         yield _number(pa.table(pack(samples)).to_pylist()[0], sizes)
@@ -180,7 +180,7 @@ def _run_graph(
     )  # fmt: skip
     dataset = dataset.map_batches(
         PackWindow, batch_size=job.packing.window_rows // job.packing.chunk_rows, batch_format="pyarrow",
-        fn_constructor_args=(job, split, token, {"dealing": context.dealing, "bin_cost": context.bin_cost}),
+        fn_constructor_args=(job, split, token, context.plan),
         compute=_pool(resources.pack_actors, room=cpus - resources.encode_actors), num_cpus=1,
     )  # fmt: skip
     try:

@@ -73,6 +73,11 @@ class PrepareContext:
         """A copy of the context with this `dealing`."""
         return replace(self, dealing=dealing)
 
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The fields that the driver sets."""
+        return {"dealing": self.dealing, "bin_cost": self.bin_cost}
+
     def costing(self, bin_cost: float | None) -> Self:
         """A copy of the context with this `bin_cost`."""
         return replace(self, bin_cost=bin_cost)
