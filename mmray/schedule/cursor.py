@@ -135,7 +135,7 @@ class Cursor:
             return 0
         steps = self.first_step - self.earlier[-1].first_step
         order = self.order_of(self.earlier[-1])
-        counted = [each.taken_at(steps) for each in (self._sorted(order), order)]
+        counted = [counting.taken_at(steps) for counting in (self._sorted(order), order)]
         with_window, trained = (sum(place.bins for place in places.values()) for places in counted)
         return with_window - trained
 
