@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from mmray.families.attention import (
     causal_mask,
     given_mask,
+    SEEN_WHOLE,
     mask_problem,
     run_numbers,
     sample_numbers,
@@ -75,6 +76,10 @@ class Gemma3(GemmaText):
     @property
     def frame_kwargs(self) -> dict[str, Any]:
         return {"do_pan_and_scan": False}
+
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        return SEEN_WHOLE
 
     def model_problem(self, config: PretrainedConfig) -> str | None:
         return mask_problem(config)

@@ -1,0 +1,142 @@
+"""Which attention each part of a model runs with `model.attention: packed`, and the switch to it.
+
+Text layers compute each sample apart where the family allows it and transformers gives the layers the samples' bounds.
+Vision towers that attend within pictures or windows of any size (Qwen, GLM, PaddleOCR, Pixtral) compute each of those
+apart, all in one call of a layer. Every other part runs transformers' sdpa, or eager where transformers has no sdpa for
+it, and says why: towers with pictures of one size are one call without a mask already.
+
+A model is built with that other implementation and switched afterwards: while it builds a model, transformers looks for
+a package behind every name that holds "flash".
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+from mmray.families import by_sample_problem
+from mmray.families.packed_attention import PACKED_FLASH
+
+TEXT, VISION = "text", "vision"
+
+
+@dataclass(frozen=True)
+class AttentionPath:
+    """The attention of one part of a model."""
+
+    part: str
+    """The part's name: text, vision, or that of its configuration."""
+    implementation: str
+    """Name of the implementation in transformers."""
+    reason: str
+    """The reason why the part does not compute samples apart; "" where it does."""
+    config: PretrainedConfig
+    """The part's configuration, which decides its implementation."""
+
+    @property
+    def name(self) -> str:
+        """The implementation as `model.attention` names it."""
+        return "packed" if self.implementation == PACKED_FLASH else self.implementation
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.name}" + (f" ({self.reason})" if self.reason else "")
+
+
+def plain_implementation(config: PretrainedConfig) -> str:
+    """sdpa; eager for a model with a text model for which transformers has no sdpa."""
+    return "sdpa" if all(known._supports_sdpa for known in _classes(config)) else "eager"
+
+
+def text_implementation(config: PretrainedConfig) -> str:
+    """The implementation of a model's text layers with `model.attention: packed`."""
+    return plain_implementation(config) if _text_problem(config) else PACKED_FLASH
+
+
+def attention_paths(model: PreTrainedModel) -> list[AttentionPath]:
+    """The attention of each part of a model with `model.attention: packed`, text first; the model stays as it is."""
+    towers: dict[int, list[PreTrainedModel]] = {}
+    whole, text = model.config, model.config.get_text_config()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config is not whole and module.config is not text:
+            towers.setdefault(id(module.config), []).append(module)
+    names = {id(getattr(whole, name, None)): name.removesuffix("_config") for name in whole.sub_configs}
+    problem = _text_problem(whole)
+    paths = [AttentionPath(TEXT, _plain(_text_models(model)) if problem else PACKED_FLASH, problem or "", text)]
+    for number, tower in towers.items():
+        problem = _tower_problem(tower)
+        implementation = _plain(tower) if problem else PACKED_FLASH
+        paths.append(AttentionPath(names.get(number, VISION), implementation, problem or "", tower[0].config))
+    return paths
+
+
+def use_packed(model: PreTrainedModel) -> None:
+    """Switches each part of a model to its attention with `model.attention: packed`."""
+    for path in attention_paths(model):
+        _switch(path.config, path.implementation)
+        if path.part == TEXT:
+            _switch(model.config, path.implementation)
+
+
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a model run without the bounds of samples inside the block, as generation does: parts that compute samples
+    apart run sdpa, or eager where there is none."""
+    switched: dict[int, PretrainedConfig] = {}
+    try:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module.config._attn_implementation == PACKED_FLASH:
+                switched[id(module.config)] = module.config
+                _switch(module.config, plain_implementation(module.config))
+        yield
+    finally:
+        for config in switched.values():
+            _switch(config, PACKED_FLASH)
+
+
+def _switch(config: PretrainedConfig, implementation: str) -> None:
+    """Sets the implementation of one configuration, and not of those within it."""
+    config._attn_implementation = {"": implementation}
+
+
+def _text_problem(config: PretrainedConfig) -> str | None:
+    """The reason why the text layers of a model do not compute samples apart."""
+    lacking = [known.__name__ for known in _classes(config) if not known._supports_flash_attn]
+    if lacking:
+        return f"transformers gives the layers of {lacking[0]} no bounds of samples"
+    return by_sample_problem(config)
+
+
+def _classes(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
+    """The classes of a configuration's model and text model, as far as transformers has them."""
+    known = AutoModel._model_mapping
+    return [known[type(part)] for part in (config, config.get_text_config()) if type(part) in known]
+
+
+def _text_models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    text = model.config.get_text_config()
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
+
+
+def _tower_problem(tower: Sequence[PreTrainedModel]) -> str | None:
+    """The reason why a part besides the text model does not compute pictures apart. tower: its models."""
+    lacking = [type(part).__name__ for part in tower if not part._supports_flash_attn]
+    if lacking:
+        return f"transformers has no other for {lacking[0]}"
+    if not any(_is_told_bounds(module) for part in tower for module in part.modules()):
+        return "its pictures are of one size"
+    return None
+
+
+def _is_told_bounds(module: torch.nn.Module) -> bool:
+    """Whether a module takes the bounds of pictures, or gives them to its layers."""
+    forward = type(module).forward
+    if "cu_seqlens" in inspect.signature(forward).parameters:
+        return True
+    return isinstance(module, PreTrainedModel) and "cu_seq_lens_q" in inspect.getsource(inspect.unwrap(forward))
+
+
+def _plain(models: Sequence[PreTrainedModel]) -> str:
+    return "sdpa" if all(part._supports_sdpa for part in models) else "eager"
