@@ -269,7 +269,7 @@ class Job(Settings):
         """Costs by which bins are packed to equal cost; None in the other packing modes."""
         if self.packing.mode != "equal_cost" or self.balance is None:
             return None
-        return self.balance.for_attention(self.model.attention)
+        return self.balance.for_attention(self.model.attention or "sdpa")  # as before other values could be meant
 
     def prepared_path(self, split: str) -> str:
         """Path of the prepared dataset of one split, `train` or `eval`."""

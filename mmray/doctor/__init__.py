@@ -30,7 +30,9 @@ from mmray.doctor.weights import CHECK as WEIGHTS
 from mmray.doctor.weights import NAMES, examine_names, examine_weights
 from mmray.errors import UserError
 from mmray.families import Family
+from mmray.training.attention_paths import attention_paths
 from mmray.training.deepspeed_check import check_deepspeed
+from mmray.training.model import empty_model
 from mmray.training.settings import load_deepspeed_overrides
 
 __all__ = ["Finding", "FirstRows", "Status", "as_json", "as_table", "examine", "examine_settings", "has_failed"]
@@ -96,6 +98,9 @@ def _attention(job: Job, config: PretrainedConfig, family: Family) -> Finding:
     check_packing(config, family, job.packing, job.training.micro_batch_bins)
     row = job.packing.token_capacity * job.training.micro_batch_bins
     how = "takes one sample a row" if job.packing.mode == "none" else f"packs rows of up to {row:,} tokens"
+    if job.model.computes_samples_apart:
+        paths = "; ".join(map(str, attention_paths(empty_model(job.model))))
+        return passed("attention", f"packed: a {config.model_type} {how}; {paths}")
     unseen = job.model.attention == "flash_attention_2" and not torch.cuda.is_available()
     note = "; flash_attn is looked for where GPUs are" if unseen else ""
     return passed("attention", f"{job.model.attention}: a {config.model_type} {how}{note}")

@@ -20,9 +20,9 @@ import torch
 from transformers import PretrainedConfig
 
 from mmray.families.attention import (
+    SEEN_WHOLE,
     causal_mask,
     given_mask,
-    SEEN_WHOLE,
     mask_problem,
     run_numbers,
     sample_numbers,

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mmray.families.attention import (
+    SEEN_WHOLE,
     causal_mask,
     given_mask,
-    SEEN_WHOLE,
     mask_problem,
     run_numbers,
     sample_numbers,

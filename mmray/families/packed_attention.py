@@ -8,13 +8,13 @@ transformers decides by the word "flash" in an implementation's name that a laye
 in vision towers whose layers attend within pictures and windows (Qwen, GLM, Pixtral); these make one call a layer then,
 instead of one for each window.
 
-- On the CPU, each run of samples of equal length is one call of torch's `scaled_dot_product_attention`.
+- On the CPU, neighbours of equal length are one call of torch's `scaled_dot_product_attention`.
 - On CUDA, all samples are one call of torch's `varlen_attn`, in bf16 or fp16 on devices that its kernels run on, for
   heads of up to 256 numbers, without dropout. Anything else is computed as on the CPU.
 - Scores that torch's functions cannot change (soft caps, attention sinks) are computed step by step, sample by sample.
 
-A layer without bounds is an error: samples would see each other without a word. Generation, which has none, runs another
-implementation (`mmray.training.attention_paths.plain_attention`).
+A layer without bounds is an error: samples would see each other without a word. Generation, which has none, runs
+another implementation (`mmray.training.attention_paths.plain_attention`).
 """
 
 import functools
@@ -92,19 +92,19 @@ def packed_attention(
         )
     if attention_mask is not None or position_bias is not None or len(query) != 1 or query.shape[2] != key.shape[2]:
         raise RuntimeError(
-            f"{type(module).__name__} calls packed attention with a mask, a bias, a key cache or several rows, which it "
-            "does not take; set model.attention: sdpa"
+            f"{type(module).__name__} calls packed attention with a mask, a bias, a key cache or several rows, which "
+            "it does not take; set model.attention: sdpa"
         )
     rules = Rules(
         causal=bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal,
         window=sliding_window, scale=scaling, dropout=dropout, soft_cap=softcap, sinks=s_aux,
     )  # fmt: skip
     # Layers give [1, heads, L, size]; samples are cut out of [L, heads, size].
-    heads = tuple(tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if max_length_q is not None and takes_varlen(query, value, rules):
-        attended = _varlen(*heads, cu_seq_lens_q, max_length_q, rules)
+        attended = _varlen(query, key, value, cu_seq_lens_q, max_length_q, rules)
     else:
-        attended = by_sample(*heads, cu_seq_lens_q.diff().tolist(), rules)
+        attended = by_sample(query, key, value, cu_seq_lens_q.diff().tolist(), rules)
     return attended[None], None
 
 
@@ -165,8 +165,8 @@ def by_sample(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int],
     cut = (tensor.split([count * length for count, length in runs]) for tensor in (query, key, value))
     parts = []
     for run, pieces in zip(runs, zip(*cut, strict=True), strict=True):
-        batched = (piece.unflatten(0, run).transpose(1, 2) for piece in pieces)
-        parts.append(attend(*batched, rules).transpose(1, 2).flatten(0, 1))
+        heads = [piece.unflatten(0, run).transpose(1, 2) for piece in pieces]
+        parts.append(attend(heads[0], heads[1], heads[2], rules).transpose(1, 2).flatten(0, 1))
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 

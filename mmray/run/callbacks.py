@@ -13,6 +13,7 @@ from mmray.run.metrics import MetricsLog
 from mmray.run.skipped import SkippedLog
 from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
+from mmray.training.attention_paths import attention_names
 from mmray.training.bins_log import TRAINED_FILE
 from mmray.training.first_loss import first_loss_problem
 from mmray.training.json_lines import JsonLines
@@ -55,10 +56,11 @@ class History(Callback):
 
     def at_start(self, loop: Loop) -> None:
         run = loop.run
+        attention = attention_names(run.engine.model)
         if run.checkpoint is None:
-            run.note("start", loop.step, **mixture_line(run.prepared))
+            run.note("start", loop.step, attention=attention, **mixture_line(run.prepared))
             return
-        run.note("resume", loop.step, checkpoint=run.checkpoint)
+        run.note("resume", loop.step, checkpoint=run.checkpoint, attention=attention)
         if loop.step == run.start.first_step > 0:
             run.note("continue_on", loop.step, **data_lines(run.prepared))
 

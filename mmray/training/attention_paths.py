@@ -3,7 +3,7 @@
 Text layers compute each sample apart where the family allows it and transformers gives the layers the samples' bounds.
 Vision towers that attend within pictures or windows of any size (Qwen, GLM, PaddleOCR, Pixtral) compute each of those
 apart, all in one call of a layer. Every other part runs transformers' sdpa, or eager where transformers has no sdpa for
-it, and says why: towers with pictures of one size are one call without a mask already.
+it, and says why: towers that stack their pictures are one call without a mask already.
 
 A model is built with that other implementation and switched afterwards: while it builds a model, transformers looks for
 a package behind every name that holds "flash".
@@ -13,12 +13,14 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from mmray.families import by_sample_problem
-from mmray.families.packed_attention import PACKED_FLASH
+from mmray.families.packed_attention import MAX_HEAD_SIZE, PACKED_FLASH
+from mmray.training.flash_attention import head_size
 
 TEXT, VISION = "text", "vision"
 
@@ -32,14 +34,15 @@ class AttentionPath:
     implementation: str
     """Name of the implementation in transformers."""
     reason: str
-    """The reason why the part does not compute samples apart; "" where it does."""
+    """The reason why the part does not compute samples apart; where it does, the reason why a GPU runs a call for each
+    sample, and not one for all; "" for none."""
     config: PretrainedConfig
     """The part's configuration, which decides its implementation."""
 
     @property
     def name(self) -> str:
         """The implementation as `model.attention` names it."""
-        return "packed" if self.implementation == PACKED_FLASH else self.implementation
+        return attention_name(self.implementation)
 
     def __str__(self) -> str:
         return f"{self.part} {self.name}" + (f" ({self.reason})" if self.reason else "")
@@ -64,12 +67,32 @@ def attention_paths(model: PreTrainedModel) -> list[AttentionPath]:
             towers.setdefault(id(module.config), []).append(module)
     names = {id(getattr(whole, name, None)): name.removesuffix("_config") for name in whole.sub_configs}
     problem = _text_problem(whole)
-    paths = [AttentionPath(TEXT, _plain(_text_models(model)) if problem else PACKED_FLASH, problem or "", text)]
+    paths = [_path(TEXT, _text_models(model), problem, text)]
     for number, tower in towers.items():
-        problem = _tower_problem(tower)
-        implementation = _plain(tower) if problem else PACKED_FLASH
-        paths.append(AttentionPath(names.get(number, VISION), implementation, problem or "", tower[0].config))
+        paths.append(_path(names.get(number, VISION), tower, _tower_problem(tower), tower[0].config))
     return paths
+
+
+def _path(part: str, models: Sequence[PreTrainedModel], problem: str | None, config: PretrainedConfig) -> AttentionPath:
+    """The path of a part. problem: the reason why its models do not compute samples apart."""
+    if problem:
+        return AttentionPath(part, _plain(models), problem, config)
+    on_gpus = _one_by_one(models)
+    return AttentionPath(part, PACKED_FLASH, f"on GPUs sample by sample: {on_gpus}" if on_gpus else "", config)
+
+
+def _one_by_one(models: Sequence[PreTrainedModel]) -> str:
+    """The reason why torch's kernels for samples of various lengths cannot run a part on any GPU; "" for none."""
+    sizes = {head_size(module) for part in models for module in part.modules()}
+    if max(sizes, default=0) > MAX_HEAD_SIZE:
+        return f"its heads have {max(sizes)} numbers, one call takes up to {MAX_HEAD_SIZE}"
+    if any(part.dtype == torch.float32 for part in models):
+        return "one call takes bf16"
+    if any(getattr(part.config, "attn_logit_softcapping", None) for part in models):
+        return "its scores have a soft cap"
+    if any(hasattr(module, "sinks") for part in models for module in part.modules()):
+        return "its heads have sinks"
+    return ""
 
 
 def use_packed(model: PreTrainedModel) -> None:
@@ -78,6 +101,11 @@ def use_packed(model: PreTrainedModel) -> None:
         _switch(path.config, path.implementation)
         if path.part == TEXT:
             _switch(model.config, path.implementation)
+
+
+def attention_names(model: PreTrainedModel) -> dict[str, str]:
+    """The attention that each part of a model runs now, by the part's name, as `model.attention` names it."""
+    return {path.part: attention_name(path.config._attn_implementation) for path in attention_paths(model)}
 
 
 @contextmanager
@@ -96,6 +124,11 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
             _switch(config, PACKED_FLASH)
 
 
+def attention_name(implementation: str | None) -> str:
+    """The name in `model.attention` of an implementation of transformers."""
+    return "packed" if implementation == PACKED_FLASH else str(implementation)
+
+
 def _switch(config: PretrainedConfig, implementation: str) -> None:
     """Sets the implementation of one configuration, and not of those within it."""
     config._attn_implementation = {"": implementation}
@@ -103,15 +136,15 @@ def _switch(config: PretrainedConfig, implementation: str) -> None:
 
 def _text_problem(config: PretrainedConfig) -> str | None:
     """The reason why the text layers of a model do not compute samples apart."""
+    if problem := by_sample_problem(config):
+        return problem
     lacking = [known.__name__ for known in _classes(config) if not known._supports_flash_attn]
-    if lacking:
-        return f"transformers gives the layers of {lacking[0]} no bounds of samples"
-    return by_sample_problem(config)
+    return f"transformers gives the layers of {lacking[0]} no bounds of samples" if lacking else None
 
 
 def _classes(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
     """The classes of a configuration's model and text model, as far as transformers has them."""
-    known = AutoModel._model_mapping
+    known: Any = AutoModel._model_mapping
     return [known[type(part)] for part in (config, config.get_text_config()) if type(part) in known]
 
 
@@ -126,7 +159,7 @@ def _tower_problem(tower: Sequence[PreTrainedModel]) -> str | None:
     if lacking:
         return f"transformers has no other for {lacking[0]}"
     if not any(_is_told_bounds(module) for part in tower for module in part.modules()):
-        return "its pictures are of one size"
+        return "one call takes all its pictures"
     return None
 
 
