@@ -46,7 +46,7 @@ TINY_QWEN2_VL = {
 
 
 def model_settings(**changes) -> ModelSettings:
-    return ModelSettings(**({"config": TINY_QWEN2_VL, "dtype": "fp32", "seed": 1} | changes))
+    return ModelSettings(**({"config": TINY_QWEN2_VL, "dtype": "fp32", "seed": 1, "attention": "sdpa"} | changes))
 
 
 def training_settings(**changes) -> TrainingSettings:
