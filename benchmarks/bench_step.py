@@ -90,7 +90,7 @@ CPU_SCALE = Scale(
     num_samples=4,
     token_capacity=4096,
     text={
-        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
     vision={"depth": 1, "embed_dim": 64, "num_heads": 1, "mlp_ratio": 2},

@@ -99,11 +99,19 @@ def _attention(job: Job, config: PretrainedConfig, family: Family) -> Finding:
     row = job.packing.token_capacity * job.training.micro_batch_bins
     how = "takes one sample a row" if job.packing.mode == "none" else f"packs rows of up to {row:,} tokens"
     if job.model.computes_samples_apart:
-        paths = "; ".join(map(str, attention_paths(empty_model(job.model))))
-        return passed("attention", f"packed: a {config.model_type} {how}; {paths}")
+        return passed("attention", f"packed: a {config.model_type} {how}; {_paths(job)}")
     unseen = job.model.attention == "flash_attention_2" and not torch.cuda.is_available()
     note = "; flash_attn is looked for where GPUs are" if unseen else ""
     return passed("attention", f"{job.model.attention}: a {config.model_type} {how}{note}")
+
+
+def _paths(job: Job) -> str:
+    """The attention of each part of the job's model, in words; that a model cannot be built is told by a check of its
+    own."""
+    try:
+        return "; ".join(map(str, attention_paths(empty_model(job.model))))
+    except Exception as error:  # noqa: BLE001 (settings that do not fit fail in a model in many ways)
+        return f"what each part runs is not known, because the model cannot be built: {type(error).__name__}"
 
 
 def _deepspeed(job: Job) -> Finding:
