@@ -364,7 +364,8 @@ def many_samples(model: torch.nn.Module, device: torch.device) -> Result:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor(SEVEN_SAMPLES)
     starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    ids = torch.randint(10, 1000, (1, int(lengths.sum())), generator=generator)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.randint(vocabulary, (1, int(lengths.sum())), generator=generator)
     places = positions_in_sample(lengths).expand(4, 1, -1)
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": places, "cu_seq_lens_q": starts}
     inputs |= {"cu_seq_lens_k": starts, "max_length_q": max(SEVEN_SAMPLES), "max_length_k": max(SEVEN_SAMPLES)}

@@ -26,6 +26,9 @@ PACKING_TEXT_MODELS = (
 gpt_oss is not among them: transformers 5.23 makes its masks without the positions.
 """
 
+WITHOUT_BOUNDS = ("stablelm",)
+"""Those of them whose layers are not told where samples begin: transformers 5.23 passes them no such arguments."""
+
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """The name that ChatML writes for each role."""
 LLAMA_ROLES = ROLES | {"tool": "ipython"}
@@ -40,7 +43,10 @@ class OnTextModel(Family):
 
     @classmethod
     def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
-        return _untested(config.get_text_config())
+        text = config.get_text_config()
+        if text.model_type in WITHOUT_BOUNDS:
+            return f"transformers gives the layers of a {text.model_type} no bounds of samples"
+        return _untested(text)
 
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         return packing_problem(config.get_text_config(), sample_tokens)

@@ -17,8 +17,11 @@ from mmray.families.packed_attention import (
     takes_varlen,
     varlen_window,
 )
+from mmray.schedule.balance import BalanceSettings
 from mmray.training.attention_paths import attention_names, attention_paths, plain_attention
 from mmray.training.model import build_model, empty_model, text_attention
+from mmray.training.settings import ModelSettings
+from tests.mmray.families.zoo import ZOO
 from tests.mmray.training import tiny
 
 CPU = torch.device("cpu")
@@ -265,3 +268,12 @@ def test_what_gpus_compute_sample_by_sample_is_told():
     assert "heads have 512 numbers" in str(wide[0])
     in_fp32 = attention_paths(empty_model(tiny.model_settings()))
     assert str(in_fp32[0]) == "text packed (on GPUs sample by sample: one call takes bf16)"
+
+
+@pytest.mark.parametrize(("name", "attention"), [("qwen2_vl", "packed"), ("gemma3", "sdpa"), ("paligemma2", "eager")])
+def test_costs_are_those_of_the_text_layers(zoo_folder, name, attention):
+    """A model whose layers need masks works through whole rows, whatever the job asks for."""
+    settings = ModelSettings(config=ZOO[name].config(zoo_folder(name)).to_dict())
+    assert text_attention(settings) == attention
+    assert BalanceSettings().for_attention(attention).whole_row_attention is (attention != "packed")
+    assert text_attention(settings.model_copy(update={"attention": "eager"})) == "eager"

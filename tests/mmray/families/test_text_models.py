@@ -247,7 +247,7 @@ def packed_errors(family: Any, model: Any, **changes: Any) -> list[float]:
 def test_text_models_that_pack(zoo_processor, zoo_folder, text_model):
     family = family_of(zoo_processor("llava"))
     packed = small_llava(zoo_folder("llava"), text_model, "packed")
-    assert attention_names(packed) == {"text": "packed", "vision": "sdpa"}
+    assert attention_names(packed) == {"text": "sdpa" if text_model == "stablelm" else "packed", "vision": "sdpa"}
     assert max(packed_errors(family, packed)) < 1e-5
     for attention in ("sdpa", "eager"):
         if (text_model, attention) == ("gemma2", "sdpa"):
