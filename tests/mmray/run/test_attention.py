@@ -13,12 +13,12 @@ from tests.mmray.training import tiny
 
 
 def job(attention: str | None = None) -> Job:
-    model = {"config": tiny.TINY_QWEN2_VL, "processor": "some/processor"} | (
-        {"attention": attention} if attention else {}
-    )
+    chosen = {"attention": attention} if attention else {}
+    model: dict[str, Any] = {"config": tiny.TINY_QWEN2_VL, "processor": "some/processor"} | chosen
     return Job.model_validate(
         {
             "name": "reads", "model": model, "training": {"steps": 1},
+            "packing": {"token_capacity": 512, "visual_capacity": 512},
             "data": {"train": [{"files": "rows.jsonl", "kind": "pretrain"}]},
             "output": {"prepared": "prepared", "run": "/runs/reads"},
         }
