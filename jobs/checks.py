@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jobs.capacity import check_capacity, check_elastic, prepare_pools, train_pools
+from jobs.capacity import check_capacity, check_elastic, check_growth, prepare_pools, train_pools
 from jobs.common import console, in_submitted_job
-from jobs.probe import check_nodes, check_own_memory, packages_of
+from jobs.probe import check_nodes, check_own_machine, packages_of
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.doctor import Status, examine_settings
@@ -74,6 +74,8 @@ def cluster_checks(
     yield Check(
         "cluster", partial(check_capacity, job, pools, what, labels, nodes), f"room for all that {what} needs at least"
     )
+    if trains and gpus and job.resources.autoscaling:
+        yield Check("cluster", partial(check_growth, job, nodes))
     if trains and joined is not None and job.resources.is_elastic:
         yield Check("cluster", partial(check_elastic, job, gpus, nodes))
     if joined:
@@ -81,7 +83,7 @@ def cluster_checks(
         modules = packages_of(job, trains=trains)
         yield Check("nodes", partial(check_nodes, nodes, labels, outputs, modules=modules, gpus=gpus))
     elif joined is not None:
-        yield Check("nodes", partial(check_own_memory, nodes))
+        yield Check("nodes", partial(check_own_machine, nodes, gpus))
 
 
 def check_job_settings(job: Job) -> None:

@@ -19,9 +19,9 @@ import ray
 from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mmray.base.words import one_line
 from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.storage import explained
 from pipelines.nodes import Node, labelled
 
@@ -34,6 +34,8 @@ PACKAGES = ("ray", "torch", "transformers")
 ROOMS = ("mmray", "pipelines", "jobs")
 LEAST_SHARED_MEMORY = 10**9
 SHARED_MEMORY = "/dev/shm"
+DRIVERS = {12: "525", 13: "580"}
+"""The oldest Linux driver of each major version of CUDA, as NVIDIA's release notes list them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Answer:
     missing: modules that are not installed.
     unseen, closed: settings whose folder lacks the mark, or cannot be written.
     shared_memory: size of /dev/shm in bytes, None where a system has none.
+    torch_cuda: the CUDA that torch is built for, such as (13, 0); None for a torch without CUDA.
+    driver_cuda: the newest CUDA that the NVIDIA driver knows; None where there is no driver.
     """
 
     versions: dict[str, str | None]
@@ -51,6 +55,8 @@ class Answer:
     unseen: list[str]
     closed: list[str]
     shared_memory: int | None
+    torch_cuda: tuple[int, int] | None = None
+    driver_cuda: tuple[int, int] | None = None
 
 
 def check_nodes(
@@ -139,10 +145,40 @@ def problem(
         )
     for name in answer.closed:
         return f"{name} {outputs[name]}: {where} may not write there; let the user of its Ray write, or choose another"
-    torch = answer.versions["torch"] or ""
-    if gpus and node.resources.get("GPU", 0) and torch.endswith("+cpu"):
-        return f"{where} has GPUs, and torch {torch}, which knows none; install there a torch for its GPUs"
+    return (
+        f"{where} has GPUs, and {reason}"
+        if gpus and node.resources.get("GPU", 0) and (reason := gpu_problem(answer))
+        else None
+    )
+
+
+def gpu_problem(answer: Answer) -> str | None:
+    """The problem with torch on a node with GPUs, and its remedy; None for none.
+
+    A driver runs what is built for its own CUDA or an older one, or for a later minor version of the same.
+    """
+    torch, built, known = answer.versions["torch"] or "", answer.torch_cuda, answer.driver_cuda
+    if torch.endswith("+cpu"):
+        return f"torch {torch}, which knows none; install there a torch for its GPUs"
+    if built is None:  # for other GPUs than NVIDIA's
+        return None
+    if known is None:
+        return (
+            f"torch {torch} for CUDA {_dotted(built)}, but no NVIDIA driver (libcuda.so.1); install one, or start the "
+            "container with the machine's: docker run --gpus all"
+        )
+    if known[0] < built[0]:
+        version = torch.split("+")[0]
+        return (
+            f"torch {torch} is built for CUDA {_dotted(built)}, while the driver there knows CUDA {_dotted(known)}; "
+            f"install a driver of {DRIVERS.get(built[0], 'that CUDA')} or newer, or a torch for CUDA {known[0]}: pip "
+            f"install torch=={version} --index-url https://download.pytorch.org/whl/cu126, or another of PyTorch's page"
+        )
     return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def check_shared_memory(node: Node, size: int | None) -> None:
@@ -155,9 +191,16 @@ def check_shared_memory(node: Node, size: int | None) -> None:
         )  # fmt: skip
 
 
-def check_own_memory(nodes: Sequence[Node]) -> None:
-    """Warns where this process has started Ray on this machine, and its shared memory is small."""
-    check_shared_memory(nodes[0], look({}, []).shared_memory)
+def check_own_machine(nodes: Sequence[Node], gpus: bool) -> None:
+    """Checks this machine, where this process has started Ray: warns where its shared memory is small, and raises
+    UserError where its torch cannot use its GPUs.
+
+    gpus: whether the job uses them.
+    """
+    answer = look({}, [])
+    check_shared_memory(nodes[0], answer.shared_memory)
+    if gpus and (reason := gpu_problem(answer)):
+        raise UserError(f"this machine has GPUs, and {reason}")
 
 
 def look(marks: Mapping[str, str], modules: Sequence[str]) -> Answer:
@@ -169,11 +212,31 @@ def _looker() -> Callable[..., dict[str, Any]]:
     """The task, as a function that is pickled whole: nodes may lack the module it is defined in."""
 
     def look(marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str) -> dict[str, Any]:
+        import ctypes
         import importlib.metadata
         import importlib.util
         import os
         import platform
+        import runpy
         import shutil
+
+        def torch_cuda() -> tuple[int, int] | None:
+            spec = importlib.util.find_spec("torch")
+            if spec is None or not spec.origin:
+                return None
+            content = runpy.run_path(
+                os.path.join(os.path.dirname(spec.origin), "version.py")
+            )  # without importing torch
+            major, _, minor = (content.get("cuda") or "").partition(".")
+            return (int(major), int(minor.partition(".")[0] or 0)) if major else None
+
+        def driver_cuda() -> tuple[int, int] | None:
+            number = ctypes.c_int()
+            try:
+                ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+            except (OSError, AttributeError):
+                return None
+            return number.value // 1000, number.value % 1000 // 10
 
         versions: dict[str, str | None] = {"python": platform.python_version()}
         for name in packages:
@@ -187,6 +250,8 @@ def _looker() -> Callable[..., dict[str, Any]]:
             "unseen": [name for name, mark in marks.items() if not os.path.exists(mark)],
             "closed": [name for name, mark in marks.items() if not os.access(os.path.dirname(mark), os.W_OK)],
             "shared_memory": shutil.disk_usage(shared_memory).total if os.path.isdir(shared_memory) else None,
+            "torch_cuda": torch_cuda(),
+            "driver_cuda": driver_cuda(),
         }
 
     return look

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.common import console
+from mmray.base.words import counted
 from mmray.batches.plan import BatchPlan
 from mmray.config.job import Job
 from mmray.errors import UserError
@@ -56,7 +57,9 @@ def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
         cursor = replace(cursor, prepared=cursor.prepared or prepared.path)
     trained = read_trained(run)
     workers = trained[-1].workers if job.resources.is_elastic and trained else job.resources.max_workers
-    return Tracer(run, cursor, lambda span, ranks: _batches(plan, cursor, span, ranks), workers)
+    done = trained[-1].step if trained else 0
+    last_step = max(done, plan.total_steps(cursor))
+    return Tracer(run, cursor, lambda span, ranks: _batches(plan, cursor, span, ranks), workers, last_step)
 
 
 def _batches(plan: RunPlan, cursor: Cursor, span: DataSpan, workers: int) -> BatchPlan:
@@ -79,7 +82,8 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 def _table(step: int, samples: list[TracedSample], metrics: dict[str, Any] | None) -> Table:
     done = bool(samples) and samples[0].trained
-    title = f"step {step}: {'done' if done else 'to come'} with {samples[0].workers if samples else 0} workers"
+    workers = samples[0].workers if samples else 0
+    title = f"step {step}: {'done' if done else 'to come'} with {counted(workers, 'worker')}"
     if done and metrics:
         numbers = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
         shown = (f"{name} {metrics[key]:.4g}" for key, name in numbers.items() if metrics[key] is not None)

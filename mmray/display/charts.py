@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, ScalarFormatter
 
+from mmray.base.words import counted
+
 COLUMNS = 240
 """Number of stretches that a longer series is drawn in; half of it is the most columns that show values on hover."""
 MOST_LABEL = 7
@@ -182,12 +184,12 @@ def over_steps(
     x = Axis(first_step, max(last_step, first_step + 1), whole=True)
     y = Axis.around(*(curve_series.values for curve_series in series), zero=zero)
     drawn = [curve_series for curve_series in series if len(curve_series.values)]
-    return Plot(
-        title=title,
-        note=note,
-        x_name=x_name,
-        x_ticks=x.ticks,
-        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
+    return _plot(
+        title,
+        note,
+        x_name,
+        x,
+        y,
         curves=[_curve(curve_series, x, y) for curve_series in drawn],
         marks=[Tick(float(x.at(np.asarray(step)).clip(0, 1000)), text) for step, text in marks],
         hover=_hover(drawn, x, x_name),
@@ -280,7 +282,7 @@ def histogram(
 ) -> Plot:  # fmt: skip
     """Draw counts as bars between edges.
 
-    axis: the x axis; default: linear over the edges; what: the name of the counted things.
+    axis: the x axis; default: linear over the edges; what: the counted thing, in the singular.
     """
     x = axis or Axis(float(edges[0]), float(edges[-1]))
     y = Axis(0, float(max(counts.max(initial=0), 1)) * 1.06)
@@ -288,21 +290,14 @@ def histogram(
     boxes = [
         Box(
             left, 1000 - height, right - left, height,
-            f"{exact(low)} to {exact(high)}: {count:,} {what} ({count / total:.1%})", colour,
+            f"{exact(low)} to {exact(high)}: {counted(count, what)} ({count / total:.1%})", colour,
         )
         for (left, right), (low, high), height, count in zip(
             pairwise(x.at(edges).tolist()), pairwise(edges.tolist()), y.at(counts).tolist(), counts.tolist()
         )
         if count
     ]  # fmt: skip
-    return Plot(
-        title=title,
-        note=note,
-        x_name=x_name,
-        x_ticks=x.ticks,
-        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
-        boxes=boxes,
-    )
+    return _plot(title, note, x_name, x, y, boxes=boxes)
 
 
 def heat_map(
@@ -317,16 +312,15 @@ def heat_map(
         Box(
             round(i * side, 1), round(1000 - (j + 1) * side, 1), round(side, 1), round(side, 1),
             f"{exact(x_edges[i])} to {exact(x_edges[i + 1])} × {exact(y_edges[j])} to {exact(y_edges[j + 1])}: "
-            f"{int(counts[i, j]):,} {what}",
+            f"{counted(int(counts[i, j]), what)}",
             "heat", round(0.15 + 0.85 * math.sqrt(counts[i, j] / most), 2),
         )
         for i, j in np.argwhere(counts)
     ]  # fmt: skip
-    return Plot(
-        title=title,
-        note=note,
-        x_name=x_name,
-        x_ticks=across.ticks,
-        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in up.ticks],
-        boxes=boxes,
-    )
+    return _plot(title, note, x_name, across, up, boxes=boxes)
+
+
+def _plot(title: str, note: str, x_name: str, x: Axis, y: Axis, **content: Any) -> Plot:
+    """A plot with the ticks of its axes. content: what is drawn, as fields of Plot."""
+    y_ticks = [Tick(1000 - tick.place, tick.text) for tick in y.ticks]
+    return Plot(title=title, note=note, x_name=x_name, x_ticks=x.ticks, y_ticks=y_ticks, **content)

@@ -4,7 +4,7 @@ inputs."""
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
 from mmray.families.base import Family, PackedRow, RoleMarkers, Span, Tile
@@ -24,6 +24,7 @@ from mmray.families.llava_onevision import LlavaOnevision
 from mmray.families.mllama import Mllama
 from mmray.families.paddleocr_vl import PaddleOCRVL
 from mmray.families.paligemma import PaliGemma
+from mmray.families.parts import Parts, parts_by_rules
 from mmray.families.pixtral import LightOnOcr, Pixtral
 from mmray.families.processors import load_processor
 from mmray.families.qwen2_vl import Qwen2VL
@@ -65,6 +66,7 @@ __all__ = [
     "leaf_modules",
     "load_family",
     "load_processor",
+    "model_parts",
 ]
 
 
@@ -102,6 +104,16 @@ def by_sample_problem(config: PretrainedConfig) -> str | None:
 def leaf_modules(model_type: str) -> set[str]:
     """The class names that `Family.leaf_modules` lists for a model type."""
     return {name for family in FAMILIES if model_type in family.model_types for name in family.leaf_modules}
+
+
+def model_parts(model: PreTrainedModel) -> Parts:
+    """The parts of a model, by its family or, where no family serves it, by general rules; needs no processor.
+
+    Families that share a model type name its parts alike. Raises UserError where a weight belongs to no part, or
+    transformers does not tell the parts.
+    """
+    served = [family for family in FAMILIES if model.config.model_type in family.model_types]
+    return served[0].module_names.of(model) if served else parts_by_rules(model)
 
 
 def load_family(

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from mmray.images.source import one_line
+from mmray.base.words import one_line
 from mmray.run.warnings import WARNINGS_FILE, WARNINGS_FOLDER
 from mmray.storage import FileState, Folder, replacing
 

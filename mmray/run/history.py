@@ -7,13 +7,18 @@ before it starts any worker.
 Where it starts and is resumed, a run tells the attention of each part of its model (`attention`).
 A run that trains on a mixture also tells its datasets and weights (`mixture`) where it starts and continues on others.
 
-| event | besides `time`, `step`, `workers` | | --- | --- | | `start` | a new run begins | | `resume` | `checkpoint`:
-the name of the one it continues from | | `checkpoint` | `name`; `seconds`: how long the step loop was held up | |
-`damaged_checkpoint` | `checkpoint`, `problem`: it is passed over | | `preemption` | `nodes`: those that will be taken
-away; `deadline`: when, or null | | `first_loss` | `loss`, `problem`: that of the first step is not one of trained
-weights | | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on | | `stop` | `reason`: who
-or what asked the run to stop before its last step; all that is done is saved | | `finish` | the last step is done and
-its checkpoint whole |
+| event | besides `time`, `step`, `workers` |
+| --- | --- |
+| `start` | a new run begins; `total_steps`: of the whole run |
+| `resume` | `total_steps`; `checkpoint`: the name of the one it continues from |
+| `checkpoint` | `name`; `seconds`: how long the step loop was held up |
+| `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
+| `preemption` | `nodes`: those that will be taken away; `deadline`: when, or null |
+| `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
+| `profile` | `file`: the trace of some steps, in the run's folder |
+| `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
+| `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
+| `finish` | the last step is done and its checkpoint whole |
 
 `step` is the number of steps done when it happened; `workers` the number of ranks, 0 where there were none yet.
 """
@@ -23,13 +28,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from mmray.base.words import counted
 from mmray.schedule.mixture import shares_at
 from mmray.training.json_lines import JsonLines, read_json_lines
 
 HISTORY_FILE = "history.jsonl"
 
 Event = Literal[
-    "start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "first_loss", "continue_on", "stop", "finish"
+    "start",
+    "resume",
+    "checkpoint",
+    "damaged_checkpoint",
+    "preemption",
+    "first_loss",
+    "profile",
+    "continue_on",
+    "stop",
+    "finish",
 ]
 
 
@@ -47,7 +62,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 def in_words(event: dict[str, Any]) -> str:
     """One line about an event for a person; "" for a checkpoint, because there are many."""
-    step, workers = event["step"], "1 worker" if event["workers"] == 1 else f"{event['workers']} workers"
+    step, workers = event["step"], counted(event["workers"], "worker")
     match event["event"]:
         case "start":
             return f"started with {workers}" + _mixed(event, ", training on")
@@ -59,14 +74,16 @@ def in_words(event: dict[str, Any]) -> str:
             return f"nodes {', '.join(event['nodes'])} will be taken away; a checkpoint is written at step {step}"
         case "first_loss":
             return str(event["problem"])
+        case "profile":
+            return f"a trace of the steps up to {step} is in {event['file']}"
         case "continue_on":
-            data = _mixed(event, "") or f" {event['prepared']}, {event['bins']} bins"
+            data = _mixed(event, "") or f" {event['prepared']}, {counted(event['bins'], 'bin')}"
             return f"from step {step} on it trains on{data}"
         case "stop":
             return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":
             reason = f": {event['reason']}" if event.get("reason") else ""
-            return f"finished {step} steps{reason}"
+            return f"finished {counted(step, 'step')}{reason}"
     return ""
 
 

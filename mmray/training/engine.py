@@ -23,21 +23,27 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
 from mmray.families import leaf_modules
-from mmray.images.source import one_line
 from mmray.loss.labels import PADDING_SEGMENT
 from mmray.training import checkpoint
 from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
-from mmray.training.loss import count_trained_tokens, packed_loss_sum, packed_loss_sums
+from mmray.training.head_loss import HeadLoss
+from mmray.training.liger import LigerLoss, check_fused_loss
+from mmray.training.loss import PLAIN, PackedLoss, count_trained_tokens, packed_loss
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from mmray.training.ranks import Ranks
 from mmray.training.router_loss import Routers, router_coefficient
 from mmray.training.settings import ModelSettings, TrainingSettings
+from mmray.training.token_losses import Measures, Objective
 from mmray.training.weights import listed
 
 logger = logging.getLogger(__name__)
+
+NUM_SUMS = 5
+"""Sums over the tokens of a step: of balancing losses and the four of `Measures`."""
 
 
 class MicroBatch(Protocol):
@@ -94,6 +100,12 @@ class StepMetrics:
 
     It is 1 where experts are used evenly; None where no such loss is trained.
     """
+    token_accuracy: float = 0.0
+    """Share of the trained tokens that the model finds most likely; 0 where there are none."""
+    smoothed_loss: float | None = None
+    """Mean cross-entropy with smoothed targets, in nats; None without label smoothing."""
+    z_loss: float | None = None
+    """Mean squared logarithm of the softmax's denominator, before its factor; None without z-loss."""
     set_losses: tuple[float | None, ...] = ()
     """Mean cross-entropy of the trained tokens of each set, in nats; None for a set without one. () where the losses of
     sets are not measured."""
@@ -140,6 +152,7 @@ class TrainingEngine:
         self.total_steps = total_steps
         self.grad_accumulation = grad_accumulation
         self.num_sets = num_sets
+        self.objective = Objective(training_settings.label_smoothing, training_settings.z_loss)
         self.ranks = ranks or Ranks()
         self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.zero_stage = effective_zero_stage(model_settings, training_settings)
@@ -150,6 +163,7 @@ class TrainingEngine:
 
         _agree_on_device()
         deepspeed.init_distributed()
+        check_fused_loss(training_settings, torch.device(deepspeed.get_accelerator().current_device_name()))
         with checkpoint.prepared(resume_from, self, scratch, node) as source:
             self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
             saved = None if source is None else source.state.router_loss
@@ -186,18 +200,30 @@ class TrainingEngine:
             return self._nothing_trained(tokens, rate)
         balanced = self._balanced_tokens(micro_batches)
         scales = self.world_size / max(1, trained), self.world_size / max(1, balanced)
-        sums = torch.zeros(2 + 2 * self.num_sets, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(NUM_SUMS + 2 * self.num_sets, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches[:-1]:
             sums += self._forward_backward(micro_batch, *scales)
             self.deepspeed.step()
         sums += self._forward_backward(micro_batches[-1], *scales)
         dist.all_reduce(sums)
-        loss, router_loss = sums[0].item() / max(1, trained), sums[1].item() / max(1, balanced)
-        self._require_finite(loss, "loss")  # no weight has changed yet
+        balancing, *means = (sums[:NUM_SUMS] / sums.new_tensor([max(1, balanced)] + 4 * [trained])).tolist()
+        loss, smoothed, squared, accuracy = means
+        trains = loss if not self.objective.label_smoothing else smoothed
+        self._require_finite(trains + self.objective.z_loss * squared, "loss")  # no weight has changed yet
         grad_norm = self._apply_gradients()
         self.step_count += 1
-        set_losses = self._set_losses(sums[2:].tolist())
-        return StepMetrics(loss, trained, tokens, grad_norm, rate, router_loss if self.routers else None, set_losses)
+        return StepMetrics(
+            loss,
+            trained,
+            tokens,
+            grad_norm,
+            rate,
+            router_loss=balancing if self.routers else None,
+            token_accuracy=accuracy,
+            smoothed_loss=smoothed if self.objective.label_smoothing else None,
+            z_loss=squared if self.objective.z_loss else None,
+            set_losses=self._set_losses(sums[NUM_SUMS:].tolist()),
+        )
 
     def _set_losses(self, sums: list[float]) -> tuple[float | None, ...]:
         """The mean loss of each set. sums: of the losses of each set, and then the numbers of their trained tokens."""
@@ -225,7 +251,7 @@ class TrainingEngine:
                 for batch in batches:
                     for micro_batch in batch:
                         labels = micro_batch.labels.to(self.device)
-                        totals[0] += self._loss_sum(micro_batch, labels)
+                        totals[0] += self._loss(micro_batch, labels).loss
                         totals[1] += count_trained_tokens(labels)
         finally:
             self.deepspeed.train()
@@ -246,10 +272,9 @@ class TrainingEngine:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
-                        inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
-                        labels, sets = micro_batch.labels.to(self.device), micro_batch.token_sets.to(self.device)
-                        sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets.clamp(min=0), num_sets)
-                        totals += torch.stack([sums.double(), counts.double()])
+                        labels = micro_batch.labels.to(self.device)
+                        measures = self._loss(micro_batch, labels, num_sets=num_sets).measures
+                        totals += torch.stack([measures.set_sums.double(), measures.set_counts.double()])
         finally:
             self.deepspeed.train()
         dist.all_reduce(totals)
@@ -302,9 +327,16 @@ class TrainingEngine:
         num_trained, num_tokens = counts.tolist()
         return num_trained, num_tokens
 
-    def _loss_sum(self, micro_batch: MicroBatch, labels: Tensor) -> Tensor:
+    def _loss(
+        self, micro_batch: MicroBatch, labels: Tensor, *, objective: Objective = PLAIN, num_sets: int = 0,
+        scale: float = 1.0, kind: type[HeadLoss] = HeadLoss,
+    ) -> PackedLoss:  # fmt: skip
+        """The loss of a micro-batch, whose sets are measured apart where `num_sets` says how many there are."""
         inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
-        return packed_loss_sum(self.deepspeed, inputs, labels)
+        sets = micro_batch.token_sets.to(self.device).clamp(min=0) if num_sets else None
+        return packed_loss(
+            self.deepspeed, inputs, labels, objective=objective, sets=sets, num_sets=num_sets, scale=scale, kind=kind
+        )
 
     def _balanced_tokens(self, micro_batches: Sequence[MicroBatch]) -> int:
         """Number of tokens of the global batch that the balancing loss is averaged over; 0 without such a loss."""
@@ -315,31 +347,22 @@ class TrainingEngine:
         dist.all_reduce(tokens)
         return int(tokens)
 
-    def _loss_parts(self, micro_batch: MicroBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The micro-batch's loss sum, and the sums and numbers of trained tokens of its sets, detached [2 num_sets]."""
-        if not self.num_sets:
-            loss_sum = self._loss_sum(micro_batch, labels)
-            return loss_sum, loss_sum.new_zeros(0)
-        inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
-        sets = micro_batch.token_sets.to(self.device)
-        sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets, self.num_sets)
-        return sums.sum(), torch.cat([sums.detach(), counts.to(sums.dtype)])
-
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, router_scale: float) -> Tensor:
-        """The micro-batch's loss sum and its sum of balancing losses, then the sums and counts of its sets, detached;
-        their gradients are accumulated."""
+        """The micro-batch's sums (`_sums`); its gradients are accumulated."""
         labels = micro_batch.labels.to(self.device)
+        options: dict[str, Any] = {"objective": self.objective, "num_sets": self.num_sets, "scale": scale}
+        options["kind"] = LigerLoss if self.training_settings.fused_loss else HeadLoss
         if self.routers is None:
-            loss_sum, of_sets = self._loss_parts(micro_batch, labels)
-            self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
-            return torch.cat([torch.stack([loss_sum.detach(), torch.zeros_like(loss_sum)]), of_sets])
+            packed = self._loss(micro_batch, labels, **options)
+            self.deepspeed.backward(packed.loss * scale, scale_wrt_gas=False)
+            return _sums(torch.zeros_like(packed.loss), packed.measures)
         with self.routers.recording():
-            loss_sum, of_sets = self._loss_parts(micro_batch, labels)
+            packed = self._loss(micro_batch, labels, **options)
         balancing = self.routers.balancing_sum(micro_batch.trained_segments)
         assert self.router_loss is not None
-        whole = loss_sum * scale + balancing * (router_scale * self.router_loss)
+        whole = packed.loss * scale + balancing * (router_scale * self.router_loss)
         self.deepspeed.backward(whole, scale_wrt_gas=False)
-        return torch.cat([torch.stack([loss_sum.detach(), balancing.detach()]), of_sets])
+        return _sums(balancing, packed.measures)
 
     def _apply_gradients(self) -> float:
         """Clips and updates; returns the norm before clipping. At stage 0 DeepSpeed would clip by a norm in fp32."""
@@ -371,6 +394,15 @@ class TrainingEngine:
         """Names of the weights of which this rank holds a number that is not finite; under ZeRO-3, in its shard."""
         shards = ((name, getattr(weight, "ds_tensor", weight)) for name, weight in self.model.named_parameters())
         return [name for name, shard in shards if not torch.isfinite(shard.data).all()]
+
+
+def _sums(balancing: Tensor, measures: Measures) -> Tensor:
+    """Joins the sums that the metrics of a step are made of, which ranks reduce at once: NUM_SUMS values, then the loss
+    of each set, then the number of its trained tokens."""
+    whole = torch.stack([
+        balancing.detach(), measures.cross_entropy, measures.smoothed, measures.squared_normaliser, measures.correct
+    ])  # fmt: skip
+    return torch.cat([whole.double(), measures.set_sums.double(), measures.set_counts.double()])
 
 
 @contextmanager

@@ -13,11 +13,13 @@ import yaml
 from mmray.config.job import ResourceSettings, load_job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
-from mmray.report import Run, prepared_page, run_page
+from mmray.report import Run, prepared_page, run_page, run_table
 from mmray.report import prepared as facts
 from mmray.report.prepared import Distributions, StepSettings, step_balance
+from mmray.run.place import CURSOR_FILE
 from mmray.run.skipped import SKIPPED_FILE
 from mmray.schedule.balanced import BalancedSchedule
+from mmray.schedule.cursor import Cursor
 from mmray.schedule.schedule import Schedule
 from tests.mmray.config.test_docs_jobs import LEAST
 from tests.mmray.html_page import Page, assert_needs_nothing
@@ -199,7 +201,7 @@ def test_a_dataset_without_bins_images_or_rejects(processors, tmp_path):
     text_only = Preparation(processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing())
     page = Page(prepared_page(text_only.write(tmp_path / "text")))
     assert "None: every row that was taken is in a bin." in words(page)
-    assert "An epoch of 1 bins has no whole step of 8" in words(page)
+    assert "An epoch of 1 bin has no whole step of 8" in words(page)
     assert "Not shown: the dataset does not name its processor" in words(page)
     nothing = Preparation(
         processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing(token_capacity=1),
@@ -258,6 +260,27 @@ def test_a_run_is_told_step_by_step(tmp_path):
     assert "<script>alert" not in page.html
 
 
+def test_what_steps_measure_is_drawn_where_it_is_known(tmp_path):
+    columns = {
+        "token_accuracy": lambda step: step / 16, "peak_memory": lambda step: 2e9 + step,
+        "model_flops_per_second": lambda step: 3e12, "loss_by_set": lambda step: {"0": step / 2, "1": None},
+    }  # fmt: skip
+    run = Run(write_run(tmp_path / "run", 8, **columns))
+    page = Page(run_page(run))
+    assert hover(page, "Token accuracy")[3] == "step 4\nshare 0.25"
+    assert hover(page, "Loss by set")[3] == "step 4\nset 0 2\nset 1 1 not finite"
+    text = words(page)
+    for note in ("50.0% at the end", "2.00 GB at most", "median 3 TFLOPs a second", "Last: set 0 4, set 1 not finite"):
+        assert note in text
+    assert "Model FLOPs utilisation" not in text
+    cells = [str(cell) for column in run_table(run).columns for cell in column.cells]
+    assert [
+        cells[cells.index(name) + len(cells) // 2]
+        for name in ("token accuracy", "peak memory of a worker", "model FLOPs per second")
+    ] == ["0.0625 -> 0.5000", "2.00 GB", "3 T"]
+    assert "  loss of set 0" in cells
+
+
 def test_samples_left_out_are_named(tmp_path):
     folder = write_run(tmp_path / "run", 20)
     lines = [
@@ -271,6 +294,36 @@ def test_samples_left_out_are_named(tmp_path):
     named = [each.text for each in page.of("b") if each.parents[-1].tag == "td"]
     assert named == [page_text(f"{HOSTILE}{step}") for step in range(3, 13)]
     assert_needs_nothing(page)
+
+
+@pytest.mark.parametrize(
+    ("last", "state"),
+    [
+        ({"event": "finish", "step": 8, "workers": 3}, "finished"),
+        ({"event": "stop", "step": 8, "workers": 3, "reason": "SIGTERM"}, "stopped: SIGTERM"),
+        (
+            {"event": "checkpoint", "step": 8, "workers": 3, "name": "checkpoint_8", "seconds": 1.0},
+            "under way or broken off; last event: checkpoint after step 8, 2026-11-25T22:00:01+00:00",
+        ),
+    ],
+)
+def test_a_run_tells_its_state_and_how_far_it_is(tmp_path, last, state):
+    start = {"event": "start", "step": 0, "workers": 2, "total_steps": 20}
+    folder = write_run(tmp_path / "run", 8, (start, last))
+    for step in (4, 8):
+        (folder / f"checkpoint_{step:08d}_a").mkdir()
+        Cursor.at(Schedule(9, 1, seed=0, fingerprint="f"), step).write(
+            folder / f"checkpoint_{step:08d}_a" / CURSOR_FILE
+        )
+    run = Run(folder)
+    table = run_table(run)
+    names, values = (list(map(str, column.cells)) for column in table.columns)
+    told = dict(zip(names, values, strict=True))
+    expected = {"state": state, "steps": "8 of 20", "last checkpoint": "step 8: checkpoint_00000008_a"}
+    assert {name: told[name] for name in expected} == expected
+    page = words(Page(run_page(run)))
+    assert state in page
+    assert "8 of 20" in page
 
 
 def test_a_run_without_history_or_steps(tmp_path):
