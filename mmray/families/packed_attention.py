@@ -109,7 +109,7 @@ def packed_attention(
 
 
 def takes_varlen(query: Tensor, value: Tensor, rules: Rules) -> bool:
-    """Whether torch's `varlen_attn` computes this. query, value: [..., size]."""
+    """True if torch's `varlen_attn` computes attention of these tensors. query, value: [..., size]."""
     size = query.shape[-1]
     return (
         query.is_cuda

@@ -27,7 +27,7 @@ gpt_oss is not among them: transformers 5.23 makes its masks without the positio
 """
 
 WITHOUT_BOUNDS = ("stablelm",)
-"""Those of them whose layers are not told where samples begin: transformers 5.23 passes them no such arguments."""
+"""The `model_type` of text models whose layers transformers 5.23 does not tell where samples begin."""
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """The name that ChatML writes for each role."""

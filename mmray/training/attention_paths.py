@@ -164,7 +164,7 @@ def _tower_problem(tower: Sequence[PreTrainedModel]) -> str | None:
 
 
 def _is_told_bounds(module: torch.nn.Module) -> bool:
-    """Whether a module takes the bounds of pictures, or gives them to its layers."""
+    """True for a module that takes the bounds of pictures, or gives them to its layers."""
     forward = type(module).forward
     if "cu_seqlens" in inspect.signature(forward).parameters:
         return True
