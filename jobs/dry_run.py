@@ -39,6 +39,7 @@ from mmray.report.speed import Speed
 from mmray.report.tables import rows_table
 from mmray.rows.files import source_files
 from mmray.rows.plan import Progress
+from mmray.run.attention import attention_note
 from mmray.run.checkpoints import newest_looking_whole, step_of
 from mmray.run.data import RunData
 from mmray.run.folder import RunFolder
@@ -250,8 +251,8 @@ def _bin_tokens(prepared: Mapping[str, RunData] | None, guesses: Mapping[str, Es
 def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_on: bool) -> int | None:
     """Adds the steps, and where the run begins or continues; returns the steps that are left, None where it cannot."""
     job, run = plan.job, RunFolder(plan.job.output.run)
-    planned_run = run_plan(job, dict(prepared), gpus, continue_on)
     checkpoint = plan.attempt("checkpoints", lambda: newest_looking_whole(run))
+    planned_run = run_plan(job, dict(prepared), gpus, continue_on, checkpoint=checkpoint)
     cursor = plan.attempt("resume", lambda: planned_run.place(checkpoint, prepared["train"]))
     if cursor is None:
         return None
@@ -263,6 +264,8 @@ def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_
     if isinstance(data := prepared["train"], PreparedMixture):
         _add_mixture(plan, data.mixture, planned_run, cursor, total)
     _add_steps(plan, len(data), total=total)
+    if checkpoint is not None and (note := attention_note(job, checkpoint)):
+        plan.add("attention", note)
     if checkpoint is None:
         plan.add("begins", "at step 0: the run has no checkpoint yet")
     elif left:

@@ -4,6 +4,7 @@
 workers, from which checkpoints, after which losses of machines. One process writes at a time: rank 0, or the driver
 before it starts any worker.
 
+Where it starts and is resumed, a run tells the attention of each part of its model (`attention`).
 A run that trains on a mixture also tells its datasets and weights (`mixture`) where it starts and continues on others.
 
 | event | besides `time`, `step`, `workers` |
