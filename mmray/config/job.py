@@ -27,6 +27,7 @@ from mmray.run.scoring.settings import EarlyStoppingSettings, EvaluationSettings
 from mmray.run.tracking.settings import TrackingSettings
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.mixture_settings import MixtureSettings, StageSettings, check_mixture
+from mmray.training.part_settings import KIND
 from mmray.training.settings import ModelSettings, TrainingSettings, check_quantised, load_deepspeed_overrides
 
 
@@ -63,7 +64,7 @@ class ResourceSettings(Settings):
 
     encode_actors: Annotated[int, Field(gt=0)] = 2
     """Prepare: number of actors that read headers and tokenise, one CPU each. The pool grows up to this number as CPUs
-    become free."""
+    become free. Eval rows of one chunk, up to 512, need none: the driver prepares them."""
 
     pack_actors: Annotated[int, Field(gt=0)] = 1
     """Prepare: number of actors that pack windows and write bins, one CPU each."""
@@ -77,7 +78,8 @@ class ResourceSettings(Settings):
 
     gpu_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Fraction of a GPU that one mask actor uses. Training workers reserve the rest of their GPU, so that both fit. It
-    must be under one half, so that two workers never share a GPU."""
+    must be under one half, so that two workers never share a GPU, and small enough that neither Ray Train nor the
+    autoscaler counts more workers on a node than it has GPUs: 0.1 is, up to 8 GPUs a node."""
 
     tile_cache: TileCacheSettings | None = None
     """Training: where each machine keeps cut tiles for later epochs. null: pages are cut again in each epoch."""
@@ -250,6 +252,17 @@ class Job(Settings):
         return self
 
     @model_validator(mode="after")
+    def _states_follow_workers(self) -> "Job":
+        optimizer, is_sharded = self.training.optimizer, self.training.zero_stage > 0 or self.model.dtype == "bf16"
+        if self.resources.is_elastic and optimizer != "adamw" and is_sharded:
+            raise ValueError(
+                f"an elastic run cannot train with optimizer {optimizer}, whose states cannot be cut anew for another "
+                "number of workers; give resources.workers one number, or set training.optimizer: adamw, or "
+                "training.zero_stage: 0 with model.dtype: fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _groups_fill_batches(self) -> "Job":
         batch = self.training.global_batch_bins
         if self.balance and self.balance.group_bins and batch % self.balance.group_bins:
@@ -280,7 +293,7 @@ class Job(Settings):
         """Costs by which bins are packed to equal cost; None in the other packing modes."""
         if self.packing.mode != "equal_cost" or self.balance is None:
             return None
-        return self.balance.for_attention(self.model.attention)
+        return self.balance.for_attention(self.model.attention or "sdpa")  # as before other values could be meant
 
     def prepared_path(self, split: str) -> str:
         """Path of the prepared dataset of one split, `train` or `eval`."""
@@ -471,7 +484,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         kind_index = _kind_index(location)
         if kind_index is not None and not _is_kind_meant(location, kind_index, locations):
             continue
-        path = ".".join(str(part) for index, part in enumerate(location) if index != kind_index)
+        path = ".".join(str(part) for index, part in enumerate(location) if index != kind_index and part != KIND)
         yield f"{path or 'job'}: {_message(dict(mistake))}"
 
 

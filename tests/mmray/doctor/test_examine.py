@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.utils.import_utils import is_flash_attn_2_available
 from typer.testing import CliRunner
 
 from mmray import doctor
@@ -138,16 +141,41 @@ def test_a_token_that_was_added(make_job, tmp_path, inputs):
     assert finding(content, "processor").detail.endswith("608 vectors become 609")
 
 
-def test_attention_that_is_not_installed(make_job, monkeypatch):
-    job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _, without_gpu, *_ = examine_settings(job)
-    assert without_gpu.status is Status.PASS
-    assert "flash_attn is looked for where GPUs are" in without_gpu.detail
+@pytest.fixture
+def asked_for_kernels(monkeypatch) -> Iterator[list[str]]:
+    """Names of the kernels that are asked for, on a machine with a GPU and the package kernels, without flash_attn."""
+    names: list[str] = []
+
+    def get_kernel(name: str, version: int) -> None:
+        names.append(name)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _, with_gpu, *_ = examine_settings(job)
-    assert with_gpu.status is Status.FAIL
-    assert "flash_attn is not installed" in with_gpu.detail
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    is_flash_attn_2_available.cache_clear()
+    yield names
+    is_flash_attn_2_available.cache_clear()
+
+
+def test_attention_that_is_not_installed(make_job, asked_for_kernels, monkeypatch):
+    job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
+    with monkeypatch.context() as without_gpu:
+        without_gpu.setattr(torch.cuda, "is_available", lambda: False)
+        _, finding, *_ = examine_settings(job)
+    assert finding.status is Status.PASS
+    assert "flash_attn is looked for where GPUs are" in finding.detail
+    _, finding, *_ = examine_settings(job)
+    assert finding.status is Status.FAIL
+    assert "neither flash_attn is installed nor the kernel that transformers takes instead" in finding.detail
+    assert "kernels-community/flash-attn2" in finding.detail
+    assert asked_for_kernels == []
+
+
+def test_a_kernel_of_the_hub_is_accepted_where_transformers_takes_it(make_job, asked_for_kernels, monkeypatch):
+    job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
+    monkeypatch.setattr("transformers.utils.import_utils.is_kernels_available", lambda: True)
+    _, finding, *_ = examine_settings(job)
+    assert finding.status is Status.PASS
+    assert asked_for_kernels == ["kernels-community/flash-attn2"]
 
 
 def test_what_an_adapter_touches_is_listed_and_what_is_not_there_refused(make_job):
