@@ -58,9 +58,17 @@ def train_pools(job: Job, gpus: bool) -> list[Pool]:
     resources = job.resources
     return [
         Pool("training workers", resources.min_workers, worker_needs(job, gpus)),
-        Pool("mask actors", resources.mask_actors, {"GPU": resources.gpu_share} if gpus else {"CPU": 1}),
+        _mask_pool(job, gpus),
         Pool("render actors", resources.render_actors, {"CPU": 1}),
     ]
+
+
+def _mask_pool(job: Job, gpus: bool) -> Pool:
+    """The actors that compute labels: one on each GPU that trains, or on CPUs."""
+    resources = job.resources
+    if resources.labels_on_gpus(gpus):
+        return Pool("mask actors", resources.min_workers, {"GPU": resources.gpu_share})
+    return Pool("mask actors", min(resources.mask_actors, resources.min_workers), {"CPU": 1})
 
 
 def train_cpus(job: Job) -> int:
@@ -199,7 +207,7 @@ def too_few_cpus_problem(job: Job, nodes: Sequence[Node], gpus: bool) -> str | N
     wanted, resources = worker_needs(job, gpus), job.resources
     fit = sum(int(min(node.resources.get(name, 0) // need for name, need in wanted.items())) for node in nodes)
     workers = min(fit, resources.max_workers)
-    actors = resources.render_actors + (0 if gpus else resources.mask_actors)
+    actors = resources.render_actors + (0 if resources.labels_on_gpus(gpus) else min(resources.mask_actors, workers))
     left = amount(nodes, "CPU") - workers * wanted["CPU"]
     if left >= actors or workers == 0:
         return None

@@ -11,6 +11,7 @@ the learning rate is a function of the step, set before each one.
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +29,7 @@ from mmray.errors import UserError
 from mmray.families import leaf_modules
 from mmray.images.source import one_line
 from mmray.loss.labels import PADDING_SEGMENT
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.training import checkpoint
 from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
 from mmray.training.loss import count_trained_tokens, packed_loss_sum, packed_loss_sums
@@ -181,10 +184,9 @@ class TrainingEngine:
         rate = learning_rate(self.step_count, self.total_steps, self.training_settings)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
-        trained, tokens = self._global_counts(micro_batches)
+        trained, tokens, balanced = self._global_counts(micro_batches)
         if not trained:
             return self._nothing_trained(tokens, rate)
-        balanced = self._balanced_tokens(micro_batches)
         scales = self.world_size / max(1, trained), self.world_size / max(1, balanced)
         sums = torch.zeros(2 + 2 * self.num_sets, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches[:-1]:
@@ -192,11 +194,12 @@ class TrainingEngine:
             self.deepspeed.step()
         sums += self._forward_backward(micro_batches[-1], *scales)
         dist.all_reduce(sums)
-        loss, router_loss = sums[0].item() / max(1, trained), sums[1].item() / max(1, balanced)
+        loss_sum, router_sum, *of_sets = sums.tolist()  # the first of the step's two waits for the device
+        loss, router_loss = loss_sum / max(1, trained), router_sum / max(1, balanced)
         self._require_finite(loss, "loss")  # no weight has changed yet
         grad_norm = self._apply_gradients()
         self.step_count += 1
-        set_losses = self._set_losses(sums[2:].tolist())
+        set_losses = self._set_losses(of_sets)
         return StepMetrics(loss, trained, tokens, grad_norm, rate, router_loss if self.routers else None, set_losses)
 
     def _set_losses(self, sums: list[float]) -> tuple[float | None, ...]:
@@ -224,8 +227,8 @@ class TrainingEngine:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
-                        labels = micro_batch.labels.to(self.device)
-                        totals[0] += self._loss_sum(micro_batch, labels)
+                        inputs, labels = self._on_device(micro_batch)
+                        totals[0] += packed_loss_sum(self.deepspeed, inputs, labels)
                         totals[1] += count_trained_tokens(labels)
         finally:
             self.deepspeed.train()
@@ -246,27 +249,14 @@ class TrainingEngine:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
-                        inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
-                        labels, sets = micro_batch.labels.to(self.device), micro_batch.token_sets.to(self.device)
+                        inputs, labels = self._on_device(micro_batch)
+                        sets = micro_batch.token_sets.to(self.device)
                         sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets.clamp(min=0), num_sets)
                         totals += torch.stack([sums.double(), counts.double()])
         finally:
             self.deepspeed.train()
         dist.all_reduce(totals)
         return [(loss_sum, int(count)) for loss_sum, count in totals.T.tolist()]
-
-    def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """The integers of every rank, in the order of ranks; every rank passes the same number of them. Collective."""
-        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
-        every = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(every, mine)
-        return [rank_values.tolist() for rank_values in every]
-
-    def gather_objects(self, values: Sequence[Any]) -> list[Any]:
-        """The values of all ranks in one list, in the order of ranks. Collective."""
-        every: list[Any] = [None] * self.world_size
-        dist.all_gather_object(every, list(values))
-        return [value for rank_values in every for value in rank_values]
 
     def close(self) -> None:
         """Releases DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
@@ -293,48 +283,41 @@ class TrainingEngine:
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
         return engine
 
-    def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
-        """Number of trained tokens, and of tokens, of the global batch."""
-        trained = torch.stack([count_trained_tokens(batch.labels).to(self.device) for batch in micro_batches]).sum()
+    def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
+        """Number of trained tokens, of tokens, and of tokens that the balancing loss is averaged over (0 without such a
+        loss), of the global batch."""
+        trained = sum(_count(batch.labels[:, 1:], IGNORE_INDEX) for batch in micro_batches)
         tokens = sum(batch.num_tokens for batch in micro_batches)
-        counts = torch.stack([trained, trained.new_tensor(tokens)])
-        dist.all_reduce(counts)
-        num_trained, num_tokens = counts.tolist()
-        return num_trained, num_tokens
+        balanced = 0
+        if self.routers is not None:
+            balanced = sum(_count(batch.trained_segments, PADDING_SEGMENT) for batch in micro_batches)
+        trained, tokens, balanced = self.ranks.sums([trained, tokens, balanced])
+        return trained, tokens, balanced
 
-    def _loss_sum(self, micro_batch: MicroBatch, labels: Tensor) -> Tensor:
+    def _on_device(self, micro_batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
+        """The model's arguments and the labels of a micro-batch, which are with them where they were made ahead."""
         inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
-        return packed_loss_sum(self.deepspeed, inputs, labels)
+        return inputs, micro_batch.labels.to(self.device)
 
-    def _balanced_tokens(self, micro_batches: Sequence[MicroBatch]) -> int:
-        """Number of tokens of the global batch that the balancing loss is averaged over; 0 without such a loss."""
-        if self.routers is None:
-            return 0
-        counts = [(batch.trained_segments != PADDING_SEGMENT).sum() for batch in micro_batches]
-        tokens = torch.stack(counts).sum().to(self.device)
-        dist.all_reduce(tokens)
-        return int(tokens)
-
-    def _loss_parts(self, micro_batch: MicroBatch, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_parts(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The micro-batch's loss sum, and the sums and numbers of trained tokens of its sets, detached [2 num_sets]."""
-        if not self.num_sets:
-            loss_sum = self._loss_sum(micro_batch, labels)
+        sets = micro_batch.token_sets if self.num_sets else None
+        inputs, labels = self._on_device(micro_batch)
+        if sets is None:
+            loss_sum = packed_loss_sum(self.deepspeed, inputs, labels)
             return loss_sum, loss_sum.new_zeros(0)
-        inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
-        sets = micro_batch.token_sets.to(self.device)
-        sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets, self.num_sets)
+        sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets.to(self.device), self.num_sets)
         return sums.sum(), torch.cat([sums.detach(), counts.to(sums.dtype)])
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, router_scale: float) -> Tensor:
         """The micro-batch's loss sum and its sum of balancing losses, then the sums and counts of its sets, detached;
         their gradients are accumulated."""
-        labels = micro_batch.labels.to(self.device)
         if self.routers is None:
-            loss_sum, of_sets = self._loss_parts(micro_batch, labels)
+            loss_sum, of_sets = self._loss_parts(micro_batch)
             self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
             return torch.cat([torch.stack([loss_sum.detach(), torch.zeros_like(loss_sum)]), of_sets])
         with self.routers.recording():
-            loss_sum, of_sets = self._loss_parts(micro_batch, labels)
+            loss_sum, of_sets = self._loss_parts(micro_batch)
         balancing = self.routers.balancing_sum(micro_batch.trained_segments)
         assert self.router_loss is not None
         whole = loss_sum * scale + balancing * (router_scale * self.router_loss)
@@ -358,7 +341,7 @@ class TrainingEngine:
 
     def _require_finite(self, value: float, name: str) -> None:
         """Raises UserError for a value that is not finite. All ranks hold the same value, so all raise or none."""
-        if torch.isfinite(torch.tensor(value)):
+        if math.isfinite(value):
             return
         remedy = "lower training.learning_rate or max_grad_norm, or look at the bins of this step, and resume from the "
         remedy += "last checkpoint"
@@ -371,6 +354,11 @@ class TrainingEngine:
         """Names of the weights of which this rank holds a number that is not finite; under ZeRO-3, in its shard."""
         shards = ((name, getattr(weight, "ds_tensor", weight)) for name, weight in self.model.named_parameters())
         return [name for name, shard in shards if not torch.isfinite(shard.data).all()]
+
+
+def _count(values: Tensor, left_out: int) -> int:
+    """Number of values of a tensor of the host that are not `left_out`; no device is waited for."""
+    return int(np.count_nonzero(values.numpy() != left_out))
 
 
 @contextmanager
