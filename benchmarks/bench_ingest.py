@@ -58,12 +58,13 @@ class Run:
         self.ranks.shutdown()
 
 
-def ingest_of(job: Job) -> Ingest:
+def ingest_of(job: Job, ranks: int = RANKS) -> Ingest:
+    """The graph of a job for a number of ranks, a bin each in every step."""
     dataset, _ = prepare(job)
     plan = BatchPlan(
         prepared=dataset.path, processor=job.model.processor_source, model_type=None, trust_remote_code=False,
-        loss=job.loss, micro_batch_bins=1, world_size=RANKS,
-        schedule=Schedule(len(dataset), global_batch_bins=RANKS, seed=0, fingerprint=dataset.fingerprint),
+        loss=job.loss, micro_batch_bins=1, world_size=ranks,
+        schedule=Schedule(len(dataset), global_batch_bins=ranks, seed=0, fingerprint=dataset.fingerprint),
     )  # fmt: skip
     ingest = Ingest(BatchMaker(plan), job.resources, gpus=False)
     ingest.maker.family  # noqa: B018  (every worker has it before its data begin)
