@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mmray.base.words import counted
 from mmray.config.job import Job
 from mmray.errors import UserError
 from pipelines.nodes import Node, amount, labelled
@@ -212,7 +213,7 @@ def too_few_cpus_problem(job: Job, nodes: Sequence[Node], gpus: bool) -> str | N
     if left >= actors or workers == 0:
         return None
     return (
-        f"resources.workers [{resources.min_workers}, {resources.max_workers}]: {workers} workers fit and leave "
-        f"{left:g} CPUs, but rendering and masking take {actors}; lower the maximum, or set cpus_per_worker so that "
-        "nodes have CPUs left over beside their workers"
+        f"resources.workers [{resources.min_workers}, {resources.max_workers}]: beside {counted(workers, 'worker')}, "
+        f"{left:g} of the CPUs are left, but rendering and masking take {actors}; lower the maximum, or set "
+        "cpus_per_worker so that nodes have CPUs left over beside their workers"
     )

@@ -22,6 +22,7 @@ from jobs.capacity import needs as needs_of
 from jobs.checks import Check, cluster_checks, job_checks, open_prepared
 from jobs.common import connect, console, local_cpus
 from mmray.base.words import amount as about
+from mmray.base.words import counted
 from mmray.config.job import Job
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
@@ -187,9 +188,9 @@ def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
     kinds = [dataset.kind for dataset in plan.job.data.splits[split]]
-    plan.add(f"{split} rows", f"{guess.rows}, in {guess.windows:,} {'window' if guess.windows == 1 else 'windows'}")
+    plan.add(f"{split} rows", f"{guess.rows}, in {counted(guess.windows, 'window')}")
     for number, (set_estimate, kind) in enumerate(zip(guess.sets, kinds, strict=True)):
-        files = "1 file" if set_estimate.files == 1 else f"{set_estimate.files:,} files"
+        files = counted(set_estimate.files, "file")
         bad = set_estimate.sampled - set_estimate.good
         rejects = f"; {bad} of {set_estimate.sampled:,} looked at would be rejected" if bad else ""
         taken = f"; {set_estimate.taking}" if set_estimate.taking else ""
@@ -200,7 +201,7 @@ def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:
 def _made_of(set_estimate: SetEstimate, guess: Estimate) -> str:
     """Words for the tokens and bins that a set becomes, with its share of all tokens."""
     share = set_estimate.tokens / max(guess.tokens, 1)
-    bins = "1 bin" if set_estimate.bins == 1 else f"{set_estimate.bins:,} bins"
+    bins = counted(set_estimate.bins, "bin")
     return f"about {about(set_estimate.tokens)} tokens ({share:.1%}) in {bins}"
 
 
@@ -246,7 +247,7 @@ def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_
     if checkpoint is None:
         plan.add("begins", "at step 0: the run has no checkpoint yet")
     elif left:
-        plan.add("goes on", f"from step {step_of(checkpoint.name):,} ({checkpoint.name}): {left:,} steps are left")
+        plan.add("goes on", f"from step {step_of(checkpoint.name):,} ({checkpoint.name}): {counted(left, 'step')} left")
     else:
         plan.add("goes on", f"nowhere: {checkpoint.name} is that of the last step, nothing is left to train")
     return left
@@ -260,7 +261,8 @@ def _add_mixture(plan: _Plan, mixture: Mixture, run: RunPlan, cursor: Cursor, to
         epochs = taken[dataset.fingerprint] / dataset.num_bins
         plan.add(
             f"  {dataset.name}",
-            f"{float(share):.2%} of the bins now, {epochs:.3g} epochs of its {dataset.num_bins:,} bins in all steps",
+            f"{float(share):.2%} of the bins now, {epochs:.3g} epochs of its {counted(dataset.num_bins, 'bin')} in all "
+            "steps",
         )
     for stage in mixture.stages:
         weights = ", ".join(f"{weight:g}" for weight in stage.weights)
@@ -275,15 +277,14 @@ def _add_steps(plan: _Plan, bins: int, mark: str = "", total: int | None = None)
     training, resources = plan.job.training, plan.job.resources
     per_epoch = max(1, math.ceil(bins / training.global_batch_bins))
     steps = total or training.steps or max(1, round((training.epochs or 1) * per_epoch))
-    counted = "" if training.steps else mark
     epochs = "" if plan.job.mixture else f": {mark}{steps / per_epoch:.3g} epochs of {mark}{per_epoch:,} steps"
-    plan.add("steps", f"{counted}{steps:,}{epochs}")
+    plan.add("steps", f"{'' if training.steps else mark}{steps:,}{epochs}")
     micro = math.ceil(training.global_batch_bins / training.micro_batch_bins / resources.min_workers)
     most = training.global_batch_bins * plan.job.packing.token_capacity
     plan.add(
         "global batch",
-        f"{training.global_batch_bins:,} bins of up to {about(most)} tokens: on each worker {micro:,} micro-batches of "
-        f"{training.micro_batch_bins}",
+        f"{counted(training.global_batch_bins, 'bin')} of up to {about(most)} tokens: on each worker "
+        f"{counted(micro, 'micro-batch')} of {training.micro_batch_bins}",
     )
     return steps
 
@@ -296,7 +297,8 @@ def _add_workers(plan: _Plan, gpus: bool) -> None:
         of = " and ".join(f"{needed:g} {name}" for name, needed in pool.needs.items())
         plan.add(pool.name.removeprefix("training "), f"{pool.count}{more}, {of} each")
     plan.add("evaluation", _evaluations(job))
-    saved = f"every {training.checkpoint_every_steps:,} steps" if training.checkpoint_every_steps else "at the end"
+    every_steps = training.checkpoint_every_steps
+    saved = f"every {counted(every_steps, 'step')}" if every_steps else "at the end"
     plan.add("checkpoints", f"{saved}, the newest {training.keep_checkpoints} are kept")
 
 
@@ -304,11 +306,11 @@ def _evaluations(job: Job) -> str:
     """The evaluations of a run in words."""
     settings, every_steps = job.evaluation, job.training.eval_every_steps
     every_steps = every_steps if settings is None else settings.every_steps or every_steps
-    words = [f"every {every_steps:,} steps"] if every_steps else []
+    words = [f"every {counted(every_steps, 'step')}"] if every_steps else []
     if settings is None or not job.data.eval:
         return words[0] if words else "none"
     words.append("at the end")
-    rows = f", {settings.generate.rows:,} rows are read" if settings.generate.rows else ""
+    rows = f", {counted(settings.generate.rows, 'row')} read" if settings.generate.rows else ""
     return f"{' and '.join(words)}{rows}; it uses the actors and workers of training"
 
 

@@ -19,9 +19,9 @@ import ray
 from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mmray.base.words import one_line
 from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.storage import explained
 from pipelines.nodes import Node, labelled
 

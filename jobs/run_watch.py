@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from mmray.base.words import counted
 from mmray.display.progress import ProgressBar
 from mmray.errors import UserError
 from mmray.run.evaluation.callback import PROGRESS_FILE
@@ -98,7 +99,7 @@ class RunWatch:
             last = lines[-1]
             note = _step_note(last) + self._evaluation_note()
             if shares := shares_of_bins(lines):
-                note += f"  last {min(SHARE_STEPS, len(lines))} steps: {_shares_note(shares)}"
+                note += f"  last {counted(min(SHARE_STEPS, len(lines)), 'step')}: {_shares_note(shares)}"
             if warning_lines := read_warnings(self._warnings, self._old_warnings):
                 note += f"  warnings: {len(warning_lines)}"
             bar.update(last["step"], self._total, note, idle_seconds=self._idle_seconds)
@@ -142,7 +143,7 @@ def _step_note(line: dict[str, Any]) -> str:
     whole = max(waited + seconds, 1e-9)
     words = [f"loss {line['loss']:.4f}", f"{line['tokens'] / whole:,.0f} tokens/s", f"data wait {waited / whole:.0%}"]
     if workers := line.get("workers"):
-        words.append("1 worker" if workers == 1 else f"{workers} workers")
+        words.append(counted(workers, "worker"))
     return "  ".join(words)
 
 

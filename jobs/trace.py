@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.common import console
+from mmray.base.words import counted
 from mmray.batches.plan import BatchPlan
 from mmray.config.job import Job
 from mmray.errors import UserError
@@ -77,7 +78,8 @@ def _range(steps: str) -> tuple[int, int]:
 
 def _table(step: int, samples: list[TracedSample], metrics: dict[str, Any] | None) -> Table:
     done = bool(samples) and samples[0].trained
-    title = f"step {step}: {'done' if done else 'to come'} with {samples[0].workers if samples else 0} workers"
+    workers = samples[0].workers if samples else 0
+    title = f"step {step}: {'done' if done else 'to come'} with {counted(workers, 'worker')}"
     if done and metrics:
         numbers = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
         shown = (f"{name} {metrics[key]:.4g}" for key, name in numbers.items() if metrics[key] is not None)

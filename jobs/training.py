@@ -21,6 +21,7 @@ from jobs.run_watch import RunWatch
 from jobs.stopping import run_until_stopped
 from jobs.trace import trace
 from jobs.train_loop import train_worker, worker_config
+from mmray.base.words import counted
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.errors import PassingError, UserError
@@ -118,13 +119,14 @@ def train(
     early_stopping = job.early_stopping and job.early_stopping.model_dump()
     if is_finished and early_stopping is not None and last.get("early_stopping") == early_stopping:
         console.print(
-            f"{run} has ended after {cursor.step} steps ({last['reason']}); with more early_stopping.patience, or "
-            "without early_stopping, it goes on"
+            f"{run} has ended after {counted(cursor.step, 'step')} ({last['reason']}); with more "
+            "early_stopping.patience, or without early_stopping, it goes on"
         )
         export_at_end(job)
         return None
     if is_finished and cursor.step >= plan.total_steps(cursor):
-        console.print(f"{run} has finished its {cursor.step} steps; with more training.steps or epochs it goes on")
+        steps = counted(cursor.step, "step")
+        console.print(f"{run} has finished its {steps}; with more training.steps or epochs it goes on")
         export_at_end(job)
         return None
     if not gpus:

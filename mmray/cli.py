@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 import mmray
+from mmray.base.words import counted, file_size
 from mmray.errors import UserError
 
 _MAX_EXAMPLES = 10
@@ -130,7 +131,7 @@ def report(
             return
         page = prepared_page(prepared, processor, job=job, trust_remote_code=trust_remote_code)
     size = write_html(html, page)
-    console.print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{html}: {file_size(size)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -181,7 +182,7 @@ def from_huggingface(
     rows = write_rows(
         target, path=path, name=name, split=split, revision=revision, data_dir=data_dir, data_files=data_files
     )
-    Console().print(f"{target}: {rows:,} rows", markup=False, highlight=False, soft_wrap=True)
+    Console().print(f"{target}: {counted(rows, 'row')}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("from-pdf")
@@ -199,7 +200,7 @@ def from_pdf(
     with ProgressBar(f"rows of {out}", "files") as bar:
         written = write_pdf_rows(files, out, text=text, on_progress=bar.update)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{out}: {written.rows:,} rows")
+    console.print(f"{out}: {counted(written.rows, 'row')}")
     if written.without_text:
         console.print(f"{written.without_text:,} pages have no text layer and are left out")
     for reason in written.failed[:_MAX_EXAMPLES]:
@@ -281,7 +282,7 @@ def inspect(
         print_bin(console, prepared, bin_number, processor, trust_remote_code=trust_remote_code)
     else:
         size = write_bin_page(html, prepared, bin_number, processor, trust_remote_code=trust_remote_code)
-        console.print(f"{html}: bin {bin_number}, {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{html}: bin {bin_number}, {file_size(size)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse(what: str, options: dict[str, Any]) -> None:
@@ -311,7 +312,7 @@ def _inspect_rows(
         print_rows(Console(), shown)
     else:
         size = write_rows_page(html, jobs, list(shown))
-        Console().print(f"{html}: {size / 1e6:.1f} MB", markup=False, highlight=False, soft_wrap=True)
+        Console().print(f"{html}: {file_size(size)}", markup=False, highlight=False, soft_wrap=True)
     for note in jobs.notes(name):
         Console(stderr=True).print(note, markup=False, highlight=False, soft_wrap=True)
 

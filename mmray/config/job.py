@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from mmray.base.redact import holds_secret
 from mmray.base.settings import Settings
+from mmray.base.words import counted
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.loss.settings import LossSetting
@@ -223,7 +224,8 @@ class Job(Settings):
             )
         for number in settings.sets or () if self.data.eval else ():
             if not 0 <= number < len(self.data.eval):
-                raise ValueError(f"evaluation.sets: {number}, but data.eval has {len(self.data.eval)} sets, from 0")
+                sets = counted(len(self.data.eval), "set")
+                raise ValueError(f"evaluation.sets: {number}, but data.eval has {sets}, from 0")
         return self
 
     @model_validator(mode="after")
@@ -319,7 +321,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         return _with_absolute_paths(Job.model_validate(content))
     except ValidationError as error:
         lines = list(_explain(error))
-        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        count = counted(len(lines), "mistake")
         raise UserError("\n".join([f"job file {path}: {count}", *(f"  {line}" for line in lines)])) from error
 
 

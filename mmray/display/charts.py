@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, ScalarFormatter
 
+from mmray.base.words import counted
+
 COLUMNS = 240
 """Number of stretches that a longer series is drawn in; half of it is the most columns that show values on hover."""
 MOST_LABEL = 7
@@ -280,7 +282,7 @@ def histogram(
 ) -> Plot:  # fmt: skip
     """Draw counts as bars between edges.
 
-    axis: the x axis; default: linear over the edges; what: the name of the counted things.
+    axis: the x axis; default: linear over the edges; what: the counted thing, in the singular.
     """
     x = axis or Axis(float(edges[0]), float(edges[-1]))
     y = Axis(0, float(max(counts.max(initial=0), 1)) * 1.06)
@@ -288,7 +290,7 @@ def histogram(
     boxes = [
         Box(
             left, 1000 - height, right - left, height,
-            f"{exact(low)} to {exact(high)}: {count:,} {what} ({count / total:.1%})", colour,
+            f"{exact(low)} to {exact(high)}: {counted(count, what)} ({count / total:.1%})", colour,
         )
         for (left, right), (low, high), height, count in zip(
             pairwise(x.at(edges).tolist()), pairwise(edges.tolist()), y.at(counts).tolist(), counts.tolist()
@@ -317,7 +319,7 @@ def heat_map(
         Box(
             round(i * side, 1), round(1000 - (j + 1) * side, 1), round(side, 1), round(side, 1),
             f"{exact(x_edges[i])} to {exact(x_edges[i + 1])} × {exact(y_edges[j])} to {exact(y_edges[j + 1])}: "
-            f"{int(counts[i, j]):,} {what}",
+            f"{counted(int(counts[i, j]), what)}",
             "heat", round(0.15 + 0.85 * math.sqrt(counts[i, j] / most), 2),
         )
         for i, j in np.argwhere(counts)

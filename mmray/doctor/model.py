@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
 
+from mmray.base.words import counted, one_line
 from mmray.batches.micro_batch import Masked, MicroBatch, Place, mask, packed_row, render
 from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, failed_by, guarded, not_applicable, passed
 from mmray.doctor.shrink import shrunken
 from mmray.families import Family
 from mmray.images import TilingPolicy
-from mmray.images.source import one_line
 from mmray.loss.labels import LabelMaker
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.packing.settings import PackingSettings
@@ -258,7 +258,7 @@ class _SmallCopy:
         right, naive = self.error(self.inputs(batch)), self.error(self.naive_inputs(batch))
         detail = (
             f"largest difference of logits {right:.0e} of the largest, {naive:.0e} if packed naively "
-            f"({len(self.single_bins)} samples in one row; {self.described})"
+            f"({counted(len(self.single_bins), 'sample')} in one row; {self.described})"
         )
         if not right < TOLERANCE:
             return failed(PACKED, detail, "samples of a row see each other: set packing.mode: none")
@@ -299,7 +299,7 @@ class _SmallCopy:
         steps = {len(split): self.step(split) for split in splits}
         (loss, norm), *other_steps = steps.values()
         detail = "; ".join(f"{number}: loss {a:.5f}, gradient {b:.5g}" for number, (a, b) in steps.items())
-        detail = f"{len(self.single_bins)} samples in micro-batches, {detail}"
+        detail = f"{counted(len(self.single_bins), 'sample')} in micro-batches, {detail}"
         if all(_close(loss, other) and _close(norm, other_norm) for other, other_norm in other_steps):
             return passed(ACCUMULATION, detail)
         return failed(ACCUMULATION, detail, "the step depends on how a batch is split; please report the model")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from mmray.base.words import counted
 from mmray.batches.micro_batch import MicroBatch, Place, mask, render
 from mmray.batches.render import render_pages
 from mmray.doctor.findings import Finding, failed, not_applicable, passed
@@ -52,7 +53,8 @@ def examine_pixels(rows: FirstRows, config: PretrainedConfig) -> Finding:
     if not compared:
         return not_applicable(CHECK, f"none of the first rows of data.{rows.split} has a picture")
     name = type(rows.family.processor).__name__
-    return passed(CHECK, f"{compared} pictures are as {name} gives them; largest difference {largest:.0e} of the range")
+    pictures = counted(compared, "picture")
+    return passed(CHECK, f"{pictures} compared with those of {name}; largest difference {largest:.0e} of the range")
 
 
 def _differs(what: str) -> Finding:

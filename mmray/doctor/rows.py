@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from rich.console import Console
 
+from mmray.base.words import counted
 from mmray.batches.micro_batch import Place, mask, render
 from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, guarded, not_applicable, passed
@@ -148,7 +149,7 @@ def _readable(rows: FirstRows) -> Iterator[Finding]:
     for number, results in enumerate(rows.results):
         counts = SetRows.of(results)
         bad = counts.rejected.total()
-        detail = f"{rows.name(number)}: {len(results) - bad} of the first {len(results)} rows are good"
+        detail = f"{rows.name(number)}: {len(results) - bad} of the first {counted(len(results), 'row')} are good"
         if not results:
             yield failed(
                 "rows", f"{rows.name(number)}: its files hold no rows", f"see data.{rows.split}[{number}].files"
@@ -175,7 +176,8 @@ def _capacities(rows: FirstRows) -> Finding:
     looked_at = sum(map(len, rows.results))
     beyond = sum(len(sample.input_ids) > (rows.positions or math.inf) for sample in samples)
     longer = f"; {beyond} rows have more tokens than the model's {rows.positions:,} positions" if beyond else ""
-    part = f"{len(large)} of the first {looked_at} rows of data.{rows.split}, {len(large) / max(1, looked_at):.1%},"
+    first = f"the first {counted(looked_at, 'row')} of data.{rows.split}"
+    part = f"{len(large)} of {first}, {len(large) / max(1, looked_at):.1%},"
     if large and rows.job.data.on_bad_row == "error":
         return failed(check, f"{part} fit no bin, and on_bad_row is error: {large[0].source}", large[0].message)
     if any(rows.stops(number, len(results)) for number, results in enumerate(of_sets)):
@@ -191,7 +193,7 @@ def _capacities(rows: FirstRows) -> Finding:
         + (
             f"{part} fit no bin and will be rejected: {large[0].source}, {large[0].message}"
             if large
-            else f"all of {looked_at} rows fit"
+            else f"all of {counted(looked_at, 'row')} fit"
         )
         + longer,
     )
@@ -255,12 +257,14 @@ def _lengths(rows: FirstRows) -> Finding:
     samples = rows.encoder.encode(picked, verify=range(len(picked)))
     unreadable = _undecodable(rows, samples)
     if unreadable:
-        return failed(LENGTHS, f"{len(unreadable)} of {len(picked)} rows of data.{rows.split}: {unreadable[0]}")
+        picked_rows = f"{counted(len(picked), 'row')} of data.{rows.split}"
+        return failed(LENGTHS, f"{len(unreadable)} of {picked_rows}: {unreadable[0]}")
     pictures = sum(len(sample.images) for sample in samples if isinstance(sample, Sample))
     facts = [f"{compared} rows of data.{rows.split} have the tokens of {type(rows.family.processor).__name__}"]
     facts += [f"{ready_made} tokenized rows of data.{rows.split} are taken as they are"]
     facts = facts[: 1 + bool(ready_made)][not compared :]
-    facts += [f"their {pictures} pictures, decoded, have the features that the tokens ask for"] if pictures else []
+    if pictures:
+        facts.append(f"{counted(pictures, 'picture')} decoded, with the features that the tokens ask for")
     return passed(LENGTHS, "; ".join(facts)) if compared else not_applicable(LENGTHS, "; ".join(facts))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mmray.base.words import counted
 from mmray.batches.micro_batch import MicroBatch, Place, Rendered, mask, render
 from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, not_applicable, passed
@@ -66,7 +67,8 @@ def examine_weights(job: Job, rows: FirstRows) -> Finding:
         return failed(CHECK, f"no row can be decoded: {unreadable[0]}", DECODING_REMEDY)
     loss, tokens = _loss(job, rows, bins)
     detail = (
-        f"{loss:.2f} over {tokens:,} trained tokens of {len(bins)} rows; {USUAL_LOSS[0]} to {USUAL_LOSS[1]} is usual"
+        f"{loss:.2f} over {tokens:,} trained tokens of {counted(len(bins), 'row')}; "
+        f"{USUAL_LOSS[0]} to {USUAL_LOSS[1]} is usual"
     )
     if unreadable:
         return failed(CHECK, f"{detail}; {len(unreadable)} more cannot be decoded: {unreadable[0]}", DECODING_REMEDY)

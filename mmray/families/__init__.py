@@ -4,6 +4,8 @@ inputs."""
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from mmray.errors import UserError
 from mmray.families.base import Family, PackedRow, RoleMarkers, Span, Tile
 from mmray.families.gemma3 import Gemma3
@@ -22,6 +24,7 @@ from mmray.families.llava_onevision import LlavaOnevision
 from mmray.families.mllama import Mllama
 from mmray.families.paddleocr_vl import PaddleOCRVL
 from mmray.families.paligemma import PaliGemma
+from mmray.families.parts import Parts, parts_by_rules
 from mmray.families.pixtral import LightOnOcr, Pixtral
 from mmray.families.processors import load_processor
 from mmray.families.qwen2_vl import Qwen2VL
@@ -62,6 +65,7 @@ __all__ = [
     "leaf_modules",
     "load_family",
     "load_processor",
+    "model_parts",
 ]
 
 
@@ -92,6 +96,16 @@ def family_of(processor: Any, *, tiled: bool = False, model_type: str | None = N
 def leaf_modules(model_type: str) -> set[str]:
     """The class names that `Family.leaf_modules` lists for a model type."""
     return {name for family in FAMILIES if model_type in family.model_types for name in family.leaf_modules}
+
+
+def model_parts(model: PreTrainedModel) -> Parts:
+    """The parts of a model, by its family or, where no family serves it, by general rules; needs no processor.
+
+    Families that share a model type name its parts alike. Raises UserError where a weight belongs to no part, or
+    transformers does not tell the parts.
+    """
+    served = [family for family in FAMILIES if model.config.model_type in family.model_types]
+    return served[0].module_names.of(model) if served else parts_by_rules(model)
 
 
 def load_family(

@@ -25,6 +25,7 @@ from typing import IO, BinaryIO, NamedTuple
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 
+from mmray.base.words import counted, one_line
 from mmray.errors import RowError
 from mmray.images import jpeg
 from mmray.images.contents import CONTENTS_BYTES, contents
@@ -38,7 +39,6 @@ from mmray.images.source import (
     ImageSource,
     describe_source,
     image_file,
-    one_line,
 )
 
 MAX_PIXELS = 250_000_000
@@ -321,7 +321,7 @@ def _at_page(image: ImageFile.ImageFile, page: PageOfFile, source: ImageSource, 
     try:
         num_frames = 1 if image.format in _ONE_PICTURE else getattr(image, "n_frames", 1)
         if not 1 <= page.page <= num_frames or image.fp is None:
-            raise RowError("image_page", f"{name}: the file has {num_frames} pages; count from 1")
+            raise RowError("image_page", f"{name}: the file has {counted(num_frames, 'page')}; count from 1")
         if page.page > 1 and (is_decoded or isinstance(image, TiffReader)):
             image.seek(page.page - 1)
         return _header_of(image, image.fp)

@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image, ImageFile
 from PIL.GifImagePlugin import GifImageFile
 
+from mmray.base.words import one_line
 from mmray.errors import RowError
 from mmray.images import jpeg, png
 from mmray.images.deep import is_mixed, mixed
 from mmray.images.header import MAX_PIXELS, ImageHeader, opened_image, page_of
 from mmray.images.pdf import render_pdf
 from mmray.images.readers import PngReader, TiffReader
-from mmray.images.source import PASS_THROUGH_ERRORS, ImageSource, describe_source, one_line
+from mmray.images.source import PASS_THROUGH_ERRORS, ImageSource, describe_source
 
 _WHITE = (255, 255, 255)
 _GREY = {127, 128}

@@ -27,10 +27,11 @@ import pypdfium2
 import pypdfium2.raw as pdfium
 from PIL import Image
 
+from mmray.base.words import counted, one_line
 from mmray.errors import RowError
 from mmray.images.contents import CONTENTS_BYTES, contents
 from mmray.images.paged import DEFAULT_PDF_DPI, PageOfFile
-from mmray.images.source import PASS_THROUGH_ERRORS, describe_source, image_file, one_line, source_state
+from mmray.images.source import PASS_THROUGH_ERRORS, describe_source, image_file, source_state
 from mmray.images.tar_member import PartOfFile
 
 MAX_DOCUMENTS = 16
@@ -228,7 +229,7 @@ def _opened(file: str, data: bytes | None) -> pypdfium2.PdfDocument:
 def _check_page(page: PageOfFile, document: pypdfium2.PdfDocument) -> None:
     if not 1 <= page.page <= len(document):
         count = len(document)
-        message = f"{describe_source(str(page))}: the PDF has {count} pages; name one of 1 to {count}"
+        message = f"{describe_source(str(page))}: the PDF has {counted(count, 'page')}; name one of 1 to {count}"
         raise RowError("pdf_page", message)
 
 

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from mmray.base.words import one_line
 from mmray.errors import PassingError
-from mmray.images.source import ImageSource, describe_source, one_line
+from mmray.images.source import ImageSource, describe_source
 
 log = logging.getLogger("mmray")
 

@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmray.base.words import one_line
 from mmray.images.header import MAX_PIXELS, Measured, measured
-from mmray.images.source import ImageSource, one_line, source_state
+from mmray.images.source import ImageSource, source_state
 from mmray.storage import Folder
 
 log = logging.getLogger("mmray")

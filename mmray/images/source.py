@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from mmray.base.words import one_line
 from mmray.errors import RowError, UserError
 from mmray.images.paged import file_of
 from mmray.images.tar_member import PartOfFile
@@ -152,12 +153,6 @@ def describe_source(source: ImageSource) -> str:
         name = str(getattr(source, "name", "image file"))
     text = repr(name)[1:-1]
     return text if len(text) <= 200 else f"{text[:90]}…{text[-109:]}"
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the message of another library's exception as one line of at most 200 characters."""
-    text = str((isinstance(error, OSError) and error.strerror) or error)
-    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def _open_uri(uri: str, block_bytes: int) -> BinaryIO:

@@ -32,10 +32,11 @@ import PIL
 import pyarrow as pa
 from PIL import Image, features
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
 from mmray.images.header import MAX_PIXELS
 from mmray.images.render import render_tiles
-from mmray.images.source import ImageSource, one_line, source_state
+from mmray.images.source import ImageSource, source_state
 from mmray.images.tiling import TilePlan
 
 log = logging.getLogger("mmray")

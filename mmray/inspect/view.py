@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmray.base.words import counted
 from mmray.errors import UserError
 from mmray.families import Family, family_of, load_processor
 from mmray.inspect.text import token_texts
@@ -123,7 +124,8 @@ def view_bin(prepared: PreparedDataset, number: int, family: Family | None) -> B
     family: from `family_of_prepared`; None: counts alone. Raises UserError for a bin that does not exist.
     """
     if not 0 <= number < len(prepared):
-        raise UserError(f"{prepared.path} has {len(prepared)} bins, counted from 0; there is no bin {number}")
+        bins = counted(len(prepared), "bin")
+        raise UserError(f"{prepared.path} has {bins}, counted from 0; there is no bin {number}")
     record, shown = prepared.manifest["record"], prepared.bin(number)
     loss = loss_of_record(record["loss"])
     roles: tuple[str, ...] = ()

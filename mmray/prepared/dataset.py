@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmray.base.words import counted, one_line
 from mmray.display.notebook import Fact, Segment, card
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.images.header import IMAGE_READING
-from mmray.images.source import one_line
 from mmray.prepared.schema import FORMAT_VERSION, READ_VERSIONS
 from mmray.prepared.window import BINS_PER_ROW_GROUP, Window
 from mmray.schedule.loads import Loads
@@ -65,7 +65,7 @@ class Bin:
             strip.append(Segment(hidden_tokens / whole, "grey", f"the other samples: {hidden_tokens:,} tokens"))
         count = len(self.sample_ids)
         return card(
-            f"Bin {self.index:,}: {count:,} {'sample' if count == 1 else 'samples'}",
+            f"Bin {self.index:,}: {counted(count, 'sample')}",
             f"bucket {self.bucket}",
             [
                 Fact("tokens", f"{len(self.input_ids):,}"),
@@ -162,7 +162,7 @@ class PreparedDataset:
         ]
         trained = facts["trained_tokens"] / max(facts["tokens"], 1)
         return card(
-            f"Prepared dataset: {len(self):,} bins",
+            f"Prepared dataset: {counted(len(self), 'bin')}",
             self.path,
             [
                 Fact("rows", f"{facts['rows_packed']:,} packed of {facts['rows_read']:,} read"),
@@ -178,7 +178,7 @@ class PreparedDataset:
     def bin(self, index: int) -> Bin:
         """Read bin number `index`, from 0; reads its whole row group. Raises IndexError for a number out of range."""
         if not 0 <= index < len(self):
-            raise IndexError(f"bin {index} of a prepared dataset with {len(self)} bins")
+            raise IndexError(f"bin {index} of a prepared dataset with {counted(len(self), 'bin')}")
         shard = int(np.searchsorted(self._first_bin, index, side="right")) - 1
         within = index - int(self._first_bin[shard])
         group = self._open_file(shard).read_row_group(within // BINS_PER_ROW_GROUP)

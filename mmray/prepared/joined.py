@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mmray.base.words import counted
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.prepared.dataset import Bin, PreparedDataset
@@ -49,7 +50,7 @@ class JoinedDatasets:
     def part_of(self, number: int) -> tuple[int, int]:
         """The dataset of a bin, and the bin's number within it. Raises IndexError for a number out of range."""
         if not 0 <= number < len(self):
-            raise IndexError(f"bin {number} of prepared datasets with {len(self)} bins")
+            raise IndexError(f"bin {number} of prepared datasets with {counted(len(self), 'bin')}")
         part = bisect_right(self.first_bins, number) - 1
         return part, number - self.first_bins[part]
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mmray.base.words import counted
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
 from mmray.prepared.row_measures import spaced
@@ -167,7 +168,8 @@ class SetLine:
             (self.repeated, "repeated"),
         ]  # fmt: skip
         rows = ", ".join(f"{count:,} {name}" for count, name in counts if count)
-        return f"{self.rows:,} rows ({rows}), {self.tokens:,} tokens ({self.share:.1%}), {self.bins:,} bins"
+        tokens = f"{self.tokens:,} tokens ({self.share:.1%})"
+        return f"{counted(self.rows, 'row')} ({rows}), {tokens}, {counted(self.bins, 'bin')}"
 
 
 def set_lines(prepared: PreparedDataset) -> list[SetLine]:

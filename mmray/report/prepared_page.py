@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mmray.base.words import amount, made_by
+from mmray.base.words import amount, counted, made_by
 from mmray.config.job import Job
 from mmray.display import charts
 from mmray.display.charts import Axis, Plot, Series
@@ -134,9 +134,9 @@ def _fill_note(prepared: PreparedDataset) -> str:
     facts = prepared.statistics
     bins, least = facts["bins"], facts["bins_at_least"]
     if prepared.manifest["record"]["packing"]["mode"] == "none":
-        return f"{bins:,} bins of one sample each: packing.mode is none."
+        return f"{counted(bins, 'bin')} of one sample each: packing.mode is none."
     if bins == least:
-        return f"{bins:,} bins: no packing has fewer."
+        return f"{counted(bins, 'bin')}: no packing has fewer."
     more = (bins - least) / max(least, 1)
     return (
         f"{bins:,} bins; whatever the packing, {least:,} are needed at least: {more:.1%} more than this bound, which "
@@ -179,7 +179,7 @@ def _both_fills(distributions: Distributions, tokens: int, visual: int) -> Plot:
     )
     return charts.heat_map(
         "Tokens and visual tokens of each bin", note, loads.tokens, loads.visual_tokens, tokens, visual,
-        x_name="tokens → capacity; upwards: visual tokens", what="bins",
+        x_name="tokens → capacity; upwards: visual tokens", what="bin",
     )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def _bin_lengths(distributions: Distributions, capacity: int) -> Plot:
     counts, edges = np.histogram(lengths, bins=LENGTH_BARS, range=(0, capacity))
     note = f"Median {np.median(lengths):,.0f}, shortest {lengths.min():,}, longest {lengths.max():,} of {capacity:,}."
     return charts.histogram(
-        "Lengths of bins", note, counts, edges, x_name="tokens in a bin", what="bins", colour="tokens"
+        "Lengths of bins", note, counts, edges, x_name="tokens in a bin", what="bin", colour="tokens"
     )
 
 
@@ -201,7 +201,7 @@ def _visual_lengths(distributions: Distributions, capacity: int) -> Plot:
         f"Median {np.median(lengths):,.0f}, most {lengths.max():,} of {capacity:,}; {(lengths == 0).mean():.0%} none."
     )
     return charts.histogram(
-        "Visual tokens of bins", note, counts, edges, x_name="visual tokens in a bin", what="bins", colour="visual"
+        "Visual tokens of bins", note, counts, edges, x_name="visual tokens in a bin", what="bin", colour="visual"
     )
 
 
@@ -213,7 +213,7 @@ def _sample_lengths(distributions: Distributions) -> Plot:
     counts, edges = np.histogram(lengths, bins=edges)
     note = f"Median {np.median(lengths):,.0f}, from {low:,} to {high:,}; on average {lengths.mean():,.0f}."
     return charts.histogram(
-        "Lengths of samples", note, counts, edges, colour="tokens", what="samples",
+        "Lengths of samples", note, counts, edges, colour="tokens", what="sample",
         x_name="tokens in a sample" + (", logarithmic" if is_log else ""), axis=Axis(edges[0], edges[-1], log=is_log),
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def _images(distributions: Distributions) -> Plot:
     counts, edges = np.histogram(images, bins=edges)
     note = f"On average {images.mean():.1f}, most {most:,}; {(images == 0).mean():.0%} of bins have none."
     return charts.histogram(
-        "Images per bin", note, counts, edges, x_name="images in a bin", what="bins", colour="visual"
+        "Images per bin", note, counts, edges, x_name="images in a bin", what="bin", colour="visual"
     )
 
 
@@ -238,7 +238,7 @@ def _buckets(distributions: Distributions) -> list[dict[str, Any]]:
     total, most = counts.sum(), counts.max()
     return [
         {"name": str(names[index]), "share_of_most": counts[index] / most,
-         "text": f"{counts[index]:,} bins, {counts[index] / total:.0%}"}
+         "text": f"{counted(counts[index], 'bin')}, {counts[index] / total:.0%}"}
         for index in order
     ]  # fmt: skip
 
@@ -250,11 +250,12 @@ def _balance(prepared: PreparedDataset, settings: StepSettings) -> tuple[Plot | 
     steps = len(times.plain)
     if not steps:
         size = f"{settings.global_batch_bins:,} ({settings.source})"
-        return None, f"An epoch of {len(prepared):,} bins has no whole step of {size}."
+        return None, f"An epoch of {counted(len(prepared), 'bin')} has no whole step of {size}."
     if settings.workers == 1:
         return None, f"One worker waits for no other ({settings.source})."
-    size = f"{settings.global_batch_bins:,} bins a step on {settings.workers:,} workers"
-    shown = "" if steps == times.whole_steps else f"; the first {steps:,} of {times.whole_steps:,} steps of an epoch"
+    size = f"{counted(settings.global_batch_bins, 'bin')} a step on {counted(settings.workers, 'worker')}"
+    whole = counted(times.whole_steps, "step")
+    shown = "" if steps == times.whole_steps else f"; the first {steps:,} of {whole} of an epoch"
     note = f"Cost of all bins of the slowest worker against equal work: 1 is best. {size}{shown} ({settings.source})."
     numbers = np.arange(1, steps + 1)
     plot = charts.over_steps(

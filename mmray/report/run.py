@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mmray.base.words import counted
 from mmray.display.charts import Plot, Series, over_steps
 from mmray.display.notebook import Fact, card, live
 from mmray.errors import UserError
@@ -219,7 +220,7 @@ class Run:
             )
         if resumes:
             facts.append(Fact("resumed", ", ".join(f"at step {step:,}" for step in resumes[-8:])))
-        return card(f"Run: {self.last_step:,} steps, {state}", str(self.folder), facts, chart=loss_chart(self))
+        return card(f"Run: {counted(self.last_step, 'step')}, {state}", str(self.folder), facts, chart=loss_chart(self))
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, steps={self.last_step}, finished={self.is_finished})"

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import numpy as np
 
-from mmray.base.words import amount, span
+from mmray.base.words import amount, counted, span
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.report.run import Run
@@ -47,7 +47,8 @@ class Speed:
             raise UserError(f"--step-seconds {path}: give the seconds of a step, or the folder of a run")
         run = Run(path)
         if len(run.steps) <= WARM_UP_STEPS:
-            raise UserError(f"--step-seconds {path}: the run has {len(run.steps)} steps, too few to tell its speed")
+            steps = counted(len(run.steps), "step")
+            raise UserError(f"--step-seconds {path}: the run has {steps}, too few to tell its speed")
         seconds = run.column("step_seconds") + run.column("data_wait_seconds")
         return cls(
             float(np.median(seconds[WARM_UP_STEPS:])), float(np.median(run.column("tokens")[WARM_UP_STEPS:])),
@@ -67,8 +68,8 @@ class Speed:
         times = []
         for workers in counts:
             seconds = self.seconds_of_step(tokens, workers)
-            on = f" on {workers:,} workers" if len(counts) > 1 and self.tokens is not None else ""
-            times.append(f"{span(timedelta(seconds=seconds * steps))}{on}: {steps:,} steps of {seconds:.3g} s")
+            on = f" on {counted(workers, 'worker')}" if len(counts) > 1 and self.tokens is not None else ""
+            times.append(f"{span(timedelta(seconds=seconds * steps))}{on}: {counted(steps, 'step')} of {seconds:.3g} s")
         basis = self.source
         if self.tokens is not None and self.workers is not None:
             basis += (

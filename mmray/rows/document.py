@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmray.base.words import counted
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.loss.settings import SAMPLED_ROLE
@@ -201,7 +202,7 @@ class DocumentReader:
         if len(pages) != 1:
             raise RowError(
                 "placeholder_count",
-                f"a part of a message names {len(pages)} pages, {entry!r:.60}; give each page a part",
+                f"a part of a message names {counted(len(pages), 'page')}, {entry!r:.60}; give each page a part",
             )
         return pages[0]
 
@@ -289,5 +290,6 @@ def check_image_count(placeholders: int, images: int, remedy: str = "") -> None:
         more = f"; {remedy}" if remedy and placeholders > images else ""
         raise RowError(
             "placeholder_count",
-            f"{placeholders} image placeholders but {images} images; every image needs exactly one placeholder{more}",
+            f"{counted(placeholders, 'image placeholder')} but {counted(images, 'image')}; every image needs exactly "
+            f"one placeholder{more}",
         )

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from tokenizers import Encoding
 
+from mmray.base.words import one_line
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images import TilePlan, TilingPolicy, plan_tiles
 from mmray.images.header import frames_of, measured
 from mmray.images.measure_ahead import Measure, MeasureAhead
 from mmray.images.paged import PageOfFile, each_page
-from mmray.images.source import one_line
 from mmray.images.tiling import label_tokens
 from mmray.loss.roles import role_keep_mask
 from mmray.loss.rules import LossRule

@@ -19,8 +19,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.storage import file_system
 
 _MARKS = re.compile(r"[*?\[]")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmray.base.words import counted
 from mmray.errors import RowError
 from mmray.loss.settings import SAMPLED_ROLE
 from mmray.rows.image_refs import ImageRef
@@ -439,7 +440,8 @@ def placed_images(chat: Chat, images: Sequence[ImageRef], column: str) -> tuple[
     for picture in pictures:
         if isinstance(picture, int) and picture >= len(images):
             raise RowError(
-                "image_conflict", f"an image part has index {picture}, and {column} has {len(images)} images, from 0 on"
+                "image_conflict",
+                f"an image part has index {picture}, and {column} has {counted(len(images), 'image')}, from 0 on",
             )
     by_index = [picture for picture in pictures if isinstance(picture, int)]
     if by_index:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmray.base.words import counted
 from mmray.errors import UserError
 from mmray.rows.sample import RejectedRow, Sample
 
@@ -73,7 +74,7 @@ class SetRows:
         set."""
         if too_many(rejected := self.rejected.total(), rows, max_share):
             raise UserError(
-                f"{name}: {rejected:,} of {rows:,} rows are rejected, {rejected / rows:.1%}, where "
+                f"{name}: {rejected:,} of {counted(rows, 'row')} are rejected, {rejected / rows:.1%}, where "
                 f"data.max_rejected_share allows {max_share:.1%}: {self.reasons}. Mend the rows or the settings; or "
                 "raise data.max_rejected_share, then the same command continues"
             )

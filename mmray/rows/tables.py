@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from mmray.base.words import one_line
 from mmray.errors import RowError, UserError
-from mmray.images.source import one_line
 from mmray.storage import file_system
 
 BATCH_ROWS = 16

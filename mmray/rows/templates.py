@@ -18,9 +18,9 @@ import jinja2
 from jinja2 import TemplateError, meta, nodes
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mmray.base.words import counted, one_line
 from mmray.errors import RowError
 from mmray.families import Family
-from mmray.images.source import one_line
 from mmray.loss.settings import SAMPLED_ROLE
 from mmray.loss.sources import chat_template, ending_texts, marks_generated
 from mmray.rows.messages import Call, Chat, Message, Part
@@ -112,7 +112,8 @@ class ChatTemplate:
         if rendered_images != count_images:
             raise RowError(
                 "template",
-                f"the chat template wrote {rendered_images} images where the messages have {count_images} image parts; "
+                f"the chat template wrote {counted(rendered_images, 'image')} where the messages have "
+                f"{counted(count_images, 'image part')}; "
                 "put the images into user messages",
             )
         for look in _LOOKS:

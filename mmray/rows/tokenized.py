@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from mmray.base.words import one_line
 from mmray.errors import RowError
 from mmray.images import TilePlan
-from mmray.images.source import one_line
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.rows.document import check_image_count
 from mmray.rows.messages import missing_column

@@ -25,9 +25,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmray.base.words import one_line
 from mmray.errors import RowError
 from mmray.images.paged import each_page
-from mmray.images.source import one_line
 from mmray.images.tar_member import PartOfFile
 from mmray.rows.image_refs import ImageRef
 from mmray.rows.json_rows import parse_row

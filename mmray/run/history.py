@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from mmray.base.words import counted
 from mmray.schedule.mixture import shares_at
 from mmray.training.json_lines import JsonLines, read_json_lines
 
@@ -46,7 +47,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 def in_words(event: dict[str, Any]) -> str:
     """One line about an event for a person; "" for a checkpoint, because there are many."""
-    step, workers = event["step"], "1 worker" if event["workers"] == 1 else f"{event['workers']} workers"
+    step, workers = event["step"], counted(event["workers"], "worker")
     match event["event"]:
         case "start":
             return f"started with {workers}" + _mixed(event, ", training on")
@@ -59,13 +60,13 @@ def in_words(event: dict[str, Any]) -> str:
         case "first_loss":
             return str(event["problem"])
         case "continue_on":
-            data = _mixed(event, "") or f" {event['prepared']}, {event['bins']} bins"
+            data = _mixed(event, "") or f" {event['prepared']}, {counted(event['bins'], 'bin')}"
             return f"from step {step} on it trains on{data}"
         case "stop":
             return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":
             reason = f": {event['reason']}" if event.get("reason") else ""
-            return f"finished {step} steps{reason}"
+            return f"finished {counted(step, 'step')}{reason}"
     return ""
 
 

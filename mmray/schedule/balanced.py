@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from mmray.base.words import counted
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.loads import Loads
 from mmray.schedule.order import Order, Window
@@ -75,10 +76,10 @@ class BalancedSchedule:
         shapes = ", one shape in each" if balance.one_shape_per_batch else ""
         across = balance.sorts_batches
         sorting = Fact(
-            "sorted by cost", f"{balance.window_batches:,} steps together, {balance.tolerance:.0%} is equal"
+            "sorted by cost", f"{counted(balance.window_batches, 'step')} together, {balance.tolerance:.0%} is equal"
         ) if across else Fact("dealt by cost", "the heaviest first, back and forth")  # fmt: skip
         return card(
-            f"Balanced schedule: {self.steps_per_epoch:,} steps an epoch",
+            f"Balanced schedule: {counted(self.steps_per_epoch, 'step')} an epoch",
             f"data {order.fingerprint}, seed {order.seed}",
             [
                 Fact(

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from mmray.base.words import counted
 from mmray.schedule.order import Order, Window, at_least
 from mmray.schedule.schedule import Schedule
 from mmray.schedule.shares import Shares, exact_shares
@@ -144,10 +145,10 @@ class MixedSchedule(Order):
 
         shares = exact_shares([dataset.weight for dataset in self.mixture.datasets])
         facts = [
-            Fact(dataset.name, f"{float(share):.2%}, {dataset.num_bins:,} bins", float(share))
+            Fact(dataset.name, f"{float(share):.2%}, {counted(dataset.num_bins, 'bin')}", float(share))
             for dataset, share in zip(self.mixture.datasets, shares)
         ]
-        title = f"Mixture of {len(facts):,} datasets, {self.global_batch_bins:,} bins a step"
+        title = f"Mixture of {counted(len(facts), 'dataset')}, {counted(self.global_batch_bins, 'bin')} a step"
         return card(title, f"seed {self.seed}, {len(self._stages):,} stages", facts)
 
     @property

@@ -33,6 +33,7 @@ from math import isqrt
 
 import numpy as np
 
+from mmray.base.words import counted
 from mmray.schedule.order import Order, Window, at_least
 
 _MASK_64 = (1 << 64) - 1
@@ -89,7 +90,7 @@ class Schedule(Order):
             return ", ".join("empty" if number is None else f"{number:,}" for number in self.slots(step, slots)) + more
 
         return card(
-            f"Schedule: {self.steps_per_epoch:,} steps an epoch",
+            f"Schedule: {counted(self.steps_per_epoch, 'step')} an epoch",
             f"data {self.fingerprint}, seed {self.seed}",
             [
                 Fact("bins", f"{self.num_bins:,}, {order}, {self.global_batch_bins:,} a step"),

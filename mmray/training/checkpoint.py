@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from mmray.base.version import __version__
+from mmray.base.words import counted, one_line
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.ranks import Ranks
 from mmray.training.settings import ModelSettings, TrainingSettings
@@ -163,8 +163,8 @@ def prepared(
         return
     if scratch is None:
         raise UserError(
-            f"{resume_from} was written by {state.world_size} workers; to resume with {engine.world_size}, give a "
-            "folder to convert it in"
+            f"{resume_from} was written by {counted(state.world_size, 'worker')}; to resume with {engine.world_size}, "
+            "give a folder to convert it in"
         )
     with converted(resume_from, state.world_size, scratch, node, engine.ranks) as shards_parent:
         yield ResumeSource(resume_from, state, shards_parent, universal=True)

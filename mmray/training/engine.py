@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
 from mmray.families import leaf_modules
-from mmray.images.source import one_line
 from mmray.loss.labels import PADDING_SEGMENT
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.training import checkpoint

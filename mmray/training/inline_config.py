@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
-from mmray.images.source import one_line
 
 log = logging.getLogger("mmray")
 

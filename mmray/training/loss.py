@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmray.loss.rules import IGNORE_INDEX
+from mmray.training.model import transformers_model
 
 # fp32 logits that exist at once, about 256 MB.
 MAX_CHUNK_ELEMENTS = 2**26
@@ -32,7 +33,7 @@ def count_trained_tokens(labels: Tensor) -> Tensor:
 def packed_loss_sum(model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Sum of the cross-entropies of all trained tokens, an fp32 scalar attached to the graph.
 
-    model: a transformers model, or a DeepSpeed engine around one.
+    model: a transformers model, or what wraps one (`transformers_model`).
     inputs: the model's keyword arguments, without labels and use_cache: the cache stays off, because transformers
     detects packed sequences only without it.
     labels: int64 [B, L] aligned with input_ids; the token at t is predicted from position t - 1, and is not trained on
@@ -67,8 +68,7 @@ def _trained_logits(model: torch.nn.Module, inputs: dict[str, Tensor], labels: T
     """The logits [N, V] and targets [N] of the trained tokens, and which tokens of labels[:, 1:] they are, bool."""
     targets = labels[:, 1:]
     trained = targets != IGNORE_INDEX
-    module: Any = getattr(model, "module", model)
-    if labels.shape[0] == 1 and _takes_logits_to_keep(type(module)):
+    if labels.shape[0] == 1 and _takes_logits_to_keep(type(transformers_model(model))):
         positions = trained[0].nonzero().squeeze(1)
         logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
     else:

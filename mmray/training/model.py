@@ -66,6 +66,17 @@ def build_model(
     return model.train()
 
 
+def transformers_model(module: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside what wraps it: DeepSpeed's engine, peft's adapters, both or neither.
+
+    Its modules are those that run, so adapters that were put into it are still there.
+    """
+    inner: Any = module
+    while not isinstance(inner, PreTrainedModel):
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.module
+    return inner
+
+
 def empty_model(settings: ModelSettings) -> PreTrainedModel:
     """The model without weights, on the meta device, in the dtype of the settings.
 

@@ -78,7 +78,7 @@ def test_the_plan_is_what_is_done(inputs: Inputs, tmp_path: Path, capsys: pytest
     write_place(checkpoint, Cursor.at(schedule, 5, prepared=made.path), made)
     code, shown = planned(train.main, job, tmp_path, capsys)
     assert code == 0
-    assert f"goes on from step 5 ({checkpoint.name}): 7 steps are left" in shown
+    assert f"goes on from step 5 ({checkpoint.name}): 7 steps left" in shown
     job["training"] = job["training"] | {"seed": 7}  # type: ignore[operator]
     code, shown = planned(train.main, job, tmp_path, capsys)
     assert code == 2

@@ -40,10 +40,10 @@ def test_numbers_of_workers_that_mean_nothing_are_refused(tmp_path, workers: str
     ("nodes", "problem"),
     [
         ([{"CPU": 5}, {"CPU": 3}], None),  # 2 workers, 2 CPUs left
-        ([{"CPU": 6}, {"CPU": 3}], "3 workers fit and leave 0 CPUs, but rendering and masking take 2"),
+        ([{"CPU": 6}, {"CPU": 3}], "beside 3 workers, 0 of the CPUs are left, but rendering and masking take 2"),
         ([{"CPU": 64}], None),  # the maximum leaves enough
         ([{"CPU": 2}], None),  # no worker fits: another check's matter
-        ([{}, {"CPU": 4}, {"GPU": 1}], "1 workers fit and leave 1 CPUs"),
+        ([{}, {"CPU": 4}, {"GPU": 1}], "beside 1 worker, 1 of the CPUs are left"),
     ],
 )
 def test_workers_must_leave_cpus_for_the_actors_that_feed_them(tmp_path, nodes, problem: str | None) -> None:

@@ -111,7 +111,7 @@ def test_report_writes_a_page(run, prepared, tmp_path):
     for path, title in ((prepared.path, "prepared dataset"), (write_metrics(tmp_path / "run", 4.0, 3.0), "run")):
         code, out, _ = run("report", path, "--html", file)
         assert code == 0
-        assert out == f"{file}: {file.stat().st_size / 1e6:.1f} MB\n"
+        assert out == f"{file}: {file.stat().st_size / 1000:.1f} kB\n"
         assert f"<title>{title} {path}</title>" in file.read_text(encoding="utf-8")
     check_error(run("report", prepared.path, "--html", tmp_path), str(tmp_path), "Is a directory", "the name of a file")
     check_error(run("report", prepared.path, "--html", file, "--job", tmp_path / "no.yaml"), "no.yaml", "No such file")
@@ -145,7 +145,7 @@ def test_inspect_writes_a_page(run, prepared, processor_folders, tmp_path):
     file = tmp_path / "[bold]page.html"
     code, out, _ = run("inspect", prepared.path, "--html", file)
     assert code == 0
-    assert out == f"{file}: bin 0, {file.stat().st_size / 1e6:.1f} MB\n"
+    assert out == f"{file}: bin 0, {file.stat().st_size / 1000:.1f} kB\n"
     page = file.read_text(encoding="utf-8")
     assert ">&lt;|im_end|&gt;</span>" in page
     assert "out [red]x[/red] [/]</title>" in page

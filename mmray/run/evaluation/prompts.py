@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmray.base.settings import RowKind
+from mmray.base.words import counted
 from mmray.batches.micro_batch import MicroBatch
 from mmray.errors import RowError
 from mmray.families import Family, Tile
@@ -125,7 +126,8 @@ class PromptCutter:
             pieces = ["", *["\n"] * (len(images) - 1), f"\n{pieces[0]}"]
         if len(pieces) != len(images) + 1:
             raise RowError(
-                "placeholder_count", f"evaluation.prompt has {len(pieces) - 1} <image>, the row {len(images)} images"
+                "placeholder_count",
+                f"evaluation.prompt has {len(pieces) - 1} <image>, the row {counted(len(images), 'image')}",
             )
         opening = list(itertools.takewhile(lambda token: token in self._structure, ids[: images[0][0]].tolist()))
         parts = [np.asarray(opening, dtype=np.int64)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mmray.base.words import counted
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
@@ -23,7 +24,7 @@ def evaluation_warnings(job: Job, total_steps: int) -> Iterator[str]:
     if every_steps is not None and every_steps > total_steps:
         name = "training.eval_every_steps" if settings is None else "evaluation.every_steps"
         only = "there will be none" if settings is None else "there will be one, at the end"
-        yield f"{name} is {every_steps}, and the run has {total_steps} steps: {only}"
+        yield f"{name} is {every_steps}, and the run has {counted(total_steps, 'step')}: {only}"
     if job.data.eval and (settings is not None or every_steps is not None):
         yield from _shared_rows(job)
 

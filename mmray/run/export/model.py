@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmray.base.version import __version__
+from mmray.base.words import file_size
 from mmray.errors import UserError
 from mmray.families import Family, load_family
 from mmray.images import TilingPolicy
@@ -21,10 +22,10 @@ from mmray.run.export.readme import readme
 from mmray.run.export.sidecar import SIDECAR, Dtype, Sidecar, read_sidecar
 from mmray.run.export.source import SourceCheckpoint, wants_masters
 from mmray.run.export.target import writing_folder
-from mmray.run.export.weights import SavedWeights
 from mmray.run.folder import MODEL_FOLDER
 from mmray.storage import Folder, explained, library_write_errors
 from mmray.training.model import DTYPES, empty_model, resize_embeddings
+from mmray.training.saved_weights import SavedWeights
 from mmray.training.settings import ModelSettings
 
 SHARD_SIZE = "5GB"
@@ -40,8 +41,7 @@ class ExportedModel:
     num_bytes: int
 
     def __str__(self) -> str:
-        size = f"{self.num_bytes / 1e9:.2f} GB" if self.num_bytes >= 1e8 else f"{self.num_bytes / 1e6:.1f} MB"
-        return f"{self.folder}: step {self.step:,}, {self.dtype}, {size}"
+        return f"{self.folder}: step {self.step:,}, {self.dtype}, {file_size(self.num_bytes)}"
 
 
 def export_model(

@@ -6,9 +6,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from mmray.base.settings import RowKind, Settings
+from mmray.base.words import one_line
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
-from mmray.images.source import one_line
 from mmray.storage import Folder
 
 SIDECAR = "mmray.json"

@@ -12,12 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.run.callback_states import best_step
 from mmray.run.checkpoints import checkpoint_names, looks_whole, step_of
 from mmray.run.export.sidecar import Dtype
-from mmray.run.export.weights import needed_files
 from mmray.run.folder import RunFolder
 from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.run.place import PREPARED_FILE
@@ -25,6 +24,7 @@ from mmray.storage import Folder
 from mmray.training.checkpoint import STATE_FILE, SavedState, read_settings, read_state
 from mmray.training.checksums import listed_files
 from mmray.training.conversion import SHARDS
+from mmray.training.saved_weights import needed_files
 from mmray.training.settings import ModelSettings, TrainingSettings
 
 _TRANSFERS = 8

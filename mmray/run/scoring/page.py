@@ -123,9 +123,7 @@ def _charts(results: Sequence[RowResult]) -> list[Plot]:
     counts, edges = np.histogram(rates.clip(max=top), bins=np.linspace(0, top, 41))
     above = f" {int((rates > top).sum()):,} above {top:g} are in the last bar." if (rates > top).any() else ""
     note = f"Median {np.median(rates):.3g}, mean {rates.mean():.3g}.{above}"
-    return [
-        histogram("CER of texts", note, counts, edges, x_name="character error rate", what="texts", colour="tokens")
-    ]
+    return [histogram("CER of texts", note, counts, edges, x_name="character error rate", what="text", colour="tokens")]
 
 
 def _table(name: str, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

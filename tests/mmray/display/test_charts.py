@@ -104,14 +104,14 @@ def test_texts_of_marks_never_stand_in_each_others_way():
 
 def test_bars_of_a_histogram_tell_their_counts():
     counts, edges = np.histogram([1, 1, 2, 9], bins=4, range=(0, 10))
-    chart = charts.histogram("Lengths", "", counts, edges, x_name="tokens", what="bins", colour="tokens")
-    assert [box.title for box in chart.boxes] == ["0 to 2.5: 3 bins (75.0%)", "7.5 to 10: 1 bins (25.0%)"]
+    chart = charts.histogram("Lengths", "", counts, edges, x_name="tokens", what="bin", colour="tokens")
+    assert [box.title for box in chart.boxes] == ["0 to 2.5: 3 bins (75.0%)", "7.5 to 10: 1 bin (25.0%)"]
     assert chart.boxes[0].height == pytest.approx(3 * chart.boxes[1].height)
     assert (chart.boxes[1].left, chart.boxes[1].left + chart.boxes[1].width) == (750, 1000)
 
 
 def test_a_heat_map_counts_pairs():
-    chart = charts.heat_map("Fill", "", np.asarray([1, 1, 99]), np.asarray([1, 1, 49]), 100, 50, x_name="", what="bins")
+    chart = charts.heat_map("Fill", "", np.asarray([1, 1, 99]), np.asarray([1, 1, 49]), 100, 50, x_name="", what="bin")
     corner, opposite = chart.boxes
     assert corner.title.endswith(": 2 bins")
     assert (corner.left, round(corner.top + corner.height)) == (0, 1000)

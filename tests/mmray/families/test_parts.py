@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmray.errors import UserError
-from mmray.families import FAMILIES
+from mmray.families import FAMILIES, model_parts
 from mmray.families.generic import Generic
 from mmray.families.parts import Parts
 from tests.mmray.families.small_models import small_model
@@ -44,6 +44,12 @@ def test_every_parameter_lies_in_one_part(modelled):
     assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
     assert len({id(model.get_parameter(name)) for name in listed}) == len(listed)
     assert all(names[part] for part in ("vision", "projector", "language", "embeddings"))
+
+
+def test_a_model_alone_tells_its_parts(modelled):
+    """Also where two families serve its type, as those of LLaVA and Pixtral."""
+    member, model = modelled
+    assert model_parts(model) == parts_of(member, model)
 
 
 def test_the_embeddings_are_those_that_transformers_tells(modelled):

@@ -415,5 +415,5 @@ def test_a_processor_that_is_gone_or_another_one_is_refused(processors, processo
 def test_a_bin_that_is_not_there_is_an_error_of_the_user(processors, folder, tmp_path):
     prepared = preparation(processors["qwen2_vl"], folder, "pretrain").write(tmp_path)
     for number in (1, -1):
-        with pytest.raises(UserError, match=f"has 1 bins, counted from 0; there is no bin {number}"):
+        with pytest.raises(UserError, match=f"has 1 bin, counted from 0; there is no bin {number}"):
             print_bin(Console(file=io.StringIO()), prepared, number)

@@ -199,7 +199,7 @@ def test_a_dataset_without_bins_images_or_rejects(processors, tmp_path):
     text_only = Preparation(processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing())
     page = Page(prepared_page(text_only.write(tmp_path / "text")))
     assert "None: every row that was taken is in a bin." in words(page)
-    assert "An epoch of 1 bins has no whole step of 8" in words(page)
+    assert "An epoch of 1 bin has no whole step of 8" in words(page)
     assert "Not shown: the dataset does not name its processor" in words(page)
     nothing = Preparation(
         processors["qwen2_vl"], {"files": (rows,), "kind": "pretrain"}, packing=packing(token_capacity=1),

@@ -91,13 +91,13 @@ BAD = {
         "pretrain", page(*["page.png"] * 3000, text="<image>" * 3000), "too_long", ("packing.token_capacity is 900",)
     ),
     "thousands of images too few": Bad(
-        "pretrain", page(*["page.png"] * 3000, text="<image>" * 2999), "placeholder_count", ("2999", "3000 images"),
+        "pretrain", page(*["page.png"] * 3000, text="<image>" * 2999), "placeholder_count", ("2,999", "3,000 images"),
     ),
     # text and structure
     "too few placeholders": Bad("pretrain", page("page.png", text="text"), "placeholder_count", ("0 image", "1 image")),
-    "too many placeholders": Bad("pretrain", page(), "placeholder_count", ("1 image placeholders but 0 images",)),
+    "too many placeholders": Bad("pretrain", page(), "placeholder_count", ("1 image placeholder but 0 images",)),
     "placeholders of a chat": Bad("chat", chat("<image><image>", "x", images=["page.png"]), "placeholder_count",
-                                  ("2 image placeholders but 1 images",)),
+                                  ("2 image placeholders but 1 image",)),
     "empty text": Bad("pretrain", {"text": ""}, "empty_text", ("text is empty",)),
     "blank text": Bad("pretrain", {"text": " \n\t"}, "empty_text", (r"' \n\t'",)),
     "a list for text": Bad("pretrain", {"text": ["a"]}, "wrong_type", ("text must be a string, not list ['a']",)),

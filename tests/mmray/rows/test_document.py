@@ -81,7 +81,9 @@ def test_placeholders_and_images_must_be_as_many(reader, kind, text, images):
     fields = {"text": text} if kind == "pretrain" else user(text)
     error = error_of(reader(kind), fields | {"images": ["a.jpg"] * images})
     assert error.reason == "placeholder_count"
-    assert f"{text.count('<image>')} image placeholders but {images} images" in error.message
+    ending = {0: "s", 1: "", 2: "s"}
+    places = text.count("<image>")
+    assert f"{places} image placeholder{ending[places]} but {images} image{ending[images]};" in error.message
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t "])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmray.errors import UserError
-from mmray.training.model import build_model, load_config
+from mmray.training.model import build_model, load_config, transformers_model
 from tests.mmray.training import tiny
 
 
@@ -70,3 +70,18 @@ def test_a_configuration_file_of_any_name_is_the_one_that_is_read(tmp_path) -> N
         (tmp_path / name).write_text(json.dumps(config))
     found = [load_config(tiny.model_settings(config=str(tmp_path / name))) for name in ("config.json", "larger.json")]
     assert [config.get_text_config().num_hidden_layers for config in found] == [2, 3]
+
+
+def test_the_model_is_found_inside_what_wraps_it() -> None:
+    """With adapters the modules are those that run, the adapters among them."""
+    peft = pytest.importorskip("peft")
+    model = build_model(tiny.model_settings())
+    assert transformers_model(model) is model
+    engine = torch.nn.Module()
+    engine.module = model
+    assert transformers_model(engine) is model
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    engine.module = adapted
+    for wrapped in (adapted, engine):
+        assert transformers_model(wrapped) is model
+    assert hasattr(model.get_output_embeddings(), "lora_A")

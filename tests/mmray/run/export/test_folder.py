@@ -19,10 +19,10 @@ import mmray
 from mmray.cli import app
 from mmray.errors import UserError
 from mmray.run.export import export_finished, export_model
-from mmray.run.export.weights import needed_files
 from mmray.run.folder import RunFolder
 from mmray.training.checkpoint import MODEL_FILE
 from mmray.training.checksums import list_files, list_name
+from mmray.training.saved_weights import needed_files
 from tests.mmray.families.zoo import ZOO
 from tests.mmray.preparing import contents
 from tests.mmray.run.export.conftest import trained
@@ -130,8 +130,8 @@ def test_a_prompt_is_refused_where_training_would_refuse_it(case, tmp_path):
     prompt, page = mmray.prompt(str(tmp_path / "out")), str(case.prepared.parent / "wide.png")
     for message, call in {
         "either text or messages": lambda: prompt(),
-        "1 image placeholders but 0 images": lambda: prompt("<image>"),
-        "0 image placeholders but 1 images": lambda: prompt("Total", images=[page]),
+        "1 image placeholder but 0 images": lambda: prompt("<image>"),
+        "0 image placeholders but 1 image": lambda: prompt("Total", images=[page]),
         "reads as structure": lambda: prompt("<end_of_turn>"),
         "already; end with the user's": lambda: prompt(
             messages=[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Anna."}]

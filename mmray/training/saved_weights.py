@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
-from mmray.images.source import one_line
 from mmray.training.deepspeed_config import import_deepspeed
 
 READ_AT_ONCE = 1 << 29
