@@ -29,12 +29,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-<<<<<<< HEAD
-from mmray.images.source import one_line
-from mmray.run.log_pieces import SentLog, fetch_log, log_of, publish_log
-=======
 from mmray.base.words import one_line
->>>>>>> main
+from mmray.run.log_pieces import SentLog, fetch_log, log_of, publish_log
 from mmray.run.warnings import WARNINGS_FILE, WARNINGS_FOLDER
 from mmray.storage import FileState, Folder, replacing
 
