@@ -1,6 +1,7 @@
 """Training a job on the cluster that this process is connected to, and what `jobs/train.py` does around it."""
 
 import logging
+import os
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,20 @@ RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
 folder itself (`mmray/run/checkpoints.py`)."""
 LEFTOVER_DATA = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
 """Seconds after which the resources that Ray Data asked for an interrupted data stream are free for the next one."""
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables with settings of torch's allocator of GPU memory: its name, and the one that it had before torch 2.9."""
+
+
+def gpu_memory() -> dict[str, str]:
+    """The environment with which workers allocate GPU memory: in segments that grow, unless this process's environment
+    says otherwise.
+
+    Packed rows differ in their lengths and pictures, and segments of fixed sizes would be left unused between them.
+    """
+    stated = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    return stated or {ALLOCATOR[0]: "expandable_segments:True"}
 
 
 def with_data(job: Job, prepared: str) -> Job:
@@ -150,7 +165,7 @@ def train(
             resources_per_worker=worker_needs(job, gpus),
         ),
         run_config=RunConfig(
-            worker_runtime_env={"env_vars": LEFTOVER_DATA | ({} if gpus else NO_GPU)},
+            worker_runtime_env={"env_vars": LEFTOVER_DATA | (gpu_memory() if gpus else NO_GPU)},
             name=posixpath.basename(place),
             storage_path=posixpath.dirname(place),
             storage_filesystem=None if run.shared_path else system,

@@ -31,7 +31,13 @@ from mmray.families import leaf_modules
 from mmray.loss.labels import PADDING_SEGMENT
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.training import checkpoint
-from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
+from mmray.training.deepspeed_config import (
+    buffers_kept,
+    deepspeed_config,
+    effective_zero_stage,
+    import_deepspeed,
+    with_zero_stage,
+)
 from mmray.training.loss import count_trained_tokens, packed_loss_sum, packed_loss_sums
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
@@ -138,6 +144,8 @@ class TrainingEngine:
         if not dist.is_initialized():
             raise RuntimeError("TrainingEngine needs an initialised torch.distributed process group")
         deepspeed = import_deepspeed()
+        saved_stage = None if resume_from is None else checkpoint.read_state(resume_from).zero_stage
+        training_settings = with_zero_stage(training_settings, grad_accumulation, saved_stage)
         self.model_settings = model_settings
         self.training_settings = training_settings
         self.total_steps = total_steps
