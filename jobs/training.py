@@ -41,6 +41,7 @@ from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
 from mmray.run.plan import run_plan
 from mmray.storage import Folder, arrow_file_system
+from mmray.training.checkpoint import read_state
 from pipelines.nodes import alive_nodes
 
 log = logging.getLogger("mmray")
@@ -148,7 +149,8 @@ def train(
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
     for warning in evaluation_warnings(job, plan.total_steps(cursor)):
         log.warning("%s", warning)
-    require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
+    saved_stage = None if checkpoint is None else read_state(checkpoint).zero_stage
+    require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined, saved_stage=saved_stage))
     run.remove(RAY_TRAIN_MEMORY)
     run.forget_stop()
     system, place = arrow_file_system(job.output.run)

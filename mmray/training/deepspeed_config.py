@@ -138,6 +138,11 @@ def deepspeed_config(
     return config
 
 
+def offloads_optimizer(training: TrainingSettings) -> bool:
+    """True if the settings keep the optimizer in the host's memory."""
+    return _offloads_optimizer({"zero_optimization": {}} | load_deepspeed_overrides(training.deepspeed))
+
+
 def _offloads_optimizer(config: dict[str, Any]) -> bool:
     offload = config["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
