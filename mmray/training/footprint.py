@@ -106,7 +106,8 @@ def footprint(sizes: Sizes, model: ModelSettings, training: TrainingSettings, ra
     ]
     weights = WEIGHTS[key].of(sizes.parameters, ranks)
     gradients, optimizer = (table[key].of(sizes.trained, ranks) for table in (GRADIENTS, OPTIMIZER))
-    checkpoint = WEIGHTS[key[0], 1].of(sizes.parameters, 1) + OPTIMIZER[key].of(sizes.trained, 1)
+    saved = sizes.parameters if key[1] < 3 else sizes.parameters - sizes.trained  # stage 3 saves the masters alone
+    checkpoint = WEIGHTS[key[0], 1].of(saved, 1) + OPTIMIZER[key].of(sizes.trained, 1)
     host = 0
     if _offloads(zero, "offload_optimizer"):
         host, gradients, optimizer = gradients + optimizer, 0, 0

@@ -1,5 +1,5 @@
-"""What a rank measures of its own memory: the bytes of the tensors that live when a step's last backward pass has
-ended, by what they hold."""
+"""What a rank measures of its own memory: the bytes of the tensors that live when a backward pass of a step has ended,
+by what they hold; the most of all its backward passes."""
 
 import gc
 from collections.abc import Iterable
@@ -12,21 +12,15 @@ from mmray.training.checkpoint import save_state
 from mmray.training.engine import TrainingEngine
 from tests.mmray.training import tiny
 
-WIDTH, VOCABULARY = 192, 6000
+VOCABULARY, INNER = 30_000, 12_000
 BUCKET = 20_000
 """Elements of DeepSpeed's buffers, which are not what is measured here."""
 
 
 def config() -> dict[str, Any]:
     """A model whose weights dwarf all else that lives in the process."""
-    text = {
-        **tiny.TINY_QWEN2_VL["text_config"],
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 768,
-    }
-    vision = {**tiny.TINY_QWEN2_VL["vision_config"], "hidden_size": WIDTH}
-    return {**tiny.TINY_QWEN2_VL, "text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+    text = {**tiny.TINY_QWEN2_VL["text_config"], "vocab_size": VOCABULARY, "intermediate_size": INNER}
+    return {**tiny.TINY_QWEN2_VL, "text_config": text, "tie_word_embeddings": False}
 
 
 def measured(rank: int, world_size: int, stage: int, dtype: str, folder: Path) -> dict[str, int]:
@@ -48,8 +42,8 @@ def measured(rank: int, world_size: int, stage: int, dtype: str, folder: Path) -
     step = engine.deepspeed.step
 
     def measure() -> None:
-        if engine.deepspeed.is_gradient_accumulation_boundary():
-            found.update(_by_use(engine))
+        now = _by_use(engine)
+        found.update({use: max(size, found.get(use, 0)) for use, size in now.items()})
         step()
 
     engine.deepspeed.step = measure
@@ -90,3 +84,8 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
         for tensor in tensors
         if tensor.device.type == "cpu"
     }
+
+
+def measured_cases(rank: int, world_size: int, cases: list[tuple[str, int]], folder: Path) -> list[dict[str, int]]:
+    """`measured` of each case, (dtype, stage)."""
+    return [measured(rank, world_size, stage, dtype, folder) for dtype, stage in cases]
