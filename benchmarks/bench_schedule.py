@@ -392,16 +392,22 @@ def mixture_shares(steps: int = 1000) -> list[Result]:
 
 def mixture_files(steps: int = 1000) -> Result:
     """Distinct files, of 1,024 bins, that 1,000 steps of a mixture read, against the same bins in one dataset."""
-    files = [2, 10, 293, 672]
-    schedule = mixture([float(count) for count in files], [1024 * count for count in files])
+    counts = [2, 10, 293, 672]
+    schedule = mixture([float(count) for count in counts], [1024 * count for count in counts])
     alone = Schedule(10**6, 64, seed=0, fingerprint="benchmark")
-    starts = range(0, alone.steps_per_epoch - steps, 5000)
-    orders: list[Order] = [schedule, alone]
-    mixed, plain = (np.mean([distinct_files(order, start, start + steps) for start in starts]) for order in orders)
+    starts = range(0, alone.steps_per_epoch - steps, 250)
+    files_of = [
+        schedule.bins_of(0, alone.steps_per_epoch - 1) // 1024,
+        alone.bins_of(0, alone.steps_per_epoch - 1) // 1024,
+    ]
+    mixed, plain = (
+        np.mean([len(np.unique(files[64 * start : 64 * (start + steps)])) for start in starts]) for files in files_of
+    )
     return Result(
         name=f"distinct files read in {steps:,} steps, a mixture of four datasets against one, 10^6 bins",
         ratio=float(mixed / plain),
-        explanation=f"{mixed:.0f} against {plain:.0f}: each dataset mixes 64 files of its own at a time",
+        explanation=f"{mixed:.0f} against {plain:.0f} on average, from any step on; datasets of 0.2, 1, 30 and 68.8 %",
+        goal=1.5,
         lower_is_better=True,
     )
 

@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mmray.base.words import counted
-from mmray.config.job import Job
+from mmray.config.job import Job, ResourceSettings
 from mmray.errors import UserError
 from pipelines.nodes import Node, amount, labelled
 
 _TINY = 1e-6
 SHOWN_NODES = 4
+USUAL_GPUS = (1, 2, 4, 8)
+"""GPUs that a node may have while none is up yet."""
+SMALLER_SHARES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.001)
+"""Shares of a GPU, one of which fits on nodes of up to 998 GPUs."""
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,49 @@ def check_elastic(job: Job, gpus: bool, nodes: Sequence[Node]) -> None:
         raise UserError(problem)
 
 
+def check_growth(job: Job, nodes: Sequence[Node]) -> None:
+    """Raises UserError where the autoscaler would start too few nodes with GPUs for a training.
+
+    It counts the GPUs of a node as one number, and Ray gives each worker a share of one GPU: for ten workers of 0.8 the
+    autoscaler starts one node of 8 GPUs, where Ray places eight, and two would wait forever.
+    """
+    resources = job.resources
+    gpus_per_node = {int(node.resources.get("GPU", 0)) for node in labelled(nodes, resources.train_labels)} - {0}
+    for gpus in sorted(gpus_per_node or USUAL_GPUS):
+        if problem := _growth_problem(resources, resources.gpu_share, gpus):
+            smaller = next(share for share in SMALLER_SHARES if not _growth_problem(resources, share, gpus))
+            raise UserError(f"resources.gpu_share is {resources.gpu_share:g}: {problem}; set it to {smaller:g}")
+
+
+def _growth_problem(resources: ResourceSettings, share: float, gpus: int) -> str | None:
+    """The problem with what the autoscaler starts, of nodes with so many GPUs: first for the workers, which come first,
+    then for the mask actors too; None for none."""
+    workers = [1 - share] * resources.max_workers
+    actors = [share] * resources.max_workers if share else []  # one for each worker
+    for needs in (workers, workers + actors):
+        counts: list[float] = []  # GPUs left of each node, as the autoscaler counts them
+        for needed in needs:
+            node = next((number for number, left in enumerate(counts) if left + _TINY >= needed), None)
+            if node is None:
+                counts.append(gpus - needed)
+            else:
+                counts[node] -= needed
+        free = [_Free(Node("", {"GPU": gpus})) for _ in counts]
+        placed = sum(any(node.take({"GPU": needed}) for node in free) for needed in needs)
+        if placed < len(needs):
+            masking = f" and {counted(len(actors), 'mask actor')}" if needs is not workers else ""
+            return (
+                f"for {counted(len(workers), 'worker')}{masking} the autoscaler would start "
+                f"{counted(len(counts), 'node')} of {counted(gpus, 'GPU')}, where Ray can place {placed} of them"
+            )
+    return None
+
+
 def shared_gpu_problem(job: Job, nodes: Sequence[Node]) -> str | None:
     """The problem with a worker's share of a GPU, with which Ray Train counts one worker too many on a node; None for
     none."""
-    share, most = job.resources.gpu_share, max(int(node.resources.get("GPU", 0)) for node in nodes)
+    share = job.resources.gpu_share
+    most = max(int(node.resources.get("GPU", 0)) for node in nodes) or max(USUAL_GPUS)
     if share * (most + 1) < 1:
         return None
     return (

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jobs.capacity import check_capacity, check_elastic, prepare_pools, train_pools
+from jobs.capacity import check_capacity, check_elastic, check_growth, prepare_pools, train_pools
 from jobs.common import console, in_submitted_job
-from jobs.probe import Machine, check_nodes, check_own_memory, check_own_programs, look, packages_of, programs_of
+from jobs.probe import Machine, check_nodes, check_own_machine, check_own_programs, look, packages_of, programs_of
 from jobs.room import UnknownModel, check_disk, check_memory
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job
@@ -77,6 +77,8 @@ def cluster_checks(
     yield Check(
         "cluster", partial(check_capacity, job, pools, what, labels, nodes), f"room for all that {what} needs at least"
     )
+    if trains and gpus and job.resources.autoscaling:
+        yield Check("cluster", partial(check_growth, job, nodes))
     if trains and joined is not None and job.resources.is_elastic:
         yield Check("cluster", partial(check_elastic, job, gpus, nodes))
     machines: list[Machine] = []
@@ -89,7 +91,7 @@ def cluster_checks(
         )
         yield Check("nodes", check)
     elif joined is not None:
-        yield Check("nodes", partial(check_own_memory, nodes))
+        yield Check("nodes", partial(check_own_machine, nodes, gpus))
     if not trains:
         return
     if not joined:

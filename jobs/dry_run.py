@@ -264,10 +264,10 @@ def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_
 
 def _add_mixture(plan: _Plan, mixture: Mixture, run: RunPlan, cursor: Cursor, total: int) -> None:
     """Adds the datasets of a mixture: their shares at the beginning, and how far each will be after the last step."""
-    taken = run.schedule_at(cursor).bins_taken(max(total, cursor.step) - cursor.first_step)
+    taken = run.schedule_at(cursor).taken_at(max(total, cursor.step) - cursor.first_step)
     _, shares = mixture.shares_from(cursor.step)[0]
     for dataset, share in zip(mixture.datasets, shares):
-        epochs = taken[dataset.fingerprint] / dataset.num_bins
+        epochs = taken[dataset.fingerprint].bins / dataset.num_bins
         plan.add(
             f"  {dataset.name}",
             f"{float(share):.2%} of the bins now, {epochs:.3g} epochs of its {counted(dataset.num_bins, 'bin')} in all "

@@ -19,11 +19,14 @@ log = logging.getLogger("mmray")
 
 
 class Preemption(Callback):
-    """Asks for a checkpoint, once for each notice, after the step in which the notice arrives."""
+    """Asks for a checkpoint, once for each notice, after the step in which the notice arrives.
+
+    A node may have two notices: of a risk, without a deadline, and of its end. Each gets a checkpoint.
+    """
 
     def __init__(self) -> None:
         self._asked = time.monotonic()
-        self._known: set[str] = set()
+        self._known: set[tuple[str, int | None]] = set()
 
     def flag(self) -> int:
         """True if it is time to ask. The answer of rank 0 counts for all ranks."""
@@ -37,12 +40,13 @@ class Preemption(Callback):
             loop.save(wait=True)
 
     def _ask(self) -> dict[str, Any] | None:
-        """The `nodes` and `deadline` (ISO 8601, or None) of a notice that names a node for the first time.
-        Collective."""
+        """The `nodes` and `deadline` (ISO 8601, or None) of a notice that names a node, or its deadline, for the first
+        time. Collective."""
         info = ray.train.get_preemption_info()
         self._asked = time.monotonic()
-        if info is None or self._known.issuperset(info.preempted_node_ids):
+        ends = {(node, info.deadline_ms) for node in info.preempted_node_ids} if info else set()
+        if info is None or self._known.issuperset(ends):
             return None
-        self._known.update(info.preempted_node_ids)
+        self._known.update(ends)
         at = info.deadline_ms and datetime.fromtimestamp(info.deadline_ms / 1000, UTC).isoformat(timespec="seconds")
         return {"nodes": info.preempted_node_ids, "deadline": at or None}

@@ -35,6 +35,8 @@ PACKAGES = ("ray", "torch", "transformers")
 ROOMS = ("mmray", "pipelines", "jobs")
 LEAST_SHARED_MEMORY = 10**9
 SHARED_MEMORY = "/dev/shm"
+DRIVERS = {12: "525", 13: "580"}
+"""The oldest Linux driver of each major version of CUDA, as NVIDIA's release notes list them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Answer:
     absent: programs that are not found.
     memory: bytes of the machine, or of the container that it is; gpu_memory: bytes of each GPU; free_disk: bytes that
     are free where TMPDIR is. None where they cannot be told.
+    torch_cuda: the CUDA that torch is built for, such as (13, 0); None for a torch without CUDA.
+    driver_cuda: the newest CUDA that the NVIDIA driver knows; None where there is no driver.
     """
 
     versions: dict[str, str | None]
@@ -59,6 +63,8 @@ class Answer:
     memory: int | None = None
     gpu_memory: list[int] = field(default_factory=list)
     free_disk: int | None = None
+    torch_cuda: tuple[int, int] | None = None
+    driver_cuda: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,10 +175,40 @@ def problem(
         return f"{name} {outputs[name]}: {where} may not write there; let the user of its Ray write, or choose another"
     if answer.absent:
         return f"{where} {cannot_compile(answer.absent)}"
-    torch = answer.versions["torch"] or ""
-    if gpus and node.resources.get("GPU", 0) and torch.endswith("+cpu"):
-        return f"{where} has GPUs, and torch {torch}, which knows none; install there a torch for its GPUs"
+    return (
+        f"{where} has GPUs, and {reason}"
+        if gpus and node.resources.get("GPU", 0) and (reason := gpu_problem(answer))
+        else None
+    )
+
+
+def gpu_problem(answer: Answer) -> str | None:
+    """The problem with torch on a node with GPUs, and its remedy; None for none.
+
+    A driver runs what is built for its own CUDA or an older one, or for a later minor version of the same.
+    """
+    torch, built, known = answer.versions["torch"] or "", answer.torch_cuda, answer.driver_cuda
+    if torch.endswith("+cpu"):
+        return f"torch {torch}, which knows none; install there a torch for its GPUs"
+    if built is None:  # for other GPUs than NVIDIA's
+        return None
+    if known is None:
+        return (
+            f"torch {torch} for CUDA {_dotted(built)}, but no NVIDIA driver (libcuda.so.1); install one, or start the "
+            "container with the machine's: docker run --gpus all"
+        )
+    if known[0] < built[0]:
+        version = torch.split("+")[0]
+        return (
+            f"torch {torch} is built for CUDA {_dotted(built)}, while the driver there knows CUDA {_dotted(known)}; "
+            f"install a driver of {DRIVERS.get(built[0], 'that CUDA')} or newer, or a torch for CUDA {known[0]}: pip "
+            f"install torch=={version} --index-url https://download.pytorch.org/whl/cu126, or another of PyTorch's page"
+        )
     return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def cannot_compile(absent: Sequence[str]) -> str:
@@ -201,9 +237,16 @@ def check_shared_memory(node: Node, size: int | None) -> None:
         )  # fmt: skip
 
 
-def check_own_memory(nodes: Sequence[Node]) -> None:
-    """Warns where this process has started Ray on this machine, and its shared memory is small."""
-    check_shared_memory(nodes[0], look({}, []).shared_memory)
+def check_own_machine(nodes: Sequence[Node], gpus: bool) -> None:
+    """Checks this machine, where this process has started Ray: warns where its shared memory is small, and raises
+    UserError where its torch cannot use its GPUs.
+
+    gpus: whether the job uses them.
+    """
+    answer = look({}, [])
+    check_shared_memory(nodes[0], answer.shared_memory)
+    if gpus and (reason := gpu_problem(answer)):
+        raise UserError(f"this machine has GPUs, and {reason}")
 
 
 def check_own_programs(programs: Sequence[str]) -> None:
@@ -223,10 +266,12 @@ def _looker() -> Callable[..., dict[str, Any]]:
     def look(
         marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str, programs: list[str]
     ) -> dict[str, Any]:  # fmt: skip
+        import ctypes
         import importlib.metadata
         import importlib.util
         import os
         import platform
+        import runpy
         import shutil
         import subprocess
         import tempfile
@@ -251,6 +296,24 @@ def _looker() -> Callable[..., dict[str, Any]]:
             except (OSError, ValueError, subprocess.SubprocessError):
                 return []
 
+        def torch_cuda() -> tuple[int, int] | None:
+            spec = importlib.util.find_spec("torch")
+            if spec is None or not spec.origin:
+                return None
+            content = runpy.run_path(
+                os.path.join(os.path.dirname(spec.origin), "version.py")
+            )  # without importing torch
+            major, _, minor = (content.get("cuda") or "").partition(".")
+            return (int(major), int(minor.partition(".")[0] or 0)) if major else None
+
+        def driver_cuda() -> tuple[int, int] | None:
+            number = ctypes.c_int()
+            try:
+                ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+            except (OSError, AttributeError):
+                return None
+            return number.value // 1000, number.value % 1000 // 10
+
         versions: dict[str, str | None] = {"python": platform.python_version()}
         for name in packages:
             try:
@@ -267,6 +330,8 @@ def _looker() -> Callable[..., dict[str, Any]]:
             "memory": memory(),
             "gpu_memory": gpu_memory(),
             "free_disk": shutil.disk_usage(tempfile.gettempdir()).free,
+            "torch_cuda": torch_cuda(),
+            "driver_cuda": driver_cuda(),
         }
 
     return look

@@ -57,9 +57,10 @@ def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
         cursor = Cursor.read(checkpoint / CURSOR_FILE)
         cursor = replace(cursor, prepared=cursor.prepared or prepared.path)
     trained = TrainedLog(run)
-    last = trained.get(trained.steps[-1]) if job.resources.is_elastic and len(trained) else None
-    workers = last.workers if last else job.resources.max_workers
-    return Tracer(run, cursor, lambda span, ranks: _batches(plan, cursor, span, ranks), workers)
+    last = trained.get(trained.steps[-1]) if len(trained) else None
+    workers = last.workers if job.resources.is_elastic and last else job.resources.max_workers
+    last_step = max(last.step if last else 0, plan.total_steps(cursor))
+    return Tracer(run, cursor, lambda span, ranks: _batches(plan, cursor, span, ranks), workers, last_step)
 
 
 def _batches(plan: RunPlan, cursor: Cursor, span: DataSpan, workers: int) -> BatchPlan:

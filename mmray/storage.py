@@ -15,6 +15,7 @@ import functools
 import os
 import posixpath
 import re
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,8 +35,8 @@ _VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "upda
 """Names that file systems use for the version of a file, the most reliable first."""
 
 
-_CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google"}
-"""Packages of remote file systems whose errors are no OSError."""
+_NO_CLIENTS = sys.stdlib_module_names | {"fsspec", "mmray"}
+"""Packages whose errors are raised as they are; those of any other are the errors of a store's client."""
 
 _REFUSED = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
 """S3's error codes for credentials that are wrong for every object."""
@@ -48,7 +49,7 @@ def file_system(uri: str) -> tuple[Any, str]:
     credentials, UserError; never an error of its client's package. Raises UserError when no package opens the URI.
     """
     try:
-        system, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        system, path = _plainly(fsspec.core.url_to_fs)(uri, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         lacks_s3 = isinstance(error, ImportError) and uri.startswith(("s3://", "s3a://"))
         remedy = "; on all nodes: pip install 'mmray[s3]'" if lacks_s3 else ""
@@ -98,7 +99,7 @@ def _plain(error: Exception) -> Exception | None:
     text = " ".join(str(error).split())
     if code in _REFUSED:
         return UserError(f"the store refuses these credentials ({code}: {text}); renew them on every node")
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in _CLIENTS:
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NO_CLIENTS:
         return None
     if "Credential" in type(error).__name__:
         return UserError(f"{text}; give credentials to every node, by its environment, a configuration file or a role")

@@ -38,7 +38,8 @@ class TileCacheSettings(Settings):
     it."""
 
     max_gigabytes: Annotated[float, Field(gt=0)]
-    """Largest size of the cache on each machine, in units of 10^9 bytes."""
+    """Largest size of the cache on each machine, in units of 10^9 bytes. When it is full, entries unused for two days
+    make room; no others are deleted."""
 
     @field_validator("folder")
     @classmethod

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mmray.base.words import counted
 from mmray.batches.micro_batch import Place, mask, render
+from mmray.batches.render import SkippedSample, skipped_from_array
 from mmray.config.job import Job
 from mmray.doctor.findings import Finding, failed, guarded, not_applicable, passed
 from mmray.errors import UserError
@@ -255,29 +256,29 @@ def _lengths(rows: FirstRows) -> Finding:
     ready_made = sum(rows.encoder.datasets[row.dataset].kind == "tokenized" for row in picked)
     compared = len(picked) - ready_made
     samples = rows.encoder.encode(picked, verify=range(len(picked)))
-    unreadable = _undecodable(rows, samples)
-    if unreadable:
-        picked_rows = f"{counted(len(picked), 'row')} of data.{rows.split}"
-        return failed(LENGTHS, f"{len(unreadable)} of {picked_rows}: {unreadable[0]}")
+    broken = _undecodable(rows, samples)
+    with_pictures = sum(bool(sample.images) for sample in samples if isinstance(sample, Sample))
+    note = f"{len(broken)} of {counted(len(picked), 'row')} of data.{rows.split} have a broken picture, such as "
+    if broken and (rows.job.data.on_bad_row == "error" or len(broken) == with_pictures):
+        return failed(LENGTHS, f"{note}{broken[0]}", "store them anew; `mmray verify` with the job lists all of them")
     pictures = sum(len(sample.images) for sample in samples if isinstance(sample, Sample))
     facts = [f"{compared} rows of data.{rows.split} have the tokens of {type(rows.family.processor).__name__}"]
     facts += [f"{ready_made} tokenized rows of data.{rows.split} are taken as they are"]
     facts = facts[: 1 + bool(ready_made)][not compared :]
     if pictures:
         facts.append(f"{counted(pictures, 'picture')} decoded, with the features that the tokens ask for")
+    if broken:
+        facts.append(f"{note}{broken[0]}: training leaves them out of the loss; `mmray verify` lists all of them")
     return passed(LENGTHS, "; ".join(facts)) if compared else not_applicable(LENGTHS, "; ".join(facts))
 
 
-def _undecodable(rows: FirstRows, samples: Sequence[Sample | RejectedRow]) -> list[str]:
-    """Messages about rows whose pictures cannot be decoded, or whose image features do not match their tokens."""
+def _undecodable(rows: FirstRows, samples: Sequence[Sample | RejectedRow]) -> list[SkippedSample]:
+    """The samples with pictures that cannot be decoded. Raises UserError where image features do not match tokens."""
     labels = label_maker(rows.job.loss, rows.family)
     packing = rows.job.packing.model_copy(update={"mode": "none"})
     problems = []
     for sample_bin in window_bins(pack_window(samples_table(samples), packing, labels, allow_empty=True)):
-        try:
-            rendered = render([sample_bin], Place(0, 0, 0), rows.family, rows.policy)
-        except UserError as error:
-            problems.append(str(error))
-        else:
-            mask(rendered, rows.family, labels, torch.device("cpu"))
+        rendered = render([sample_bin], Place(0, 0, 0), rows.family, rows.policy, on_bad_row="reject")
+        mask(rendered, rows.family, labels, torch.device("cpu"))
+        problems += skipped_from_array(rendered.problems)
     return problems

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from PIL import ImageColor
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from mmray.base.settings import Settings
 from mmray.images.paged import DEFAULT_PDF_DPI
@@ -18,8 +18,19 @@ from mmray.images.paged import DEFAULT_PDF_DPI
 Size = tuple[PositiveInt, PositiveInt]
 """(width, height) in pixels."""
 
-Grid = tuple[PositiveInt, PositiveInt]
-"""(columns, rows)."""
+MAX_CELLS = 1024
+"""Most tiles of a grid: an A0 sheet at 300 dpi has 682 of 448 x 448 pixels."""
+
+
+def _not_too_many(grid: tuple[int, int]) -> tuple[int, int]:
+    columns, rows = grid
+    if columns * rows > MAX_CELLS:
+        raise ValueError(f"a grid has at most {MAX_CELLS:,} tiles; {columns} x {rows} are {columns * rows:,}")
+    return grid
+
+
+Grid = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_not_too_many)]
+"""(columns, rows), of at most MAX_CELLS tiles."""
 
 
 def _square(value: object) -> object:
@@ -170,9 +181,9 @@ class TilingPolicy(Settings):
     exact_pixels: bool = False
     """Decode pages whole and resize them with Pillow. false: tiles are made two to seven times faster. A JPEG at least
     2.4 times as wide and high as its tiles is then decoded at a half, a quarter or an eighth of its size, and its tiles
-    differ by 0.3 of 255 on average (1.5 on a sheet full of small print); other tiles differ by rounding only. The
-    setting changes what the model sees but no tokens; like every setting here, it is fixed when the dataset is
-    prepared."""
+    differ by 0.3 of 255 on average (1.5 on a sheet full of small print). Other tiles differ by 1 or 2 of 255, and by up
+    to 25 in at most one of 150 pixels, along sharp edges. The setting changes what the model sees but no tokens; like
+    every setting here, it is fixed when the dataset is prepared."""
 
     pdf_dpi: Annotated[int, Field(ge=18, le=1200)] = DEFAULT_PDF_DPI
     """Resolution of rendered PDF pages, in pixels per inch; a set of rows may set its own. Image files keep their own

@@ -191,6 +191,29 @@ class Run:
         return bool(self.history) and self.history[-1]["event"] == "finish"
 
     @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run, as it last began or went on; None for runs whose history does not tell."""
+        totals = [event["total_steps"] for event in self.history if "total_steps" in event]
+        return totals[-1] if totals else None
+
+    @property
+    def state(self) -> str:
+        """The state of the run by its last event: finished, stopped, or else under way or broken off."""
+        if not self.history:
+            return f"after step {self.last_step:,}"
+        event = self.history[-1]
+        if event["event"] == "finish":
+            return "finished" + (f": {event['reason']}" if event.get("reason") else "")
+        if event["event"] == "stop":
+            return f"stopped: {event['reason']}"
+        return f"under way or broken off; last event: {event['event']} after step {event['step']:,}, {event['time']}"
+
+    @property
+    def steps_done(self) -> str:
+        """The number of the last training step, of that of the whole run where it is known."""
+        return f"{self.last_step:,}" + (f" of {self.total_steps:,}" if self.total_steps is not None else "")
+
+    @property
     def lasted(self) -> timedelta | None:
         """Time from the first to the last event, interruptions included; None without two events."""
         times = [datetime.fromisoformat(event["time"]) for event in self.history]

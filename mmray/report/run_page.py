@@ -55,8 +55,7 @@ def _reading(run: Run) -> dict[str, Any] | None:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    state = "finished" if run.is_finished else f"after step {run.last_step:,}"
-    facts = [("state", state)]
+    facts = [("state", run.state)]
     if run.lasted is not None:
         facts.append(("from first to last event", span(run.lasted)))
     if run.steps:
@@ -71,7 +70,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     waited = float(np.nansum(run.column("data_wait_seconds")))
     known = loss[np.isfinite(loss)]
     figures = [
-        (f"{run.last_step:,}", "steps"),
+        (run.steps_done, "steps"),
         (_number(loss[-1]), f"loss, from {_number(loss[0])}"),
         (amount(int(np.nansum(tokens))), "tokens"),
         (amount(round(float(np.nansum(tokens)) / max(float(np.nansum(seconds)), 1e-9))), "tokens a second of stepping"),

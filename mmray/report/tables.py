@@ -101,10 +101,19 @@ def run_table(run: Run) -> Table:
     table = Table(title=escape(str(run.folder)), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("steps", f"{len(run.steps):,}")
+    table.add_row("state", Text(run.state, overflow="fold"))
+    table.add_row("steps", run.steps_done)
+    if run.checkpoints:
+        newest = run.checkpoints[-1]
+        table.add_row("last checkpoint", f"step {newest.step:,}: {escape(newest.name)}")
     table.add_row("loss", _from_to(run.column("loss")))
     if run.evaluations:
         table.add_row("eval loss", _from_to(run.eval_column("eval_loss")))
+        for name in dict.fromkeys(name for line in run.evaluations for name in line.get("eval_loss_by_set") or {}):
+            of_set = [line["eval_loss_by_set"].get(name) for line in run.evaluations if line.get("eval_loss_by_set")]
+            measured = [loss for loss in of_set if loss is not None]
+            shown = _from_to(np.asarray(measured)) if measured else "no trained token"
+            table.add_row(f"  eval loss of {escape(name)}", shown)
     for name, losses in run.columns_by_name("loss_by_set").items():
         known = losses[np.isfinite(losses)]
         table.add_row(f"  loss of {escape(name)}", _from_to(known) if len(known) else "no trained token")

@@ -56,9 +56,9 @@ class History(Callback):
     def at_start(self, loop: Loop) -> None:
         run = loop.run
         if run.checkpoint is None:
-            run.note("start", loop.step, **mixture_line(run.prepared))
+            run.note("start", loop.step, total_steps=run.total_steps, **mixture_line(run.prepared))
             return
-        run.note("resume", loop.step, checkpoint=run.checkpoint)
+        run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint)
         if loop.step == run.start.first_step > 0:
             run.note("continue_on", loop.step, **data_lines(run.prepared))
 

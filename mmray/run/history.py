@@ -6,13 +6,17 @@ before it starts any worker.
 
 A run that trains on a mixture also tells its datasets and weights (`mixture`) where it starts and continues on others.
 
-| event | besides `time`, `step`, `workers` | | --- | --- | | `start` | a new run begins | | `resume` | `checkpoint`:
-the name of the one it continues from | | `checkpoint` | `name`; `seconds`: how long the step loop was held up | |
-`damaged_checkpoint` | `checkpoint`, `problem`: it is passed over | | `preemption` | `nodes`: those that will be taken
-away; `deadline`: when, or null | | `first_loss` | `loss`, `problem`: that of the first step is not one of trained
-weights | | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on | | `stop` | `reason`: who
-or what asked the run to stop before its last step; all that is done is saved | | `finish` | the last step is done and
-its checkpoint whole |
+| event | besides `time`, `step`, `workers` |
+| --- | --- |
+| `start` | a new run begins; `total_steps`: of the whole run |
+| `resume` | `total_steps`; `checkpoint`: the name of the one it continues from |
+| `checkpoint` | `name`; `seconds`: how long the step loop was held up |
+| `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
+| `preemption` | `nodes`: those that will be taken away; `deadline`: when, or null |
+| `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
+| `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
+| `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
+| `finish` | the last step is done and its checkpoint whole |
 
 `step` is the number of steps done when it happened; `workers` the number of ranks, 0 where there were none yet.
 """

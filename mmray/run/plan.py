@@ -15,7 +15,7 @@ from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.cursor import Cursor, DataSpan
 from mmray.schedule.mixture import WINDOW_BATCHES, MixedSchedule, Mixture
-from mmray.schedule.order import Order
+from mmray.schedule.order import NOTHING_TAKEN, Order, Taken
 from mmray.schedule.schedule import Schedule
 from mmray.training.model import load_config
 
@@ -51,7 +51,7 @@ class RunPlan:
         if cursor.fingerprint == self.train[1]:
             order = self._order(balance, cursor.first_step, cursor.taken_before())
         else:
-            order = self._order(balance, cursor.step, cursor.bins_taken() if self.mixture else {})
+            order = self._order(balance, cursor.step, cursor.taken_now() if self.mixture else {})
         return self._balanced(order, balance)
 
     def schedule_of(self, cursor: Cursor, span: DataSpan) -> Order | BalancedSchedule:
@@ -64,9 +64,9 @@ class RunPlan:
             balance = balance.across(True)
         return balance
 
-    def _order(self, balance: BalanceSettings | None, first_step: int, taken: Mapping[str, int]) -> Order:
-        """The shuffled order. first_step: step of the run at which it begins; taken: bins of each dataset, by its
-        fingerprint, that the run has taken before; only a mixture goes on from there."""
+    def _order(self, balance: BalanceSettings | None, first_step: int, taken: Mapping[str, Taken]) -> Order:
+        """The shuffled order. first_step: step of the run at which it begins; taken: how far the run is in each
+        dataset, by its fingerprint; only a mixture goes on from there."""
         training = self.job.training
         if self.mixture is None:
             bins, fingerprint = self.train
@@ -76,7 +76,7 @@ class RunPlan:
             training.global_batch_bins,
             training.seed,
             first_step,
-            tuple(taken.get(dataset.fingerprint, 0) for dataset in self.mixture.datasets),
+            tuple(taken.get(dataset.fingerprint, NOTHING_TAKEN) for dataset in self.mixture.datasets),
             balance.window_batches if balance is not None and balance.sorts_batches else WINDOW_BATCHES,
         )
 

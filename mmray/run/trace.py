@@ -47,9 +47,14 @@ class TracedSample:
 
 
 class Tracer:
-    """Traces the steps of one run. cursor: the run's place; workers: number of ranks in steps that are not done."""
+    """Traces the steps of one run.
 
-    def __init__(self, run: Path, cursor: Cursor, plan_of: PlanOf, workers: int) -> None:
+    cursor: the run's place; workers: number of ranks in steps that are not done; last_step: number of the run's last
+    step, counted from 1.
+    """
+
+    def __init__(self, run: Path, cursor: Cursor, plan_of: PlanOf, workers: int, last_step: int) -> None:
+        self.last_step = last_step
         self._cursor, self._plan_of, self._workers = cursor, cache(plan_of), workers
         self._trained = TrainedLog(run)
         self._checked: set[str] = set()
@@ -57,10 +62,10 @@ class Tracer:
     def samples(self, step: int) -> Iterator[TracedSample]:
         """The samples of one step, counted from 1, by rank and in the order they are trained on.
 
-        Raises UserError for a step before the first, or when its data no longer exists or was prepared anew.
+        Raises UserError for a step that is none of the run's, or when its data no longer exists or was prepared anew.
         """
-        if step < 1:
-            raise UserError(f"--trace {step}: steps are counted from 1, as in metrics.jsonl")
+        if not 1 <= step <= self.last_step:
+            raise UserError(f"--trace {step}: steps are counted from 1, as in metrics.jsonl, to {self.last_step:,}")
         span = [span for span in self._cursor.spans if span.first_step < step][-1]
         done = self._trained.get(step)
         if done and done.data != span.fingerprint:

@@ -38,7 +38,7 @@ import numpy as np
 from mmray.base.words import counted
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.loads import Loads
-from mmray.schedule.order import Order, Window
+from mmray.schedule.order import Order, Taken, Window
 from mmray.schedule.schedule import mix_many
 
 ReadLoads = Callable[[np.ndarray], Loads]
@@ -110,13 +110,13 @@ class BalancedSchedule:
         """Number of global batches whose bins are rearranged together."""
         return self.balance.window_batches if self.balance.sorts_batches else 1
 
-    def bins_taken(self, step: int) -> dict[str, int]:
-        """Number of bins of each dataset that were taken before a step, by its fingerprint.
+    def taken_at(self, step: int) -> dict[str, Taken]:
+        """How far each dataset is before a step, by its fingerprint.
 
         With sorting across batches, in the middle of a window, all bins of the window count as taken.
         """
         window = self.order.window(step, self.window_batches)
-        return self.order.bins_taken(window.first if window.first == step else window.stop)
+        return self.order.taken_at(window.first if window.first == step else window.stop)
 
     def micro_batches_per_rank(self, world_size: int, micro_batch_bins: int = 1) -> int:
         """Number of micro-batches that each rank runs in a step, as `Schedule.micro_batches_per_rank`."""

@@ -7,14 +7,14 @@ or not at all.
 
 A run may continue on other data (`continue_on`). Its count of steps goes on, and the schedule of the new data begins at
 the step of the change. The cursor keeps a list of all data so far, which says what any step was trained on. Of a
-mixture it keeps datasets and weights too, and `bins_taken` says how far each dataset is: that follows from the step
+mixture it keeps datasets and weights too, and `taken_now` says how far each dataset is: that follows from the step
 alone, and a mixture takes up each dataset where the run left it.
 """
 
 import json
 import operator
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -22,7 +22,7 @@ from mmray.errors import UserError
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.mixture import WINDOW_BATCHES, MixedDataset, MixedSchedule, Mixture
-from mmray.schedule.order import Order
+from mmray.schedule.order import Order, Taken
 from mmray.schedule.schedule import DEFAULT_SHUFFLE_BLOCK, DEFAULT_SHUFFLE_WINDOW, Schedule
 from mmray.storage import replacing
 
@@ -42,8 +42,8 @@ class DataSpan:
     """Path of the prepared data set; "" when it is not known."""
     mixture: Mixture | None = None
     """Datasets and weights of a mixture; None for one data set."""
-    taken: tuple[int, ...] = ()
-    """Bins of each dataset of the mixture that were taken before the span, over all epochs."""
+    taken: tuple[Taken, ...] = ()
+    """How far the run was in each dataset of the mixture before the span."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Cursor:
     """The data sets before this one."""
     mixture: Mixture | None = None
     """Datasets and weights of a mixture; None for one data set."""
-    taken: tuple[int, ...] = ()
-    """Bins of each dataset of the mixture that were taken before its first step, over all epochs."""
+    taken: tuple[Taken, ...] = ()
+    """How far the run was in each dataset of the mixture before its first step."""
 
     @classmethod
     def at(cls, schedule: Order | BalancedSchedule, step: int = 0, *, prepared: str = "") -> Self:
@@ -112,24 +112,21 @@ class Cursor:
         batches = WINDOW_BATCHES if self.balance is None else self.balance["window_batches"]
         return MixedSchedule(span.mixture, self.global_batch_bins, self.seed, span.first_step, span.taken, batches)
 
-    def taken_before(self) -> dict[str, int]:
-        """Number of bins of each dataset of the mixture, by its fingerprint, that were taken before its first step."""
+    def taken_before(self) -> dict[str, Taken]:
+        """How far the run was in each dataset of the mixture, by its fingerprint, before its first step."""
         return dict(zip((dataset.fingerprint for dataset in self._datasets), self.taken))
 
-    def bins_taken(self) -> dict[str, int]:
-        """Number of bins of each dataset, by its fingerprint, that the run has taken, over all its epochs.
-
-        Of a dataset that it left, the number with which it did.
-        """
-        taken: dict[str, int] = {}
+    def taken_now(self) -> dict[str, Taken]:
+        """How far the run is in each of its datasets, by their fingerprints; in one that it left, how far it was."""
+        taken: dict[str, Taken] = {}
         stops = [*(span.first_step for span in self.spans[1:]), self.step]
         for span, stop in zip(self.spans, stops):
             order, steps = self.order_of(span), stop - span.first_step
             if self.balance is None:
-                taken |= order.bins_taken(steps)
+                taken |= order.taken_at(steps)
             else:
                 balance = BalanceSettings(**self.balance, across_batches=True)
-                taken |= BalancedSchedule(order, balance).bins_taken(steps)
+                taken |= BalancedSchedule(order, balance).taken_at(steps)
         return taken
 
     def advance(self, steps: int = 1) -> Self:
@@ -183,9 +180,9 @@ class Cursor:
         return json.dumps({"format": MIXTURE_FORMAT if mixtures else FORMAT, **saved, **progress}, indent=1) + "\n"
 
     def _progress(self) -> dict[str, dict[str, int]]:
-        taken, progress = self.bins_taken(), {}
+        taken, progress = self.taken_now(), {}
         for dataset in self._datasets:
-            epochs, bins = divmod(taken[dataset.fingerprint], dataset.num_bins)
+            epochs, bins = divmod(taken[dataset.fingerprint].bins, dataset.num_bins)
             progress[dataset.name] = {"epochs": epochs, "bins": bins, "of": dataset.num_bins}
         return progress
 
@@ -232,7 +229,11 @@ def _plain(span: "Cursor | DataSpan") -> dict[str, Any]:
     """The fields as plain values; those of mixtures only where there is one."""
     values = {field.name: getattr(span, field.name) for field in fields(span)}
     mixture, taken = values.pop("mixture"), values.pop("taken")
-    return values if mixture is None else values | {"mixture": mixture.record(), "taken": list(taken)}
+    return (
+        values
+        if mixture is None
+        else values | {"mixture": mixture.record(), "taken": [list(astuple(place)) for place in taken]}
+    )
 
 
 def _checked(kind: type[Saved], values: Any) -> Saved:
@@ -240,10 +241,12 @@ def _checked(kind: type[Saved], values: Any) -> Saved:
     types = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
     if isinstance(values, dict):
         mixture, taken = values.get("mixture"), values.get("taken", [])
-        if not isinstance(taken, list) or not all(isinstance(count, int) for count in taken):
-            raise ValueError(f"taken is {taken!r}")
+        try:
+            places = tuple(Taken(*map(operator.index, place)) for place in taken)
+        except TypeError:
+            raise ValueError(f"taken is {taken!r}") from None
         read = None if mixture is None else Mixture.from_record(mixture)
-        values = values | {"mixture": read, "taken": tuple(taken)}
+        values = values | {"mixture": read, "taken": places}
     if not isinstance(values, dict) or values.keys() != types.keys():
         keys = sorted(values) if isinstance(values, dict) else values
         raise ValueError(f"keys {keys}, expected {sorted(types)}")

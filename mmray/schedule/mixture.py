@@ -1,9 +1,13 @@
 """Mixes several prepared datasets into one order: by weights, which may change at steps, each in epochs of its own.
 
 Slot g of the stream of bins (step g // global_batch_bins of the mixture) belongs to a dataset by `Shares`, and is the
-dataset's bin number n; that is place n % bins of its epoch n // bins, in the order that `Schedule` gives the dataset
-alone. So each dataset is reshuffled at each pass and every one of its epochs holds each of its bins once, at whatever
-weights; no batch is padded, since a mixture has no end.
+dataset's bin number n; that is place n % bins of its epoch n // bins, in an order that `Schedule` gives the dataset. So
+each dataset is reshuffled at each pass and every one of its epochs holds each of its bins once, at whatever weights; no
+batch is padded, since a mixture has no end.
+
+Reads stay as local as those of one dataset. Of a dataset with share s, 64 · s blocks are shuffled together, rounded up:
+over all datasets the 64 of one alone, and hardly more. Where the share changes, the window in progress is finished, and
+the blocks behind it make windows of the new size.
 
 A stage has weights of its own, and windows and shares begin anew with it, while the datasets go on where they are. A
 run that goes on with other weights or datasets does the same: it begins another `MixedSchedule` whose `taken` says how
@@ -15,17 +19,18 @@ The bins of all datasets are counted through: bin b of a dataset is number b plu
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from math import ceil
 from typing import Any, Self
 
 import numpy as np
 
 from mmray.base.words import counted
-from mmray.schedule.order import Order, Window, at_least
-from mmray.schedule.schedule import Schedule
+from mmray.schedule.order import NOTHING_TAKEN, Order, Taken, Window, at_least
+from mmray.schedule.schedule import DEFAULT_SHUFFLE_WINDOW, Schedule
 from mmray.schedule.shares import Shares, exact_shares
 
 WINDOW_BATCHES = 64
@@ -123,8 +128,8 @@ class MixedSchedule(Order):
     seed: int
     first_step: int = 0
     """Step of the run at which this order begins; its own steps count from 0."""
-    taken: tuple[int, ...] = ()
-    """Number of bins of each dataset that the run took before, over all epochs; (): none."""
+    taken: tuple[Taken, ...] = ()
+    """How far the run is in each dataset before; (): none was taken."""
     window_batches: int = WINDOW_BATCHES
     """Number of global batches of a window, at whose end counts are those of the weights to less than one bin."""
 
@@ -132,10 +137,10 @@ class MixedSchedule(Order):
         least = {"global_batch_bins": 1, "seed": 0, "first_step": 0, "window_batches": 1}
         for name, minimum in least.items():
             object.__setattr__(self, name, at_least(minimum, name, getattr(self, name)))
-        taken = self.taken or (0,) * len(self.mixture.datasets)
+        taken = self.taken or (NOTHING_TAKEN,) * len(self.mixture.datasets)
         if len(taken) != len(self.mixture.datasets):
-            raise ValueError(f"taken has {len(taken)} numbers, the mixture {len(self.mixture.datasets)} datasets")
-        object.__setattr__(self, "taken", tuple(at_least(0, "taken", count) for count in taken))
+            raise ValueError(f"taken has {len(taken)} places, the mixture {len(self.mixture.datasets)} datasets")
+        object.__setattr__(self, "taken", taken)
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -188,8 +193,9 @@ class MixedSchedule(Order):
         bins = np.empty(len(places), dtype=np.int64)
         for dataset in np.unique(datasets).tolist():
             chosen = datasets == dataset
-            start = stage.taken[dataset] + int(numbers[chosen][0])
-            bins[chosen] = self._first_bins[dataset] + self._dataset_bins(dataset, start, int(chosen.sum()))
+            order = stage.orders[dataset]
+            start = order.begun.bins + int(numbers[chosen][0])
+            bins[chosen] = self._first_bins[dataset] + _bins_from(order, start, int(chosen.sum()))
         return bins
 
     def slots(self, step: int, slots: range) -> list[int | None]:
@@ -197,14 +203,11 @@ class MixedSchedule(Order):
         bins = self._bins_of_step(step)
         return [bins[slot] if slot < len(bins) else None for slot in slots]
 
-    def bins_taken(self, step: int) -> dict[str, int]:
-        """Number of bins of each dataset that the run took before a step, over all epochs, by its fingerprint."""
+    def taken_at(self, step: int) -> dict[str, Taken]:
+        """How far the run is in each dataset before a step, by its fingerprint."""
         _, stage = self._stage_of(at_least(0, "step", step))
-        counts = stage.shares.counts((step - stage.first_step) * self.global_batch_bins)
-        return {
-            dataset.fingerprint: before + count
-            for dataset, before, count in zip(self.mixture.datasets, stage.taken, counts)
-        }
+        places = stage.taken_after((step - stage.first_step) * self.global_batch_bins)
+        return dict(zip((dataset.fingerprint for dataset in self.mixture.datasets), places))
 
     def place_of(self, dataset: int, number: int) -> tuple[int, int]:
         """The step, and the slot in it, that holds bin number `number` of a dataset, counted over all its epochs.
@@ -212,7 +215,7 @@ class MixedSchedule(Order):
         The inverse of `bins`. Raises IndexError where this order does not hold it.
         """
         for stage in self._stages:
-            rank = number - stage.taken[dataset]
+            rank = number - stage.orders[dataset].begun.bins
             if rank < 0:
                 break
             try:
@@ -232,38 +235,23 @@ class MixedSchedule(Order):
         return [0, *accumulate(dataset.num_bins for dataset in self.mixture.datasets)]
 
     @cached_property
-    def _orders(self) -> list[Schedule]:
-        """The order of each dataset alone."""
-        return [
-            Schedule(dataset.num_bins, self.global_batch_bins, self.seed, dataset.fingerprint)
-            for dataset in self.mixture.datasets
-        ]
-
-    def _dataset_bins(self, dataset: int, start: int, count: int) -> np.ndarray:
-        """The bins of a dataset from number `start` of its stream on, int64 [count]."""
-        order, parts = self._orders[dataset], []
-        if count < _ONE_BY_ONE:
-            places = (divmod(number, order.num_bins) for number in range(start, start + count))
-            return np.asarray([order.bin_at(epoch, place) for epoch, place in places], dtype=np.int64)
-        while count:
-            epoch, place = divmod(start, order.num_bins)
-            taken = min(count, order.num_bins - place)
-            parts.append(order.bins_in(epoch, place, place + taken))
-            start, count = start + taken, count - taken
-        return np.concatenate(parts)
-
-    @cached_property
     def _stages(self) -> list["_Stage"]:
         stages, first_step, taken = [], 0, self.taken
         window = self.window_batches * self.global_batch_bins
         for steps, shares in self.mixture.shares_from(self.first_step):
             slots = None if steps is None else steps * self.global_batch_bins
-            stage = _Stage(first_step, steps, Shares(shares, window, slots), taken)
+            orders = tuple(map(self._order, self.mixture.datasets, shares, taken))
+            stage = _Stage(first_step, steps, Shares(shares, window, slots), orders)
             stages.append(stage)
             if steps is not None and slots is not None:
                 first_step += steps
-                taken = tuple(before + count for before, count in zip(taken, stage.shares.counts(slots)))
+                taken = stage.taken_after(slots)
         return stages
+
+    def _order(self, dataset: MixedDataset, share: Fraction, taken: Taken) -> Schedule:
+        """The order of a dataset at a share, from a place on."""
+        order = Schedule(dataset.num_bins, self.global_batch_bins, self.seed, dataset.fingerprint, begun=taken)
+        return replace(order, shuffle_window=max(1, ceil(share * DEFAULT_SHUFFLE_WINDOW)))
 
     def _stage_of(self, step: int) -> tuple[int, "_Stage"]:
         number = max(index for index, stage in enumerate(self._stages) if stage.first_step <= step)
@@ -272,13 +260,32 @@ class MixedSchedule(Order):
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage as steps of the order: its first step, number of steps (None: no end), shares, and the bins taken
-    before."""
+    """A stage as steps of the order: its first step, number of steps (None: no end), shares, and the order of each
+    dataset, from the place on at which the stage takes it up."""
 
     first_step: int
     steps: int | None
     shares: Shares
-    taken: tuple[int, ...]
+    orders: tuple[Schedule, ...]
+
+    def taken_after(self, slots: int) -> tuple[Taken, ...]:
+        """How far each dataset is after some slots of the stage."""
+        counts = self.shares.counts(slots)
+        return tuple(order.place(order.begun.bins + count) for order, count in zip(self.orders, counts))
+
+
+def _bins_from(order: Schedule, start: int, count: int) -> np.ndarray:
+    """The bins of a dataset from number `start` of its stream on, int64 [count]."""
+    parts = []
+    if count < _ONE_BY_ONE:
+        places = (divmod(number, order.num_bins) for number in range(start, start + count))
+        return np.asarray([order.bin_at(epoch, place) for epoch, place in places], dtype=np.int64)
+    while count:
+        epoch, place = divmod(start, order.num_bins)
+        length = min(count, order.num_bins - place)
+        parts.append(order.bins_in(epoch, place, place + length))
+        start, count = start + length, count - length
+    return np.concatenate(parts)
 
 
 def mixture_differences(old: Mixture, new: Mixture) -> list[str]:

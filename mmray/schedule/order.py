@@ -20,6 +20,21 @@ class Window:
     key: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Taken:
+    """How far a run is in a dataset."""
+
+    bins: int = 0
+    """Number of its bins that were taken, over all its epochs."""
+    first_block: int = 0
+    """In the epoch's order of blocks, the first block of the window in progress."""
+    window: int = 0
+    """Number of blocks of this window; 0: none is in progress, and the next one begins at `first_block`."""
+
+
+NOTHING_TAKEN = Taken()
+
+
 class Order(ABC):
     """A pure function of the step: the bins of each global batch, and how they are dealt to ranks.
 
@@ -46,8 +61,8 @@ class Order(ABC):
         """The bins of the steps `first` to `stop` - 1 of one window, int64 [n], in order and without padding."""
 
     @abstractmethod
-    def bins_taken(self, step: int) -> dict[str, int]:
-        """Number of bins of each dataset, by its fingerprint, that were taken before a step, over all its epochs."""
+    def taken_at(self, step: int) -> dict[str, Taken]:
+        """How far each dataset is before a step, by its fingerprint."""
 
     @abstractmethod
     def slots(self, step: int, slots: range) -> list[int | None]:

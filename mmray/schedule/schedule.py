@@ -34,7 +34,7 @@ from math import isqrt
 import numpy as np
 
 from mmray.base.words import counted
-from mmray.schedule.order import Order, Window, at_least
+from mmray.schedule.order import NOTHING_TAKEN, Order, Taken, Window, at_least
 
 _MASK_64 = (1 << 64) - 1
 _ROUNDS = 8  # two passes of Luby and Rackoff's four; eight 64-bit keys are one full blake2b digest
@@ -72,6 +72,9 @@ class Schedule(Order):
     """Neighbouring bins that stay near each other in time, so that reads stay local: about one file's."""
     shuffle_window: int = DEFAULT_SHUFFLE_WINDOW
     """Number of blocks, from random places of the data set, that are shuffled together."""
+    begun: Taken = NOTHING_TAKEN
+    """Place from which a mixture takes up the data set. A window that was begun with another `shuffle_window` is
+    finished as it is. The order of the same epoch before this place is not known."""
 
     def __post_init__(self) -> None:
         least = {"num_bins": 1, "global_batch_bins": 1, "seed": 0, "shuffle_block": 1, "shuffle_window": 1}
@@ -135,10 +138,17 @@ class Schedule(Order):
         end = min((batch + stop - first) * self.global_batch_bins, self.num_bins)
         return self.bins_in(epoch, batch * self.global_batch_bins, end)
 
-    def bins_taken(self, step: int) -> dict[str, int]:
-        """Number of bins that were taken before a step, over all epochs, by the dataset's fingerprint."""
+    def taken_at(self, step: int) -> dict[str, Taken]:
+        """How far the dataset is before a step, by its fingerprint."""
         epoch, batch = self.position(step)
-        return {self.fingerprint: epoch * self.num_bins + min(batch * self.global_batch_bins, self.num_bins)}
+        return {
+            self.fingerprint: self.place(epoch * self.num_bins + min(batch * self.global_batch_bins, self.num_bins))
+        }
+
+    def place(self, bins: int) -> Taken:
+        """The place behind a number of bins, counted over all epochs."""
+        epoch, index = divmod(bins, self.num_bins)
+        return Taken(bins, *self._order(epoch).window_begun(index)) if index and self.shuffle else Taken(bins)
 
     def slots(self, step: int, slots: range) -> list[int | None]:
         """The bins in some slots of a global batch; None past its end and past the epoch's."""
@@ -152,42 +162,41 @@ class Schedule(Order):
         return [order.bin_at(place) if place < end else None for place in places]
 
     def _order(self, epoch: int) -> "_EpochOrder":
-        return _epoch_order(self.num_bins, self.shuffle_block, self.shuffle_window, self.fingerprint, self.seed, epoch)
+        is_begun = epoch == self.begun.bins // self.num_bins
+        begun = (self.begun.first_block, self.begun.window) if is_begun else (0, 0)
+        sizes = self.num_bins, self.shuffle_block, self.shuffle_window
+        return _epoch_order(*sizes, begun, self.fingerprint, self.seed, epoch)
 
 
 @dataclass(frozen=True)
 class _EpochOrder:
-    """The block shuffle of one epoch: maps a place in the order to a bin number, one bin at a time."""
+    """The block shuffle of one epoch: maps a place in the order to a bin number.
+
+    A window is consecutive blocks of the order of blocks. It is written as (first block, number of blocks); the last
+    window of an epoch may lack some of these.
+    """
 
     num_bins: int
     block: int  # bins
     window: int  # blocks
+    begun: tuple[int, int]  # a window from which on the others follow
     key: tuple[str, int, int]  # fingerprint, seed, epoch
     blocks: "_Permutation"  # place in the order of blocks -> block number
     short_place: int  # where the last block, the only one that may be short, stands in the order of blocks
 
     def bin_at(self, place: int) -> int:
-        window = place // (self.window * self.block)
-        if place >= self._start(window + 1):  # the short block came earlier: later windows start sooner
-            window += 1
-        start, end = self._start(window), self._start(window + 1)
-        place = start + _permutation(end - start, *self.key, "window", window)[place - start]
-        block_place = place // self.block
-        if place >= self._block_start(block_place + 1):
-            block_place += 1
+        start, _, mixed = self._mixed(place)
+        place = start + mixed[place - start]
+        block_place = self._block_place(place)
         return self.blocks[block_place] * self.block + place - self._block_start(block_place)
 
     def bins_in(self, first: int, stop: int) -> np.ndarray:
         """The bins at places `first` to `stop` - 1, int64 [n]."""
         pieces = [np.zeros(0, dtype=np.int64)]
-        window = max(0, first // (self.window * self.block))
         while first < stop:
-            start, end = self._start(window), self._start(window + 1)
-            if first < end:
-                mixed = _permutation(end - start, *self.key, "window", window)
-                pieces.append(start + mixed.many(np.arange(first - start, min(stop, end) - start)))
-                first = min(stop, end)
-            window += 1
+            start, end, mixed = self._mixed(first)
+            pieces.append(start + mixed.many(np.arange(first - start, min(stop, end) - start)))
+            first = min(stop, end)
         places = np.concatenate(pieces)
         missing = self.blocks.size * self.block - self.num_bins
         block_places = places // self.block
@@ -197,8 +206,29 @@ class _EpochOrder:
         distinct, which = np.unique(block_places, return_inverse=True)
         return self.blocks.many(distinct)[which] * self.block + places - starts
 
-    def _start(self, window: int) -> int:
-        return self._block_start(min(window * self.window, self.blocks.size))
+    def window_begun(self, place: int) -> tuple[int, int]:
+        """The window that is in progress before a place; where none is, that of no blocks before the next one."""
+        first, blocks = self._window(place)
+        return first, 0 if self._block_start(first) == place else blocks
+
+    def _mixed(self, place: int) -> tuple[int, int, "_Permutation"]:
+        """The window of a place: its first place, the place behind its last one, and the order of its bins."""
+        first, blocks = self._window(place)
+        start, end = self._block_start(first), self._block_start(min(first + blocks, self.blocks.size))
+        # Windows of one size begin at least that size apart, so that these numbers tell them from one another.
+        return start, end, _permutation(end - start, *self.key, "window", first // blocks)
+
+    def _window(self, place: int) -> tuple[int, int]:
+        block_place, begun_stop = self._block_place(place), sum(self.begun)
+        if block_place < begun_stop:
+            return self.begun
+        return begun_stop + (block_place - begun_stop) // self.window * self.window, self.window
+
+    def _block_place(self, place: int) -> int:
+        """The place, in the order of blocks, of the block that holds a place."""
+        block_place = place // self.block
+        is_later = place >= self._block_start(block_place + 1)  # the short block came earlier
+        return block_place + is_later
 
     def _block_start(self, block_place: int) -> int:
         """The first place of a block's bins. block_place: place of the block in the order of blocks."""
@@ -207,11 +237,13 @@ class _EpochOrder:
 
 
 @lru_cache(maxsize=16)
-def _epoch_order(num_bins: int, block: int, window: int, fingerprint: str, seed: int, epoch: int) -> _EpochOrder:
+def _epoch_order(
+    num_bins: int, block: int, window: int, begun: tuple[int, int], fingerprint: str, seed: int, epoch: int
+) -> _EpochOrder:
     num_blocks = -(-num_bins // block)
     blocks = _permutation(num_blocks, fingerprint, seed, epoch, "blocks", 0)
     short_place = blocks.place_of(num_blocks - 1)
-    return _EpochOrder(num_bins, block, window, (fingerprint, seed, epoch), blocks, short_place)
+    return _EpochOrder(num_bins, block, window, begun, (fingerprint, seed, epoch), blocks, short_place)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import pytest
 import yaml
+from ray.autoscaler._private.resource_demand_scheduler import get_bin_pack_residual
 
-from jobs.capacity import Pool, check_capacity, lack, train_pools, uses_gpus
+from jobs.capacity import Pool, check_capacity, check_growth, lack, train_pools, uses_gpus
 from mmray.config.job import Job
 from mmray.errors import UserError
 from pipelines.nodes import Node
@@ -78,3 +79,46 @@ def test_gpus_are_taken_where_there_are_any() -> None:
     with pytest.raises(UserError, match="the cluster has no GPU; add GPU nodes or set it to false"):
         uses_gpus(job(use_gpu=True), nodes(EIGHT))
     assert uses_gpus(job(use_gpu=True, autoscaling=True), nodes(EIGHT))
+
+
+NEEDS_SMALLER_SHARES: list[tuple[dict[str, object], list[dict[str, float]], str | None]] = [
+        ({"workers": 16, "mask_actors": 16}, [{"CPU": 8}], None),  # the default share; no GPU node is up yet
+        ({"workers": 3, "mask_actors": 40}, [{"CPU": 8}], None),
+        ({"workers": 8, "mask_actors": 2, "gpu_share": 0.2}, [], None),
+        (
+            {"workers": 10, "gpu_share": 0.2}, [],
+            ("resources.gpu_share is 0.2: for 10 workers the autoscaler would start 2 nodes of 4 GPUs, where Ray can "
+             "place 8 of them; set it to 0.1"),
+        ),
+        ({"workers": 10, "gpu_share": 0.2}, [{"CPU": 8, "GPU": 1}], None),
+        ({"workers": 16}, [{"CPU": 8, "GPU": 16}], None),
+        (
+            {"workers": (1, 17)}, [{"CPU": 8}, {"CPU": 8, "GPU": 16}],
+            ("resources.gpu_share is 0.1: for 17 workers the autoscaler would start 1 node of 16 GPUs, where Ray can "
+             "place 16 of them; set it to 0.05"),
+        ),
+        (
+            {"workers": 1, "mask_actors": 8, "gpu_share": 0.4}, [{"CPU": 8, "GPU": 4}],
+            ("resources.gpu_share is 0.4: for 1 worker and 8 mask actors the autoscaler would start 1 node of 4 GPUs, "
+             "where Ray can place 8 of them; set it to 0.1"),
+        ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("resources", "on", "message"), NEEDS_SMALLER_SHARES)
+def test_the_autoscaler_starts_as_many_gpu_nodes_as_ray_needs(
+    resources: dict[str, object], on: list[dict[str, float]], message: str | None
+) -> None:
+    growing = job(autoscaling=True, **resources)
+    if message is None:
+        check_growth(growing, nodes(*on))
+        return
+    with pytest.raises(UserError) as raised:
+        check_growth(growing, nodes(*on))
+    assert message == str(raised.value)
+
+
+def test_rays_autoscaler_counts_the_gpus_of_a_node_as_one_number() -> None:
+    """What the check above is there for, by Ray's own packing; when this changes, the check may go."""
+    left, _ = get_bin_pack_residual([{"GPU": 8}], [{"GPU": 0.8}] * 10)
+    assert left == []

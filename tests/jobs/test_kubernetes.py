@@ -6,7 +6,10 @@ passes there. Pod templates are checked by Kubernetes' own schema, which the pac
 """
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -72,8 +75,22 @@ SCHEMAS = {
 }
 
 
-def manifest(name: str) -> Manifest:
-    return yaml.safe_load((ROOT / "kubernetes" / name).read_text())
+CLOUDS = {"eks": "cluster.yaml", "gke": "cluster-gcp.yaml"}
+EACH_CLOUD = pytest.mark.parametrize("cloud", CLOUDS)
+
+
+def manifests(cloud: str, name: str) -> list[Manifest]:
+    return list(yaml.safe_load_all((ROOT / "kubernetes" / cloud / name).read_text()))
+
+
+def manifest(cloud: str, name: str) -> Manifest:
+    (single,) = manifests(cloud, name)
+    return single
+
+
+def machines(cloud: str) -> Manifest:
+    """Ray's own file for the same cluster on the same cloud's machines."""
+    return yaml.safe_load((ROOT / CLOUDS[cloud]).read_text())
 
 
 def groups(resource: Manifest) -> list[Manifest]:
@@ -89,25 +106,56 @@ def validate(resource: Manifest) -> None:
         kubernetes_validate.validate(template, KUBERNETES, strict=True)
 
 
+@EACH_CLOUD
 @pytest.mark.parametrize("name", ["ray_cluster.yaml", "ray_job.yaml"])
-def test_manifests_are_what_kuberay_and_kubernetes_define(name: str) -> None:
-    validate(manifest(name))
+def test_manifests_are_what_kuberay_and_kubernetes_define(cloud: str, name: str) -> None:
+    validate(manifest(cloud, name))
 
 
-def test_the_shared_claim_is_what_kubernetes_defines_and_every_pod_mounts_it() -> None:
-    claim = manifest("shared.yaml")
-    kubernetes_validate.validate(claim, KUBERNETES, strict=True)
-    for group in groups(manifest("ray_cluster.yaml")):
+@EACH_CLOUD
+def test_disks_are_what_kubernetes_defines_and_every_pod_mounts_them(cloud: str) -> None:
+    resources = manifests(cloud, "shared.yaml")
+    for resource in resources:
+        kubernetes_validate.validate(resource, KUBERNETES, strict=True)
+    classes = {each["metadata"]["name"] for each in resources if each["kind"] == "StorageClass"}
+    (claim,) = (each for each in resources if each["kind"] == "PersistentVolumeClaim")
+    assert claim["spec"]["storageClassName"] in classes
+    for group in groups(manifest(cloud, "ray_cluster.yaml")):
         pod = group["template"]["spec"]
-        assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-        assert {"name": pod["volumes"][0]["name"], "mountPath": "/shared"} in pod["containers"][0]["volumeMounts"]
+        shared, scratch = pod["volumes"]
+        assert shared["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        if "ephemeral" in scratch:
+            assert scratch["ephemeral"]["volumeClaimTemplate"]["spec"]["storageClassName"] in classes
+        else:
+            assert group["groupName"] == "gpu-workers", "their nodes have disks of their own"
+        (container,) = pod["containers"]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert mounts == {"/shared": shared["name"], "/tmp": scratch["name"]}
+        environment = {each["name"]: each["value"] for each in container["env"]}
+        assert environment["HF_HOME"].startswith("/shared/")
+        assert environment["TMPDIR"] == "/tmp"
+
+
+def test_files_of_the_shared_folder_are_of_the_pods_user() -> None:
+    (shared,) = (
+        each
+        for each in manifests("eks", "shared.yaml")
+        if each["metadata"]["name"] == "mmray-shared" and each["kind"] == "StorageClass"
+    )
+    owner = {"runAsUser": int(shared["parameters"]["uid"]), "runAsGroup": int(shared["parameters"]["gid"])}
+    (job,) = (each for each in manifests("gke", "shared.yaml") if each["kind"] == "Job")
+    assert job["spec"]["template"]["spec"]["containers"][0]["command"][1] == "{runAsUser}:{runAsGroup}".format(**owner)
+    for cloud in CLOUDS:
+        for group in groups(manifest(cloud, "ray_cluster.yaml")):
+            assert owner.items() <= group["template"]["spec"]["securityContext"].items()
+    assert f"--chown={owner['runAsUser']}:{owner['runAsGroup']} " in (ROOT / "Dockerfile").read_text()
 
 
 def test_the_volume_of_the_docs_is_one_that_the_shared_claim_can_have() -> None:
     text = (ROOT / "docs" / "cluster.md").read_text()
     (volume,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(apiVersion.*?)```", text, flags=re.DOTALL))
     kubernetes_validate.validate(volume, KUBERNETES, strict=True)
-    claim = manifest("shared.yaml")
+    (claim,) = (each for each in manifests("eks", "shared.yaml") if each["kind"] == "PersistentVolumeClaim")
     assert f"`volumeName: {volume['metadata']['name']}`" in text
     assert volume["spec"]["accessModes"] == claim["spec"]["accessModes"]
     assert volume["spec"]["capacity"]["storage"] == claim["spec"]["resources"]["requests"]["storage"]
@@ -128,17 +176,18 @@ MISTAKES: dict[str, Callable[[Manifest], Any]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_manifest_is_found(mistake: str) -> None:
-    resource = copy.deepcopy(manifest("ray_job.yaml"))
+    resource = copy.deepcopy(manifest("eks", "ray_job.yaml"))
     MISTAKES[mistake](resource["spec"]["rayClusterSpec"])
     with pytest.raises(jsonschema.ValidationError):
         validate(resource)
 
 
-def test_the_autoscaler_sees_the_groups_of_cluster_yaml() -> None:
-    resource = manifest("ray_cluster.yaml")
+@EACH_CLOUD
+def test_the_autoscaler_sees_the_groups_of_the_cluster_on_machines(cloud: str) -> None:
+    resource = manifest(cloud, "ray_cluster.yaml")
     resource["metadata"]["namespace"] = "default"
     seen = _derive_autoscaling_config_from_ray_cr(resource)
-    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    cluster = machines(cloud)
     types = cluster["available_node_types"]
     head = seen["available_node_types"].pop("headgroup")
     assert head["resources"]["CPU"] == types.pop("head")["resources"]["CPU"] == 0
@@ -153,37 +202,62 @@ def test_the_autoscaler_sees_the_groups_of_cluster_yaml() -> None:
     assert seen["idle_timeout_minutes"] == cluster["idle_timeout_minutes"]
 
 
-def test_pods_are_placed_on_the_machines_of_cluster_yaml_and_fit_there() -> None:
-    types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
-    for group in groups(manifest("ray_cluster.yaml"))[1:]:
+@EACH_CLOUD
+def test_pods_are_placed_on_the_machines_of_the_cluster_and_fit_there(cloud: str) -> None:
+    """CPU pods have a disk of their own and need no machine with one (c6i for c6id, without -lssd)."""
+    types = machines(cloud)["available_node_types"]
+    for group in groups(manifest(cloud, "ray_cluster.yaml"))[1:]:
         node, pod = types[group["groupName"].replace("-", "_")], group["template"]["spec"]
-        assert pod["nodeSelector"]["node.kubernetes.io/instance-type"] == node["node_config"]["InstanceType"]
-        spot = node["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
-        assert pod["nodeSelector"].get("karpenter.sh/capacity-type") == spot
+        config = node["node_config"]
+        machine = config.get("InstanceType") or config["machineType"]
+        assert pod["nodeSelector"]["node.kubernetes.io/instance-type"] == re.sub("d(?=\\.8xlarge)|-lssd$", "", machine)
+        is_spot = "spot" in yaml.safe_dump([config.get("InstanceMarketOptions"), config.get("scheduling")]).lower()
+        assert is_spot == ("spot" in yaml.safe_dump(pod["nodeSelector"]))
         requests, limits = (pod["containers"][0]["resources"][kind] for kind in ("requests", "limits"))
         assert requests["cpu"] < node["resources"]["CPU"]
         assert requests["memory"] == limits["memory"]
         gpus = node["resources"].get("GPU")
         assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu") == gpus
         assert bool(gpus) == any(toleration["key"] == "nvidia.com/gpu" for toleration in pod.get("tolerations", []))
+        devices = sum("efa" in str(each.get("InterfaceType")) for each in config.get("NetworkInterfaces", []))
+        assert requests.get("vpc.amazonaws.com/efa", 0) == limits.get("vpc.amazonaws.com/efa", 0) == devices
 
 
-def test_the_cluster_is_closed_to_strangers() -> None:
-    spec = manifest("ray_cluster.yaml")["spec"]
+def test_a_worker_pod_that_ends_drains_its_node_first() -> None:
+    """The hook is a command of this checkout, and ends before Kubernetes kills the pod."""
+    pods = [group["template"]["spec"] for cloud in CLOUDS for group in groups(manifest(cloud, "ray_cluster.yaml"))[1:]]
+    commands = {tuple(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]) for pod in pods}
+    (command,) = commands
+    assert {pod["terminationGracePeriodSeconds"] > int(command[-1].removeprefix("--seconds=")) for pod in pods} == {
+        True
+    }
+    assert command[0] == "python"
+    environment = os.environ | {"RAY_ADDRESS": ""}
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no cluster: give --address" in done.stderr, "all its words are understood"
+
+
+@EACH_CLOUD
+def test_the_cluster_is_closed_to_strangers(cloud: str) -> None:
+    spec = manifest(cloud, "ray_cluster.yaml")["spec"]
     assert spec["authOptions"] == {"mode": "token"}
     assert (spec["headGroupSpec"]["serviceType"], spec["headGroupSpec"]["enableIngress"]) == ("ClusterIP", False)
 
 
-def test_the_job_has_the_cluster_and_the_words_of_everywhere() -> None:
-    job = manifest("ray_job.yaml")["spec"]
-    assert job["rayClusterSpec"] == manifest("ray_cluster.yaml")["spec"]
+@EACH_CLOUD
+def test_the_job_has_the_cluster_and_the_words_of_everywhere(cloud: str) -> None:
+    job = manifest(cloud, "ray_job.yaml")["spec"]
+    assert job["rayClusterSpec"] == manifest(cloud, "ray_cluster.yaml")["spec"]
     assert re.fullmatch(r"python jobs/prepare\.py /shared/jobs/\w+\.yaml", job["entrypoint"])
     runtime_env = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
     assert yaml.safe_load(job["runtimeEnvYAML"]) == {"env_vars": runtime_env["env_vars"]}
+    assert job["backoffLimit"] == 0, "a mistake would be made again, on a new cluster each time"
 
 
-def test_the_job_that_trains_is_the_one_that_prepares_but_for_two_words() -> None:
-    text = (ROOT / "kubernetes" / "ray_job.yaml").read_text()
+@EACH_CLOUD
+def test_the_job_that_trains_is_the_one_that_prepares_but_for_two_words(cloud: str) -> None:
+    text = (ROOT / "kubernetes" / cloud / "ray_job.yaml").read_text()
     edits = re.search(r"sed '(.+)'", text)
     assert edits
     assert edits[0] in (ROOT / "docs" / "cluster.md").read_text()
@@ -191,23 +265,19 @@ def test_the_job_that_trains_is_the_one_that_prepares_but_for_two_words() -> Non
     for edit in edits[1].split("; "):
         _, old, new, _ = edit.split("/")
         trains = trains.replace(old, new)
-    done, expected = yaml.safe_load(trains), manifest("ray_job.yaml")
+    done, expected = yaml.safe_load(trains), manifest(cloud, "ray_job.yaml")
     expected["metadata"]["name"] = "mmray-train"
     expected["spec"]["entrypoint"] = expected["spec"]["entrypoint"].replace("prepare", "train")
     assert done == expected
 
 
-def test_the_image_is_the_one_of_cluster_yaml_with_the_same_installation() -> None:
-    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    text = (ROOT / "kubernetes" / "Dockerfile").read_text()
-    assert f"FROM {cluster['docker']['image']}\n" in text
-    install = cluster["setup_commands"][-1].split("pip install ")[1]
-    assert install in text
-    spec = manifest("ray_cluster.yaml")["spec"]
-    assert f":{spec['rayVersion']}-py3" in cluster["docker"]["image"]
-    images = {group["template"]["spec"]["containers"][0]["image"] for group in groups(manifest("ray_cluster.yaml"))}
-    (image,) = images
-    assert image.endswith(f":{__version__}")
-    assert f"-t {image} ." in text
-    kept = re.findall(r"^!(.+)$", (ROOT / "kubernetes" / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
-    assert {"jobs", "mmray", "pipelines", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == set(kept)
+@EACH_CLOUD
+def test_pods_run_the_images_of_the_cluster_on_machines(cloud: str) -> None:
+    cluster = machines(cloud)
+    spec = manifest(cloud, "ray_cluster.yaml")["spec"]
+    assert f"FROM rayproject/ray:{spec['rayVersion']}-py3" in (ROOT / "Dockerfile").read_text()
+    head, cpu, gpu = (group["template"]["spec"]["containers"][0]["image"] for group in groups({"spec": spec}))
+    types = cluster["available_node_types"]
+    assert head == cpu == cluster["docker"]["image"]
+    assert gpu == types["gpu_workers"].get("docker", {}).get("worker_image", cpu)
+    assert head.endswith(f":{__version__}")

@@ -199,7 +199,8 @@ def test_the_command_traces_without_a_cluster(
     ("steps", "message"),
     [
         ("x", r"--trace x: give a step, such as 100, or the first and the last, as 100:105"),
-        ("0", r"--trace 0: steps are counted from 1, as in metrics.jsonl"),
+        ("0", r"--trace 0: steps are counted from 1, as in metrics.jsonl, to 12"),
+        ("13", r"--trace 13: steps are counted from 1, as in metrics.jsonl, to 12"),
     ],
 )
 def test_a_trace_of_no_step_is_refused(moved_run: Path, steps: str, message: str) -> None:

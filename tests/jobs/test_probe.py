@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,16 @@ import pytest
 import yaml
 
 from jobs import probe
-from jobs.probe import Answer, check_nodes, check_shared_memory, look, packages_of, problem, shared_folder
+from jobs.probe import (
+    Answer,
+    check_nodes,
+    check_own_machine,
+    check_shared_memory,
+    look,
+    packages_of,
+    problem,
+    shared_folder,
+)
 from mmray.config.job import Job
 from mmray.errors import UserError
 from pipelines.nodes import Node, alive_nodes
@@ -41,6 +51,17 @@ OUTPUTS = {"output.run": "/shared/run"}
         ),
         (replace(OWN, versions=OWN.versions | {"torch": None}), "has no torch, this process has 2.8.0; install"),
         (replace(OWN, versions=OWN.versions | {"torch": "2.8.0+cpu"}), "has GPUs, and torch 2.8.0+cpu, which knows"),
+        (replace(OWN, torch_cuda=(13, 0), driver_cuda=(13, 0)), None),
+        (replace(OWN, torch_cuda=(12, 8), driver_cuda=(12, 2)), None),
+        (replace(OWN, torch_cuda=(12, 6), driver_cuda=(13, 1)), None),
+        (
+            replace(OWN, torch_cuda=(13, 0), driver_cuda=(12, 8)),
+            "has GPUs, and torch 2.8.0 is built for CUDA 13.0, while the driver there knows CUDA 12.8; install",
+        ),
+        (
+            replace(OWN, torch_cuda=(13, 0)),
+            "has GPUs, and torch 2.8.0 for CUDA 13.0, but no NVIDIA driver (libcuda.so.1); install one, or start the",
+        ),
         (replace(OWN, missing=["pipelines", "jobs"]), "cannot import pipelines; submit the job, `ray job submit"),
         (replace(OWN, missing=["deepspeed"]), "has no deepspeed; install there what is installed here: pip install"),
         (replace(OWN, unseen=["output.run"]), "does not see what this process writes there; give a folder that all"),
@@ -56,6 +77,49 @@ def test_what_is_wrong_with_a_node_is_one_line(answer: Answer, message: str | No
     assert (found is None) == (message is None)
     assert message is None or f"node 10.0.0.7 {message}" in str(found)
     assert "\n" not in str(found)
+
+
+def test_a_driver_is_asked_only_where_a_job_uses_gpus() -> None:
+    old = replace(OWN, torch_cuda=(13, 0), driver_cuda=(12, 8))
+    remedy = "install a driver of 580 or newer, or a torch for CUDA 12: pip install torch==2.8.0 --index-url https://"
+    assert remedy in str(problem(NODE, old, OWN, OUTPUTS, gpus=True))
+    assert problem(NODE, old, OWN, OUTPUTS, gpus=False) is None
+    assert problem(replace(NODE, resources={"CPU": 8}), old, OWN, OUTPUTS, gpus=True) is None
+
+
+DRIVER = """
+int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
+"""
+
+
+def test_the_answer_has_the_cuda_of_torch_and_of_the_driver(tmp_path: Path) -> None:
+    """A torch of another build and a driver's library, both of them found as the real ones are."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('torch is large and is not imported')")
+    (tmp_path / "torch" / "version.py").write_text("cuda: str | None = '13.0'\nhip = None\n")
+    asking = (
+        "import json, sys; from jobs.probe import _looker; "
+        "answer = _looker()({}, [], [], '/dev/shm'); print(json.dumps([answer['torch_cuda'], answer['driver_cuda']]))"
+    )
+    # Modules of this process are imported before the path has another torch.
+    asking = f"import jobs.probe; sys = __import__('sys'); sys.path.insert(0, {str(tmp_path)!r}); {asking}"
+    done = python(asking)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[13, 0], None]
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler makes the driver's library")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-o", library, tmp_path / "driver.c"], check=True)
+    done = python(asking, LD_LIBRARY_PATH=str(tmp_path))
+    assert json.loads(done.stdout) == [[13, 0], [12, 8]]
+
+
+def test_a_machine_of_ones_own_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "look", lambda *_: replace(OWN, torch_cuda=(13, 0), driver_cuda=(12, 8)))
+    check_own_machine([NODE], gpus=False)
+    with pytest.raises(UserError, match=r"^this machine has GPUs, and torch 2\.8\.0 is built for CUDA 13\.0"):
+        check_own_machine([NODE], gpus=True)
 
 
 def test_little_shared_memory_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,10 +2,13 @@
 
 from itertools import count
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mmray.errors import UserError
-from mmray.storage import Folder
+from mmray.rows.listing import listed_files
+from mmray.storage import Folder, file_system
 
 fresh_names = count()
 
@@ -93,3 +96,30 @@ def test_paths_are_those_of_the_file_system(tmp_path):
 def test_an_address_that_nothing_opens_is_an_error_of_the_user():
     with pytest.raises(UserError, match="nosuchscheme://x/y: this kind of address cannot be opened"):
         Folder("nosuchscheme://x/y").create()
+
+
+@pytest.mark.parametrize("fails_at", ["opening", "asking"])
+def test_an_error_of_any_stores_client_is_told_in_one_line(fails_at):
+    """A client's own errors are of a class that no caller can know."""
+    client_error = type("ConnectFailed", (Exception,), {"__module__": "somecloud.http"})
+
+    class Store(MemoryFileSystem):
+        protocol = "somecloud"
+        cachable = False
+
+        def __init__(self, **options):
+            if fails_at == "opening":
+                raise client_error("name or service\nnot known")
+            super().__init__(**options)
+
+        def info(self, path, **_):
+            raise client_error("name or service\nnot known")
+
+        find = glob = ls = info
+
+    fsspec.register_implementation("somecloud", Store, clobber=True)
+    with pytest.raises(ConnectionError, match=r"^name or service not known$"):
+        file_system("somecloud://a/b")[0].info("a/b")
+    for pattern in ("somecloud://a/b.jsonl", "somecloud://a/*.jsonl"):
+        with pytest.raises(UserError, match=r"^data files .*: name or service not known$"):
+            listed_files(pattern)

@@ -24,7 +24,8 @@ from tests.mmray.preparing import Preparation, write_pictures, write_rows
 ROOT = Path(mmray.__file__).parents[1]
 MODULES = [path for room in ("mmray", "pipelines", "jobs") for path in sorted((ROOT / room).rglob("*.py"))]
 SHIPPED = [
-    ROOT / "cluster.yaml", ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "cluster.yaml", ROOT / "cluster-gcp.yaml", ROOT / "README.md", ROOT / "Makefile",
+    *sorted((ROOT / "docs").glob("*.md")),
     *sorted(path for path in (ROOT / "jobs").iterdir() if path.suffix in (".py", ".yaml", ".ipynb")),
 ]  # fmt: skip
 

@@ -337,7 +337,18 @@ def test_pictures_that_cannot_be_decoded(make_job, tmp_path, inputs):
     found = failed(content)
     assert "page.jpg" in found["exact lengths"]
     assert "1 of 2 rows" in found["exact lengths"]
+    assert "on_bad_row" not in found["exact lengths"], "it is what the job says"
     assert found.keys() == {"exact lengths"}
+
+    (tmp_path / "sound.jpg").write_bytes(page)
+    rows.append({"text": "<image> C", "images": ["sound.jpg"]})
+    content = with_rows(make_job, tmp_path, rows, kind="pretrain")
+    told = finding(content, "exact lengths")
+    assert told.status is Status.PASS
+    for words in ("1 of 3 rows", "page.jpg", "leaves them out of the loss"):
+        assert words in told.detail
+    content["data"]["on_bad_row"] = "error"
+    assert "page.jpg" in failed(content)["exact lengths"]
 
 
 @pytest.mark.usefixtures("without_model")

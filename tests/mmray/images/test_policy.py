@@ -231,6 +231,8 @@ def test_buckets_that_do_not_cover_every_shape_once(
         ("overview", [0, 448]),
         ("pad_color", [0, 0, 256]),
         ("reading_order", "ttb"),
+        ("grid", [1000, 1000]),
+        ("buckets", [{"grid": [33, 32]}]),
         ("patch_multiple", 0),
         ("buckets", [{"max_ratio": 0, "grid": [2, 2]}, {"grid": [2, 2]}]),
         ("buckets", [{"max_ratio": float("inf"), "grid": [2, 2]}, {"grid": [2, 2]}]),

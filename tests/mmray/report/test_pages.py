@@ -13,11 +13,13 @@ import yaml
 from mmray.config.job import ResourceSettings, load_job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
-from mmray.report import Run, prepared_page, run_page
+from mmray.report import Run, prepared_page, run_page, run_table
 from mmray.report import prepared as facts
 from mmray.report.prepared import Distributions, StepSettings, step_balance
+from mmray.run.place import CURSOR_FILE
 from mmray.run.skipped import SKIPPED_FILE
 from mmray.schedule.balanced import BalancedSchedule
+from mmray.schedule.cursor import Cursor
 from mmray.schedule.schedule import Schedule
 from tests.mmray.config.test_docs_jobs import LEAST
 from tests.mmray.html_page import Page, assert_needs_nothing
@@ -271,6 +273,36 @@ def test_samples_left_out_are_named(tmp_path):
     named = [each.text for each in page.of("b") if each.parents[-1].tag == "td"]
     assert named == [page_text(f"{HOSTILE}{step}") for step in range(3, 13)]
     assert_needs_nothing(page)
+
+
+@pytest.mark.parametrize(
+    ("last", "state"),
+    [
+        ({"event": "finish", "step": 8, "workers": 3}, "finished"),
+        ({"event": "stop", "step": 8, "workers": 3, "reason": "SIGTERM"}, "stopped: SIGTERM"),
+        (
+            {"event": "checkpoint", "step": 8, "workers": 3, "name": "checkpoint_8", "seconds": 1.0},
+            "under way or broken off; last event: checkpoint after step 8, 2026-11-25T22:00:01+00:00",
+        ),
+    ],
+)
+def test_a_run_tells_its_state_and_how_far_it_is(tmp_path, last, state):
+    start = {"event": "start", "step": 0, "workers": 2, "total_steps": 20}
+    folder = write_run(tmp_path / "run", 8, (start, last))
+    for step in (4, 8):
+        (folder / f"checkpoint_{step:08d}_a").mkdir()
+        Cursor.at(Schedule(9, 1, seed=0, fingerprint="f"), step).write(
+            folder / f"checkpoint_{step:08d}_a" / CURSOR_FILE
+        )
+    run = Run(folder)
+    table = run_table(run)
+    names, values = (list(map(str, column.cells)) for column in table.columns)
+    told = dict(zip(names, values, strict=True))
+    expected = {"state": state, "steps": "8 of 20", "last checkpoint": "step 8: checkpoint_00000008_a"}
+    assert {name: told[name] for name in expected} == expected
+    page = words(Page(run_page(run)))
+    assert state in page
+    assert "8 of 20" in page
 
 
 def test_a_run_without_history_or_steps(tmp_path):

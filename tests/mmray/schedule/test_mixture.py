@@ -20,6 +20,7 @@ from mmray.schedule.balanced import BalancedSchedule
 from mmray.schedule.cursor import Cursor
 from mmray.schedule.loads import Loads
 from mmray.schedule.mixture import MixedDataset, MixedSchedule, Mixture, WeightStage, mixture_differences, shares_at
+from mmray.schedule.order import Taken
 from mmray.schedule.schedule import Schedule, mix_many
 
 FAIR = BalanceSettings(whole_row_attention=True)
@@ -39,6 +40,10 @@ def loads_of(bins: np.ndarray) -> Loads:
     """The loads of any bins, from a hash of theirs."""
     draws = (mix_many(bins.astype(np.uint64) + np.uint64(9)) % np.uint64(4000)).astype(np.int64)
     return Loads(draws + 100, draws // 2, draws // 3, draws**2, draws**2 // 9, np.asarray(["a"] * len(bins)))
+
+
+def bins_of(taken: dict[str, Taken]) -> dict[str, int]:
+    return {name: place.bins for name, place in taken.items()}
 
 
 positive = st.sampled_from([0.01, 0.1, 0.2, 0.7, 1.0, 3.0, 1 / 3])
@@ -82,9 +87,9 @@ def test_each_epoch_of_each_dataset_holds_each_bin_once(
             schedule = MixedSchedule(mixture, batch, seed=5)
             cursor = Cursor.at(schedule)
         elif fresh:
-            before = cursor.bins_taken()
-            assert all(before[name] == len(stream) for name, stream in streams.items())
-            taken = tuple(before.get(part.fingerprint, 0) for part in mixture.datasets)
+            before = cursor.taken_now()
+            assert all(before[name].bins == len(stream) for name, stream in streams.items())
+            taken = tuple(before.get(part.fingerprint, Taken()) for part in mixture.datasets)
             schedule = MixedSchedule(mixture, batch, 5, cursor.step, taken)
             cursor = cursor.continue_on(schedule, "/elsewhere")
         for _ in range(steps):
@@ -127,18 +132,18 @@ def test_counts_are_within_one_bin_of_the_weights_at_the_end_of_every_window(
         total = 2 * slots if steps is None else steps * batch
         ends = [*range(slots, total - slots + 1, slots), total]
         for end in [end for end in ends if end % batch == 0]:
-            taken = schedule.bins_taken(start + end // batch)
-            counts = [taken[part.fingerprint] - count for part, count in zip(mixture.datasets, before)]
+            taken = schedule.taken_at(start + end // batch)
+            counts = [taken[part.fingerprint].bins - place.bins for part, place in zip(mixture.datasets, before)]
             assert all(abs(Fraction(count) - share * end) < 1 for count, share in zip(counts, shares))
         if steps is not None:
             start += steps
-            before = tuple(schedule.bins_taken(start).values())
+            before = tuple(schedule.taken_at(start).values())
 
 
 @settings(max_examples=60)
 @given(mixture=mixtures(), batch=st.sampled_from([1, 4]), number=st.integers(0, 500))
 def test_where_a_bin_is_and_what_is_there_are_inverse(mixture: Mixture, batch: int, number: int) -> None:
-    schedule = MixedSchedule(mixture, batch, 0, taken=tuple(range(len(mixture.datasets))))
+    schedule = MixedSchedule(mixture, batch, 0, taken=tuple(map(Taken, range(len(mixture.datasets)))))
     for index, part in enumerate(mixture.datasets):
         if not part.weight:
             continue
@@ -164,7 +169,7 @@ def test_sorting_across_batches_rearranges_windows_of_the_mixture() -> None:
         assert Counter(window) == Counter(bin for step in range(first, stop) for bin in plain.bins(step))
         assert any(Counter(bound.bins(step)) != Counter(plain.bins(step)) for step in range(first, stop))
     sorted_cursor = Cursor.at(bound.schedule, 6)
-    assert sorted_cursor.bins_taken() == plain.bins_taken(10), "in the middle of a window all of it counts as taken"
+    assert sorted_cursor.taken_now() == plain.taken_at(10), "in the middle of a window all of it counts as taken"
     assert Cursor.from_json(sorted_cursor.to_json()).order_of(sorted_cursor.spans[-1]) == plain
 
 
@@ -173,14 +178,14 @@ def test_one_dataset_goes_on_in_a_mixture_and_back() -> None:
     last batch counts as what it holds. A dataset that left is taken up again where it was."""
     alone = Schedule(10, 4, 0, "f0")
     cursor = Cursor.at(alone, 4)  # an epoch of 3 steps, and one more
-    assert cursor.bins_taken() == {"f0": 14}
+    assert bins_of(cursor.taken_now()) == {"f0": 14}
     mixture = mixture_of((10, 1), (6, 1))
-    schedule = MixedSchedule(mixture, 4, 0, 4, (14, 0))
+    schedule = MixedSchedule(mixture, 4, 0, 4, (cursor.taken_now()["f0"], Taken()))
     cursor = cursor.continue_on(schedule, "x").advance(3)
-    assert cursor.bins_taken() == {"f0": 14 + 6, "f1": 6}
+    assert bins_of(cursor.taken_now()) == {"f0": 14 + 6, "f1": 6}
     only = Mixture((dataset(1, 6, 1),))
-    cursor = cursor.continue_on(MixedSchedule(only, 4, 0, 7, (6,)), "y").advance(2)
-    assert cursor.bins_taken() == {"f0": 20, "f1": 14}
+    cursor = cursor.continue_on(MixedSchedule(only, 4, 0, 7, (cursor.taken_now()["f1"],)), "y").advance(2)
+    assert bins_of(cursor.taken_now()) == {"f0": 20, "f1": 14}
     assert [span.first_step for span in cursor.spans] == [0, 4, 7]
     assert Cursor.from_json(cursor.to_json()) == cursor
 
@@ -244,11 +249,80 @@ def test_a_billion_bins_of_64_datasets() -> None:
         assert len(set(bins)) == 64
         parts = np.searchsorted(schedule._first_bins, bins, side="right") - 1
         assert np.bincount(parts, minlength=64).max() <= 4, "every dataset at its share also within a batch"
-    taken = schedule.bins_taken(10**7)
-    assert sum(taken.values()) == 64 * 10**7
+    taken = schedule.taken_at(10**7)
+    assert sum(place.bins for place in taken.values()) == 64 * 10**7
     step, slot = schedule.place_of(17, 12_345_678)
-    expected = Schedule(10**9 // 64 + 17, 64, 0, "f17").bin_at(0, 12_345_678)
+    expected = Schedule(10**9 // 64 + 17, 64, 0, "f17", shuffle_window=2).bin_at(0, 12_345_678)
     assert schedule.bins(step)[slot] == schedule._first_bins[17] + expected
+
+
+SIZES = (1500, 5000, 30_000, 70_000)
+
+
+@settings(max_examples=20)
+@given(parts=st.lists(st.tuples(mixtures(), st.integers(1, 1500)), min_size=1, max_size=4))
+def test_datasets_of_many_files_are_mixed_bin_by_bin_once(parts: list[tuple[Mixture, int]]) -> None:
+    """Over stages and mixtures that follow one another. Each file that is begun is finished before long: at any time
+    no more are open than the 64 of one dataset, one for each dataset, and those of a window of earlier weights."""
+    cursor: Cursor | None = None
+    streams: dict[str, list[np.ndarray]] = defaultdict(list)
+    for small, steps in parts:
+        datasets = tuple(replace(part, num_bins=SIZES[int(part.fingerprint[1:])]) for part in small.datasets)
+        mixture = replace(small, datasets=datasets)
+        taken = {} if cursor is None else cursor.taken_now()
+        places = tuple(taken.get(part.fingerprint, Taken()) for part in datasets)
+        schedule = MixedSchedule(mixture, 64, 5, 0 if cursor is None else cursor.step, places)
+        cursor = Cursor.at(schedule) if cursor is None else cursor.continue_on(schedule, "/elsewhere")
+        starts = sorted({0, steps, *(stage.until - schedule.first_step for stage in mixture.stages)})
+        for start, stop in itertools.pairwise(step for step in starts if 0 <= step <= steps):
+            bins = schedule.bins_of(start, stop)
+            for part, first in zip(datasets, schedule._first_bins):
+                streams[part.fingerprint].append(bins[(bins >= first) & (bins < first + part.num_bins)] - first)
+        cursor = Cursor.from_json(cursor.advance(steps).to_json())
+    for fingerprint, pieces in streams.items():
+        stream, size = np.concatenate(pieces), SIZES[int(fingerprint[1:])]
+        for epoch in np.split(stream, range(size, len(stream), size)):
+            assert len(np.unique(epoch)) == len(epoch)
+        assert all(len(epoch) == size for epoch in np.split(stream, range(size, len(stream), size))[:-1])
+
+
+def test_a_run_of_one_dataset_finishes_its_window_in_a_mixture() -> None:
+    """The bins that the run would have taken next come next, until its window of 64 files ends; then the windows are
+    those of the share, and every bin of the epoch is taken once. A share that is raised mixes more files again."""
+    alone = Schedule(200_704, 64, 0, "f0")
+    cursor = Cursor.at(alone, 500)
+    mixture = mixture_of((200_704, 0.125), (100_000, 0.875), stages=(WeightStage(20_000, (1, 0)),))
+    schedule = MixedSchedule(replace(mixture, stages=()), 64, 0, 500, (cursor.taken_now()["f0"], Taken()))
+    stream = taken_of(schedule, 0, 0, 10_500)
+    window = 64 * 1024 - 32_000
+    assert stream[:window].tolist() == alone.bins_in(0, 32_000, 64 * 1024).tolist()
+    assert files_of(stream[window : window + 8 * 1024]) == 8
+    cursor = cursor.continue_on(schedule, "x").advance(10_500)
+    raised = MixedSchedule(mixture, 64, 0, 11_000, (cursor.taken_now()["f0"], Taken()))
+    assert files_of(taken_of(raised, 0, 200, 210)) > 50
+    rest = taken_of(raised, 0, 0, 3000)[: 200_704 - 32_000 - len(stream)]
+    assert sorted([*alone.bins_in(0, 0, 32_000), *stream, *rest]) == list(range(200_704))
+
+
+def taken_of(schedule: MixedSchedule, part: int, start: int, stop: int) -> np.ndarray:
+    """The bins of one dataset in some steps of one stage."""
+    first, end = schedule._first_bins[part : part + 2]
+    bins = schedule.bins_of(start, stop)
+    return bins[(bins >= first) & (bins < end)] - first
+
+
+def files_of(bins: np.ndarray) -> int:
+    return len(np.unique(bins // 1024))
+
+
+def test_a_mixture_reads_as_few_files_as_one_dataset() -> None:
+    """In any 1,000 steps hardly more distinct files than one dataset of as many bins, on average."""
+    files = (2, 10, 293, 672)
+    schedule = MixedSchedule(mixture_of(*((1024 * count, count) for count in files)), 64, 0)
+    alone = Schedule(1024 * sum(files), 64, 0, "f0")
+    orders = [order.bins_of(0, 15_000) for order in (schedule, alone)]
+    means = [np.mean([files_of(order[64 * step :][: 64 * 1000]) for step in range(0, 14_000, 250)]) for order in orders]
+    assert means[0] < 1.1 * means[1], means
 
 
 def test_shares_hold_in_any_thousand_steps() -> None:
@@ -279,8 +353,7 @@ def test_values_that_do_not_fit_are_quoted() -> None:
     for change, message in (
         ({"global_batch_bins": 0}, "global_batch_bins must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"taken": (1,)}, "taken has 1 numbers, the mixture 2 datasets"),
-        ({"taken": (1, -1)}, "taken must be at least 0, got -1"),
+        ({"taken": (Taken(1),)}, "taken has 1 places, the mixture 2 datasets"),
         ({"first_step": -1}, "first_step must be at least 0, got -1"),
     ):
         values = {"mixture": mixture, "global_batch_bins": 4, "seed": 0} | change

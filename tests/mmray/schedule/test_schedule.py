@@ -1,5 +1,6 @@
 """The schedule's laws: every bin once per epoch, the same for any number of ranks, in one order forever."""
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmray.schedule.order import Taken
 from mmray.schedule.schedule import Schedule, _permutation
 
 BILLION = 10**9
@@ -121,6 +123,43 @@ def test_ranges_are_their_places(num_bins, shuffle_block, shuffle_window, epoch,
     bins = schedule.bins_in(epoch, start, stop)
     assert bins.dtype == np.int64
     assert bins.tolist() == [schedule.bin_at(epoch, place) for place in range(start, stop)]
+
+
+@given(
+    num_bins=st.integers(1, 300),
+    shuffle_block=st.integers(1, 20),
+    epoch=st.integers(0, 3),
+    changes=st.lists(st.tuples(st.integers(0, 80), st.integers(1, 12)), min_size=1, max_size=8),
+)
+def test_every_bin_once_where_windows_change_in_an_epoch(num_bins, shuffle_block, epoch, changes):
+    """The first window size holds for the whole epoch as far as it is not changed; each change comes some bins after
+    the one before, and finishes the window in progress, which holds the same bins as without the change."""
+    order = Schedule(num_bins, 4, 5, "3f2a", shuffle_block=shuffle_block, shuffle_window=changes[0][1])
+    done, bins = epoch * num_bins, []
+    for length, window in changes:
+        unchanged, place = order, order.place(done)
+        order = replace(order, shuffle_window=window, begun=place)
+        index = done - epoch * num_bins
+        if place.window and index < num_bins:
+            lengths = [min(shuffle_block, num_bins - block * shuffle_block) for block in blocks_in_order(order, epoch)]
+            end = sum(lengths[: place.first_block + place.window])
+            assert sum(lengths[: place.first_block]) < index < end
+            assert order.bins_in(epoch, index, end).tolist() == unchanged.bins_in(epoch, index, end).tolist()
+        taken = order.bins_in(epoch, index, min(index + length, num_bins)).tolist()
+        assert taken == [order.bin_at(epoch, index + number) for number in range(len(taken))]
+        bins, done = bins + taken, done + len(taken)
+        if done == (epoch + 1) * num_bins:
+            break
+    rest = order.bins_in(epoch, done - epoch * num_bins, num_bins).tolist()
+    assert sorted(bins + rest) == list(range(num_bins))
+    following = order.bins_in(epoch + 1, 0, num_bins).tolist()
+    assert following == replace(order, begun=Taken()).bins_in(epoch + 1, 0, num_bins).tolist()
+
+
+def blocks_in_order(order: Schedule, epoch: int) -> list[int]:
+    """The blocks in the order in which windows take them; with windows of one block, one block comes after another."""
+    alone = replace(order, shuffle_window=1, begun=Taken()).bins_in(epoch, 0, order.num_bins) // order.shuffle_block
+    return list(dict.fromkeys(alone.tolist()))
 
 
 @pytest.mark.parametrize("start", [0, 65_000, 499_999_000, BILLION - 3000])
