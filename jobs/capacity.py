@@ -207,27 +207,18 @@ def check_growth(job: Job, nodes: Sequence[Node]) -> None:
 
 
 def _growth_problem(resources: ResourceSettings, share: float, gpus: int) -> str | None:
-    """The problem with what the autoscaler starts, of nodes with so many GPUs: first for the workers, which come first,
-    then for the mask actors too; None for none."""
-    workers = [1 - share] * resources.max_workers
-    actors = [share] * resources.max_workers if share else []  # one for each worker
-    for needs in (workers, workers + actors):
-        counts: list[float] = []  # GPUs left of each node, as the autoscaler counts them
-        for needed in needs:
-            node = next((number for number, left in enumerate(counts) if left + _TINY >= needed), None)
-            if node is None:
-                counts.append(gpus - needed)
-            else:
-                counts[node] -= needed
-        free = [_Free(Node("", {"GPU": gpus})) for _ in counts]
-        placed = sum(any(node.take({"GPU": needed}) for node in free) for needed in needs)
-        if placed < len(needs):
-            masking = f" and {counted(len(actors), 'mask actor')}" if needs is not workers else ""
-            return (
-                f"for {counted(len(workers), 'worker')}{masking} the autoscaler would start "
-                f"{counted(len(counts), 'node')} of {counted(gpus, 'GPU')}, where Ray can place {placed} of them"
-            )
-    return None
+    """The problem with what the autoscaler starts for the workers, of nodes with so many GPUs; None for none. The
+    shares on which labels are computed are those that workers leave."""
+    workers, needed = resources.max_workers, 1 - share
+    on_each = int((gpus + _TINY) / needed)  # as the autoscaler counts
+    count = -(-workers // on_each)
+    placed = min(workers, count * gpus)
+    if placed == workers:
+        return None
+    return (
+        f"for {counted(workers, 'worker')} the autoscaler would start {counted(count, 'node')} of "
+        f"{counted(gpus, 'GPU')}, where Ray can place {placed} of them"
+    )
 
 
 def shared_gpu_problem(job: Job, nodes: Sequence[Node]) -> str | None:

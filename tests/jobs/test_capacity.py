@@ -97,11 +97,8 @@ NEEDS_SMALLER_SHARES: list[tuple[dict[str, object], list[dict[str, float]], str 
             ("resources.gpu_share is 0.1: for 17 workers the autoscaler would start 1 node of 16 GPUs, where Ray can "
              "place 16 of them; set it to 0.05"),
         ),
-        (
-            {"workers": 1, "mask_actors": 8, "gpu_share": 0.4}, [{"CPU": 8, "GPU": 4}],
-            ("resources.gpu_share is 0.4: for 1 worker and 8 mask actors the autoscaler would start 1 node of 4 GPUs, "
-             "where Ray can place 8 of them; set it to 0.1"),
-        ),
+        ({"workers": 1, "mask_actors": 8, "gpu_share": 0.4}, [{"CPU": 8, "GPU": 4}], None),  # labels on its own GPU
+        ({"workers": 17, "gpu_share": 0}, [{"CPU": 8, "GPU": 16}], None),
 ]  # fmt: skip
 
 
