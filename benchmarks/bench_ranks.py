@@ -96,7 +96,7 @@ def run() -> list[Result]:
         Result(
             name=f"CPU of the graph's scheduler for a share, {MANY} ranks against {FEW}", ratio=share / share_few,
             goal=1.5, lower_is_better=True,
-            explanation=f"{share:.1f} ms a share of {MANY} ranks, {share_few:.1f} ms of {FEW}, after the first of each: "
+            explanation=f"{share:.1f} ms a share of {MANY} ranks, {share_few:.1f} of {FEW}, after the first of each: "
             f"it bends at {1000 / share:.0f} shares a second, of up to 32 micro-batches each; {MANY} ranks then get a "
             f"share every {MANY * share / 1000:.1f} s",
         ),
