@@ -75,7 +75,9 @@ def run() -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         pages = Pages(Path(folder))
         job = pages.job("pages", pages.rows, 256, window_rows=256)
-        texts = [row | {"text": row["text"].replace("<image>", "")[:1500], "images": []} for row in pages.rows]
+        texts = [
+            row | {"text": f"A page. {row['text'][:1500]}".replace("<image>", ""), "images": []} for row in pages.rows
+        ]
         small_job = pages.job("small", texts, 512, window_rows=512, token_capacity=512)
         large, small = ingest_of(job), ingest_of(small_job)
         with local_ray():

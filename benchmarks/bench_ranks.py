@@ -84,7 +84,9 @@ def coordinator() -> psutil.Process | None:
 def run() -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         pages = Pages(Path(folder))
-        texts = [row | {"text": row["text"].replace("<image>", "")[:400], "images": []} for row in pages.rows]
+        texts = [
+            row | {"text": f"A page. {row['text'][:400]}".replace("<image>", ""), "images": []} for row in pages.rows
+        ]
         job = pages.job("texts", texts, 2048, window_rows=2048, token_capacity=512)
         with local_ray():
             few, many = (taken(ingest_of(job, ranks), ranks) for ranks in (FEW, MANY))
