@@ -34,6 +34,8 @@ class Step:
     """Seconds that this rank waited for its micro-batches."""
     flags: Mapping[str, list[int]]
     """The `flag` of each rank's callbacks, by the callback's name, in the order of ranks."""
+    model_flops: int
+    """Number of floating-point operations that the model needs for the step, over all ranks; 0 where not known."""
 
     @property
     def number(self) -> int:
@@ -52,6 +54,8 @@ class DoneStep:
     """Seconds from the exchange before the step to its end."""
     epoch: float
     """Epochs of the data that are done after this step."""
+    peak_memory: int
+    """The most bytes that a rank has held (`training.peak_memory`), over all ranks."""
 
     @property
     def number(self) -> int:

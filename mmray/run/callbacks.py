@@ -10,10 +10,13 @@ from mmray.run.best import EARLY_STOP, best_callbacks
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
 from mmray.run.data import data_lines, mixture_line, mixture_metrics
 from mmray.run.metrics import MetricsLog
+from mmray.run.performance import bf16_device, speed_metrics
+from mmray.run.profile import profile_callbacks
 from mmray.run.skipped import SkippedLog
 from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
 from mmray.training.bins_log import TRAINED_FILE
+from mmray.training.engine import StepMetrics
 from mmray.training.first_loss import first_loss_problem
 from mmray.training.json_lines import JsonLines
 
@@ -41,6 +44,7 @@ def standard_callbacks(
         History(),
         PlannedStop(run),
         Records(run),
+        *profile_callbacks(run.plan.job),
         FirstLoss(),
         *watching,
         *evaluating,
@@ -132,6 +136,7 @@ class Records(Callback):
         self._metrics = MetricsLog(tracked, run.start.step, job.tracking.trackers())
         self._skipped = SkippedLog(folder, run.start.step, job.data.max_skipped_share)
         self._trained = JsonLines(folder / TRAINED_FILE)
+        self._device = bf16_device(run.engine)
 
     def before_step(self, loop: Loop, step: Step) -> None:
         if self._skipped:
@@ -147,8 +152,9 @@ class Records(Callback):
             epoch=done.epoch,
             loss=metrics.loss,
             tokens=metrics.tokens,
-            **({} if metrics.router_loss is None else {"router_loss": metrics.router_loss}),
+            **_trained_beside(metrics),
             trained_tokens=metrics.trained_tokens,
+            token_accuracy=metrics.token_accuracy,
             bins=len(trained.all_bins),
             workers=trained.workers,
             samples=counts.samples,
@@ -157,6 +163,8 @@ class Records(Callback):
             grad_norm=metrics.grad_norm,
             step_seconds=done.seconds,
             data_wait_seconds=done.step.waited,
+            peak_memory=done.peak_memory,
+            **speed_metrics(metrics.tokens, done.step.model_flops, done.seconds, trained.workers, self._device),
             **mixture_metrics(loop.run.prepared, trained, metrics),
         )
 
@@ -188,6 +196,12 @@ class PeriodicCheckpoints(Callback):
     def after_step(self, loop: Loop, done: DoneStep) -> None:
         if is_due(done.number, self._every_steps):
             loop.save()
+
+
+def _trained_beside(metrics: StepMetrics) -> dict[str, float]:
+    """The losses that are trained in place of the cross-entropy or beside it, where there are any."""
+    losses = {name: getattr(metrics, name) for name in ("router_loss", "smoothed_loss", "z_loss")}
+    return {name: value for name, value in losses.items() if value is not None}
 
 
 def _measured_apart(evaluation: Evaluation) -> dict[str, Any]:

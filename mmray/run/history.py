@@ -14,6 +14,7 @@ A run that trains on a mixture also tells its datasets and weights (`mixture`) w
 | `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
 | `preemption` | `nodes`: those that will be taken away; `deadline`: when, or null |
 | `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
+| `profile` | `file`: the trace of some steps, in the run's folder |
 | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
 | `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
 | `finish` | the last step is done and its checkpoint whole |
@@ -33,7 +34,16 @@ from mmray.training.json_lines import JsonLines, read_json_lines
 HISTORY_FILE = "history.jsonl"
 
 Event = Literal[
-    "start", "resume", "checkpoint", "damaged_checkpoint", "preemption", "first_loss", "continue_on", "stop", "finish"
+    "start",
+    "resume",
+    "checkpoint",
+    "damaged_checkpoint",
+    "preemption",
+    "first_loss",
+    "profile",
+    "continue_on",
+    "stop",
+    "finish",
 ]
 
 
@@ -63,6 +73,8 @@ def in_words(event: dict[str, Any]) -> str:
             return f"nodes {', '.join(event['nodes'])} will be taken away; a checkpoint is written at step {step}"
         case "first_loss":
             return str(event["problem"])
+        case "profile":
+            return f"a trace of the steps up to {step} is in {event['file']}"
         case "continue_on":
             data = _mixed(event, "") or f" {event['prepared']}, {counted(event['bins'], 'bin')}"
             return f"from step {step} on it trains on{data}"

@@ -25,6 +25,7 @@ from mmray.run.skipped import BatchCounts
 from mmray.run.state import RunState
 from mmray.schedule.cursor import Cursor
 from mmray.training.checkpoint import save_state
+from mmray.training.peak_memory import peak_memory
 
 log = logging.getLogger("mmray")
 
@@ -139,7 +140,8 @@ class TrainingLoop:
         metrics = self.run.engine.step(micro_batches)
         seconds = time.monotonic() - started
         self.cursor = self.cursor.advance()
-        done = DoneStep(step, metrics, seconds, self.epoch)
+        peak = max(value for (value,) in self.run.ranks.numbers([peak_memory(self.run.engine.device)]))
+        done = DoneStep(step, metrics, seconds, self.epoch, peak)
         for callback in self._callbacks:
             callback.after_step(self, done)
         if self._save_asked or self.step == self.run.total_steps:
@@ -151,16 +153,18 @@ class TrainingLoop:
         bins = [number for batch in micro_batches for number in batch.bins]
         padding = [-1] * (run.batches.micro_batches * run.batches.micro_batch_bins - len(bins))
         flags = [int(callback.flag()) for callback in self._callbacks]
-        rows = run.ranks.numbers([here.samples, len(here.skipped), *flags, *bins, *padding])
+        flops = run.flops.of(micro_batches)
+        rows = run.ranks.numbers([here.samples, len(here.skipped), flops, *flags, *bins, *padding])
         skipped = _joined(run.ranks.every(here.skipped)) if any(count for _, count, *_ in rows) else []
-        first_bin = 2 + len(flags)
+        first_bin = 3 + len(flags)
         rank_bins = [[number for number in row[first_bin:] if number >= 0] for row in rows]
         trained = trained_step(run.prepared, self.step + 1, rank_bins)
         return Step(
             trained,
             BatchCounts(sum(row[0] for row in rows), skipped),
             waited,
-            {callback.name: [row[2 + index] for row in rows] for index, callback in enumerate(self._callbacks)},
+            {callback.name: [row[3 + index] for row in rows] for index, callback in enumerate(self._callbacks)},
+            sum(row[2] for row in rows),
         )
 
     def _save(self, wait: bool) -> None:

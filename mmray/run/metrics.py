@@ -56,9 +56,9 @@ class MetricsLog:
         """Appends one line and hands it to the operating system: it survives the death of this process.
 
         step: counted from 1.
-        values: of a training step `epoch, loss, router_loss` (for experts) `, tokens, trained_tokens, bins, lr,
-        grad_norm, step_seconds, data_wait_seconds`, and of a mixture `loss_by_set, bins_by_dataset`, numbers by
-        name; of an evaluation `epoch, eval_loss, …`. A value that is not finite is written as null.
+        values: of a training step `epoch, loss, tokens, …` as docs/training.md lists them, `loss_by_set` and
+        `bins_by_dataset` among them as numbers by name; of an evaluation `epoch, eval_loss, …`. A value that is not
+        finite is written as null.
         """
         line = {"step": step} | {
             key: {name: _finite(number) for name, number in value.items()} if isinstance(value, Mapping)

@@ -15,6 +15,7 @@ from mmray.run.checkpoints import Scratch, newest_whole, step_of
 from mmray.run.data import RunData, open_data, set_names
 from mmray.run.folder import RunFolder
 from mmray.run.history import Event, add_to_history
+from mmray.run.performance import FlopsCounter
 from mmray.run.plan import RunPlan
 from mmray.schedule.cursor import Cursor
 from mmray.training.engine import TrainingEngine
@@ -45,6 +46,8 @@ class RunState:
     """The micro-batches of all steps."""
     engine: TrainingEngine
     """Model and optimizer."""
+    flops: FlopsCounter
+    """Counts the operations that the model needs."""
 
     @property
     def is_first(self) -> bool:
@@ -109,4 +112,5 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
         total_steps=total_steps,
         batches=batches,
         engine=engine,
+        flops=FlopsCounter(engine),
     )

@@ -38,15 +38,21 @@ from mmray.training.deepspeed_config import (
     import_deepspeed,
     with_zero_stage,
 )
-from mmray.training.loss import count_trained_tokens, packed_loss_sum, packed_loss_sums
+from mmray.training.head_loss import HeadLoss
+from mmray.training.liger import LigerLoss, check_fused_loss
+from mmray.training.loss import PLAIN, PackedLoss, packed_loss, trained_positions
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from mmray.training.ranks import Ranks
 from mmray.training.router_loss import Routers, router_coefficient
 from mmray.training.settings import ModelSettings, TrainingSettings
+from mmray.training.token_losses import Measures, Objective
 from mmray.training.weights import listed
 
 logger = logging.getLogger(__name__)
+
+NUM_SUMS = 5
+"""Sums over the tokens of a step: of balancing losses and the four of `Measures`."""
 
 
 class MicroBatch(Protocol):
@@ -103,6 +109,12 @@ class StepMetrics:
 
     It is 1 where experts are used evenly; None where no such loss is trained.
     """
+    token_accuracy: float = 0.0
+    """Share of the trained tokens that the model finds most likely; 0 where there are none."""
+    smoothed_loss: float | None = None
+    """Mean cross-entropy with smoothed targets, in nats; None without label smoothing."""
+    z_loss: float | None = None
+    """Mean squared logarithm of the softmax's denominator, before its factor; None without z-loss."""
     set_losses: tuple[float | None, ...] = ()
     """Mean cross-entropy of the trained tokens of each set, in nats; None for a set without one. () where the losses of
     sets are not measured."""
@@ -151,6 +163,7 @@ class TrainingEngine:
         self.total_steps = total_steps
         self.grad_accumulation = grad_accumulation
         self.num_sets = num_sets
+        self.objective = Objective(training_settings.label_smoothing, training_settings.z_loss)
         self.ranks = ranks or Ranks()
         self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.zero_stage = effective_zero_stage(model_settings, training_settings)
@@ -161,6 +174,7 @@ class TrainingEngine:
 
         _agree_on_device()
         deepspeed.init_distributed()
+        check_fused_loss(training_settings, torch.device(deepspeed.get_accelerator().current_device_name()))
         with checkpoint.prepared(resume_from, self, scratch, node) as source:
             self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
             saved = None if source is None else source.state.router_loss
@@ -196,19 +210,30 @@ class TrainingEngine:
         if not trained:
             return self._nothing_trained(tokens, rate)
         scales = self.world_size / max(1, trained), self.world_size / max(1, balanced)
-        sums = torch.zeros(2 + 2 * self.num_sets, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(NUM_SUMS + 2 * self.num_sets, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches[:-1]:
             sums += self._forward_backward(micro_batch, *scales)
             self.deepspeed.step()
         sums += self._forward_backward(micro_batches[-1], *scales)
         dist.all_reduce(sums)
-        loss_sum, router_sum, *of_sets = sums.tolist()  # the first of the step's two waits for the device
-        loss, router_loss = loss_sum / max(1, trained), router_sum / max(1, balanced)
-        self._require_finite(loss, "loss")  # no weight has changed yet
+        balancing, *of_tokens = sums.tolist()  # the first of the step's two waits for the device
+        loss, smoothed, squared, accuracy = (total / trained for total in of_tokens[: NUM_SUMS - 1])
+        trains = loss if not self.objective.label_smoothing else smoothed
+        self._require_finite(trains + self.objective.z_loss * squared, "loss")  # no weight has changed yet
         grad_norm = self._apply_gradients()
         self.step_count += 1
-        set_losses = self._set_losses(of_sets)
-        return StepMetrics(loss, trained, tokens, grad_norm, rate, router_loss if self.routers else None, set_losses)
+        return StepMetrics(
+            loss,
+            trained,
+            tokens,
+            grad_norm,
+            rate,
+            router_loss=balancing / max(1, balanced) if self.routers else None,
+            token_accuracy=accuracy,
+            smoothed_loss=smoothed if self.objective.label_smoothing else None,
+            z_loss=squared if self.objective.z_loss else None,
+            set_losses=self._set_losses(of_tokens[NUM_SUMS - 1 :]),
+        )
 
     def _set_losses(self, sums: list[float]) -> tuple[float | None, ...]:
         """The mean loss of each set. sums: of the losses of each set, and then the numbers of their trained tokens."""
@@ -235,9 +260,8 @@ class TrainingEngine:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
-                        inputs, labels = self._on_device(micro_batch)
-                        totals[0] += packed_loss_sum(self.deepspeed, inputs, labels)
-                        totals[1] += count_trained_tokens(labels)
+                        totals[1] += _count(micro_batch.labels[:, 1:], IGNORE_INDEX)
+                        totals[0] += self._loss(micro_batch).loss
         finally:
             self.deepspeed.train()
         dist.all_reduce(totals)
@@ -257,10 +281,8 @@ class TrainingEngine:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
-                        inputs, labels = self._on_device(micro_batch)
-                        sets = micro_batch.token_sets.to(self.device)
-                        sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets.clamp(min=0), num_sets)
-                        totals += torch.stack([sums.double(), counts.double()])
+                        measures = self._loss(micro_batch, num_sets=num_sets).measures
+                        totals += torch.stack([measures.set_sums.double(), measures.set_counts.double()])
         finally:
             self.deepspeed.train()
         dist.all_reduce(totals)
@@ -302,35 +324,39 @@ class TrainingEngine:
         trained, tokens, balanced = self.ranks.sums([trained, tokens, balanced])
         return trained, tokens, balanced
 
-    def _on_device(self, micro_batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
-        """The model's arguments and the labels of a micro-batch, which are with them where they were made ahead."""
+    def _loss(
+        self, micro_batch: MicroBatch, *, objective: Objective = PLAIN, num_sets: int = 0,
+        scale: float = 1.0, kind: type[HeadLoss] = HeadLoss,
+    ) -> PackedLoss:  # fmt: skip
+        """The loss of a micro-batch, whose sets are measured apart where `num_sets` says how many there are."""
+        positions = self._copied(trained_positions(micro_batch.labels))
+        sets = self._copied(micro_batch.token_sets.clamp(min=0)) if num_sets else None
         inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
-        return inputs, micro_batch.labels.to(self.device)
+        labels = micro_batch.labels.to(self.device)  # where inputs were made ahead, they are there already
+        return packed_loss(
+            self.deepspeed, inputs, labels, positions=positions, objective=objective, sets=sets, num_sets=num_sets,
+            scale=scale, kind=kind,
+        )  # fmt: skip
 
-    def _loss_parts(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """The micro-batch's loss sum, and the sums and numbers of trained tokens of its sets, detached [2 num_sets]."""
-        sets = micro_batch.token_sets if self.num_sets else None
-        inputs, labels = self._on_device(micro_batch)
-        if sets is None:
-            loss_sum = packed_loss_sum(self.deepspeed, inputs, labels)
-            return loss_sum, loss_sum.new_zeros(0)
-        sums, counts = packed_loss_sums(self.deepspeed, inputs, labels, sets.to(self.device), self.num_sets)
-        return sums.sum(), torch.cat([sums.detach(), counts.to(sums.dtype)])
+    def _copied(self, values: Tensor) -> Tensor:
+        """A tensor of the host on the device; the host does not wait for the copy."""
+        return values if self.device.type == "cpu" else values.pin_memory().to(self.device, non_blocking=True)
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, router_scale: float) -> Tensor:
-        """The micro-batch's loss sum and its sum of balancing losses, then the sums and counts of its sets, detached;
-        their gradients are accumulated."""
+        """The micro-batch's sums (`_sums`); its gradients are accumulated."""
+        options: dict[str, Any] = {"objective": self.objective, "num_sets": self.num_sets, "scale": scale}
+        options["kind"] = LigerLoss if self.training_settings.fused_loss else HeadLoss
         if self.routers is None:
-            loss_sum, of_sets = self._loss_parts(micro_batch)
-            self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
-            return torch.cat([torch.stack([loss_sum.detach(), torch.zeros_like(loss_sum)]), of_sets])
+            packed = self._loss(micro_batch, **options)
+            self.deepspeed.backward(packed.loss * scale, scale_wrt_gas=False)
+            return _sums(torch.zeros_like(packed.loss), packed.measures)
         with self.routers.recording():
-            loss_sum, of_sets = self._loss_parts(micro_batch)
+            packed = self._loss(micro_batch, **options)
         balancing = self.routers.balancing_sum(micro_batch.trained_segments)
         assert self.router_loss is not None
-        whole = loss_sum * scale + balancing * (router_scale * self.router_loss)
+        whole = packed.loss * scale + balancing * (router_scale * self.router_loss)
         self.deepspeed.backward(whole, scale_wrt_gas=False)
-        return torch.cat([torch.stack([loss_sum.detach(), balancing.detach()]), of_sets])
+        return _sums(balancing, packed.measures)
 
     def _apply_gradients(self) -> float:
         """Clips and updates; returns the norm before clipping. At stage 0 DeepSpeed would clip by a norm in fp32."""
@@ -367,6 +393,15 @@ class TrainingEngine:
 def _count(values: Tensor, left_out: int) -> int:
     """Number of values of a tensor of the host that are not `left_out`; no device is waited for."""
     return int(np.count_nonzero(values.numpy() != left_out))
+
+
+def _sums(balancing: Tensor, measures: Measures) -> Tensor:
+    """Joins the sums that the metrics of a step are made of, which ranks reduce at once: NUM_SUMS values, then the loss
+    of each set, then the number of its trained tokens."""
+    whole = torch.stack([
+        balancing.detach(), measures.cross_entropy, measures.smoothed, measures.squared_normaliser, measures.correct
+    ])  # fmt: skip
+    return torch.cat([whole.double(), measures.set_sums.double(), measures.set_counts.double()])
 
 
 @contextmanager

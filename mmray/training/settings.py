@@ -8,7 +8,7 @@ to use instead.
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,6 +39,11 @@ OWNED_DEEPSPEED_KEYS = {
 
 RouterLoss = Literal["model"] | float | None
 """Factor of the balancing loss of a mixture of experts; "model": that of its configuration; None: no such loss."""
+
+
+def _is_off(value: Any) -> bool:
+    """True for a setting that changes nothing: records of runs without it are as they were before there was one."""
+    return not value
 
 
 class ModelSettings(Settings):
@@ -99,6 +104,21 @@ class ModelSettings(Settings):
         return source
 
 
+class ProfileSettings(Settings):
+    """The steps that are traced."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """First and last step that rank 0 traces, counted from 1. The file is `profile/steps-FIRST-LAST.json.gz` in the
+    run's folder, which Perfetto opens; a few steps are enough."""
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if steps[0] > steps[1]:
+            raise ValueError(f"the first step to trace, {steps[0]}, comes after the last, {steps[1]}")
+        return steps
+
+
 class TrainingSettings(Settings):
     """Length, batch, optimizer, ZeRO stage, and how often to evaluate and to save."""
 
@@ -147,10 +167,26 @@ class TrainingSettings(Settings):
     """DeepSpeed configuration merged over mmray's own: inline, or the path of a JSON file. Values "auto" are ignored;
     keys that mmray decides are errors."""
 
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
+    """Share of each target that is spread evenly over the whole vocabulary. `loss` in the metrics stays the plain
+    cross-entropy, in training and evaluation; `smoothed_loss` is the one that is trained."""
+
+    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False, exclude_if=_is_off)
+    """Factor of the z-loss, the squared logarithm of the softmax's denominator, which is added to the loss of each
+    trained token and keeps logits from growing; 1e-4 is common. `loss` in the metrics does not contain it; `z_loss` is
+    its mean before the factor."""
+
     router_loss: RouterLoss = "model"
     """Factor of the balancing loss of a mixture of experts, which keeps its routers from sending all tokens to a few
     experts: a number, "model" for `router_aux_loss_coef` of its configuration, or null for none. A resumed run with
     "model" keeps the factor it began with."""
+
+    fused_loss: Literal["liger"] | None = Field(default=None, exclude_if=_is_off)
+    """Kernel that computes the loss on GPUs: liger, of the package liger-kernel (`pip install 'mmray[liger]'`). null:
+    mmray's own way, in chunks, which gives the same loss."""
+
+    profile: ProfileSettings | None = Field(default=None, exclude_if=_is_off)
+    """Steps of which a trace is written, to see what they spend their time on. null: none."""
 
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """State that ZeRO partitions across the workers. 0: nothing; 1: optimizer state; 2: also gradients; 3: also

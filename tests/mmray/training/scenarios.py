@@ -9,8 +9,11 @@ import numpy as np
 import torch
 
 from mmray.errors import UserError
+from mmray.training import engine as engine_module
+from mmray.training import head_loss
 from mmray.training.checkpoint import save_state
 from mmray.training.engine import TrainingEngine
+from mmray.training.model import build_model
 from tests.mmray.training import tiny
 
 Case = tuple[int, str]  # ZeRO stage, dtype
@@ -73,6 +76,9 @@ def two_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
     results["gathered"] = train(engine, SAVED_AT)
     results["text alone"] = text_alone(engine)
     engine.close()
+    for stage in (0, 1, 2, 3):
+        results["uneven", stage] = uneven(stage)
+    results["uneven, adapted", 2], results["uneven, adapted", 3] = uneven(2, adapted=True), uneven(3, adapted=True)
     results["not finite"] = not_finite()
     results["broken files"] = not_finite(path=str(folder / "broken"), config=None)
     return results
@@ -90,6 +96,39 @@ def text_alone(engine: TrainingEngine) -> tuple[float, float]:
     evaluated, trained_tokens = engine.evaluate([batch, batch])
     assert trained_tokens == 4 * (19 + 20)
     return engine.step(batch).loss, evaluated
+
+
+def uneven(stage: int, *, adapted: bool = False) -> list[list[tuple[float, float, float]]]:
+    """Loss, gradient norm and evaluation of two steps in which rank 1 has far fewer trained tokens and in one
+    micro-batch none: with all tokens of a row at once, and with a few at a time. adapted: the head has an adapter."""
+    generator = torch.Generator().manual_seed(5)
+    page = tiny.TinyBin((tiny.make_sample(generator, before=2, grid=(8, 8), after=40, trained=39),))
+    short = tiny.TinyBin((tiny.make_sample(generator, before=2, grid=(8, 8), after=6, trained=3),))
+    build_model, elements = engine_module.build_model, (head_loss.HEAD_ELEMENTS, head_loss.LOSS_ELEMENTS)
+    if adapted:
+        engine_module.build_model = with_adapter
+    try:
+        results = []
+        for chunks in (elements, (7 * 160, 3 * 160)):
+            head_loss.HEAD_ELEMENTS, head_loss.LOSS_ELEMENTS = chunks
+            engine = build((stage, "fp32"), 2, deepspeed=NO_PERSISTENCE if stage == 3 else None)
+            batch = [page, page] if engine.rank == 0 else [tiny.empty_bin(), short]
+            steps = [(engine.step(batch), engine.evaluate([batch])[0]) for _ in range(2)]
+            results.append([(metrics.loss, metrics.grad_norm, evaluated) for metrics, evaluated in steps])
+            engine.close()
+        return results
+    finally:
+        engine_module.build_model = build_model
+        head_loss.HEAD_ELEMENTS, head_loss.LOSS_ELEMENTS = elements
+
+
+def with_adapter(*arguments: Any, **options: Any) -> Any:
+    """The model with LoRA, beside its head and in one of its layers."""
+    import peft
+
+    targets = r".*(lm_head|language_model\.layers\.1\.mlp\.down_proj)"
+    adapters = peft.LoraConfig(r=2, init_lora_weights="gaussian", target_modules=targets)
+    return peft.get_peft_model(build_model(*arguments, **options), adapters)
 
 
 def nothing_trained(engine: TrainingEngine) -> tuple[bool, float, int]:

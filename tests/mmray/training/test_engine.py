@@ -91,6 +91,20 @@ def test_a_rank_with_text_alone_does_not_hang(results: Results) -> None:
     assert results["two"][1]["text alone"] == (stepped, evaluated)
 
 
+@pytest.mark.parametrize(
+    "name", [*(("uneven", stage) for stage in (0, 1, 2, 3)), ("uneven, adapted", 2), ("uneven, adapted", 3)]
+)
+def test_ranks_with_other_numbers_of_chunks_do_not_hang(results: Results, name: tuple[str, int]) -> None:
+    """Nor is anything else than with one chunk for each row, also in the second step, which has seen the gradients."""
+    whole, chunked = results["two"][0][name]
+    assert results["two"][1][name] == [whole, chunked]
+    for one, other in zip(whole, chunked, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    assert whole[0][0] > whole[1][0]
+    if name[0] == "uneven":
+        assert whole == [pytest.approx(step, rel=1e-5) for step in results["two"][0]["uneven", 0][0]]
+
+
 @pytest.mark.parametrize("case", EXACT, ids=checkpoint_name)
 def test_a_step_that_trains_nothing_leaves_the_weights(results: Results, case: scenarios.Case) -> None:
     """With running means of earlier steps, and weight decay."""
