@@ -291,8 +291,8 @@ def _looker() -> Callable[..., dict[str, Any]]:
             if not shutil.which(asked[0]):
                 return []
             try:
-                told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout
-                return [int(line) << 20 for line in told.split()]
+                output = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout
+                return [int(line) << 20 for line in output.split()]
             except (OSError, ValueError, subprocess.SubprocessError):
                 return []
 

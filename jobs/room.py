@@ -48,7 +48,8 @@ def _sizes(model: str, tokens: int, visual_tokens: int) -> Sizes:
 
 
 def need_of(job: Job, gpus: bool, machines: Sequence[Machine], saved_stage: int | None = None) -> Need:
-    """What a job needs of each rank, with the fewest workers that it may have, and what these machines have.
+    """Computes the bytes that a job needs of each rank, with the fewest workers that it may have, beside those that
+    machines have.
 
     saved_stage: the ZeRO stage of the checkpoint it continues from. Raises UnknownModel where the model cannot be
     built here.

@@ -133,7 +133,7 @@ class StreamedBatches:
         yield from self._of(next(self._parts))
 
     def _feed(self, start: int, stop: int) -> Feed:
-        """What this rank reads steps [start, stop) from; rank 0 builds the graph. Collective."""
+        """The feed of this rank for steps [start, stop); rank 0 builds the graph. Collective."""
         reference = None
         if self._rank == 0:
             reference = ray.put(self._ingest.split(start, stop))

@@ -192,14 +192,14 @@ def parts(share: pa.Table) -> list[pa.Table]:
 
 
 def layouts_of(share: pa.Table) -> pa.Table:
-    """What a label actor needs of a rendered share: the columns of `Layout` of each of its micro-batches."""
+    """Selects what a label actor needs of a rendered share: the columns of `Layout` of each of its micro-batches."""
     names = {field.name for field in fields(Layout)}
     return share.select([label for label in share.column_names if label.split(".", 1)[1] in names])
 
 
 @dataclass(frozen=True)
 class Feed:
-    """What one rank reads from.
+    """The source of one rank's batches.
 
     shares: its iterator of the split; labels: the label actor that it asks.
     """
@@ -284,7 +284,7 @@ class Ingest:
         return [actor.remote(pickle.dumps(make)) for _ in range(count)]
 
     def split(self, start: int, stop: int) -> list[Feed]:
-        """What all ranks read steps [start, stop) from, for `receive`."""
+        """Builds the graph of steps [start, stop); returns the feeds of all ranks, for `receive`."""
         resources, shares = self.resources, self.stream(start, stop)
         render = partial(Render, shares, resources.tile_cache, self.warnings, self.job)
         dataset = numbers(len(shares), resources.train_labels)

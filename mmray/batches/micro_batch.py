@@ -69,7 +69,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """What labels and positions are computed from: the tokens of a micro-batch and the sizes of its pictures.
+    """The tokens of a micro-batch and the sizes of its pictures, from which labels and positions are computed.
 
     L: number of tokens; S: number of samples, where gaps and the added picture count too; I: number of images.
     """
@@ -355,7 +355,7 @@ class MicroBatch:
         return taken.arguments
 
     def inputs_on(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> "DeviceInputs":
-        """What `model_inputs` returns, and the labels, made now."""
+        """Makes the keyword arguments of the model's forward, and the labels, on `device`, as `model_inputs` says."""
         masked = self.masked
         self._warn_of_long_samples(config)
         labels = _on(device, masked.labels)

@@ -46,7 +46,7 @@ def piece_name(log: str, number: int) -> str:
 
 @dataclass
 class SentLog:
-    """What the store has of one log, as this process knows it."""
+    """The pieces of one log that the store holds, as this process knows them."""
 
     fetched: dict[str, FileState] = field(default_factory=dict)
     """State of each piece as it was last read, by its name."""

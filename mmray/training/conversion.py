@@ -69,17 +69,17 @@ def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ra
     """
     group = [rank for rank, value in enumerate(ranks.every(node)) if value == node]
     converter = group[0]
-    work, problem, together = Path(), None, False
+    work, problem, is_shared = Path(), None, False
     if ranks.rank == converter:
         scratch.mkdir(parents=True, exist_ok=True)
         for left in scratch.glob(f"{PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=scratch))
         (work / "source").symlink_to((source / SHARDS).resolve())
-        together = sum(file.stat().st_size for file in (source / SHARDS).iterdir()) >= TOGETHER_BYTES
-    (work, together) = ranks.every((work, together))[converter]
+        is_shared = sum(file.stat().st_size for file in (source / SHARDS).iterdir()) >= TOGETHER_BYTES
+    work, is_shared = ranks.every((work, is_shared))[converter]
     try:
-        if together:
+        if is_shared:
             problem = _convert_part(source, work, group.index(ranks.rank), len(group), ranks)
         elif ranks.rank == converter:
             problem = _convert(source, work, num_shards)

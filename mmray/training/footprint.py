@@ -74,7 +74,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the bytes follow from."""
+    """The sizes of a model and of its micro-batches, from which the bytes follow."""
 
     parameters: int
     trained: int
@@ -153,15 +153,15 @@ def alternatives(training: TrainingSettings, ranks: int) -> list[tuple[str, Trai
     stage = training.zero_stage or 1
     stages = [(f"training.zero_stage: {more}", {"zero_stage": more}, ranks) for more in STAGES if more > stage]
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    found: list[tuple[str, dict[str, Any], int]] = list(stages)
-    found += [
+    choices: list[tuple[str, dict[str, Any], int]] = list(stages)
+    choices += [
         (f"training.zero_stage: 3 and resources.workers: {more}", {"zero_stage": 3}, more)
         for more in (ranks * factor for factor in (2, 4, 8, 16, 32, 64, 128))
     ]
     if not training.deepspeed:
         text = "training.zero_stage: 3 and training.deepspeed: {zero_optimization: {offload_optimizer: {device: cpu}}}"
-        found.insert(len(stages), (text, {"zero_stage": 3, "deepspeed": offload}, ranks))
-    return [(text, training.model_copy(update=update), more) for text, update, more in found]
+        choices.insert(len(stages), (text, {"zero_stage": 3, "deepspeed": offload}, ranks))
+    return [(text, training.model_copy(update=update), more) for text, update, more in choices]
 
 
 def remedies(
