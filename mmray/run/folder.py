@@ -61,6 +61,7 @@ class RunFolder:
         self._fetched: dict[str, FileState] = {}
         self._published: dict[str, tuple[int, int]] = {}
         self._logs: dict[str, SentLog] = {}
+        self._is_publishing = threading.Lock()
 
     @classmethod
     def of(cls, run: "str | Path | RunFolder") -> "RunFolder":
@@ -108,20 +109,24 @@ class RunFolder:
         return self.path
 
     def publish(self) -> None:
-        """Sends the records that have changed since the last call."""
-        if self._remote is None:
-            return
+        """Sends the records that have changed since the last call; one thread at a time, so that none sends what is
+        older."""
+        if self._remote is not None:
+            with self._is_publishing:
+                self._publish(self._remote)
+
+    def _publish(self, remote: Folder) -> None:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if not path.is_file() or not _is_written_here(name):
                 continue
             if log_of(name):
-                publish_log(self._remote, path, name, self._logs.setdefault(name, SentLog()))
+                publish_log(remote, path, name, self._logs.setdefault(name, SentLog()))
                 continue
             status = path.stat()
             state = status.st_size, status.st_mtime_ns
             if self._published.get(name) != state:
-                self._remote.write(name, path.read_bytes())
+                remote.write(name, path.read_bytes())
                 self._published[name] = state
 
     @contextmanager
