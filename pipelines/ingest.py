@@ -74,6 +74,10 @@ LABEL_RESTARTS = 3
 """Number of times that a label actor whose process died is started again; then its rank fails, and training
 restarts."""
 
+RANKS_PER_MICRO_BATCH = 32
+"""Number of ranks for each of which a share holds a micro-batch more, whatever its bytes: one process schedules the
+shares of all ranks, some milliseconds each, so that their number a second must not grow with the ranks."""
+
 MOST_PER_SHARE = 32
 """The most micro-batches of one share: one actor makes all of a share, while its rank waits for the first."""
 
@@ -237,8 +241,8 @@ class Ingest:
 
     @cached_property
     def per_share(self) -> int:
-        """Number of micro-batches of a share, so that it holds about SHARE_BYTES, by the bins' mean numbers of
-        tokens."""
+        """Number of micro-batches of a share, so that it holds about SHARE_BYTES, by the bins' mean numbers of tokens;
+        more for many ranks."""
         family, statistics = self.maker.family, self.maker.prepared.statistics
         frames = family.dummy_frames
         sizes = tuple((frame.shape[1], frame.shape[0]) for frame in frames)
@@ -247,7 +251,8 @@ class Ingest:
         token_bytes = 4 + 1 + 8 + 8 * 3  # its id, whether it is given, its label, its positions
         total = statistics["tokens"] * token_bytes + statistics["visual_tokens"] * visual_bytes
         mean = max(1.0, total / len(self.maker.prepared) * self.plan.micro_batch_bins)
-        return int(np.clip(SHARE_BYTES / mean, 1, MOST_PER_SHARE))
+        least = self.plan.world_size / RANKS_PER_MICRO_BATCH
+        return int(np.clip(max(SHARE_BYTES / mean, least), 1, MOST_PER_SHARE))
 
     def segments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Ranges of steps that together cover [start, stop), each run by one Ray Data execution."""
