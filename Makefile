@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ from mmray.config.job import Job
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
 from mmray.errors import UserError
+from mmray.families import Family
 from mmray.prepared import PreparedWriter
 from mmray.prepared.dataset import MANIFEST, PLAN
 from mmray.prepared.estimate import Estimate, SetEstimate, estimate_split
@@ -132,13 +133,15 @@ def plan_train(
     is_prepared = bool(job.mixture) or all(
         Folder(job.prepared_path(split)).exists(MANIFEST) for split in job.data.splits
     )
-    _, guesses = _examined(plan, counts=not is_prepared)
+    rows, guesses = _examined(plan, counts=not is_prepared)
     prepared = plan.attempt("prepared", lambda: open_prepared(job)) if is_prepared else None
     for split, guess in guesses.items():
         _add_rows(plan, split, guess)
         _add_bins(plan, split, guess)
     for split, data in (prepared or {}).items():
         plan.add(f"{split} bins", f"{len(data):,}, prepared: {data.path}")
+        if rows is not None:
+            _add_prepared_rows(plan, split, data, rows.family)
     if not is_prepared:
         plan.add("not prepared", "jobs/prepare.py must run first; until then bins are estimated")
     nodes = _nodes(plan, address, train_cpus(job), verbose)
@@ -193,6 +196,13 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
 def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
     assert rows is not None
     return estimate_split(job, split, rows.family, rows.policy)
+
+
+def _add_prepared_rows(plan: _Plan, split: str, data: RunData, family: Family) -> None:
+    for part in data.parts if isinstance(data, PreparedMixture) else (data,):
+        facts = plan.attempt("rows", partial(RowFacts.of_prepared, part, family))
+        if facts is not None:
+            plan.tables.append(rows_table(facts, f"{split}: {facts.looked_at} of {part.path}"))
 
 
 def _add_rows(plan: _Plan, split: str, guess: Estimate) -> None:

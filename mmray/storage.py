@@ -73,6 +73,22 @@ class _Remote:
     def open(self, path: str, mode: str = "rb", **options: Any) -> "_Remote":
         return _Remote(_plainly(self._inner.open)(path, mode, **options))
 
+    def exists(self, path: str) -> bool:
+        """Tell whether something is there. fsspec itself would say no where the store cannot be asked."""
+        return self._type_of(path) is not None
+
+    def isfile(self, path: str) -> bool:
+        return self._type_of(path) == "file"
+
+    def isdir(self, path: str) -> bool:
+        return self._type_of(path) == "directory"
+
+    def _type_of(self, path: str) -> str | None:
+        try:
+            return str(self.info(path)["type"])
+        except FileNotFoundError:
+            return None
+
     def __enter__(self) -> "_Remote":
         return self
 

@@ -1,7 +1,9 @@
-"""One Ray for each process of tests: a head as `ray start` makes it, with token authentication and a dashboard.
+"""Two Rays for all tests: each a head as `ray start` makes it, with token authentication and a dashboard.
 
-`make test` runs two processes: each takes one half of the tests that need a Ray (`RAYS`), on one of its own, and they
-share the others file by file. With more, on two cores, Ray's many processes and these keep each other waiting.
+`make test` runs three processes on two cores: two take each one half of the tests that need a Ray (`RAYS`), on one of
+its own; the third begins with the others, file by file, and is joined by the first two when they are done. A Ray often
+waits (for processes that start, nodes that come, a cluster's next look), and the third works meanwhile. With more Rays,
+their many processes keep each other waiting.
 """
 
 import contextlib

@@ -184,12 +184,12 @@ def over_steps(
     x = Axis(first_step, max(last_step, first_step + 1), whole=True)
     y = Axis.around(*(curve_series.values for curve_series in series), zero=zero)
     drawn = [curve_series for curve_series in series if len(curve_series.values)]
-    return Plot(
-        title=title,
-        note=note,
-        x_name=x_name,
-        x_ticks=x.ticks,
-        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
+    return _plot(
+        title,
+        note,
+        x_name,
+        x,
+        y,
         curves=[_curve(curve_series, x, y) for curve_series in drawn],
         marks=[Tick(float(x.at(np.asarray(step)).clip(0, 1000)), text) for step, text in marks],
         hover=_hover(drawn, x, x_name),
@@ -297,14 +297,7 @@ def histogram(
         )
         if count
     ]  # fmt: skip
-    return Plot(
-        title=title,
-        note=note,
-        x_name=x_name,
-        x_ticks=x.ticks,
-        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in y.ticks],
-        boxes=boxes,
-    )
+    return _plot(title, note, x_name, x, y, boxes=boxes)
 
 
 def heat_map(
@@ -324,11 +317,10 @@ def heat_map(
         )
         for i, j in np.argwhere(counts)
     ]  # fmt: skip
-    return Plot(
-        title=title,
-        note=note,
-        x_name=x_name,
-        x_ticks=across.ticks,
-        y_ticks=[Tick(1000 - tick.place, tick.text) for tick in up.ticks],
-        boxes=boxes,
-    )
+    return _plot(title, note, x_name, across, up, boxes=boxes)
+
+
+def _plot(title: str, note: str, x_name: str, x: Axis, y: Axis, **content: Any) -> Plot:
+    """A plot with the ticks of its axes. content: what is drawn, as fields of Plot."""
+    y_ticks = [Tick(1000 - tick.place, tick.text) for tick in y.ticks]
+    return Plot(title=title, note=note, x_name=x_name, x_ticks=x.ticks, y_ticks=y_ticks, **content)

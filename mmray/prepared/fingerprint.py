@@ -23,14 +23,12 @@ def processor_record(processor: Any) -> dict[str, str]:
     image_settings = {
         key: value for key, value in processor.image_processor.to_dict().items() if not key.startswith("_")
     }
-    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     # Attributes of the processor itself, such as patch sizes and the tokens of a picture.
     settings = {name: value for name, value in vars(processor).items() if isinstance(value, (int, float, str))}
     settings = {name: value for name, value in settings.items() if not name.startswith("_") and name != "chat_template"}
-    calls = ("truncation", "padding")  # left by the last call of the tokenizer; mmray uses neither
     return {
         "class": type(processor).__name__,
-        "tokenizer": _hash({key: value for key, value in tokenizer.items() if key not in calls}),
+        "tokenizer": _tokenizer_hash(processor.tokenizer.backend_tokenizer.to_str()),
         "special_tokens": _hash(processor.tokenizer.special_tokens_map),
         "chat_template": _hash(processor.chat_template),
         "image_processor": _hash(image_settings),
@@ -122,6 +120,20 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, (a, b) in enumerate(zip(old, new)) for line in differences(a, b, f"{path}[{i}]")]
     return [] if old == new else [f"{path}: {old!r:.120} -> {new!r:.120}"]
+
+
+_tokenizer_hashes: dict[bytes, str] = {}
+
+
+def _tokenizer_hash(written: str) -> str:
+    """The hash of a tokenizer's settings, as it writes them. It is kept: reading a large vocabulary takes a second, and
+    one command asks for the record several times."""
+    key = hashlib.blake2b(written.encode()).digest()
+    if key not in _tokenizer_hashes:
+        calls = ("truncation", "padding")  # left by the last call of the tokenizer; mmray uses neither
+        settings = {name: value for name, value in json.loads(written).items() if name not in calls}
+        _tokenizer_hashes[key] = _hash(settings)
+    return _tokenizer_hashes[key]
 
 
 def _hash(value: Any) -> str:

@@ -17,6 +17,18 @@ from mmray.run.scoring.page import shown_text
 
 RATES = (("cer", "tokens"), ("wer", "warn"))
 
+MEASURED: tuple[tuple[str, str, str, str, Callable[[np.ndarray], str]], ...] = (
+    ("token_accuracy", "Token accuracy", "share", "good",
+     lambda shares: f"Trained tokens that the model finds most likely; {shares[-1]:.1%} at the end."),
+    ("peak_memory", "Peak memory", "bytes", "visual",
+     lambda held: f"Of the worker that holds most; {np.nanmax(held) / 1e9:,.2f} GB at most."),
+    ("model_flops_per_second", "Model FLOPs per second", "FLOPs a second", "tokens",
+     lambda speeds: f"Of all workers, during steps; median {np.nanmedian(speeds) / 1e12:,.3g} TFLOPs a second."),
+    ("mfu", "Model FLOPs utilisation", "share", "good",
+     lambda shares: f"Of what the GPUs could do in bf16; median {np.nanmedian(shares):.1%}."),
+)  # fmt: skip
+"""The measures of a step that have a chart of their own: key; title, name, colour and note of the chart."""
+
 MOST_TEXTS = 9
 MOST_EVENTS, MOST_WARNINGS, MOST_SKIPPED = 200, 20, 10
 LINES = ("tokens", "visual", "good", "warn", "bad")
@@ -122,8 +134,15 @@ def _charts(run: Run) -> list[Plot]:
         when = np.asarray([event["step"] for event in saved], dtype=np.float64)
         note = f"The step loop held up at each; {values.sum():,.1f} s in all, {np.median(values):.2g} s at the median."
         plots.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
+    plots += [
+        chart(title, note(run.column(key)), [column(name, colour, key)], True)
+        for key, title, name, colour, note in MEASURED
+        if _has(run, key)
+    ]
     if run.shares:
-        plots += [chart(*_share_chart(run), True), chart(*_set_loss_chart(run))]
+        plots.append(chart(*_share_chart(run), True))
+    if run.columns_by_name("loss_by_set"):
+        plots.append(chart(*_set_loss_chart(run)))
     skipped = run.column("skipped_samples")
     if np.nansum(skipped):
         note = f"Samples whose picture could not be used: {np.nansum(skipped):,.0f} in all."
@@ -169,11 +188,12 @@ def _share_chart(run: Run) -> tuple[str, str, list[Series]]:
 
 
 def _set_loss_chart(run: Run) -> tuple[str, str, list[Series]]:
-    """The loss of each set of a mixture: title, note and series of the chart."""
+    """The loss of each set of rows: title, note and series of the chart."""
     losses = run.columns_by_name("loss_by_set")
     steps = run.column("step")
-    series = [Series(name, colour, steps, losses[name]) for name, colour in zip(losses, LINES)]
-    ends = (f"{name} {_number(_last_known(losses[name]))}" for name in list(losses)[: len(LINES)])
+    shown = {f"set {name}" if name.isdecimal() else name: column for name, column in losses.items()}
+    series = [Series(name, colour, steps, shown[name]) for name, colour in zip(shown, LINES)]
+    ends = (f"{name} {_number(_last_known(shown[name]))}" for name in list(shown)[: len(LINES)])
     note = f"A mean over the trained tokens that each step has of a set. Last: {', '.join(ends)}."
     return "Loss by set", note + _others(len(losses)), series
 

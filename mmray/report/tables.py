@@ -1,6 +1,6 @@
 """Renders reports as tables for a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rich.console import Group
@@ -90,6 +90,15 @@ def policies_table(name: str, estimates: Sequence[PolicyEstimate]) -> Table:
     return table
 
 
+MEASURED: tuple[tuple[str, str, Callable[[np.ndarray], str]], ...] = (
+    ("token_accuracy", "token accuracy", lambda shares: _from_to(shares)),
+    ("peak_memory", "peak memory of a worker", lambda held: f"{np.nanmax(held) / 1e9:,.2f} GB"),
+    ("model_flops_per_second", "model FLOPs per second", lambda speeds: f"{np.nanmedian(speeds) / 1e12:,.3g} T"),
+    ("mfu", "of what the GPUs can do", lambda shares: f"{np.nanmedian(shares):.1%}"),
+)
+"""The measures of a step that a run may have: key, words and value in words."""
+
+
 def run_table(run: Run) -> Table:
     """Tabulate a training run: steps, first and last loss, tokens, speed, waiting for data, evaluation.
 
@@ -115,14 +124,17 @@ def run_table(run: Run) -> Table:
             shown = _from_to(np.asarray(measured)) if measured else "no trained token"
             table.add_row(f"  eval loss of {escape(name)}", shown)
     for name, losses in run.columns_by_name("loss_by_set").items():
-        known = losses[np.isfinite(losses)]
-        table.add_row(f"  loss of {escape(name)}", _from_to(known) if len(known) else "no trained token")
+        known, shown = losses[np.isfinite(losses)], f"set {name}" if name.isdecimal() else name
+        table.add_row(f"  loss of {escape(shown)}", _from_to(known) if len(known) else "no trained token")
     for name, shares in run.shares.items():
         asked = run.asked_shares[name][-1]
         of = "" if np.isnan(asked) else f", {asked:.1%} asked for"
         table.add_row(f"  share of {escape(name)}", f"{shares[-1]:.1%} of the last {SHARE_STEPS} steps' bins{of}")
     table.add_row("tokens", f"{tokens:,.0f}")
     table.add_row("tokens per second", f"{tokens / max(seconds, 1e-9):,.0f}")
+    for key, words, in_words in MEASURED:
+        if np.isfinite(values := run.column(key)).any():
+            table.add_row(words, in_words(values))
     table.add_row("waiting for data", f"{run.column('data_wait_seconds').sum():.1f} s beside {seconds:.1f} s of steps")
     return table
 

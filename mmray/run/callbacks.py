@@ -8,7 +8,7 @@ from typing import Any
 from mmray.errors import UserError
 from mmray.run.best import EARLY_STOP, best_callbacks
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
-from mmray.run.data import data_lines, mixture_line, mixture_metrics
+from mmray.run.data import data_lines, mixture_line, set_metrics
 from mmray.run.metrics import MetricsLog
 from mmray.run.performance import bf16_device, speed_metrics
 from mmray.run.profile import profile_callbacks
@@ -165,7 +165,7 @@ class Records(Callback):
             data_wait_seconds=done.step.waited,
             peak_memory=done.peak_memory,
             **speed_metrics(metrics.tokens, done.step.model_flops, done.seconds, trained.workers, self._device),
-            **mixture_metrics(loop.run.prepared, trained, metrics),
+            **set_metrics(loop.run.prepared, trained, metrics),
         )
 
     def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:

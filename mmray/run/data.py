@@ -54,13 +54,13 @@ def mixture_line(data: RunData) -> dict[str, object]:
 
 
 def set_names(data: RunData) -> tuple[str, ...]:
-    """The names of the sets whose losses are measured apart: those of the rows of each dataset of a mixture.
+    """The names of the sets of rows whose losses are measured apart.
 
-    A dataset of one set has its own name, the sets of others have numbers, such as `pages/1`, as in `data.train`. None
-    are measured apart in a run on one dataset.
+    The sets of one dataset have their numbers in `data.train` as names. In a mixture a dataset of one set has its own
+    name, the sets of others their numbers behind it, such as `pages/1`. A single set is not measured apart.
     """
     if not isinstance(data, PreparedMixture):
-        return ()
+        return tuple(str(number) for number in range(data.num_sets)) if data.num_sets > 1 else ()
     return tuple(
         dataset.name if part.num_sets == 1 else f"{dataset.name}/{number}"
         for dataset, part in zip(data.mixture.datasets, data.parts)
@@ -83,13 +83,15 @@ def trained_step(data: RunData, step: int, rank_bins: list[list[int]]) -> Traine
     )
 
 
-def mixture_metrics(data: RunData, trained: TrainedStep, metrics: StepMetrics) -> dict[str, dict[str, float | None]]:
-    """The metrics of a step of a mixture: the loss of each set, and the bins of each dataset; none for one dataset."""
+def set_metrics(data: RunData, trained: TrainedStep, metrics: StepMetrics) -> dict[str, dict[str, float | None]]:
+    """The metrics of a step by name: the loss of each set, where there are several, and the bins of each dataset of a
+    mixture."""
+    names = set_names(data)
+    losses = {"loss_by_set": dict(zip(names, metrics.set_losses, strict=True))} if names else {}
     if not isinstance(data, PreparedMixture) or trained.dataset_of is None:
-        return {}
+        return losses
     counts = Counter(dataset for rank in trained.dataset_of for dataset in rank)
-    losses = dict(zip(set_names(data), metrics.set_losses, strict=True))
-    return {
-        "loss_by_set": losses,
-        "bins_by_dataset": {dataset.name: counts[number] for number, dataset in enumerate(data.mixture.datasets)},
+    bins: dict[str, float | None] = {
+        dataset.name: counts[number] for number, dataset in enumerate(data.mixture.datasets)
     }
+    return losses | {"bins_by_dataset": bins}

@@ -22,11 +22,12 @@ from torch.autograd.function import once_differentiable
 from mmray.training.deferred_logits import Step
 from mmray.training.token_losses import Measures, Objective, TrainedTokens, chunk_loss
 
-HEAD_ELEMENTS = 2**25
-"""Logits that the head computes at once."""
+HEAD_BYTES = 2**26
+"""Bytes of the logits that the head computes at once."""
 
-LOSS_ELEMENTS = 2**23
-"""Logits of which fp32 copies exist at once."""
+LOSS_BYTES = {"cpu": 2**23, "cuda": 2**25}
+"""Bytes of an fp32 copy of the logits that the loss is computed of at once; there are three at most. A GPU takes more,
+because each call costs it time."""
 
 
 class HeadLoss:
@@ -75,7 +76,7 @@ class HeadLoss:
         rows: what the head takes, [N, width]; N may be 0.
         """
         total, gradients = self.scale.new_zeros(()), torch.empty_like(rows) if differentiate else None
-        at_once = head.rows_at_once(len(rows))
+        at_once = head.rows_at_once(rows)
         for start in range(0, max(1, len(rows)), at_once):
             chunk = rows[start : start + at_once]
             of_chunk = None if gradients is None else gradients[start : start + at_once]
@@ -96,7 +97,8 @@ class HeadLoss:
     ) -> tuple[Tensor, Tensor | None]:
         """The summed loss of logits [n, vocabulary] of the tokens from `start` on, and their gradients, times the
         scale, which take the place of the logits where `overwrite` is set."""
-        total, rows = self.scale.new_zeros(()), max(1, LOSS_ELEMENTS // logits.shape[-1])
+        total, at_once = self.scale.new_zeros(()), LOSS_BYTES.get(logits.device.type, LOSS_BYTES["cuda"])
+        rows = max(1, at_once // (4 * logits.shape[-1]))
         gradients = None if not differentiate else logits if overwrite else torch.empty_like(logits)
         for first in range(0, max(1, len(logits)), rows):
             part = logits[first : first + rows].detach().requires_grad_(differentiate)
@@ -137,8 +139,8 @@ class Head(Protocol):
     overwrite: bool
     """True if the gradients of logits may take the logits' place."""
 
-    def rows_at_once(self, rows: int) -> int:
-        """Number of rows that it is applied to at once. rows: their number in all."""
+    def rows_at_once(self, rows: Tensor) -> int:
+        """Number of rows that it is applied to at once. rows: all of them."""
         ...
 
     def logits(self, rows: Tensor, *, differentiate: bool) -> Tensor:
@@ -164,8 +166,8 @@ class LinearHead:
         self._of_weight: Tensor | None = None
         self._of_bias: Tensor | None = None
 
-    def rows_at_once(self, rows: int) -> int:
-        return max(1, HEAD_ELEMENTS // self.weight.shape[0])
+    def rows_at_once(self, rows: Tensor) -> int:
+        return _rows_of_head(self.weight.shape[0], rows)
 
     def logits(self, rows: Tensor, *, differentiate: bool) -> Tensor:
         return F.linear(rows, self.weight, self.bias)
@@ -199,8 +201,8 @@ class _ModuleHead:
         self._forward, self._parameters, self._vocabulary = forward, parameters, module.out_features
         self._sums: list[Tensor | None] = [None] * len(parameters)
 
-    def rows_at_once(self, rows: int) -> int:
-        return max(1, HEAD_ELEMENTS // self._vocabulary)
+    def rows_at_once(self, rows: Tensor) -> int:
+        return _rows_of_head(self._vocabulary, rows)
 
     def logits(self, rows: Tensor, *, differentiate: bool) -> Tensor:
         self._rows = rows.detach().requires_grad_(differentiate)
@@ -227,8 +229,8 @@ class _NoHead:
 
     overwrite = False  # the model may need them in its own backward pass
 
-    def rows_at_once(self, rows: int) -> int:
-        return max(1, rows)
+    def rows_at_once(self, rows: Tensor) -> int:
+        return max(1, len(rows))
 
     def logits(self, rows: Tensor, *, differentiate: bool) -> Tensor:
         return rows
@@ -238,6 +240,10 @@ class _NoHead:
 
     def gradients(self) -> list[Tensor | None]:
         return []
+
+
+def _rows_of_head(vocabulary: int, rows: Tensor) -> int:
+    return max(1, HEAD_BYTES // (vocabulary * rows.element_size()))
 
 
 def runs_in_chunks(head: torch.nn.Module) -> bool:

@@ -62,19 +62,15 @@ def chunk_loss(logits: Tensor, tokens: TrainedTokens, rows: slice, objective: Ob
     """
     logits, targets = logits.float(), tokens.targets[rows]
     likelihoods = F.log_softmax(logits, dim=-1)
-    if tokens.sets is None:
-        cross_entropy = F.nll_loss(likelihoods, targets, reduction="sum")
-    else:
-        losses = F.nll_loss(likelihoods, targets, reduction="none")
-        # Unlike index_add, this sum is the same on every GPU.
-        set_sums = (losses[:, None] * F.one_hot(tokens.sets[rows], tokens.num_sets)).sum(0)
-        measures.set_sums = measures.set_sums + set_sums.detach()
-        cross_entropy = set_sums.sum()
+    loss = cross_entropy = F.nll_loss(likelihoods, targets, reduction="sum")
     measures.cross_entropy = measures.cross_entropy + cross_entropy.detach()
     with torch.no_grad():
-        best = likelihoods.gather(1, targets[:, None]).squeeze(1) >= likelihoods.amax(dim=-1)
-        measures.correct = measures.correct + best.sum()
-    loss = cross_entropy
+        of_targets = likelihoods.gather(1, targets[:, None])
+        measures.correct = measures.correct + (of_targets >= likelihoods.amax(dim=-1, keepdim=True)).sum()
+        if tokens.sets is not None:
+            # Unlike index_add, this sum is the same on every GPU.
+            set_sums = (-of_targets * F.one_hot(tokens.sets[rows], tokens.num_sets)).sum(0)
+            measures.set_sums = measures.set_sums + set_sums
     if objective.label_smoothing:
         spread = -likelihoods.mean(dim=-1).sum()
         loss = (1 - objective.label_smoothing) * cross_entropy + objective.label_smoothing * spread

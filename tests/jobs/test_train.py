@@ -74,6 +74,7 @@ def test_a_run_writes_its_metrics_and_keeps_the_last_checkpoints(whole: list[dic
         *("samples", "skipped_samples"),
         *("lr", "grad_norm", "step_seconds", "data_wait_seconds"),
         *("token_accuracy", "peak_memory", "tokens_per_second", "model_flops_per_second"),
+        "loss_by_set",
     }
     assert whole[-1]["loss"] < whole[0]["loss"]
     cursors = [json.loads(path.read_text())["step"] for path in (folder / "whole").glob("checkpoint_*/cursor.json")]

@@ -1,5 +1,6 @@
 """Processors small and real, and where the shared inputs lie."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,17 @@ def shared_data() -> Path:
     return SHARED
 
 
+@functools.cache
+def _load_shared(name: str) -> Any:
+    """Loads a real processor once: its tokenizer takes a second, and pytest asks for it anew whenever tests with the
+    other one came between."""
+    return load_processor(SHARED / "processors" / name)
+
+
 @pytest.fixture(scope="session", params=SHARED_PROCESSORS)
 def shared_processor(request: pytest.FixtureRequest, shared_data: Path) -> Any:
-    """Each real processor in turn."""
-    return load_processor(shared_data / "processors" / request.param)
+    """Each real processor in turn. Not to be changed: tests that change settings copy."""
+    return _load_shared(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -220,7 +220,7 @@ _MARKED = """\
 def with_marked_template(processor: Any, *, end_inside: bool = True) -> Any:
     """A copy of a processor whose chat template marks what the assistant says, and the end of its turn or not, as
     generated. Of the Qwen processors and those of granite-docling's form."""
-    marked = copy.deepcopy(processor)
+    marked = copy.copy(processor)
     is_qwen = "<|im_start|>" in processor.tokenizer.get_vocab()
     end = processor.tokenizer.eos_token
     words = {

@@ -118,8 +118,9 @@ def test_an_error_of_any_stores_client_is_told_in_one_line(fails_at):
         find = glob = ls = info
 
     fsspec.register_implementation("somecloud", Store, clobber=True)
-    with pytest.raises(ConnectionError, match=r"^name or service not known$"):
-        file_system("somecloud://a/b")[0].info("a/b")
+    for name in ("info", "exists", "isfile", "isdir"):
+        with pytest.raises(ConnectionError, match=r"^name or service not known$"):
+            getattr(file_system("somecloud://a/b")[0], name)("a/b")
     for pattern in ("somecloud://a/b.jsonl", "somecloud://a/*.jsonl"):
         with pytest.raises(UserError, match=r"^data files .*: name or service not known$"):
             listed_files(pattern)

@@ -44,8 +44,8 @@ def compare(model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     logits = model(**inputs, use_cache=False).logits
     expected = F.cross_entropy(logits[0, :-1].float(), labels[0, 1:], ignore_index=-100, reduction="sum")
     gradients = torch.autograd.grad(expected, trained, allow_unused=True)
-    monkeypatch.setattr(head_loss, "HEAD_ELEMENTS", ROWS_OF_HEAD * logits.shape[-1])
-    monkeypatch.setattr(head_loss, "LOSS_ELEMENTS", ROWS_OF_LOSS * logits.shape[-1])
+    monkeypatch.setattr(head_loss, "HEAD_BYTES", 4 * ROWS_OF_HEAD * logits.shape[-1])
+    monkeypatch.setitem(head_loss.LOSS_BYTES, "cpu", 4 * ROWS_OF_LOSS * logits.shape[-1])
     with caplog.at_level(logging.WARNING, logger="mmray"):
         found = packed_loss(model, inputs, labels)
     told = [record.message for record in caplog.records if record.name == "mmray"]

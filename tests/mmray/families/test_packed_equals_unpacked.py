@@ -9,7 +9,7 @@ Models that cannot pack refuse with a reason, and are right with one sample a ro
 import copy
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,8 @@ class Case:
     family: Family
     folder: Path
     prepared: PreparedDataset
+    processed: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    """What the processor made of rows, by their ids and lengths."""
 
     def micro_batch(self, *bins: int | None) -> MicroBatch:
         chosen = [None if number is None else self.prepared.bin(number) for number in bins]
@@ -106,7 +108,10 @@ class Case:
         for number in bins:
             packed = self.prepared.bin(number)
             for row_id, length in zip(packed.sample_ids, packed.sample_lengths):
-                yield self._alone(ROWS[row_id], int(length)), slice(start, start + int(length))
+                key = (row_id, int(length))
+                if key not in self.processed:
+                    self.processed[key] = self._alone(ROWS[row_id], int(length))
+                yield self.processed[key], slice(start, start + int(length))
                 start += int(length) + self.family.sample_gap
 
     def _alone(self, row: dict[str, Any], length: int) -> dict[str, Any]:
@@ -132,16 +137,22 @@ class Case:
 
 @pytest.fixture(scope="module")
 def make_case(zoo_folder, zoo_processor, tmp_path_factory):
-    """Builds a case; kept for the module."""
+    """Builds a case; kept for the module. Those with another attention have the same rows."""
 
     @functools.cache
-    def make(
-        name: str, attention: str = "", *, tiled: bool = False, token_capacity: int = 100_000,
-        text_only: bool = False,
-    ) -> Case:  # fmt: skip
+    def make(name: str, attention: str = "", **rows: Any) -> Case:
         member = ZOO[name]
         if member.missing_for_model:
             pytest.skip(f"a {name} needs {', '.join(member.missing_for_model)}")
+        if attention in ("", member.attentions[0]):
+            return prepare(name, **rows)
+        return replace(prepare(name, **rows), model=small_model(name, zoo_folder(name), attention))
+
+    @functools.cache
+    def prepare(
+        name: str, *, tiled: bool = False, token_capacity: int = 100_000, text_only: bool = False
+    ) -> Case:  # fmt: skip
+        member = ZOO[name]
         folder = tmp_path_factory.mktemp("rows")
         for seed, (picture, size) in enumerate(PICTURES.items()):
             noise(size, seed).save(folder / picture)
@@ -159,7 +170,7 @@ def make_case(zoo_folder, zoo_processor, tmp_path_factory):
                 mode="none" if member.refuses else "bins", token_capacity=token_capacity, visual_capacity=100_000
             ),
         )
-        model = small_model(name, zoo_folder(name), attention or member.attentions[0])
+        model = small_model(name, zoo_folder(name), member.attentions[0])
         return Case(member, model, preparation.family, folder, preparation.write(folder / "prepared"))
 
     return make
@@ -186,9 +197,8 @@ def gradients(model: Any, *losses: Tensor) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def loss_alone(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+def loss_alone(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum of the cross-entropies of one sample, from the logits of the sample alone."""
-    logits = model(**inputs, use_cache=False).logits[0]
     return F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -213,12 +223,12 @@ def gradient_error(found: dict[str, Tensor | None], expected: dict[str, Tensor |
     return max(errors.values())
 
 
-def logits_error(case: Case, batch: MicroBatch, bins: list[int]) -> float:
-    """The largest error of the logits of any sample of a micro-batch."""
+def logits_error(case: Case, batch: MicroBatch, bins: list[int], logits: list[Tensor] | None = None) -> float:
+    """The largest error of the logits of any sample of a micro-batch. logits: of each alone, where they are known."""
     packed = logits_of(case.model, case.inputs(batch))
     errors = []
-    for inputs, where in case.samples(bins):
-        alone = logits_of(case.model, inputs)
+    for number, (inputs, where) in enumerate(case.samples(bins)):
+        alone = logits_of(case.model, inputs) if logits is None else logits[number].detach()
         assert alone.abs().max() > 1  # at a smaller scale no error would show
         errors.append(error(packed[where], alone))
     return max(errors)
@@ -226,8 +236,17 @@ def logits_error(case: Case, batch: MicroBatch, bins: list[int]) -> float:
 
 def alone(case: Case, batch: MicroBatch, bins: list[int]) -> tuple[Tensor, dict[str, Tensor | None]]:
     """The summed loss of the samples alone, and its gradients. Labels are those of the micro-batch."""
-    losses = [loss_alone(case.model, inputs, batch.labels[0, where]) for inputs, where in case.samples(bins)]
-    return torch.stack(losses).detach().sum(), copy.deepcopy(gradients(case.model, *losses))
+    loss, gradients_alone, _ = alone_with_logits(case, batch, bins)
+    return loss, gradients_alone
+
+
+def alone_with_logits(
+    case: Case, batch: MicroBatch, bins: list[int]
+) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]]:
+    """The summed loss of the samples alone, its gradients, and the logits of each."""
+    logits = [case.model(**inputs, use_cache=False).logits[0] for inputs, _ in case.samples(bins)]
+    losses = [loss_alone(found, batch.labels[0, where]) for found, (_, where) in zip(logits, case.samples(bins))]
+    return torch.stack(losses).detach().sum(), copy.deepcopy(gradients(case.model, *losses)), logits
 
 
 # ---- Packed equals unpacked ----
@@ -277,8 +296,8 @@ def check_equal(case: Case, *bins: int) -> MicroBatch:
     assert {row_id for number in bins for row_id in case.prepared.bin(number).sample_ids} <= ROWS.keys()
     for expected, where in case.samples(list(bins)):
         assert torch.equal(expected["input_ids"][0], inputs["input_ids"][0, where])
-    assert logits_error(case, batch, list(bins)) < case.member.tolerance
-    expected_loss, expected_gradients = alone(case, batch, list(bins))
+    expected_loss, expected_gradients, logits = alone_with_logits(case, batch, list(bins))
+    assert logits_error(case, batch, list(bins), logits) < case.member.tolerance
     loss = packed_loss_sum(case.model, inputs, batch.labels)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=case.member.tolerance)
     assert gradient_error(gradients(case.model, loss), expected_gradients) < case.member.tolerance
@@ -315,9 +334,9 @@ def test_a_skipped_sample_changes_nothing_for_the_others(make_case, member):
             masked[0, where] = IGNORE_INDEX
     assert torch.equal(skipped.labels, masked)
     changed = {"labels", "skipped", "problems", "pixels"}
-    for field in fields(skipped.masked):
-        ours, theirs = (getattr(each.masked, field.name) for each in (skipped, sound))
-        assert field.name in changed or np.array_equal(ours, theirs), field.name
+    for name in (masked_field.name for masked_field in fields(skipped.masked)):
+        ours, theirs = (getattr(each.masked, name) for each in (skipped, sound))
+        assert name in changed or np.array_equal(ours, theirs), name
     assert not np.array_equal(skipped.masked.pixels, sound.masked.pixels)
     if len(packed.sample_ids) > len(broken):
         loss = packed_loss_sum(case.model, case.inputs(skipped), skipped.labels)
@@ -396,9 +415,9 @@ def test_the_added_picture_changes_nothing_and_runs_the_vision_tower(make_case, 
     assert inputs["pixel_values"].numel() > 0
     assert inputs["input_ids"].shape[1] > length
     assert (batch.labels[0, length:] == IGNORE_INDEX).all()
-    assert logits_error(case, batch, [number]) < case.member.tolerance
+    expected_loss, expected, logits = alone_with_logits(case, batch, [number])
+    assert logits_error(case, batch, [number], logits) < case.member.tolerance
 
-    expected_loss, expected = alone(case, batch, [number])
     loss = packed_loss_sum(case.model, inputs, batch.labels)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=case.member.tolerance)
     found = gradients(case.model, loss)

@@ -260,6 +260,27 @@ def test_a_run_is_told_step_by_step(tmp_path):
     assert "<script>alert" not in page.html
 
 
+def test_what_steps_measure_is_drawn_where_it_is_known(tmp_path):
+    columns = {
+        "token_accuracy": lambda step: step / 16, "peak_memory": lambda step: 2e9 + step,
+        "model_flops_per_second": lambda step: 3e12, "loss_by_set": lambda step: {"0": step / 2, "1": None},
+    }  # fmt: skip
+    run = Run(write_run(tmp_path / "run", 8, **columns))
+    page = Page(run_page(run))
+    assert hover(page, "Token accuracy")[3] == "step 4\nshare 0.25"
+    assert hover(page, "Loss by set")[3] == "step 4\nset 0 2\nset 1 1 not finite"
+    text = words(page)
+    for note in ("50.0% at the end", "2.00 GB at most", "median 3 TFLOPs a second", "Last: set 0 4, set 1 not finite"):
+        assert note in text
+    assert "Model FLOPs utilisation" not in text
+    cells = [str(cell) for column in run_table(run).columns for cell in column.cells]
+    assert [
+        cells[cells.index(name) + len(cells) // 2]
+        for name in ("token accuracy", "peak memory of a worker", "model FLOPs per second")
+    ] == ["0.0625 -> 0.5000", "2.00 GB", "3 T"]
+    assert "  loss of set 0" in cells
+
+
 def test_samples_left_out_are_named(tmp_path):
     folder = write_run(tmp_path / "run", 20)
     lines = [

@@ -85,14 +85,16 @@ def real_tokens(kind, row, preparation, tiles):
 
 @pytest.fixture
 def pixels_once(preparation, monkeypatch):
-    """The real image processor is called once for each list of pictures: many rows share their page."""
+    """The real image processor is called once for each list of pictures, as many rows share their page, and spares
+    itself what changes the values of pixels alone: they are looked at in the tests of pixels, and not here."""
     kind, results = type(preparation.family.processor.image_processor), {}
     call = kind.__call__
 
     def called(self, images, *args, **options):
         key = tuple(id(picture) for group in images for picture in (group if isinstance(group, list) else [group]))
         if key not in results:
-            results[key] = (images, call(self, images, *args, **options))  # the pictures live on: an id is theirs
+            plain = options | {"do_rescale": False, "do_normalize": False, "resample": Image.Resampling.NEAREST}
+            results[key] = (images, call(self, images, *args, **plain))  # the pictures live on: an id is theirs
         return copy.copy(results[key][1])
 
     monkeypatch.setattr(kind, "__call__", called)

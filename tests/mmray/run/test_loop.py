@@ -1,5 +1,6 @@
 """The loop of a run without Ray: its records, checkpoints and resumes, and callbacks that a test brings along."""
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -125,13 +126,14 @@ def checkpoint_files(run: Path, step: int) -> set[str]:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if not key.endswith("_seconds")} for line in lines]
+    measured = ("_seconds", "_per_second", "peak_memory")
+    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def whole(inputs: Inputs, folder: Path) -> list[dict[str, Any]]:
-    """Eight steps of two ranks in one go, without a callback of a test."""
-    return train_here(job_in(inputs, folder, "whole"), ranks=2)
+    """Eight steps of two ranks in one go, of which two are traced, without a callback of a test."""
+    return train_here(job_in(inputs, folder, "whole", training__profile={"steps": [2, 3]}), ranks=2)
 
 
 def test_a_run_without_ray_leaves_the_files_of_one_with_it(whole: list[dict[str, Any]], folder: Path) -> None:
@@ -140,7 +142,8 @@ def test_a_run_without_ray_leaves_the_files_of_one_with_it(whole: list[dict[str,
         (1, False), (2, False), (3, False), (4, False), (4, True), *((step, False) for step in range(5, 9)), (8, True),
     ]  # fmt: skip
     assert [(event["event"], event["step"], event["workers"]) for event in read_history(run)] == [
-        ("start", 0, 2), ("checkpoint", 3, 2), ("checkpoint", 6, 2), ("checkpoint", 8, 2), ("finish", 8, 2),
+        ("start", 0, 2), ("profile", 3, 2), ("checkpoint", 3, 2), ("checkpoint", 6, 2), ("checkpoint", 8, 2),
+        ("finish", 8, 2),
     ]  # fmt: skip
     assert {path.name[:19] for path in run.glob("checkpoint_*")} == {"checkpoint_00000006", "checkpoint_00000008"}
     trained = read_trained(run)
@@ -148,6 +151,30 @@ def test_a_run_without_ray_leaves_the_files_of_one_with_it(whole: list[dict[str,
     epoch = math.ceil(len(bins) / 4)
     assert sorted(number for step in trained[:epoch] for number in step.all_bins) == list(bins)[: 4 * len(trained)]
     assert {step.workers for step in trained} == {2}
+
+
+def test_the_traced_steps_are_in_a_file_that_perfetto_opens(whole: list[dict[str, Any]], folder: Path) -> None:
+    (event,) = [event for event in read_history(folder / "whole") if event["event"] == "profile"]
+    assert event["file"] == "profile/steps-2-3.json.gz"
+    assert in_words(event) == "a trace of the steps up to 3 is in profile/steps-2-3.json.gz"
+    events = json.loads(gzip.decompress((folder / "whole" / event["file"]).read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"Optimizer.step#AdamW.step", "aten::addmm"} <= names
+
+
+def test_the_speed_of_steps_is_that_of_their_tokens_and_seconds(whole: list[dict[str, Any]]) -> None:
+    """A step of more tokens takes more operations, whatever its time; losses of sets add up to that of the step."""
+    steps = [line for line in whole if "loss" in line]
+    for line in steps:
+        assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["step_seconds"])
+        assert 0 <= line["token_accuracy"] <= 1
+        assert line["peak_memory"] > 1e8
+        assert set(line["loss_by_set"]) == {"0", "1"}
+        known = [loss for loss in line["loss_by_set"].values() if loss is not None]
+        assert min(known) * (1 - 1e-5) <= line["loss"] <= max(known) * (1 + 1e-5)
+    needed = {line["tokens"]: line["model_flops_per_second"] * line["step_seconds"] for line in steps}
+    few, many = min(needed), max(needed)
+    assert 0 < needed[few] < needed[many]
 
 
 def test_a_checkpoint_without_states_of_callbacks_has_no_file_for_them(

@@ -66,7 +66,8 @@ def _by_use(engine: TrainingEngine) -> dict[str, int]:
     names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
     masters = [tensor for name in names for tensor in getattr(optimizer, name, [])]
     of_optimizer = {place: size for place, size in _storages([*state, *masters]).items() if place not in weights}
-    whole = _storages(value for value in gc.get_objects() if isinstance(value, Tensor))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # Python may not hold them
+    whole = _storages([*gradients, *(value for value in gc.get_objects() if isinstance(value, Tensor))])
     of_gradients = {
         place: size
         for place, size in whole.items()

@@ -104,13 +104,13 @@ def uneven(stage: int, *, adapted: bool = False) -> list[list[tuple[float, float
     generator = torch.Generator().manual_seed(5)
     page = tiny.TinyBin((tiny.make_sample(generator, before=2, grid=(8, 8), after=40, trained=39),))
     short = tiny.TinyBin((tiny.make_sample(generator, before=2, grid=(8, 8), after=6, trained=3),))
-    build_model, elements = engine_module.build_model, (head_loss.HEAD_ELEMENTS, head_loss.LOSS_ELEMENTS)
+    build_model, sizes = engine_module.build_model, (head_loss.HEAD_BYTES, head_loss.LOSS_BYTES["cpu"])
     if adapted:
         engine_module.build_model = with_adapter
     try:
         results = []
-        for chunks in (elements, (7 * 160, 3 * 160)):
-            head_loss.HEAD_ELEMENTS, head_loss.LOSS_ELEMENTS = chunks
+        for chunks in (sizes, (4 * 7 * 160, 4 * 3 * 160)):
+            head_loss.HEAD_BYTES, head_loss.LOSS_BYTES["cpu"] = chunks
             engine = build((stage, "fp32"), 2, deepspeed=NO_PERSISTENCE if stage == 3 else None)
             batch = [page, page] if engine.rank == 0 else [tiny.empty_bin(), short]
             steps = [(engine.step(batch), engine.evaluate([batch])[0]) for _ in range(2)]
@@ -119,7 +119,7 @@ def uneven(stage: int, *, adapted: bool = False) -> list[list[tuple[float, float
         return results
     finally:
         engine_module.build_model = build_model
-        head_loss.HEAD_ELEMENTS, head_loss.LOSS_ELEMENTS = elements
+        head_loss.HEAD_BYTES, head_loss.LOSS_BYTES["cpu"] = sizes
 
 
 def with_adapter(*arguments: Any, **options: Any) -> Any:

@@ -28,8 +28,8 @@ def model():
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven tokens at a time take the head, three the loss."""
-    monkeypatch.setattr(head_loss, "HEAD_ELEMENTS", 7 * 160)
-    monkeypatch.setattr(head_loss, "LOSS_ELEMENTS", 3 * 160)
+    monkeypatch.setattr(head_loss, "HEAD_BYTES", 4 * 7 * 160)
+    monkeypatch.setitem(head_loss.LOSS_BYTES, "cpu", 4 * 3 * 160)
 
 
 def inputs_of(model: Any, packed: tiny.TinyBin) -> dict[str, torch.Tensor]:
@@ -221,10 +221,10 @@ def test_a_frozen_head_gets_no_gradient(model) -> None:
 # ---- Losses of sets, label smoothing, z-loss, accuracy ----
 
 
-@pytest.mark.parametrize("chunk", [3 * 160, head_loss.LOSS_ELEMENTS])
+@pytest.mark.parametrize("chunk", [4 * 3 * 160, head_loss.LOSS_BYTES["cpu"]])
 def test_losses_of_sets_are_those_of_their_samples_alone(model, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """By the cross-entropy of every token, computed here; the gradients are those of the whole loss, also in chunks."""
-    monkeypatch.setattr(head_loss, "LOSS_ELEMENTS", chunk)
+    monkeypatch.setitem(head_loss.LOSS_BYTES, "cpu", chunk)
     packed = tiny.global_batch(0)[0]
     inputs = inputs_of(model, packed)
     lengths = [len(sample.input_ids) for sample in packed.samples]

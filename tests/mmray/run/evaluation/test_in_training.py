@@ -6,7 +6,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from mmray.cli import app
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
 from mmray.run.evaluation.in_training import chosen_rows, dealt_rows
@@ -129,6 +131,15 @@ def test_the_best_checkpoint_is_kept_across_a_resume_and_a_run_ends_early(inputs
     steps = sorted(int(path.name.split("_")[1]) for path in (folder / "best").glob("checkpoint_*"))
     assert steps == sorted({best, max(losses)})
     assert EvaluatedModel.find(job, checkpoint="best").step == best
+    weights = []
+    for name, choice in (("best", ["--best"]), ("step", ["--step", str(best)]), ("last", [])):
+        out = folder / f"exported-{name}"
+        done = CliRunner().invoke(app, ["export", str(folder / "best"), str(out), *choice])
+        assert f"{out}: step {max(losses) if name == 'last' else best}, " in done.output
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+    refused = CliRunner().invoke(app, ["export", str(folder / "best"), str(folder / "none"), "--best", "--step", "1"])
+    assert "give --step or --best, not both" in f"{refused.output}{refused.exception}"
     last = read_history(folder / "best")[-1]
     assert last["event"] == "finish"
     if max(losses) < 8:
