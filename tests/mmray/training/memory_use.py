@@ -85,8 +85,3 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
         for tensor in tensors
         if tensor.device.type == "cpu"
     }
-
-
-def measured_cases(rank: int, world_size: int, cases: list[tuple[str, int]], folder: Path) -> list[dict[str, int]]:
-    """`measured` of each case, (dtype, stage)."""
-    return [measured(rank, world_size, stage, dtype, folder) for dtype, stage in cases]
