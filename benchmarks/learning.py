@@ -49,8 +49,9 @@ from mmray.synthetic.models import small_config
 from mmray.synthetic.processors import write_processor
 from mmray.training.loss import count_trained_tokens, packed_loss_sum
 from mmray.training.model import build_model
-from mmray.training.optim import learning_rate, parameter_groups
+from mmray.training.optim import learning_rate, optimizer_groups
 from mmray.training.settings import ModelSettings, TrainingSettings
+from mmray.training.treatments import stages_of, weight_groups
 
 CELL = 28
 """Pixels of a side of a digit's cell, and of what becomes one visual token."""
@@ -147,12 +148,14 @@ class Trial:
                               vision_config={"initializer_range": 0.1}, initializer_range=0.1)  # fmt: skip
         torch.manual_seed(self.seed)
         model = build_model(ModelSettings(config=config.to_dict(), dtype="fp32", attention="sdpa"), device=CPU)
-        optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), settings.weight_decay))
+        (stage,) = stages = stages_of(settings, steps)
+        groups = weight_groups(model, settings, stages, stage)
+        optimizer = torch.optim.AdamW(optimizer_groups(model, groups))
         order, visual = self.order(BALANCE[arm]), []
         began = time.monotonic()
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, settings)
+                group["lr"] = learning_rate(step, stage, settings, settings.learning_rate)
             bins = [number for number in order.bins(step) if number is not None]
             visual.append(int(self.loads.visual_tokens[bins].sum()))
             batches = [self.train[number] for number in bins]

@@ -1,15 +1,15 @@
 """What every job does at its edges: connect to Ray, end on a signal, one line for an error."""
 
-import functools
 import logging
 import os
 import re
 import signal
 import socket
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +33,9 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Environment of every process of a job."""
+
+RAY_CORE_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+"""Environment variable by which a process of Ray decides what its C++ part prints."""
 
 QUIET_LOGGERS = ("ray.data", "ray.train", "ray._private.authentication", "transformers")
 """Libraries whose notes are left out of a job's output; Ray keeps all of them in its session folder."""
@@ -70,10 +73,11 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
     if not in_submitted_job():  # that has its environment from jobs/runtime_env.yaml, and the checkout on its path
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
         options["runtime_env"] = {"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}}
-    if address:
-        _join(address, options)
-    else:
-        _start_here(local_cpus(cpus), options)
+    with _core_tells_its_end() if not verbose and RAY_CORE_LEVEL not in os.environ else nullcontext():
+        if address:
+            _join(address, options)
+        else:
+            _start_here(local_cpus(cpus), options)
     if ends_softly:  # Ray has set handlers of its own, which print a stack and abort
         signal.signal(signal.SIGTERM, as_ctrl_c)
     return bool(address)
@@ -135,9 +139,56 @@ def _own_process_groups() -> Iterator[None]:
     A terminal's hang-up, or a supervisor that ends a job, signals the whole group: Ray would be gone before the work
     could be saved, and this process would wait a minute for it. They end when this process does, by Ray's own doing.
     """
+    with _started_processes(lambda options: options | {"process_group": 0}):
+        yield
+
+
+@contextmanager
+def _core_tells_its_end() -> Iterator[None]:
+    """Ray's C++ part in this process prints only why it ends it; those that are started here log as ever.
+
+    Of each pool of Ray Data it would tell, as an error, that its actors cannot be restarted without their arguments,
+    which Ray Data holds as long as the pool. What fails is an exception in Python too.
+    """
+    os.environ[RAY_CORE_LEVEL] = "fatal"  # read when this process connects, which tells that it was
+    try:
+        with (
+            _started_processes(lambda options: options | {"env": _without(options["env"], RAY_CORE_LEVEL)}),
+            _stderr_without(RAY_CORE_LEVEL),
+        ):
+            yield
+    finally:
+        del os.environ[RAY_CORE_LEVEL]
+
+
+@contextmanager
+def _stderr_without(text: str) -> Iterator[None]:
+    """Leaves lines with a text out of what this process, with its C++ part, writes to stderr in the meantime; the
+    others come at the end."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if text.encode() not in line))
+
+
+def _without(environment: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key != name}
+
+
+@contextmanager
+def _started_processes(changed: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Changes the options with which Ray starts its processes. changed: options of `Popen` to others."""
     services: Any = ray_services
     start = services.ConsolePopen
-    services.ConsolePopen = functools.partial(start, process_group=0)
+    services.ConsolePopen = lambda command, **options: start(command, **changed(options))
     try:
         yield
     finally:

@@ -48,6 +48,8 @@ from mmray.schedule.cursor import Cursor
 from mmray.schedule.mixture import Mixture
 from mmray.storage import Folder
 from mmray.training.checkpoint import read_state
+from mmray.training.part_report import check_resumed
+from mmray.training.treatments import stages_of
 from pipelines.nodes import Node, alive_nodes, amount
 
 EXIT_FAILED = 2
@@ -259,6 +261,9 @@ def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_
     if cursor is None:
         return None
     total = planned_run.total_steps(cursor)
+    plan.attempt("stages", lambda: stages_of(job.training, total))
+    if checkpoint is not None:
+        plan.attempt("resume", lambda: check_resumed(checkpoint, job.model, job.training, total))
     left = max(0, total - cursor.step)
     if isinstance(data := prepared["train"], PreparedMixture):
         _add_mixture(plan, data.mixture, planned_run, cursor, total)

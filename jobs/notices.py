@@ -166,9 +166,13 @@ class Machine:
         self._drained: set[tuple[str, Notice]] = set()
 
     def nodes(self) -> list[str]:
-        """The ids of the nodes that are up. Raises RayError or RuntimeError where the head does not answer."""
+        """The ids of the nodes that are up. Raises RayError or RuntimeError where the head does not answer.
+
+        The head itself is left out: no other node could take its part.
+        """
         alive = self._gcs.get_all_node_info(timeout=ANSWER_SECONDS, state_filter=ALIVE)
-        return [node.node_id.hex() for node in alive.values() if node.node_manager_address == self._address]
+        workers = [node for node in alive.values() if not node.is_head_node]
+        return [node.node_id.hex() for node in workers if node.node_manager_address == self._address]
 
     def drain(self, notice: Notice) -> list[str]:
         """Drains the nodes that were not yet drained for this notice, and returns their ids. Raises as `nodes`, and

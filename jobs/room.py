@@ -19,7 +19,7 @@ from mmray.errors import UserError
 from mmray.run.folder import RunFolder
 from mmray.training.deepspeed_config import with_zero_stage
 from mmray.training.footprint import Footprint, Sizes, footprint, remedies
-from mmray.training.settings import ModelSettings
+from mmray.training.settings import ModelSettings, TrainingSettings
 
 
 class UnknownModel(UserError):
@@ -40,11 +40,19 @@ class Need:
 
 
 @lru_cache(maxsize=4)
-def _sizes(model: str, tokens: int, visual_tokens: int) -> Sizes:
+def _sizes(model: str, training: str, tokens: int, visual_tokens: int) -> Sizes:
+    settings = ModelSettings.model_validate_json(model), TrainingSettings.model_validate_json(training)
     try:
-        return Sizes.of(ModelSettings.model_validate_json(model), tokens, visual_tokens)
+        return Sizes.of(*settings, tokens, visual_tokens)
     except UserError as error:
         raise UnknownModel(str(error)) from error
+
+
+def _sizes_of(job: Job) -> Sizes:
+    """The sizes of a job's model and micro-batches. Raises UnknownModel where the model cannot be built here."""
+    bins = job.training.micro_batch_bins
+    tokens, visual_tokens = job.packing.token_capacity * bins, job.packing.visual_capacity * bins
+    return _sizes(job.model.model_dump_json(), job.training.model_dump_json(), tokens, visual_tokens)
 
 
 def need_of(job: Job, gpus: bool, machines: Sequence[Machine], saved_stage: int | None = None) -> Need:
@@ -58,9 +66,7 @@ def need_of(job: Job, gpus: bool, machines: Sequence[Machine], saved_stage: int 
     ranks = resources.min_workers
     micro_batches = math.ceil(training.global_batch_bins / training.micro_batch_bins / ranks)
     training = with_zero_stage(training, micro_batches, saved_stage)
-    bins = training.micro_batch_bins
-    tokens, visual_tokens = job.packing.token_capacity * bins, job.packing.visual_capacity * bins
-    sizes = _sizes(job.model.model_dump_json(), tokens, visual_tokens)
+    sizes = _sizes_of(job)
     hosts = [machine.memory for machine in machines if machine.memory]
     on_each = math.ceil(ranks / max(1, len(machines)))
     host = min(hosts) // on_each if hosts else None
@@ -77,8 +83,7 @@ def check_memory(job: Job, gpus: bool, machines: Sequence[Machine], saved_stage:
     lacks_host = need.host is not None and need.bytes.host > need.host
     if not (lacks or lacks_host):
         return
-    bins = job.training.micro_batch_bins
-    sizes = _sizes(job.model.model_dump_json(), job.packing.token_capacity * bins, job.packing.visual_capacity * bins)
+    sizes = _sizes_of(job)
     training = job.training.model_copy(update={"zero_stage": need.stage})
     fitting = remedies(sizes, job.model, training, need.ranks, need.device or sys.maxsize, need.host or 0)
     if not gpus:  # more workers on one machine share its memory

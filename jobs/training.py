@@ -42,6 +42,8 @@ from mmray.run.history import read_history
 from mmray.run.plan import run_plan
 from mmray.storage import Folder, arrow_file_system
 from mmray.training.checkpoint import read_state
+from mmray.training.part_report import check_resumed
+from mmray.training.treatments import stages_of
 from pipelines.nodes import alive_nodes
 
 log = logging.getLogger("mmray")
@@ -128,6 +130,11 @@ def train(
         for split, dataset in prepared.items():
             check_old_chats(job, split, dataset)
     cursor = plan.place(checkpoint, prepared["train"])  # a mistake is told before workers start
+    total_steps = plan.total_steps(cursor)
+    if checkpoint is None:
+        stages_of(job.training, total_steps)
+    else:
+        check_resumed(checkpoint, job.model, job.training, total_steps)
     if job.balance and job.balance.across_batches is None and cursor.balance is not None:
         console.print(f"{run} began with batches of bins of like cost and goes on so (balance.across_batches)")
     last = _last_event(run) if checkpoint is not None else {}
@@ -140,14 +147,14 @@ def train(
         )
         export_at_end(job)
         return None
-    if is_finished and cursor.step >= plan.total_steps(cursor):
+    if is_finished and cursor.step >= total_steps:
         steps = counted(cursor.step, "step")
         console.print(f"{run} has finished its {steps}; with more training.steps or epochs it goes on")
         export_at_end(job)
         return None
     if not gpus:
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
-    for warning in evaluation_warnings(job, plan.total_steps(cursor)):
+    for warning in evaluation_warnings(job, total_steps):
         log.warning("%s", warning)
     saved_stage = None if checkpoint is None else read_state(checkpoint).zero_stage
     require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined, saved_stage=saved_stage))
@@ -179,7 +186,7 @@ def train(
             callbacks=[EndAtMistakes()],  # type: ignore[list-item]
         ),
     )
-    with RunWatch(job.name, run, plan.total_steps(cursor)) as watch:
+    with RunWatch(job.name, run, total_steps) as watch:
         try:
             run_until_stopped(trainer.fit, run, lambda: watch.has_begun, training.stop_seconds)
         except ControllerError as error:

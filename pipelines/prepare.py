@@ -34,6 +34,9 @@ CHUNKS_AT_ONCE = 65_536
 """Number of chunks of one graph."""
 CHUNKS_AN_ACTOR = 256
 """Number of chunks of one graph for each encode actor, if these are more."""
+CHUNKS_HERE = 1
+"""Number of chunks up to which the windows of eval rows are made in the driver, in a second. Actors of their own would
+take ten or more to start, after those of train have ended."""
 
 
 def prepare(
@@ -138,8 +141,30 @@ def _run_windows(
             yield from _run_graph(job, context, token, waiting, sizes)
             waiting = []
         waiting += window
-    if waiting:
+    if context.split == "eval" and len(waiting) <= CHUNKS_HERE:
+        yield from _run_here(job, context, token, waiting, sizes)
+    elif waiting:
         yield from _run_graph(job, context, token, waiting, sizes)
+
+
+def _run_here(
+    job: Job, context: PrepareContext, token: str, chunks: Sequence[Chunk], sizes: KeptSizes | None
+) -> Iterator[int]:
+    """Does in this process what the actors of a graph do; arguments, returns and errors as of `_run_windows`."""
+    encode = EncodeChunk(job, context.split, ray.put(sizes.known) if sizes else None)
+    pack = PackWindow(job, context.split, token, context.dealing)
+    for window in by_window(chunks):
+        samples = pa.concat_tables([pa.table(encode({"chunk": [chunk]})) for chunk in window])
+        yield _number(pa.table(pack(samples)).to_pylist()[0], sizes)
+
+
+def _number(row: dict[str, Any], sizes: KeptSizes | None) -> int:
+    """The number of the window of a row of `PackWindow`. Keeps its sizes; raises UserError of a mistake."""
+    if sizes:
+        sizes.add(map(_from_buffer, row["sizes"]))
+    if row[ERROR]:
+        raise UserError(row[ERROR])
+    return int(row["window"])
 
 
 def _run_graph(
@@ -159,11 +184,7 @@ def _run_graph(
     )  # fmt: skip
     try:
         for row in dataset.iter_rows():
-            if sizes:
-                sizes.add(map(_from_buffer, row["sizes"]))
-            if row[ERROR]:
-                raise UserError(row[ERROR])
-            yield int(row["window"])
+            yield _number(row, sizes)
     except RayError as error:
         if lack := out_of_room(error):
             raise UserError(

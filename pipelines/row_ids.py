@@ -30,8 +30,11 @@ def hash_ids(
     labels: of the nodes to work on. Raises UserError for a file that cannot be read.
     """
     remaining = iter(chunks)
-    while some := [{"chunk": chunk} for chunk in islice(remaining, CHUNKS_AT_ONCE)]:
-        blocks = one_row_blocks(some, labels)
+    while some := list(islice(remaining, CHUNKS_AT_ONCE)):
+        if len(some) == 1:  # read sooner than a worker starts
+            yield chunk_id_hashes(some[0], datasets)
+            continue
+        blocks = one_row_blocks([{"chunk": chunk} for chunk in some], labels)
         hashed = blocks.map_batches(functools.partial(_hash_ids, tuple(datasets)), batch_size=1, num_cpus=1)
         for row in hashed.iter_rows():
             if row[ERROR]:

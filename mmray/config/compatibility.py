@@ -1,9 +1,9 @@
 """Whether model, processor and settings of a job fit together: checked before any work, on the driver."""
 
-import importlib.util
-
 import torch
 from transformers import PretrainedConfig
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
+from transformers.utils.import_utils import KERNELS_MIN_VERSION, is_flash_attn_2_available
 
 from mmray.config.job import Job
 from mmray.errors import UserError
@@ -82,9 +82,11 @@ def check_attention(settings: ModelSettings) -> None:
         raise UserError(f"model.attention is flash_attention_2, which cannot run this model: {problem}; set sdpa")
     if not torch.cuda.is_available():
         return
-    if importlib.util.find_spec("flash_attn") is None:
+    if not is_flash_attn_2_available(kernels_fallback_ok=True):
         raise UserError(
-            "model.attention is flash_attention_2, and flash_attn is not installed; install it, or set sdpa"
+            "model.attention is flash_attention_2, and neither flash_attn is installed nor the kernel that "
+            f"transformers takes instead ({FLASH_ATTN_KERNEL_FALLBACK[settings.attention]}, by the package kernels of "
+            f"{KERNELS_MIN_VERSION} or newer); install one of them, or set sdpa"
         )
 
 

@@ -63,7 +63,7 @@ class ResourceSettings(Settings):
 
     encode_actors: Annotated[int, Field(gt=0)] = 2
     """Prepare: number of actors that read headers and tokenise, one CPU each. The pool grows up to this number as CPUs
-    become free."""
+    become free. Eval rows of one chunk, up to 512, need none: the driver prepares them."""
 
     pack_actors: Annotated[int, Field(gt=0)] = 1
     """Prepare: number of actors that pack windows and write bins, one CPU each."""
@@ -77,8 +77,9 @@ class ResourceSettings(Settings):
 
     gpu_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """Fraction of each training GPU on which an actor computes labels and positions. The worker reserves the rest of
-    its GPU, so that both fit. It must be under one half, so that two workers never share a GPU. 0: labels are computed
-    on CPUs, and workers have whole GPUs."""
+    its GPU, so that both fit. It must be under one half, so that two workers never share a GPU, and small enough that
+    neither Ray Train nor the autoscaler counts more workers on a node than it has GPUs: 0.1 is, up to 8 GPUs a node. 0:
+    labels are computed on CPUs, and workers have whole GPUs."""
 
     tile_cache: TileCacheSettings | None = None
     """Training: where each machine keeps cut tiles for later epochs. null: pages are cut again in each epoch."""

@@ -23,6 +23,7 @@ from mmray.doctor.findings import (
     passed,
 )
 from mmray.doctor.model import examine_model
+from mmray.doctor.parts import examine_parts
 from mmray.doctor.pixels import CHECK as PIXELS
 from mmray.doctor.pixels import examine_pixels
 from mmray.doctor.rows import FirstRows, examine_rows
@@ -86,6 +87,7 @@ def _settings(job: Job) -> Generator[Finding, None, tuple[PretrainedConfig, Fami
     yield passed("processor", detail)
     yield guarded("attention", lambda: _attention(job, config, family))
     yield guarded(NAMES, lambda: examine_names(job))
+    yield from examine_parts(job)
     if job.training.deepspeed:
         yield guarded("deepspeed", lambda: _deepspeed(job))
     return config, family

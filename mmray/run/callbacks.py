@@ -61,10 +61,12 @@ class History(Callback):
         run = loop.run
         if run.checkpoint is None:
             run.note("start", loop.step, total_steps=run.total_steps, **mixture_line(run.prepared))
+            run.note_stage()
             return
         run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint)
         if loop.step == run.start.first_step > 0:
             run.note("continue_on", loop.step, **data_lines(run.prepared))
+        run.note_stage()
 
     def on_checkpoint(self, loop: Loop, name: str, seconds: float) -> None:
         loop.run.note("checkpoint", loop.step, name=name, seconds=round(seconds, 3))
@@ -166,6 +168,7 @@ class Records(Callback):
             peak_memory=done.peak_memory,
             **speed_metrics(metrics.tokens, done.step.model_flops, done.seconds, trained.workers, self._device),
             **set_metrics(loop.run.prepared, trained, metrics),
+            **_parts_metrics(metrics),
         )
 
     def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:
@@ -187,15 +190,22 @@ class Records(Callback):
 
 
 class PeriodicCheckpoints(Callback):
-    """Asks for a checkpoint every `every_steps` steps. The loop itself saves the last one."""
+    """Asks for a checkpoint every `every_steps` steps, and where the decay of the wsd schedule begins, from where a
+    longer run can continue. The loop itself saves the last one."""
 
     def __init__(self, every_steps: int | None) -> None:
         """Sets the number of steps between checkpoints. every_steps: None for the last checkpoint only."""
         self._every_steps = every_steps
 
     def after_step(self, loop: Loop, done: DoneStep) -> None:
-        if is_due(done.number, self._every_steps):
+        if is_due(done.number, self._every_steps) or done.number == loop.run.engine.decays_from:
             loop.save()
+
+
+def _parts_metrics(metrics: StepMetrics) -> dict[str, Any]:
+    """The number of the stage, and the rates of parts that have their own; none in a run without parts."""
+    stage = {} if metrics.stage is None else {"stage": metrics.stage}
+    return stage | ({"lr_by_part": metrics.rates_by_part} if metrics.rates_by_part else {})
 
 
 def _trained_beside(metrics: StepMetrics) -> dict[str, float]:

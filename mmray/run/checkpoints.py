@@ -102,15 +102,18 @@ def newest_whole(
 def prune(run: Path | RunFolder, keep: int) -> None:
     """Deletes checkpoints, whole or not, that are older than the newest `keep` whole ones.
 
-    The newest whole checkpoint of the best evaluation is kept beside them, by the record in the newest one.
+    The newest whole checkpoints of the best evaluation, and of the step after which the decay of the wsd schedule
+    begins, are kept beside them, by the records in the newest one.
     """
     run = RunFolder.of(run)
     all_whole = [name for name in checkpoint_names(run) if looks_whole(run.shadow(name))]
     whole = all_whole[:keep]
     if len(whole) < keep:
         return
-    best = best_step(run.shadow(whole[0]))
-    kept = {*whole, *[name for name in all_whole if step_of(name) == best][:1]}
+    newest = run.shadow(whole[0])
+    kept = set(whole)
+    for step in (best_step(newest), read_state(newest).decays_from):
+        kept.update([name for name in all_whole if step_of(name) == step][:1])
     for name in run.all_checkpoint_names():
         if _NAME.match(name) and name not in kept and step_of(name) <= step_of(whole[-1]):
             run.remove(name)

@@ -16,6 +16,7 @@ A run that trains on a mixture also tells its datasets and weights (`mixture`) w
 | `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
 | `profile` | `file`: the trace of some steps, in the run's folder |
 | `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
+| `stage` | `stage`, `stages`: the number of the stage that begins, of how many; `parts`: how each is trained |
 | `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
 | `finish` | the last step is done and its checkpoint whole |
 
@@ -42,6 +43,7 @@ Event = Literal[
     "first_loss",
     "profile",
     "continue_on",
+    "stage",
     "stop",
     "finish",
 ]
@@ -78,6 +80,9 @@ def in_words(event: dict[str, Any]) -> str:
         case "continue_on":
             data = _mixed(event, "") or f" {event['prepared']}, {counted(event['bins'], 'bin')}"
             return f"from step {step} on it trains on{data}"
+        case "stage":
+            parts = ", ".join(f"{part} {treated}" for part, treated in event["parts"].items())
+            return f"stage {event['stage']} of {event['stages']} begins after step {step}: {parts}"
         case "stop":
             return f"stopped after step {step} ({event['reason']}); all that is done is saved"
         case "finish":

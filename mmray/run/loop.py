@@ -22,7 +22,7 @@ from mmray.run.callback_states import write_callback_states
 from mmray.run.data import trained_step
 from mmray.run.place import write_place
 from mmray.run.skipped import BatchCounts
-from mmray.run.state import RunState
+from mmray.run.state import RunState, enter_stage
 from mmray.schedule.cursor import Cursor
 from mmray.training.checkpoint import save_state
 from mmray.training.peak_memory import peak_memory
@@ -146,6 +146,16 @@ class TrainingLoop:
             callback.after_step(self, done)
         if self._save_asked or self.step == self.run.total_steps:
             self._save(wait=self._wait_asked or self.step == self.run.total_steps)
+        if self.run.engine.is_at_border and self.step < self.run.total_steps and self.stop_reason is None:
+            self._enter_stage()
+
+    def _enter_stage(self) -> None:
+        """Begins the next stage of the training: as if the run were resumed from a checkpoint of this step."""
+        if self._saved_step != self.step:
+            self._save(wait=True)
+        self._checkpoints.finish()
+        enter_stage(self.run)
+        self.run.note_stage()
 
     def _exchange(self, micro_batches: list[MicroBatch], waited: float) -> Step:
         """The next step, with the bins and counts that all ranks report from their batches. Collective."""

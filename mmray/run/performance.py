@@ -21,6 +21,10 @@ class FlopsCounter:
     def __init__(self, engine: TrainingEngine) -> None:
         """Reads the weights of the engine's model."""
         self._flops: ModelFlops | None = None
+        self.read(engine)
+
+    def read(self, engine: TrainingEngine) -> None:
+        """Reads the weights anew, of which others are trained in another stage of the training."""
         try:
             self._flops = ModelFlops(transformers_model(engine.model))
         except UserError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmray.batches.plan import BatchPlan
+from mmray.errors import UserError
 from mmray.run.callback_states import read_callback_states
 from mmray.run.checkpoints import Scratch, newest_whole, step_of
 from mmray.run.data import RunData, open_data, set_names
@@ -46,6 +47,10 @@ class RunState:
     """The micro-batches of all steps."""
     engine: TrainingEngine
     """Model and optimizer."""
+    scratch: Path
+    """A folder of this run on the node's own disk."""
+    node: str
+    """Ranks with the same value see the same `scratch`."""
     flops: FlopsCounter
     """Counts the operations that the model needs."""
 
@@ -58,6 +63,13 @@ class RunState:
         """Adds an event to the run's history, on rank 0. step: number of steps done."""
         if self.is_first:
             add_to_history(self.folder.path, event, step, self.ranks.size, **values)
+
+    def note_stage(self) -> None:
+        """Adds the stage that begins to the run's history, in a run that has several."""
+        engine = self.engine
+        if len(engine.stages) > 1 and engine.step_count == engine.stage.first_step:
+            stage = engine.stage.number + 1
+            self.note("stage", engine.step_count, stage=stage, stages=len(engine.stages), parts=engine.treated_parts)
 
     def epoch(self, step: int) -> float:
         """Epochs of the run's data that are done after `step` steps of the run."""
@@ -77,12 +89,9 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
     Raises UserError where the checkpoint does not fit the plan, or where there are checkpoints but none is whole.
     """
 
-    def note_damage(name: str, problem: str) -> None:
-        add_to_history(folder.path, "damaged_checkpoint", step_of(name), ranks.size, checkpoint=name, problem=problem)
-
     prepared = open_data(plan.job)
-    copies = None if folder.shared_path is not None else Scratch(scratch / "restored", node)
-    checkpoint = newest_whole(folder, ranks, note_damage, copies)
+    copies = _copies(folder, scratch, node)
+    checkpoint = _newest(folder, ranks, copies)
     start = plan.place(checkpoint, prepared)
     total_steps = plan.total_steps(start)
     batches = plan.batches("train", plan.schedule_at(start), ranks.size, start.first_step)
@@ -98,9 +107,7 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
         num_sets=len(set_names(prepared)),
     )
     states = read_callback_states(checkpoint) if checkpoint else {}
-    ranks.every(None)
-    if checkpoint is not None and copies is not None:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    _forget(checkpoint, ranks, copies)
     return RunState(
         plan=plan,
         folder=folder,
@@ -112,5 +119,43 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
         total_steps=total_steps,
         batches=batches,
         engine=engine,
+        scratch=scratch,
+        node=node,
         flops=FlopsCounter(engine),
     )
+
+
+def enter_stage(run: RunState) -> None:
+    """Takes the engine into the stage that begins at its step, from the newest checkpoint, which is of this step.
+    Collective."""
+    copies = _copies(run.folder, run.scratch, run.node)
+    checkpoint = _newest(run.folder, run.ranks, copies)
+    step = run.engine.step_count
+    if checkpoint is None or step_of(checkpoint.name) != step:
+        raise UserError(
+            f"the checkpoint of step {step}, from which a stage of training begins, is gone; the same command goes on "
+            "from the newest one"
+        )
+    scratch = run.folder.shared_path or run.scratch
+    run.engine.enter_stage(checkpoint, scratch, copies.node if copies else "")
+    run.flops.read(run.engine)
+    _forget(checkpoint, run.ranks, copies)
+
+
+def _copies(folder: RunFolder, scratch: Path, node: str) -> Scratch | None:
+    """The place that checkpoints of an object store are copied to; None where all ranks share the run's folder."""
+    return None if folder.shared_path is not None else Scratch(scratch / "restored", node)
+
+
+def _newest(folder: RunFolder, ranks: Ranks, copies: Scratch | None) -> Path | None:
+    def note_damage(name: str, problem: str) -> None:
+        add_to_history(folder.path, "damaged_checkpoint", step_of(name), ranks.size, checkpoint=name, problem=problem)
+
+    return newest_whole(folder, ranks, note_damage, copies)
+
+
+def _forget(checkpoint: Path | None, ranks: Ranks, copies: Scratch | None) -> None:
+    """Deletes the copy of a checkpoint, when every rank has read it."""
+    ranks.every(None)
+    if checkpoint is not None and copies is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)

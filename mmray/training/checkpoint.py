@@ -8,31 +8,50 @@ may write into a local folder of its own that is merged later:
     cursor.json, prepared.json   the place in which data               rank 0
     rng/rank-00000.pt            states of the random generators       each rank
     deepspeed/                   weights and optimizer state           each rank its shard
+    groups.json                  groups of the optimizer, with parts   rank 0
     files/rank-00000.json        its files, with their checksums       each rank, last
 
 With the same number of ranks DeepSpeed reads its shards back and the losses that follow are the same. Its
-shards are cut for one number of ranks; for another they are first converted (`conversion.py`). Stage 0 in fp32
-has no shards and needs no conversion.
+shards are cut for one number of ranks and the groups of one optimizer; for others they are first converted
+(`conversion.py`, `regroup.py`). Stage 0 in fp32 has no shards and needs no conversion.
 """
 
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from mmray.base.version import __version__
 from mmray.base.words import counted, one_line
 from mmray.errors import UserError
 from mmray.training.conversion import SHARDS, converted
+from mmray.training.deepspeed_config import effective_zero_stage
+from mmray.training.optim import decays_from
+from mmray.training.optimizers import UNCONVERTED, momentum
 from mmray.training.ranks import Ranks
+from mmray.training.regroup import (
+    GROUPS_FILE,
+    SavedGroup,
+    check_same_trained,
+    complete_universal,
+    read_groups,
+    restore_states,
+    restore_untrained,
+    set_updates,
+    updates_of,
+    write_groups,
+)
+from mmray.training.saved_weights import SavedWeights
 from mmray.training.settings import ModelSettings, TrainingSettings
+from mmray.training.treatments import Stage, WeightGroup, stage_at, usual_groups, weight_groups
 
 STATE_FILE = "training_state.json"
 MODEL_FILE = "model.json"
@@ -49,8 +68,12 @@ class Engine(Protocol):
     zero_stage: int
     model_settings: ModelSettings
     training_settings: TrainingSettings
-    group_weight_decay: list[float]
-    """The weight decay of each group of the optimizer."""
+    stages: list[Stage]
+    """The stages of the training."""
+    stage: Stage
+    """The stage of the next step."""
+    groups: list[WeightGroup]
+    """The groups of the optimizer."""
     step_count: int
     """Number of optimizer steps done."""
     router_loss: float | None
@@ -73,6 +96,10 @@ class SavedState:
     """Number of lists of files (`checksums.py`) that belong to the checkpoint."""
     router_loss: float | None = None
     """Factor of the balancing loss; None for none, as in all checkpoints of earlier versions."""
+    optimizer: str | None = None
+    """`training.optimizer`; None for adamw, as in all checkpoints of earlier versions."""
+    decays_from: int | None = None
+    """With the wsd schedule: number of steps that are done before its decay begins."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +113,10 @@ class ResumeSource:
     """Folder that holds `deepspeed/` in the form to load: the checkpoint or its conversion."""
     universal: bool
     """True if the shards were converted."""
+    groups: list[SavedGroup]
+    """The groups of the optimizer that wrote it."""
+    is_regrouped: bool
+    """True if the optimizer has other groups now."""
 
 
 def save_state(engine: Engine, folder: Path) -> None:
@@ -105,12 +136,17 @@ def save_state(engine: Engine, folder: Path) -> None:
             dtype=engine.model_settings.dtype,
             lists=engine.world_size,
             router_loss=engine.router_loss,
+            optimizer=None if (name := engine.training_settings.optimizer) == "adamw" else name,
+            decays_from=decays_from(engine.stage, engine.training_settings),
         )
         written = {name: value for name, value in asdict(state).items() if value is not None}
         (folder / STATE_FILE).write_text(json.dumps(written, indent=2) + "\n")
         settings = {"model": engine.model_settings, "training": engine.training_settings}
         content = {name: value.model_dump(mode="json") for name, value in settings.items()}
         (folder / MODEL_FILE).write_text(json.dumps({"mmray": __version__, **content}, indent=1) + "\n")
+        if engine.training_settings.parts or engine.training_settings.stages:
+            updates = updates_of(engine.deepspeed, engine.zero_stage, len(engine.groups))
+            write_groups(folder, engine.groups, updates)
 
 
 def read_state(folder: Path) -> SavedState:
@@ -136,38 +172,104 @@ def read_settings(folder: Path) -> tuple[ModelSettings, TrainingSettings] | None
         raise UserError(f"{path} cannot be read: {one_line(error)}; it was written by another mmray") from error
 
 
+def check_resume(
+    folder: Path,
+    state: SavedState,
+    model: PreTrainedModel,
+    settings: tuple[ModelSettings, TrainingSettings],
+    stages: Sequence[Stage],
+) -> None:
+    """Raises UserError, with what differs, where a checkpoint belongs to another training than the settings'.
+
+    model: the model of the settings, also one without weights. stages: those of the training.
+    """
+    model_settings, training = settings
+    saved = (state.zero_stage, state.dtype)
+    wanted = (effective_zero_stage(model_settings, training), model_settings.dtype)
+    if saved != wanted:
+        raise UserError(
+            f"{folder} was written with ZeRO stage {saved[0]} and {saved[1]}, this run has stage "
+            f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or start a new run"
+        )
+    optimizer = state.optimizer or "adamw"
+    if optimizer != training.optimizer:
+        raise UserError(
+            f"{folder} was written by optimizer {optimizer}, and this run has {training.optimizer}, which cannot use "
+            "its states; set training.optimizer back, or start a new run"
+        )
+    done = stage_at(stages, state.step - 1)
+    groups = weight_groups(model, training, stages, done)
+    check_same_trained(folder, state.step, _saved_groups(folder, model, training), groups, done.place)
+    falls_from = state.decays_from
+    if falls_from is not None and falls_from < state.step and falls_from != decays_from(done, training):
+        raise UserError(
+            f"{folder} lies in the decay of the learning rate, which began after step {falls_from}: the rate would "
+            "jump back to its peak. A longer run continues a checkpoint from before the decay: move those after step "
+            f"{falls_from} out of the run's folder"
+        )
+
+
+def _saved_groups(folder: Path, model: PreTrainedModel, training: TrainingSettings) -> list[SavedGroup]:
+    """The groups of the optimizer in a checkpoint; the usual ones where it does not tell."""
+    groups = read_groups(folder)
+    if groups is None:
+        return [SavedGroup(group.names, 0, 0) for group in usual_groups(model, training)]
+    return groups
+
+
 @contextmanager
 def prepared(
-    resume_from: Path | None, engine: Engine, scratch: Path | None, node: str
+    source: ResumeSource | None, engine: Engine, scratch: Path | None, node: str
 ) -> Iterator[ResumeSource | None]:
-    """The checkpoint in the form that the engine's ranks can load, converted where needed; None without one.
+    """The checkpoint in the form that the engine's ranks and groups can load, converted where needed; None without one.
     Collective.
 
     DeepSpeed must know the form before its engine is built, so this comes first; the conversion lives until the block
     ends on every rank.
     """
-    if resume_from is None:
-        yield None
+    if source is None or not source.universal:
+        yield source
         return
-    state = read_state(resume_from)
-    if not (resume_from / SHARDS).is_dir():
-        raise UserError(f"{resume_from} is an incomplete checkpoint: it holds no {SHARDS} folder")
-    saved, wanted = (state.zero_stage, state.dtype), (engine.zero_stage, engine.model_settings.dtype)
-    if saved != wanted:
+    state, optimizer = source.state, engine.training_settings.optimizer
+    writers, why = counted(state.world_size, "worker"), f"has {counted(engine.world_size, 'worker')}"
+    if state.world_size == engine.world_size:
+        why = "has other groups of weights, by training.parts or stages"
+    if optimizer in UNCONVERTED:
         raise UserError(
-            f"{resume_from} was written with ZeRO stage {saved[0]} and {saved[1]}, this run has stage "
-            f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or start a new run"
+            f"{source.folder} was written by {writers}, and this run {why}; that cannot be with optimizer {optimizer} "
+            f"under ZeRO {state.zero_stage}: {UNCONVERTED[optimizer]}. Set them back"
         )
-    if state.world_size == engine.world_size or state.zero_stage == 0:
-        yield ResumeSource(resume_from, state, resume_from, universal=False)
-        return
     if scratch is None:
         raise UserError(
-            f"{resume_from} was written by {counted(state.world_size, 'worker')}; to resume with {engine.world_size}, "
-            "give a folder to convert it in"
+            f"{source.folder} was written by {writers}; to resume with {engine.world_size}, give a folder to "
+            "convert it in"
         )
-    with converted(resume_from, state.world_size, scratch, node, engine.ranks) as shards_parent:
-        yield ResumeSource(resume_from, state, shards_parent, universal=True)
+
+    def complete(folder: Path) -> None:
+        if source.is_regrouped:
+            complete_universal(folder, _weights(engine, source), source.groups, engine.groups)
+
+    with converted(source.folder, state.world_size, scratch, node, engine.ranks, complete) as shards_parent:
+        yield replace(source, shards_parent=shards_parent)
+
+
+def resume_source(folder: Path, state: SavedState, engine: Engine, model: PreTrainedModel) -> ResumeSource:
+    """The checkpoint that an engine with this model resumes from, not converted yet.
+
+    Raises UserError where it is incomplete, or belongs to another training.
+    """
+    if not (folder / SHARDS).is_dir():
+        raise UserError(f"{folder} is an incomplete checkpoint: it holds no {SHARDS} folder")
+    training = engine.training_settings
+    check_resume(folder, state, model, (engine.model_settings, training), engine.stages)
+    groups = _saved_groups(folder, model, training)
+    is_regrouped = [group.names for group in groups] != [group.names for group in engine.groups]
+    universal = state.zero_stage > 0 and (is_regrouped or state.world_size != engine.world_size)
+    return ResumeSource(folder, state, folder, universal, groups, is_regrouped)
+
+
+def _weights(engine: Engine, source: ResumeSource) -> SavedWeights:
+    return SavedWeights(source.folder / SHARDS, zero_stage=engine.zero_stage, masters=False)
 
 
 def load_state(engine: Engine, source: ResumeSource) -> None:
@@ -178,8 +280,17 @@ def load_state(engine: Engine, source: ResumeSource) -> None:
     with tempfile.TemporaryDirectory(prefix="mmray-load-") as plain:
         # DeepSpeed takes the path for a glob pattern: hand it one without special characters.
         (Path(plain) / SHARDS).symlink_to((source.shards_parent / SHARDS).resolve())
-        engine.deepspeed.load_checkpoint(plain, tag=SHARDS, load_lr_scheduler_states=False)
+        by_number = engine.zero_stage > 0 or not source.is_regrouped
+        engine.deepspeed.load_checkpoint(
+            plain, tag=SHARDS, load_optimizer_states=by_number, load_lr_scheduler_states=False
+        )
+    if source.universal:
+        restore_untrained(engine.deepspeed.module, engine.groups, _weights(engine, source), engine.zero_stage)
+    elif source.is_regrouped:
+        restore_states(engine.deepspeed, _weights(engine, source), source.groups)
     _restore_own_settings(engine)
+    if source.universal and (source.folder / GROUPS_FILE).exists():
+        set_updates(engine.deepspeed, engine.zero_stage, engine.groups, source.groups)
     engine.step_count = source.state.step
     rng_file = _rng_file(source.folder, engine.rank)
     if source.state.world_size == engine.world_size:
@@ -199,8 +310,12 @@ def _restore_own_settings(engine: Engine) -> None:
     """
     settings = engine.training_settings
     optimizer = engine.deepspeed.optimizer
-    for group, weight_decay in zip(optimizer.param_groups, engine.group_weight_decay, strict=True):
-        group.update(weight_decay=weight_decay, betas=tuple(settings.betas), eps=settings.eps)
+    for group, weights in zip(optimizer.param_groups, engine.groups, strict=True):
+        group.update(weight_decay=weights.weight_decay)
+        if weights.by_muon:
+            group.update(momentum=momentum(settings))
+        else:
+            group.update(betas=tuple(settings.betas), eps=settings.eps)
     if engine.zero_stage > 0:
         optimizer.clip_grad = settings.max_grad_norm or 0.0
     for state in optimizer.state.values():

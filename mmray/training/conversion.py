@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,12 +59,15 @@ ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 @contextmanager
-def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ranks) -> Iterator[Path]:
+def converted(
+    source: Path, num_shards: int, scratch: Path, node: str, ranks: Ranks, complete: Callable[[Path], None]
+) -> Iterator[Path]:
     """A temporary folder that holds `deepspeed/` in universal form, deleted when the block has ended on every rank.
 
     source: the checkpoint; num_shards: number of ranks that wrote it.
     scratch: where the folder is made; leftovers of a run that was killed are deleted there.
     node: ranks with the same value see the same `scratch`, and share one conversion.
+    complete: called with the converted `deepspeed/` on the rank that converted, to add what a load needs besides.
     Collective. Raises UserError on every rank where the conversion failed on one.
     """
     group = [rank for rank, value in enumerate(ranks.every(node)) if value == node]
@@ -83,6 +86,8 @@ def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ra
             problem = _convert_part(source, work, group.index(ranks.rank), len(group), ranks)
         elif ranks.rank == converter:
             problem = _convert(source, work, num_shards)
+        if ranks.rank == converter and problem is None:
+            problem = _problem_of(lambda: complete(work / SHARDS))
         done = ranks.every((work, problem))
         for _, problem in done:
             if problem is not None:
@@ -98,6 +103,15 @@ def converted(source: Path, num_shards: int, scratch: Path, node: str, ranks: Ra
     finally:
         if ranks.rank == converter:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _problem_of(work: Callable[[], None]) -> str | None:
+    """The text of the error that a function raises, which all ranks must learn of; None for none."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 (files of any kind are read and written)
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return None
 
 
 def _convert(source: Path, work: Path, num_shards: int) -> str | None:

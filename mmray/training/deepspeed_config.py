@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mmray.errors import UserError
+from mmray.training.optimizers import check_optimizer, optimizer_config
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
 
 UNUSED = "mlflow"
@@ -107,6 +108,8 @@ def deepspeed_config(
 
     Gradient scaling is not left to DeepSpeed: the batch sizes here only tell it when a step is complete.
     load_universal: whether the checkpoint to resume was converted for another number of workers.
+
+    Raises UserError where the optimizer cannot run like this.
     """
     stage = effective_zero_stage(model, training)
     config: dict[str, Any] = {
@@ -117,22 +120,15 @@ def deepspeed_config(
         "zero_optimization": {"stage": stage} | ({"overlap_comm": True} if stage and torch.cuda.is_available() else {}),
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": None,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "torch_adam": True,
-                "lr": training.learning_rate,
-                "betas": list(training.betas),
-                "eps": training.eps,
-                "weight_decay": training.weight_decay,
-            },
-        },
+        **optimizer_config(training),
     }
     if model.dtype == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     config = _merge(config, load_deepspeed_overrides(training.deepspeed))
-    if _offloads_optimizer(config):
+    offloads = _offloads_optimizer(config)
+    check_optimizer(training, zero_stage=stage, offloads=offloads)
+    if offloads:
         # DeepSpeed's own Adam for the host, which it compiles on first use; offloading is slow without it.
         del config["optimizer"]["params"]["torch_adam"]
     return config

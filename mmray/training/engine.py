@@ -10,12 +10,13 @@ Nothing here keeps state that a checkpoint would have to carry beyond DeepSpeed'
 the learning rate is a function of the step, set before each one.
 """
 
+import gc
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,11 +43,21 @@ from mmray.training.head_loss import HeadLoss
 from mmray.training.liger import LigerLoss, check_fused_loss
 from mmray.training.loss import PLAIN, PackedLoss, packed_loss, trained_positions
 from mmray.training.model import DTYPES, build_model
-from mmray.training.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
+from mmray.training.optim import clip_gradients, decays_from, gradient_norm, learning_rate, optimizer_groups
+from mmray.training.optimizers import peak_factor, ready_made
+from mmray.training.part_settings import PartSettings
 from mmray.training.ranks import Ranks
 from mmray.training.router_loss import Routers, router_coefficient
 from mmray.training.settings import ModelSettings, TrainingSettings
 from mmray.training.token_losses import Measures, Objective
+from mmray.training.treatments import (
+    freeze,
+    stage_at,
+    stages_of,
+    summary,
+    treatments,
+    weight_groups,
+)
 from mmray.training.weights import listed
 
 logger = logging.getLogger(__name__)
@@ -103,7 +114,7 @@ class StepMetrics:
     grad_norm: float
     """Norm of the gradient of all parameters, before clipping."""
     learning_rate: float
-    """Learning rate of this step."""
+    """Learning rate of this step; the highest where parts have their own. With Muon, that of its AdamW."""
     router_loss: float | None = None
     """Balancing loss of a mixture of experts, before its factor: mean over the tokens of the global batch's samples.
 
@@ -118,6 +129,10 @@ class StepMetrics:
     set_losses: tuple[float | None, ...] = ()
     """Mean cross-entropy of the trained tokens of each set, in nats; None for a set without one. () where the losses of
     sets are not measured."""
+    rates_by_part: Mapping[str, float] = field(default_factory=dict)
+    """Learning rate of each part or pattern that has its own."""
+    stage: int | None = None
+    """Number of the stage of the step, from 1; None in a training without stages."""
 
 
 class TrainingEngine:
@@ -168,23 +183,37 @@ class TrainingEngine:
         self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.zero_stage = effective_zero_stage(model_settings, training_settings)
         self.dtype = DTYPES[model_settings.dtype]
-        self.step_count = 0
+        self.stages = stages_of(training_settings, total_steps)
         if self.zero_stage != training_settings.zero_stage and self.rank == 0:
             logger.info("zero_stage 0 with bf16 runs as stage 1, where gradients accumulate in fp32")
 
         _agree_on_device()
         deepspeed.init_distributed()
         check_fused_loss(training_settings, torch.device(deepspeed.get_accelerator().current_device_name()))
-        with checkpoint.prepared(resume_from, self, scratch, node) as source:
-            self.deepspeed = self._initialize(deepspeed, load_universal=source is not None and source.universal)
+        self._open(deepspeed, resume_from, scratch, node)
+
+    def _open(self, deepspeed: Any, resume_from: Path | None, scratch: Path | None, node: str) -> None:
+        """Builds the model and DeepSpeed around it for the stage that comes next, from a checkpoint where one is
+        given."""
+        state = None if resume_from is None else checkpoint.read_state(resume_from)
+        self.step_count = 0 if state is None else state.step
+        self.stage = stage_at(self.stages, self.step_count)
+        model = self._build(deepspeed)
+        self.groups = weight_groups(model, self.training_settings, self.stages, self.stage)
+        source = None
+        if resume_from is not None and state is not None:
+            source = checkpoint.resume_source(resume_from, state, self, model)
+        freeze(model, self.groups)
+        with checkpoint.prepared(source, self, scratch, node) as source:
+            self.deepspeed = self._initialize(deepspeed, model, load_universal=source is not None and source.universal)
             saved = None if source is None else source.state.router_loss
             self.router_loss = router_coefficient(
-                training_settings.router_loss, self.model, saved, resumes=source is not None
+                self.training_settings.router_loss, self.model, saved, resumes=source is not None
             )
             self.routers = None if self.router_loss is None else Routers(self.model)
             self.device: torch.device = self.deepspeed.device
             self.deepspeed.train()
-            checkpoint.seed_rng(training_settings.seed, self.rank)
+            checkpoint.seed_rng(self.training_settings.seed, self.rank)
             if source is not None:
                 checkpoint.load_state(self, source)
 
@@ -203,12 +232,10 @@ class TrainingEngine:
         """
         if len(micro_batches) != self.grad_accumulation:
             raise ValueError(f"a step takes {self.grad_accumulation} micro-batches, got {len(micro_batches)}")
-        rate = learning_rate(self.step_count, self.total_steps, self.training_settings)
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate
+        rate, rates_by_part = self._set_rates(), self.rates_by_part
         trained, tokens, balanced = self._global_counts(micro_batches)
         if not trained:
-            return self._nothing_trained(tokens, rate)
+            return self._nothing_trained(tokens, rate, rates_by_part)
         scales = self.world_size / max(1, trained), self.world_size / max(1, balanced)
         sums = torch.zeros(NUM_SUMS + 2 * self.num_sets, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches[:-1]:
@@ -233,20 +260,33 @@ class TrainingEngine:
             smoothed_loss=smoothed if self.objective.label_smoothing else None,
             z_loss=squared if self.objective.z_loss else None,
             set_losses=self._set_losses(of_tokens[NUM_SUMS - 1 :]),
+            rates_by_part=rates_by_part,
+            stage=self._stage_number,
         )
+
+    def _set_rates(self) -> float:
+        """Gives each group of the optimizer the learning rate of the next step; returns the highest of AdamW's."""
+        rates = [self._rate(group.learning_rate) for group in self.groups]
+        factor = peak_factor(self.training_settings) if self.training_settings.optimizer == "muon" else 1.0
+        for group, weights, rate in zip(self.deepspeed.optimizer.param_groups, self.groups, rates, strict=True):
+            group["lr"] = rate * factor if weights.by_muon else rate
+        return max(rates)
 
     def _set_losses(self, sums: list[float]) -> tuple[float | None, ...]:
         """The mean loss of each set. sums: of the losses of each set, and then the numbers of their trained tokens."""
         pairs = zip(sums[: self.num_sets], sums[self.num_sets :], strict=True)
         return tuple(loss_sum / count if count else None for loss_sum, count in pairs)
 
-    def _nothing_trained(self, tokens: int, rate: float) -> StepMetrics:
+    def _nothing_trained(self, tokens: int, rate: float, rates_by_part: dict[str, float]) -> StepMetrics:
         """Counts a step without an update: with gradients of zero, AdamW would still move every weight, by its running
         means and its decay."""
         self.step_count += 1
         if self.rank == 0:
             logger.warning("step %d has no trained token: the weights stay as they are", self.step_count)
-        return StepMetrics(0.0, 0, tokens, 0.0, rate, set_losses=(None,) * self.num_sets)
+        return StepMetrics(
+            0.0, 0, tokens, 0.0, rate,
+            set_losses=(None,) * self.num_sets, rates_by_part=rates_by_part, stage=self._stage_number,
+        )  # fmt: skip
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> tuple[float, int]:
         """The mean cross-entropy over the trained tokens of all batches of all ranks, and the number of these tokens.
@@ -292,25 +332,77 @@ class TrainingEngine:
         """Releases DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
         self.deepspeed.destroy()
 
-    def _initialize(self, deepspeed: Any, *, load_universal: bool) -> Any:
-        config = deepspeed_config(
+    def enter_stage(self, saved: Path, scratch: Path | None = None, node: str = "") -> None:
+        """Goes on in the stage that begins at the present step, from a checkpoint of this step. Collective.
+
+        The optimizer keeps the state of weights that it has trained and trains on; it begins anew for others. The other
+        arguments are those of the constructor. The model is built again, so nothing of the engine's may be held.
+        """
+        self.close()
+        del self.deepspeed, self.routers
+        gc.collect()  # DeepSpeed's engine holds itself in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._open(import_deepspeed(), saved, scratch, node)
+
+    @property
+    def is_at_border(self) -> bool:
+        """True if the next step belongs to another stage than the engine is in."""
+        return stage_at(self.stages, self.step_count) is not self.stage
+
+    @property
+    def decays_from(self) -> int | None:
+        """With the wsd schedule: number of steps that are done before the decay of the present stage begins."""
+        return decays_from(self.stage, self.training_settings)
+
+    @property
+    def rates_by_part(self) -> dict[str, float]:
+        """Learning rate of the next step of each part or pattern with a peak rate of its own."""
+        rates = {key: value.learning_rate for key, value in self.stage.parts.items() if isinstance(value, PartSettings)}
+        return {key: self._rate(peak) for key, peak in rates.items() if peak is not None}
+
+    @property
+    def _stage_number(self) -> int | None:
+        return self.stage.number + 1 if len(self.stages) > 1 else None
+
+    @property
+    def treated_parts(self) -> dict[str, str]:
+        """Each part of the model, by name, as `frozen`, `trained` or `partly frozen` in the present stage."""
+        return summary(treatments(self.model, self.stage, self.training_settings), self.model)
+
+    def _rate(self, peak: float) -> float:
+        """The learning rate of the next step of weights with this peak rate."""
+        return learning_rate(self.step_count, self.stage, self.training_settings, peak)
+
+    def _config(self, *, load_universal: bool) -> dict[str, Any]:
+        return deepspeed_config(
             self.model_settings,
             self.training_settings,
             world_size=self.world_size,
             grad_accumulation=self.grad_accumulation,
             load_universal=load_universal,
         )
+
+    def _build(self, deepspeed: Any) -> PreTrainedModel:
         model = build_model(
             self.model_settings,
             device=torch.device(deepspeed.get_accelerator().current_device_name()),
-            zero3_config=config if self.zero_stage == 3 else None,
+            zero3_config=self._config(load_universal=False) if self.zero_stage == 3 else None,
         )
         if self.zero_stage == 3 and (leaves := leaf_modules(model.config.model_type)):
             deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves))
-        groups = parameter_groups(model.parameters(), self.training_settings.weight_decay)
-        self.group_weight_decay = [group["weight_decay"] for group in groups]
+        return model
+
+    def _initialize(self, deepspeed: Any, model: PreTrainedModel, *, load_universal: bool) -> Any:
+        groups = optimizer_groups(model, self.groups)
+        optimizer = ready_made(self.training_settings, groups)
         with buffers_kept(model), _as_user_error():
-            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                model_parameters=None if optimizer else groups,
+                config=self._config(load_universal=load_universal),
+            )
         return engine
 
     def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mmray.training.deepspeed_config import deepspeed_config, effective_zero_stage
 from mmray.training.model import empty_model
 from mmray.training.settings import ModelSettings, TrainingSettings
+from mmray.training.treatments import stages_of, treatments
 
 LOGITS_BYTES = 2**28 * 2
 """fp32 logits of a chunk of the loss, and their gradients."""
@@ -39,11 +40,10 @@ GRADIENTS: dict[tuple[str, int], Bytes] = {
     ("fp32", 0): Bytes(4), ("fp32", 1): Bytes(4), ("fp32", 2): Bytes(0, 4), ("fp32", 3): Bytes(0, 4),
     ("bf16", 1): Bytes(6), ("bf16", 2): Bytes(0, 4), ("bf16", 3): Bytes(0, 4),
 }  # fmt: skip
-OPTIMIZER: dict[tuple[str, int], Bytes] = {
-    ("fp32", 0): Bytes(8), ("fp32", 1): Bytes(0, 12), ("fp32", 2): Bytes(0, 12), ("fp32", 3): Bytes(0, 12),
-    ("bf16", 1): Bytes(0, 12), ("bf16", 2): Bytes(0, 12), ("bf16", 3): Bytes(0, 12),
-}  # fmt: skip
-"""AdamW: two moments, and from stage 1 on a master copy of the weights, all in fp32."""
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0, "muon": 4.0}
+"""Bytes a parameter of an optimizer's running means. Muon has both of AdamW's for embeddings, the head and vectors."""
+MASTER = 4.0
+"""Bytes a parameter of the fp32 weights that ZeRO keeps from stage 1 on."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,20 @@ class Sizes:
     """Most visual tokens of a micro-batch."""
 
     @classmethod
-    def of(cls, model: ModelSettings, tokens: int, visual_tokens: int) -> "Sizes":
-        """The sizes of a model, without its weights. Raises UserError where it cannot be built."""
+    def of(cls, model: ModelSettings, training: TrainingSettings, tokens: int, visual_tokens: int) -> "Sizes":
+        """The sizes of a model, without its weights. Raises UserError where it cannot be built, or has no such parts."""
         empty = empty_model(model)
-        return cls(*parameters_of(empty), empty.config, tokens, visual_tokens)
+        return cls(*parameters_of(empty, training), empty.config, tokens, visual_tokens)
 
 
-def parameters_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Number of a model's parameters, and of those that are trained."""
-    parameters = list(model.parameters())
-    return sum(one.numel() for one in parameters), sum(one.numel() for one in parameters if one.requires_grad)
+def parameters_of(model: PreTrainedModel, training: TrainingSettings) -> tuple[int, int]:
+    """Number of a model's parameters, and of those that are trained in the stage that trains the most."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    most = 0
+    for stage in stages_of(training, sum(stage.steps for stage in training.stages) + 1):
+        treated = treatments(model, stage, training)
+        most = max(most, sum(size for name, size in sizes.items() if not treated[name].is_frozen))
+    return sum(sizes.values()), most
 
 
 def footprint(sizes: Sizes, model: ModelSettings, training: TrainingSettings, ranks: int) -> Footprint:
@@ -105,9 +109,11 @@ def footprint(sizes: Sizes, model: ModelSettings, training: TrainingSettings, ra
         "zero_optimization"
     ]
     weights = WEIGHTS[key].of(sizes.parameters, ranks)
-    gradients, optimizer = (table[key].of(sizes.trained, ranks) for table in (GRADIENTS, OPTIMIZER))
+    moments = MOMENTS[training.optimizer]
+    states = Bytes(0, MASTER + moments) if key[1] else Bytes(moments)
+    gradients, optimizer = (table.of(sizes.trained, ranks) for table in (GRADIENTS[key], states))
     saved = sizes.parameters if key[1] < 3 else sizes.parameters - sizes.trained  # stage 3 saves the masters alone
-    checkpoint = WEIGHTS[key[0], 1].of(saved, 1) + OPTIMIZER[key].of(sizes.trained, 1)
+    checkpoint = WEIGHTS[key[0], 1].of(saved, 1) + states.of(sizes.trained, 1)
     host = 0
     if _offloads(zero, "offload_optimizer"):
         host, gradients, optimizer = gradients + optimizer, 0, 0

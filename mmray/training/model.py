@@ -59,11 +59,21 @@ def build_model(
         raise UserError(f"cannot build the model from {source}: {reason}") from error
     _switch_off_cache(model.config)
     if settings.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # Deprecated in the last versions of transformers 5, but the name that all of them know.
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model.train()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Switches gradient checkpointing on: a layer's activations are computed again in the backward pass.
+
+    transformers then has the embeddings of tokens and of patches ask for gradients, which only its other way of
+    checkpointing needs. A frozen tower would be recomputed, and its gradients computed, for nothing.
+    """
+    with warnings.catch_warnings():
+        # Deprecated in the last versions of transformers 5, but the name that all of them know.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def transformers_model(module: torch.nn.Module) -> PreTrainedModel:

@@ -65,7 +65,7 @@ class ModelFlops:
                 weights * (2 + 2 * upstream + 2 * trained) for weights, trained in matrices[part]
             )
             if part == "language":
-                self._attention = _Attention(model.config.get_text_config(), backward=upstream)
+                self._attention = _attention(model.config.get_text_config(), backward=upstream)
 
     def of(self, load: Load) -> int:
         """Number of operations, forward and backward."""
@@ -102,6 +102,14 @@ class _Attention:
             unseen = np.maximum(whole - window, 0) if window else np.zeros_like(whole)
             products += width * float((whole**2 - unseen**2).sum()) / 2
         return self._factor * products
+
+
+def _attention(config: Any, *, backward: bool) -> _Attention:
+    """The attention of a text configuration. Raises UserError where it names its layers in a way of its own."""
+    try:
+        return _Attention(config, backward=backward)
+    except AttributeError as error:
+        raise UserError(f"the attention of {type(config).__name__} is not known: {error}") from error
 
 
 def bf16_peak(device: str) -> float | None:

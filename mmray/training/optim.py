@@ -1,31 +1,34 @@
-"""Learning rate and parameter groups: pure functions, so that resuming needs no scheduler state."""
+"""Learning rate, optimizer groups and gradient norm: pure functions, so that resuming needs no scheduler state."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mmray.training.settings import TrainingSettings
+from mmray.training.treatments import Stage, WeightGroup
 
 
-def learning_rate(step: int, total_steps: int, settings: TrainingSettings) -> float:
-    """The learning rate of one optimizer step.
+def learning_rate(step: int, stage: Stage, settings: TrainingSettings, peak: float) -> float:
+    """The learning rate of one optimizer step, for weights with this peak rate.
 
-    step: optimizer steps done before this one, from 0.
-    total_steps: steps of the whole training.
+    step: optimizer steps done before this one, from 0, over the whole training.
+    stage: the stage of the step, which goes through the whole schedule.
 
     The warm-up of w steps uses 1/w, 2/w, … 1 of the highest rate, so that no step is spent at zero. After it, `cosine`
-    and `linear` fall towards `min_learning_rate_ratio`, which they would reach at `step == total_steps`; later steps
-    stay there.
+    and `linear` fall towards `min_learning_rate_ratio`, which they would reach after the stage's last step; later steps
+    stay there. `wsd` does so in the last `decay_steps` of the stage: with 10 steps and 4 of decay to zero, the last
+    four rates are 1, 0.75, 0.5 and 0.25 of the highest.
     """
+    step, total_steps = step - stage.first_step, stage.steps
     warmup = warmup_steps(total_steps, settings)
-    peak = settings.learning_rate
     if step < warmup:
         return peak * (step + 1) / warmup
     if settings.schedule == "constant":
         return peak
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    falls_from = total_steps - (settings.decay_steps or 0) if settings.schedule == "wsd" else warmup
+    progress = min(1.0, max(0, step - falls_from) / max(1, total_steps - falls_from))
     if settings.schedule == "cosine":
         height = 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
@@ -39,6 +42,11 @@ def warmup_steps(total_steps: int, settings: TrainingSettings) -> int:
     if settings.warmup_steps is not None:
         return settings.warmup_steps
     return math.ceil((settings.warmup_ratio or 0.0) * total_steps)
+
+
+def decays_from(stage: Stage, settings: TrainingSettings) -> int | None:
+    """With the wsd schedule: number of steps of the training that are done before the decay of a stage begins."""
+    return None if settings.schedule != "wsd" else stage.stop_step - (settings.decay_steps or 0)
 
 
 def gradient_norm(gradients: Sequence[torch.Tensor]) -> float:
@@ -57,16 +65,7 @@ def clip_gradients(gradients: Sequence[torch.Tensor], norm: float, max_norm: flo
         torch._foreach_mul_(list(gradients), scale)
 
 
-def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay, and biases and norm scales, which do not.
-
-    Under ZeRO-3 a parameter is an empty shard with its true shape beside it (`ds_shape`).
-    """
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for parameter in parameters:
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def optimizer_groups(model: torch.nn.Module, groups: Sequence[WeightGroup]) -> list[dict[str, Any]]:
+    """The groups as torch's optimizers take them, with the weights themselves."""
+    weights = dict(model.named_parameters())
+    return [{"params": [weights[name] for name in group.names], "weight_decay": group.weight_decay} for group in groups]

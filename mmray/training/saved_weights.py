@@ -85,6 +85,16 @@ class SavedWeights:
         saved: Tensor = self._files[self._model_files[0]]["module"][name]
         return self._joined([saved.flatten()], tuple(saved.shape), dtype)
 
+    def __contains__(self, name: str) -> bool:
+        """True if the checkpoint holds a weight or buffer."""
+        name = self._shared.get(name, name)
+        return name in self._pieces or name in self._frozen or name in self._files[self._model_files[0]]["module"]
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The state of the optimizer as torch writes it, of a checkpoint without shards (ZeRO stage 0)."""
+        state: dict[str, Any] = self._files[self._model_files[0]]["optimizer"]
+        return state
+
     def _joined(self, parts: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The pieces of a weight, copied one after another into a tensor of this shape; ranks pad their last piece."""
         is_float = parts[0].is_floating_point()

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmray.base.settings import Settings
 from mmray.errors import UserError
+from mmray.training.part_settings import PartsSetting, TrainingStage
 
 # DeepSpeed keys whose value mmray decides, each with the setting that decides it.
 OWNED_DEEPSPEED_KEYS = {
@@ -22,7 +23,7 @@ OWNED_DEEPSPEED_KEYS = {
     "gradient_accumulation_steps": "training.global_batch_bins and training.micro_batch_bins",
     "managed_gradient_accumulation": "training.global_batch_bins and training.micro_batch_bins",
     "gradient_clipping": "training.max_grad_norm",
-    "optimizer": "training.learning_rate, weight_decay, betas and eps",
+    "optimizer": "training.optimizer, learning_rate, weight_decay, betas and eps",
     "scheduler": "training.schedule, warmup_steps and min_learning_rate_ratio",
     "fp16": "model.dtype",
     "bf16": "model.dtype",
@@ -134,11 +135,37 @@ class TrainingSettings(Settings):
     micro_batch_bins: int = Field(default=1, ge=1)
     """Bins of one forward and backward pass on one worker."""
 
+    parts: PartsSetting = Field(default_factory=dict)
+    """Treatment of parts of the model: `frozen`, or a learning rate and weight decay of their own. Keys are vision,
+    projector, language, embeddings and audio, or patterns of names of weights, with `*` for any text; a pattern comes
+    before a part. What no key names is trained with the settings beside this one."""
+
+    stages: tuple[TrainingStage, ...] = ()
+    """Stages at the beginning of training in which other parts are trained, one after another. The steps after the last
+    stage train `parts`. In each stage the learning rate goes through the whole schedule, with its warm-up. Empty: one
+    stage."""
+
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """Optimizer. adamw_8bit: AdamW of bitsandbytes, whose states take a quarter of the memory. muon: DeepSpeed's Muon
+    for the matrices of layers, and AdamW for embeddings, the head, biases and norm scales."""
+
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate, reached after the warm-up."""
 
-    schedule: Literal["cosine", "constant", "linear"] = "cosine"
-    """How the learning rate falls from its peak to the end of training."""
+    muon_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the matrices that Muon trains, whose updates all have the same size: 0.02 is usual when
+    training from scratch, far less for trained weights. A part with a learning rate of its own has its matrices' rate
+    changed by the same factor. Required with optimizer: muon, and an error with another."""
+
+    muon_momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Decay rate of Muon's running mean of the gradient. null: 0.95. An error with another optimizer."""
+
+    schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    """How the learning rate falls from its peak to the end of training. wsd: warm-up, stable, decay: it stays at its
+    peak and falls linearly over the last `decay_steps`."""
+
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Steps over which the wsd schedule falls at the end. Required with it, and an error with another schedule."""
 
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps over which the learning rate rises linearly from zero. Set at most one of warmup_steps and warmup_ratio;
@@ -149,7 +176,7 @@ class TrainingSettings(Settings):
     warmup_ratio."""
 
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Final learning rate of the cosine and linear schedules, as a fraction of learning_rate."""
+    """Final learning rate of the cosine, linear and wsd schedules, as a fraction of learning_rate."""
 
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of AdamW, on matrices only: biases and norm scales are never decayed."""
@@ -249,12 +276,56 @@ class TrainingSettings(Settings):
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is longer than training (steps: {self.steps})")
         if self.schedule == "constant" and self.min_learning_rate_ratio > 0:
             raise ValueError("min_learning_rate_ratio has no meaning with schedule: constant; remove one of them")
+        self._check_decay()
+        self._check_stages()
+        self._check_muon()
         if self.global_batch_bins % self.micro_batch_bins:
             raise ValueError(
                 f"global_batch_bins ({self.global_batch_bins}) must be a multiple of "
                 f"micro_batch_bins ({self.micro_batch_bins})"
             )
         return self
+
+    def _check_decay(self) -> None:
+        if self.schedule != "wsd":
+            if self.decay_steps is not None:
+                raise ValueError(f"decay_steps belongs to schedule: wsd, and the schedule is {self.schedule}")
+            return
+        if self.decay_steps is None:
+            raise ValueError("schedule: wsd needs decay_steps, the steps over which the rate falls at the end")
+        if self.warmup_ratio is not None:
+            raise ValueError(
+                "schedule: wsd takes warmup_steps, not warmup_ratio: with a ratio, a longer run would not continue a "
+                "shorter one"
+            )
+
+    def _check_stages(self) -> None:
+        """Checks the length of each stage, where the number of all steps is known."""
+        least = (self.warmup_steps or 0) + (self.decay_steps or 0)
+        lengths = [stage.steps for stage in self.stages]
+        if self.steps is not None:
+            left = self.steps - sum(lengths)
+            if lengths and left < 1:
+                raise ValueError(
+                    f"stages take {sum(lengths)} steps, and training has {self.steps}: none is left for what "
+                    "training.parts says; make steps larger, or leave the last stage out"
+                )
+            lengths.append(left)
+        for number, length in enumerate(lengths, start=1):
+            if length < least:
+                place = f"stage {number} of training" if self.stages else "training"
+                raise ValueError(
+                    f"{place} has {length} steps, fewer than warmup_steps and decay_steps together ({least})"
+                )
+
+    def _check_muon(self) -> None:
+        if self.optimizer == "muon":
+            if self.muon_learning_rate is None:
+                raise ValueError("optimizer: muon needs muon_learning_rate; learning_rate is that of its AdamW")
+            return
+        for name in ("muon_learning_rate", "muon_momentum"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to optimizer: muon, and the optimizer is {self.optimizer}")
 
 
 def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:

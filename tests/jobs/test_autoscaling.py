@@ -1,6 +1,6 @@
-"""The node types of cluster.yaml under Ray's autoscaler: nodes come for preparing, and go.
+"""The node types of cluster.yaml under Ray's autoscaler: nodes come for preparing and for training, and go.
 
-Only the provider is another one: Ray's own for tests, whose nodes are raylets on this machine.
+Only the provider is another one: Ray's own for tests, whose nodes are raylets on this machine, with GPUs in name alone.
 """
 
 import json
@@ -83,11 +83,85 @@ def workers(head: RayHead) -> dict[str, dict[str, str]]:
     return {node.node_id: node.labels for node in nodes if node.state == "ALIVE" and not node.is_head_node}
 
 
+TRAINING = """
+import json, sys
+import ray
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from jobs.capacity import check_growth, train_pools, uses_gpus, worker_needs
+from jobs.common import connect
+from mmray.config.job import load_job
+from pipelines.nodes import alive_nodes
+
+job = load_job(sys.argv[1])
+connect(None, cpus=1)
+nodes = alive_nodes()
+assert uses_gpus(job, nodes)
+check_growth(job, nodes)
+_, mask_pool, render_pool = train_pools(job, gpus=True)
+
+@ray.remote
+def place():
+    return ray.get_runtime_context().get_node_id()
+
+def worker(config):
+    places = {"worker": [ray.get_runtime_context().get_node_id()]}
+    if ray.train.get_context().get_world_rank() == 0:  # as the data's actors, which come after the workers
+        for pool in config["pools"]:
+            options = {"num_cpus": pool.needs.get("CPU", 0), "num_gpus": pool.needs.get("GPU", 0)}
+            options["label_selector"] = config["labels"]
+            places[pool.name] = ray.get([place.options(**options).remote() for _ in range(pool.count)])
+    print(json.dumps(places), file=open(config["out"], "a"))
+
+TorchTrainer(
+    worker,
+    train_loop_config={"pools": [mask_pool, render_pool], "labels": job.resources.train_labels, "out": sys.argv[2]},
+    torch_config=TorchConfig(backend="gloo"),
+    scaling_config=ScalingConfig(
+        num_workers=job.resources.workers, use_gpu=True, label_selector=job.resources.train_labels,
+        resources_per_worker=worker_needs(job, True),
+    ),
+).fit()
+"""
+
+
+def test_gpu_nodes_come_for_training_and_go(head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
+    """GPU nodes alone, 0 -> 2 -> 0: Ray Train asks for a job's workers, then these for its actors, on logical GPUs."""
+    resources = {"workers": 2, "autoscaling": True, "use_gpu": True, "train_labels": {"mmray": "train"}}
+    (tmp_path / "job.yaml").write_text(json.dumps(inputs.job(tmp_path, resources=resources)))
+    wait_for_no_workers(head)
+    training = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(tmp_path / "job.yaml"), str(tmp_path / "places")],
+        cwd=ROOT, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    seen: dict[str, dict[str, str]] = {}
+    deadline = time.monotonic() + WAIT_SECONDS
+    while training.poll() is None and time.monotonic() < deadline:
+        seen |= workers(head)
+        time.sleep(0.5)
+    training.kill()
+    output = training.communicate()[0]
+    assert training.returncode == 0, output
+    places = [json.loads(line) for line in (tmp_path / "places").read_text().splitlines()]
+    assert sorted(name for each in places for name in each) == ["mask actors", "render actors", "worker", "worker"]
+    assert {node for each in places for nodes in each.values() for node in nodes} == set(seen)
+    assert len(seen) == 2
+    assert {labels["mmray"] for labels in seen.values()} == {"train"}
+    wait_for_no_workers(head)
+
+
+def wait_for_no_workers(head: RayHead) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while left := workers(head):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
 def test_nodes_come_for_preparing_and_go(head: RayHead, inputs: Inputs, tmp_path: Path) -> None:
     """CPU nodes alone, 0 -> 2 -> 0, with all actors on them; the GPU nodes, which would have room too, stay away."""
     resources = {"encode_actors": 2, "autoscaling": True, "prepare_labels": {"mmray": "prepare"}}
     (tmp_path / "job.yaml").write_text(json.dumps(inputs.job(tmp_path, resources=resources)))
-    assert workers(head) == {}
+    wait_for_no_workers(head)
     words = ["job", "submit", "--address", head.dashboard, "--working-dir", ".", "--runtime-env"]
     words += ["jobs/runtime_env.yaml", "--", "python", "jobs/prepare.py", str(tmp_path / "job.yaml")]
     job = subprocess.Popen(
@@ -112,7 +186,4 @@ def test_nodes_come_for_preparing_and_go(head: RayHead, inputs: Inputs, tmp_path
     assert {labels["mmray"] for labels in seen.values()} == {"prepare"}
     assert len(placed) == 2
     assert set(placed.values()) == set(seen)
-    deadline = time.monotonic() + WAIT_SECONDS
-    while left := workers(head):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.5)
+    wait_for_no_workers(head)

@@ -1,6 +1,10 @@
 """The edges of a job: exit codes and what is refused before anything starts."""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ from jobs import common, train, training
 from jobs.command_line import run_main
 from jobs.common import connect
 from mmray.errors import UserError
-from tests.conftest import Inputs, free_port
+from tests.conftest import ROOT, Inputs, free_port
 
 
 def interrupted() -> None:
@@ -70,3 +74,45 @@ def test_a_job_that_does_not_fit_is_refused_before_ray_is_joined(
     (tmp_path / "job.yaml").write_text(json.dumps(inputs.job(tmp_path, **changes)))
     with pytest.raises(UserError, match=message):
         train.main(tmp_path / "job.yaml", [])
+
+
+CONNECTING = """
+import os, sys
+import psutil, ray
+from jobs.common import RAY_CORE_LEVEL, connect
+
+connect(None, cpus=1, verbose=sys.argv[1] == "verbose")
+started = psutil.Process().children(recursive=True)
+print("levels", {process.environ().get(RAY_CORE_LEVEL) for process in [psutil.Process(), *started]})
+
+@ray.remote(max_restarts=1, num_cpus=0)
+class Actor:
+    def __init__(self, argument): ...
+    def ready(self): ...
+
+actor = Actor.remote(ray.put("an argument in the object store"))
+ray.get(actor.ready.remote())
+ray.shutdown()
+"""
+
+
+@pytest.mark.parametrize(("how", "is_told"), [("quiet", False), ("verbose", True)])
+def test_ray_does_not_tell_of_each_pool_that_its_actors_need_their_arguments(how: str, is_told: bool) -> None:
+    """Its other processes log as they would: none of them has the setting."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTING, how], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "levels {None}" in done.stdout
+    assert ("the actor restart will fail" in done.stdout + done.stderr) == is_told
+    assert "RAY_BACKEND_LOG_LEVEL" not in done.stdout + done.stderr
+
+
+def test_what_is_written_while_ray_starts_comes_after_it(capfd: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(RuntimeError), common._stderr_without("noise"):
+        os.write(2, b"of C++\nnoise of C++\n")
+        print("of Python", file=sys.__stderr__)
+        assert capfd.readouterr().err == ""
+        raise RuntimeError
+    assert capfd.readouterr().err == "of C++\nof Python\n"

@@ -21,7 +21,7 @@ import yaml
 from ray.train.v2.api.preemption import PreemptionInfo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.notices import AmazonMetadata, GoogleMetadata, Notice
+from jobs.notices import AmazonMetadata, GoogleMetadata, Machine, Notice
 from jobs.preemption import Preemption
 from pipelines.nodes import alive_nodes
 from tests.conftest import ROOT, START_SECONDS, RayHead, end_processes
@@ -138,15 +138,22 @@ def started_as_in(cluster: str, head: RayHead, log: Path) -> Iterator[None]:
     command = command.replace("/home/ray/mmray", str(ROOT)).replace("$RAY_HEAD_IP:6379", f"$RAY_HEAD_IP:{port}")
     command = command.replace("/tmp/notices", f"{log.parent}/notices")
     command = command.replace(">>", "--node-ip-address=127.0.0.5 >>")
-    subprocess.run(
-        ["bash", "-c", f"true && ({command})"], check=True, env=os.environ | head.environment | {"RAY_HEAD_IP": host}
-    )
+    environment = os.environ | head.environment | {"RAY_HEAD_IP": host}
+    subprocess.run(["bash", "-c", f"true && ({command})"], check=True, env=environment)
+    deadline = time.monotonic() + START_SECONDS
+    while not (started := processes_with(f"{log.parent}/notices.lock")):  # the command goes on by itself
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     try:
         yield
     finally:
-        for process in psutil.process_iter(["cmdline"]):
-            if f"{log.parent}/notices.lock" in (process.info["cmdline"] or []):
-                end_processes(process.pid)
+        for pid in started:
+            end_processes(pid)
+
+
+def processes_with(word: str) -> list[int]:
+    """Processes with a word in their command line."""
+    return [each.pid for each in psutil.process_iter(["cmdline"]) if word in (each.info["cmdline"] or [])]
 
 
 @contextlib.contextmanager
@@ -212,6 +219,8 @@ def test_a_notice_drains_the_node_of_its_machine_alone(ray_head: RayHead, servic
         ray.kill(busy)
         assert hook.wait(START_SECONDS) == 0, (tmp_path / "hook.log").read_text()
         assert node not in [node.node_id for node in alive_nodes()]
+    (head,) = alive_nodes()
+    assert Machine(ray_head.address, head.address).nodes() == [], "a head is not drained"
 
 
 class FakeLoop:

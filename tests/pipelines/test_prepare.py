@@ -16,7 +16,8 @@ import zstandard
 from jobs.preparing import prepare_splits
 from mmray.config.job import Job
 from mmray.errors import UserError
-from mmray.prepared import PreparedDataset
+from mmray.images.size_cache import read_sizes
+from mmray.prepared import PreparedDataset, driver
 from mmray.rows.from_pdf import write_pdf_rows
 from pipelines import measures
 from pipelines.prepare import prepare
@@ -146,3 +147,27 @@ def test_one_actor_continues_a_killed_run_of_the_library_to_the_same_bytes(
     assert made
     assert first.stat().st_mtime_ns == written
     assert contents(again.path) == contents(dataset.path)
+
+
+def test_few_eval_rows_are_prepared_in_the_driver(
+    ray_head: RayHead, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same bytes, the same sizes in the cache and the same errors."""
+    for graph in ("pipelines.prepare.one_row_blocks", "pipelines.row_ids.one_row_blocks"):
+        monkeypatch.setattr(graph, lambda *_: pytest.fail("Ray Data was asked"))
+    eval_rows = [{"files": str(inputs.folder / "data" / "chat.jsonl"), "kind": "chat"}]
+
+    def job_in(folder: Path, **changes: object) -> Job:
+        content = inputs.job(folder, data__eval=eval_rows, data__size_cache=str(folder / "sizes.parquet"), **changes)
+        return Job.model_validate(content)
+
+    def sizes_in(folder: Path) -> list[dict[str, object]]:
+        return sorted(read_sizes(str(folder / "sizes.parquet")).to_pylist(), key=str)
+
+    dataset, made = prepare(job_in(tmp_path / "ray"), "eval")
+    assert made
+    expected, _ = driver.prepare(job_in(tmp_path / "here"), "eval")
+    assert contents(dataset.path) == contents(expected.path)
+    assert sizes_in(tmp_path / "ray") == sizes_in(tmp_path / "here") != []
+    with pytest.raises(UserError, match=r"chat\.jsonl:5: image_missing: "):
+        prepare(job_in(tmp_path / "error", data__on_bad_row="error"), "eval")

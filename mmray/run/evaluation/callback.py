@@ -212,8 +212,9 @@ class Evaluate(Callback):
     def _cutter(self) -> PromptCutter:
         return PromptCutter(self._family, self._settings.generate, self._settings.prompt)
 
-    @cached_property
+    @property
     def _writer(self) -> TextGenerator:
+        """Made anew for each evaluation: at the end of a training stage the engine builds another model."""
         engine = self._run.engine
         return TextGenerator(
             engine.model, self._cutter, self._settings.generate, dtype=engine.dtype, device=engine.device,

@@ -17,6 +17,9 @@ SHOWN_SETTINGS = (
     "steps", "epochs", "seed",
 )  # fmt: skip
 
+SHOWN_IF_SET = ("optimizer", "parts", "stages")
+"""Settings that the README lists where they are not the default."""
+
 
 def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> str:
     """The text of the README. It does not say when or where it was exported, so a second export is equal."""
@@ -41,4 +44,7 @@ def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family) -> st
 
 
 def _shown(training: TrainingSettings) -> dict[str, Any]:
-    return {name: value for name in SHOWN_SETTINGS if (value := getattr(training, name)) is not None}
+    values = training.model_dump(mode="json", exclude_none=True)
+    unusual = training.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    shown = {name: values[name] for name in SHOWN_SETTINGS if name in values}
+    return shown | {name: unusual[name] for name in SHOWN_IF_SET if name in unusual}

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.utils.import_utils import is_flash_attn_2_available
 from typer.testing import CliRunner
 
 from mmray import doctor
@@ -37,7 +40,7 @@ from mmray.training.weights import StoredWeight
 from tests.mmray.preparing import write_rows
 
 CHECKS = (
-    "processor", "attention", "weights", "rows", "capacities", "chat template", "loss", "trained tokens",
+    "processor", "attention", "weights", "parts", "rows", "capacities", "chat template", "loss", "trained tokens",
     "exact lengths", "pixels", "loss at step 0", "cache", "pictures are seen", "labels",
     "packed = unpacked", "accumulation steps", "loss of the weights",
 )  # fmt: skip
@@ -138,16 +141,41 @@ def test_a_token_that_was_added(make_job, tmp_path, inputs):
     assert finding(content, "processor").detail.endswith("608 vectors become 609")
 
 
-def test_attention_that_is_not_installed(make_job, monkeypatch):
-    job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _, without_gpu, _ = examine_settings(job)
-    assert without_gpu.status is Status.PASS
-    assert "flash_attn is looked for where GPUs are" in without_gpu.detail
+@pytest.fixture
+def asked_for_kernels(monkeypatch) -> Iterator[list[str]]:
+    """Names of the kernels that are asked for, on a machine with a GPU and the package kernels, without flash_attn."""
+    names: list[str] = []
+
+    def get_kernel(name: str, version: int) -> None:
+        names.append(name)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _, with_gpu, _ = examine_settings(job)
-    assert with_gpu.status is Status.FAIL
-    assert "flash_attn is not installed" in with_gpu.detail
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    is_flash_attn_2_available.cache_clear()
+    yield names
+    is_flash_attn_2_available.cache_clear()
+
+
+def test_attention_that_is_not_installed(make_job, asked_for_kernels, monkeypatch):
+    job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
+    with monkeypatch.context() as without_gpu:
+        without_gpu.setattr(torch.cuda, "is_available", lambda: False)
+        _, finding, *_ = examine_settings(job)
+    assert finding.status is Status.PASS
+    assert "flash_attn is looked for where GPUs are" in finding.detail
+    _, finding, *_ = examine_settings(job)
+    assert finding.status is Status.FAIL
+    assert "neither flash_attn is installed nor the kernel that transformers takes instead" in finding.detail
+    assert "kernels-community/flash-attn2" in finding.detail
+    assert asked_for_kernels == []
+
+
+def test_a_kernel_of_the_hub_is_accepted_where_transformers_takes_it(make_job, asked_for_kernels, monkeypatch):
+    job = Job.model_validate(make_job(model__attention="flash_attention_2", model__dtype="bf16"))
+    monkeypatch.setattr("transformers.utils.import_utils.is_kernels_available", lambda: True)
+    _, finding, *_ = examine_settings(job)
+    assert finding.status is Status.PASS
+    assert asked_for_kernels == ["kernels-community/flash-attn2"]
 
 
 def test_a_key_that_deepspeed_does_not_know(make_job):
@@ -172,8 +200,47 @@ def test_a_model_that_cannot_pack(make_job, monkeypatch):
 def test_the_cheap_part_reads_no_row(make_job):
     content = make_job(data={"train": [{"files": "/nowhere.jsonl", "kind": "pretrain"}]})
     found = list(examine_settings(Job.model_validate(content)))
-    assert [each.check for each in found] == ["processor", "attention", "weights"]
+    assert [each.check for each in found] == ["processor", "attention", "weights", "parts"]
     assert not doctor.has_failed(found)
+
+
+def settings_findings(make_job, **training):
+    content = make_job(**{f"training__{name}": value for name, value in training.items()})
+    return {each.check: each for each in examine_settings(Job.model_validate(content))}
+
+
+def test_parts_and_stages_are_told_with_what_they_cost(make_job):
+    whole = settings_findings(make_job)["parts"]
+    assert whole.status is Status.PASS
+    assert whole.detail.count("learning_rate") == whole.detail.count("of states") == 4
+    stages = [{"steps": 2, "parts": {"vision": "frozen", "language": "frozen", "embeddings": "frozen"}}]
+    told = settings_findings(make_job, steps=6, stages=stages, parts={"vision": "frozen"})
+    assert told["parts, stage 1"].detail.startswith("from step 1 to step 2: vision ")
+    assert told["parts, stage 1"].detail.count("weights, frozen") == 3
+    assert told["parts, stage 2"].detail.startswith("from step 3 to step 6: vision ")
+    assert told["parts, stage 2"].detail.count("weights, frozen") == 1
+
+
+@pytest.mark.parametrize(
+    ("training", "check", "words"),
+    [
+        ({"parts": {"visoin": "frozen"}}, "parts", "nearest: vision"),
+        ({"parts": {"*": "frozen"}}, "parts", "nothing would be trained"),
+        ({"optimizer": "muon", "muon_learning_rate": 0.02}, "optimizer", "set training.max_grad_norm: null"),
+        (
+            {"optimizer": "muon", "muon_learning_rate": 0.02, "max_grad_norm": None, "zero_stage": 3},
+            "optimizer", "set training.zero_stage to 0, 1 or 2",
+        ),
+        (
+            {"optimizer": "adamw_8bit", "steps": 6, "stages": [{"steps": 2, "parts": {"vision": "frozen"}}]},
+            "optimizer", "quantised in blocks of each worker's shard",
+        ),
+    ],
+)  # fmt: skip
+def test_parts_and_optimizers_that_cannot_be_are_refused(make_job, training, check, words):
+    found = settings_findings(make_job, **training)[check]
+    assert found.status is Status.FAIL
+    assert words in found.detail
 
 
 # ---- Rows ----

@@ -79,6 +79,7 @@ def two_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
     for stage in (0, 1, 2, 3):
         results["uneven", stage] = uneven(stage)
     results["uneven, adapted", 2], results["uneven, adapted", 3] = uneven(2, adapted=True), uneven(3, adapted=True)
+    results["smoothed"] = smoothed(2)
     results["not finite"] = not_finite()
     results["broken files"] = not_finite(path=str(folder / "broken"), config=None)
     return results
@@ -120,6 +121,16 @@ def uneven(stage: int, *, adapted: bool = False) -> list[list[tuple[float, float
     finally:
         engine_module.build_model = build_model
         head_loss.HEAD_BYTES, head_loss.LOSS_BYTES["cpu"] = sizes
+
+
+def smoothed(grad_accumulation: int) -> list[dict[str, float]]:
+    """Two steps with label smoothing and z-loss, and at last an evaluation of the first batch, without."""
+    engine = build((2, "fp32"), grad_accumulation, label_smoothing=0.1, z_loss=1e-3)
+    history = train(engine, 2)
+    mine = tiny.micro_batches(tiny.global_batch(0), engine.rank, engine.world_size, grad_accumulation)
+    history.append({"eval_loss": engine.evaluate([mine])[0], "loss": engine.step(mine).loss})
+    engine.close()
+    return history
 
 
 def with_adapter(*arguments: Any, **options: Any) -> Any:
@@ -183,7 +194,7 @@ def three_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
 
 def one_rank(rank: int, world_size: int, folder: Path, shared: Path) -> dict[Any, Any]:
     """The first steps in 1, 2 and 4 micro-batches; then step 5 from the checkpoint of three ranks, and a save."""
-    results: dict[Any, Any] = {}
+    results: dict[Any, Any] = {"smoothed": smoothed(4)}
     for stage in (0, 1, 2, 3):
         for grad_accumulation in (1, 2, 4):
             engine = build((stage, "fp32"), grad_accumulation)

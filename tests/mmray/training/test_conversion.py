@@ -31,10 +31,13 @@ def converted_both_ways(rank: int, world_size: int, folder: Path) -> dict[Any, A
     ranks, found = Ranks(), {}
     for case in CASES:
         source = folder / scenarios.checkpoint_name(case)
-        with converted(source, 2, folder / "alone", "", ranks) as work:
+        with converted(source, 2, folder / "alone", "", ranks, nothing_more) as work:
             alone = contents(work) if rank == 0 else {}
             ranks.every(None)
-        with patch.object(conversion, "TOGETHER_BYTES", 0), converted(source, 2, folder / "all", "", ranks) as work:
+        with (
+            patch.object(conversion, "TOGETHER_BYTES", 0),
+            converted(source, 2, folder / "all", "", ranks, nothing_more) as work,
+        ):
             together = contents(work) if rank == 0 else {}
             ranks.every(None)
         found[case] = alone, together
@@ -43,11 +46,18 @@ def converted_both_ways(rank: int, world_size: int, folder: Path) -> dict[Any, A
         shard.write_bytes(b"damaged")
     ranks.every(None)
     try:
-        with patch.object(conversion, "TOGETHER_BYTES", 0), converted(source, 2, folder / "all", "", ranks):
+        with (
+            patch.object(conversion, "TOGETHER_BYTES", 0),
+            converted(source, 2, folder / "all", "", ranks, nothing_more),
+        ):
             found["error"] = "none"
     except UserError as error:
         found["error"] = str(error)
     return found
+
+
+def nothing_more(shards: Path) -> None:
+    """Adds nothing to a conversion."""
 
 
 def contents(work: Path) -> dict[str, Any]:

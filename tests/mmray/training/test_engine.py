@@ -3,6 +3,7 @@
 All process groups start once for the module: a start costs seconds, a scenario a fraction of one.
 """
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,20 @@ def test_ranks_with_other_numbers_of_chunks_do_not_hang(results: Results, name: 
     assert whole[0][0] > whole[1][0]
     if name[0] == "uneven":
         assert whole == [pytest.approx(step, rel=1e-5) for step in results["two"][0]["uneven", 0][0]]
+
+
+def test_label_smoothing_and_z_loss_are_means_over_the_global_batch(results: Results) -> None:
+    """By two ranks as by one; `loss` is the cross-entropy, as in evaluation, and what is trained stands beside it."""
+    over_two, whole = results["two"][0]["smoothed"], results["one"][0]["smoothed"]
+    for name in ("loss", "smoothed_loss", "z_loss", "grad_norm"):
+        assert column(over_two[:2], name) == pytest.approx(column(whole[:2], name), rel=1e-5)
+    plain = results["one"][0][2, 1]
+    assert whole[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
+    assert plain[0]["smoothed_loss"] is plain[0]["z_loss"] is None
+    assert whole[0]["grad_norm"] != pytest.approx(plain[0]["grad_norm"], rel=1e-2)
+    assert 0 < abs(whole[0]["smoothed_loss"] - whole[0]["loss"]) < 0.1
+    assert whole[0]["z_loss"] == pytest.approx(math.log(160) ** 2, rel=0.05), "random weights: nearly even logits"
+    assert over_two[2]["eval_loss"] == pytest.approx(over_two[2]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("case", EXACT, ids=checkpoint_name)

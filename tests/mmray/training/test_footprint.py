@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mmray.training.footprint import Footprint, Sizes, footprint, remedies
+from mmray.training.footprint import Footprint, Sizes, footprint, parameters_of, remedies
 from mmray.training.model import empty_model
 from mmray.training.settings import ModelSettings, TrainingSettings
 from tests.mmray.training import memory_use, tiny
@@ -19,8 +19,9 @@ WITHIN = 0.2
 def told(dtype: str, stage: int) -> tuple[Footprint, int]:
     """The bytes that are told of the measured model, and its number of parameters."""
     model = tiny.model_settings(config=memory_use.config(), dtype=dtype)
-    sizes = Sizes.of(model, 100, 100)
-    return footprint(sizes, model, tiny.training_settings(zero_stage=stage), RANKS), sizes.parameters
+    training = tiny.training_settings(zero_stage=stage)
+    sizes = Sizes.of(model, training, 100, 100)
+    return footprint(sizes, model, training, RANKS), sizes.parameters
 
 
 def test_weights_gradients_optimizer_and_checkpoint_are_what_is_measured(tmp_path: Path) -> None:
@@ -68,6 +69,23 @@ def test_frozen_weights_have_no_gradients_and_no_optimizer() -> None:
     found = footprint(sizes(7 * BILLION, trained=BILLION), model(), training(), 8)
     assert (found.weights, found.gradients, found.optimizer) == (14 * BILLION, 6 * BILLION, 12 * BILLION // 8)
     assert found.checkpoint == (14 + 12) * BILLION
+
+
+def test_the_stage_that_trains_the_most_counts() -> None:
+    parts = {"vision": "frozen", "language": "frozen", "embeddings": "frozen"}
+    asked = tiny.training_settings(parts=parts)
+    empty = empty_model(tiny.model_settings())
+    total, trained = parameters_of(empty, asked)
+    projector = sum(one.numel() for name, one in empty.named_parameters() if ".merger." in name)
+    assert (total, trained) == (sum(one.numel() for one in empty.parameters()), projector)
+    whole = tiny.training_settings(parts=parts, stages=[{"steps": 2, "parts": {}}])
+    assert parameters_of(empty, whole) == (total, total)
+
+
+def test_smaller_optimizers_take_less() -> None:
+    taken = {name: footprint(sizes(BILLION), model(), training(optimizer=name, **more), 8) for name, more in (
+        ("adamw", {}), ("adamw_8bit", {}), ("muon", {"muon_learning_rate": 0.02}))}  # fmt: skip
+    assert [taken[name].optimizer for name in taken] == [12 * BILLION // 8, 6 * BILLION // 8, 8 * BILLION // 8]
 
 
 def test_what_is_offloaded_is_in_the_hosts_memory() -> None:

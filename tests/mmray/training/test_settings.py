@@ -10,6 +10,7 @@ from mmray.errors import UserError
 from mmray.training.deepspeed_config import deepspeed_config
 from mmray.training.optim import learning_rate
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
+from mmray.training.treatments import stage_at, stages_of
 
 
 @pytest.mark.parametrize(
@@ -55,13 +56,38 @@ def test_the_processor_comes_from_the_model_unless_given() -> None:
 def test_learning_rate_of_each_schedule() -> None:
     def rates(total_steps: int, **settings) -> list[float]:
         training = TrainingSettings(steps=total_steps, learning_rate=2.0, **settings)
-        return [learning_rate(step, total_steps, training) for step in range(total_steps + 2)]
+        (stage,) = stages_of(training, total_steps)
+        return [learning_rate(step, stage, training, 2.0) for step in range(total_steps + 2)]
 
     assert rates(4, schedule="constant") == [2.0] * 6
     assert rates(6, schedule="linear", warmup_steps=2) == pytest.approx([1, 2, 2, 1.5, 1, 0.5, 0, 0])
     assert rates(4, schedule="linear", min_learning_rate_ratio=0.5) == pytest.approx([2, 1.75, 1.5, 1.25, 1, 1])
     cosine = rates(6, warmup_ratio=0.2, min_learning_rate_ratio=0.1)  # 1.2 steps, rounded up to 2
     assert cosine == pytest.approx([1, 2, 2, 1.8 * 0.8535534 + 0.2, 1.1, 1.8 * 0.1464466 + 0.2, 0.2, 0.2])
+    assert rates(7, schedule="wsd", warmup_steps=2, decay_steps=2) == pytest.approx([1, 2, 2, 2, 2, 2, 1, 0, 0])
+    ending = rates(4, schedule="wsd", decay_steps=4, min_learning_rate_ratio=0.5)
+    assert ending == pytest.approx([2, 1.75, 1.5, 1.25, 1, 1])
+
+
+def test_each_stage_goes_through_the_schedule() -> None:
+    training = TrainingSettings(
+        steps=7, learning_rate=2.0, schedule="linear", warmup_steps=1,
+        stages=[{"steps": 3, "parts": {"language": "frozen"}}],
+    )  # fmt: skip
+    stages = stages_of(training, 7)
+    rates = [learning_rate(step, stage_at(stages, step), training, 2.0) for step in range(7)]
+    assert rates == pytest.approx([2, 2, 1, 2, 2, 4 / 3, 2 / 3])
+    assert [stage_at(stages, step).number for step in range(-1, 9)] == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_stages_leave_steps_for_the_rest() -> None:
+    stages = [{"steps": 3, "parts": {}}, {"steps": 2, "parts": {}}]
+    with pytest.raises(ValidationError, match=r"stages take 5 steps, and training has 5: none is left"):
+        TrainingSettings(steps=5, stages=stages)
+    with pytest.raises(UserError, match=r"training.stages take 5 steps, and training has 4: none is left"):
+        stages_of(TrainingSettings(epochs=1, stages=stages), 4)
+    with pytest.raises(ValidationError, match=r"stage 2 of training has 2 steps, fewer than .* together \(3\)"):
+        TrainingSettings(steps=9, stages=stages, schedule="wsd", warmup_steps=1, decay_steps=2)
 
 
 def test_deepspeed_overrides_are_laid_over_ours(tmp_path: Path) -> None:
@@ -82,7 +108,7 @@ def test_deepspeed_overrides_are_laid_over_ours(tmp_path: Path) -> None:
     assert (config["train_batch_size"], config["steps_per_print"], config["gradient_clipping"]) == (6, 100, 0.0)
 
     file.write_text('{"optimizer": {"type": "Lamb"}}')
-    with pytest.raises(UserError, match=r"'optimizer' is decided by training\.learning_rate"):
+    with pytest.raises(UserError, match=r"'optimizer' is decided by training\.optimizer"):
         load_deepspeed_overrides(str(file))
     for group in ("[1]", "null", '"stage 2"'):
         file.write_text(f'{{"zero_optimization": {group}}}')
