@@ -87,7 +87,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: ModelSettings, training: TrainingSettings, tokens: int, visual_tokens: int) -> "Sizes":
-        """The sizes of a model, without its weights. Raises UserError where it cannot be built, or has no such parts."""
+        """The sizes of a model, without its weights. Raises UserError where it, or a part of it, does not exist."""
         empty = empty_model(model)
         return cls(*parameters_of(empty, training), empty.config, tokens, visual_tokens)
 
