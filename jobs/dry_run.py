@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -27,6 +28,7 @@ from jobs.room import UnknownModel, check_disk, memory_words, need_of
 from mmray.base.words import amount as about
 from mmray.base.words import counted, file_size
 from mmray.config.job import Job
+from mmray.display.progress import MANY_FILES, shown
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
 from mmray.errors import UserError
@@ -40,6 +42,8 @@ from mmray.report.rows import RowFacts
 from mmray.report.speed import Speed
 from mmray.report.tables import rows_table
 from mmray.rows.files import source_files
+from mmray.rows.plan import Progress
+from mmray.run.attention import attention_note
 from mmray.run.checkpoints import newest_looking_whole, step_of
 from mmray.run.data import RunData
 from mmray.run.folder import RunFolder
@@ -185,9 +189,10 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
                 rows = finding
             else:
                 plan.findings.append(finding)
-    with console.status("counting rows"):
-        for split in plan.job.data.splits if rows and counts else ():
-            guess = plan.attempt("rows", partial(_estimate, plan.job, split, rows))
+    for split in plan.job.data.splits if rows and counts else ():
+        with ExitStack() as bar:
+            show = shown(bar, f"{plan.job.name}: counting the rows of {split}", "files", least=MANY_FILES)
+            guess = plan.attempt("rows", partial(_estimate, plan.job, split, rows, show))
             if guess is not None and rows is not None:
                 guesses[split] = guess
                 facts = RowFacts.of_estimate(guess, plan.job, split, rows.family)
@@ -195,9 +200,9 @@ def _examined(plan: _Plan, counts: bool = True) -> tuple[FirstRows | None, dict[
     return rows, guesses
 
 
-def _estimate(job: Job, split: str, rows: FirstRows | None) -> Estimate:
+def _estimate(job: Job, split: str, rows: FirstRows | None, on_progress: Progress) -> Estimate:
     assert rows is not None
-    return estimate_split(job, split, rows.family, rows.policy)
+    return estimate_split(job, split, rows.family, rows.policy, on_progress=on_progress)
 
 
 def _add_prepared_rows(plan: _Plan, split: str, data: RunData, family: Family) -> None:
@@ -255,8 +260,8 @@ def _bin_tokens(prepared: Mapping[str, RunData] | None, guesses: Mapping[str, Es
 def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_on: bool) -> int | None:
     """Adds the steps, and where the run begins or continues; returns the steps that are left, None where it cannot."""
     job, run = plan.job, RunFolder(plan.job.output.run)
-    planned_run = run_plan(job, dict(prepared), gpus, continue_on)
     checkpoint = plan.attempt("checkpoints", lambda: newest_looking_whole(run))
+    planned_run = run_plan(job, dict(prepared), gpus, continue_on, checkpoint=checkpoint)
     cursor = plan.attempt("resume", lambda: planned_run.place(checkpoint, prepared["train"]))
     if cursor is None:
         return None
@@ -268,6 +273,8 @@ def _add_run(plan: _Plan, prepared: Mapping[str, RunData], gpus: bool, continue_
     if isinstance(data := prepared["train"], PreparedMixture):
         _add_mixture(plan, data.mixture, planned_run, cursor, total)
     _add_steps(plan, len(data), total=total)
+    if checkpoint is not None and (note := attention_note(job, checkpoint)):
+        plan.add("attention", note)
     if checkpoint is None:
         plan.add("begins", "at step 0: the run has no checkpoint yet")
     elif left:

@@ -49,8 +49,8 @@ def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
     folder = RunFolder(job.output.run)
     run = folder.fetch()
     prepared = open_data(job)
-    plan = run_plan(job, {"train": prepared}, gpus=False, continue_on=continue_on)
     checkpoint = newest_looking_whole(folder)
+    plan = run_plan(job, {"train": prepared}, gpus=False, continue_on=continue_on, checkpoint=checkpoint)
     if checkpoint is None or continue_on:
         cursor = plan.place(checkpoint, prepared)
     else:  # that of the run, also where the job names other data by now

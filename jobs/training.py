@@ -32,6 +32,7 @@ from mmray.prepared.schema import FORMAT_VERSION
 from mmray.prepared.versions import check_new_run
 from mmray.report import Run, run_table
 from mmray.rows.encode import Encoder
+from mmray.run.attention import attention_note, with_attention
 from mmray.run.callback import Callback
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.data import RunData
@@ -123,9 +124,10 @@ def train(
     """
     nodes = alive_nodes()
     gpus = uses_gpus(job, nodes)
-    plan = run_plan(job, prepared, gpus, continue_on)
     run = RunFolder(job.output.run)
     checkpoint = newest_looking_whole(run)
+    plan = run_plan(job, prepared, gpus, continue_on, checkpoint=checkpoint)
+    job = plan.job
     if checkpoint is None or continue_on:
         for split, dataset in prepared.items():
             check_old_chats(job, split, dataset)
@@ -205,6 +207,14 @@ def train(
     return None
 
 
+def _with_attention(job: Job) -> Job:
+    """The job with its attention decided by the run that it continues, of which a person is told."""
+    checkpoint = newest_looking_whole(RunFolder(job.output.run))
+    if checkpoint is not None and (note := attention_note(job, checkpoint)):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return with_attention(job, checkpoint)
+
+
 def export_at_end(job: Job) -> None:
     """Write the model of a finished run, where the job says so, and tell where it is."""
     if job.output.export.at_end:
@@ -234,6 +244,7 @@ def run(
     if step_seconds is not None:
         raise UserError("--step-seconds tells the time of a run in a plan: give --dry-run too")
     require(job_checks(job, trains=True))
+    job = _with_attention(job)
     check_job_settings(job)
     prepared = open_prepared(job)
     joined = connect(address, cpus=train_cpus(job), verbose=verbose)

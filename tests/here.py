@@ -14,6 +14,7 @@ from mmray.prepared import PreparedDataset
 from mmray.prepared.driver import prepare
 from mmray.run.callback import Callback
 from mmray.run.callbacks import standard_callbacks
+from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.data import open_data
 from mmray.run.evaluation.callback import Evaluate
 from mmray.run.evaluation.in_training import BatchesHere, EvaluationPlans
@@ -72,8 +73,8 @@ def _train_rank(
 ) -> None:  # fmt: skip
     os.chdir(current_folder)
     prepared = {split: open_data(job, split) for split in job.data.splits}
-    plan = run_plan(job, prepared, gpus=False, continue_on=continue_on)
     folder, ranks = RunFolder(job.output.run), Ranks()
+    plan = run_plan(job, prepared, gpus=False, continue_on=continue_on, checkpoint=newest_looking_whole(folder))
     run = open_run(plan, folder, ranks, scratch=folder.path)
     checkpoints = FolderCheckpoints(folder.path, ranks, job.training.keep_checkpoints)
     evaluation = EvaluationPlans.of(plan, ranks.size, run.total_steps)

@@ -27,6 +27,7 @@ from mmray.run.scoring.settings import EarlyStoppingSettings, EvaluationSettings
 from mmray.run.tracking.settings import TrackingSettings
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.mixture_settings import MixtureSettings, StageSettings, check_mixture
+from mmray.training.part_settings import KIND
 from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
 
 
@@ -248,6 +249,17 @@ class Job(Settings):
         return self
 
     @model_validator(mode="after")
+    def _states_follow_workers(self) -> "Job":
+        optimizer, is_sharded = self.training.optimizer, self.training.zero_stage > 0 or self.model.dtype == "bf16"
+        if self.resources.is_elastic and optimizer != "adamw" and is_sharded:
+            raise ValueError(
+                f"an elastic run cannot train with optimizer {optimizer}, whose states cannot be cut anew for another "
+                "number of workers; give resources.workers one number, or set training.optimizer: adamw, or "
+                "training.zero_stage: 0 with model.dtype: fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _groups_fill_batches(self) -> "Job":
         batch = self.training.global_batch_bins
         if self.balance and self.balance.group_bins and batch % self.balance.group_bins:
@@ -278,7 +290,7 @@ class Job(Settings):
         """Costs by which bins are packed to equal cost; None in the other packing modes."""
         if self.packing.mode != "equal_cost" or self.balance is None:
             return None
-        return self.balance.for_attention(self.model.attention)
+        return self.balance.for_attention(self.model.attention or "sdpa")  # as before other values could be meant
 
     def prepared_path(self, split: str) -> str:
         """Path of the prepared dataset of one split, `train` or `eval`."""
@@ -469,7 +481,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         kind_index = _kind_index(location)
         if kind_index is not None and not _is_kind_meant(location, kind_index, locations):
             continue
-        path = ".".join(str(part) for index, part in enumerate(location) if index != kind_index)
+        path = ".".join(str(part) for index, part in enumerate(location) if index != kind_index and part != KIND)
         yield f"{path or 'job'}: {_message(dict(mistake))}"
 
 

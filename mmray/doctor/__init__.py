@@ -31,7 +31,9 @@ from mmray.doctor.weights import CHECK as WEIGHTS
 from mmray.doctor.weights import NAMES, examine_names, examine_weights
 from mmray.errors import UserError
 from mmray.families import Family
+from mmray.training.attention_paths import attention_paths
 from mmray.training.deepspeed_check import check_deepspeed
+from mmray.training.model import empty_model
 from mmray.training.settings import load_deepspeed_overrides
 
 __all__ = ["Finding", "FirstRows", "Status", "as_json", "as_table", "examine", "examine_settings", "has_failed"]
@@ -98,9 +100,20 @@ def _attention(job: Job, config: PretrainedConfig, family: Family) -> Finding:
     check_packing(config, family, job.packing, job.training.micro_batch_bins)
     row = job.packing.token_capacity * job.training.micro_batch_bins
     how = "takes one sample a row" if job.packing.mode == "none" else f"packs rows of up to {row:,} tokens"
+    if job.model.computes_samples_apart:
+        return passed("attention", f"packed: a {config.model_type} {how}; {_paths(job)}")
     unseen = job.model.attention == "flash_attention_2" and not torch.cuda.is_available()
     note = "; flash_attn is looked for where GPUs are" if unseen else ""
     return passed("attention", f"{job.model.attention}: a {config.model_type} {how}{note}")
+
+
+def _paths(job: Job) -> str:
+    """The attention of each part of the job's model, in words; that a model cannot be built is told by a check of its
+    own."""
+    try:
+        return "; ".join(map(str, attention_paths(empty_model(job.model))))
+    except Exception as error:  # noqa: BLE001 (settings that do not fit fail in a model in many ways)
+        return f"what each part runs is not known, because the model cannot be built: {type(error).__name__}"
 
 
 def _deepspeed(job: Job) -> Finding:

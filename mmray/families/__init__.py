@@ -4,7 +4,7 @@ inputs."""
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmray.errors import UserError
 from mmray.families.base import Family, PackedRow, RoleMarkers, Span, Tile
@@ -61,6 +61,7 @@ __all__ = [
     "RoleMarkers",
     "Span",
     "Tile",
+    "by_sample_problem",
     "family_of",
     "leaf_modules",
     "load_family",
@@ -91,6 +92,13 @@ def family_of(processor: Any, *, tiled: bool = False, model_type: str | None = N
             f"the model is a {model_type}, but {name} is a processor of {types}; set model.processor to the model's own"
         )
     return Generic(processor, tiled=tiled)
+
+
+def by_sample_problem(config: PretrainedConfig) -> str | None:
+    """The reason why the text layers of a model cannot compute each sample apart; None where they can
+    (`Family.by_sample_problem`)."""
+    served = [family for family in FAMILIES if config.model_type in family.model_types] or [Generic]
+    return next((problem for family in served if (problem := family.by_sample_problem(config))), None)
 
 
 def leaf_modules(model_type: str) -> set[str]:

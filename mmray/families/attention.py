@@ -20,6 +20,10 @@ TAKE_MASKS = ("sdpa", "eager")
 """Attention implementations that accept a mask with a value for each pair of tokens."""
 
 
+SEEN_WHOLE = "the tokens of an image see each other, which takes a mask"
+"""The reason why the text layers of a model that sees images whole do not compute each sample apart."""
+
+
 def mask_problem(config: PretrainedConfig) -> str | None:
     """The reason why a model that needs mmray's masks cannot train with its attention implementation; None where it
     can."""

@@ -283,6 +283,12 @@ class Family(ABC):
         """
         return None
 
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        """The reason why the text layers of a model cannot compute each sample apart (`model.attention: packed`), so
+        that they need masks; None where they can."""
+        return None
+
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         """The reason why a model of this configuration cannot take several samples in one row; None where it can.
 
@@ -313,10 +319,10 @@ class Family(ABC):
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
         """Model arguments besides positions that keep the samples of a row apart, such as masks.
 
-        dtype: that of the model; config: its configuration, with the attention implementation it runs. With flash
-        attention the model is told where samples begin. Otherwise every layer would find that out by itself and wait
-        for the GPU, and some models (GLM-4.5V) give their layers the positions of rows and columns, which restart in
-        every picture.
+        dtype: that of the model; config: its configuration, with the attention implementation it runs. With packed and
+        flash attention the model is told where samples begin. Every layer of flash attention would otherwise find that
+        out by itself and wait for the GPU, and some models (GLM-4.5V) give their layers the positions of rows and
+        columns, which restart in every picture.
         """
         return sample_bounds(row) if "flash" in str(config._attn_implementation) else {}
 

@@ -20,6 +20,7 @@ import torch
 from transformers import PretrainedConfig
 
 from mmray.families.attention import (
+    SEEN_WHOLE,
     causal_mask,
     given_mask,
     mask_problem,
@@ -75,6 +76,10 @@ class Gemma3(GemmaText):
     @property
     def frame_kwargs(self) -> dict[str, Any]:
         return {"do_pan_and_scan": False}
+
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        return SEEN_WHOLE
 
     def model_problem(self, config: PretrainedConfig) -> str | None:
         return mask_problem(config)

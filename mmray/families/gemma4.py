@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mmray.families.attention import (
+    SEEN_WHOLE,
     causal_mask,
     given_mask,
     mask_problem,
@@ -157,15 +158,20 @@ class Gemma4(Family):
     def feature_count(self, tile: Tile) -> int:
         return sum(map(self._pooled, tile.frame_sizes))
 
-    def _sees_images_whole(self, config: PretrainedConfig) -> bool:
+    @staticmethod
+    def _sees_images_whole(config: PretrainedConfig) -> bool:
         return bool(config.get_text_config().use_bidirectional_attention == "vision")
+
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        return SEEN_WHOLE if cls._sees_images_whole(config) else None
 
     def model_problem(self, config: PretrainedConfig) -> str | None:
         return mask_problem(config) if self._sees_images_whole(config) else None
 
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
         if not self._sees_images_whole(config):
-            return {}
+            return super().attention_inputs(row, dtype, config)
         samples = sample_numbers(row)
         causal = causal_mask(samples)
         images = run_numbers(row.input_ids == self.image_token_id, samples)

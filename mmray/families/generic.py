@@ -84,8 +84,12 @@ class Generic(Family):
         """
         return parts_by_rules(model)
 
-    def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
         return f"no test has shown how a {config.model_type} keeps samples apart"
+
+    def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
+        return self.by_sample_problem(config)
 
     def _measure_span(self, tile_size: Size, num_tiles: int) -> Span:
         page = Image.new("RGB", tile_size, "white")
@@ -116,11 +120,11 @@ class Generic(Family):
     def position_ids(self, row: PackedRow) -> Tensor:
         return row.lengths.new_zeros((0, len(row.input_ids)))
 
-    def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Tensor]:
-        """The token types, where the processor gives them."""
+    def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
+        """The token types, where the processor gives them, and what all families give."""
         types = (row.input_ids == self.image_token_id).to(torch.int64)[None]
         names = {"token_type_ids", "mm_token_type_ids"}.intersection(self.processor.model_input_names)
-        return dict.fromkeys(sorted(names), types)
+        return dict.fromkeys(sorted(names), types) | super().attention_inputs(row, dtype, config)
 
 
 @functools.cache

@@ -197,10 +197,14 @@ class Lfm2VL(Family):
 
     # ---------------------------------------------------------------- the model
 
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        return _untested(config.get_text_config())
+
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         text: Any = config.get_text_config()
-        if text.model_type != "lfm2":
-            return f"no test has shown how its text model, a {text.model_type}, keeps samples apart"
+        if problem := _untested(text):
+            return problem
         if text.conv_bias:
             return "conv_bias makes the padding between samples other than the zeros before a row"
         if text.conv_L_cache - 1 > self.sample_gap:
@@ -222,4 +226,12 @@ class Lfm2VL(Family):
             text, inputs_embeds=like, attention_mask=None, past_key_values=None,
             position_ids=positions_in_sample(row.lengths)[None],
         )  # fmt: skip
-        return {"attention_mask": {"full_attention": attention, "conv": (row.segment_ids != PADDING_SEGMENT)[None]}}
+        masks = {"full_attention": attention, "conv": (row.segment_ids != PADDING_SEGMENT)[None]}
+        return {"attention_mask": masks} | super().attention_inputs(row, dtype, config)
+
+
+def _untested(text: PretrainedConfig) -> str | None:
+    """The reason why it is not known whether a text model keeps samples apart; None for one that a test has packed."""
+    if text.model_type == "lfm2":
+        return None
+    return f"no test has shown how its text model, a {text.model_type}, keeps samples apart"

@@ -105,6 +105,10 @@ class Llama4(Family):
     def feature_count(self, tile: Tile) -> int:
         return self.square_tokens * len(tile.frame_sizes)
 
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        return "its layers attend within chunks, which takes a mask"
+
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         text: Any = config.get_text_config()
         scales = text.attn_temperature_tuning and not all(text.no_rope_layers)

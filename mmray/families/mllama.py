@@ -130,6 +130,10 @@ class Mllama(Family):
     def feature_count(self, tile: Tile) -> int:
         return 1
 
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        return "its cross-attention layers take a mask"
+
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         return (
             "a token before the first image of its row looks at every image of the row through the cross-attention "

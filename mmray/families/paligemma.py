@@ -81,6 +81,10 @@ class PaliGemma(OneSize):
         """Positions that start at 1 in each sample, as the model counts itself."""
         return super().position_ids(row) + 1
 
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        return "the tokens of a prompt see each other, which takes a mask"
+
     def model_problem(self, config: PretrainedConfig) -> str | None:
         text, implementation = config.get_text_config().model_type, config._attn_implementation
         if text == "gemma2" and implementation != "eager":

@@ -18,6 +18,7 @@ import torch
 from transformers import PretrainedConfig
 
 from mmray.families.base import PackedRow, sample_bounds
+from mmray.families.packed_attention import PACKED_FLASH
 from mmray.families.qwen2_vl import Qwen2VL
 
 _KERNELS = {
@@ -35,25 +36,34 @@ class Qwen35(Qwen2VL):
     model_types = ("qwen3_5", "qwen3_5_moe")
     processor_classes = ("Qwen3VLProcessor",)
 
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        return _linear_problem(config)
+
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
-        missing = missing_kernels() if "linear_attention" in config.get_text_config().layer_types else []
-        if missing:
-            return (
-                f"its linear attention keeps samples apart only with {' and '.join(missing)}, which cannot be imported"
-            )
+        if problem := _linear_problem(config):
+            return problem
         return super().packing_problem(config, sample_tokens=sample_tokens, row_tokens=row_tokens)
 
     def attention_inputs(self, row: PackedRow, dtype: torch.dtype, config: PretrainedConfig) -> dict[str, Any]:
         """The beginnings of the samples, in each form that some layer reads.
 
-        None for a single sample: a picture added after it changes nothing before it, and transformers refuses these
-        inputs where the kernels are missing.
+        None for a single sample without packed attention: a picture added after it changes nothing before it, and
+        transformers refuses these inputs where the kernels are missing.
         """
-        if int(row.segment_ids.max()) < 1:
+        if int(row.segment_ids.max()) < 1 and config._attn_implementation != PACKED_FLASH:
             return {}
         number = torch.arange(len(row.lengths), dtype=torch.int32, device=row.lengths.device)
         number = torch.repeat_interleave(number, row.lengths, output_size=len(row.input_ids))
         return sample_bounds(row) | {"seq_idx": number[None]}
+
+
+def _linear_problem(config: PretrainedConfig) -> str | None:
+    """The reason why the linear attention of a model cannot keep samples apart here; None where it can."""
+    missing = missing_kernels() if "linear_attention" in config.get_text_config().layer_types else []
+    if not missing:
+        return None
+    return f"its linear attention keeps samples apart only with {' and '.join(missing)}, which cannot be imported"
 
 
 def missing_kernels() -> list[str]:

@@ -26,6 +26,9 @@ PACKING_TEXT_MODELS = (
 gpt_oss is not among them: transformers 5.23 makes its masks without the positions.
 """
 
+WITHOUT_BOUNDS = ("stablelm",)
+"""The `model_type` of text models whose layers transformers 5.23 does not tell where samples begin."""
+
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """The name that ChatML writes for each role."""
 LLAMA_ROLES = ROLES | {"tool": "ipython"}
@@ -38,6 +41,13 @@ class OnTextModel(Family):
     def role_markers(self) -> tuple[RoleMarkers, ...]:
         return role_markers(self.processor)
 
+    @classmethod
+    def by_sample_problem(cls, config: PretrainedConfig) -> str | None:
+        text = config.get_text_config()
+        if text.model_type in WITHOUT_BOUNDS:
+            return f"transformers gives the layers of a {text.model_type} no bounds of samples"
+        return _untested(text)
+
     def packing_problem(self, config: PretrainedConfig, *, sample_tokens: int, row_tokens: int) -> str | None:
         return packing_problem(config.get_text_config(), sample_tokens)
 
@@ -48,8 +58,8 @@ def packing_problem(text: PretrainedConfig, sample_tokens: int) -> str | None:
 
     sample_tokens: the most tokens that a sample will have.
     """
-    if text.model_type not in PACKING_TEXT_MODELS:
-        return f"no test has shown how its text model, a {text.model_type}, keeps samples apart"
+    if problem := _untested(text):
+        return problem
     for kind, limit in _lengths_that_matter(text.to_dict()):
         if sample_tokens > limit:
             return (
@@ -57,6 +67,13 @@ def packing_problem(text: PretrainedConfig, sample_tokens: int) -> str | None:
                 f"tokens; set packing.token_capacity to at most {limit} to pack"
             )
     return None
+
+
+def _untested(text: PretrainedConfig) -> str | None:
+    """The reason why it is not known whether a text model keeps samples apart; None for one that a test has packed."""
+    if text.model_type in PACKING_TEXT_MODELS:
+        return None
+    return f"no test has shown how its text model, a {text.model_type}, keeps samples apart"
 
 
 def _lengths_that_matter(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:

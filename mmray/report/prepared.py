@@ -14,12 +14,14 @@ import pyarrow as pa
 
 from mmray.base.words import counted
 from mmray.config.job import Job
+from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.prepared.row_measures import spaced
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.balanced import BalancedSchedule, BoundSchedule
 from mmray.schedule.loads import Loads
 from mmray.schedule.schedule import Schedule
+from mmray.training.model import text_attention
 
 MOST_FOOTERS, MOST_FILES = 128, 16
 """Most files whose footers are read, and most files whose columns are read."""
@@ -81,16 +83,24 @@ class StepSettings:
     @classmethod
     def of(cls, job: Job | None) -> "StepSettings":
         if job is None:
-            return cls(8, 8, 1, 0, BalanceSettings().for_attention("sdpa"), "defaults: no --job was given")
+            return cls(8, 8, 1, 0, BalanceSettings().for_attention("packed"), "defaults: no --job was given")
         training = job.training
         return cls(
             global_batch_bins=training.global_batch_bins,
             workers=job.resources.max_workers,
             micro_batch_bins=training.micro_batch_bins,
             seed=training.seed,
-            balance=(job.balance or BalanceSettings()).for_attention(job.model.attention),
+            balance=(job.balance or BalanceSettings()).for_attention(_attention(job)),
             source=f"job {job.name}" + ("" if job.balance else ", which has balance: null"),
         )
+
+
+def _attention(job: Job) -> str:
+    """The attention of the job's text layers; as the job has it where its model is not within reach."""
+    try:
+        return text_attention(job.model)
+    except UserError:
+        return job.model.attention or "packed"
 
 
 @dataclass(frozen=True)

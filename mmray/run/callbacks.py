@@ -15,10 +15,12 @@ from mmray.run.profile import profile_callbacks
 from mmray.run.skipped import SkippedLog
 from mmray.run.state import RunState
 from mmray.run.tracking import TrackedRun, public_settings
+from mmray.training.attention_paths import attention_names
 from mmray.training.bins_log import TRAINED_FILE
 from mmray.training.engine import StepMetrics
 from mmray.training.first_loss import first_loss_problem
 from mmray.training.json_lines import JsonLines
+from mmray.training.model import transformers_model
 
 log = logging.getLogger("mmray")
 
@@ -59,13 +61,16 @@ class History(Callback):
 
     def at_start(self, loop: Loop) -> None:
         run = loop.run
+        attention = attention_names(transformers_model(run.engine.model))
         if run.checkpoint is None:
-            run.note("start", loop.step, total_steps=run.total_steps, **mixture_line(run.prepared))
+            run.note("start", loop.step, total_steps=run.total_steps, attention=attention, **mixture_line(run.prepared))
             run.note_stage()
             return
-        run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint)
+        run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint, attention=attention)
         if loop.step == run.start.first_step > 0:
-            run.note("continue_on", loop.step, **data_lines(run.prepared))
+            skipped = run.start.skipped_bins()
+            values = {"skipped_bins": skipped} if skipped else {}
+            run.note("continue_on", loop.step, **data_lines(run.prepared), **values)
         run.note_stage()
 
     def on_checkpoint(self, loop: Loop, name: str, seconds: float) -> None:

@@ -8,6 +8,7 @@ from mmray.batches.plan import BatchPlan
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared.joined import PreparedMixture
+from mmray.run.attention import with_attention
 from mmray.run.data import RunData
 from mmray.run.place import place_in
 from mmray.run.tracking import git_commit
@@ -17,7 +18,7 @@ from mmray.schedule.cursor import Cursor, DataSpan
 from mmray.schedule.mixture import WINDOW_BATCHES, MixedSchedule, Mixture
 from mmray.schedule.order import NOTHING_TAKEN, Order, Taken
 from mmray.schedule.schedule import Schedule
-from mmray.training.model import load_config
+from mmray.training.model import load_config, text_attention
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class RunPlan:
     """Git commit of the code, for trackers; None outside of git."""
     mixture: Mixture | None = None
     """Datasets and weights of the training data; None for one dataset."""
+    attention: str = "sdpa"
+    """The attention of the model's text layers, by which costs are counted."""
 
     @property
     def schedule(self) -> Order | BalancedSchedule:
@@ -81,7 +84,7 @@ class RunPlan:
         )
 
     def _balanced(self, order: Order, balance: BalanceSettings | None) -> Order | BalancedSchedule:
-        return order if balance is None else BalancedSchedule(order, balance.for_attention(self.job.model.attention))
+        return order if balance is None else BalancedSchedule(order, balance.for_attention(self.attention))
 
     def total_steps(self, cursor: Cursor) -> int:
         """Steps of the whole run; its epochs are those of the data it now trains on."""
@@ -122,9 +125,19 @@ class RunPlan:
         )
 
 
-def run_plan(job: Job, prepared: Mapping[str, RunData], gpus: bool, continue_on: bool = False) -> RunPlan:
-    """The plan of a run over prepared datasets."""
+def run_plan(
+    job: Job, prepared: Mapping[str, RunData], gpus: bool, continue_on: bool = False, *, checkpoint: Path | None = None
+) -> RunPlan:
+    """The plan of a run over prepared datasets.
+
+    checkpoint: the one that the run continues from, which decides its attention where the job does not; None for a new
+    run.
+    """
+    job = with_attention(job, checkpoint)
     shapes = {name: (len(dataset), dataset.fingerprint) for name, dataset in prepared.items()}
     data = prepared["train"]
     mixture = data.mixture if isinstance(data, PreparedMixture) else None
-    return RunPlan(job, shapes["train"], shapes.get("eval"), gpus, continue_on, git_commit(Path.cwd()), mixture)
+    return RunPlan(
+        job, shapes["train"], shapes.get("eval"), gpus, continue_on, git_commit(Path.cwd()), mixture,
+        text_attention(job.model),
+    )  # fmt: skip

@@ -29,6 +29,9 @@ from pydantic import Field, model_validator
 from mmray.base.settings import Settings
 from mmray.schedule.loads import Loads
 
+LEAVES_PAIRS_OUT = ("packed", "flash_attention_2")
+"""Values of `model.attention` with which no pair of tokens of two samples is computed."""
+
 
 class BalanceSettings(Settings):
     """How ranks are given equal work. The defaults of the costs are those of Qwen2-VL-2B."""
@@ -63,8 +66,9 @@ class BalanceSettings(Settings):
 
     whole_row_attention: bool | None = None
     """Count attention over all pairs of tokens in a bin, most of which are masked: its cost is then twice token_pair
-    times the squared number of tokens in the bin. null: true with model.attention sdpa and eager, false with
-    flash_attention_2, which leaves masked pairs out."""
+    times the squared number of tokens in the bin. null: false with packed attention and flash_attention_2, which leave
+    masked pairs out, else true. packing.mode equal_cost reads model.attention as the job file has it, and null as
+    sdpa."""
 
     trained_token: Annotated[float, Field(ge=0)] = 0.18
     """Logits: cost per trained token. Qwen2-VL-2B: 1,536 · 151,936 / (28 · 46.8 million)."""
@@ -105,10 +109,11 @@ class BalanceSettings(Settings):
         return self.model_dump(exclude={"across_batches"}) if self.sorts_batches else None
 
     def for_attention(self, implementation: str) -> "BalanceSettings":
-        """Copy the settings with whole_row_attention decided. implementation: as in `model.attention`."""
+        """Copy the settings with whole_row_attention decided. implementation: that of the text layers, as
+        `model.attention` names it."""
         if self.whole_row_attention is not None:
             return self
-        return self.model_copy(update={"whole_row_attention": implementation != "flash_attention_2"})
+        return self.model_copy(update={"whole_row_attention": implementation not in LEAVES_PAIRS_OUT})
 
     def cost_record(self) -> dict[str, Any]:
         """Return the settings that decide what a bin costs, as plain JSON."""

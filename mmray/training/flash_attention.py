@@ -21,14 +21,14 @@ def flash_problem(model: PreTrainedModel, settings: ModelSettings) -> str | None
     }
     if refusing:
         return f"transformers has none for {', '.join(sorted(refusing))}"
-    too_large = {(type(part).__name__, size) for part in model.modules() if (size := _head_size(part)) > MAX_HEAD_SIZE}
+    too_large = {(type(part).__name__, size) for part in model.modules() if (size := head_size(part)) > MAX_HEAD_SIZE}
     if too_large:
         heads = ", ".join(f"{name} has {size}" for name, size in sorted(too_large))
         return f"its kernels take heads of up to {MAX_HEAD_SIZE} numbers, and {heads}"
     return None
 
 
-def _head_size(part: torch.nn.Module) -> int:
+def head_size(part: torch.nn.Module) -> int:
     """The head dimension of an attention layer; 0 for other modules."""
     size = getattr(part, "head_dim", 0)
     return size if isinstance(size, int) else 0

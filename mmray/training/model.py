@@ -22,6 +22,7 @@ from mmray.errors import UserError
 from mmray.families import load_family
 from mmray.families.model_source import source_problem
 from mmray.families.processors import warn_of_remote_code
+from mmray.training.attention_paths import attention_name, plain_implementation, text_implementation, use_packed
 from mmray.training.inline_config import inline_config
 from mmray.training.settings import ModelSettings
 from mmray.training.weights import UnknownWeights, check_fit, check_patterns, fit, stored_weights
@@ -34,7 +35,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_model(
     settings: ModelSettings, *, device: torch.device | None = None, zero3_config: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """The model in training mode, cache off, gradient checkpointing as set; leaves the RNG of the caller alone.
+    """The model in training mode, cache off, attention and gradient checkpointing as set; leaves the RNG of the caller
+    alone.
 
     device: where random weights are drawn (the CPU where None); another device draws other numbers. zero3_config: the
     DeepSpeed configuration of a ZeRO-3 run. Weights are then sharded while they are drawn or loaded, so no rank ever
@@ -58,6 +60,8 @@ def build_model(
         reason = " ".join(str(error).split())
         raise UserError(f"cannot build the model from {source}: {reason}") from error
     _switch_off_cache(model.config)
+    if settings.computes_samples_apart:
+        use_packed(model)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     return model.train()
@@ -129,13 +133,23 @@ def _warn_of_weights(settings: ModelSettings) -> None:
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
-    """The model's configuration, from its path or as given, with the attention implementation of the settings.
+    """The model's configuration, from its path or as given, with the attention implementation of its text layers.
 
     Raises UserError where it cannot be read.
     """
     config = _read_config(settings)
-    config._attn_implementation = settings.attention
+    config._attn_implementation = text_implementation(config) if settings.computes_samples_apart else settings.attention
     return config
+
+
+def text_attention(settings: ModelSettings) -> str:
+    """The attention that the text layers of a model run, as `model.attention` names it.
+
+    Raises UserError where the model's configuration cannot be read.
+    """
+    if not settings.computes_samples_apart:
+        return str(settings.attention)
+    return attention_name(load_config(settings)._attn_implementation)
 
 
 def _read_config(settings: ModelSettings) -> PretrainedConfig:
@@ -154,8 +168,9 @@ def _read_config(settings: ModelSettings) -> PretrainedConfig:
 
 
 def _load(path: str, settings: ModelSettings) -> PreTrainedModel:
-    model_class = _model_class(load_config(settings))
-    return model_class.from_pretrained(path, **_build_options(model_class, settings))
+    config = load_config(settings)
+    model_class = _model_class(config)
+    return model_class.from_pretrained(path, **_build_options(model_class, config, settings))
 
 
 def _random(settings: ModelSettings, device: torch.device, *, sharded: bool) -> PreTrainedModel:
@@ -172,7 +187,7 @@ def _from_config(settings: ModelSettings) -> PreTrainedModel:
     config = load_config(settings)
     model_class = _model_class(config)
     build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-    model: PreTrainedModel = build(config, **_build_options(model_class, settings))
+    model: PreTrainedModel = build(config, **_build_options(model_class, config, settings))
     return model
 
 
@@ -193,8 +208,9 @@ def resize_embeddings(model: PreTrainedModel, settings: ModelSettings) -> None:
             )
 
 
-def _build_options(model_class: Any, settings: ModelSettings) -> dict[str, Any]:
-    options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "attn_implementation": settings.attention}
+def _build_options(model_class: Any, config: PretrainedConfig, settings: ModelSettings) -> dict[str, Any]:
+    attention = plain_implementation(config) if settings.computes_samples_apart else settings.attention
+    options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "attn_implementation": attention}
     if model_class is AutoModelForImageTextToText:
         options["trust_remote_code"] = settings.trust_remote_code
     return options

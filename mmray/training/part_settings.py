@@ -1,8 +1,8 @@
 """Settings of what is trained: parts of the model, and stages of the training with other parts each."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from mmray.base.settings import Settings
 
@@ -17,7 +17,25 @@ class PartSettings(Settings):
     """Weight decay of the matrices among these weights. null: `training.weight_decay`."""
 
 
-PartTreatment = Literal["frozen"] | PartSettings
+KIND = "PartSettings"
+"""Name by which pydantic tells that a mistake is in the settings of a part; no part of the job file."""
+
+
+def _kind(value: object) -> str | None:
+    """The kind of treatment that a value of the job file is meant as; None for a value that is none."""
+    if isinstance(value, dict | PartSettings):
+        return KIND
+    return "word" if value == "frozen" else None
+
+
+PartTreatment = Annotated[
+    Annotated[Literal["frozen"], Tag("word")] | Annotated[PartSettings, Tag(KIND)],
+    Discriminator(
+        _kind,
+        custom_error_type="treatment",
+        custom_error_message="Input should be 'frozen' or keys such as learning_rate:",
+    ),
+]
 """Treatment of a part: frozen, or trained with these settings."""
 
 PartsSetting = dict[str, PartTreatment]

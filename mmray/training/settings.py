@@ -61,8 +61,11 @@ class ModelSettings(Settings):
     """Type of weights and activations. With bf16, master weights, optimizer state and accumulated gradients are
     fp32."""
 
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] | None = None
+    """How attention is computed. packed: each sample of a row apart, by torch's own functions, in bf16 on CUDA in one
+    call of its kernels for samples of various lengths; parts of a model that need masks run sdpa, which `mmray doctor`
+    tells. sdpa, eager, flash_attention_2: the implementations of transformers, the last one with the flash_attn
+    package. null: packed for a new run; a resumed run goes on as it began."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory and costs about a third more compute."""
@@ -95,6 +98,11 @@ class ModelSettings(Settings):
         if self.allow_missing and self.path is None:
             raise ValueError("allow_missing is about the weights of path; with config all are drawn at random")
         return self
+
+    @property
+    def computes_samples_apart(self) -> bool:
+        """True with packed attention, which null stands for where no earlier run decides."""
+        return self.attention in (None, "packed")
 
     @property
     def processor_source(self) -> str:

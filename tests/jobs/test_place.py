@@ -49,9 +49,9 @@ def prepared(folder: Path, data: str) -> PreparedDataset:
     return PreparedDataset(str(folder / data / "train"))
 
 
-def plan_of(job: Job, continue_on: bool = False) -> tuple[RunPlan, PreparedDataset]:
+def plan_of(job: Job, continue_on: bool = False, checkpoint: Path | None = None) -> tuple[RunPlan, PreparedDataset]:
     data = PreparedDataset(job.prepared_path("train"))
-    return run_plan(job, {"train": data}, gpus=False, continue_on=continue_on), data
+    return run_plan(job, {"train": data}, gpus=False, continue_on=continue_on, checkpoint=checkpoint), data
 
 
 def write_checkpoint(run: Path, cursor: Cursor, data: PreparedDataset) -> Path:
@@ -234,6 +234,7 @@ def test_a_run_that_began_with_sorted_batches_ends_with_them(inputs: Inputs, fol
     }  # fmt: skip
     began = replace(Cursor.at(plan.schedule, 3, prepared=old.path), balance=balance)
     checkpoint = write_checkpoint(tmp_path, began, old)
+    plan, _ = plan_of(job(inputs, folder, "old"), checkpoint=checkpoint)
     cursor = plan.place(checkpoint, old)
     assert cursor == began
 
@@ -242,13 +243,13 @@ def test_a_run_that_began_with_sorted_batches_ends_with_them(inputs: Inputs, fol
         return [plan_.order.bins(step) for step in range(2 * schedule.steps_per_epoch)]
 
     sorted_ = job(inputs, folder, "old", balance={"across_batches": True})
-    before = plan_of(sorted_)[0].schedule
+    before = plan_of(sorted_, checkpoint=checkpoint)[0].schedule
     assert order_of(plan.schedule_at(cursor)) == order_of(before) != order_of(plan.schedule)
-    assert plan_of(sorted_)[0].place(checkpoint, old) == began
+    assert plan_of(sorted_, checkpoint=checkpoint)[0].place(checkpoint, old) == began
     tracer = run_tracer(job(inputs, folder, "old", output__run=str(tmp_path)))
     assert {sample.bin for sample in tracer.samples(4)} == set(order_of(before)[3]) - {None}
 
-    plan, new = plan_of(job(inputs, folder, "new"), continue_on=True)
+    plan, new = plan_of(job(inputs, folder, "new"), continue_on=True, checkpoint=checkpoint)
     moved = plan.place(checkpoint, new)
     assert moved.balance == balance
     assert plan.schedule_at(moved).balance.sorts_batches
@@ -260,4 +261,4 @@ def test_a_run_that_began_with_sorted_batches_ends_with_them(inputs: Inputs, fol
     )
     for written, message in refused:
         with pytest.raises(UserError, match=message):
-            plan_of(job(inputs, folder, "old", balance=written))[0].place(checkpoint, old)
+            plan_of(job(inputs, folder, "old", balance=written), checkpoint=checkpoint)[0].place(checkpoint, old)

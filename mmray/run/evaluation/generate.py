@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from mmray.loss.sources import ending_token_ids
 from mmray.run.evaluation.prompts import PromptCutter, ReadingTask, in_row
 from mmray.run.scoring.settings import GenerateSettings
+from mmray.training.attention_paths import plain_attention
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,12 @@ class TextGenerator:
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Sets aside the model's own generation settings inside the block: transformers would fill in from them what a
-    call leaves open, such as a penalty on repetitions, with which no text can be read that repeats a word."""
+    call leaves open, such as a penalty on repetitions, with which no text can be read that repeats a word. Attention
+    goes by masks and a key cache there (`plain_attention`)."""
     own_config = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_attention(model):
             yield
     finally:
         model.generation_config = own_config

@@ -403,3 +403,35 @@ def test_every_group_of_settings_is_described():
     for name, part in Job.model_json_schema()["$defs"].items():
         assert part.get("description"), name
         assert part["description"] != BaseModel.__doc__
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        (
+            "{steps: 9, parts: {vision: frozn}}",
+            "training.parts.vision: Input should be 'frozen' or keys such as learning",
+        ),
+        (
+            "{steps: 9, parts: {vision: {learning_rat: 1}}}",
+            "training.parts.vision.learning_rat: unknown key; did you mean",
+        ),
+        ("{steps: 9, stages: [{steps: 3}]}", "training.stages.0.parts: required and not given"),
+        ("{steps: 9, optimizer: muon}", "optimizer: muon needs muon_learning_rate"),
+        ("{steps: 9, muon_momentum: 0.9}", "muon_momentum belongs to optimizer: muon, and the optimizer is adamw"),
+        ("{steps: 9, decay_steps: 3}", "decay_steps belongs to schedule: wsd, and the schedule is cosine"),
+        ("{steps: 9, schedule: wsd}", "schedule: wsd needs decay_steps"),
+        ("{steps: 9, schedule: wsd, decay_steps: 3, warmup_ratio: 0.1}", "takes warmup_steps, not warmup_ratio"),
+        (
+            "{steps: 9, optimizer: adamw_8bit}\nresources: {workers: [1, 2]}",
+            "an elastic run cannot train with optimizer",
+        ),
+    ],
+)
+def test_a_mistake_in_what_is_trained_is_one_line(tmp_path: Path, training: str, message: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(LEAST.replace("{steps: 10}", training))
+    with pytest.raises(UserError) as raised:
+        load_job(file)
+    assert str(raised.value).count("\n") == 1
+    assert message in str(raised.value)

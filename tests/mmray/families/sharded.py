@@ -61,7 +61,7 @@ def trained(rank: int, world_size: int, name: str, folder: Path, stage: int) -> 
     member = ZOO[name]
     config = member.config(folder).to_dict()
     engine = TrainingEngine(
-        ModelSettings(config=config, dtype="fp32", attention=member.attentions[0], seed=5),
+        ModelSettings(config=config, dtype="fp32", attention="packed", gradient_checkpointing=True, seed=5),
         TrainingSettings(
             steps=STEPS, global_batch_bins=3, learning_rate=1e-3, zero_stage=stage, deepspeed=EVERY_RANK_GATHERS
         ),

@@ -90,15 +90,15 @@ def bin_error(case, numbers, with_flash, change=lambda inputs: inputs):
 
 
 def test_a_bin_equals_its_samples(make_case, packing, with_flash):  # noqa: F811
-    case = make_case(packing.name)
+    case = make_case(packing.name, packing.attentions[0])
     assert len(case.prepared.bin(0).sample_ids) > 2
     assert bin_error(case, [0], with_flash) < packing.tolerance
 
 
 def test_single_samples_are_right(make_case, packing, with_flash):  # noqa: F811
     """With their pictures or, without one, with the added one behind them."""
-    longest = int(make_case(packing.name).prepared.bin(0).sample_lengths.max())
-    case = make_case(packing.name, token_capacity=longest)
+    longest = int(make_case(packing.name, packing.attentions[0]).prepared.bin(0).sample_lengths.max())
+    case = make_case(packing.name, packing.attentions[0], token_capacity=longest)
     bins = range(len(case.prepared))
     assert any(len(case.prepared.bin(number).sample_ids) == 1 for number in bins)
     assert bin_error(case, bins, with_flash) < packing.tolerance
@@ -107,11 +107,11 @@ def test_single_samples_are_right(make_case, packing, with_flash):  # noqa: F811
 def test_without_bounds_glm_4_5v_reads_past_the_end(make_case, with_flash):  # noqa: F811
     """Why M-RoPE families give them: its layers get the positions of rows and columns, three times the row's length."""
     with pytest.raises(AssertionError):
-        bin_error(make_case("glm4v_moe"), [0], with_flash, without_bounds)
+        bin_error(make_case("glm4v_moe", "sdpa"), [0], with_flash, without_bounds)
 
 
 def test_without_bounds_and_the_text_s_positions_samples_see_each_other(make_case, with_flash):  # noqa: F811
     def change(inputs):
         return without_bounds(inputs) | {"position_ids": inputs["position_ids"][1:]}
 
-    assert bin_error(make_case("glm4v"), [0], with_flash, change) > 0.1
+    assert bin_error(make_case("glm4v", "sdpa"), [0], with_flash, change) > 0.1

@@ -9,6 +9,7 @@ Models that cannot pack refuse with a reason, and are right with one sample a ro
 import copy
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.sources import label_maker, stop_token_ids
 from mmray.packing.settings import PackingSettings
 from mmray.prepared import PreparedDataset
+from mmray.training.attention_paths import attention_names, plain_attention
 from mmray.training.loss import packed_loss_sum
 from tests.mmray.families.small_models import small_model
 from tests.mmray.families.zoo import ZOO, Member
@@ -137,14 +139,15 @@ class Case:
 
 @pytest.fixture(scope="module")
 def make_case(zoo_folder, zoo_processor, tmp_path_factory):
-    """Builds a case; kept for the module. Those with another attention have the same rows."""
+    """Builds a case, with packed attention where no other is given; kept for the module. Those with another attention
+    have the same rows."""
 
     @functools.cache
     def make(name: str, attention: str = "", **rows: Any) -> Case:
         member = ZOO[name]
         if member.missing_for_model:
             pytest.skip(f"a {name} needs {', '.join(member.missing_for_model)}")
-        if attention in ("", member.attentions[0]):
+        if attention in ("", "packed"):
             return prepare(name, **rows)
         return replace(prepare(name, **rows), model=small_model(name, zoo_folder(name), attention))
 
@@ -170,7 +173,7 @@ def make_case(zoo_folder, zoo_processor, tmp_path_factory):
                 mode="none" if member.refuses else "bins", token_capacity=token_capacity, visual_capacity=100_000
             ),
         )
-        model = small_model(name, zoo_folder(name), member.attentions[0])
+        model = small_model(name, zoo_folder(name), "packed")
         return Case(member, model, preparation.family, folder, preparation.write(folder / "prepared"))
 
     return make
@@ -186,7 +189,8 @@ def rows_for(family: Family, rows: list[dict[str, Any]], *, text_only: bool) -> 
 
 
 def logits_of(model: Any, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
+    """The logits of a row; without the bounds of samples they are computed as by transformers alone."""
+    with torch.no_grad(), nullcontext() if "cu_seq_lens_q" in inputs else plain_attention(model):
         return model(**{"use_cache": False} | inputs).logits[0]
 
 
@@ -244,7 +248,8 @@ def alone_with_logits(
     case: Case, batch: MicroBatch, bins: list[int]
 ) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]]:
     """The summed loss of the samples alone, its gradients, and the logits of each."""
-    logits = [case.model(**inputs, use_cache=False).logits[0] for inputs, _ in case.samples(bins)]
+    with plain_attention(case.model):
+        logits = [case.model(**inputs, use_cache=False).logits[0] for inputs, _ in case.samples(bins)]
     losses = [loss_alone(found, batch.labels[0, where]) for found, (_, where) in zip(logits, case.samples(bins))]
     return torch.stack(losses).detach().sum(), copy.deepcopy(gradients(case.model, *losses)), logits
 
@@ -254,10 +259,19 @@ def alone_with_logits(
 
 @pytest.mark.proves("packing")
 def test_a_bin_equals_its_samples(make_case, packing):
-    for attention in packing.attentions:
+    for attention in (*(["packed"] if packing.by_sample else []), *packing.attentions):
         case = make_case(packing.name, attention)
         assert len(case.prepared) == 1
         check_equal(case, 0)
+
+
+def test_the_parts_that_compute_samples_apart(make_case, member):
+    """What transformers gives the layers of each part decides; sdpa, or eager, is what computed them before."""
+    found = attention_names(make_case(member.name).model)
+    expected = {part: "packed" if part in member.by_sample else member.attentions[0] for part in ("text", "vision")}
+    if member.attentions[0] == "eager":
+        expected["vision"] = "sdpa"
+    assert found == expected
 
 
 @pytest.mark.proves("packing")
@@ -363,7 +377,7 @@ def test_packed_naively_samples_see_each_other(make_case, packing):
 )
 def test_without_the_text_s_positions_samples_see_each_other(make_case, name):
     """M-RoPE: with the three rows of time, height and width alone."""
-    case = make_case(name)
+    case = make_case(name, "sdpa")
     batch = case.micro_batch(0)
     inputs = case.inputs(batch)
     packed = logits_of(case.model, {**inputs, "position_ids": inputs["position_ids"][1:]})

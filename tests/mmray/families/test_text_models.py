@@ -18,6 +18,7 @@ from mmray.loss.labels import segment_ids
 from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.loss.settings import RoleLoss
 from mmray.loss.sources import label_maker
+from mmray.training.attention_paths import attention_names, plain_attention
 from mmray.training.model import build_model
 from mmray.training.settings import ModelSettings
 from tests.mmray.families.zoo import ZOO
@@ -236,7 +237,8 @@ def packed_errors(family: Any, model: Any, **changes: Any) -> list[float]:
     inputs = family.model_inputs(row, positions, frames, torch.float32, model.config)
     with torch.no_grad():
         packed = model(**{"use_cache": False} | inputs | changes).logits[0].split(lengths.tolist())
-        expected = [model(**each, use_cache=False).logits[0] for each in alone]
+        with plain_attention(model):
+            expected = [model(**each, use_cache=False).logits[0] for each in alone]
     assert max(float(logits.abs().max()) for logits in expected) > 0.5
     return [float((found - logits).abs().max() / logits.abs().max()) for found, logits in zip(packed, expected)]
 
@@ -244,6 +246,9 @@ def packed_errors(family: Any, model: Any, **changes: Any) -> list[float]:
 @pytest.mark.parametrize("text_model", PACKING_TEXT_MODELS)
 def test_text_models_that_pack(zoo_processor, zoo_folder, text_model):
     family = family_of(zoo_processor("llava"))
+    packed = small_llava(zoo_folder("llava"), text_model, "packed")
+    assert attention_names(packed) == {"text": "sdpa" if text_model == "stablelm" else "packed", "vision": "sdpa"}
+    assert max(packed_errors(family, packed)) < 1e-5
     for attention in ("sdpa", "eager"):
         if (text_model, attention) == ("gemma2", "sdpa"):
             continue  # it has no such implementation

@@ -47,6 +47,7 @@ def test_attention_that_masks_works_through_whole_rows():
     whole = {name: BalanceSettings().for_attention(name).whole_row_attention for name in ("sdpa", "eager")}
     assert whole == {"sdpa": True, "eager": True}
     assert BalanceSettings().for_attention("flash_attention_2").whole_row_attention is False
+    assert BalanceSettings().for_attention("packed").whole_row_attention is False
     decided = BalanceSettings(whole_row_attention=False)
     assert decided.for_attention("sdpa") == decided
     with pytest.raises(ValueError, match="not decided"):

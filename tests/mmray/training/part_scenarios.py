@@ -217,7 +217,7 @@ def optimizers_alone(rank: int, world_size: int, folder: Path) -> dict[Any, Any]
         results[name, case] = train(engine, folder / f"{name}-alone", case, 4)
         engine.close()
     try:
-        staged((2, "fp32"), 4, checkpoint_of(folder / "muon", (0, "fp32"), 2, 2), zero_stage=0, stages=(), parts={})
+        staged((0, "fp32"), 4, checkpoint_of(folder / "muon", (0, "fp32"), 2, 2), stages=(), parts={"vision": "frozen"})
     except UserError as error:
         results["another"] = str(error)
     return results

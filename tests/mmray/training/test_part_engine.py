@@ -46,7 +46,7 @@ def test_stages_resume_with_other_numbers_of_ranks_around_a_border(results: Resu
     """Two ranks saved before, at and after the first border; three went on from each, beyond the next border; one did
     the last stage from what three saved."""
     whole = results["two"][0][case]
-    loss_tolerance, norm_tolerance = (1e-6, 1e-5) if case[1] == "fp32" else (1e-3, 5e-3)
+    loss_tolerance, norm_tolerance = (1e-6, 1e-5) if case[1] == "fp32" else (1e-3, 1e-2)
     resumed = {(step, 3): results["three"][0][case, step] for step in (1, 2, 3)} | {(4, 1): results["one"][0][case]}
     for (done, _), steps in resumed.items():
         expected = whole[done : done + len(steps)]

@@ -46,7 +46,7 @@ TINY_QWEN2_VL = {
 
 
 def model_settings(**changes) -> ModelSettings:
-    return ModelSettings(**({"config": TINY_QWEN2_VL, "dtype": "fp32", "seed": 1} | changes))
+    return ModelSettings(**({"config": TINY_QWEN2_VL, "dtype": "fp32", "seed": 1, "attention": "sdpa"} | changes))
 
 
 def training_settings(**changes) -> TrainingSettings:
@@ -96,6 +96,10 @@ class TinyBin:
             "pixel_values": torch.cat([sample.pixel_values for sample in self.samples]).to(dtype),
             "image_grid_thw": torch.cat([sample.grids for sample in self.samples]),
         }
+        lengths = torch.tensor([len(sample.input_ids) for sample in self.samples])
+        if "flash" in str(config._attn_implementation):
+            bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
         return {name: value.to(device) for name, value in inputs.items()}
 
 

@@ -66,7 +66,9 @@ class Member:
     refuses: str | None = None
     """Part of `Family.packing_problem`'s answer, where the model cannot pack: then each sample is a row."""
     attentions: tuple[str, ...] = ("sdpa", "eager")
-    """Implementations of attention that are tried."""
+    """Implementations of attention that are tried; a sample alone runs the first."""
+    by_sample: tuple[str, ...] = ("text",)
+    """Parts that compute samples apart with packed attention."""
     scale: float = 6.0
     """What weights are multiplied with: logits reach 1 and more, so that a mistake in a mask shows."""
     unused: tuple[str, ...] = ()

@@ -136,6 +136,7 @@ def naive(inputs: Inputs) -> Inputs:
 MEMBERS = (
     Member(
         name="gemma3",
+        by_sample=(),
         model_type="gemma3",
         write_processor=write_processor,
         config=config,

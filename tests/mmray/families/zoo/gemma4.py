@@ -176,6 +176,7 @@ MEMBERS = (
             "moe_intermediate_size": 32,
         },
         naive=naive,
+        by_sample=(),
         scale=2.0,
     ),
 )

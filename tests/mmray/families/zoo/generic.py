@@ -59,6 +59,7 @@ def config(folder: Path) -> PretrainedConfig:
 MEMBERS = (
     Member(
         name="generic",
+        by_sample=(),
         model_type="deepseek_vl",
         write_processor=write_processor,
         config=config,

@@ -95,6 +95,7 @@ def write_processor(name: str, thinks: bool, folder: Path) -> None:
 def member(name: str, processor: str, text: dict[str, Any], *, thinks: bool) -> Member:
     return Member(
         name=name,
+        by_sample=("text", "vision"),
         model_type=name,
         write_processor=functools.partial(write_processor, processor, thinks),
         config=functools.partial(config, name, text),

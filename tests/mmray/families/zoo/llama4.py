@@ -77,6 +77,7 @@ def alone(inputs: dict[str, Any]) -> dict[str, Any]:
 MEMBERS = (
     Member(
         name="llama4",
+        by_sample=(),
         model_type="llama4",
         write_processor=write_processor,
         config=config,

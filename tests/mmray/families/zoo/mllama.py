@@ -79,6 +79,7 @@ def open_gates(model: Any) -> None:
 MEMBERS = (
     Member(
         name="mllama",
+        by_sample=(),
         model_type="mllama",
         write_processor=write_processor,
         config=config,

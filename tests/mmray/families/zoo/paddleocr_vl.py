@@ -81,6 +81,7 @@ def config(folder: Path) -> PretrainedConfig:
 MEMBERS = (
     Member(
         name="paddleocr_vl",
+        by_sample=("text", "vision"),
         model_type="paddleocr_vl",
         write_processor=write_processor,
         config=config,

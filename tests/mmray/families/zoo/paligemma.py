@@ -79,6 +79,7 @@ def naive(inputs: Inputs) -> Inputs:
 def member(name: str, make_config: Any, **fields: Any) -> Member:
     return Member(
         name=name,
+        by_sample=(),
         model_type="paligemma",
         write_processor=functools.partial(write_recipe, recipe=RECIPE),
         config=make_config,

@@ -153,6 +153,7 @@ def member(
 ) -> Member:
     return Member(
         name=name,
+        by_sample=("text", "vision"),
         model_type=model_type,
         processor=recipe.processor_class,
         write_processor=functools.partial(write_processor, recipe=recipe),

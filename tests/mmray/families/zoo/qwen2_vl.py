@@ -11,6 +11,7 @@ CHATML = Turns(ends=dict.fromkeys(("system", "user", "assistant"), "<|im_end|>")
 MEMBERS = tuple(
     Member(
         name=name,
+        by_sample=("text", "vision"),
         model_type=name,
         write_processor=functools.partial(write_processor, model_type=name),
         config=functools.partial(small_config, name),

@@ -51,6 +51,7 @@ def write_processor(folder: Path) -> None:
 MEMBERS = tuple(
     Member(
         name=name,
+        by_sample=("vision",),
         model_type=name,
         write_processor=write_processor,
         config=functools.partial(config, name, text, VISION),

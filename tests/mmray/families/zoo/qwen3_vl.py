@@ -94,6 +94,7 @@ def write_processor(folder: Path) -> None:
 MEMBERS = tuple(
     Member(
         name=name,
+        by_sample=("text", "vision"),
         model_type=name,
         write_processor=write_processor,
         config=functools.partial(config, name, text, VISION | {"deepstack_visual_indexes": [0, 1]}),

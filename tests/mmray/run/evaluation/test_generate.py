@@ -33,7 +33,7 @@ def member(request):
 
 def built(member, processor):
     settings = ModelSettings(
-        config=member.config(processor).to_dict(), dtype="fp32", attention=member.attentions[0],
+        config=member.config(processor).to_dict(), dtype="fp32", attention="packed",
         processor=str(processor), seed=7,
     )  # fmt: skip
     model = build_model(settings).eval()

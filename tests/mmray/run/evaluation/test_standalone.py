@@ -112,7 +112,7 @@ def test_the_loss_is_that_of_transformers_alone(job: Job, done: tuple[dict[str, 
     (row,) = (r for r in pq.read_table(done[1] / "predictions.parquet").to_pylist() if r["id"] == "text")
     family = load_family(job.model.processor_source, model_type="qwen2_vl")
     ids = family.tokenizer("no picture at all" + family.tokenizer.eos_token, return_tensors="pt")["input_ids"]
-    model = build_model(job.model).eval()
+    model = build_model(job.model.model_copy(update={"attention": "sdpa"})).eval()
     assert isinstance(model, AutoModelForImageTextToText._model_mapping[type(model.config)])
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss
