@@ -250,7 +250,7 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _states_follow_workers(self) -> "Job":
-        optimizer, is_sharded = self.training.optimizer, self.training.zero_stage > 0 or self.model.dtype == "bf16"
+        optimizer, is_sharded = self.training.optimizer, self.training.zero_stage != 0 or self.model.dtype == "bf16"
         if self.resources.is_elastic and optimizer != "adamw" and is_sharded:
             raise ValueError(
                 f"an elastic run cannot train with optimizer {optimizer}, whose states cannot be cut anew for another "
