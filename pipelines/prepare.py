@@ -10,6 +10,7 @@ with the windows.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -87,17 +88,17 @@ class EncodeChunk:
 class PackWindow:
     """Actor that packs the chunks of one window and commits its files. Passes the sizes on."""
 
-    def __init__(self, job: Job, split: str, token: str, dealing: int) -> None:
-        """Stores the arguments. token: of the plan whose windows these are (`PreparedWriter.begin`); dealing: how its
-        rows are dealt."""
-        self.job, self.split, self.token, self.dealing = job, split, token, dealing
+    def __init__(self, job: Job, split: str, token: str, plan: dict[str, Any]) -> None:
+        """Stores the arguments. token: of the plan whose windows these are (`PreparedWriter.begin`); plan: the fields
+        of the context that the driver sets."""
+        self.job, self.split, self.token, self.plan = job, split, token, plan
         self.clock = StageClock("pack", job.name)
         self.tags = {"job_name": job.name, "split": split}
 
     @cached_property
     def pack(self) -> WindowPacker:
         """The packer, built with the first window."""
-        return WindowPacker(PrepareContext.of(self.job, self.split).dealt(self.dealing), self.token)
+        return WindowPacker(replace(PrepareContext.of(self.job, self.split), **self.plan), self.token)
 
     @clocked
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _run_here(
 ) -> Iterator[int]:
     """Does in this process what the actors of a graph do; arguments, returns and errors as of `_run_windows`."""
     encode = EncodeChunk(job, context.split, ray.put(sizes.known) if sizes else None)
-    pack = PackWindow(job, context.split, token, context.dealing)
+    pack = PackWindow(job, context.split, token, context.plan)
     for window in by_window(chunks):
         samples = pa.concat_tables([pa.table(encode({"chunk": [chunk]})) for chunk in window])
         yield _number(pa.table(pack(samples)).to_pylist()[0], sizes)
@@ -179,7 +180,7 @@ def _run_graph(
     )  # fmt: skip
     dataset = dataset.map_batches(
         PackWindow, batch_size=job.packing.window_rows // job.packing.chunk_rows, batch_format="pyarrow",
-        fn_constructor_args=(job, split, token, context.dealing),
+        fn_constructor_args=(job, split, token, context.plan),
         compute=_pool(resources.pack_actors, room=cpus - resources.encode_actors), num_cpus=1,
     )  # fmt: skip
     try:

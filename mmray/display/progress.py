@@ -8,6 +8,8 @@ import html
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -23,6 +25,8 @@ REDRAW_SECONDS = 0.5
 """Shortest time between two drawings of a notebook's bar."""
 RATE_SECONDS = 60
 """Length of time over which the rate is measured."""
+MANY_FILES = 1_000
+"""Number of files from which on reading through them is shown."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,25 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._view.close()
+
+
+def shown(stack: ExitStack, title: str, unit: str, least: int = 0) -> Callable[[int, int], None]:
+    """Returns a function that shows progress by a bar, which appears when there is something to show.
+
+    stack: closes the bar, which is closed earlier when all is done; least: smallest total that is shown.
+    """
+    bars: list[ProgressBar] = []
+
+    def show(done: int, total: int) -> None:
+        if total < least:
+            return
+        if not bars:
+            bars.append(stack.enter_context(ProgressBar(title, unit)))
+        bars[0].update(done, total)
+        if done >= total:
+            stack.close()
+
+    return show
 
 
 def _view() -> View:

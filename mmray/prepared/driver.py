@@ -136,15 +136,18 @@ def prepare_files(
         duplicates = None
         if data.duplicate_ids == "reject" and missing:
             duplicates = DuplicateRows(plan, hash_ids(plan.chunks(), context.datasets))
-        chunks = _marked(plan, missing, data.verify_rows, duplicates)
         done, total = sum(map(plan.rows_of_window, finished)), plan.num_rows
         on_progress(done, total)
         try:
             rejections.add(writer.statistics(finished))
-            for number in run_windows(context, writer.token, chunks, sizes):
-                done += plan.rows_of_window(number)
-                on_progress(done, total)
-                rejections.add(writer.statistics([number]))
+            for windows in _turns(missing, plans_first=context.costs is not None):
+                if context.costs and windows != [0]:
+                    context = context.costing(next(writer.statistics([0])).get("bin_cost"))
+                chunks = _marked(plan, windows, data.verify_rows, duplicates)
+                for number in run_windows(context, writer.token, chunks, sizes):
+                    done += plan.rows_of_window(number)
+                    on_progress(done, total)
+                    rejections.add(writer.statistics([number]))
             rejections.check_all()
         except Exception:
             check_unchanged(files, context.datasets)  # a changed file may be the cause of the error
@@ -169,6 +172,14 @@ def prepare_files(
     )
     _warn_of_oddities(prepared)
     return prepared, True
+
+
+def _turns(missing: list[int], plans_first: bool) -> list[list[int]]:
+    """The windows that are made at once. plans_first: the first window is made alone, before the others need the cost
+    of a bin that is chosen by it."""
+    if plans_first and missing[:1] == [0]:
+        return [turn for turn in (missing[:1], missing[1:]) if turn]
+    return [missing] if missing else []
 
 
 class _Rejections:

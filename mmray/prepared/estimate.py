@@ -22,13 +22,15 @@ from mmray.images import TilingPolicy
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
+from mmray.packing.equal_cost import pack_equal_cost, planned_bin_cost
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.row_measures import RowMeasures, measured_samples
-from mmray.prepared.window import NOTHING_TRAINED, pack_by_bucket, packed_to_cost
+from mmray.prepared.window import NOTHING_TRAINED, costed, pack_by_bucket
 from mmray.rows.count import RowCount, count_rows
 from mmray.rows.dealing import dealt, first_rows
 from mmray.rows.encode import Encoder
 from mmray.rows.files import SourceFile, first_piece, source_files
+from mmray.rows.plan import Progress, no_progress
 from mmray.rows.preflight import FIRST_ROWS, sample_labels
 from mmray.rows.read import read_piece
 from mmray.rows.sample import RejectedRow, Sample
@@ -166,10 +168,25 @@ class _Sampled:
     measures: RowMeasures
 
 
-def count_sets(datasets: Sequence[DatasetSettings], seconds: float = COUNT_SECONDS) -> list[RowCount]:
-    """Count the rows of each set of a split. seconds: time that it may take. Raises UserError for missing files."""
-    sets = _files_of_sets(datasets)
-    return [count_rows(set_files, seconds / len(sets)) for set_files in sets]
+def count_sets(
+    datasets: Sequence[DatasetSettings], seconds: float = COUNT_SECONDS, on_progress: Progress = no_progress
+) -> list[RowCount]:
+    """Count the rows of each set of a split.
+
+    seconds: time that it may take; on_progress: called with the numbers of files counted and of all files.
+
+    Raises UserError for missing files.
+    """
+    sets, counts, before = _files_of_sets(datasets), list[RowCount](), 0
+    num_files = sum(map(len, sets))
+
+    def show(done: int, _: int) -> None:
+        on_progress(before + done, num_files)
+
+    for set_files in sets:
+        counts.append(count_rows(set_files, seconds / len(sets), show))
+        before += len(set_files)
+    return counts
 
 
 def _files_of_sets(datasets: Sequence[DatasetSettings]) -> list[list[SourceFile]]:
@@ -179,7 +196,7 @@ def _files_of_sets(datasets: Sequence[DatasetSettings]) -> list[list[SourceFile]
 
 def estimate_split(
     job: Job, split: str, family: Family, policy: TilingPolicy, *, counts: Sequence[RowCount] | None = None,
-    seconds: float = COUNT_SECONDS,
+    seconds: float = COUNT_SECONDS, on_progress: Progress = no_progress,
 ) -> Estimate:  # fmt: skip
     """Estimate what preparing a split would make; duplicate ids are not considered.
 
@@ -187,6 +204,7 @@ def estimate_split(
     policy: the tiling policy as resolved for the family.
     counts: the rows of each set, from `count_sets`; None: they are counted.
     seconds: time that counting rows may take.
+    on_progress: called with the numbers of files whose rows are counted and of all files.
 
     Raises UserError for files that cannot be read.
     """
@@ -194,7 +212,7 @@ def estimate_split(
     roomy = job.packing.model_copy(update={"token_capacity": ANY_LENGTH, "visual_capacity": ANY_LENGTH})
     encoder = Encoder(job.data.lenient, datasets, family, policy, roomy, loss=job.loss)
     files_of_sets = _files_of_sets(datasets)
-    counts = count_sets(datasets, seconds) if counts is None else counts
+    counts = count_sets(datasets, seconds, on_progress) if counts is None else counts
     wanted = max(FIRST_ROWS, SAMPLE_ROWS // len(files_of_sets))
     samples = [_sample(job, encoder, set_files, wanted) for set_files in files_of_sets]
     encoded = [sample.rows for sample in samples]
@@ -239,7 +257,8 @@ def _packer(job: Job, family: Family) -> Callable[[_Rows], list[list[int]]]:
 
     def pack(rows: _Rows) -> list[list[int]]:
         if costs:
-            return packed_to_cost(rows.loads, job.packing, family.sample_gap, costs.sample_costs)
+            samples = costed(rows.loads, job.packing, family.sample_gap, costs.sample_costs)
+            return pack_equal_cost(samples, planned_bin_cost(samples))
         return pack_by_bucket(rows.lengths, rows.visual, rows.buckets.tolist(), job.packing, family.sample_gap)
 
     return pack

@@ -42,6 +42,7 @@ class PrepareContext:
     model_type, processor_source: written to the manifest.
     costs: the costs of samples when bins are packed to equal cost, else None.
     dealing: version of the way rows are dealt into windows; the driver sets it.
+    bin_cost: the cost of a bin when bins are packed to equal cost, by the first window; the driver sets it.
     """
 
     split: str
@@ -56,6 +57,7 @@ class PrepareContext:
     processor_source: str | None = None
     costs: BalanceSettings | None = None
     dealing: int = 1
+    bin_cost: float | None = None
 
     @classmethod
     def of(cls, job: Job, split: str) -> Self:
@@ -70,6 +72,15 @@ class PrepareContext:
     def dealt(self, dealing: int) -> Self:
         """A copy of the context with this `dealing`."""
         return replace(self, dealing=dealing)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The fields that the driver sets."""
+        return {"dealing": self.dealing, "bin_cost": self.bin_cost}
+
+    def costing(self, bin_cost: float | None) -> Self:
+        """A copy of the context with this `bin_cost`."""
+        return replace(self, bin_cost=bin_cost)
 
     def record(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         """The record of everything that changes the result, as plain JSON (`prepare_record`)."""
@@ -129,6 +140,7 @@ class WindowPacker:
         return pack_window(
             samples, context.packing, self._labels, context.family.sample_gap, allows_empty(context.loss),
             mixed=context.dealing > 1, sample_costs=context.costs.sample_costs if context.costs else None,
+            bin_cost=context.bin_cost,
         )  # fmt: skip
 
     def __call__(self, number: int, samples: pa.Table) -> dict[str, Any]:

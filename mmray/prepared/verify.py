@@ -25,6 +25,7 @@ from PIL import Image
 from mmray.errors import RowError, UserError
 from mmray.images import ImageSource, TilingPolicy, plan_tiles, render_tiles
 from mmray.images.header import MAX_PIXELS, read_header
+from mmray.images.holes import hole
 from mmray.images.jpeg import lacks_pixels
 from mmray.images.paged import file_of
 from mmray.images.retries import with_retries
@@ -36,7 +37,7 @@ from mmray.storage import Folder
 BINS_PER_PART = 16 * BINS_PER_ROW_GROUP
 """Number of bins that a process checks at a time: the work that a stop loses."""
 
-BLANK, OTHER_FORMAT = "blank", "other_format"
+BLANK, HOLE, OTHER_FORMAT = "blank", "hole", "other_format"
 """Reasons that are listed beside those of docs/rows.md; training keeps such pictures."""
 
 BLANK_RANGE = 4
@@ -50,6 +51,7 @@ _SUFFIXES = {
     "TIFF": (".tif", ".tiff"), "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf"), "GIF": (".gif",), "BMP": (".bmp", ".dib"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "AVIF": (".avif",), "HEIF": (".heic", ".heif"), "PDF": (".pdf",),
 }  # fmt: skip
+_WITHOUT_CHECKSUMS = ("JPEG", "MPO", "WEBP", "TIFF", "BMP", "PPM", "GIF", "JPEG2000")
 _PLAN, _REPORT, _SUMMARY = "plan.json", "report.jsonl", "summary.json"
 
 
@@ -80,7 +82,7 @@ class VerifyResult:
     @property
     def broken(self) -> int:
         """Number of pictures whose samples training leaves out of the loss."""
-        return sum(count for reason, count in self.listed.items() if reason not in (BLANK, OTHER_FORMAT))
+        return sum(count for reason, count in self.listed.items() if reason not in (BLANK, HOLE, OTHER_FORMAT))
 
 
 @dataclass(frozen=True)
@@ -222,11 +224,20 @@ def _picture_problems(source: ImageSource, size: tuple[int, int]) -> list[tuple[
     elif black_share(page) >= BLACK_SHARE:
         message = "is black up to one edge, as where a file was not written to its end"
         listed.append((BLANK, f"{name}: {black_share(page):.0%} of it {message}"))
+    elif header.format in _WITHOUT_CHECKSUMS and (zeros := _hole(source)):
+        message = f"{zeros[1]:,} zeros stand in the place of its bytes from {zeros[0]:,} on, as where a block was lost"
+        listed.append((HOLE, f"{name}: {message}"))
     suffix = os.path.splitext(file_of(source))[1].lower() if isinstance(source, str) else ""
     kind = "JPEG" if header.format == "MPO" else header.format
     if suffix not in _SUFFIXES.get(kind, ()) and any(suffix in known for known in _SUFFIXES.values()):
         listed.append((OTHER_FORMAT, f"{name}: the file is {kind}, whatever its name says"))
     return listed
+
+
+def _hole(source: ImageSource) -> tuple[int, int] | None:
+    with image_file(source) as file:
+        file.seek(0)
+        return hole(file)
 
 
 def black_share(page: Image.Image) -> float:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from mmray.errors import RowError
 from mmray.loss.rules import IGNORE_INDEX, LossRule
-from mmray.packing.equal_cost import pack_equal_cost
+from mmray.packing.equal_cost import CostedSamples, pack_equal_cost, planned_bin_cost
 from mmray.packing.pack import lower_bound, pack_2d
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
@@ -98,7 +98,7 @@ def samples_table(
 
 def pack_window(
     samples: pa.Table, packing: PackingSettings, labels: "LabelMaker", sample_gap: int = 0, allow_empty: bool = False,
-    *, mixed: bool = False, sample_costs: SampleCosts | None = None,
+    *, mixed: bool = False, sample_costs: SampleCosts | None = None, bin_cost: float | None = None,
 ) -> Window:  # fmt: skip
     """Pack a window's samples into bins; deterministic to the byte.
 
@@ -107,6 +107,7 @@ def pack_window(
     allow_empty: pack samples without a trained token too; else they are rejected.
     mixed: put the bins into a random order, always the same for equal samples.
     sample_costs: computes the costs of samples; required to pack to equal cost.
+    bin_cost: the cost of a bin, by the dataset's first window; None: it is chosen by these samples.
     """
     columns = _Columns.of(samples)
     trained = columns.trained_tokens(labels)
@@ -114,8 +115,10 @@ def pack_window(
         index for index, reason in enumerate(columns.reasons) if reason is None and (allow_empty or trained[index])
     ]
     used = np.asarray(usable, dtype=np.int64)
-    if packing.mode == "equal_cost":
-        packed = packed_to_cost(columns.loads(trained).take(used), packing, sample_gap, sample_costs)
+    if packing.mode == "equal_cost" and usable:
+        samples_of_bins = costed(columns.loads(trained).take(used), packing, sample_gap, sample_costs)
+        bin_cost = planned_bin_cost(samples_of_bins) if bin_cost is None else bin_cost
+        packed = pack_equal_cost(samples_of_bins, bin_cost)
     else:
         packed = pack_by_bucket(
             columns.lengths[used], columns.visual[used], [columns.buckets[index] for index in usable], packing,
@@ -150,6 +153,7 @@ def pack_window(
         "sets": _by_set(samples["dataset"].to_pylist(), is_first, dict(zip(unusable, rejected.to_pylist()))),
         "set_counts": columns.set_counts(bins, unusable, trained),
         "set_columns": columns.set_columns(),
+        **({} if bin_cost is None else {"bin_cost": bin_cost}),
         **_image_notes([(samples["source"][i].as_py(), columns.notes[i]) for i in usable if is_first[i]]),
     }  # fmt: skip
     ids = id_hashes(columns.unique_id(index) for members in bins for index in members)
@@ -348,21 +352,19 @@ class _Columns:
         return record
 
 
-def packed_to_cost(
+def costed(
     samples: Loads, packing: PackingSettings, sample_gap: int, sample_costs: SampleCosts | None
-) -> list[list[int]]:
-    """Pack samples into bins of equal cost; returns the bins as lists of sample numbers.
+) -> CostedSamples:
+    """The samples of a window with their costs.
 
     samples: the loads of samples, as if each had its own bin; sample_costs: computes their costs.
     """
     if sample_costs is None:
         raise ValueError("packing to equal cost needs to know what samples cost")
-    costs, pair_cost = sample_costs(samples)
-    return pack_equal_cost(
+    return CostedSamples(
         samples.tokens + sample_gap,
         samples.visual_tokens,
-        costs,
-        pair_cost,
+        *sample_costs(samples),
         token_capacity=packing.token_capacity + sample_gap,  # no gap after the last sample
         visual_capacity=packing.visual_capacity,
     )

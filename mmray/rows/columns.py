@@ -6,6 +6,7 @@ rows, before a prepared dataset is finished.
 """
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from mmray.rows.settings import LIKE_IMAGES, DatasetSettings
@@ -15,10 +16,16 @@ def watched_columns(value: object, dataset: DatasetSettings) -> tuple[str, ...]:
     """Returns the columns of a row that are checked: those that the data set names, and those that look like images."""
     if not isinstance(value, dict):
         return ()
-    named = dataset.columns.values()
+    candidates = _candidates(tuple(value), tuple(dataset.columns.values()))
+    return tuple(name for name, is_named in candidates if is_named or value[name])
+
+
+@lru_cache(maxsize=1024)
+def _candidates(columns: tuple[str, ...], named: tuple[str, ...]) -> tuple[tuple[str, bool], ...]:
+    """Returns the columns that a data set names or that look like images, and whether it names them."""
     return tuple(
-        name for name in value
-        if name in named or (isinstance(name, str) and name.lower() in LIKE_IMAGES and value[name])
+        (name, name in named) for name in columns
+        if name in named or (isinstance(name, str) and name.lower() in LIKE_IMAGES)
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from mmray.rows.files import SourceFile, opened_rows
 from mmray.rows.forms import Form
+from mmray.rows.plan import Progress, no_progress
 from mmray.rows.records import READ_BYTES, RecordScan
 from mmray.rows.streams import RowStream
 from mmray.rows.tables import num_table_rows
@@ -27,20 +28,23 @@ class RowCount:
         return f"{self.rows:,}" if self.is_exact else f"about {self.rows:,}"
 
 
-def count_rows(files: Sequence[SourceFile], seconds: float) -> RowCount:
+def count_rows(files: Sequence[SourceFile], seconds: float, on_progress: Progress = no_progress) -> RowCount:
     """Counts the rows of the files of one data set, as preparing reads them.
 
     seconds: how long to count; the beginning of the first file is read in any case.
+    on_progress: called with the numbers of files whose rows are counted and of all files.
 
     Raises UserError for a file that cannot be read.
     """
     deadline = time.monotonic() + seconds
     total, rows, looked_at = sum(file.size for file in files), 0, 0
-    for file in files:
+    for number, file in enumerate(files):
+        on_progress(number, len(files))
         own_rows, own_bytes = _count(file, deadline)
         rows, looked_at = rows + own_rows, looked_at + own_bytes
         if time.monotonic() > deadline:
             break
+    on_progress(len(files), len(files))
     if looked_at == total:
         return RowCount(rows, True)
     return RowCount(round(rows * total / looked_at), False)

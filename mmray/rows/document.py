@@ -10,6 +10,7 @@ plain text, a row that holds some of it is rendered twice (`TypedMarkers`).
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from mmray.base.words import counted
@@ -127,7 +128,7 @@ class DocumentReader:
         plain = self.dataset.own_token_text
         return text if plain is None else text.replace(self.family.placeholder, plain)
 
-    @property
+    @cached_property
     def _remedy(self) -> str:
         """The remedy where a text only mentions the placeholder."""
         if self.dataset.placeholder in (self.family.placeholder, self.family.placeholder_unit):
@@ -270,8 +271,13 @@ def check_chats(dataset: DatasetSettings, family: Family) -> None:
 _ALWAYS_THERE = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token"})
 
 
+_OTHER_MEDIA = frozenset({"videos", "video", "audios", "audio"})
+
+
 def _refuse_other_media(value: dict[str, Any]) -> None:
     """Raises RowError for a row whose text refers to a video or a sound in a column beside it."""
+    if _OTHER_MEDIA.isdisjoint(value):
+        return
     for kind in ("video", "audio"):
         column = next((name for name in (f"{kind}s", kind) if value.get(name)), None)
         if column and f"<{kind}>" in str({name: entry for name, entry in value.items() if name != column}):

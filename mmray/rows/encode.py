@@ -328,7 +328,7 @@ class Encoder:
             rule=rule,
             bucket=_bucket(item.plans),
             visual_tokens=sum(visual for spans in tiles for _, visual in spans),
-            input_ids=np.append(spliced, appended),
+            input_ids=np.concatenate((spliced, appended)),
             images=item.document.images,
             sizes=item.sizes,
             blocks=self._image_blocks(item.plans, ids, places, counts),
@@ -472,6 +472,8 @@ def spliced_tiles(
     [1, 7, 7, 8, 2, 7, 8, 3]
     """
     counts = np.ones(len(ids), dtype=np.int64)
+    if not len(places):
+        return ids, counts
     counts[places] = [len(token_ids) for token_ids in tile_tokens]
     is_placeholder = np.zeros(len(ids), dtype=bool)
     is_placeholder[places] = True

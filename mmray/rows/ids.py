@@ -7,6 +7,8 @@ import uuid
 
 def has_id(value: object) -> bool:
     """Tells whether a field holds an id: pandas writes NaN where a row has no number."""
+    if isinstance(value, str):
+        return True
     if isinstance(value, decimal.Decimal):
         return not value.is_nan()  # comparing a signalling NaN raises
     return value is not None and value == value
@@ -18,9 +20,11 @@ def id_text(value: object) -> str | None:
     Numbers are written as Python writes them (7, 7.0), times as ISO 8601, bytes as text where they are printable text,
     else as hexadecimal digits, such as those of a UUID.
     """
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, bool):
         return None
-    if isinstance(value, str | int | float | decimal.Decimal | uuid.UUID):
+    if isinstance(value, int | float | decimal.Decimal | uuid.UUID):
         return str(value)
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
         return value.isoformat()

@@ -48,6 +48,8 @@ def remote_images(value: dict[str, Any], source: str, dataset: DatasetSettings) 
     """Returns the URIs among the row's images, as `image_refs` gives them; none for a row that it refuses."""
     try:
         entries = _entries(value, dataset)
+        if not entries:
+            return []
         if "://" not in image_folder(source, dataset) and not any("://" in _place(entry) for entry in entries):
             return []
         return [ref.uri for ref in image_refs(value, source, dataset) if "://" in ref.uri]
@@ -63,13 +65,13 @@ def _entries(value: dict[str, Any], dataset: DatasetSettings) -> list[Any]:
         column, images = ONE_IMAGE, value.get(ONE_IMAGE)
     if images is None or images == "":
         return []
+    if isinstance(images, list):
+        return images
     if isinstance(images, str):
         return _listed(images)
     if isinstance(images, dict | bytes):  # a column of single images
         return [images]
-    if not isinstance(images, list):
-        raise RowError("wrong_type", f"{column} must be a list of images, not {type(images).__name__} {images!r:.60}")
-    return images
+    raise RowError("wrong_type", f"{column} must be a list of images, not {type(images).__name__} {images!r:.60}")
 
 
 def _place(entry: object) -> str:

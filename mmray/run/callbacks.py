@@ -68,7 +68,9 @@ class History(Callback):
             return
         run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint, attention=attention)
         if loop.step == run.start.first_step > 0:
-            run.note("continue_on", loop.step, **data_lines(run.prepared))
+            skipped = run.start.skipped_bins()
+            values = {"skipped_bins": skipped} if skipped else {}
+            run.note("continue_on", loop.step, **data_lines(run.prepared), **values)
         run.note_stage()
 
     def on_checkpoint(self, loop: Loop, name: str, seconds: float) -> None:

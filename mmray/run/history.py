@@ -16,7 +16,7 @@ A run that trains on a mixture also tells its datasets and weights (`mixture`) w
 | `preemption` | `nodes`: those that will be taken away; `deadline`: when, or null |
 | `first_loss` | `loss`, `problem`: that of the first step is not one of trained weights |
 | `profile` | `file`: the trace of some steps, in the run's folder |
-| `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on |
+| `continue_on` | `prepared`, `fingerprint`, `bins`: the data from the next step on; `skipped_bins`: those left out |
 | `stage` | `stage`, `stages`: the number of the stage that begins, of how many; `parts`: how each is trained |
 | `stop` | `reason`: who or what asked the run to stop before its last step; all that is done is saved |
 | `finish` | the last step is done and its checkpoint whole |
@@ -80,7 +80,7 @@ def in_words(event: dict[str, Any]) -> str:
             return f"a trace of the steps up to {step} is in {event['file']}"
         case "continue_on":
             data = _mixed(event, "") or f" {event['prepared']}, {counted(event['bins'], 'bin')}"
-            return f"from step {step} on it trains on{data}"
+            return f"from step {step} on it trains on{data}{_skipped(event.get('skipped_bins', 0))}"
         case "stage":
             parts = ", ".join(f"{part} {treated}" for part, treated in event["parts"].items())
             return f"stage {event['stage']} of {event['stages']} begins after step {step}: {parts}"
@@ -90,6 +90,14 @@ def in_words(event: dict[str, Any]) -> str:
             reason = f": {event['reason']}" if event.get("reason") else ""
             return f"finished {counted(step, 'step')}{reason}"
     return ""
+
+
+def _skipped(bins: int) -> str:
+    """Words for the bins that a change of data skips; "" for none."""
+    verb = "is" if bins == 1 else "are"
+    return (
+        f"; {counted(bins, 'bin')} left in a window of sorted batches {verb} not trained on this epoch" if bins else ""
+    )
 
 
 def _mixed(event: dict[str, Any], before: str) -> str:

@@ -122,12 +122,26 @@ class Cursor:
         stops = [*(span.first_step for span in self.spans[1:]), self.step]
         for span, stop in zip(self.spans, stops):
             order, steps = self.order_of(span), stop - span.first_step
-            if self.balance is None:
-                taken |= order.taken_at(steps)
-            else:
-                balance = BalanceSettings(**self.balance, across_batches=True)
-                taken |= BalancedSchedule(order, balance).taken_at(steps)
+            taken |= (order if self.balance is None else self._sorted(order)).taken_at(steps)
         return taken
+
+    def skipped_bins(self) -> int:
+        """Number of bins that the change to the current data skips in their epochs.
+
+        With sorting across batches, those left in the window of the earlier data; a mixture that takes up its datasets
+        begins behind them.
+        """
+        if self.balance is None or self.mixture is None or not self.earlier:
+            return 0
+        steps = self.first_step - self.earlier[-1].first_step
+        order = self.order_of(self.earlier[-1])
+        counted = [counting.taken_at(steps) for counting in (self._sorted(order), order)]
+        with_window, trained = (sum(place.bins for place in places.values()) for places in counted)
+        return with_window - trained
+
+    def _sorted(self, order: Order) -> BalancedSchedule:
+        """An order with the cursor's sorting across batches."""
+        return BalancedSchedule(order, BalanceSettings(**(self.balance or {}), across_batches=True))
 
     def advance(self, steps: int = 1) -> Self:
         """The cursor after `steps` more global batches."""

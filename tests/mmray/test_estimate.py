@@ -86,6 +86,23 @@ def test_a_file_too_long_to_read_through_is_counted_by_its_beginning(
     assert part.rows == pytest.approx(4000, rel=0.1)
 
 
+def test_counting_tells_its_files(tmp_path: Path) -> None:
+    """Over all sets, also where the time is up before all are counted."""
+    for number in range(5):
+        write_rows(tmp_path / f"rows-{number}.jsonl", texts(10, 3, 40))
+    sets = [
+        DatasetSettings(files=(f"{tmp_path}/rows-[0-1].jsonl",), kind="pretrain"),
+        DatasetSettings(files=(f"{tmp_path}/rows-[2-4].jsonl",), kind="pretrain"),
+    ]
+    told: list[tuple[int, int]] = []
+    counts = estimate.count_sets(sets, 60, lambda done, total: told.append((done, total)))
+    assert [count.rows for count in counts] == [20, 30]
+    assert told == [(number, 5) for number in (0, 1, 2, 2, 3, 4, 5)]
+    told.clear()
+    assert not any(count.is_exact for count in estimate.count_sets(sets, -1, lambda *counts: told.append(counts)))
+    assert told == [(0, 5), (2, 5), (2, 5), (5, 5)]
+
+
 def test_blank_lines_are_no_rows_and_the_last_needs_no_end(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n  \r\n{"text": "b"}')
     files = source_files([DatasetSettings(files=(f"{tmp_path}/rows.jsonl",), kind="pretrain")])

@@ -117,11 +117,12 @@ def test_every_form_gives_the_same_bytes_for_any_actors_and_after_a_kill(
     """One actor continues what was killed after the first window, two make all of it, none makes it too."""
     (tmp_path / "forms").mkdir()
     data = {"train": write_forms(inputs, tmp_path / "forms"), "max_rejected_share": 1}
+    changes: dict[str, object] = {"data": data, "packing__mode": "equal_cost"}
     made = {}
     for actors in (1, 2):
         folder = tmp_path / str(actors)
         folder.mkdir()
-        job = Job.model_validate(inputs.job(folder, data=data, resources__encode_actors=actors))
+        job = Job.model_validate(inputs.job(folder, **changes, resources__encode_actors=actors))
         if actors == 1:
             assert prepare_without_ray(job, folder, kill=True).returncode == -9
             assert len(list(Path(job.prepared_path("train")).glob("bins-*"))) == 1
@@ -130,7 +131,7 @@ def test_every_form_gives_the_same_bytes_for_any_actors_and_after_a_kill(
     assert facts["rows_packed"] > 150
     assert facts["rows_read"] == facts["rows_packed"] + facts["rows_rejected"]
     assert len(made[1].manifest["shards"]) > 2
-    here = prepare_here(Job.model_validate(inputs.job(tmp_path / "here", data=data)))
+    here = prepare_here(Job.model_validate(inputs.job(tmp_path / "here", **changes)))
     assert contents(made[1].path) == contents(made[2].path) == contents(here.path)
 
 

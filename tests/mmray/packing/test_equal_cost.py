@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmray.config.job import Job
-from mmray.packing.equal_cost import DRAWN_BINS, MAX_BIN_RATIO, MAX_COST_RATIO, expected_costliest, pack_equal_cost
+from mmray.packing.equal_cost import (
+    DRAWN_BINS,
+    LEAST_SAMPLES,
+    MAX_BIN_RATIO,
+    MAX_COST_RATIO,
+    CostedSamples,
+    expected_costliest,
+    pack_equal_cost,
+    planned_bin_cost,
+)
 from mmray.packing.pack import pack_2d
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.dataset import window_bins
@@ -25,17 +34,26 @@ sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 30)), max_size=60)
 def test_every_sample_is_in_one_bin_within_both_capacities(rows, pair_cost, random):
     tokens, visual = (np.asarray([row[side] for row in rows], dtype=np.int64) for side in (0, 1))
     costs = np.asarray([random.uniform(1, 100) for _ in rows])
-    bins = pack_equal_cost(tokens, visual, costs, pair_cost, token_capacity=60, visual_capacity=40)
+    samples = CostedSamples(tokens, visual, costs, pair_cost, 60, 40)
+    bin_cost = random.uniform(0.1, 2) * planned_bin_cost(samples) if rows else 1.0
+    bins = pack_equal_cost(samples, bin_cost)
     assert sorted(itertools.chain(*bins)) == list(range(len(rows)))
     assert all(tokens[members].sum() <= 60 and visual[members].sum() <= 40 for members in bins)
     assert [members[0] for members in bins] == sorted(members[0] for members in bins)
     assert all(members == sorted(members) for members in bins)
-    assert bins == pack_equal_cost(tokens, visual, costs, pair_cost, token_capacity=60, visual_capacity=40)
+    assert bins == pack_equal_cost(samples, bin_cost)
+
+
+@given(st.integers(1, 500), st.sampled_from([0.0, 0.02]), st.integers(0, 99))
+def test_the_number_of_bins_of_a_cost_is_the_inverse_of_the_cost(num_bins, pair_cost, seed):
+    rng = np.random.default_rng(seed)
+    samples = CostedSamples(rng.integers(1, 99, 50), np.zeros(50), rng.uniform(1, 9, 50), pair_cost, 100, 0)
+    assert samples.num_bins(samples.bin_cost(num_bins)) == num_bins
 
 
 def test_a_sample_over_a_capacity_is_an_error():
     with pytest.raises(ValueError, match="item 1: tokens is 61"):
-        pack_equal_cost(np.asarray([1, 61]), np.asarray([0, 0]), np.ones(2), 0.0, token_capacity=60, visual_capacity=4)
+        pack_equal_cost(CostedSamples(np.asarray([1, 61]), np.asarray([0, 0]), np.ones(2), 0.0, 60, 4), 1.0)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=5))
@@ -66,7 +84,8 @@ def test_bins_take_alike_long(attention):
         return balance.costs(Loads(*sums, bucket=np.full(len(bins), "any")))
 
     fewest = pack_2d(samples.tokens, samples.visual_tokens, **capacities)
-    bins = pack_equal_cost(samples.tokens, samples.visual_tokens, costs, pair_cost, **capacities)
+    costed = CostedSamples(samples.tokens, samples.visual_tokens, costs, pair_cost, **capacities)
+    bins = pack_equal_cost(costed, planned_bin_cost(costed))
     before, after = of_bins(fewest), of_bins(bins)
     rng = np.random.default_rng(1)
     slowest = [
@@ -76,6 +95,33 @@ def test_bins_take_alike_long(attention):
     assert slowest[1] < MAX_COST_RATIO + 0.01
     assert len(bins) <= MAX_BIN_RATIO * len(fewest)
     assert slowest[1] * after.sum() < 0.9 * slowest[0] * before.sum()  # time of an epoch of steps of 8
+
+
+def few_sizes(rng, count=2 * LEAST_SAMPLES):
+    sizes = np.asarray([[5462, 2731], [4097, 2049], [8200, 100], [300, 4000], [3300, 1700], [2800, 1400]])
+    tokens, visual = sizes[rng.integers(0, len(sizes), count)].T
+    return Loads(tokens, visual, np.maximum(tokens - visual, 0), tokens**2, visual**2, np.full(count, "any"))
+
+
+def test_bins_of_all_windows_cost_alike():
+    """Rows of six sizes, by the cost of whichever window is the first: over all windows together the costliest of some
+    bins is hardly over the mean. Windows that choose for themselves choose costs that are some percent apart."""
+    balance, rng = BalanceSettings().for_attention("flash_attention_2"), np.random.default_rng(0)
+    windows = [
+        CostedSamples(samples.tokens, samples.visual_tokens, *balance.sample_costs(samples), 24576, 16384)
+        for samples in (few_sizes(rng) for _ in range(4))
+    ]
+
+    def inequality(costs_of_windows):
+        bins = [pack_equal_cost(window, cost) for window, cost in zip(windows, costs_of_windows)]
+        costs = [[window.costs[members].sum() for members in each] for window, each in zip(windows, bins)]
+        all_costs = np.concatenate(costs)
+        return expected_costliest(all_costs) / all_costs.mean()
+
+    planned = [planned_bin_cost(window) for window in windows]
+    shared = [inequality([cost] * len(windows)) for cost in planned]
+    assert max(shared) < 1.1, shared
+    assert np.mean(shared) < 1.07, shared
 
 
 def test_the_cost_of_a_bin_is_that_of_its_samples_together():

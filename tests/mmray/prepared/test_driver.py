@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
-from mmray.prepared.driver import prepare
+from mmray.prepared.driver import prepare, run_windows_here
 from mmray.prepared.stages import ChunkEncoder, PrepareContext
 from mmray.report import prepared_table
 from mmray.rows.files import source_files
@@ -108,6 +108,42 @@ def test_a_prepare_that_is_killed_continues_where_there_is_no_ray(
     assert "1 windows are there from an earlier run and are kept" in done.stderr
     assert contents(job.prepared_path("train")) == contents(prepared[1].path)
     assert first.stat().st_mtime_ns == written
+
+
+def test_the_first_window_chooses_the_cost_of_all_bins_once(inputs: Inputs, tmp_path: Path) -> None:
+    """It is made alone; a run that continues reads what it chose, and the result is the same to the byte."""
+    whole, stopped = (job_of(inputs, tmp_path / name, packing__mode="equal_cost") for name in ("whole", "stopped"))
+    turns: list[tuple[float | None, list[int]]] = []
+
+    def run_windows(context: PrepareContext, *arguments: Any) -> Iterator[int]:
+        turns.append((context.bin_cost, []))
+        for number in run_windows_here(context, *arguments):
+            turns[-1][1].append(number)
+            yield number
+
+    expected, _ = prepare(whole, run_windows=run_windows)
+    num_windows = len(expected.manifest["shards"])
+    (unplanned, first), (bin_cost, others) = turns
+    assert (unplanned, first, others) == (None, [0], list(range(1, num_windows)))
+    assert bin_cost is not None
+    turns.clear()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # after the first window, and after the second
+        with pytest.raises(KeyboardInterrupt):
+            prepare(
+                stopped, on_progress=once(stop) if not turns else at(3 * WINDOW_ROWS, stop), run_windows=run_windows
+            )
+    prepare(stopped, run_windows=run_windows)
+    assert [cost for cost, _ in turns] == [None, bin_cost, bin_cost]
+    assert contents(stopped.prepared_path("train")) == contents(expected.path)
+
+
+def at(rows: int, do: Callable[[], object]) -> Callable[[int, int], None]:
+    """A progress callback that does something when so many rows are done."""
+    return lambda done, total: do() if done == rows else None
 
 
 def test_a_second_run_does_nothing_and_other_settings_are_refused(

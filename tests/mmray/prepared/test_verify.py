@@ -33,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
     print_of(9).save(tmp_path / "gone.png")
     print_of(9).save(tmp_path / "other.jpg", "PNG")
     print_of(9).save(tmp_path / "changed.png")
+    print_of(9, (160, 160)).save(tmp_path / "hole.webp", lossless=True)
     Image.new("RGB", (90, 120), (250, 251, 252)).save(tmp_path / "blank.png")
     pdf_of(tmp_path / "scan.pdf", [{"points": (90, 120)}, {"points": (90, 120), "text": ""}])
     return tmp_path
@@ -40,7 +41,16 @@ def folder(tmp_path: Path) -> Path:
 
 def prepared_in(processor: Any, folder: Path) -> str:
     names = [f"good{number}.jpg" for number in range(6)]
-    names += ["noise.jpg", "cut.jpg", "gone.png", "other.jpg", "changed.png", "blank.png", "scan.pdf#page=1"]
+    names += [
+        "noise.jpg",
+        "cut.jpg",
+        "gone.png",
+        "other.jpg",
+        "changed.png",
+        "blank.png",
+        "scan.pdf#page=1",
+        "hole.webp",
+    ]
     rows = [{"id": name, "text": "<image> x", "images": [name]} for name in names]
     rows.append({"id": "bytes", "text": "<image> x", "images": [{"bytes": _text_of(folder / "good0.jpg")}]})
     rows.append({"id": "again", "text": "<image> x", "images": ["good1.jpg"]})
@@ -63,11 +73,13 @@ def break_them(folder: Path) -> None:
     (folder / "cut.jpg").write_bytes(whole[: len(whole) * 2 // 3] + b"\xff\xd9")
     (folder / "gone.png").unlink()
     print_of(9, (120, 90)).save(folder / "changed.png")
+    whole = (folder / "hole.webp").read_bytes()
+    (folder / "hole.webp").write_bytes(whole[:40960] + bytes(4096) + whole[45056:])
 
 
 LISTED = {
     "noise.jpg": "image_unreadable", "cut.jpg": "image_corrupt", "gone.png": "image_missing",
-    "other.jpg": "other_format", "changed.png": "image_changed", "blank.png": "blank",
+    "other.jpg": "other_format", "changed.png": "image_changed", "blank.png": "blank", "hole.webp": "hole",
 }  # fmt: skip
 
 
@@ -80,7 +92,7 @@ def test_sound_pictures_are_not_listed(processors: dict[str, Any], folder: Path)
     path = prepared_in(processors["qwen2_vl"], folder)
     verified = verify(path, run_parts=in_processes(1))
     assert reported(path) == {"other.jpg": "other_format", "blank.png": "blank"}
-    assert (verified.pictures, verified.broken) == (14, 0), "good1.jpg is looked at once"
+    assert (verified.pictures, verified.broken) == (15, 0), "good1.jpg is looked at once"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -98,7 +110,7 @@ def test_what_is_not_sound_is_listed(
     assert verified.broken == 4
     assert dict(verified.listed) == dict.fromkeys(LISTED.values(), 1)
     assert verified.examples["image_missing"].source == f"{folder}/rows.jsonl:9"
-    assert seen[-1] == (15, 15)
+    assert seen[-1] == (16, 16)
     summary = json.loads(Path(f"{path}-verify/summary.json").read_text())
     assert (summary["broken"], summary["listed"]) == (4, dict.fromkeys(sorted(LISTED.values()), 1))
 
@@ -124,7 +136,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     verified = verify(path, run_parts=in_processes(1))
     assert looked == [0, 4, 8, 8, 12]
     assert reported(path) == LISTED
-    assert verified.pictures == 15, "good1.jpg stands in two parts"
+    assert verified.pictures == 16, "good1.jpg stands in two parts"
     verify(path, run_parts=in_processes(1))
     assert looked == [0, 4, 8, 8, 12], "nothing is left to do"
 

@@ -169,6 +169,14 @@ def test_the_history_keeps_mixtures_and_their_changes(chained: list[dict[str, An
     assert in_words(events[1]) == "from step 8 on it trains on pages 25, chats 12.5, texts 62.5 %"
 
 
+def test_bins_that_a_change_skips_are_told() -> None:
+    event = {"event": "continue_on", "step": 8, "workers": 2, "prepared": "/x", "bins": 50}
+    assert in_words(event) == "from step 8 on it trains on /x, 50 bins"
+    assert in_words(event | {"skipped_bins": 1}) == (
+        "from step 8 on it trains on /x, 50 bins; 1 bin left in a window of sorted batches is not trained on this epoch"
+    )
+
+
 def test_any_step_is_traced_before_and_after_the_change(
     inputs: Inputs, chained: list[dict[str, Any]], folder: Path
 ) -> None:

@@ -173,6 +173,22 @@ def test_sorting_across_batches_rearranges_windows_of_the_mixture() -> None:
     assert Cursor.from_json(sorted_cursor.to_json()).order_of(sorted_cursor.spans[-1]) == plain
 
 
+def test_bins_that_a_change_of_sorted_batches_skips_are_counted() -> None:
+    """Of a window of four batches the change lets one pass: the bins of the other three, by what the run received."""
+    mixture = mixture_of((500, 0.7), (200, 0.3))
+    plain = MixedSchedule(mixture, 8, 0, window_batches=4)
+    bound = BalancedSchedule(plain, SORTED).bound_to(loads_of)
+    cursor = Cursor.at(bound.schedule, 9)
+    taken = tuple(cursor.taken_now().values())
+    window = {bin for step in range(8, 12) for bin in plain.bins(step)}
+    for step, skipped in ((9, len(window - set(bound.bins(8)))), (12, 0)):
+        other = BalancedSchedule(MixedSchedule(mixture_of((500, 1), (200, 1)), 8, 0, step, taken, 4), SORTED)
+        moved = Cursor.at(bound.schedule, step).continue_on(other, "x")
+        assert Cursor.from_json(moved.to_json()).skipped_bins() == skipped
+    assert Cursor.at(plain, 9).continue_on(MixedSchedule(mixture, 8, 0, 9, taken), "x").skipped_bins() == 0
+    assert cursor.skipped_bins() == 0
+
+
 def test_one_dataset_goes_on_in_a_mixture_and_back() -> None:
     """A run on one dataset alone is continued on a mixture with it, which begins where the dataset stands; a padded
     last batch counts as what it holds. A dataset that left is taken up again where it was."""
