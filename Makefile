@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench faults clean
+.PHONY: demo test lint bench faults gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 12); sys.exit(None if ok else "mmray needs Python 3.11 or 3.12; this is %s. Try: make PYTHON=python3.11 $(MAKECMDGOALS)" % sys.version.split()[0])'
@@ -31,6 +31,9 @@ bench: $(READY)
 
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+gpu: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.gpu
 
 clean:
 	rm -rf $(VENV) demo_out

@@ -58,12 +58,13 @@ class Run:
         self.ranks.shutdown()
 
 
-def ingest_of(job: Job) -> Ingest:
+def ingest_of(job: Job, ranks: int = RANKS) -> Ingest:
+    """The graph of a job for a number of ranks, a bin each in every step."""
     dataset, _ = prepare(job)
     plan = BatchPlan(
         prepared=dataset.path, processor=job.model.processor_source, model_type=None, trust_remote_code=False,
-        loss=job.loss, micro_batch_bins=1, world_size=RANKS,
-        schedule=Schedule(len(dataset), global_batch_bins=RANKS, seed=0, fingerprint=dataset.fingerprint),
+        loss=job.loss, micro_batch_bins=1, world_size=ranks,
+        schedule=Schedule(len(dataset), global_batch_bins=ranks, seed=0, fingerprint=dataset.fingerprint),
     )  # fmt: skip
     ingest = Ingest(BatchMaker(plan), job.resources, gpus=False)
     ingest.maker.family  # noqa: B018  (every worker has it before its data begin)
@@ -74,7 +75,9 @@ def run() -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         pages = Pages(Path(folder))
         job = pages.job("pages", pages.rows, 256, window_rows=256)
-        texts = [row | {"text": row["text"].replace("<image>", "")[:1500], "images": []} for row in pages.rows]
+        texts = [
+            row | {"text": f"A page. {row['text'][:1500]}".replace("<image>", ""), "images": []} for row in pages.rows
+        ]
         small_job = pages.job("small", texts, 512, window_rows=512, token_capacity=512)
         large, small = ingest_of(job), ingest_of(small_job)
         with local_ray():

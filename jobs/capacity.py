@@ -63,9 +63,17 @@ def train_pools(job: Job, gpus: bool) -> list[Pool]:
     resources = job.resources
     return [
         Pool("training workers", resources.min_workers, worker_needs(job, gpus)),
-        Pool("mask actors", resources.mask_actors, {"GPU": resources.gpu_share} if gpus else {"CPU": 1}),
+        _mask_pool(job, gpus),
         Pool("render actors", resources.render_actors, {"CPU": 1}),
     ]
+
+
+def _mask_pool(job: Job, gpus: bool) -> Pool:
+    """The actors that compute labels: one on each GPU that trains, or on CPUs."""
+    resources = job.resources
+    if resources.labels_on_gpus(gpus):
+        return Pool("mask actors", resources.min_workers, {"GPU": resources.gpu_share})
+    return Pool("mask actors", min(resources.mask_actors, resources.min_workers), {"CPU": 1})
 
 
 def train_cpus(job: Job) -> int:
@@ -199,27 +207,18 @@ def check_growth(job: Job, nodes: Sequence[Node]) -> None:
 
 
 def _growth_problem(resources: ResourceSettings, share: float, gpus: int) -> str | None:
-    """The problem with what the autoscaler starts, of nodes with so many GPUs: first for the workers, which come first,
-    then for the mask actors too; None for none."""
-    workers = [1 - share] * resources.max_workers
-    actors = [share] * resources.mask_actors
-    for needs in (workers, workers + actors):
-        counts: list[float] = []  # GPUs left of each node, as the autoscaler counts them
-        for needed in needs:
-            node = next((number for number, left in enumerate(counts) if left + _TINY >= needed), None)
-            if node is None:
-                counts.append(gpus - needed)
-            else:
-                counts[node] -= needed
-        free = [_Free(Node("", {"GPU": gpus})) for _ in counts]
-        placed = sum(any(node.take({"GPU": needed}) for node in free) for needed in needs)
-        if placed < len(needs):
-            masking = f" and {counted(len(actors), 'mask actor')}" if needs is not workers else ""
-            return (
-                f"for {counted(len(workers), 'worker')}{masking} the autoscaler would start "
-                f"{counted(len(counts), 'node')} of {counted(gpus, 'GPU')}, where Ray can place {placed} of them"
-            )
-    return None
+    """The problem with what the autoscaler starts for the workers, of nodes with so many GPUs; None for none. The
+    shares on which labels are computed are those that workers leave."""
+    workers, needed = resources.max_workers, 1 - share
+    on_each = int((gpus + _TINY) / needed)  # as the autoscaler counts
+    count = -(-workers // on_each)
+    placed = min(workers, count * gpus)
+    if placed == workers:
+        return None
+    return (
+        f"for {counted(workers, 'worker')} the autoscaler would start {counted(count, 'node')} of "
+        f"{counted(gpus, 'GPU')}, where Ray can place {placed} of them"
+    )
 
 
 def shared_gpu_problem(job: Job, nodes: Sequence[Node]) -> str | None:
@@ -243,7 +242,7 @@ def too_few_cpus_problem(job: Job, nodes: Sequence[Node], gpus: bool) -> str | N
     wanted, resources = worker_needs(job, gpus), job.resources
     fit = sum(int(min(node.resources.get(name, 0) // need for name, need in wanted.items())) for node in nodes)
     workers = min(fit, resources.max_workers)
-    actors = resources.render_actors + (0 if gpus else resources.mask_actors)
+    actors = resources.render_actors + (0 if resources.labels_on_gpus(gpus) else min(resources.mask_actors, workers))
     left = amount(nodes, "CPU") - workers * wanted["CPU"]
     if left >= actors or workers == 0:
         return None

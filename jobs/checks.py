@@ -15,7 +15,8 @@ from pathlib import Path
 
 from jobs.capacity import check_capacity, check_elastic, check_growth, prepare_pools, train_pools
 from jobs.common import console, in_submitted_job
-from jobs.probe import check_nodes, check_own_machine, packages_of
+from jobs.probe import Machine, check_nodes, check_own_machine, check_own_programs, look, packages_of, programs_of
+from jobs.room import UnknownModel, check_disk, check_memory
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.doctor import Status, examine_settings
@@ -59,12 +60,14 @@ def job_checks(job: Job, *, trains: bool) -> Iterator[Check]:
 
 
 def cluster_checks(
-    job: Job, nodes: Sequence[Node], *, trains: bool, gpus: bool = False, joined: bool | None
-) -> Iterator[Check]:
+    job: Job, nodes: Sequence[Node], *, trains: bool, gpus: bool = False, joined: bool | None,
+    saved_stage: int | None = None,
+) -> Iterator[Check]:  # fmt: skip
     """The checks that the nodes have room for a job, and can do their part.
 
     Args:
         gpus: whether training uses GPUs.
+        saved_stage: the ZeRO stage of the checkpoint that a training continues from.
         joined: whether this process has joined a cluster, whose nodes are asked, or started Ray here; None for a
             machine on which no Ray runs.
     """
@@ -78,12 +81,33 @@ def cluster_checks(
         yield Check("cluster", partial(check_growth, job, nodes))
     if trains and joined is not None and job.resources.is_elastic:
         yield Check("cluster", partial(check_elastic, job, gpus, nodes))
+    machines: list[Machine] = []
+    programs = programs_of(job, gpus) if trains else []
     if joined:
         outputs = {"output.prepared": job.output.prepared} | ({"output.run": job.output.run} if trains else {})
         modules = packages_of(job, trains=trains)
-        yield Check("nodes", partial(check_nodes, nodes, labels, outputs, modules=modules, gpus=gpus))
+        check = partial(
+            check_nodes, nodes, labels, outputs, modules=modules, programs=programs, gpus=gpus, machines=machines
+        )
+        yield Check("nodes", check)
     elif joined is not None:
         yield Check("nodes", partial(check_own_machine, nodes, gpus))
+    if not trains:
+        return
+    if not joined:
+        machines.append(Machine.of("this machine", look({}, [])))
+        if programs:
+            yield Check("offloading", partial(check_own_programs, programs))
+    for name, check_room in (("memory", check_memory), ("disk", check_disk)):
+        yield Check(name, partial(_where_known, partial(check_room, job, gpus, machines, saved_stage)))
+
+
+def _where_known(check: Callable[[], str | None]) -> None:
+    """Runs a check that needs the model's configuration, where it can be read from here."""
+    try:
+        check()
+    except UnknownModel:
+        return
 
 
 def check_job_settings(job: Job) -> None:

@@ -4,6 +4,7 @@ Without an address no Ray is started: the plan is for this machine. With one the
 before it starts (`jobs/checks.py`); short-lived files in the output folders are all that is written.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,12 +23,15 @@ from jobs.capacity import Pool, prepare_cpus, prepare_pools, train_cpus, train_p
 from jobs.capacity import needs as needs_of
 from jobs.checks import Check, cluster_checks, job_checks, open_prepared
 from jobs.common import connect, console, local_cpus
+from jobs.probe import Machine, look
+from jobs.room import UnknownModel, check_disk, memory_words, need_of
 from mmray.base.words import amount as about
-from mmray.base.words import counted
+from mmray.base.words import counted, file_size
 from mmray.config.job import Job
 from mmray.display.progress import MANY_FILES, shown
 from mmray.doctor import Finding, FirstRows, as_table, examine, has_failed
 from mmray.doctor.findings import failed_by, passed
+from mmray.errors import UserError
 from mmray.families import Family
 from mmray.prepared import PreparedWriter
 from mmray.prepared.dataset import MANIFEST, PLAN
@@ -47,11 +51,13 @@ from mmray.run.plan import RunPlan, run_plan
 from mmray.schedule.cursor import Cursor
 from mmray.schedule.mixture import Mixture
 from mmray.storage import Folder
+from mmray.training.checkpoint import read_state
 from mmray.training.part_report import check_resumed
 from mmray.training.treatments import stages_of
 from pipelines.nodes import Node, alive_nodes, amount
 
 EXIT_FAILED = 2
+THIS_MACHINE = "this machine"
 Value = TypeVar("Value")
 
 
@@ -157,7 +163,10 @@ def plan_train(
     if nodes is not None and gpus is not None:
         _add_cluster(plan, nodes, train_pools(job, gpus), "training")
         joined = True if _address(address) else None
-        plan.check(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
+        saved_stage = plan.attempt("checkpoints", lambda: _saved_stage(job))
+        plan.check(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined, saved_stage=saved_stage))
+        if joined is None:
+            _add_room(plan, gpus, saved_stage)
     plan.check(job_checks(job, trains=True))
     plan.add("output", job.output.run)
     return plan.show(f"{job.name}: what jobs/train.py would do")
@@ -324,6 +333,25 @@ def _add_workers(plan: _Plan, gpus: bool) -> None:
     plan.add("checkpoints", f"{saved}, the newest {training.keep_checkpoints} are kept")
 
 
+def _saved_stage(job: Job) -> int | None:
+    """The ZeRO stage of the checkpoint from which a run would continue; None for a new run."""
+    checkpoint = newest_looking_whole(RunFolder(job.output.run))
+    return None if checkpoint is None else read_state(checkpoint).zero_stage
+
+
+def _add_room(plan: _Plan, gpus: bool, saved_stage: int | None) -> None:
+    """Adds the bytes of each worker and of checkpoints beside what this machine has. Those that are too many are
+    findings."""
+    machines = [Machine.of("this machine", look({}, []))]
+    try:
+        need = need_of(plan.job, gpus, machines, saved_stage)
+        plan.add("memory", memory_words(need, gpus))
+        with contextlib.suppress(UserError):
+            plan.add("disk", check_disk(plan.job, gpus, machines, saved_stage))
+    except UnknownModel as error:
+        plan.add("memory", f"not known: {error}")
+
+
 def _evaluations(job: Job) -> str:
     """The evaluations of a run in words."""
     settings, every_steps = job.evaluation, job.training.eval_every_steps
@@ -342,14 +370,23 @@ def _nodes(plan: _Plan, address: str | None, cpus: int, verbose: bool) -> list[N
     if _address(address):
         joined = plan.attempt("cluster", lambda: connect(address, cpus=cpus, verbose=verbose))
         return None if joined is None else alive_nodes()
-    return [Node("this machine", {"CPU": local_cpus(cpus), "GPU": torch.cuda.device_count()})]
+    return [Node(THIS_MACHINE, {"CPU": local_cpus(cpus), "GPU": torch.cuda.device_count()})]
 
 
 def _add_cluster(plan: _Plan, nodes: Sequence[Node], pools: Sequence[Pool], what: str) -> None:
     count = f"{len(nodes)} nodes" if len(nodes) > 1 else nodes[0].address if nodes else "no node yet"
     has = " and ".join(f"{amount(nodes, name):g} {name}" for name in ("CPU", "GPU") if amount(nodes, name))
     asked = " and ".join(f"{need:g} {name}" for name, need in needs_of(pools).items())
-    plan.add("cluster", f"{count}: {has or 'no CPU'}; {what} takes {asked}, at least")
+    if not nodes or nodes[0].address != THIS_MACHINE:
+        plan.add("cluster", f"{count}: {has or 'no CPU'}; {what} takes {asked}, at least")
+        return
+    cores, memory = os.cpu_count() or 1, look({}, []).memory
+    gpus = f", {amount(nodes, 'GPU'):g} GPU" if amount(nodes, "GPU") else ""
+    words = f"{counted(cores, 'core')}{gpus}, {file_size(memory) if memory else 'an unknown amount'} of memory; "
+    words += f"{what} takes {asked}, at least"
+    if needs_of(pools).get("CPU", 0) > cores:
+        words += ": processes take turns on the cores"
+    plan.add(THIS_MACHINE, words)
 
 
 def _state(job: Job, split: str, rows: FirstRows | None, replace: bool) -> str:

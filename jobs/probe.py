@@ -11,7 +11,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mmray.base.words import one_line
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.storage import explained
+from mmray.training.deepspeed_config import offloads_optimizer
 from pipelines.nodes import Node, labelled
 
 log = logging.getLogger("mmray")
@@ -46,6 +47,9 @@ class Answer:
     missing: modules that are not installed.
     unseen, closed: settings whose folder lacks the mark, or cannot be written.
     shared_memory: size of /dev/shm in bytes, None where a system has none.
+    absent: programs that are not found.
+    memory: bytes of the machine, or of the container that it is; gpu_memory: bytes of each GPU; free_disk: bytes that
+    are free where TMPDIR is. None where they cannot be told.
     torch_cuda: the CUDA that torch is built for, such as (13, 0); None for a torch without CUDA.
     driver_cuda: the newest CUDA that the NVIDIA driver knows; None where there is no driver.
     """
@@ -55,19 +59,41 @@ class Answer:
     unseen: list[str]
     closed: list[str]
     shared_memory: int | None
+    absent: list[str] = field(default_factory=list)
+    memory: int | None = None
+    gpu_memory: list[int] = field(default_factory=list)
+    free_disk: int | None = None
     torch_cuda: tuple[int, int] | None = None
     driver_cuda: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class Machine:
+    """The room that a node has: `Answer.memory`, `gpu_memory` and `free_disk`."""
+
+    address: str
+    memory: int | None
+    gpu_memory: tuple[int, ...] = ()
+    free_disk: int | None = None
+
+    @classmethod
+    def of(cls, address: str, answer: Answer) -> "Machine":
+        """The room of a node by its answer."""
+        return cls(address, answer.memory, tuple(answer.gpu_memory), answer.free_disk)
+
+
 def check_nodes(
     nodes: Sequence[Node], labels: Mapping[str, str], outputs: Mapping[str, str], *,
-    modules: Sequence[str] = (), gpus: bool = False,
+    modules: Sequence[str] = (), programs: Sequence[str] = (), gpus: bool = False,
+    machines: list[Machine] | None = None,
 ) -> None:  # fmt: skip
     """Raises UserError where a node cannot do its part of a job.
 
     labels: those of the nodes that the job uses.
     outputs: folders by the name of their setting.
     modules: modules, beside mmray's own, that nodes must be able to import.
+    programs: programs that nodes must have, to compile DeepSpeed's optimizer for the host.
+    machines: gets the room of each node that answers.
 
     A node that does not answer is only warned of.
     """
@@ -75,12 +101,14 @@ def check_nodes(
         raise UserError(reason)
     used = [node for node in labelled(nodes, labels) if node.resources.get("CPU", 0) > 0]
     with _marks(outputs) as marks:
-        answers = _ask(used, marks, [*ROOMS, *modules])
+        answers = _ask(used, marks, [*ROOMS, *modules], programs)
     driver_answer = look({}, [])
     for node, answer in answers:
         if reason := problem(node, answer, driver_answer, outputs, gpus=gpus):
             raise UserError(reason)
         check_shared_memory(node, answer.shared_memory)
+        if machines is not None:
+            machines.append(Machine.of(node.address, answer))
 
 
 def shared_folder(nodes: Sequence[Node]) -> str | None:
@@ -146,6 +174,8 @@ def problem(
         )
     for name in answer.closed:
         return f"{name} {outputs[name]}: {where} may not write there; let the user of its Ray write, or choose another"
+    if answer.absent:
+        return f"{where} {cannot_compile(answer.absent)}"
     return (
         f"{where} has GPUs, and {reason}"
         if gpus and node.resources.get("GPU", 0) and (reason := gpu_problem(answer))
@@ -182,6 +212,22 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
+def cannot_compile(absent: Sequence[str]) -> str:
+    """The problem with programs that are not found, in words that follow the name of a machine."""
+    return (
+        f"has no {' and no '.join(absent)}, with which DeepSpeed compiles its optimizer for the host "
+        "(training.deepspeed, offload_optimizer): install a C++ compiler and ninja, and on GPUs the CUDA toolkit of "
+        "torch's CUDA version; or leave offload_optimizer out"
+    )
+
+
+def programs_of(job: Job, gpus: bool) -> list[str]:
+    """Programs that workers run: those with which DeepSpeed compiles its optimizer, where that is offloaded."""
+    if not offloads_optimizer(job.training):
+        return []
+    return ["ninja", os.environ.get("CXX", "c++"), *(["nvcc"] if gpus else [])]
+
+
 def check_shared_memory(node: Node, size: int | None) -> None:
     """Warns where Ray's object store cannot be in shared memory, or that is small. size: of /dev/shm in bytes."""
     store = node.resources.get("object_store_memory", 0)
@@ -204,15 +250,23 @@ def check_own_machine(nodes: Sequence[Node], gpus: bool) -> None:
         raise UserError(f"this machine has GPUs, and {reason}")
 
 
-def look(marks: Mapping[str, str], modules: Sequence[str]) -> Answer:
+def check_own_programs(programs: Sequence[str]) -> None:
+    """Raises UserError where this machine lacks a program that workers run."""
+    if absent := look({}, [], programs).absent:
+        raise UserError(f"this machine {cannot_compile(absent)}")
+
+
+def look(marks: Mapping[str, str], modules: Sequence[str], programs: Sequence[str] = ()) -> Answer:
     """The answer of the machine that this runs on."""
-    return Answer(**_looker()(dict(marks), list(modules), PACKAGES, SHARED_MEMORY))
+    return Answer(**_looker()(dict(marks), list(modules), PACKAGES, SHARED_MEMORY, list(programs)))
 
 
 def _looker() -> Callable[..., dict[str, Any]]:
     """The task, as a function that is pickled whole: nodes may lack the module it is defined in."""
 
-    def look(marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str) -> dict[str, Any]:
+    def look(
+        marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str, programs: list[str]
+    ) -> dict[str, Any]:  # fmt: skip
         import ctypes
         import importlib.metadata
         import importlib.util
@@ -220,6 +274,28 @@ def _looker() -> Callable[..., dict[str, Any]]:
         import platform
         import runpy
         import shutil
+        import subprocess
+        import tempfile
+
+        def memory() -> int | None:
+            limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+            for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+                try:
+                    with open(name) as file:
+                        limits.append(int(file.read()))
+                except (OSError, ValueError):  # there is no such limit
+                    continue
+            return min(limit for limit in limits if limit > 0)
+
+        def gpu_memory() -> list[int]:
+            asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+            if not shutil.which(asked[0]):
+                return []
+            try:
+                output = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout
+                return [int(line) << 20 for line in output.split()]
+            except (OSError, ValueError, subprocess.SubprocessError):
+                return []
 
         def torch_cuda() -> tuple[int, int] | None:
             spec = importlib.util.find_spec("torch")
@@ -251,6 +327,10 @@ def _looker() -> Callable[..., dict[str, Any]]:
             "unseen": [name for name, mark in marks.items() if not os.path.exists(mark)],
             "closed": [name for name, mark in marks.items() if not os.access(os.path.dirname(mark), os.W_OK)],
             "shared_memory": shutil.disk_usage(shared_memory).total if os.path.isdir(shared_memory) else None,
+            "absent": [name for name in programs if shutil.which(name) is None],
+            "memory": memory(),
+            "gpu_memory": gpu_memory(),
+            "free_disk": shutil.disk_usage(tempfile.gettempdir()).free,
             "torch_cuda": torch_cuda(),
             "driver_cuda": driver_cuda(),
         }
@@ -258,12 +338,14 @@ def _looker() -> Callable[..., dict[str, Any]]:
     return look
 
 
-def _ask(nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str]) -> list[tuple[Node, Answer]]:
+def _ask(
+    nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str], programs: Sequence[str] = ()
+) -> list[tuple[Node, Answer]]:  # fmt: skip
     """The answers of the nodes that answer in time."""
     task = ray.remote(num_cpus=0, max_retries=0)(_looker())
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
-            dict(marks), list(modules), PACKAGES, SHARED_MEMORY
+            dict(marks), list(modules), PACKAGES, SHARED_MEMORY, list(programs)
         ): node
         for node in nodes
     }

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -16,12 +15,13 @@ from mmray.errors import UserError
 from mmray.run.checkpoints import newest_looking_whole
 from mmray.run.data import open_data
 from mmray.run.folder import RunFolder
-from mmray.run.metrics import METRICS_FILE, read_metrics
+from mmray.run.metrics import METRICS_FILE
 from mmray.run.place import CURSOR_FILE
 from mmray.run.plan import RunPlan, run_plan
 from mmray.run.trace import TracedSample, Tracer
 from mmray.schedule.cursor import Cursor, DataSpan
-from mmray.training.bins_log import read_trained
+from mmray.training.bins_log import TrainedLog
+from mmray.training.json_lines import iter_json_lines
 
 
 def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:
@@ -32,7 +32,8 @@ def trace(job: Job, steps: str, *, continue_on: bool, as_json: bool) -> None:
     first, last = _range(steps)
     run = RunFolder(job.output.run).fetch()
     tracer = run_tracer(job, continue_on)
-    metrics = {line["step"]: line for line in _metrics(run) if "loss" in line}
+    lines = iter_json_lines(run / METRICS_FILE)
+    metrics = {line["step"]: line for line in lines if first <= line["step"] <= last and "loss" in line}
     for step in range(first, last + 1):
         samples = list(tracer.samples(step))
         if as_json:
@@ -55,10 +56,10 @@ def run_tracer(job: Job, continue_on: bool = False) -> Tracer:
     else:  # that of the run, also where the job names other data by now
         cursor = Cursor.read(checkpoint / CURSOR_FILE)
         cursor = replace(cursor, prepared=cursor.prepared or prepared.path)
-    trained = read_trained(run)
-    workers = trained[-1].workers if job.resources.is_elastic and trained else job.resources.max_workers
-    done = trained[-1].step if trained else 0
-    last_step = max(done, plan.total_steps(cursor))
+    trained = TrainedLog(run)
+    last = trained.get(trained.steps[-1]) if len(trained) else None
+    workers = last.workers if job.resources.is_elastic and last else job.resources.max_workers
+    last_step = max(last.step if last else 0, plan.total_steps(cursor))
     return Tracer(run, cursor, lambda span, ranks: _batches(plan, cursor, span, ranks), workers, last_step)
 
 
@@ -74,10 +75,6 @@ def _range(steps: str) -> tuple[int, int]:
         return int(first), int(last) if colon else int(first)
     except ValueError:
         raise UserError(f"--trace {steps}: give a step, such as 100, or the first and the last, as 100:105") from None
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).exists() else []
 
 
 def _table(step: int, samples: list[TracedSample], metrics: dict[str, Any] | None) -> Table:

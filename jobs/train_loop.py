@@ -6,9 +6,9 @@ trained on, and the data stream is built from there. The split is made inside th
 receive their part), because code that Ray Train evaluates outside does not see the checkpoint being restored.
 """
 
+import itertools
 import pickle
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import ray
 import ray.train
@@ -19,6 +19,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from jobs.checkpoint_writer import CheckpointWriter
 from jobs.preemption import Preemption
 from jobs.run_measures import RunMeasures
+from mmray.batches.ahead import InputsAhead, StepsAhead
 from mmray.batches.micro_batch import MicroBatch
 from mmray.batches.plan import BatchMaker
 from mmray.run.callback import Callback
@@ -31,7 +32,7 @@ from mmray.run.plan import RunPlan
 from mmray.run.state import RunState, open_run
 from mmray.run.warnings import LIBRARIES, keep_warnings
 from mmray.training.ranks import Ranks
-from pipelines.ingest import Ingest, Received, Shares
+from pipelines.ingest import Feed, Ingest, Received, Shares
 
 
 def worker_config(plan: RunPlan, callbacks: Sequence[Callback]) -> dict[str, bytes]:
@@ -79,11 +80,11 @@ class StreamedBatches:
 
     def __init__(self, run: RunState, evaluation: EvaluationPlans | None) -> None:
         plan = run.plan
-        self._rank = run.ranks.rank
+        self._rank, self._run = run.ranks.rank, run
         self._ingest = Ingest(
             BatchMaker(run.batches), plan.job.resources, plan.gpus, run.folder.warnings, plan.job.name, evaluation
         )
-        self._received: Received | None = None
+        self._steps: StepsAhead[list[tuple[MicroBatch, bytes]]] | None = None
         self._parts: Iterator[Shares] = iter(())
 
     def __call__(self, start: int, stop: int) -> Iterator[list[MicroBatch]]:
@@ -91,27 +92,51 @@ class StreamedBatches:
 
         The batches of an evaluation that is due must be taken (`losses`, `texts`) before the next step is asked for.
         """
-        for first, last in self._ingest.segments(start, stop):
-            self._received = Received(self._ingest, self._shard(first, last), self._rank, first, last)
-            self._parts = iter(self._received.parts)
-            for part in self._parts:
-                for batches in self._received.steps(part):
-                    yield [batch for batch, _ in batches]
+        engine = self._run.engine
+        inputs = InputsAhead(engine.device, engine.dtype, engine.model.config)
+        try:
+            for first, last in self._ingest.segments(start, stop):
+                received = Received(self._ingest, self._feed(first, last), self._rank, first, last)
+                self._steps = StepsAhead(self._read(received, inputs))
+                self._parts = iter(received.parts)
+                for part in self._parts:
+                    for pairs in self._of(part):
+                        batches = [batch for batch, _ in pairs]
+                        yield batches
+                        inputs.give_up(batches)
+                self._steps.close()
+        finally:
+            inputs.close()
+            if self._steps is not None:
+                self._steps.close()
+
+    def _read(self, received: Received, inputs: InputsAhead) -> Iterator[list[tuple[MicroBatch, bytes]]]:
+        """Yields the steps of all parts; the inputs of those of training are made ahead of their use."""
+        for part in received.parts:
+            for pairs in received.steps(part):
+                for batch, _ in pairs if part.plan is self._ingest.plan else ():
+                    inputs.add(batch)
+                yield pairs
+
+    def _of(self, part: Shares) -> Iterator[list[tuple[MicroBatch, bytes]]]:
+        """Yields the steps of the next part."""
+        assert self._steps is not None
+        return itertools.islice(self._steps, part.stop - part.start)
 
     def losses(self) -> Iterator[list[MicroBatch]]:
         """Yields the micro-batches of an evaluation's loss, step by step."""
-        for batches in self.texts():
-            yield [batch for batch, _ in batches]
+        for pairs in self.texts():
+            yield [batch for batch, _ in pairs]
 
     def texts(self) -> Iterator[list[tuple[MicroBatch, bytes]]]:
         """Yields the rows of each round that an evaluation reads, each with a picture for people."""
-        assert self._received is not None
-        yield from self._received.steps(next(self._parts))
+        yield from self._of(next(self._parts))
 
-    def _shard(self, start: int, stop: int) -> Any:
-        """This rank's iterator over steps [start, stop); rank 0 builds the graph. Collective."""
+    def _feed(self, start: int, stop: int) -> Feed:
+        """The feed of this rank for steps [start, stop); rank 0 builds the graph. Collective."""
         reference = None
         if self._rank == 0:
             reference = ray.put(self._ingest.split(start, stop))
         (reference,) = broadcast_from_rank_zero((reference,))
-        return ray.get(reference)[self._rank]
+        feeds: list[Feed] = ray.get(reference)
+        return feeds[self._rank]

@@ -1,6 +1,7 @@
 """Training a job on the cluster that this process is connected to, and what `jobs/train.py` does around it."""
 
 import logging
+import os
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
 from mmray.run.plan import run_plan
 from mmray.storage import Folder, arrow_file_system
+from mmray.training.checkpoint import read_state
 from mmray.training.part_report import check_resumed
 from mmray.training.treatments import stages_of
 from pipelines.nodes import alive_nodes
@@ -56,6 +58,20 @@ RAY_TRAIN_MEMORY = "checkpoint_manager_snapshot.json"
 folder itself (`mmray/run/checkpoints.py`)."""
 LEFTOVER_DATA = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
 """Seconds after which the resources that Ray Data asked for an interrupted data stream are free for the next one."""
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables with settings of torch's allocator of GPU memory: its name, and the one that it had before torch 2.9."""
+
+
+def gpu_memory() -> dict[str, str]:
+    """The environment with which workers allocate GPU memory: in segments that grow, unless this process's environment
+    says otherwise.
+
+    Packed rows differ in their lengths and pictures, and segments of fixed sizes would be left unused between them.
+    """
+    stated = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    return stated or {ALLOCATOR[0]: "expandable_segments:True"}
 
 
 def with_data(job: Job, prepared: str) -> Job:
@@ -142,7 +158,8 @@ def train(
         console.print("no GPU: labels and positions are computed on CPU actors, training runs on CPU")
     for warning in evaluation_warnings(job, total_steps):
         log.warning("%s", warning)
-    require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined))
+    saved_stage = None if checkpoint is None else read_state(checkpoint).zero_stage
+    require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined, saved_stage=saved_stage))
     run.remove(RAY_TRAIN_MEMORY)
     run.forget_stop()
     system, place = arrow_file_system(job.output.run)
@@ -159,7 +176,7 @@ def train(
             resources_per_worker=worker_needs(job, gpus),
         ),
         run_config=RunConfig(
-            worker_runtime_env={"env_vars": LEFTOVER_DATA | ({} if gpus else NO_GPU)},
+            worker_runtime_env={"env_vars": LEFTOVER_DATA | (gpu_memory() if gpus else NO_GPU)},
             name=posixpath.basename(place),
             storage_path=posixpath.dirname(place),
             storage_filesystem=None if run.shared_path else system,

@@ -81,6 +81,10 @@ class RenderActor(PickledActor):
 class MaskActor(PickledActor):
     """The actor that computes labels, under this name in Ray's dashboard and process lists."""
 
+    def call(self, block: pa.Table) -> pa.Table:
+        """Calls it: methods of Ray's actors need names without underscores."""
+        return self(block)
+
 
 def _in_order(dataset: Dataset, labels: Mapping[str, str], block_bytes: int | None) -> Dataset:
     """Sets a dataset to keep the order of its blocks.

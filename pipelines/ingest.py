@@ -1,11 +1,18 @@
 """Turns a prepared dataset into the micro-batches of each rank, through Ray Data, in schedule order.
 
-    shares ─ Render (CPU actors: read bins, decode, tile) ─ Mask (GPU actors: labels, positions) ─ streaming_split
+    shares ─ Render (CPU actors: read bins, decode, tile) ─ streaming_split ─ the rank
+                                                                               │ ids, lengths, sizes: 2 % of the bytes
+                                                            Mask (actors on shares of GPUs: labels, positions)
 
 A share is one or more consecutive micro-batches of one rank; one share is one row is one block. With order kept,
 `streaming_split(equal=True)` deals blocks round robin, so shares are listed rank by rank, and rank r receives just its
 own. Every worker checks the place and the bins of what it receives against the schedule: a mismatch is an error, never
 a silent reorder.
+
+Pictures go through the object store once, from the actor that decodes them to the rank. The rank, on a thread that is a
+step ahead, sends what labels and positions are computed from (`Layout`) to a label actor, and puts the answer beside
+the pictures. Each GPU that trains has a label actor on a small share of it (`gpu_share`), so that no rank is slower
+than the others; where none trains, or `gpu_share` is 0, label actors use CPUs and the compiled scan.
 
 Ray spends about 10 ms on each block, whatever is in it, so small micro-batches travel together (`per_share`). Shares
 are listed lazily, so that the first batch comes as soon at step 1,000,000, and of a long run, as at step 0 of a short
@@ -18,7 +25,7 @@ import itertools
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,7 +35,15 @@ import ray
 import torch
 from ray.data import Dataset
 
-from mmray.batches.micro_batch import Masked, MicroBatch, Place, Rendered, from_table, mask, to_table
+from mmray.batches.micro_batch import (
+    Layout,
+    Masked,
+    MicroBatch,
+    Place,
+    from_table,
+    labelled,
+    to_table,
+)
 from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import ResourceSettings, TileCacheSettings
 from mmray.errors import PassingError, UserError
@@ -54,6 +69,14 @@ kB a share, so by 0.3 GB at most."""
 
 SHARE_BYTES = 2 << 20
 """Bytes that a share should at least hold: rendering that much takes longer than Ray takes for a block."""
+
+LABEL_RESTARTS = 3
+"""Number of times that a label actor whose process died is started again; then its rank fails, and training
+restarts."""
+
+RANKS_PER_MICRO_BATCH = 32
+"""Number of ranks for each of which a share holds a micro-batch more, whatever its bytes: one process schedules the
+shares of all ranks, some milliseconds each, so that their number a second must not grow with the ranks."""
 
 MOST_PER_SHARE = 32
 """The most micro-batches of one share: one actor makes all of a share, while its rank waits for the first."""
@@ -138,17 +161,15 @@ class Mask:
         self.clock = StageClock("mask", job)
 
     @clocked
-    def __call__(self, share: pa.Table) -> pa.Table:
-        if ERROR in share.column_names:
-            return share
-        return joined([self._with_labels(table) for table in parts(share)])
-
-    def _with_labels(self, table: pa.Table) -> pa.Table:
-        masked = to_table(self._masked(from_table(Rendered, table)))
-        return masked.append_column(PICTURE, table[PICTURE]) if PICTURE in table.column_names else masked
-
-    def _masked(self, rendered: Rendered) -> Masked:
-        return mask(rendered, self.maker.family, self.maker.labels, self.maker.device)
+    def __call__(self, layouts: pa.Table) -> pa.Table:
+        """The `Labelled` of each micro-batch, joined. layouts: the `Layout` of each, joined."""
+        maker = self.maker
+        return joined(
+            [
+                to_table(labelled(from_table(Layout, table), maker.family, maker.labels, maker.device))
+                for table in parts(layouts)
+            ]
+        )
 
 
 def _rendered(maker: BatchMaker, place: Place) -> pa.Table:
@@ -174,10 +195,34 @@ def parts(share: pa.Table) -> list[pa.Table]:
     return [pa.table(table_columns) for table_columns in columns]
 
 
+def layouts_of(share: pa.Table) -> pa.Table:
+    """Selects what a label actor needs of a rendered share: the columns of `Layout` of each of its micro-batches."""
+    names = {field.name for field in fields(Layout)}
+    return share.select([label for label in share.column_names if label.split(".", 1)[1] in names])
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The source of one rank's batches.
+
+    shares: its iterator of the split; labels: the label actor that it asks.
+    """
+
+    shares: Any
+    labels: Any
+
+    def labelled(self, share: pa.Table) -> pa.Table:
+        """A rendered share with the labels and positions of its micro-batches."""
+        made: pa.Table = ray.get(self.labels.call.remote(layouts_of(share)))
+        for name in made.column_names:
+            share = share.append_column(name, made[name])
+        return share
+
+
 class Ingest:
     """The Ray Data graph that brings a plan's micro-batches to its ranks.
 
-    gpus: whether mask actors use a share of a GPU; warnings: file in which actors keep their warnings; job: the name
+    gpus: whether ranks train on GPUs; warnings: file in which actors keep their warnings; job: the name
     under which they report their times to Prometheus.
     """
 
@@ -196,8 +241,8 @@ class Ingest:
 
     @cached_property
     def per_share(self) -> int:
-        """Number of micro-batches of a share, so that it holds about SHARE_BYTES, by the bins' mean numbers of
-        tokens."""
+        """Number of micro-batches of a share, so that it holds about SHARE_BYTES, by the bins' mean numbers of tokens;
+        more for many ranks."""
         family, statistics = self.maker.family, self.maker.prepared.statistics
         frames = family.dummy_frames
         sizes = tuple((frame.shape[1], frame.shape[0]) for frame in frames)
@@ -206,7 +251,8 @@ class Ingest:
         token_bytes = 4 + 1 + 8 + 8 * 3  # its id, whether it is given, its label, its positions
         total = statistics["tokens"] * token_bytes + statistics["visual_tokens"] * visual_bytes
         mean = max(1.0, total / len(self.maker.prepared) * self.plan.micro_batch_bins)
-        return int(np.clip(SHARE_BYTES / mean, 1, MOST_PER_SHARE))
+        least = self.plan.world_size / RANKS_PER_MICRO_BATCH
+        return int(np.clip(max(SHARE_BYTES / mean, least), 1, MOST_PER_SHARE))
 
     def segments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Ranges of steps that together cover [start, stop), each run by one Ray Data execution."""
@@ -229,24 +275,36 @@ class Ingest:
         assert self.evaluation is not None
         return [Shares(plan, 0, steps, min(self.per_share, TEXTS_PER_SHARE)) for plan, steps in self.evaluation.parts]
 
-    def split(self, start: int, stop: int) -> list[Any]:
-        """The iterators of all ranks over steps [start, stop), for `receive`."""
+    @cached_property
+    def _label_actors(self) -> list[Any]:
+        """The label actors, started by the first split, for all of them."""
+        resources, on_gpu = self.resources, self.resources.labels_on_gpus(self.gpus)
+        make = partial(Mask, self.plan, "cuda" if on_gpu else "cpu", self.job)
+        needs: dict[str, Any] = {"num_gpus": resources.gpu_share, "num_cpus": 0} if on_gpu else {"num_cpus": 1}
+        actor = ray.remote(MaskActor).options(
+            max_restarts=LABEL_RESTARTS, max_task_retries=-1, scheduling_strategy="SPREAD",
+            label_selector=dict(resources.train_labels) or None, **needs,
+        )  # fmt: skip
+        count = self.plan.world_size if on_gpu else min(resources.mask_actors, self.plan.world_size)
+        return [actor.remote(pickle.dumps(make)) for _ in range(count)]
+
+    def split(self, start: int, stop: int) -> list[Feed]:
+        """Builds the graph of steps [start, stop); returns the feeds of all ranks, for `receive`."""
         resources, shares = self.resources, self.stream(start, stop)
-        share_of_gpu = {"num_gpus": resources.gpu_share} if self.gpus else {"num_cpus": 1}
         render = partial(Render, shares, resources.tile_cache, self.warnings, self.job)
-        mask = partial(Mask, self.plan, "cuda" if self.gpus else "cpu", self.job)
         dataset = numbers(len(shares), resources.train_labels)
         dataset = _map(dataset, RenderActor, render, min(resources.render_actors, len(shares)), num_cpus=1)
-        dataset = _map(dataset, MaskActor, mask, min(resources.mask_actors, len(shares)), **share_of_gpu)
-        return list(dataset.streaming_split(self.plan.world_size, equal=True))
+        iterators = dataset.streaming_split(self.plan.world_size, equal=True)
+        label_actors = self._label_actors
+        return [Feed(shares, label_actors[rank % len(label_actors)]) for rank, shares in enumerate(iterators)]
 
-    def receive(self, shard: Any, rank: int, start: int, stop: int) -> Iterator[list[MicroBatch]]:
-        """Yields one rank's micro-batches, step by step, each checked against the schedule. shard: the rank's iterator
-        of `split`.
+    def receive(self, feed: Feed, rank: int, start: int, stop: int) -> Iterator[list[MicroBatch]]:
+        """Yields one rank's micro-batches, step by step, each checked against the schedule. feed: the rank's, of
+        `split`.
 
         Raises UserError for a row that cannot be rendered, RuntimeError for a batch that is not the expected one.
         """
-        received = Received(self, shard, rank, start, stop)
+        received = Received(self, feed, rank, start, stop)
         for part in received.parts:
             for batches in received.steps(part):
                 if part.plan is self.plan:
@@ -256,11 +314,11 @@ class Ingest:
 class Received:
     """One rank's part of a stream: the micro-batches of its parts, which are taken in order."""
 
-    def __init__(self, ingest: Ingest, shard: Any, rank: int, start: int, stop: int) -> None:
-        """Opens the rank's iterator of `Ingest.split`."""
+    def __init__(self, ingest: Ingest, feed: Feed, rank: int, start: int, stop: int) -> None:
+        """Opens the rank's feed of `Ingest.split`."""
         self.parts = ingest.stream(start, stop).parts
-        self._family, self._rank = ingest.maker.family, rank
-        self._shares = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        self._family, self._rank, self._feed = ingest.maker.family, rank, feed
+        self._shares = iter(feed.shares.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
 
     def steps(self, part: Shares) -> Iterator[list[tuple[MicroBatch, bytes]]]:
         """Yields the micro-batches of a part, step by step, each checked against its plan; with the picture of a row
@@ -270,7 +328,7 @@ class Received:
             batches = []
             for micro in range(part.plan.micro_batches):
                 if not waiting:
-                    waiting.extend(parts(_next(self._shares, step)))
+                    waiting.extend(parts(self._feed.labelled(_next(self._shares, step))))
                 table = waiting.popleft()
                 batch = MicroBatch(from_table(Masked, table), self._family)
                 _check(batch, Place(step, self._rank, micro), part.plan)

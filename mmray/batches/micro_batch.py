@@ -21,8 +21,7 @@ that does not take part. A sample with a picture that cannot be used keeps its p
 """
 
 import logging
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, pairwise
 from typing import Any, TypeVar
@@ -69,35 +68,46 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A micro-batch as arrays, with its pictures decoded.
+class Layout:
+    """The tokens of a micro-batch and the sizes of its pictures, from which labels and positions are computed.
 
     L: number of tokens; S: number of samples, where gaps and the added picture count too; I: number of images.
     """
 
-    place: np.ndarray  # int64 [3]: step, rank, micro
     bins: np.ndarray  # int64 [bins], the numbers of its bins; empty bins are left out
     input_ids: np.ndarray  # int32 [L]
     lengths: np.ndarray  # int32 [S]
     padding: np.ndarray  # bool [S], True for what is no sample: gaps between samples, the added picture
     skipped: np.ndarray  # bool [S], True for samples outside the loss: one of their pictures cannot be used
-    problems: np.ndarray  # uint8, why they are skipped (`skipped_to_array`)
     rules: np.ndarray  # int8 [S], LossRule
-    sets: np.ndarray  # int32 [S], number of each sample's set of rows (`Bin.sample_sets`); -1 where there is none
     given_mask: np.ndarray  # bool [L], the tokens that rows with LossRule.GIVEN mark as trained on
     blocks: np.ndarray  # int32 [I, 2], first token and number of tokens of each image
     trained_tokens: np.ndarray  # int64 [1], as counted when preparing; below 0 where that is not known
     tiles: np.ndarray  # int32 [tiles, 4]: number of the sample, width and height in pixels, number of frames
     frame_sizes: np.ndarray  # int32 [frames, 2], (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class Rendered(Layout):
+    """A micro-batch as arrays, with its pictures decoded."""
+
+    place: np.ndarray  # int64 [3]: step, rank, micro
+    problems: np.ndarray  # uint8, why samples are skipped (`skipped_to_array`)
+    sets: np.ndarray  # int32 [S], number of each sample's set of rows (`Bin.sample_sets`); -1 where there is none
     pixels: np.ndarray  # uint8, the frames one after another, each [height, width, 3]
 
 
 @dataclass(frozen=True)
-class Masked(Rendered):
-    """A rendered micro-batch with its labels and positions."""
+class Labelled:
+    """The labels and positions of a micro-batch."""
 
     labels: np.ndarray  # int64 [L]
     position_ids: np.ndarray  # int64 [rows, L] (`Family.position_rows`)
+
+
+@dataclass(frozen=True)
+class Masked(Labelled, Rendered):
+    """A rendered micro-batch with its labels and positions."""
 
 
 def render(
@@ -221,56 +231,67 @@ def _check_features(row: _RowBuilder, bins: Sequence[Bin]) -> None:
 
 
 def mask(rendered: Rendered, family: Family, maker: LabelMaker, device: torch.device) -> Masked:
+    """A rendered micro-batch with its labels and positions, made on `device`; raises what `labelled` raises."""
+    made = labelled(rendered, family, maker, device)
+    arrays = {field.name: getattr(rendered, field.name) for field in fields(Rendered)}
+    return Masked(**arrays, labels=made.labels, position_ids=made.position_ids)
+
+
+def labelled(layout: Layout, family: Family, maker: LabelMaker, device: torch.device) -> Labelled:
     """Make the labels and positions of a micro-batch, on `device`.
 
     Raises RuntimeError when the number of trained tokens, skipped samples included, differs from the number that was
     counted when preparing.
     """
-    row = packed_row(rendered, device)
+    row = packed_row(layout, device)
     labels = maker.labels(
         row.input_ids,
         row.segment_ids,
-        _tensor(rendered.rules).to(device, torch.int64),
-        _tensor(rendered.given_mask).to(device),
-        _tensor(rendered.blocks).to(device, torch.int64),
+        _on(device, layout.rules).to(torch.int64),
+        _on(device, layout.given_mask),
+        _on(device, layout.blocks).to(torch.int64),
     )
     positions = family.position_ids(row)
-    trained, expected = int((labels != IGNORE_INDEX).sum()), int(rendered.trained_tokens[0])
+    trained, expected = int((labels != IGNORE_INDEX).sum()), int(layout.trained_tokens[0])
     if trained != expected and expected >= 0:
-        raise RuntimeError(f"bins {rendered.bins.tolist()}: {trained} trained tokens, {expected} when prepared")
-    labels = labels.masked_fill(_skipped_tokens(rendered, device), IGNORE_INDEX)
-    rendered_arrays = {field.name: getattr(rendered, field.name) for field in fields(Rendered)}
-    return Masked(**rendered_arrays, labels=labels.cpu().numpy(), position_ids=positions.cpu().numpy())
+        raise RuntimeError(f"bins {layout.bins.tolist()}: {trained} trained tokens, {expected} when prepared")
+    labels = labels.masked_fill(_skipped_tokens(layout, device), IGNORE_INDEX)
+    return Labelled(labels=labels.cpu().numpy(), position_ids=positions.cpu().numpy())
 
 
-def _skipped_tokens(rendered: Rendered, device: torch.device) -> Tensor:
+def _skipped_tokens(layout: Layout, device: torch.device) -> Tensor:
     """Marks the tokens of samples that are left out of the loss, bool [L]."""
-    lengths = _tensor(rendered.lengths).to(device, torch.int64)
-    return torch.repeat_interleave(_tensor(rendered.skipped).to(device), lengths, output_size=len(rendered.input_ids))
+    lengths = _on(device, layout.lengths).to(torch.int64)
+    return torch.repeat_interleave(_on(device, layout.skipped), lengths, output_size=len(layout.input_ids))
 
 
-def packed_row(rendered: Rendered, device: torch.device) -> PackedRow:
+def packed_row(layout: Layout, device: torch.device) -> PackedRow:
     """The row of a micro-batch as a family takes it, on `device`."""
-    lengths = _tensor(rendered.lengths).to(device, torch.int64)
-    sizes = iter((int(width), int(height)) for width, height in rendered.frame_sizes)
+    lengths = _on(device, layout.lengths).to(torch.int64)
+    sizes = iter((int(width), int(height)) for width, height in layout.frame_sizes)
     return PackedRow(
-        input_ids=_tensor(rendered.input_ids).to(device, torch.int64),
+        input_ids=_on(device, layout.input_ids).to(torch.int64),
         lengths=lengths,
-        segment_ids=segment_ids(lengths, _tensor(rendered.padding).to(device), total=len(rendered.input_ids)),
+        segment_ids=segment_ids(lengths, _on(device, layout.padding), total=len(layout.input_ids)),
         tiles=tuple(
             Tile(sample, (width, height), tuple(islice(sizes, count)))
-            for sample, width, height, count in rendered.tiles.tolist()
+            for sample, width, height, count in layout.tiles.tolist()
         ),
     )
 
 
 class MicroBatch:
-    """A micro-batch in the training process: `labels` [1, L] and the arguments of the model's forward."""
+    """A micro-batch in the training process: `labels` [1, L] and the arguments of the model's forward.
+
+    Where the arguments are made ahead of their use (`made_ahead`, set by `InputsAhead`), the first call of
+    `model_inputs` takes them, and `labels` are on the device from then on.
+    """
 
     def __init__(self, masked: Masked, family: Family) -> None:
         self.masked = masked
         self.family = family
         self.labels = _tensor(masked.labels)[None]
+        self.made_ahead: Callable[[], DeviceInputs] | None = None
 
     @property
     def row(self) -> PackedRow:
@@ -327,17 +348,37 @@ class MicroBatch:
         dtype: that of pixels and attention masks.
         config: the model's configuration, with the attention implementation it runs.
         """
+        if self.made_ahead is None:
+            return self.inputs_on(device, dtype, config).arguments
+        taken, self.made_ahead = self.made_ahead(), None
+        self.labels = taken.labels
+        return taken.arguments
+
+    def inputs_on(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> "DeviceInputs":
+        """Makes the keyword arguments of the model's forward, and the labels, on `device`, as `model_inputs` says."""
         masked = self.masked
         self._warn_of_long_samples(config)
-        row = replace(packed_row(masked, device), trained=(_tensor(masked.labels) != IGNORE_INDEX).to(device))
-        pixels = _tensor(masked.pixels).to(device, non_blocking=True)
+        labels = _on(device, masked.labels)
+        row = replace(packed_row(masked, device), trained=labels != IGNORE_INDEX)
+        pixels = _on(device, masked.pixels)
         sizes = [size for tile in row.tiles for size in tile.frame_sizes]
         frames = [
             frame.reshape(height, width, 3)
             for frame, (width, height) in zip(pixels.split([width * height * 3 for width, height in sizes]), sizes)
         ]
-        positions = _tensor(masked.position_ids).to(device)
-        return self.family.model_inputs(row, positions, frames, dtype, config)
+        positions = _on(device, masked.position_ids)
+        return DeviceInputs(self.family.model_inputs(row, positions, frames, dtype, config), labels[None])
+
+
+@dataclass(frozen=True)
+class DeviceInputs:
+    """A micro-batch on the training device.
+
+    arguments: the keyword arguments of the model's forward; labels: int64 [1, L].
+    """
+
+    arguments: dict[str, Any]
+    labels: Tensor
 
 
 def _positions(masked: Masked) -> int:
@@ -362,29 +403,46 @@ def _tensor(array: np.ndarray) -> Tensor:
 
     Arrays that come out of Arrow are read-only. torch warns about that; nothing here writes to them.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
+
+
+class _Writable:
+    """A read-only array that says it may be written to. Filters of warnings are no way for several threads."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array  # which lives as long as the memory is used
+        interface = array.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    """The array as a tensor on `device`; on the CPU it shares the array's memory.
+
+    A GPU copies it from pinned memory, which the host does not wait for. From ordinary memory the host would wait until
+    the GPU has done all its work of that stream.
+    """
+    tensor = _tensor(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 # -------------------------------------------------------------------- between processes
 
 
-def to_table(arrays: Rendered) -> pa.Table:
+def to_table(arrays: Layout | Labelled) -> pa.Table:
     """A one-row Arrow table with each array as the bytes of one cell; pictures are not copied."""
     return pa.table(
         {field.name: binary_cell(np.ascontiguousarray(getattr(arrays, field.name))) for field in fields(arrays)}
     )
 
 
-Arrays = TypeVar("Arrays", bound=Rendered)
+Arrays = TypeVar("Arrays", Layout, Rendered, Labelled, Masked)
 
 
 def from_table(kind: type[Arrays], table: pa.Table) -> Arrays:
     """The arrays that `to_table` wrote, as views of the table's memory."""
     arrays = {field.name: _array(table[field.name], field.name) for field in fields(kind)}
     if "position_ids" in arrays:
-        arrays["position_ids"] = arrays["position_ids"].reshape(-1, len(arrays["input_ids"]))
+        arrays["position_ids"] = arrays["position_ids"].reshape(-1, len(arrays["labels"]))
     return kind(**arrays)
 
 

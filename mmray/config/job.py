@@ -73,13 +73,14 @@ class ResourceSettings(Settings):
     """Training: number of actors that decode and tile images, one CPU each."""
 
     mask_actors: Annotated[int, Field(gt=0)] = 1
-    """Training: number of actors that compute labels and positions. Each uses a share of a GPU, or one CPU where there
-    is no GPU."""
+    """Training: number of actors that compute labels and positions on CPUs, one CPU each, where no GPU trains or
+    gpu_share is 0; never more than workers. Otherwise each GPU that trains has one."""
 
-    gpu_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    """Fraction of a GPU that one mask actor uses. Training workers reserve the rest of their GPU, so that both fit. It
-    must be under one half, so that two workers never share a GPU, and small enough that neither Ray Train nor the
-    autoscaler counts more workers on a node than it has GPUs: 0.1 is, up to 8 GPUs a node."""
+    gpu_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Fraction of each training GPU on which an actor computes labels and positions. The worker reserves the rest of
+    its GPU, so that both fit. It must be under one half, so that two workers never share a GPU, and small enough that
+    neither Ray Train nor the autoscaler counts more workers on a node than it has GPUs: 0.1 is, up to 8 GPUs a node. 0:
+    labels are computed on CPUs, and workers have whole GPUs."""
 
     tile_cache: TileCacheSettings | None = None
     """Training: where each machine keeps cut tiles for later epochs. null: pages are cut again in each epoch."""
@@ -125,6 +126,10 @@ class ResourceSettings(Settings):
     def max_workers(self) -> int:
         """Largest number of workers the run may have."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    def labels_on_gpus(self, gpus: bool) -> bool:
+        """True if labels are computed on shares of the training GPUs. gpus: whether ranks train on GPUs."""
+        return gpus and self.gpu_share > 0
 
     @property
     def is_elastic(self) -> bool:
@@ -253,7 +258,7 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _states_follow_workers(self) -> "Job":
-        optimizer, is_sharded = self.training.optimizer, self.training.zero_stage > 0 or self.model.dtype == "bf16"
+        optimizer, is_sharded = self.training.optimizer, self.training.zero_stage != 0 or self.model.dtype == "bf16"
         if self.resources.is_elastic and optimizer != "adamw" and is_sharded:
             raise ValueError(
                 f"an elastic run cannot train with optimizer {optimizer}, whose states cannot be cut anew for another "

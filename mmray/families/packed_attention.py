@@ -2,7 +2,7 @@
 
 With a mask, attention goes over all pairs of tokens of a row, most of which belong to different samples. This function
 is told the bounds of the samples (`mmray.families.base.sample_bounds`) and makes no mask and no pair of two samples: on
-one CPU thread a step on rows of two samples takes two thirds of the time, on rows of seven samples half.
+one CPU thread a step on rows of two samples takes 0.7 of the time, on rows of seven samples half.
 
 transformers decides by the word "flash" in an implementation's name that a layer gets the bounds, in the text model as
 in vision towers whose layers attend within pictures and windows (Qwen, GLM, Pixtral); these make one call a layer then,

@@ -71,7 +71,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.lasted is not None:
         facts.append(("from first to last event", span(run.lasted)))
     if run.steps:
-        facts.append(("epoch", f"{run.steps[-1].get('epoch') or 0:.2f}"))
+        facts.append(("epoch", f"{np.nan_to_num(run.column('epoch')[-1]):.2f}"))
     return facts
 
 

@@ -5,8 +5,8 @@ object store can neither append nor rename, so each process keeps a copy on its 
 its contents are sent or fetched:
 
     records       metrics.jsonl, history.jsonl, tensorboard/, …: rank 0 alone writes them. It fetches them when it
-                  begins, and publishes whole files every PUBLISH_SECONDS and before each checkpoint is sent: whoever
-                  resumes from a checkpoint finds the records of all its steps
+                  begins, and publishes what has changed every PUBLISH_SECONDS and before each checkpoint is sent:
+                  whoever resumes from a checkpoint finds the records of all its steps
     warnings      every process that has some writes a file of its own below warnings/; fetching joins them
     checkpoints   are sent by Ray Train; fetched whole for a restore, or as a *shadow* for an inspection: names, sizes
     and
@@ -14,7 +14,7 @@ its contents are sent or fetched:
     model         is sent by the driver, at the end, and never fetched
     damaged       a checkpoint that is passed over gets an empty object beside it, `damaged_NAME`; locally it is renamed
 
-Publishing sends a file again from its beginning when it has grown: 300 bytes a step, so 30 MB after 100,000 steps.
+A log that grows goes up in pieces (`log_pieces.py`), any other record whole when it has changed.
 """
 
 import atexit
@@ -30,6 +30,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mmray.base.words import one_line
+from mmray.run.log_pieces import SentLog, fetch_log, log_of, publish_log
 from mmray.run.warnings import WARNINGS_FILE, WARNINGS_FOLDER
 from mmray.storage import FileState, Folder, replacing
 
@@ -59,6 +60,8 @@ class RunFolder:
         self._remote = None if "://" not in self.uri else Folder(self.uri)
         self._fetched: dict[str, FileState] = {}
         self._published: dict[str, tuple[int, int]] = {}
+        self._logs: dict[str, SentLog] = {}
+        self._is_publishing = threading.Lock()
 
     @classmethod
     def of(cls, run: "str | Path | RunFolder") -> "RunFolder":
@@ -95,25 +98,35 @@ class RunFolder:
         if self._remote is None:
             return self.path
         remote_files = self._remote.files()
-        wanted = {
-            name: state for name, state in remote_files.items() if _is_record(name) and self._fetched.get(name) != state
-        }
+        records = {name: state for name, state in remote_files.items() if _is_record(name)}
+        for log in {log for name in records if (log := log_of(name))}:
+            pieces = {name: records.pop(name) for name in list(records) if log_of(name) == log}
+            if log in pieces:
+                fetch_log(self._remote, self.path / log, pieces, self._logs.setdefault(log, SentLog()))
+        wanted = {name: state for name, state in records.items() if self._fetched.get(name) != state}
         self._fetched |= {name: wanted[name] for name in self._download(self._remote, self.path, wanted)}
         self._join_warnings([name for name in remote_files if name.startswith(f"{WARNINGS_FOLDER}/")])
         return self.path
 
     def publish(self) -> None:
-        """Sends the records that have changed since the last call."""
-        if self._remote is None:
-            return
+        """Sends the records that have changed since the last call; one thread at a time, so that none sends what is
+        older."""
+        if self._remote is not None:
+            with self._is_publishing:
+                self._publish(self._remote)
+
+    def _publish(self, remote: Folder) -> None:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if not path.is_file() or not _is_written_here(name):
                 continue
+            if log_of(name):
+                publish_log(remote, path, name, self._logs.setdefault(name, SentLog()))
+                continue
             status = path.stat()
             state = status.st_size, status.st_mtime_ns
             if self._published.get(name) != state:
-                self._remote.write(name, path.read_bytes())
+                remote.write(name, path.read_bytes())
                 self._published[name] = state
 
     @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mmray.batches.micro_batch import MicroBatch
+from mmray.batches.render import SkippedSample
 from mmray.run.callback import Callback, DoneStep, Evaluation, Step
 from mmray.run.callback_states import write_callback_states
 from mmray.run.data import trained_step
@@ -139,7 +140,7 @@ class TrainingLoop:
         metrics = self.run.engine.step(micro_batches)
         seconds = time.monotonic() - started
         self.cursor = self.cursor.advance()
-        peak = max(value for (value,) in self.run.engine.gather([peak_memory(self.run.engine.device)]))
+        peak = max(value for (value,) in self.run.ranks.numbers([peak_memory(self.run.engine.device)]))
         done = DoneStep(step, metrics, seconds, self.epoch, peak)
         for callback in self._callbacks:
             callback.after_step(self, done)
@@ -163,8 +164,8 @@ class TrainingLoop:
         padding = [-1] * (run.batches.micro_batches * run.batches.micro_batch_bins - len(bins))
         flags = [int(callback.flag()) for callback in self._callbacks]
         flops = run.flops.of(micro_batches)
-        rows = run.engine.gather([here.samples, len(here.skipped), flops, *flags, *bins, *padding])
-        skipped = run.engine.gather_objects(here.skipped) if any(count for _, count, *_ in rows) else []
+        rows = run.ranks.numbers([here.samples, len(here.skipped), flops, *flags, *bins, *padding])
+        skipped = _joined(run.ranks.every(here.skipped)) if any(count for _, count, *_ in rows) else []
         first_bin = 3 + len(flags)
         rank_bins = [[number for number in row[first_bin:] if number >= 0] for row in rows]
         trained = trained_step(run.prepared, self.step + 1, rank_bins)
@@ -193,3 +194,7 @@ class TrainingLoop:
         if self.run.is_first:
             write_place(folder, self.cursor, self.run.prepared)
             write_callback_states(folder, {callback.name: callback.state() for callback in self._callbacks})
+
+
+def _joined(every: list[list[SkippedSample]]) -> list[SkippedSample]:
+    return [sample for rank_samples in every for sample in rank_samples]

@@ -6,7 +6,7 @@ the checkpoint's step: it holds every step once, as it was finally done.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from mmray.run.tracking.base import Tracker, TrackerSettings
 from mmray.run.tracking.feed import Feed
 from mmray.run.tracking.run import TrackedRun
 from mmray.run.tracking.tensorboard import TensorBoard
-from mmray.training.json_lines import JsonLines, read_json_lines, replace_json_lines
+from mmray.training.json_lines import (
+    JsonLines,
+    iter_json_lines,
+    last_json_line,
+    read_json_lines,
+    replace_json_lines,
+)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,15 +38,19 @@ class MetricsLog:
         step: the last step that is done. trackers: by name, besides TensorBoard.
         """
         path = run.folder / METRICS_FILE
-        logged = read_json_lines(path)
-        if any(line["step"] > step for line in logged):
-            replace_json_lines(path, (line for line in logged if line["step"] <= step))
-        self._file = JsonLines(path)
-        earlier = [(line["step"], _scalars(line)) for line in logged]
+
+        def logged() -> Iterator[tuple[int, dict[str, float]]]:
+            return ((line["step"], _scalars(line)) for line in iter_json_lines(path))
+
         self._trackers: list[Tracker] = [TensorBoard(run.folder, step)]
-        self._trackers += [
-            Feed(name, settings, run, logged=earlier, kept=step) for name, settings in (trackers or {}).items()
-        ]
+        feeds = [Feed(name, settings, run, logged=logged, kept=step) for name, settings in (trackers or {}).items()]
+        last = last_json_line(path)  # steps never go down
+        if last is not None and last["step"] > step:
+            replace_json_lines(path, (line for line in iter_json_lines(path) if line["step"] <= step))
+        self._file = JsonLines(path)
+        for feed in feeds:
+            feed.start()
+        self._trackers += feeds
 
     def write(self, step: int, **values: float | int | Mapping[str, float | None] | None) -> None:
         """Appends one line and hands it to the operating system: it survives the death of this process.

@@ -21,7 +21,7 @@ from mmray.batches.micro_batch import MicroBatch
 from mmray.batches.render import SkippedSample
 from mmray.errors import UserError
 from mmray.run.metrics import METRICS_FILE
-from mmray.training.json_lines import JsonLines, read_json_lines, replace_json_lines
+from mmray.training.json_lines import JsonLines, iter_json_lines, read_json_lines, replace_json_lines
 
 SKIPPED_FILE = "skipped.jsonl"
 
@@ -93,7 +93,7 @@ class SkippedLog:
         lines = read_json_lines(self._path)
         if any(line["step"] > step for line in lines):
             replace_json_lines(self._path, [line for line in lines if line["step"] <= step])
-        for line in read_json_lines(run / METRICS_FILE):
+        for line in iter_json_lines(run / METRICS_FILE):
             self._limits["train"].count(line.get("samples", 0), line.get("skipped_samples", 0))
 
     def add(self, step: int, split: Literal["train", "eval"], counts: BatchCounts) -> None:

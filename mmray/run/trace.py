@@ -15,7 +15,7 @@ from mmray.batches.plan import BatchPlan
 from mmray.errors import UserError
 from mmray.prepared.joined import JoinedDatasets
 from mmray.schedule.cursor import Cursor, DataSpan
-from mmray.training.bins_log import TrainedStep, read_trained
+from mmray.training.bins_log import TrainedLog, TrainedStep
 
 PlanOf = Callable[[DataSpan, int], BatchPlan]
 """A function that gives the batches of a span of data for a number of ranks."""
@@ -56,7 +56,7 @@ class Tracer:
     def __init__(self, run: Path, cursor: Cursor, plan_of: PlanOf, workers: int, last_step: int) -> None:
         self.last_step = last_step
         self._cursor, self._plan_of, self._workers = cursor, cache(plan_of), workers
-        self._trained = {step.step: step for step in read_trained(run)}
+        self._trained = TrainedLog(run)
         self._checked: set[str] = set()
 
     def samples(self, step: int) -> Iterator[TracedSample]:

@@ -15,13 +15,18 @@ The file is only appended to. A step that is done again after a crash has a seco
 that were written before belong to work that was lost, and `read_trained` leaves them out.
 """
 
+import contextlib
+import json
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmray.training.json_lines import read_json_lines
-
 TRAINED_FILE = "trained.jsonl"
+_STEP = re.compile(rb'\{"step": (\d+),')
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,50 @@ class TrainedStep:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+class TrainedLog:
+    """The steps of a run's local folder, each once, as they were finally done, without lost work.
+
+    Holds 16 bytes a step: a step is read when it is asked for.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        """Finds the steps; a run without the file has none."""
+        self._path = Path(run) / TRAINED_FILE
+        self.steps, self._starts = array("q"), array("q")
+        start = 0
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                matched = _STEP.match(line)
+                step = int(matched[1]) if matched else int(json.loads(line)["step"])
+                while self.steps and self.steps[-1] >= step:
+                    self.steps.pop()
+                    self._starts.pop()
+                self.steps.append(step)
+                self._starts.append(start)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[TrainedStep]:
+        return (self._at(place) for place in range(len(self)))
+
+    def get(self, step: int) -> TrainedStep | None:
+        """A step by its number; None where it was not done."""
+        place = bisect_left(self.steps, step)
+        return self._at(place) if place < len(self) and self.steps[place] == step else None
+
+    def _at(self, place: int) -> TrainedStep:
+        with self._path.open("rb") as file:
+            file.seek(self._starts[place])
+            return TrainedStep(**json.loads(file.readline()))
+
+
 def read_trained(run: str | Path) -> list[TrainedStep]:
-    """The steps of a run's local folder, each once and in order, as they were finally done, without lost work."""
-    steps: list[TrainedStep] = []
-    for line in read_json_lines(Path(run) / TRAINED_FILE):
-        while steps and steps[-1].step >= line["step"]:
-            steps.pop()
-        steps.append(TrainedStep(**line))
-    return steps
+    """The steps of a run's local folder, each once and in order, as they were finally done, without lost work.
+
+    A long run has many: `TrainedLog` reads one at a time.
+    """
+    return list(TrainedLog(run))

@@ -71,9 +71,29 @@ def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
         )
 
 
+MANY_MICRO_BATCHES = 4
+"""Micro-batches of a worker's step from which on stage 1 is the default."""
+
+
+def with_zero_stage(training: TrainingSettings, grad_accumulation: int, saved_stage: int | None) -> TrainingSettings:
+    """The settings with a ZeRO stage where they leave it open.
+
+    Stage 2 exchanges the gradients of every micro-batch, stage 1 those of a step. grad_accumulation: micro-batches of
+    each worker in a step; saved_stage: that of the checkpoint a run continues from, which it keeps; None: a new run.
+    """
+    if training.zero_stage is not None:
+        return training
+    stage = saved_stage if saved_stage is not None else 1 if grad_accumulation >= MANY_MICRO_BATCHES else 2
+    return training.model_copy(update={"zero_stage": stage})
+
+
 def effective_zero_stage(model: ModelSettings, training: TrainingSettings) -> int:
-    """The ZeRO stage that runs: 0 becomes 1 with bf16, because DeepSpeed has no fp32 accumulation for stage 0."""
-    return max(1, training.zero_stage) if model.dtype == "bf16" else training.zero_stage
+    """The ZeRO stage that runs: 0 becomes 1 with bf16, because DeepSpeed has no fp32 accumulation for stage 0.
+
+    2 where the settings leave it open (`with_zero_stage`).
+    """
+    stage = 2 if training.zero_stage is None else training.zero_stage
+    return max(1, stage) if model.dtype == "bf16" else stage
 
 
 def deepspeed_config(
@@ -97,7 +117,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": grad_accumulation,
         "train_batch_size": training.micro_batch_bins * grad_accumulation * world_size,
         "gradient_clipping": (training.max_grad_norm or 0.0) if stage else 0.0,  # at stage 0 the engine clips
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage} | ({"overlap_comm": True} if stage and torch.cuda.is_available() else {}),
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": None,
         **optimizer_config(training),
@@ -112,6 +132,11 @@ def deepspeed_config(
         # DeepSpeed's own Adam for the host, which it compiles on first use; offloading is slow without it.
         del config["optimizer"]["params"]["torch_adam"]
     return config
+
+
+def offloads_optimizer(training: TrainingSettings) -> bool:
+    """True if the settings keep the optimizer in the host's memory."""
+    return _offloads_optimizer({"zero_optimization": {}} | load_deepspeed_overrides(training.deepspeed))
 
 
 def _offloads_optimizer(config: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ the learning rate is a function of the step, set before each one.
 
 import gc
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,13 +30,20 @@ from mmray.base.words import one_line
 from mmray.errors import UserError
 from mmray.families import leaf_modules
 from mmray.loss.labels import PADDING_SEGMENT
+from mmray.loss.rules import IGNORE_INDEX
 from mmray.training import checkpoint
 from mmray.training.adapter import Adapter, load_start
 from mmray.training.base_weights import BaseFiles
-from mmray.training.deepspeed_config import buffers_kept, deepspeed_config, effective_zero_stage, import_deepspeed
+from mmray.training.deepspeed_config import (
+    buffers_kept,
+    deepspeed_config,
+    effective_zero_stage,
+    import_deepspeed,
+    with_zero_stage,
+)
 from mmray.training.head_loss import HeadLoss
 from mmray.training.liger import LigerLoss, check_fused_loss
-from mmray.training.loss import PLAIN, PackedLoss, count_trained_tokens, packed_loss
+from mmray.training.loss import PLAIN, PackedLoss, packed_loss, trained_positions
 from mmray.training.model import DTYPES, build_model
 from mmray.training.optim import clip_gradients, decays_from, gradient_norm, learning_rate, optimizer_groups
 from mmray.training.optimizers import peak_factor, ready_made
@@ -163,8 +172,10 @@ class TrainingEngine:
         """
         if not dist.is_initialized():
             raise RuntimeError("TrainingEngine needs an initialised torch.distributed process group")
-        check_quantised(model_settings, training_settings)
         deepspeed = import_deepspeed()
+        saved_stage = None if resume_from is None else checkpoint.read_state(resume_from).zero_stage
+        training_settings = with_zero_stage(training_settings, grad_accumulation, saved_stage)
+        check_quantised(model_settings, training_settings)
         self.model_settings = model_settings
         self.training_settings = training_settings
         self.total_steps = total_steps
@@ -226,10 +237,9 @@ class TrainingEngine:
         if len(micro_batches) != self.grad_accumulation:
             raise ValueError(f"a step takes {self.grad_accumulation} micro-batches, got {len(micro_batches)}")
         rate, rates_by_part = self._set_rates(), self.rates_by_part
-        trained, tokens = self._global_counts(micro_batches)
+        trained, tokens, balanced = self._global_counts(micro_batches)
         if not trained:
             return self._nothing_trained(tokens, rate, rates_by_part)
-        balanced = self._balanced_tokens(micro_batches)
         scales = self.world_size / max(1, trained), self.world_size / max(1, balanced)
         sums = torch.zeros(NUM_SUMS + 2 * self.num_sets, dtype=torch.float64, device=self.device)
         for micro_batch in micro_batches[:-1]:
@@ -237,8 +247,8 @@ class TrainingEngine:
             self.deepspeed.step()
         sums += self._forward_backward(micro_batches[-1], *scales)
         dist.all_reduce(sums)
-        balancing, *means = (sums[:NUM_SUMS] / sums.new_tensor([max(1, balanced)] + 4 * [trained])).tolist()
-        loss, smoothed, squared, accuracy = means
+        balancing, *of_tokens = sums.tolist()  # the first of the step's two waits for the device
+        loss, smoothed, squared, accuracy = (total / trained for total in of_tokens[: NUM_SUMS - 1])
         trains = loss if not self.objective.label_smoothing else smoothed
         self._require_finite(trains + self.objective.z_loss * squared, "loss")  # no weight has changed yet
         grad_norm = self._apply_gradients()
@@ -249,11 +259,11 @@ class TrainingEngine:
             tokens,
             grad_norm,
             rate,
-            router_loss=balancing if self.routers else None,
+            router_loss=balancing / max(1, balanced) if self.routers else None,
             token_accuracy=accuracy,
             smoothed_loss=smoothed if self.objective.label_smoothing else None,
             z_loss=squared if self.objective.z_loss else None,
-            set_losses=self._set_losses(sums[NUM_SUMS:].tolist()),
+            set_losses=self._set_losses(of_tokens[NUM_SUMS - 1 :]),
             rates_by_part=rates_by_part,
             stage=self._stage_number,
         )
@@ -294,9 +304,8 @@ class TrainingEngine:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
-                        labels = micro_batch.labels.to(self.device)
-                        totals[0] += self._loss(micro_batch, labels).loss
-                        totals[1] += count_trained_tokens(labels)
+                        totals[1] += _count(micro_batch.labels[:, 1:], IGNORE_INDEX)
+                        totals[0] += self._loss(micro_batch).loss
         finally:
             self.deepspeed.train()
         dist.all_reduce(totals)
@@ -316,26 +325,12 @@ class TrainingEngine:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
-                        labels = micro_batch.labels.to(self.device)
-                        measures = self._loss(micro_batch, labels, num_sets=num_sets).measures
+                        measures = self._loss(micro_batch, num_sets=num_sets).measures
                         totals += torch.stack([measures.set_sums.double(), measures.set_counts.double()])
         finally:
             self.deepspeed.train()
         dist.all_reduce(totals)
         return [(loss_sum, int(count)) for loss_sum, count in totals.T.tolist()]
-
-    def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """The integers of every rank, in the order of ranks; every rank passes the same number of them. Collective."""
-        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
-        every = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(every, mine)
-        return [rank_values.tolist() for rank_values in every]
-
-    def gather_objects(self, values: Sequence[Any]) -> list[Any]:
-        """The values of all ranks in one list, in the order of ranks. Collective."""
-        every: list[Any] = [None] * self.world_size
-        dist.all_gather_object(every, list(values))
-        return [value for rank_values in every for value in rank_values]
 
     def close(self) -> None:
         """Releases DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
@@ -423,46 +418,45 @@ class TrainingEngine:
             )
         return engine
 
-    def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
-        """Number of trained tokens, and of tokens, of the global batch."""
-        trained = torch.stack([count_trained_tokens(batch.labels).to(self.device) for batch in micro_batches]).sum()
+    def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
+        """Number of trained tokens, of tokens, and of tokens that the balancing loss is averaged over (0 without such a
+        loss), of the global batch."""
+        trained = sum(_count(batch.labels[:, 1:], IGNORE_INDEX) for batch in micro_batches)
         tokens = sum(batch.num_tokens for batch in micro_batches)
-        counts = torch.stack([trained, trained.new_tensor(tokens)])
-        dist.all_reduce(counts)
-        num_trained, num_tokens = counts.tolist()
-        return num_trained, num_tokens
+        balanced = 0
+        if self.routers is not None:
+            balanced = sum(_count(batch.trained_segments, PADDING_SEGMENT) for batch in micro_batches)
+        trained, tokens, balanced = self.ranks.sums([trained, tokens, balanced])
+        return trained, tokens, balanced
 
     def _loss(
-        self, micro_batch: MicroBatch, labels: Tensor, *, objective: Objective = PLAIN, num_sets: int = 0,
+        self, micro_batch: MicroBatch, *, objective: Objective = PLAIN, num_sets: int = 0,
         scale: float = 1.0, kind: type[HeadLoss] = HeadLoss,
     ) -> PackedLoss:  # fmt: skip
         """The loss of a micro-batch, whose sets are measured apart where `num_sets` says how many there are."""
+        positions = self._copied(trained_positions(micro_batch.labels))
+        sets = self._copied(micro_batch.token_sets.clamp(min=0)) if num_sets else None
         inputs = micro_batch.model_inputs(self.device, self.dtype, self.model.config)
-        sets = micro_batch.token_sets.to(self.device).clamp(min=0) if num_sets else None
+        labels = micro_batch.labels.to(self.device)  # where inputs were made ahead, they are there already
         return packed_loss(
-            self.deepspeed, inputs, labels, objective=objective, sets=sets, num_sets=num_sets, scale=scale, kind=kind
-        )
+            self.deepspeed, inputs, labels, positions=positions, objective=objective, sets=sets, num_sets=num_sets,
+            scale=scale, kind=kind,
+        )  # fmt: skip
 
-    def _balanced_tokens(self, micro_batches: Sequence[MicroBatch]) -> int:
-        """Number of tokens of the global batch that the balancing loss is averaged over; 0 without such a loss."""
-        if self.routers is None:
-            return 0
-        counts = [(batch.trained_segments != PADDING_SEGMENT).sum() for batch in micro_batches]
-        tokens = torch.stack(counts).sum().to(self.device)
-        dist.all_reduce(tokens)
-        return int(tokens)
+    def _copied(self, values: Tensor) -> Tensor:
+        """A tensor of the host on the device; the host does not wait for the copy."""
+        return values if self.device.type == "cpu" else values.pin_memory().to(self.device, non_blocking=True)
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, router_scale: float) -> Tensor:
         """The micro-batch's sums (`_sums`); its gradients are accumulated."""
-        labels = micro_batch.labels.to(self.device)
         options: dict[str, Any] = {"objective": self.objective, "num_sets": self.num_sets, "scale": scale}
         options["kind"] = LigerLoss if self.training_settings.fused_loss else HeadLoss
         if self.routers is None:
-            packed = self._loss(micro_batch, labels, **options)
+            packed = self._loss(micro_batch, **options)
             self.deepspeed.backward(packed.loss * scale, scale_wrt_gas=False)
             return _sums(torch.zeros_like(packed.loss), packed.measures)
         with self.routers.recording():
-            packed = self._loss(micro_batch, labels, **options)
+            packed = self._loss(micro_batch, **options)
         balancing = self.routers.balancing_sum(micro_batch.trained_segments)
         assert self.router_loss is not None
         whole = packed.loss * scale + balancing * (router_scale * self.router_loss)
@@ -486,7 +480,7 @@ class TrainingEngine:
 
     def _require_finite(self, value: float, name: str) -> None:
         """Raises UserError for a value that is not finite. All ranks hold the same value, so all raise or none."""
-        if torch.isfinite(torch.tensor(value)):
+        if math.isfinite(value):
             return
         remedy = "lower training.learning_rate or max_grad_norm, or look at the bins of this step, and resume from the "
         remedy += "last checkpoint"
@@ -499,6 +493,11 @@ class TrainingEngine:
         """Names of the weights of which this rank holds a number that is not finite; under ZeRO-3, in its shard."""
         shards = ((name, getattr(weight, "ds_tensor", weight)) for name, weight in self.model.named_parameters())
         return [name for name, shard in shards if not torch.isfinite(shard.data).all()]
+
+
+def _count(values: Tensor, left_out: int) -> int:
+    """Number of values of a tensor of the host that are not `left_out`; no device is waited for."""
+    return int(np.count_nonzero(values.numpy() != left_out))
 
 
 def _sums(balancing: Tensor, measures: Measures) -> Tensor:

@@ -44,7 +44,7 @@ class HeadLoss:
             steps: what is done to the head's output before the loss.
         """
         self.tokens, self.objective, self.steps = tokens, objective, steps
-        self.scale = torch.tensor(scale, dtype=torch.float32, device=tokens.targets.device)
+        self.scale = torch.full((), scale, dtype=torch.float32, device=tokens.targets.device)  # waits for no device
         self.measures = Measures.zeros(tokens)
 
     def of_hidden(self, hidden: Tensor, head: torch.nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,13 @@ def count_trained_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
+def trained_positions(labels: Tensor) -> Tensor:
+    """The places of the trained tokens in labels[0, 1:], int64 [N]. labels: of one row, int64 [1, L], on the host, so
+    that no device is waited for."""
+    (row,) = labels.numpy()
+    return torch.from_numpy(np.flatnonzero(row[1:] != IGNORE_INDEX))
+
+
 def packed_loss_sum(model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Sum of the cross-entropies of all trained tokens, an fp32 scalar attached to the graph.
 
@@ -53,8 +61,9 @@ def packed_loss_sum(model: torch.nn.Module, inputs: dict[str, Tensor], labels: T
 
 
 def packed_loss(
-    model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor, *, objective: Objective = PLAIN,
-    sets: Tensor | None = None, num_sets: int = 0, scale: float = 1.0, kind: type[HeadLoss] = HeadLoss,
+    model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor, *, positions: Tensor | None = None,
+    objective: Objective = PLAIN, sets: Tensor | None = None, num_sets: int = 0, scale: float = 1.0,
+    kind: type[HeadLoss] = HeadLoss,
 ) -> PackedLoss:  # fmt: skip
     """The summed loss of all trained tokens.
 
@@ -64,6 +73,8 @@ def packed_loss(
             detects packed sequences only without it.
         labels: int64 [B, L] aligned with input_ids; the token at t is predicted from position t - 1, and is not trained
             on where its label is IGNORE_INDEX.
+        positions: `trained_positions` of labels of one row, on their device. None: they are looked for, which waits for
+            the device.
         sets: the set of each token of the row, int64 [L] on the labels' device, from 0 for every trained one; None
             where the losses of sets are not measured apart.
         scale: the factor that the loss gets before its backward pass (`HeadLoss`).
@@ -74,17 +85,22 @@ def packed_loss(
     """
     inner = transformers_model(model)
     targets = labels[:, 1:]
-    trained = targets != IGNORE_INDEX
-    token_sets = None if sets is None else sets[1:].expand_as(trained)[trained]
-    work = kind(TrainedTokens(targets[trained], token_sets, num_sets), objective, scale)
+    trained = None if positions is not None else targets != IGNORE_INDEX
+
+    def chosen(values: Tensor) -> Tensor:
+        """The values [N, ...] of the trained tokens, of values [B, L - 1, ...] of all."""
+        return values[0, positions] if trained is None else values[trained]
+
+    token_sets = None if sets is None else chosen(sets[1:].expand_as(targets))
+    work = kind(TrainedTokens(chosen(targets), token_sets, num_sets), objective, scale)
     options: dict[str, Any] = {"use_cache": False}
     if labels.shape[0] == 1 and _takes_logits_to_keep(type(inner)):
-        options["logits_to_keep"] = trained[0].nonzero().squeeze(1)
+        options["logits_to_keep"] = positions if trained is None else trained[0].nonzero().squeeze(1)
     forward = inner.forward
 
     def of_trained(values: Tensor) -> Tensor:
         """The values [N, ...] of the trained tokens of the model's output [B, positions, ...]."""
-        return values[0] if "logits_to_keep" in options else values[:, :-1][trained]
+        return values[0] if "logits_to_keep" in options else chosen(values[:, :-1])
 
     def whole_loss(*arguments: Any, **named: Any) -> Tensor:
         with deferred_head(inner) as head:

@@ -5,9 +5,11 @@ checkpoint is whole, whether a conversion worked) may take one of them as long a
 ten minutes of a collective are too few.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 PATIENCE = timedelta(hours=12)
@@ -24,6 +26,7 @@ class Ranks:
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._steps = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def from_first(self, value: Value | None) -> Value:
         """The value of rank 0; the values of the other ranks are ignored."""
@@ -37,3 +40,20 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def numbers(self, values: Sequence[int]) -> list[list[int]]:
+        """The integers of all ranks, in the order of ranks; every rank passes the same number of them.
+
+        For the steps of training: it waits no longer for a rank than torch's collectives do. The numbers stay on the
+        host, so that exchanging them does not wait for a GPU.
+        """
+        mine = torch.tensor(values, dtype=torch.int64)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self._steps)
+        return [rank_values.tolist() for rank_values in every]
+
+    def sums(self, values: Sequence[int]) -> list[int]:
+        """The sum of each integer over all ranks, exchanged as `numbers` are."""
+        totals = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(totals, group=self._steps)
+        return [int(total) for total in totals.numpy()]

@@ -238,9 +238,11 @@ class TrainingSettings(Settings):
     profile: ProfileSettings | None = Field(default=None, exclude_if=_is_off)
     """Steps of which a trace is written, to see what they spend their time on. null: none."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2, 3] | None = None
     """State that ZeRO partitions across the workers. 0: nothing; 1: optimizer state; 2: also gradients; 3: also
-    weights. With bf16, 0 runs as 1, because DeepSpeed accumulates in fp32 only from stage 1 on."""
+    weights. With bf16, 0 runs as 1, because DeepSpeed accumulates in fp32 only from stage 1 on. null: 1 where each
+    worker has four or more micro-batches in a step, because stage 2 exchanges gradients after each of them, otherwise
+    2; a resumed run keeps the stage of its checkpoint."""
 
     seed: int = 0
     """Seed of everything random in training: data order and, per worker, dropout."""

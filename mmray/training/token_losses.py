@@ -49,9 +49,9 @@ class Measures:
     def zeros(cls, tokens: TrainedTokens) -> "Measures":
         """Sums of zero on the device of the targets; the tokens of the sets are counted."""
         zero = torch.zeros((), dtype=torch.float32, device=tokens.targets.device)
-        counts = tokens.targets.new_zeros(0)
-        if tokens.sets is not None:
-            counts = torch.bincount(tokens.sets, minlength=tokens.num_sets)
+        counts = tokens.targets.new_zeros(tokens.num_sets)
+        if tokens.sets is not None:  # `bincount` would wait for a GPU
+            counts = (tokens.sets[:, None] == torch.arange(tokens.num_sets, device=counts.device)).sum(0)
         return cls(zero, zero, zero, zero, zero.new_zeros(tokens.num_sets), counts)
 
 

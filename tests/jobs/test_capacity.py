@@ -35,14 +35,16 @@ EIGHT, GPU = {"CPU": 8}, {"CPU": 8, "GPU": 1}
             {"workers": 3, "cpus_per_worker": 5}, False, [EIGHT, EIGHT, {"CPU": 4}],
             "nodes that hold 3 training workers of 5 CPU each; its own (2 × 8 CPU, 4 CPU) hold 2",
         ),
-        ({"workers": 2, "mask_actors": 2}, True, [GPU, GPU], ""),
-        ({"workers": 2, "mask_actors": 3}, True, [GPU, GPU], "2.1 GPU (it has 2)"),
-        # 0.6 of one GPU is the worker's; the others hold two shares of 0.4 each, and a fifth of a GPU is left over.
-        ({"workers": 1, "mask_actors": 5, "gpu_share": 0.4}, True, [{"CPU": 8, "GPU": 3}], ""),
+        # Each GPU that trains computes labels on its own share, whatever the number of actors for CPUs.
+        ({"workers": 2, "mask_actors": 9}, True, [GPU, GPU], ""),
+        ({"workers": 3, "gpu_share": 0.4}, True, [{"CPU": 8, "GPU": 3}], ""),
+        ({"workers": 3}, True, [GPU, GPU], "3 GPU (it has 2)"),
+        ({"workers": 2, "mask_actors": 5, "gpu_share": 0}, True, [GPU, {"CPU": 4, "GPU": 1}], ""),
         (
-            {"workers": 1, "mask_actors": 6, "gpu_share": 0.4}, True, [{"CPU": 8, "GPU": 3}],
-            "nodes that hold 6 mask actors of 0.4 GPU each; its own (8 CPU + 3 GPU) hold 5",
+            {"workers": 2, "mask_actors": 2, "gpu_share": 0, "cpus_per_worker": 6}, True, [GPU, {"CPU": 6, "GPU": 1}],
+            "15 CPU (it has 14)",
         ),
+        ({"workers": 2, "cpus_per_worker": 2, "mask_actors": 9}, False, [EIGHT], ""),  # never more than workers
         ({"workers": (1, 9), "cpus_per_worker": 6}, False, [EIGHT], ""),
     ],
 )  # fmt: skip
@@ -95,11 +97,8 @@ NEEDS_SMALLER_SHARES: list[tuple[dict[str, object], list[dict[str, float]], str 
             ("resources.gpu_share is 0.1: for 17 workers the autoscaler would start 1 node of 16 GPUs, where Ray can "
              "place 16 of them; set it to 0.05"),
         ),
-        (
-            {"workers": 1, "mask_actors": 8, "gpu_share": 0.4}, [{"CPU": 8, "GPU": 4}],
-            ("resources.gpu_share is 0.4: for 1 worker and 8 mask actors the autoscaler would start 1 node of 4 GPUs, "
-             "where Ray can place 8 of them; set it to 0.1"),
-        ),
+        ({"workers": 1, "mask_actors": 8, "gpu_share": 0.4}, [{"CPU": 8, "GPU": 4}], None),  # labels on its own GPU
+        ({"workers": 17, "gpu_share": 0}, [{"CPU": 8, "GPU": 16}], None),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """`--dry-run` tells what a run would do, as it then does it, and leaves nothing behind."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -71,6 +72,10 @@ def test_the_plan_is_what_is_done(inputs: Inputs, tmp_path: Path, capsys: pytest
     assert f"steps 12: {12 / per_epoch:.3g} epochs of {per_epoch} steps" in shown
     assert "global batch 4 bins of up to 2,048 tokens: on each worker 2 micro-batches of 1" in shown
     assert "workers 2, 0.5 CPU each" in shown
+    assert re.search(
+        r"memory each of 2 takes [\d.]+ [kMG]B: weights .*, optimizer .* \(ZeRO 2\); activations about", shown
+    )
+    assert re.search(r"disk a checkpoint has about [\d.]+ [kMG]B; up to 3 at once are in", shown)
     assert "begins at step 0" in shown
     code, shown = planned(train.main, job, tmp_path, capsys, step_seconds="600")
     assert (code, "time about 2 h: 12 steps of 600 s (as given)" in shown) == (0, True), shown
@@ -97,6 +102,8 @@ def test_all_that_is_wrong_is_told_and_the_exit_code_is_2(
     assert code == 2
     assert "capacities fail" in shown
     assert "cluster fail training needs 5 CPU (it has 2). Lower the pools" in shown
+    cores = os.cpu_count()
+    assert re.search(rf"this machine {cores} cores?, [\d.]+ GB of memory; training takes 5 CPU, at least", shown)
     assert "It would not run like this" in shown
 
 

@@ -66,6 +66,10 @@ OUTPUTS = {"output.run": "/shared/run"}
         (replace(OWN, missing=["deepspeed"]), "has no deepspeed; install there what is installed here: pip install"),
         (replace(OWN, unseen=["output.run"]), "does not see what this process writes there; give a folder that all"),
         (replace(OWN, closed=["output.run"]), "may not write there"),
+        (
+            replace(OWN, absent=["ninja", "nvcc"]),
+            "has no ninja and no nvcc, with which DeepSpeed compiles its",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_node_is_one_line(answer: Answer, message: str | None) -> None:

@@ -1,9 +1,11 @@
 """Batches through Ray Data equal those of the plain loader, in order, for every rank."""
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,19 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmray.batches.micro_batch import Masked, MicroBatch, Place, to_table
+from mmray.batches.micro_batch import Layout, Masked, MicroBatch, Place, to_table
 from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.job import Job, ResourceSettings
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.schedule.schedule import Schedule
 from pipelines import ingest
-from pipelines.ingest import Ingest, Shares, joined
+from pipelines.dataset import MaskActor
+from pipelines.ingest import Feed, Ingest, Mask, Shares, joined, layouts_of
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
 
@@ -152,8 +156,9 @@ def test_small_micro_batches_travel_together_and_large_ones_alone(plan: BatchPla
     together = made.per_share * np.mean(expected)
     assert 1 < made.per_share < ingest.MOST_PER_SHARE
     assert ingest.SHARE_BYTES / 4 < together < 2 * ingest.SHARE_BYTES
-    large = Ingest(BatchMaker(replace(plan, micro_batch_bins=100)), RESOURCES, gpus=False)
-    assert large.per_share == 1
+    for ranks, per_share in ((2, 1), (63, 1), (64, 2), (256, 8), (4096, 32)):  # many ranks get few shares a second
+        large = Ingest(BatchMaker(replace(plan, micro_batch_bins=100, world_size=ranks)), RESOURCES, gpus=False)
+        assert large.per_share == per_share
 
 
 class Shard:
@@ -166,19 +171,43 @@ class Shard:
         return iter(self.shares)
 
 
-def test_a_batch_that_is_not_the_scheduled_one_is_an_error(plan: BatchPlan) -> None:
+def feed_of(made: Ingest, *shares: pa.Table) -> Feed:
+    """What a rank reads these shares from; labels are computed by the real actor's class."""
+    label_actor = ray.remote(MaskActor).options(num_cpus=0).remote(pickle.dumps(partial(Mask, made.plan, "cpu", "")))
+    return Feed(Shard(*shares), label_actor)
+
+
+def rendered_share(made: Ingest) -> pa.Table:
+    """The share of rank 0's first step as a render actor makes it."""
+    plan = made.plan
+    return joined([to_table(made.maker.render(Place(0, 0, micro))) for micro in range(plan.micro_batches)])
+
+
+def test_pictures_do_not_pass_through_the_label_actor(plan: BatchPlan) -> None:
+    made = ingest_of(plan)
+    share = rendered_share(made)
+    layouts = layouts_of(share)
+    assert {label.split(".")[1] for label in layouts.column_names} == {field.name for field in fields(Layout)}
+    assert not {label for label in layouts.column_names if "pixels" in label}
+    sent = len(pickle.dumps(layouts, protocol=5))
+    assert share.nbytes > 100_000
+    assert sent < 0.1 * share.nbytes
+
+
+def test_a_batch_that_is_not_the_scheduled_one_is_an_error(ray_head: RayHead, plan: BatchPlan) -> None:
     made = ingest_of(plan)
     step = next(made.maker.steps(0, 0, 1))
-    share = joined([to_table(batch.masked) for batch in step])
-    for batch, expected in zip(next(made.receive(Shard(share), 0, 0, 1)), step, strict=True):
+    share = rendered_share(made)
+    feed = feed_of(made, share)
+    for batch, expected in zip(next(made.receive(feed, 0, 0, 1)), step, strict=True):
         check_equal(batch, expected)
     other = ingest_of(replace(plan, schedule=replace(plan.schedule, seed=2)))
     with pytest.raises(RuntimeError, match=r"expected Place\(step=0, rank=0, micro=\d\) with bins .* received"):
-        next(other.receive(Shard(share), 0, 0, 1))
+        next(other.receive(feed, 0, 0, 1))
     with pytest.raises(RuntimeError, match=r"expected Place\(step=0, rank=1, micro=0\) with bins .* received"):
-        next(made.receive(Shard(share), 1, 0, 1))
+        next(made.receive(feed, 1, 0, 1))
     with pytest.raises(RuntimeError, match="step 0: the data stream gave no more batches"):
-        next(made.receive(Shard(), 0, 0, 1))
+        next(made.receive(Feed(Shard(), feed.labels), 0, 0, 1))
 
 
 def test_an_image_that_vanished_names_its_row(ray_head: RayHead, inputs: Inputs, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ class Evaluate(Callback):
 
     def _counts(self, counts: BatchCounts) -> BatchCounts:
         """The counts of all ranks."""
-        return BatchCounts(sum(self._run.ranks.every(counts.samples)), self._run.engine.gather_objects(counts.skipped))
+        every = self._run.ranks.every((counts.samples, counts.skipped))
+        return BatchCounts(sum(samples for samples, _ in every), [one for _, skipped in every for one in skipped])
 
     def _with_texts(self, evaluation: Evaluation, settings: EvaluationSettings) -> Evaluation:
         """The evaluation with what the model writes for the chosen rows, whose files rank 0 writes. Collective."""

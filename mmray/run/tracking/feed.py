@@ -12,12 +12,13 @@ The first error, whatever it is, ends the feed with one warning. The next start 
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -81,20 +82,26 @@ class Feed:
     """Hands the numbers of a run to one tracker, in the background."""
 
     def __init__(
-        self, name: str, settings: TrackerSettings, run: TrackedRun, *, logged: list[Numbers], kept: int
-    ) -> None:
-        """Starts the feed. logged: the metrics of the run when it stopped; kept: the last step that will not be done
-        again."""
+        self, name: str, settings: TrackerSettings, run: TrackedRun, *, logged: Callable[[], Iterable[Numbers]],
+        kept: int,
+    ) -> None:  # fmt: skip
+        """Reads what the tracker may have.
+
+        logged: reads the metrics of the run, in order; kept: the last step that will not be done again.
+        """
         self._name, self._settings, self._run = name, settings, run
         self._path = run.folder / TRACKING_FOLDER / f"{name}.json"
         self._progress = TrackerProgress.read(self._path)
         if self._progress.id and not self._progress.failed:
-            for step, values in logged:
+            for step, values in logged():
                 self._progress.note(step, values)
-        self._earlier = [(step, values) for step, values in logged if step <= kept]
+        self._logged, self._kept = logged, kept
         self._waiting: queue.Queue[Numbers | Texts | None] = queue.Queue(MOST_WAITING)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._feed, name=f"tracker-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Begins to feed, when the log holds no step any more that will be done again."""
         self._thread.start()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -126,7 +133,7 @@ class Feed:
         try:
             tracker, self._progress.id = self._settings.open(self._run, self._progress.id)
             self._progress.write(self._path)
-            for step, values in self._earlier:
+            for step, values in itertools.takewhile(lambda numbers: numbers[0] <= self._kept, self._logged()):
                 self._tell(tracker, step, values)
             self._progress.failed = False
             self._progress.write(self._path)

@@ -11,16 +11,24 @@ from torch.utils.tensorboard import SummaryWriter
 from mmray.run.scoring.results import SHOWN_TEXTS, RowResult, as_markdown
 
 TENSORBOARD_FOLDER = "tensorboard"
+FILE_SCALARS = 50_000
+"""Numbers in one file, about 3 MB, after which another is begun: an object store gets a file whole when it has
+grown."""
 
 
 class TensorBoard:
     """Writes a run's numbers for TensorBoard and makes it hide earlier values of steps after `step`."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self._writer = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
+        self._folder, self._scalars = str(run / TENSORBOARD_FOLDER), 0
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the numbers of a step, by name."""
+        if self._scalars >= FILE_SCALARS:
+            self._writer.close()
+            self._writer, self._scalars = SummaryWriter(self._folder), 0
+        self._scalars += len(values)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 

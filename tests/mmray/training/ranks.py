@@ -23,10 +23,11 @@ _CONTEXT.set_forkserver_preload(["tests.mmray.training.imported"])
 class RankGroup:
     """A running function on `world_size` new processes; `results()` waits for them."""
 
-    def __init__(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(self, world_size: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> None:
+        """Starts the ranks. backend: with nccl each has the GPU of its number."""
         self._folder = tempfile.TemporaryDirectory()
         self._processes = [
-            _CONTEXT.Process(target=_run, args=(rank, world_size, self._folder.name, function, arguments))
+            _CONTEXT.Process(target=_run, args=(rank, world_size, self._folder.name, function, arguments, backend))
             for rank in range(world_size)
         ]
         for process in self._processes:
@@ -55,10 +56,14 @@ class RankGroup:
             self._folder.cleanup()
 
 
-def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...], backend: str
+) -> None:
     torch.set_num_threads(1)
     with converter_at_hand():
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         try:
             torch.save(function(rank, world_size, *arguments), f"{folder}/result-{rank}.pt")
             # An exit closes connections that another rank may still need for its last collective.

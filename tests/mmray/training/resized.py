@@ -44,7 +44,7 @@ def trained_and_resumed(rank: int, world_size: int, folder: Path, scratch: Path)
 
 def build(folder: Path, stage: int, resume_from: Path | None = None) -> TrainingEngine:
     return TrainingEngine(
-        ModelSettings(path=str(folder), dtype="fp32", resize_embeddings=True),
+        ModelSettings(path=str(folder), dtype="fp32", attention="sdpa", resize_embeddings=True),
         TrainingSettings(steps=STEPS, global_batch_bins=1, learning_rate=3e-3, zero_stage=stage),
         total_steps=STEPS,
         grad_accumulation=1,

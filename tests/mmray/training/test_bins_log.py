@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mmray.run.history import HISTORY_FILE, add_to_history, read_history
-from mmray.training.bins_log import TRAINED_FILE, TrainedStep, read_trained
-from mmray.training.json_lines import JsonLines
+from mmray.training import json_lines
+from mmray.training.bins_log import TRAINED_FILE, TrainedLog, TrainedStep, read_trained
+from mmray.training.json_lines import JsonLines, last_json_line, read_json_lines
 
 
 def step(number: int, *bins: list[int]) -> TrainedStep:
@@ -62,3 +63,31 @@ def test_history_is_appended_with_the_time(tmp_path: Path) -> None:
     assert (checkpoint["name"], checkpoint["seconds"]) == ("checkpoint_00000005", 0.25)
     assert datetime.fromisoformat(start["time"]).utcoffset() is not None
     assert (run / HISTORY_FILE).read_text().count("\n") == 2
+
+
+def test_a_step_of_a_long_log_is_read_without_the_others(tmp_path: Path) -> None:
+    """Also where steps were done again, after a crash, with other ranks."""
+    log = JsonLines(tmp_path / TRAINED_FILE)
+    for number in [*range(1, 9), *range(5, 12)]:
+        log.append(step(number, [number], [10 * number]).to_json())
+    found = TrainedLog(tmp_path)
+    assert list(found.steps) == list(range(1, 12))
+    assert [each.step for each in found] == list(range(1, 12))
+    assert found.get(7) == step(7, [7], [70])
+    assert found.get(12) is None
+    assert found.get(0) is None
+    assert len(TrainedLog(tmp_path / "nowhere")) == 0
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 16])
+def test_the_end_of_a_file_is_found_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(json_lines, "BLOCK_BYTES", block)
+    path = tmp_path / "lines.jsonl"
+    assert last_json_line(path) is None
+    path.write_bytes(b'{"step": 1}')
+    assert last_json_line(path) is None, "an incomplete line"
+    path.write_bytes(b'{"step": 1}\n{"step": 22}\n{"st')
+    assert last_json_line(path) == {"step": 22}
+    JsonLines(path).append({"step": 23})
+    assert read_json_lines(path) == [{"step": 1}, {"step": 22}, {"step": 23}]
+    assert last_json_line(path) == {"step": 23}
