@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mmray.training.adapter import Adapter
 from mmray.training.deepspeed_config import deepspeed_config, effective_zero_stage
 from mmray.training.model import empty_model
 from mmray.training.settings import ModelSettings, TrainingSettings
@@ -89,16 +90,21 @@ class Sizes:
     def of(cls, model: ModelSettings, training: TrainingSettings, tokens: int, visual_tokens: int) -> "Sizes":
         """The sizes of a model, without its weights. Raises UserError where it, or a part of it, does not exist."""
         empty = empty_model(model)
+        if training.adapter is not None:
+            Adapter.of(model, training.adapter, None).put_into(empty)
         return cls(*parameters_of(empty, training), empty.config, tokens, visual_tokens)
 
 
 def parameters_of(model: PreTrainedModel, training: TrainingSettings) -> tuple[int, int]:
     """Number of a model's parameters, and of those that are trained in the stage that trains the most."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     most = 0
     for stage in stages_of(training, sum(stage.steps for stage in training.stages) + 1):
         treated = treatments(model, stage, training)
-        most = max(most, sum(size for name, size in sizes.items() if not treated[name].is_frozen))
+        most = max(
+            most, sum(size for name, size in sizes.items() if name not in frozen and not treated[name].is_frozen)
+        )
     return sum(sizes.values()), most
 
 
