@@ -87,6 +87,9 @@ def complete_universal(
     folder: the universal form, whose `zero/` holds a folder for each weight. weights: those of the checkpoint that it
     was made from. saved: its groups. groups: those into which it will be loaded.
     """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
     known = {name for group in saved for name in group.names}
     for name in (name for group in groups for name in group.names if name not in known):
         place = folder / "zero" / name
@@ -97,7 +100,8 @@ def complete_universal(
         for moment in MOMENTS:
             torch.save({"param": zeros}, place / f"{moment}.pt")
     path = folder / "zero" / "optimizer_state.pt"
-    state = torch.load(path, weights_only=False)
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+        state = torch.load(path, weights_only=True)
     if "param_groups" in state:  # stages 1 and 2 load as many groups as it lists; their settings are set afterwards
         first = state["param_groups"][0]
         state["param_groups"] = [dict(first) for _ in groups]
