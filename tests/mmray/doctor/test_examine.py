@@ -466,7 +466,7 @@ def test_samples_that_see_each_other(make_job, monkeypatch):
         return whole.expand(4, -1)
 
     monkeypatch.setattr(Qwen2VL, "position_ids", one_sample)
-    assert "samples of a row see each other" in failed(make_job())["packed = unpacked"]
+    assert "samples of a row see each other" in failed(make_job(model__attention="sdpa"))["packed = unpacked"]
 
 
 def test_the_difference_of_naive_packing_is_shown(make_job):
@@ -490,9 +490,12 @@ def test_a_model_that_keeps_its_cache(make_job, monkeypatch):
         return model
 
     monkeypatch.setattr(doctor_model, "build_model", caching)
-    found = failed(make_job())
+    found = failed(make_job(model__attention="sdpa"))
     assert "returns a cache" in found["cache"]
     assert "packed = unpacked" in found
+    found = failed(make_job())
+    assert "returns a cache" in found["cache"]
+    assert "packed = unpacked" not in found, "told where samples begin, the model does not look for them"
 
 
 def test_a_cache_that_the_text_model_s_configuration_asks_for(make_job, monkeypatch):

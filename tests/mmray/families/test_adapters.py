@@ -73,7 +73,7 @@ class Adapted:
 def make_adapted(make_case, tmp_path_factory):  # noqa: F811
     @functools.cache
     def make(name):
-        return Adapted(make_case(name), tmp_path_factory.mktemp("base") / "model")
+        return Adapted(make_case(name, ZOO[name].attentions[0]), tmp_path_factory.mktemp("base") / "model")
 
     return make
 
