@@ -1,5 +1,7 @@
 """Masks made for models that see some tokens both ways: those that the real model makes for each sample alone."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -220,4 +222,8 @@ def test_a_causal_model_takes_any_attention(zoo_processor, zoo_folder):
     family, config = family_of(zoo_processor("gemma4")), ZOO["gemma4"].config(zoo_folder("gemma4"))
     config._attn_implementation = "flash_attention_2"
     check_model(config, family)
-    assert family.attention_inputs(packed_row(family, LONG), torch.float32, config) == {}
+    row = packed_row(family, LONG)
+    told = family.attention_inputs(row, torch.float32, config)
+    ends = list(itertools.accumulate(row.lengths.tolist()))
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, *ends]
+    assert told["max_length_q"] == told["max_length_k"] == max(row.lengths.tolist())
