@@ -99,7 +99,8 @@ def test_the_answer_has_the_cuda_of_torch_and_of_the_driver(tmp_path: Path) -> N
     (tmp_path / "torch" / "version.py").write_text("cuda: str | None = '13.0'\nhip = None\n")
     asking = (
         "import json, sys; from jobs.probe import _looker; "
-        "answer = _looker()({}, [], [], '/dev/shm', []); print(json.dumps([answer['torch_cuda'], answer['driver_cuda']]))"
+        "answer = _looker()({}, [], [], '/dev/shm', []); "
+        "print(json.dumps([answer['torch_cuda'], answer['driver_cuda']]))"
     )
     # Modules of this process are imported before the path has another torch.
     asking = f"import jobs.probe; sys = __import__('sys'); sys.path.insert(0, {str(tmp_path)!r}); {asking}"
