@@ -37,6 +37,7 @@ def readme(checkpoint: SourceCheckpoint, sidecar: Sidecar, family: Family, adapt
         sidecar=sidecar,
         is_tiled=family.tiled,
         is_chat="chat" in sidecar.kinds,
+        is_pretrain="pretrain" in sidecar.kinds,
         model=known and (known[0].path or "random weights"),
         settings=_shown(known[1]) if known else {},
         rows=prepared.get("rows"),

@@ -7,7 +7,10 @@ import resource
 import shutil
 import subprocess
 import sys
+import urllib.request
+from http.server import HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pytest
@@ -291,12 +294,22 @@ def test_the_lines_of_the_docs_read_a_page(case, tmp_path, monkeypatch, capsys):
     shutil.copy(case.prepared.parent / "wide.png", tmp_path / "page.png")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
-    assert len(blocks) == 2
-    for code in blocks:
+    assert len(blocks) == 3
+    for code in blocks[:2]:
         names = {}
         exec(code.replace("max_new_tokens=512", "max_new_tokens=4"), names)
         assert names["inputs"]["input_ids"].shape[0] == 1
     assert capsys.readouterr().out.endswith("\n")
+    served = {"__name__": "serve"}
+    exec(blocks[2].replace("max_new_tokens=512", "max_new_tokens=4"), served)
+    inputs = served["prompt"]("<image>\n", images=["page.png"])
+    output = served["model"].generate(**inputs, max_new_tokens=4, do_sample=False)
+    expected = served["prompt"].decode(output[0, inputs["input_ids"].shape[1] :])
+    with HTTPServer(("127.0.0.1", 0), served["Read"]) as server:
+        Thread(target=server.handle_request, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with urllib.request.urlopen(address, data=Path("page.png").read_bytes()) as answer:
+            assert answer.read().decode() == expected
 
 
 def test_every_file_of_the_docs_is_written(case, tmp_path):
