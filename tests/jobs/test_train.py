@@ -262,7 +262,7 @@ def test_other_data_in_the_middle_of_a_run_is_asked_for(
     tracer = run_tracer(job)
     for step in (*last, read_trained(folder / "whole")[2]):
         assert {sample.bin for sample in tracer.samples(step.step)} == set(step.all_bins)
-    with pytest.raises(UserError, match="--trace 15: steps are counted from 1, as in metrics.jsonl, to 14"):
+    with pytest.raises(UserError, match=r"--trace 15: steps are counted from 1, as in metrics.jsonl, to 14"):
         list(tracer.samples(15))
     longer = run_tracer(Job.model_validate(job_content(inputs, folder, "whole", **other | {"training__steps": 15})))
     assert {sample.bin for sample in longer.samples(15)}.isdisjoint(last[0].all_bins + last[1].all_bins)
