@@ -10,8 +10,10 @@ from rich.table import Table
 
 from jobs.capacity import check_capacity, evaluate_pools, uses_gpus
 from jobs.common import connect, console
+from mmray.base.words import counted
 from mmray.config.job import Job
 from mmray.display.progress import ProgressBar
+from mmray.errors import UserError
 from mmray.run.evaluation.model import EvaluatedModel
 from mmray.run.evaluation.rows import EvaluationData, rows_left
 from mmray.run.evaluation.standalone import EvaluationPlan, RunBatches, evaluate, run_here
@@ -44,6 +46,11 @@ def run(
         import ray
 
         ray.shutdown()
+    if values["bad_rows"]["count"] and not values["all"]["rows"]:
+        raise UserError(
+            f"none of the rows can be used: {values['bad_rows']['rows'][0]['message']}; mend them or the job, and give "
+            "--replace"
+        )
 
 
 def _on_cluster(job: Job, address: str | None, verbose: bool) -> RunBatches:
@@ -77,7 +84,7 @@ def results_table(folder: str, values: dict[str, Any]) -> Table:
     notes = [f"the page: {folder}/report.html"]
     if bad["count"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad["by_reason"].items())
-        notes.insert(0, f"{bad['count']} bad rows ({reasons}), such as {bad['rows'][0]['id']}: "
+        notes.insert(0, f"{counted(bad['count'], 'bad row')} ({reasons}), such as {bad['rows'][0]['id']}: "
                      f"{bad['rows'][0]['message']}")  # fmt: skip
     table.caption = escape("\n".join(notes))
     return table
