@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import common, train, training
+from jobs import common, evaluating, train, training
 from jobs.command_line import run_main
 from jobs.common import connect
+from mmray.config.job import Job
 from mmray.errors import UserError
 from tests.conftest import ROOT, Inputs, free_port
 
@@ -116,3 +117,15 @@ def test_what_is_written_while_ray_starts_comes_after_it(capfd: pytest.CaptureFi
         assert capfd.readouterr().err == ""
         raise RuntimeError
     assert capfd.readouterr().err == "of C++\nof Python\n"
+
+
+def test_an_evaluation_without_a_good_row_ends_with_a_refusal(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table is printed before."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "<image>\\n12", "images": ["nowhere.png"]}\n')
+    job = Job.model_validate(inputs.job(tmp_path))
+    what = {"model": "base", "checkpoint": None, "data": str(tmp_path / "bad.jsonl"), "limit": None, "replace": False}
+    with pytest.raises(UserError, match=r"none of the rows can be used: .*nowhere.png: no such file.*--replace"):
+        evaluating.run(job, **what, verbose=False, address=None)  # type: ignore[arg-type]
+    assert "1 bad row (1 image_missing)" in capsys.readouterr().out
