@@ -225,8 +225,10 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _words(value: Any) -> str:
-    if isinstance(value, dict):  # the only one is a mixture's record
+    if isinstance(value, dict) and "datasets" in value:  # a mixture's record
         return ", ".join(f"{dataset['name']} with weight {dataset['weight']:g}" for dataset in value["datasets"])
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(of_name)}" for name, of_name in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -41,7 +41,7 @@ def write_run(folder, steps, history=(), warnings="", **columns):
 
 
 HISTORY = (
-    {"event": "start", "step": 0, "workers": 2},
+    {"event": "start", "step": 0, "workers": 2, "attention": {"text": "packed", "vision": "sdpa"}},
     {"event": "checkpoint", "step": 4, "workers": 2, "name": "checkpoint_4", "seconds": 1.25},
     {"event": "preemption", "step": 5, "workers": 2, "nodes": ["a", "b"], "deadline": None},
     {"event": "damaged_checkpoint", "step": 4, "workers": 0, "checkpoint": "checkpoint_5", "problem": HOSTILE},

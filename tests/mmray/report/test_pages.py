@@ -253,6 +253,7 @@ def test_a_run_is_told_step_by_step(tmp_path):
     events = [each.text for each in page.of("td", "event")]
     assert events == ["start", "preemption", "damaged checkpoint", "resume", "finish"]
     assert "nodes a, b" in words(page)
+    assert "attention text packed, vision sdpa" in words(page)
     assert page.of("b")[0].text == "finished"
     assert page_text(HOSTILE) in page.of("pre")[0].text
     assert [each.text for each in page.of("span") if each.is_in("flags")] == ["damaged, resumed", "preempted"]

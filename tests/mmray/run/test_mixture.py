@@ -182,7 +182,7 @@ def test_any_step_is_traced_before_and_after_the_change(
 ) -> None:
     """Steps that are done, as they were done; and the first that is not, which begins with what the last did not
     take."""
-    tracer = run_tracer(mixed_job(inputs, folder, "chained", SECOND, training__steps=14))
+    tracer = run_tracer(mixed_job(inputs, folder, "chained", SECOND, training__steps=15))
     names = {str(folder / name / "prepared" / "train"): part.fingerprint for name, part in parts(folder).items()}
     for done in read_trained(folder / "chained"):
         samples = list(tracer.samples(done.step))

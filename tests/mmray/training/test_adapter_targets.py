@@ -116,8 +116,9 @@ def test_the_language_model_alone_is_quantised_at_any_width(quantised):
 
 def test_evaluation_computes_as_training_does_and_training_goes_on(quantised):
     """bitsandbytes has a way of its own for evaluation on CPUs, after which weights cannot be trained beside."""
-    model = build_model(quantised)
-    Adapter.of(quantised, AdapterSettings(), None).put_into(model)
+    settings = quantised.model_copy(update={"attention": "sdpa"})
+    model = build_model(settings)
+    Adapter.of(settings, AdapterSettings(), None).put_into(model)
     ids = torch.arange(3, 40)[None]
 
     def loss():
