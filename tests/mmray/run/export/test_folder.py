@@ -247,9 +247,7 @@ def test_a_checkpoint_that_names_no_model_takes_the_job_s(case, run, tmp_path):
     assert contents(tmp_path / "out")["model.safetensors"] == contents(tmp_path / "named")["model.safetensors"]
     other = case.model.model_copy(update={"config": ZOO["gemma3"].config(case.processor).to_dict()})
     other.config["vision_config"]["num_hidden_layers"] += 1
-    assert "does not hold the weights of the model that model.path or model.config describes" in refusal(
-        run, tmp_path / "other", settings=other
-    )
+    assert "does not hold the weights of the model that" in refusal(run, tmp_path / "other", settings=other)
 
 
 def test_a_full_disk_is_one_line(case, tmp_path):
