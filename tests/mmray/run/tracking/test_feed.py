@@ -53,10 +53,16 @@ def train(folder: Path, tracker: Listed, steps: range, *, kill: bool = False, sc
         log.write(step, loss=scale * step)
     if kill:
         deadline = time.monotonic() + 60
-        while len(tracker.told) < steps.stop - 1 and time.monotonic() < deadline:
+        while recorded(folder) < steps.stop - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
     else:
         log.close()
+
+
+def recorded(folder: Path) -> int:
+    """The last step whose loss the run knows the tracker to have."""
+    file = folder / "tracking" / "listed.json"
+    return int(json.loads(file.read_text())["steps"].get("train/loss", 0)) if file.exists() else 0
 
 
 def losses(tracker: Listed) -> list[tuple[int, float]]:
