@@ -66,7 +66,7 @@ def test_the_plan_is_what_is_done(inputs: Inputs, tmp_path: Path, capsys: pytest
     code, shown = planned(train.main, job, tmp_path, capsys)
     assert code == 0
     assert f"train bins {len(made)}, prepared: {made.path}" in shown
-    assert f"train: 60 of 60 packed rows of {made.path}".replace(" ", "") in "".join(shown.split()), "a long title folds"
+    assert f"train: 60 of 60 packed rows of {made.path}".replace(" ", "") in "".join(shown.split())
     assert "2 rows (3.23%) are over packing.token_capacity 512;" in shown
     per_epoch = -(-len(made) // 4)
     assert f"steps 12: {12 / per_epoch:.3g} epochs of {per_epoch} steps" in shown
