@@ -14,7 +14,7 @@ WAIT_SECONDS = 90
 
 def scraped(measure: Measure, **tags: str) -> dict[tuple[str, ...], float]:
     """Values of one measure at the node's endpoint, by the measure's own tags; those with other `tags` left out."""
-    (node,) = ray.nodes()
+    (node,) = (node for node in ray.nodes() if node["Alive"])
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(address, timeout=30) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))

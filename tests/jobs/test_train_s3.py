@@ -12,6 +12,7 @@ from mmray.report import Run
 from mmray.run.checkpoints import checkpoint_names
 from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
+from mmray.run.metrics import METRICS_FILE, read_metrics
 from mmray.storage import Folder
 from mmray.training.bins_log import read_trained
 from pipelines.prepare import prepare
@@ -41,7 +42,7 @@ def job_in(place: str, inputs: Inputs, run: str, outputs: str | None = None, **c
 
 def run_job(job: Job) -> list[dict[str, Any]]:
     train(job, open_prepared(job))
-    return Run(job.output.run).steps
+    return [line for line in read_metrics(Run(job.output.run).folder / METRICS_FILE) if "loss" in line]
 
 
 def test_all_in_s3_with_a_damaged_checkpoint_and_other_workers_equals_a_loop_without_ray(
