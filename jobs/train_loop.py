@@ -6,6 +6,7 @@ trained on, and the data stream is built from there. The split is made inside th
 receive their part), because code that Ray Train evaluates outside does not see the checkpoint being restored.
 """
 
+import copy
 import itertools
 import pickle
 from collections.abc import Iterator, Sequence
@@ -93,7 +94,8 @@ class StreamedBatches:
         The batches of an evaluation that is due must be taken (`losses`, `texts`) before the next step is asked for.
         """
         engine = self._run.engine
-        inputs = InputsAhead(engine.device, engine.dtype, engine.model.config)
+        # Of its own: while an evaluation writes texts, the model's attention is another, and inputs are made ahead.
+        inputs = InputsAhead(engine.device, engine.dtype, copy.deepcopy(engine.model.config))
         try:
             for first, last in self._ingest.segments(start, stop):
                 received = Received(self._ingest, self._feed(first, last), self._rank, first, last)
