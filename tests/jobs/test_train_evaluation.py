@@ -11,6 +11,7 @@ from jobs.capacity import train_cpus
 from jobs.checks import open_prepared
 from jobs.training import train
 from mmray.config.job import Job
+from mmray.run.history import read_history
 from mmray.run.metrics import read_metrics
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here, train_here
@@ -34,6 +35,8 @@ def test_a_training_that_fits_exactly_evaluates_as_one_without_ray(
     assert train(job, open_prepared(job)) is None, "it is finished, not stopped"
     here = job.model_copy(update={"output": job.output.model_copy(update={"run": str(tmp_path / "here")})})
     expected = train_here(here, ranks=2)
+    events = [event["event"] for event in read_history(tmp_path / "run")]
+    assert "resume" not in events, "no rank failed, with the inputs of the next step made while texts are written"
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
 
     def numbers(lines: list[dict[str, object]]) -> list[dict[str, object]]:
