@@ -23,7 +23,7 @@ from mmray.base.words import one_line
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.storage import explained
-from mmray.training.deepspeed_config import offloads_optimizer
+from mmray.training.settings import load_deepspeed_overrides, offloads_optimizer
 from pipelines.nodes import Node, labelled
 
 log = logging.getLogger("mmray")
@@ -223,7 +223,7 @@ def cannot_compile(absent: Sequence[str]) -> str:
 
 def programs_of(job: Job, gpus: bool) -> list[str]:
     """Programs that workers run: those with which DeepSpeed compiles its optimizer, where that is offloaded."""
-    if not offloads_optimizer(job.training):
+    if not offloads_optimizer(load_deepspeed_overrides(job.training.deepspeed)):
         return []
     return ["ninja", os.environ.get("CXX", "c++"), *(["nvcc"] if gpus else [])]
 

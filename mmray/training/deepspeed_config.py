@@ -17,7 +17,7 @@ import torch
 
 from mmray.errors import UserError
 from mmray.training.optimizers import check_optimizer, optimizer_config
-from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides
+from mmray.training.settings import ModelSettings, TrainingSettings, load_deepspeed_overrides, offloads_optimizer
 
 UNUSED = "mlflow"
 """A package that DeepSpeed imports for its autotuner where it is installed: 2.3 of the 4 s of DeepSpeed's own
@@ -126,22 +126,12 @@ def deepspeed_config(
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     config = _merge(config, load_deepspeed_overrides(training.deepspeed))
-    offloads = _offloads_optimizer(config)
+    offloads = offloads_optimizer(config)
     check_optimizer(training, zero_stage=stage, offloads=offloads)
     if offloads:
         # DeepSpeed's own Adam for the host, which it compiles on first use; offloading is slow without it.
         del config["optimizer"]["params"]["torch_adam"]
     return config
-
-
-def offloads_optimizer(training: TrainingSettings) -> bool:
-    """True if the settings keep the optimizer in the host's memory."""
-    return _offloads_optimizer({"zero_optimization": {}} | load_deepspeed_overrides(training.deepspeed))
-
-
-def _offloads_optimizer(config: dict[str, Any]) -> bool:
-    offload = config["zero_optimization"].get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -402,6 +402,12 @@ def load_deepspeed_overrides(value: dict[str, Any] | str | None) -> dict[str, An
     return _without_auto(overrides)
 
 
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """True if a DeepSpeed configuration, or a user's part of one, keeps the optimizer in the host's memory."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
 def check_deepspeed_overrides(overrides: dict[str, Any]) -> None:
     """Raise ValueError, naming the setting to use, if mmray decides a key whose value is not "auto"; also where the
     group that mmray completes is not one."""

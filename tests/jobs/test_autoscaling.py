@@ -6,6 +6,7 @@ Only the provider is another one: Ray's own for tests, whose nodes are raylets o
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,8 @@ NODE_CPUS = {"cpu_workers": {"CPU": 1}, "gpu_workers": {"CPU": 4, "GPU": 1}}
 WAIT_SECONDS = 300
 
 
-def on_this_machine(cluster: dict[str, Any], port: int) -> dict[str, Any]:
-    """cluster.yaml with nodes on this machine. port: of the head."""
+def on_this_machine(cluster: dict[str, Any], port: int, folder: str) -> dict[str, Any]:
+    """cluster.yaml with nodes on this machine. port: of the head. folder: for the folders of the nodes."""
     types = cluster["available_node_types"]
     head = types.pop(cluster["head_node_type"])
     types = {name: {**kind, "resources": NODE_CPUS[name], "node_config": {}} for name, kind in types.items()}
@@ -37,7 +38,8 @@ def on_this_machine(cluster: dict[str, Any], port: int) -> dict[str, Any]:
         "idle_timeout_minutes": 0.15,
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "module": "tests.jobs.node_provider.NodesWithFolders",
+            "folder": folder,
             "head_node_id": HEAD_ID,
             "gcs_address": f"127.0.0.1:{port}",
             "launch_multiple": True,
@@ -61,20 +63,22 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
     """A head with no CPU of its own, that starts and stops nodes."""
     folder = tmp_path_factory.mktemp("autoscaling")
     port = free_port()
-    config = on_this_machine(yaml.safe_load((ROOT / "cluster.yaml").read_text()), port)
-    (folder / "cluster.yaml").write_text(json.dumps(config))
-    with running_head(
-        folder,
-        "--num-cpus=0",
-        f"--autoscaling-config={folder / 'cluster.yaml'}",
-        port=port,
-        RAY_FAKE_CLUSTER="1",
-        RAY_enable_autoscaler_v2="1",
-        RAY_CLOUD_INSTANCE_ID=HEAD_ID,
-        RAY_OVERRIDE_NODE_ID_FOR_TESTING=HEAD_ID,
-        AUTOSCALER_UPDATE_INTERVAL_S="1",
-    ) as running:
-        yield running
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as nodes:
+        config = on_this_machine(yaml.safe_load((ROOT / "cluster.yaml").read_text()), port, nodes)
+        (folder / "cluster.yaml").write_text(json.dumps(config))
+        with running_head(
+            folder,
+            "--num-cpus=0",
+            f"--autoscaling-config={folder / 'cluster.yaml'}",
+            port=port,
+            PYTHONPATH=str(ROOT),  # for the provider
+            RAY_FAKE_CLUSTER="1",
+            RAY_enable_autoscaler_v2="1",
+            RAY_CLOUD_INSTANCE_ID=HEAD_ID,
+            RAY_OVERRIDE_NODE_ID_FOR_TESTING=HEAD_ID,
+            AUTOSCALER_UPDATE_INTERVAL_S="1",
+        ) as running:
+            yield running
 
 
 def workers(head: RayHead) -> dict[str, dict[str, str]]:
