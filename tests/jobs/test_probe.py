@@ -244,12 +244,13 @@ connect(address, cpus=1)
 found = {"missing": sorted((node.address, answer.missing) for node, answer in _ask(alive_nodes(), {}, ["only_here"]))}
 found["package"] = told(modules=["only_here"])
 found["folder"] = told(writes=True)
+found["others"] = told(modules=["only_here"], writes=True, labels={"disk": "shared"})
+ray.shutdown()
 job = Job.model_validate(yaml.safe_load(LEAST) | {"output": {"prepared": "out/prepared", "run": shared + "/run"}})
 try:
     evaluating._on_cluster(job, address, False)
 except UserError as error:
     found["evaluating"] = str(error)
-found["others"] = told(modules=["only_here"], writes=True, labels={"disk": "shared"})
 ray.shutdown()
 ray.init(address, runtime_env={"working_dir": shared}, log_to_driver=False)
 found["submitted"] = told()
