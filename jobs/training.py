@@ -162,7 +162,7 @@ def train(
 
 
 def _end_note(job: Job, last: dict[str, Any], step: int, total_steps: int) -> str | None:
-    """What a person is told of a run that has ended and with these settings does not go on; None for another.
+    """The note on a run that has ended and with these settings does not go on; None for one that goes on.
 
     Args:
         last: the last event of its history.
