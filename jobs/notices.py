@@ -28,6 +28,7 @@ import jobs  # noqa: F401  (says what is missing)
 # isort: split
 import ray._private.services as ray_services
 import typer
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 from ray.exceptions import RayError
@@ -157,11 +158,19 @@ def _seconds(text: str) -> float:
 class Machine:
     """The nodes of a cluster that run on one machine: one, and another where Ray is started again.
 
-    cluster: `host:port` of the head; address: the machine's own, as Ray names it.
+    cluster: `host:port` of the head; address: the machine's own, as Ray names it. Raises UserError where the head does
+    not answer, or asks for a token that is not here.
     """
 
     def __init__(self, cluster: str, address: str) -> None:
-        self._gcs = GcsClient(address=cluster)
+        try:
+            ensure_token_if_auth_enabled(create_token_if_missing=False)  # for want of one the client aborts the process
+            self._gcs = GcsClient(address=cluster)
+        except RayError as error:
+            raise UserError(
+                f"the head at {cluster} does not answer this process; check the address, and where Ray was started "
+                "with RAY_AUTH_MODE=token, set this here too, with the ~/.ray/auth_token of its head"
+            ) from error
         self._address = address
         self._drained: set[tuple[str, Notice]] = set()
 
