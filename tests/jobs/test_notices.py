@@ -228,6 +228,7 @@ def test_a_notice_drains_the_node_of_its_machine_alone(ray_head: RayHead, servic
         assert hook.poll() is None, "it waits for the actor"
         ray.kill(busy)
         assert hook.wait(START_SECONDS) == 0, (tmp_path / "hook.log").read_text()
+        assert f"node {node} is drained, and ends within 2000 s" in (tmp_path / "hook.log").read_text()
         assert node not in [node.node_id for node in alive_nodes()]
     (head,) = alive_nodes()
     assert Machine(ray_head.address, head.address).nodes() == [], "a head is not drained"
