@@ -9,8 +9,9 @@ blocks of neighbouring bins, and a random order gives each block its share of ev
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,16 +69,17 @@ def samples_table(
     datasets: the set of each row; copies: how often each row was taken before, default: never.
     """
 
-    def record(row: Sample | RejectedRow) -> dict[str, Any]:
+    def record(row: Sample | RejectedRow, dataset: int, copy: int) -> dict[str, Any]:
         if isinstance(row, RejectedRow):
             return {
                 "id": row.id, "source": row.source, "reason": row.reason, "message": row.message, "row": row.row,
-                "images": [], "columns": row.columns,
+                "images": [], "columns": row.columns, "dataset": dataset, "copy": copy,
             }  # fmt: skip
         return {
             "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
             "visual_tokens": row.visual_tokens, "visual_pairs": row.visual_pairs, "input_ids": row.input_ids,
             "given": row.given_mask, "notes": row.notes, "columns": row.columns,
+            "dataset": dataset, "copy": copy,
             "images": [
                 {
                     "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
@@ -89,10 +91,7 @@ def samples_table(
 
     sets = [row.dataset for row in rows] if datasets is None else datasets
     taken_before = [0] * len(rows) if copies is None else copies
-    records = [
-        record(row) | {"dataset": number, "copy": copy}
-        for row, number, copy in zip(rows, sets, taken_before, strict=True)
-    ]
+    records = [record(row, number, copy) for row, number, copy in zip(rows, sets, taken_before, strict=True)]
     return pa.Table.from_pylist(records, schema=SAMPLES)
 
 
@@ -154,9 +153,9 @@ def pack_window(
         "set_counts": columns.set_counts(bins, unusable, trained),
         "set_columns": columns.set_columns(),
         **({} if bin_cost is None else {"bin_cost": bin_cost}),
-        **_image_notes([(samples["source"][i].as_py(), columns.notes[i]) for i in usable if is_first[i]]),
+        **_image_notes([(columns.sources[i], columns.notes[i]) for i in usable if is_first[i]]),
     }  # fmt: skip
-    ids = id_hashes(columns.unique_id(index) for members in bins for index in members)
+    ids = id_hashes(columns.unique_ids(bins))
     bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
     return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
 
@@ -209,7 +208,10 @@ def content_hash(bins: pa.Table) -> str:
 class _Columns:
     """The columns of a window's samples as flat arrays, from which bins are cut."""
 
-    table: pa.Table
+    row_ids: list[str]
+    sources: list[str]
+    messages: list[str | None]
+    rows: list[str | None]
     ids: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
@@ -221,6 +223,8 @@ class _Columns:
     images: list[list[dict[str, Any]]]
     given_mask: np.ndarray
     notes: list[list[str]]
+    watched: list[list[str]]
+    """The columns of each row by which its data set is judged."""
     datasets: np.ndarray
     copies: np.ndarray
 
@@ -233,7 +237,10 @@ class _Columns:
         flags = table["given"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         given_mask[np.repeat(rules == LossRule.GIVEN, lengths)] = flags
         return cls(
-            table=table,
+            row_ids=table["id"].to_pylist(),
+            sources=table["source"].to_pylist(),
+            messages=table["message"].to_pylist(),
+            rows=table["row"].to_pylist(),
             ids=ids.flatten().to_numpy(),
             offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
             lengths=lengths,
@@ -245,15 +252,17 @@ class _Columns:
             images=table["images"].to_pylist(),
             given_mask=given_mask,
             notes=[notes or [] for notes in table["notes"].to_pylist()],
+            watched=[names or [] for names in table["columns"].to_pylist()],
             datasets=table["dataset"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False),
             copies=table["copy"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False),
         )
 
-    def unique_id(self, index: int) -> str:
-        """The id of a row, by which duplicates are found; a row that is taken again is no duplicate."""
-        if copy := int(self.copies[index]):
-            return copy_id(self.table["source"][index].as_py(), copy)
-        return str(self.table["id"][index].as_py())
+    def unique_ids(self, bins: Sequence[Sequence[int]]) -> Iterator[str]:
+        """Yields the ids of the bins' rows, by which duplicates are found; a row that is taken again is no duplicate."""
+        copies = self.copies.tolist()
+        for index in chain.from_iterable(bins):
+            copy = copies[index]
+            yield copy_id(self.sources[index], copy) if copy else self.row_ids[index]
 
     def set_counts(
         self, bins: Sequence[Sequence[int]], rejected: Sequence[int], trained: np.ndarray
@@ -285,13 +294,12 @@ class _Columns:
     def set_columns(self) -> dict[str, dict[str, Any]]:
         """The number of images, and the columns by which it is checked, of each set of rows (`mmray.rows.columns`)."""
         facts_of_sets: dict[str, dict[str, Any]] = {}
-        named = self.table["columns"].to_pylist()
-        for number, images, names in zip(self.datasets.tolist(), self.images, named):
+        for number, images, names in zip(self.datasets.tolist(), self.images, self.watched):
             if number < 0:
                 continue
             facts = facts_of_sets.setdefault(str(number), {"images": 0, "columns": []})
             facts["images"] += len(images)
-            facts["columns"] += [name for name in names or () if name not in facts["columns"]]
+            facts["columns"] += [name for name in names if name not in facts["columns"]]
         return facts_of_sets
 
     def tokens(self, index: int) -> np.ndarray:
@@ -337,8 +345,8 @@ class _Columns:
             "trained_tokens": int(trained[list(members)].sum()),
             "input_ids": np.concatenate([self.tokens(index) for index in members]),
             "sample_lengths": self.lengths[list(members)],
-            "sample_ids": [self.table["id"][index].as_py() for index in members],
-            "sample_sources": [self.table["source"][index].as_py() for index in members],
+            "sample_ids": [self.row_ids[index] for index in members],
+            "sample_sources": [self.sources[index] for index in members],
             "sample_rules": self.rules[list(members)],
             "sample_sets": self.datasets[list(members)],
             "given": np.concatenate(given_masks) if any_given else [],
@@ -346,10 +354,13 @@ class _Columns:
         }
 
     def rejected(self, index: int) -> dict[str, Any]:
-        record = {name: self.table[name][index].as_py() for name in ("id", "reason", "message", "source", "row")}
-        if record["reason"] is None:
-            record |= {"reason": NOTHING_TRAINED.reason, "message": NOTHING_TRAINED.message}
-        return record
+        reason, message = self.reasons[index], self.messages[index]
+        if reason is None:
+            reason, message = NOTHING_TRAINED.reason, NOTHING_TRAINED.message
+        return {
+            "id": self.row_ids[index], "reason": reason, "message": message, "source": self.sources[index],
+            "row": self.rows[index],
+        }  # fmt: skip
 
 
 def costed(
