@@ -258,7 +258,7 @@ class _Columns:
         )
 
     def unique_ids(self, bins: Sequence[Sequence[int]]) -> Iterator[str]:
-        """Yields the ids of the bins' rows, by which duplicates are found; a row that is taken again is no duplicate."""
+        """Yields the ids of the bins' rows, by which duplicates are found; a copy of a row is no duplicate."""
         copies = self.copies.tolist()
         for index in chain.from_iterable(bins):
             copy = copies[index]
