@@ -9,13 +9,14 @@ blocks of neighbouring bins, and a random order gives each block its share of ev
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmray.errors import RowError
@@ -23,7 +24,7 @@ from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.packing.equal_cost import CostedSamples, pack_equal_cost, planned_bin_cost
 from mmray.packing.pack import lower_bound, pack_2d
 from mmray.packing.settings import PackingSettings
-from mmray.prepared.schema import BINS, REJECTED, SAMPLES
+from mmray.prepared.schema import BINS, IMAGES, REJECTED, SAMPLES
 from mmray.rows.duplicates import copy_id, id_hashes
 from mmray.rows.rejections import SetRows
 from mmray.rows.sample import RejectedRow, Sample
@@ -127,19 +128,23 @@ def pack_window(
     if mixed:
         bins = [bins[number] for number in _drawn_order(len(bins), seed=int(columns.lengths.sum()))]
     table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
+    digest = _content_digest(table)
+    bins_file = _parquet(
+        _digested(columns.with_image_data(table, bins), digest), BINS, BINS_PER_ROW_GROUP,
+        Loads.of(table, [int(columns.visual_pairs[list(members)].sum()) for members in bins]).to_footer(),
+    )  # fmt: skip
     # A row that is taken again is rejected, or noted, with its first copy alone.
     is_first = columns.copies == 0
     unusable = sorted(set(range(samples.num_rows)) - set(usable))
     unusable = [index for index in unusable if is_first[index]]
     rejected = pa.Table.from_pylist([columns.rejected(index) for index in unusable], schema=REJECTED)
-    loads = Loads.of(table, [int(columns.visual_pairs[list(members)].sum()) for members in bins])
     statistics = {
         "rows_read": int(is_first.sum()),
         "rows_packed": int(is_first[used].sum()),
         "rows_rejected": rejected.num_rows,
         "rows_repeated": int((~is_first[used]).sum()),
         "rejected_by_reason": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
-        "content": content_hash(table),
+        "content": digest.hexdigest(),
         "bins": len(bins),
         "bins_at_least": lower_bound(
             columns.lengths[used], columns.visual[used],
@@ -156,8 +161,7 @@ def pack_window(
         **_image_notes([(columns.sources[i], columns.notes[i]) for i in usable if is_first[i]]),
     }  # fmt: skip
     ids = id_hashes(columns.unique_ids(bins))
-    bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
-    return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
+    return Window(bins_file, _parquet([rejected], REJECTED, 1024, {}), statistics, ids)
 
 
 def _drawn_order(count: int, seed: int) -> list[int]:
@@ -189,19 +193,26 @@ def _image_notes(noted: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
     return {"image_notes": dict(sorted(counts.items())), "examples": examples}
 
 
-def content_hash(bins: pa.Table) -> str:
-    """Hash the contents of bins (`schema.BINS`): tokens, samples, rules and images, not the bytes of a file."""
+def _content_digest(bins: pa.Table) -> "hashlib.blake2b":
+    """Begin the hash of the contents of bins (`schema.BINS`), which is not that of a file's bytes: tokens, samples and
+    rules. `_digested` adds the images."""
     digest = hashlib.blake2b(digest_size=16)
     for name in ("input_ids", "sample_lengths", "sample_rules", "given"):
         column = bins[name].combine_chunks()
         for part in (column.value_lengths(), column.flatten()):
             digest.update(part.to_numpy(zero_copy_only=False).tobytes())
-    for ids, images in zip(bins["sample_ids"], bins["images"]):
-        digest.update(repr(ids.as_py()).encode())
-        for image in images.as_py():
-            digest.update(image.pop("data") or b"")
-            digest.update(repr(sorted(image.items())).encode())
-    return digest.hexdigest()
+    return digest
+
+
+def _digested(parts: Iterable[pa.Table], digest: "hashlib.blake2b") -> Iterator[pa.Table]:
+    """Yield parts of a table of bins, each once its samples' ids and its images are in the digest."""
+    for part in parts:
+        for ids, images in zip(part["sample_ids"], part["images"]):
+            digest.update(repr(ids.as_py()).encode())
+            for image in images.as_py():
+                digest.update(image.pop("data") or b"")
+                digest.update(repr(sorted(image.items())).encode())
+        yield part
 
 
 @dataclass(frozen=True)
@@ -221,6 +232,9 @@ class _Columns:
     rules: np.ndarray
     reasons: list[str | None]
     images: list[list[dict[str, Any]]]
+    """The images of each row, without their bytes."""
+    image_data: pa.ChunkedArray
+    """The bytes of all images, row after row; null for an image that lies elsewhere."""
     given_mask: np.ndarray
     notes: list[list[str]]
     watched: list[list[str]]
@@ -249,7 +263,8 @@ class _Columns:
             buckets=table["bucket"].to_pylist(),
             rules=rules,
             reasons=table["reason"].to_pylist(),
-            images=table["images"].to_pylist(),
+            images=_without_data(table["images"]),
+            image_data=pc.struct_field(pc.list_flatten(table["images"]), "data"),
             given_mask=given_mask,
             notes=[notes or [] for notes in table["notes"].to_pylist()],
             watched=[names or [] for names in table["columns"].to_pylist()],
@@ -353,6 +368,30 @@ class _Columns:
             "images": images,
         }
 
+    def with_image_data(self, table: pa.Table, bins: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
+        """Yield the bins with the bytes of their images, a row group at a time: they are most of a window, and lie
+        in memory once in the samples and once in the file that is written.
+
+        table: the records of the bins (`bin`); bins: the samples of each.
+        """
+        if self.image_data.null_count == len(self.image_data):
+            yield table
+            return
+        firsts = np.concatenate([[0], np.cumsum([len(images) for images in self.images])]).tolist()
+        for start in range(0, len(bins), BINS_PER_ROW_GROUP):
+            part = table.slice(start, BINS_PER_ROW_GROUP)
+            members = chain.from_iterable(bins[start : start + BINS_PER_ROW_GROUP])
+            places = [place for index in members for place in range(firsts[index], firsts[index + 1])]
+            images = part["images"].combine_chunks()
+            fields = dict(zip(IMAGES.value_type.names, images.flatten().flatten(), strict=True))
+            # Arrow's `take` would first copy all chunks into one.
+            fields["data"] = pa.array([self.image_data[place].as_py() for place in places], pa.large_binary())
+            lists = pa.ListArray.from_arrays(
+                np.concatenate([[0], images.value_lengths().to_numpy().cumsum()]).astype(np.int32),
+                pa.StructArray.from_arrays(list(fields.values()), fields=list(IMAGES.value_type)),
+            )
+            yield part.set_column(part.schema.get_field_index("images"), BINS.field("images"), lists)
+
     def rejected(self, index: int) -> dict[str, Any]:
         reason, message = self.reasons[index], self.messages[index]
         if reason is None:
@@ -420,9 +459,20 @@ def pack_by_bucket(
     return kept + (pack(sorted(leftovers)) if leftovers else [])
 
 
-def _parquet(table: pa.Table, row_group_size: int, footer: dict[bytes, bytes]) -> bytes:
+def _without_data(images: pa.ChunkedArray) -> list[list[dict[str, Any]]]:
+    """The images of each row (`schema.IMAGES`) without their bytes."""
+    flat = pc.list_flatten(images)
+    names = [name for name in IMAGES.value_type.names if name != "data"]
+    records = pa.table({name: pc.struct_field(flat, name) for name in names}).to_pylist()
+    ends = np.cumsum(pc.list_value_length(images).to_numpy()).tolist()
+    return [records[start:stop] for start, stop in pairwise([0, *ends])]
+
+
+def _parquet(parts: Iterable[pa.Table], schema: pa.Schema, row_group_size: int, footer: dict[bytes, bytes]) -> bytes:
+    """Write a file of the parts of a table. Each part but the last has a multiple of `row_group_size` rows."""
     buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
-        writer.write_table(table, row_group_size=row_group_size)
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for part in parts:
+            writer.write_table(part, row_group_size=row_group_size)
         writer.add_key_value_metadata(footer)
     return buffer.getvalue()
