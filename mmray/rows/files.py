@@ -280,7 +280,9 @@ def index_rows(file: SourceFile, max_rows: int | None = None) -> RowIndex:
     with opened_rows(file) as (opened, form):
         reading = _opened(file.reading, form)
         if form.format in ("parquet", "arrow"):
-            return RowIndex(file, form.format, reading, _numbers(num_table_rows(opened, form.format), max_rows))
+            return RowIndex(
+                file, form.format, reading, _numbers(num_table_rows(opened, form.format, reading.columns), max_rows)
+            )
         if form.format == "webdataset":
             shard = index_shard(opened, file.size, max_rows)
             return RowIndex(file, form.format, reading, shard.starts, (), shard.refused, shard.endings)
