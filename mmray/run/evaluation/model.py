@@ -87,6 +87,14 @@ class EvaluatedModel:
             )  # fmt: skip
             return _on(device, build_model(loaded))
 
+    def files(self, job: Job) -> list[str]:
+        """The files of a local folder of weights with their sizes and times, by which others are noticed. A checkpoint
+        is named by its folder, which never changes."""
+        folder = {"base": job.model.path or "", "folder": self.path, "checkpoint": ""}[self.kind]
+        if not folder or not Path(folder).is_dir():
+            return []
+        return [f"{name} {state.size} {state.version}" for name, state in Folder(folder).files().items()]
+
     def _exported(self, job: Job) -> str | None:
         """The local folder into which the run has exported this checkpoint; None where it has not."""
         folder = f"{job.output.run.rstrip('/')}/{MODEL_FOLDER}"

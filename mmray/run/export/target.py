@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmray.errors import UserError
+from mmray.run.export.sidecar import SIDECAR
 from mmray.storage import Folder
 
 _LAST = "config.json"
@@ -15,17 +17,22 @@ _LAST = "config.json"
 
 
 @contextmanager
-def writing_folder(out: str, *, replaces: str | None = None) -> Iterator[Path]:
+def writing_folder(out: str, *, replaces: bool = False) -> Iterator[Path]:
     """A local folder to write into, which becomes `out`, a path or URI, when the block ends without an error.
 
-    replaces: a folder that holds a file of this name is replaced; None: no folder is. Leftovers of an interrupted call
-    beside `out` are deleted. Raises UserError where `out` is taken.
+    replaces: whether an earlier export in `out` is replaced. Leftovers of an interrupted call beside `out` are deleted.
+    Files get the mode that the user's umask gives, also those that a library wrote for this user alone. Raises
+    UserError where `out` is taken.
     """
     target = Folder(out)
     taken = target.names() if not target.is_local else os.listdir(out) if os.path.isdir(out) else []
-    if (taken or os.path.isfile(out)) and replaces not in taken:
-        remedy = f"it holds no {replaces}, so it is no earlier export; " if replaces else ""
-        raise UserError(f"{out} is there already: {remedy}give another folder, or delete it")
+    if (taken or os.path.isfile(out)) and (not replaces or SIDECAR not in taken):
+        if SIDECAR in taken:
+            raise UserError(f"{out} is an earlier export: give --replace to replace it, or another folder")
+        raise UserError(
+            f"{out} is there already and holds no {SIDECAR}, so it is no earlier export: give another folder, or "
+            "delete it"
+        )
     if not target.is_local:
         with tempfile.TemporaryDirectory(prefix="mmray-export-") as name:
             yield Path(name)
@@ -37,8 +44,10 @@ def writing_folder(out: str, *, replaces: str | None = None) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
+        mode = _usual_mode(beside)
         for path in beside.rglob("*"):
             if path.is_file():
+                path.chmod(mode)
                 _sync(path)
         if place.exists():
             earlier = place.with_name(f".{place.name}.earlier")
@@ -50,6 +59,15 @@ def writing_folder(out: str, *, replaces: str | None = None) -> Iterator[Path]:
             beside.rename(place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _usual_mode(folder: Path) -> int:
+    """The mode of a new file. The umask itself cannot be read without changing it for all threads."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _send(here: Path, target: Folder, earlier: list[str]) -> None:
