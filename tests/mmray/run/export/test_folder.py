@@ -63,6 +63,19 @@ def test_a_second_export_is_byte_equal(case, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(case, tmp_path, umask):
+    """Also weights, which safetensors writes for the user alone."""
+    before = os.umask(umask)
+    try:
+        export_model(str(case.run), str(tmp_path / "out"))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "mmray.json", "README.md"} <= modes.keys()
+    assert set(modes.values()) == {0o666 & ~umask}
+
+
 def test_tied_weights_stay_tied(case, tmp_path):
     export_model(str(case.run), str(tmp_path / "out"))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
@@ -85,7 +98,7 @@ def test_a_checkpoint_a_run_and_a_uri_give_the_same(case, tmp_path):
     expected = files(tmp_path / "0")
     assert all(files(tmp_path / str(number)) == expected for number in range(1, len(sources)))
     assert {name: remote.cat(f"/bucket/model/{name}") for name in expected} == expected
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="is an earlier export: give --replace"):
         export_model(sources[0], "memory://bucket/model")
     export_model(sources[0], "memory://bucket/model", replace=True)
     assert {name: remote.cat(f"/bucket/model/{name}") for name in expected} == expected
@@ -216,10 +229,13 @@ def test_a_folder_that_is_taken_is_kept(run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    assert "is there already: give another folder" in refusal(run, out)
-    assert "it is no earlier export" in refusal(run, out, replace=True)
+    for replace in (False, True):
+        assert "is there already and holds no mmray.json, so it is no earlier export" in refusal(
+            run, out, replace=replace
+        )
     assert contents(out) == {"thesis.tex": b"years of work"}
     export_model(str(run), str(tmp_path / "model"))
+    assert "is an earlier export: give --replace to replace it" in refusal(run, tmp_path / "model")
     (tmp_path / "model" / "mine.txt").write_text("a note")
     export_model(str(run), str(tmp_path / "model"), replace=True)
     assert not (tmp_path / "model" / "mine.txt").exists()
