@@ -39,6 +39,8 @@ def run(
     if rows.left_out:
         chosen = _listed(job, [row_set.number for row_set in rows.sets])
         _say(f"of data.eval, evaluation.sets chooses {chosen} and leaves out {_listed(job, rows.left_out)}")
+    if plan.settings.prompt is not None and all(dataset.kind != "pretrain" for dataset in rows.datasets):
+        _say("evaluation.prompt is for pretrain rows, of which there are none here")
     earlier = plan.earlier()
     if earlier is not None and not plan.is_of(earlier):
         _say(f"{plan.folder} holds an evaluation of other rows, settings or weights; this one takes its place")

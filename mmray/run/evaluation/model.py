@@ -47,6 +47,8 @@ class EvaluatedModel:
             raise UserError("give --model or --checkpoint, not both")
         if folder == BASE or (folder is not None and job.model.path is not None and _same(folder, job.model.path)):
             return cls(BASE, "base")
+        if folder is not None and "://" in folder:
+            raise UserError(f"--model {folder}: only a local folder can be loaded; copy it here")
         if folder is not None:
             if Path(folder, "adapter_config.json").exists():
                 raise UserError(

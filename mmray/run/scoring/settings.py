@@ -50,7 +50,8 @@ class EvaluationSettings(Settings):
 
     prompt: str | None = None
     """Text with which `pretrain` rows are asked for, instead of what stands in them before their text. `<image>` stands
-    for each image; without it the images come first. null: the row's images and what stands before its text."""
+    for each image; without it the images come first. Special tokens in it are read as such. null: the row's images and
+    what stands before its text."""
 
     metrics: Annotated[tuple[ReadingMetric, ...], Field(min_length=1)] = READING_METRICS
     """Metrics of generated texts that are written to metrics.jsonl and to trackers."""
