@@ -5,8 +5,9 @@
 Without Ray one process does all three; `pipelines/evaluate.py` runs them on actors.
 """
 
+import hashlib
 import io
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -162,7 +163,7 @@ class RowBatch:
     """Rows of like length that are read together, or the bad rows of a chunk."""
 
     name: str
-    """The number of its first row, so that no two batches of an evaluation share a name, also where it continues."""
+    """A name that no batch of other rows has, also where an evaluation continues."""
     rows: tuple[EvaluationRow, ...]
     bad: tuple[BadRow, ...] = ()
 
@@ -220,7 +221,12 @@ class RowEncoder:
             yield RowBatch(f"{chunk.first_row:09d}-bad", (), tuple(bad))
         for start in range(0, len(rows), self._batch_rows):
             group = rows[start : start + self._batch_rows]
-            yield RowBatch(f"{group[0].number:09d}", tuple(group))
+            yield RowBatch(_name_of(group), tuple(group))
+
+
+def _name_of(rows: Sequence[EvaluationRow]) -> str:
+    numbers = np.asarray([row.number for row in rows], dtype="<i8")
+    return f"{numbers[0]:09d}-{hashlib.blake2b(numbers.tobytes(), digest_size=4).hexdigest()}"
 
 
 def bin_of(sample: Sample, number: int) -> Bin:

@@ -42,6 +42,9 @@ from mmray.storage import Folder, explained
 
 _NOT_IN_NAMES = re.compile(r"[^\w.=-]+")
 
+_NOT_READ = {"train", "eval", "rows", "weigh_by", "size_cache", "verify_rows"}
+"""Settings of `data` that change no result of an evaluation, or count with its sets."""
+
 _PLAN, _OWNER = "plan.json", "owner"
 
 BatchResult = tuple[str, list[RowResult], list[BadRow]]
@@ -97,7 +100,7 @@ class EvaluationPlan:
         job, settings = self.job, self.settings.model_dump(mode="json", exclude={"every_steps", "metrics", "sets"})
         read_by = {
             "model": job.model.model_dump(mode="json"), "images": job.images.model_dump(mode="json"),
-            "packing": job.packing.model_dump(mode="json"), "lenient": job.data.lenient,
+            "packing": job.packing.model_dump(mode="json"), "data": job.data.model_dump(mode="json", exclude=_NOT_READ),
             "sets": [dataset.record() for dataset in self.data.datasets],
         }  # fmt: skip
         return {
