@@ -25,20 +25,15 @@ def writing_folder(out: str, *, replaces: bool = False) -> Iterator[Path]:
     UserError where `out` is taken.
     """
     target = Folder(out)
-    taken = target.names() if not target.is_local else os.listdir(out) if os.path.isdir(out) else []
-    if (taken or os.path.isfile(out)) and (not replaces or SIDECAR not in taken):
-        if SIDECAR in taken:
-            raise UserError(f"{out} is an earlier export: give --replace to replace it, or another folder")
-        raise UserError(
-            f"{out} is there already and holds no {SIDECAR}, so it is no earlier export: give another folder, or "
-            "delete it"
-        )
     if not target.is_local:
+        taken = target.names()
+        _check_free(out, taken, replaces=replaces)
         with tempfile.TemporaryDirectory(prefix="mmray-export-") as name:
             yield Path(name)
             _send(Path(name), target, taken)
         return
-    place = Path(target.path())
+    place = Path(target.path()).resolve()  # what is looked at and what is replaced is one folder, however it is named
+    _check_free(str(place), _names_in(place), replaces=replaces)
     beside = place.with_name(f".{place.name}.coming")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -49,6 +44,7 @@ def writing_folder(out: str, *, replaces: bool = False) -> Iterator[Path]:
             if path.is_file():
                 path.chmod(mode)
                 _sync(path)
+        _check_free(str(place), _names_in(place), replaces=replaces)  # again: an export takes its time
         if place.exists():
             earlier = place.with_name(f".{place.name}.earlier")
             shutil.rmtree(earlier, ignore_errors=True)
@@ -59,6 +55,24 @@ def writing_folder(out: str, *, replaces: bool = False) -> Iterator[Path]:
             beside.rename(place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _names_in(place: Path) -> list[str] | None:
+    """What is in a local folder; [] where there is none; None for a file."""
+    if place.is_dir():
+        return os.listdir(place)
+    return None if place.exists() else []
+
+
+def _check_free(place: str, taken: list[str] | None, *, replaces: bool) -> None:
+    """Raises UserError where something is in a folder, unless it is an earlier export that is to be replaced."""
+    if taken == [] or (replaces and SIDECAR in (taken or [])):
+        return
+    if SIDECAR in (taken or []):
+        raise UserError(f"{place} is an earlier export: give --replace to replace it, or another folder")
+    raise UserError(
+        f"{place} is there already and holds no {SIDECAR}, so it is no earlier export: give another folder, or delete it"
+    )
 
 
 def _usual_mode(folder: Path) -> int:

@@ -241,6 +241,46 @@ def test_a_folder_that_is_taken_is_kept(run, tmp_path):
     assert not (tmp_path / "model" / "mine.txt").exists()
 
 
+@pytest.mark.parametrize("how", ["empty", "dot", "home", "uri", "link"])
+def test_a_folder_is_kept_however_it_is_named(run, tmp_path, monkeypatch, how):
+    """What is looked at is what would be replaced."""
+    out = tmp_path / "work"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(out)
+    name = {"empty": "", "dot": ".", "home": "~/work", "uri": f"file://{out}", "link": str(tmp_path / "link")}[how]
+    for replace in (False, True):
+        with pytest.raises(UserError, match="work is there already and holds no mmray.json"):
+            export_model(str(run), name, replace=replace)
+    assert contents(out) == {"thesis.tex": b"years of work"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run", "work"]
+
+
+def test_what_came_while_an_export_ran_is_kept(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def comes_meanwhile(*arguments):
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+        return "read me"
+
+    monkeypatch.setattr("mmray.run.export.model.readme", comes_meanwhile)
+    assert "is there already and holds no mmray.json" in refusal(run, out)
+    assert contents(out) == {"thesis.tex": b"years of work"}
+    assert not list(tmp_path.glob(".out.*"))
+
+
+def test_an_export_replaces_the_folder_that_a_link_names(run, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for replace in (False, True):
+        export_model(str(run), str(tmp_path / "link"), replace=replace)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "config.json").exists()
+
+
 def test_a_processor_that_has_changed_is_told(case, run, tmp_path):
     changed = Path(shutil.copytree(case.processor, tmp_path / "processor"))
     (changed / "chat_template.jinja").write_text("{{ messages }}")
