@@ -19,6 +19,7 @@ from mmray.run.evaluation.model import EvaluatedModel
 from mmray.run.evaluation.rows import EvaluationData
 from mmray.run.evaluation.standalone import EvaluationPlan, RunBatches, evaluate, run_here
 from mmray.run.scoring.page import NAMES
+from mmray.run.scoring.results import summary
 from mmray.run.scoring.settings import EvaluationSettings
 
 log = logging.getLogger("mmray")
@@ -95,7 +96,10 @@ def results_table(folder: str, values: dict[str, Any]) -> Table:
     table.add_column("")
     for name in ("rows", "loss", *NAMES.values()):
         table.add_column(name, justify="right")
-    groups = {"all": values["all"]} | (values["by_set"] if len(values["by_set"]) > 1 else {})
+    sets = [row_set["name"] for row_set in values["sets"]]
+    groups = {"all": values["all"]}
+    if len(sets) > 1:  # those without a good row, too
+        groups |= {name: values["by_set"].get(name) or summary([]) for name in sets}
     for name, facts in groups.items():
         numbers = ("–" if facts[key] is None else f"{facts[key]:.4f}" for key in ("loss", *NAMES))
         table.add_row(escape(name), f"{facts['rows']:,}", *numbers)

@@ -31,7 +31,7 @@ from mmray.rows.plan import Plan, indexed_files, limited_rows, rows_of_sets
 from mmray.rows.read import RowReader, chunk_rows, read_piece
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DatasetSettings
-from mmray.rows.taking import Taking, chooses_rows, taken_once
+from mmray.rows.taking import taken_once
 from mmray.run.scoring.results import BadRow
 from mmray.storage import explained
 
@@ -105,16 +105,17 @@ class EvaluationData:
         """The chunks of all rows, or of `limit` rows in all: each set's share, at least one row, and of a set the first
         rows of each file, each file's share.
 
-        Rows that preparing leaves out (`max_rows`, `repeat` below 1) are left out; no row is taken twice. Raises
-        UserError for a limit below the number of sets.
+        Blank lines are no rows. Rows that preparing leaves out (`max_rows`, `repeat` below 1) are left out; no row is
+        taken twice. Raises UserError where there is no row, and for a limit below the number of sets.
         """
-        indexed, takings = indexed_files(source_files(self.datasets)), list[Taking]()
-        if limit is not None or any(map(chooses_rows, self.datasets)):
-            counts = rows_of_sets(indexed, len(self.sets))
-            takings = [
-                taken_once(row_set.dataset, row_set.number, count, self.seed)
-                for row_set, count in zip(self.sets, counts, strict=True)
-            ]
+        indexed = indexed_files(source_files(self.datasets))
+        takings = [
+            taken_once(row_set.dataset, row_set.number, count, self.seed)
+            for row_set, count in zip(self.sets, rows_of_sets(indexed, len(self.sets)), strict=True)
+        ]
+        if not any(taking.taken for taking in takings):
+            files = ", ".join(file for dataset in self.datasets for file in dataset.files)
+            raise UserError(f"there is no row to evaluate in {files:.500}")
         most = None if limit is None else limited_rows(indexed, takings, limit)
         plan = Plan(indexed, takings, window_rows=CHUNK_ROWS, chunk_rows=CHUNK_ROWS, most=most)
         return list(plan.chunks())

@@ -71,7 +71,8 @@ def _check_free(place: str, taken: list[str] | None, *, replaces: bool) -> None:
     if SIDECAR in (taken or []):
         raise UserError(f"{place} is an earlier export: give --replace to replace it, or another folder")
     raise UserError(
-        f"{place} is there already and holds no {SIDECAR}, so it is no earlier export: give another folder, or delete it"
+        f"{place} is there already and holds no {SIDECAR}, so it is no earlier export: give another folder, or delete "
+        "it"
     )
 
 

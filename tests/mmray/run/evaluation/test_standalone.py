@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mmray.config.compatibility import job_family
 from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.families import load_family
@@ -318,6 +319,22 @@ def test_other_weights_in_a_folder_and_another_tiling_are_another_evaluation(job
     assert identity(job) != first
 
 
+@pytest.mark.parametrize("lines", ["", "\n  \n\n"])
+def test_a_file_without_rows_is_refused(job: Job, tmp_path: Path, lines: str) -> None:
+    (tmp_path / "none.jsonl").write_text(lines)
+    data = EvaluationData.of(job, str(tmp_path / "none.jsonl"))
+    for limit in (None, 3):
+        with pytest.raises(UserError, match=r"there is no row to evaluate in .*none\.jsonl"):
+            data.chunks(limit)
+
+
+def test_a_prompt_that_stands_for_pixels_is_refused(job: Job) -> None:
+    asked = job.model_copy(update={"evaluation": EvaluationSettings(prompt="Read <|image_pad|>")})
+    with pytest.raises(UserError, match=r"evaluation.prompt: '<\|image_pad\|>' stands for the pixels of an image"):
+        job_family(asked)
+    assert job_family(job.model_copy(update={"evaluation": EvaluationSettings(prompt="<image>Read<|im_end|>")}))
+
+
 def test_which_model(job: Job, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint yet; give --model base"):
         EvaluatedModel.find(job)
@@ -341,7 +358,11 @@ def test_pages_may_be_asked_for_otherwise(job: Job) -> None:
     batch = evaluator._micro_batch(rendered.rendered[0])
     decode = encoder.family.tokenizer.decode
     plain = PromptCutter(encoder.family, SETTINGS.generate).tasks(batch, "pretrain")[0]
-    for prompt, ending in (("Read it:", "\nRead it:"), ("<image> and <image>: what?", ": what?")):
+    asking = {
+        "Read it:": "\nRead it:", "<image> and <image>: what?": ": what?", "": "\n",
+        "<image><image>Read<|im_end|>": "Read<|im_end|>", "<image><image><|im_start|>user\n": "<|im_start|>user\n",
+    }  # fmt: skip
+    for prompt, ending in asking.items():
         asked = PromptCutter(encoder.family, SETTINGS.generate, prompt).tasks(batch, "pretrain")[0]
         assert decode(asked.prompt_ids).endswith(f"<|vision_end|>{ending}")
         assert asked.reference == plain.reference == "Seen twice, said once"

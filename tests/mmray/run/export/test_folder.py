@@ -252,7 +252,7 @@ def test_a_folder_is_kept_however_it_is_named(run, tmp_path, monkeypatch, how):
     monkeypatch.chdir(out)
     name = {"empty": "", "dot": ".", "home": "~/work", "uri": f"file://{out}", "link": str(tmp_path / "link")}[how]
     for replace in (False, True):
-        with pytest.raises(UserError, match="work is there already and holds no mmray.json"):
+        with pytest.raises(UserError, match=r"work is there already and holds no mmray\.json"):
             export_model(str(run), name, replace=replace)
     assert contents(out) == {"thesis.tex": b"years of work"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run", "work"]
