@@ -58,7 +58,7 @@ def writing_folder(out: str, *, replaces: bool = False) -> Iterator[Path]:
 
 
 def _names_in(place: Path) -> list[str] | None:
-    """What is in a local folder; [] where there is none; None for a file."""
+    """Lists the names in a local folder: [] where there is none, None for a file."""
     if place.is_dir():
         return os.listdir(place)
     return None if place.exists() else []
