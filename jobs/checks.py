@@ -7,6 +7,7 @@
 A run raises the first mistake (`require`); a dry run lists all of them.
 """
 
+import glob
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ from pathlib import Path
 
 from jobs.capacity import check_capacity, check_elastic, check_growth, prepare_pools, train_pools
 from jobs.common import console, in_submitted_job
-from jobs.probe import Machine, check_nodes, check_own_machine, check_own_programs, look, packages_of, programs_of
+from jobs.probe import (
+    Machine,
+    Work,
+    check_nodes,
+    check_own_machine,
+    check_own_programs,
+    look,
+    packages_of,
+    programs_of,
+)
 from jobs.room import UnknownModel, check_disk, check_memory
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job
@@ -71,7 +81,7 @@ def cluster_checks(
         joined: whether this process has joined a cluster, whose nodes are asked, or started Ray here; None for a
             machine on which no Ray runs.
     """
-    what = "training" if trains else "preparing"
+    what: Work = "training" if trains else "preparing"
     labels = job.resources.train_labels if trains else job.resources.prepare_labels
     pools = train_pools(job, gpus) if trains else prepare_pools()
     yield Check(
@@ -85,10 +95,12 @@ def cluster_checks(
     programs = programs_of(job, gpus) if trains else []
     if joined:
         outputs = {"output.prepared": job.output.prepared} | ({"output.run": job.output.run} if trains else {})
-        modules = packages_of(job, trains=trains)
+        modules = packages_of(job, what)
+        inputs = {} if trains else _inputs(job)  # training reads the prepared dataset, and pictures
         check = partial(
-            check_nodes, nodes, labels, outputs, modules=modules, programs=programs, gpus=gpus, machines=machines
-        )
+            check_nodes, nodes, labels, outputs, inputs=inputs, modules=modules, programs=programs, gpus=gpus,
+            machines=machines,
+        )  # fmt: skip
         yield Check("nodes", check)
     elif joined is not None:
         yield Check("nodes", partial(check_own_machine, nodes, gpus))
@@ -100,6 +112,19 @@ def cluster_checks(
             yield Check("offloading", partial(check_own_programs, programs))
     for name, check_room in (("memory", check_memory), ("disk", check_disk)):
         yield Check(name, partial(_where_known, partial(check_room, job, gpus, machines, saved_stage)))
+
+
+def _inputs(job: Job) -> dict[str, str]:
+    """A row file of each set, and the folder of its images where the job names one, as far as they are on disks."""
+    inputs = {}
+    for split, datasets in job.data.splits.items():
+        for number, dataset in enumerate(datasets):
+            patterns = (pattern for pattern in dataset.files if "://" not in pattern)
+            first_file = next((path for pattern in patterns for path in glob.iglob(pattern, recursive=True)), None)
+            for name, path in (("files", first_file), ("image_root", dataset.image_root)):
+                if path and Path(path).exists():
+                    inputs[f"data.{split}[{number}].{name}"] = path
+    return inputs
 
 
 def _where_known(check: Callable[[], str | None]) -> None:

@@ -21,8 +21,10 @@ from mmray.config.job import prepared_paths
 
 def main(
     path: Annotated[str, typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job's.")],
-    verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what workers and libraries print, too.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    ] = None,
 ) -> None:
     """List the pictures that are broken, blank or not as prepared. Exit code 1 when one is broken.
 
@@ -31,11 +33,14 @@ def main(
     """
     paths = prepared_paths(path)
     from jobs.common import connect, console
+    from jobs.probe import check_nodes
     from mmray.report.verified import verify_datasets
     from pipelines.dataset import cluster_amount
+    from pipelines.nodes import alive_nodes
     from pipelines.verify import run_parts
 
-    connect(address, cpus=os.cpu_count() or 1, verbose=verbose)
+    if connect(address, cpus=os.cpu_count() or 1, verbose=verbose):
+        check_nodes(alive_nodes(), {}, {})
     console.print(f"decoding on a Ray cluster of {cluster_amount('CPU', {}):,.0f} CPUs", highlight=False)
     raise typer.Exit(1 if verify_datasets(paths, run_parts) else 0)
 
