@@ -122,7 +122,7 @@ class DocumentReader:
         pieces = [self._units(piece, "text") for piece in (text.split(join) if join else [text])]
         if len(pieces) > 1 and not end:
             raise RowError("special_token_in_text", "join_documents: the tokenizer has no end-of-document token")
-        return end.join(piece for piece, _ in pieces), sum(count for _, count in pieces), ends
+        return end.join([piece for piece, _ in pieces]), sum([count for _, count in pieces]), ends
 
     def _plain(self, text: str) -> str:
         """Replaces the model's image token in a text by plain words (`own_token_text`)."""
