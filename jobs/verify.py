@@ -21,8 +21,10 @@ from mmray.config.job import prepared_paths
 
 def main(
     path: Annotated[str, typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job's.")],
-    verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what workers and libraries print, too.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    ] = None,
 ) -> None:
     """List the pictures that are broken, blank or not as prepared. Exit code 1 when one is broken.
 
@@ -38,7 +40,9 @@ def main(
     from pipelines.verify import run_parts
 
     if connect(address, cpus=os.cpu_count() or 1, verbose=verbose):
-        check_nodes(alive_nodes(), {}, {})
+        local = [os.path.abspath(path) for path in paths if "://" not in path]
+        inputs = {f"prepared dataset {number}": path for number, path in enumerate(local, 1)}
+        check_nodes(alive_nodes(), {}, {}, inputs=inputs)
     console.print(f"decoding on a Ray cluster of {cluster_amount('CPU', {}):,.0f} CPUs", highlight=False)
     raise typer.Exit(1 if verify_datasets(paths, run_parts) else 0)
 
