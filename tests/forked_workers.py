@@ -55,10 +55,11 @@ def stand_in() -> None:
     server.connect(os.environ[SOCKET])
     socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(request)
-    pid = int(server.recv(32).decode())
+    answers = server.makefile()
+    pid = int(answers.readline())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(pid, number))
-    os._exit(int(server.recv(32).decode() or "1") & 255)
+    os._exit(int(answers.readline() or "1") & 255)
 
 
 def start_as_ever() -> None:
@@ -98,7 +99,7 @@ def serve(listening: socket.socket) -> dict[str, Any]:
                     return json.loads(content)
                 for stream in streams:
                     os.close(stream)
-                client.sendall(str(pid).encode())
+                client.sendall(f"{pid}\n".encode())
                 clients[pid] = client, waiting.register(client, selectors.EVENT_READ)
             else:  # the stand-in was killed
                 pid = next(pid for pid, (client, _) in clients.items() if client is key.fileobj)
@@ -112,7 +113,7 @@ def serve(listening: socket.socket) -> dict[str, Any]:
             if key.fileobj in waiting.get_map():
                 waiting.unregister(client)
             with contextlib.suppress(OSError):
-                client.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
             client.close()
     sys.exit()
 
