@@ -2,10 +2,18 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from mmray import cli
+from mmray.base.command_help import PlainCommand
 from tests.conftest import ROOT
 
 RUN = """
@@ -26,7 +34,7 @@ for words in json.loads(sys.argv[1]):
 """
 """Runs commands one after the other, each as the main program, and tells what it has imported by then."""
 
-COMMANDS = [
+TYPED = [
     ["jobs/prepare.py", "JOB"],
     ["jobs/prepare.py", "JOB", "--dry-run"],
     ["jobs/train.py", "JOB"],
@@ -46,7 +54,7 @@ def test_a_typo_is_told_before_torch_and_ray_are_imported(tmp_path: Path) -> Non
     job.write_text("name: x\nmodle: {}\n")
     commands = [
         [str(ROOT / word) if word.endswith(".py") else str(job) if word == "JOB" else word for word in words]
-        for words in COMMANDS
+        for words in TYPED
     ]
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
@@ -55,7 +63,30 @@ def test_a_typo_is_told_before_torch_and_ray_are_imported(tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     told = done.stdout.split("----\n")[1:]
-    assert len(told) == len(COMMANDS), done.stdout
-    for words, text in zip(COMMANDS, told):
+    assert len(told) == len(TYPED), done.stdout
+    for words, text in zip(TYPED, told):
         assert "modle: unknown key; did you mean 'model'?" in text, (words, text)
         assert text.splitlines()[-2:] == ["exit code 2", "imported:"], (words, text)
+
+
+SCRIPTS = ["jobs/prepare.py", "jobs/train.py", "jobs/evaluate.py", "jobs/verify.py", "jobs/demo.py"]
+COMMANDS = ["report", "estimate", "from-huggingface", "from-pdf", "verify", "inspect", "export", "doctor", "schema"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *SCRIPTS])
+def test_help_names_each_value_and_shows_no_types(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if command in COMMANDS:
+        app, words = cli.app, [command]
+    else:
+        main = runpy.run_path(str(ROOT / command), run_name=command)["main"]
+        app, words = typer.Typer(), []
+        app.command(cls=PlainCommand)(main)
+    monkeypatch.setenv("COLUMNS", "100")
+    done = CliRunner().invoke(app, [*words, "--help"])
+    assert done.exit_code == 0, done.output
+    assert "--help" in done.output
+    for sign in ("<", "--no-", "None"):
+        assert sign not in done.output, done.output
+    lines = [line.strip() for line in done.output.splitlines()]
+    broken = [line for line, after in pairwise(lines) if after and line.endswith((" the", " a", " in", " of"))]
+    assert all(len(line) > 80 or line.startswith("│") for line in broken), "paragraphs are broken by the terminal alone"
