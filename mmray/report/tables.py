@@ -17,6 +17,7 @@ from mmray.report.prepared import rejects, set_lines
 from mmray.report.rows import PERCENTILES, RowFacts
 from mmray.report.run import Run
 from mmray.run.metrics import SHARE_STEPS
+from mmray.run.scoring.page import NAMES
 
 
 def prepared_table(prepared: PreparedDataset) -> Table:
@@ -123,6 +124,10 @@ def run_table(run: Run) -> Table:
             measured = [loss for loss in of_set if loss is not None]
             shown = _from_to(np.asarray(measured)) if measured else "no trained token"
             table.add_row(f"  eval loss of {escape(name)}", shown)
+        for metric, words in NAMES.items():
+            values = run.eval_column(f"eval_{metric}")
+            if len(known := values[np.isfinite(values)]):
+                table.add_row(f"eval {words}", _from_to(known))
     for name, losses in run.columns_by_name("loss_by_set").items():
         known, shown = losses[np.isfinite(losses)], f"set {name}" if name.isdecimal() else name
         table.add_row(f"  loss of {escape(shown)}", _from_to(known) if len(known) else "no trained token")
