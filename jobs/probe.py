@@ -134,12 +134,17 @@ def shared_folder(nodes: Sequence[Node]) -> str | None:
 
 def packages_of(job: Job, *, trains: bool) -> list[str]:
     """Modules that nodes need beside mmray's own: those of training, of the job's trackers and of its addresses."""
-    adapting = [*(["peft"] if job.training.adapter else []), *(["bitsandbytes"] if job.model.quantize else [])]
+    training = job.training
+    needed_by = {
+        "peft": training.adapter, "bitsandbytes": job.model.quantize or training.optimizer == "adamw_8bit",
+        "liger_kernel": training.fused_loss,
+    }  # fmt: skip
+    chosen = [name for name, is_needed in needed_by.items() if is_needed]
     trackers = [tracker.library for tracker in job.tracking.trackers().values()]
     rows = [uri for dataset in (*job.data.train, *job.data.eval) for uri in dataset.files]
     paths = job.output.prepared, job.output.run, *job.trained_paths("train")
     uses_s3 = any(text.startswith(("s3://", "s3a://")) for text in (*paths, *rows))
-    return [*(["deepspeed", *adapting, *trackers] if trains else []), *(["s3fs"] if uses_s3 else [])]
+    return [*(["deepspeed", *chosen, *trackers] if trains else []), *(["s3fs"] if uses_s3 else [])]
 
 
 def problem(

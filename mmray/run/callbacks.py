@@ -63,7 +63,16 @@ class History(Callback):
         run = loop.run
         attention = attention_names(transformers_model(run.engine.model))
         if run.checkpoint is None:
-            run.note("start", loop.step, total_steps=run.total_steps, attention=attention, **mixture_line(run.prepared))
+            adapter = run.plan.job.training.adapter
+            start = {"start_from": adapter.start_from} if adapter and adapter.start_from else {}
+            run.note(
+                "start",
+                loop.step,
+                total_steps=run.total_steps,
+                attention=attention,
+                **mixture_line(run.prepared),
+                **start,
+            )
             run.note_stage()
             return
         run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint, attention=attention)
@@ -183,7 +192,8 @@ class Records(Callback):
         self._skipped.add(evaluation.step, "eval", counts)
         self._metrics.write(
             evaluation.step, epoch=evaluation.epoch, eval_loss=evaluation.loss,
-            eval_trained_tokens=evaluation.trained_tokens, eval_samples=counts.samples,
+            eval_token_accuracy=evaluation.token_accuracy, eval_trained_tokens=evaluation.trained_tokens,
+            eval_samples=counts.samples,
             eval_skipped_samples=len(counts.skipped), **_measured_apart(evaluation),
         )  # fmt: skip
         self._metrics.show(evaluation.step, evaluation.texts)
@@ -224,7 +234,10 @@ def _measured_apart(evaluation: Evaluation) -> dict[str, Any]:
     if not evaluation.loss_by_set:
         return {}
     reading = {f"eval_{name}": value for name, value in evaluation.reading.items()}
-    return {"eval_loss_by_set": evaluation.loss_by_set, **reading, "eval_seconds": round(evaluation.seconds, 3)}
+    by_set = {
+        "eval_loss_by_set": evaluation.loss_by_set, "eval_token_accuracy_by_set": evaluation.token_accuracy_by_set
+    }  # fmt: skip
+    return {**by_set, **reading, "eval_seconds": round(evaluation.seconds, 3)}
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

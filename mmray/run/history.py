@@ -67,7 +67,8 @@ def in_words(event: dict[str, Any]) -> str:
     step, workers = event["step"], counted(event["workers"], "worker")
     match event["event"]:
         case "start":
-            return f"started with {workers}" + _mixed(event, ", training on")
+            adapter = f", from the adapter in {event['start_from']}" if "start_from" in event else ""
+            return f"started with {workers}{adapter}" + _mixed(event, ", training on")
         case "resume":
             return f"resumed from {event['checkpoint']} at step {step} with {workers}"
         case "damaged_checkpoint":

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from mmray.base.version import __version__
 from mmray.base.words import counted, one_line
 from mmray.errors import UserError
-from mmray.training.adapter import Adapter
+from mmray.training.adapter import Adapter, check_adapter
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.deepspeed_config import effective_zero_stage
 from mmray.training.optim import decays_from
@@ -271,7 +271,9 @@ def resume_source(folder: Path, state: SavedState, engine: Engine, model: PreTra
     if not (folder / SHARDS).is_dir():
         raise UserError(f"{folder} is an incomplete checkpoint: it holds no {SHARDS} folder")
     training = engine.training_settings
-    _check_adapter(folder, engine)
+    check_adapter(folder, engine.adapter)
+    if engine.adapter is not None:
+        engine.adapter.check_base(folder)
     check_resume(folder, state, model, (engine.model_settings, training), engine.stages)
     groups = _saved_groups(folder, model, training)
     is_regrouped = [group.names for group in groups] != [group.names for group in engine.groups]
@@ -303,18 +305,6 @@ def _frozen_left_out(model: torch.nn.Module) -> Iterator[None]:
 def _base_is_in_files(engine: Engine) -> bool:
     """True if the frozen weights of an adapter's base lie in files, so that checkpoints leave them out."""
     return engine.adapter is not None and engine.adapter.base is not None
-
-
-def _check_adapter(folder: Path, engine: Engine) -> None:
-    """Raises UserError where the checkpoint holds another adapter than the engine trains."""
-    saved = Adapter.read(folder)
-    if engine.adapter is not None:
-        engine.adapter.check_resumes(saved, folder)
-    elif saved is not None:
-        raise UserError(
-            f"{folder} holds an adapter (training.adapter: {saved.settings.kind} of rank {saved.settings.rank}); set "
-            "it back, or begin a new run with a merged export of it as model.path"
-        )
 
 
 def load_state(engine: Engine, source: ResumeSource) -> None:

@@ -235,6 +235,11 @@ def weight_groups(
     usable, named = {treatment.key for treatment in history[-1].values()}, set[str | None]()
     for name, weight in model.named_parameters():
         treatment = history[-1][name]
+        if treatment.is_frozen and weight.requires_grad and training.adapter is not None:
+            raise UserError(
+                f"{stage.place}: {treatment.key} is frozen, and training.adapter trains {plain_name(name)}; leave it "
+                "out of one of them (the adapter's parts and save_whole)"
+            )
         if treatment.is_frozen or not weight.requires_grad:
             continue
         is_matrix = len(getattr(weight, "ds_shape", weight.shape)) >= 2

@@ -140,6 +140,10 @@ def test_packages_are_those_the_job_needs() -> None:
     content["training"]["adapter"], content["model"]["quantize"] = {"rank": 4}, "nf4"
     adapting = packages_of(Job.model_validate(content), trains=True)
     assert adapting == ["deepspeed", "peft", "bitsandbytes", "mlflow"]
+    del content["training"]["adapter"], content["model"]["quantize"]
+    content["training"] |= {"optimizer": "adamw_8bit", "fused_loss": "liger"}
+    packages = packages_of(Job.model_validate(content), trains=True)
+    assert packages == ["deepspeed", "bitsandbytes", "liger_kernel", "mlflow"]
 
 
 @pytest.mark.parametrize("place", ["prepared", "run", "train", "eval"])

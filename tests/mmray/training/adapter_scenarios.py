@@ -70,7 +70,7 @@ def weights_of(engine: TrainingEngine) -> dict[str, torch.Tensor]:
 def first_loss(engine: TrainingEngine) -> float:
     bins = tiny.global_batch(0)
     mine = tiny.micro_batches(bins, engine.rank, engine.world_size, engine.grad_accumulation)
-    return engine.evaluate([mine])[0]
+    return engine.evaluate([mine]).mean_loss
 
 
 def two_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:

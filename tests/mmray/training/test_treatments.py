@@ -158,6 +158,8 @@ def test_weights_of_an_adapter_are_treated_as_those_that_they_adapt() -> None:
         for number, rate in ((0, 3e-3), (1, 1e-4))
         for matrix in "AB"
     }
+    with pytest.raises(UserError, match=r"vision is frozen, and training.adapter trains .*qkv\.weight; leave"):
+        groups_of(model, parts, adapter={})
 
 
 def test_names_of_tied_weights_are_told_together() -> None:
