@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.run.best import EARLY_STOP, best_callbacks
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
@@ -63,16 +64,10 @@ class History(Callback):
         run = loop.run
         attention = attention_names(transformers_model(run.engine.model))
         if run.checkpoint is None:
-            adapter = run.plan.job.training.adapter
-            start = {"start_from": adapter.start_from} if adapter and adapter.start_from else {}
             run.note(
-                "start",
-                loop.step,
-                total_steps=run.total_steps,
-                attention=attention,
-                **mixture_line(run.prepared),
-                **start,
-            )
+                "start", loop.step, total_steps=run.total_steps, attention=attention, **mixture_line(run.prepared),
+                **_base(run.plan.job),
+            )  # fmt: skip
             run.note_stage()
             return
         run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint, attention=attention)
@@ -94,6 +89,13 @@ class History(Callback):
             loop.run.note("stop", loop.step, reason=loop.stop_reason)
         else:
             loop.run.note("finish", loop.step)
+
+
+def _base(job: Job) -> dict[str, str]:
+    """The weights that a new run of the job begins with: the model's files, and a trained adapter; {} for neither."""
+    adapter = job.training.adapter
+    sources = {"model": job.model.path, "start_from": adapter and adapter.start_from}
+    return {name: source for name, source in sources.items() if source}
 
 
 class FirstLoss(Callback):

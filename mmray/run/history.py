@@ -9,7 +9,7 @@ A run that trains on a mixture also tells its datasets and weights (`mixture`) w
 
 | event | besides `time`, `step`, `workers` |
 | --- | --- |
-| `start` | a new run begins; `total_steps`: of the whole run |
+| `start` | a new run begins; `total_steps`: of the whole run; `model`, `start_from`: the files that it begins with |
 | `resume` | `total_steps`; `checkpoint`: the name of the one it continues from |
 | `checkpoint` | `name`; `seconds`: how long the step loop was held up |
 | `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |

@@ -44,7 +44,8 @@ CHATS = [
 
 @dataclass(frozen=True)
 class Case:
-    """A training of one step, or of the first of two stages: of which member of the zoo, how, on which data, into which run."""
+    """A training of one step, or of one in each of two stages: of which member of the zoo, how, on which data, into
+    which run."""
 
     member: str
     stage: int
