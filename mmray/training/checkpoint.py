@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from mmray.base.version import __version__
 from mmray.base.words import counted, one_line
 from mmray.errors import UserError
-from mmray.training.adapter import Adapter, check_adapter
+from mmray.training.adapter import NEW_RUN, Adapter, check_adapter
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.deepspeed_config import effective_zero_stage
 from mmray.training.optim import decays_from
@@ -199,13 +199,14 @@ def check_resume(
     if saved != wanted:
         raise UserError(
             f"{folder} was written with ZeRO stage {saved[0]} and {saved[1]}, this run has stage "
-            f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or start a new run"
+            f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or begin a new run "
+            f"(output.run) {NEW_RUN}"
         )
     optimizer = state.optimizer or "adamw"
     if optimizer != training.optimizer:
         raise UserError(
             f"{folder} was written by optimizer {optimizer}, and this run has {training.optimizer}, which cannot use "
-            "its states; set training.optimizer back, or start a new run"
+            f"its states; set training.optimizer back, or begin a new run (output.run) {NEW_RUN}"
         )
     done = stage_at(stages, state.step - 1)
     groups = weight_groups(model, training, stages, done)

@@ -242,8 +242,14 @@ def weight_groups(
             )
         if treatment.is_frozen or not weight.requires_grad:
             continue
-        is_matrix = len(getattr(weight, "ds_shape", weight.shape)) >= 2
+        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        is_matrix = len(shape) >= 2
         by_muon = training.optimizer == "muon" and is_matrix and not any(word in name.lower() for word in NOT_BY_MUON)
+        if by_muon and len(shape) >= 4:
+            raise UserError(
+                f"optimizer: muon is made for matrices, and {name} of the shape {list(shape)} is a convolution; freeze "
+                f"it ({stage.place}), or set optimizer: adamw"
+            )
         decay = treatment.weight_decay if is_matrix else 0.0
         key = (not is_matrix, not by_muon, treatment.learning_rate, decay, _trained_since(history, name))
         members.setdefault(key, []).append(name)

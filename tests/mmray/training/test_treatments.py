@@ -189,3 +189,10 @@ def test_muon_takes_the_matrices_of_layers(model: Any) -> None:
         name for name, weight in weights.items() if weight.dim() >= 2 and "embed" not in name and "lm_head" not in name
     }
     assert len(by_muon) < len(weights)
+    model.model.visual.convolution = nn.Conv2d(3, 4, 2, device="meta")
+    convolution = "model.visual.convolution"
+    with pytest.raises(
+        UserError, match=rf"{convolution}\.weight of the shape \[4, 3, 2, 2\] is a convolution; freeze it"
+    ):
+        groups_of(model, optimizer="muon", muon_learning_rate=0.02)
+    groups_of(model, {f"{convolution}.*": "frozen"}, optimizer="muon", muon_learning_rate=0.02)
