@@ -134,10 +134,10 @@ def _charts(run: Run) -> list[Plot]:
         when = np.asarray([event["step"] for event in saved], dtype=np.float64)
         note = f"The step loop held up at each; {values.sum():,.1f} s in all, {np.median(values):.2g} s at the median."
         plots.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
-    for key, title, name, colour, note in MEASURED:
+    for key, title, name, colour, said in MEASURED:
         if _has(run, key):
             series = [column(name, colour, key), *_of_evaluations(run, f"eval_{key}")]
-            plots.append(chart(title, note(run.column(key)), series, True))
+            plots.append(chart(title, said(run.column(key)), series, True))
     if run.shares:
         plots.append(chart(*_share_chart(run), True))
     if run.columns_by_name("loss_by_set"):
