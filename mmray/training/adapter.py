@@ -256,6 +256,8 @@ def check_start(model: PreTrainedModel, adapter: Adapter) -> None:
     folder = Path(adapter.settings.start_from or "")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("adapter_config.json is no JSON object")
         with safe_open(folder / START_WEIGHTS, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:

@@ -24,6 +24,8 @@ class AdapterCase:
     quantize: str | None = None
     in_files: bool = True
     dropout: float = 0.0
+    rate: float | None = None
+    """Learning rate of the projector, by `training.parts`."""
 
     @property
     def name(self) -> str:
@@ -40,6 +42,8 @@ class AdapterCase:
         base = {"path": str(folder / "model"), "config": None} if self.in_files else {}
         switches = {"quantize": self.quantize, "gradient_checkpointing": self.stage == 3}
         options.setdefault("adapter", self.adapter())
+        if self.rate is not None:
+            options.setdefault("parts", {"projector": {"learning_rate": self.rate, "weight_decay": 0.0}})
         if self.stage == 3:
             options["deepspeed"] = NO_PERSISTENCE
         return scenarios.build((self.stage, self.dtype), accumulation, model=base | switches | (model or {}), **options)
@@ -48,10 +52,10 @@ class AdapterCase:
 EQUAL = [
     AdapterCase(1, "fp32", "lora"),
     AdapterCase(1, "bf16", "dora"),
-    AdapterCase(2, "fp32", "dora"),
+    AdapterCase(2, "fp32", "dora", rate=1e-3),
     AdapterCase(2, "bf16", "lora"),
     AdapterCase(3, "fp32", "lora"),
-    AdapterCase(3, "bf16", "dora"),
+    AdapterCase(3, "bf16", "dora", rate=1e-3),
     AdapterCase(2, "bf16", "lora", quantize="nf4"),
     AdapterCase(2, "fp32", "lora", in_files=False),
 ]
