@@ -20,7 +20,8 @@ import ray
 from benchmarks.bench_ingest import ingest_of
 from benchmarks.common import Result
 from benchmarks.page_jobs import Pages, local_ray
-from pipelines.ingest import Feed, Ingest
+from mmray.config.job import Job
+from pipelines.ingest import Feed
 
 PROCESSES = 8
 MANY, FEW = 256, 16
@@ -33,15 +34,15 @@ POLLS = 20
 class Ranks:
     """Some ranks, as threads of one process."""
 
-    def __init__(self, ranks: list[int], ingest: Ingest, start: int, stop: int) -> None:
-        self._ranks, self._ingest, self._range = ranks, ingest, (start, stop)
+    def __init__(self, ranks: list[int], job: Job, world_size: int, steps: int) -> None:
+        self._ranks, self._ingest, self._steps = ranks, ingest_of(job, world_size), steps
         self._taken = dict.fromkeys(ranks, 0)
 
     def take(self, feeds: list[Feed]) -> int:
         """Takes all steps of all its ranks, each checked against the schedule; returns the number of micro-batches."""
 
         def rank(number: int, feed: Feed) -> None:
-            for batches in self._ingest.receive(feed, number, *self._range):
+            for batches in self._ingest.receive(feed, number, 0, self._steps):
                 self._taken[number] += len(batches)
 
         with ThreadPoolExecutor(len(self._ranks)) as threads:
@@ -89,8 +90,8 @@ def run() -> list[Result]:
         ]
         job = pages.job("texts", texts, 2048, window_rows=2048, token_capacity=512)
         with local_ray():
-            few, many = (taken(ingest_of(job, ranks), ranks) for ranks in (FEW, MANY))
-            polled = polls(ingest_of(job, MANY))
+            few, many = (taken(job, ranks) for ranks in (FEW, MANY))
+            polled = polls(job)
     share_few, share = (1e3 * (last.cpu - first.cpu) / (last.shares - first.shares) for first, last in (few, many))
     first, last = many
     growth = 1e3 * (last.megabytes - first.megabytes) / (last.shares - first.shares)
@@ -115,16 +116,17 @@ def run() -> list[Result]:
     ]  # fmt: skip
 
 
-def ranks_of(ingest: Ingest, world_size: int, steps: int) -> tuple[list[Any], list[list[int]]]:
+def ranks_of(job: Job, world_size: int, steps: int) -> tuple[list[Any], list[list[int]]]:
     parts = [part.tolist() for part in np.array_split(np.arange(world_size), PROCESSES)]
-    return [Ranks.options(max_concurrency=3).remote(part, ingest, 0, steps) for part in parts], parts
+    return [Ranks.options(max_concurrency=3).remote(part, job, world_size, steps) for part in parts], parts
 
 
-def taken(ingest: Ingest, world_size: int) -> tuple[Moment, Moment]:
+def taken(job: Job, world_size: int) -> tuple[Moment, Moment]:
     """Deals shares to ranks that only take them: when each rank may have its first, and when all have all."""
+    ingest = ingest_of(job, world_size)
     ingest.per_share = 1
     steps = SHARES // world_size
-    actors, parts = ranks_of(ingest, world_size, steps)
+    actors, parts = ranks_of(job, world_size, steps)
     feeds = ingest.split(0, steps)
     left = [actor.take.remote([feeds[rank] for rank in part]) for actor, part in zip(actors, parts)]
     first = None
@@ -141,9 +143,9 @@ def taken(ingest: Ingest, world_size: int) -> tuple[Moment, Moment]:
     return first, last
 
 
-def polls(ingest: Ingest) -> float:
+def polls(job: Job) -> float:
     """CPU seconds of this process for asking all ranks once."""
-    actors, parts = ranks_of(ingest, MANY, 1)
+    actors, parts = ranks_of(job, MANY, 1)
 
     def ask() -> None:
         ray.get([actor.poll.remote(rank) for actor, part in zip(actors, parts) for rank in part])

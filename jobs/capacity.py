@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mmray.base.words import counted
-from mmray.config.job import Job, ResourceSettings
+from mmray.config.job import Job
+from mmray.config.resources import ResourceSettings
 from mmray.errors import UserError
 from pipelines.nodes import Node, amount, labelled
 

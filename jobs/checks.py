@@ -15,7 +15,16 @@ from pathlib import Path
 
 from jobs.capacity import check_capacity, check_elastic, check_growth, prepare_pools, train_pools
 from jobs.common import console, in_submitted_job
-from jobs.probe import Machine, check_nodes, check_own_machine, check_own_programs, look, packages_of, programs_of
+from jobs.probe import (
+    Machine,
+    Work,
+    check_nodes,
+    check_own_machine,
+    check_own_programs,
+    look,
+    packages_of,
+    programs_of,
+)
 from jobs.room import UnknownModel, check_disk, check_memory
 from mmray.config.compatibility import job_family
 from mmray.config.job import Job
@@ -71,7 +80,7 @@ def cluster_checks(
         joined: whether this process has joined a cluster, whose nodes are asked, or started Ray here; None for a
             machine on which no Ray runs.
     """
-    what = "training" if trains else "preparing"
+    what: Work = "training" if trains else "preparing"
     labels = job.resources.train_labels if trains else job.resources.prepare_labels
     pools = train_pools(job, gpus) if trains else prepare_pools()
     yield Check(
@@ -85,7 +94,7 @@ def cluster_checks(
     programs = programs_of(job, gpus) if trains else []
     if joined:
         outputs = {"output.prepared": job.output.prepared} | ({"output.run": job.output.run} if trains else {})
-        modules = packages_of(job, trains=trains)
+        modules = packages_of(job, what)
         check = partial(
             check_nodes, nodes, labels, outputs, modules=modules, programs=programs, gpus=gpus, machines=machines
         )

@@ -56,17 +56,23 @@ def run(
 def _on_cluster(job: Job, address: str | None, verbose: bool) -> RunBatches:
     """The way of running batches on the cluster at an address, or on a Ray that is started here.
 
-    Raises UserError where it has no room.
+    Raises UserError where it has no room, or a node cannot do its part.
     """
     from jobs.capacity import evaluate_cpus
+    from jobs.probe import check_nodes, check_own_machine, packages_of
     from pipelines.evaluate import run_batches
     from pipelines.nodes import alive_nodes
 
-    connect(address, cpus=evaluate_cpus(job), verbose=verbose)
-    nodes = alive_nodes()
+    joined = connect(address, cpus=evaluate_cpus(job), verbose=verbose)
+    nodes, labels = alive_nodes(), job.resources.train_labels
     gpus = uses_gpus(job, nodes)
-    if note := check_capacity(job, evaluate_pools(job, gpus), "evaluating", job.resources.train_labels, nodes):
+    if note := check_capacity(job, evaluate_pools(job, gpus), "evaluating", labels, nodes):
         log.warning("%s", note)
+    if joined:
+        modules = packages_of(job, "evaluating")
+        check_nodes(nodes, labels, {"output.run": job.output.run}, modules=modules, gpus=gpus)
+    else:
+        check_own_machine(nodes, gpus)
     return partial(run_batches, gpus=gpus)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError, RuntimeEnvSetupError
@@ -33,6 +33,8 @@ ANSWER_SECONDS = 60
 PACKAGES = ("ray", "torch", "transformers")
 """Packages whose versions must be the same everywhere."""
 ROOMS = ("mmray", "pipelines", "jobs")
+Work = Literal["preparing", "training", "evaluating"]
+"""The work of a job that nodes do a part of."""
 LEAST_SHARED_MEMORY = 10**9
 SHARED_MEMORY = "/dev/shm"
 DRIVERS = {12: "525", 13: "580"}
@@ -132,8 +134,9 @@ def shared_folder(nodes: Sequence[Node]) -> str | None:
     return None
 
 
-def packages_of(job: Job, *, trains: bool) -> list[str]:
-    """Modules that nodes need beside mmray's own: those of training, of the job's trackers and of its addresses."""
+def packages_of(job: Job, work: Work) -> list[str]:
+    """Modules that nodes need beside mmray's own: those of the model, of training and trackers, of its addresses."""
+    quantizing = ["bitsandbytes"] if job.model.quantize else []
     training = job.training
     needed_by = {
         "peft": training.adapter, "bitsandbytes": job.model.quantize or training.optimizer == "adamw_8bit",
@@ -143,8 +146,14 @@ def packages_of(job: Job, *, trains: bool) -> list[str]:
     trackers = [tracker.library for tracker in job.tracking.trackers().values()]
     rows = [uri for dataset in (*job.data.train, *job.data.eval) for uri in dataset.files]
     paths = job.output.prepared, job.output.run, *job.trained_paths("train")
-    uses_s3 = any(text.startswith(("s3://", "s3a://")) for text in (*paths, *rows))
-    return [*(["deepspeed", *chosen, *trackers] if trains else []), *(["s3fs"] if uses_s3 else [])]
+    s3 = ["s3fs"] if any(text.startswith(("s3://", "s3a://")) for text in (*paths, *rows)) else []
+    match work:
+        case "preparing":
+            return s3
+        case "evaluating":
+            return [*quantizing, *s3]
+        case "training":
+            return ["deepspeed", *chosen, *trackers, *s3]
 
 
 def problem(

@@ -40,7 +40,7 @@ from mmray.run.evaluation.warnings import evaluation_warnings
 from mmray.run.export import export_finished
 from mmray.run.folder import RunFolder
 from mmray.run.history import read_history
-from mmray.run.plan import run_plan
+from mmray.run.plan import RunPlan, run_plan
 from mmray.storage import Folder, arrow_file_system
 from mmray.training.checkpoint import read_state
 from mmray.training.part_report import check_resumed
@@ -139,19 +139,8 @@ def train(
         check_resumed(checkpoint, job.model, job.training, total_steps)
     if job.balance and job.balance.across_batches is None and cursor.balance is not None:
         console.print(f"{run} began with batches of bins of like cost and goes on so (balance.across_batches)")
-    last = _last_event(run) if checkpoint is not None else {}
-    is_finished = (last.get("event"), last.get("step")) == ("finish", cursor.step)
-    early_stopping = job.early_stopping and job.early_stopping.model_dump()
-    if is_finished and early_stopping is not None and last.get("early_stopping") == early_stopping:
-        console.print(
-            f"{run} has ended after {counted(cursor.step, 'step')} ({last['reason']}); with more "
-            "early_stopping.patience, or without early_stopping, it goes on"
-        )
-        export_at_end(job)
-        return None
-    if is_finished and cursor.step >= total_steps:
-        steps = counted(cursor.step, "step")
-        console.print(f"{run} has finished its {steps}; with more training.steps or epochs it goes on")
+    if checkpoint is not None and (note := _end_note(job, _last_event(run), cursor.step, total_steps)):
+        console.print(f"{run} {note}")
         export_at_end(job)
         return None
     if not gpus:
@@ -162,9 +151,40 @@ def train(
     require(cluster_checks(job, nodes, trains=True, gpus=gpus, joined=joined, saved_stage=saved_stage))
     run.remove(RAY_TRAIN_MEMORY)
     run.forget_stop()
-    system, place = arrow_file_system(job.output.run)
+    trainer = _trainer(plan, run, gpus, callbacks)
+    with RunWatch(job.name, run, total_steps) as watch:
+        _fit(trainer, run, watch, job.training.stop_seconds)
+    last = _last_event(run)
+    if last.get("event") == "stop":
+        return last["step"]
+    export_at_end(job)
+    return None
+
+
+def _end_note(job: Job, last: dict[str, Any], step: int, total_steps: int) -> str | None:
+    """The note on a run that has ended and with these settings does not go on; None for one that goes on.
+
+    Args:
+        last: the last event of its history.
+        step: of its checkpoint.
+    """
+    if (last.get("event"), last.get("step")) != ("finish", step):
+        return None
+    steps = counted(step, "step")
+    early_stopping = job.early_stopping and job.early_stopping.model_dump()
+    if early_stopping is not None and last.get("early_stopping") == early_stopping:
+        return (
+            f"has ended after {steps} ({last['reason']}); with more early_stopping.patience, or without "
+            "early_stopping, it goes on"
+        )
+    return f"has finished its {steps}; with more training.steps or epochs it goes on" if step >= total_steps else None
+
+
+def _trainer(plan: RunPlan, run: RunFolder, gpus: bool, callbacks: Sequence[Callback]) -> TorchTrainer:
+    """Ray Train's trainer of a run."""
+    job, (system, place) = plan.job, arrow_file_system(plan.job.output.run)
     training, resources = job.training, job.resources
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config=worker_config(plan, callbacks),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -188,23 +208,21 @@ def train(
             callbacks=[EndAtMistakes()],  # type: ignore[list-item]
         ),
     )
-    with RunWatch(job.name, run, total_steps) as watch:
-        try:
-            run_until_stopped(trainer.fit, run, lambda: watch.has_begun, training.stop_seconds)
-        except ControllerError as error:
-            if isinstance(error.controller_failure, UserError):
-                raise UserError(str(error.controller_failure)) from error
+
+
+def _fit(trainer: TorchTrainer, run: RunFolder, watch: RunWatch, stop_seconds: float) -> None:
+    """Train until the end or a stop. Raises UserError of a worker's mistake, and of storage that stays away."""
+    try:
+        run_until_stopped(trainer.fit, run, lambda: watch.has_begun, stop_seconds)
+    except ControllerError as error:
+        if isinstance(error.controller_failure, UserError):
+            raise UserError(str(error.controller_failure)) from error
+        raise
+    except WorkerGroupError as error:  # storage that did not come back in all tries
+        passing = [failure for failure in error.worker_failures.values() if isinstance(failure, PassingError)]
+        if not passing:
             raise
-        except WorkerGroupError as error:  # storage that did not come back in all tries
-            passing = [failure for failure in error.worker_failures.values() if isinstance(failure, PassingError)]
-            if not passing:
-                raise
-            raise UserError(str(passing[0])) from error
-    last = _last_event(run)
-    if last.get("event") == "stop":
-        return last["step"]
-    export_at_end(job)
-    return None
+        raise UserError(str(passing[0])) from error
 
 
 def _with_attention(job: Job) -> Job:

@@ -31,11 +31,14 @@ def main(
     """
     paths = prepared_paths(path)
     from jobs.common import connect, console
+    from jobs.probe import check_nodes
     from mmray.report.verified import verify_datasets
     from pipelines.dataset import cluster_amount
+    from pipelines.nodes import alive_nodes
     from pipelines.verify import run_parts
 
-    connect(address, cpus=os.cpu_count() or 1, verbose=verbose)
+    if connect(address, cpus=os.cpu_count() or 1, verbose=verbose):
+        check_nodes(alive_nodes(), {}, {})
     console.print(f"decoding on a Ray cluster of {cluster_amount('CPU', {}):,.0f} CPUs", highlight=False)
     raise typer.Exit(1 if verify_datasets(paths, run_parts) else 0)
 

@@ -45,7 +45,7 @@ from mmray.batches.micro_batch import (
     to_table,
 )
 from mmray.batches.plan import BatchMaker, BatchPlan
-from mmray.config.job import ResourceSettings, TileCacheSettings
+from mmray.config.resources import ResourceSettings, TileCacheSettings
 from mmray.errors import PassingError, UserError
 from mmray.families import Tile
 from mmray.prepared.arrow import binary_cell

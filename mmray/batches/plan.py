@@ -13,7 +13,7 @@ import torch
 
 from mmray.batches.micro_batch import MicroBatch, Place, Rendered, mask, render
 from mmray.batches.render import OnBadRow, RenderPage
-from mmray.config.job import TileCacheSettings
+from mmray.config.resources import TileCacheSettings
 from mmray.families import Family, load_family
 from mmray.images import TilingPolicy, render_tiles
 from mmray.images.tile_cache import TileCache

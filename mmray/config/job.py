@@ -5,19 +5,18 @@ file gives one line per mistake: its place, what is wrong, the value there, and 
 exists.
 """
 
-import difflib
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, model_validator
 
 from mmray.base.redact import holds_secret
 from mmray.base.settings import Settings
 from mmray.base.words import counted
+from mmray.config.mistakes import mistake_lines
+from mmray.config.resources import ResourceSettings
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.loss.settings import LossSetting
@@ -27,114 +26,7 @@ from mmray.run.scoring.settings import EarlyStoppingSettings, EvaluationSettings
 from mmray.run.tracking.settings import TrackingSettings
 from mmray.schedule.balance import BalanceSettings
 from mmray.schedule.mixture_settings import MixtureSettings, StageSettings, check_mixture
-from mmray.training.part_settings import KIND
 from mmray.training.settings import ModelSettings, TrainingSettings, check_quantised, load_deepspeed_overrides
-
-
-class TileCacheSettings(Settings):
-    """A cache of cut tiles on each machine that renders pages, so that later epochs need not cut them again."""
-
-    folder: str
-    """Cache folder on each machine's own disk, created if it does not exist. All render actors of a machine share
-    it."""
-
-    max_gigabytes: Annotated[float, Field(gt=0)]
-    """Largest size of the cache on each machine, in units of 10^9 bytes. When it is full, entries unused for two days
-    make room; no others are deleted."""
-
-    @field_validator("folder")
-    @classmethod
-    def _is_local(cls, folder: str) -> str:
-        if "://" in folder:
-            raise ValueError("give a folder on each machine's own disk, not a URI")
-        return folder
-
-    @property
-    def max_bytes(self) -> int:
-        """`max_gigabytes` in bytes."""
-        return int(self.max_gigabytes * 1e9)
-
-
-LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
-"""Value of a Ray node's label."""
-
-
-class ResourceSettings(Settings):
-    """Cluster resources the job uses. Actors are Ray actors; CPUs and GPUs are Ray's logical ones."""
-
-    encode_actors: Annotated[int, Field(gt=0)] = 2
-    """Prepare: number of actors that read headers and tokenise, one CPU each. The pool grows up to this number as CPUs
-    become free. Eval rows of one chunk, up to 512, need none: the driver prepares them."""
-
-    pack_actors: Annotated[int, Field(gt=0)] = 1
-    """Prepare: number of actors that pack windows and write bins, one CPU each."""
-
-    render_actors: Annotated[int, Field(gt=0)] = 1
-    """Training: number of actors that decode and tile images, one CPU each."""
-
-    mask_actors: Annotated[int, Field(gt=0)] = 1
-    """Training: number of actors that compute labels and positions on CPUs, one CPU each, where no GPU trains or
-    gpu_share is 0; never more than workers. Otherwise each GPU that trains has one."""
-
-    gpu_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Fraction of each training GPU on which an actor computes labels and positions. The worker reserves the rest of
-    its GPU, so that both fit. It must be under one half, so that two workers never share a GPU, and small enough that
-    neither Ray Train nor the autoscaler counts more workers on a node than it has GPUs: 0.1 is, up to 8 GPUs a node. 0:
-    labels are computed on CPUs, and workers have whole GPUs."""
-
-    tile_cache: TileCacheSettings | None = None
-    """Training: where each machine keeps cut tiles for later epochs. null: pages are cut again in each epoch."""
-
-    workers: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = 1
-    """Number of training workers, one rank each. A run can continue with any other number. `[min, max]` makes the run
-    elastic: it uses as many workers as the cluster has room for, shrinks when a node leaves and grows when one joins,
-    each time continuing from its last checkpoint."""
-
-    resize_seconds: Annotated[float, Field(gt=0)] = 60
-    """How often, in seconds, an elastic run (workers `[min, max]`) checks whether more workers fit."""
-
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """CPUs that each training worker uses."""
-
-    use_gpu: bool | None = None
-    """Train on GPUs, one per worker. null: if the cluster has any."""
-
-    autoscaling: bool = False
-    """Let a job that is larger than the cluster wait until the cluster adds nodes. false: such a job is refused."""
-
-    prepare_labels: dict[str, LabelValue] = Field(default_factory=dict)
-    """Prepare: labels, as given to `ray start --labels`, of the Ray nodes whose CPUs preparing uses. Empty: any
-    node."""
-
-    train_labels: dict[str, LabelValue] = Field(default_factory=dict)
-    """Training: labels of the Ray nodes that run workers, render actors and mask actors. Empty: any node that has
-    room."""
-
-    @field_validator("workers")
-    @classmethod
-    def _least_before_most(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
-        if not isinstance(workers, int) and workers[0] > workers[1]:
-            raise ValueError(f"write [min, max], the smaller number first, not {list(workers)}")
-        return workers
-
-    @property
-    def min_workers(self) -> int:
-        """Smallest number of workers the run may have."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    @property
-    def max_workers(self) -> int:
-        """Largest number of workers the run may have."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
-
-    def labels_on_gpus(self, gpus: bool) -> bool:
-        """True if labels are computed on shares of the training GPUs. gpus: whether ranks train on GPUs."""
-        return gpus and self.gpu_share > 0
-
-    @property
-    def is_elastic(self) -> bool:
-        """True if the number of workers follows the cluster."""
-        return not isinstance(self.workers, int)
 
 
 class ExportSettings(Settings):
@@ -342,7 +234,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     try:
         return _with_absolute_paths(Job.model_validate(content))
     except ValidationError as error:
-        lines = list(_explain(error))
+        lines = list(mistake_lines(error, Job))
         count = counted(len(lines), "mistake")
         raise UserError("\n".join([f"job file {path}: {count}", *(f"  {line}" for line in lines)])) from error
 
@@ -458,106 +350,3 @@ def _list_index(node: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
         raise UserError(f"--set {override!r}: {key!r} is no place of a list with {len(node)} entries, counted from 0")
     return int(key)
-
-
-# How pydantic's errors are explained.
-#
-# Job.model_validate reports mistakes as (location, type, message, input). Two things in them are not for a reader.
-#
-# 1. A value of several kinds is tried as each kind, and the mistakes of every kind are reported, with the kind as one
-#    part of the location. For `images: {overview: [{max_ratio: 1, sizes: [512, 512]}]}`, where overview is a size or a
-#    list of buckets:
-#
-#        images, overview, tuple[constrained-int, constrained-int], 0        should be an integer   (as a size)
-#        images, overview, tuple[constrained-int, constrained-int], 1        is missing             (as a size)
-#        images, overview, tuple[OverviewBucket, ...], 0, size               is missing             (as buckets)
-#        images, overview, tuple[OverviewBucket, ...], 0, sizes              is unknown             (as buckets)
-#
-#    The kind that was meant is the one whose mistakes lie deepest, here the buckets. Only its mistakes are told,
-#    without the kind: `images.overview.0.sizes: unknown key; did you mean 'size'?`
-#
-# 2. A list with a wrong entry is also reported as too short, since pydantic leaves the entry out. Only the entry's
-#    mistake is told.
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    """Yield a line for each mistake, `path: message`."""
-    mistakes = error.errors()
-    locations = [mistake["loc"] for mistake in mistakes]
-    for mistake in mistakes:
-        location = mistake["loc"]
-        if mistake["type"] == "too_short" and any(_is_inside(other, location) for other in locations):
-            continue
-        kind_index = _kind_index(location)
-        if kind_index is not None and not _is_kind_meant(location, kind_index, locations):
-            continue
-        path = ".".join(str(part) for index, part in enumerate(location) if index != kind_index and part != KIND)
-        yield f"{path or 'job'}: {_message(dict(mistake))}"
-
-
-def _message(mistake: dict[str, Any]) -> str:
-    """Say what is wrong, with the value or, for an unknown key, with the nearest known one."""
-    location, value = mistake["loc"], mistake["input"]
-    if mistake["type"] == "extra_forbidden":
-        known_keys = _known_keys(location[:-1])
-        nearest = difflib.get_close_matches(str(location[-1]), known_keys, n=1, cutoff=0.5)
-        remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known_keys)}"
-        return f"unknown key; {remedy}"
-    if mistake["type"] == "missing":
-        return "required and not given"
-    plain_messages = {"model_type": "must be keys with values", "tuple_type": "must be a list"}
-    message = plain_messages.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
-    return message if isinstance(value, (dict, BaseModel)) else f"{message} (found {value!r:.80})"
-
-
-def _is_inside(location: Sequence[Any], outer: Sequence[Any]) -> bool:
-    """Tell whether a location lies below another one."""
-    return len(location) > len(outer) and location[: len(outer)] == outer
-
-
-def _is_kind_meant(location: Sequence[Any], kind_index: int, locations: Sequence[Sequence[Any]]) -> bool:
-    """Tell whether a mistake belongs to the kind whose mistakes lie deepest among all kinds of its value.
-
-    location: of the mistake, with its kind at kind_index; locations: of all mistakes.
-    """
-    same_value = [other for other in locations if _is_inside(other, location[:kind_index])]
-    same_kind = [other for other in same_value if other[kind_index] == location[kind_index]]
-    return max(map(len, same_kind)) == max(map(len, same_value))
-
-
-def _kind_index(location: Sequence[Any]) -> int | None:
-    """Return the index in a location where pydantic names the kind of a value, or None where it names no kind."""
-    settings: Any = Job
-    for index, part in enumerate(location[:-1]):
-        if isinstance(part, int):
-            continue
-        fields = getattr(settings, "model_fields", {})
-        if part not in fields:
-            return None
-        annotation = fields[part].annotation
-        kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
-        if typing.get_origin(annotation) in (types.UnionType, typing.Union) and len(kinds) > 1:
-            return index + 1
-        settings = _settings_class(annotation)
-    return None
-
-
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    """Return the keys of the settings at a location of the job."""
-    settings: Any = Job
-    for part in location:
-        fields = {} if isinstance(part, int) else getattr(settings, "model_fields", {})
-        if part in fields:
-            settings = _settings_class(fields[part].annotation)
-    return list(getattr(settings, "model_fields", {}))
-
-
-def _settings_class(annotation: Any) -> Any:
-    """Return the Settings class inside an annotation such as `tuple[X, ...] | None`, or None."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, Settings) else None
-    for inner in typing.get_args(annotation):
-        settings = _settings_class(inner)
-        if settings is not None:
-            return settings
-    return None

@@ -96,6 +96,10 @@ class PreparedDataset:
         self._open_file = functools.lru_cache(maxsize=128)(self._parquet_file)
         self._file_loads = functools.lru_cache(maxsize=256)(lambda file: Loads.from_footer(self._open_file(file)))
 
+    def __reduce__(self) -> tuple[type["PreparedDataset"], tuple[str]]:
+        """Travels to other processes as its path, and is opened there anew."""
+        return type(self), (self.path,)
+
     def _remedy(self) -> str:
         """The remedy for a folder without a manifest, by what it holds instead."""
         inside = [name for name in ("train", "eval") if Folder(f"{self.path.rstrip('/')}/{name}").exists(MANIFEST)]

@@ -9,9 +9,8 @@ content, whatever the texts.
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import jinja2
@@ -21,35 +20,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mmray.base.words import counted, one_line
 from mmray.errors import RowError
 from mmray.families import Family
-from mmray.loss.settings import SAMPLED_ROLE
 from mmray.loss.sources import chat_template, ending_texts, marks_generated
 from mmray.rows.messages import Call, Chat, Message, Part
 from mmray.rows.skeleton import FilledSkeleton, Forms, Leaf, Skeleton, Writer, Written, skeleton_of
+from mmray.rows.template_syntax import GenerationBlocks, texts_looked_for
+from mmray.rows.turns import Beginning, PlainTurn, Run, Turns, messages_of, prompt_length, text_between
 
 REMEMBERED_FORMS = 4096
 """The most forms of conversations, and of their beginnings, whose skeletons are remembered: some kilobytes each."""
-
-Place = tuple[int, int]
-"""A place in a skeleton: the number of a piece of fixed text, and the number of letters before the place in it."""
-
-
-class Run(NamedTuple):
-    """A stretch of consecutive leaves of one message, with the text around them that belongs to the message.
-
-    message: the number of the message.
-    start: where the message begins; for the assistant, where the model begins to write.
-    stop: where the message ends.
-    end: the stop token, or the text that ends another role's turn, from its beginning to behind it; empty at `stop`
-        where there is none. Between `stop` and the end of another role's turn a template may write tools.
-    first, last: the first and last occurrence of a leaf; -1 for a message without text.
-    """
-
-    message: int
-    start: Place
-    stop: Place
-    end: tuple[Place, Place]
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
@@ -188,7 +166,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _syntax(self) -> nodes.Template | None:
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationBlocks])
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", GenerationBlocks])
         try:
             return environment.parse(chat_template(self.family.processor))
         except jinja2.TemplateSyntaxError:  # each row will say so
@@ -198,7 +176,7 @@ class ChatTemplate:
     def _words(self) -> dict[bool, re.Pattern[str]]:
         """The words that the template searches for in texts, such as `</think>` or `/nothink`, with plain words (True)
         or without (False). Plain words are mostly names of keys, and with them few conversations have the same form."""
-        constants = {constant.strip() for constant in _looked_for(self._syntax)} if self._syntax else set()
+        constants = {constant.strip() for constant in texts_looked_for(self._syntax)} if self._syntax else set()
         constants = (constants | {"<think>", "</think>"}) - {""}
         marked = {constant for constant in constants if not constant.replace("_", "").isalnum()}
         return {is_wide: _split_at(words) for is_wide, words in ((False, marked), (True, constants))}
@@ -284,7 +262,7 @@ class ChatTemplate:
         skeleton = skeleton_of(text, masked.marks)
         written_leaves = {occurrence.leaf for occurrence in skeleton.occurrences}
         missing = tuple(n for n, leaf in enumerate(masked.leaves) if leaf.is_required and n not in written_leaves)
-        runs, lost = _Turns(self, chat, masked, skeleton, text, key).find()
+        runs, lost = Turns(self, chat, masked, skeleton, text, key).find()
         drops_tools = bool(chat.tools) and not self._writes_tools(masked, chat, text)
         return Plan(skeleton, runs, missing, lost, drops_tools)
 
@@ -294,12 +272,12 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
             return True
 
-    def beginning(self, chat: Chat, masked: Written, count: int, key: tuple[Any, ...]) -> "Beginning | None":
+    def beginning(self, chat: Chat, masked: Written, count: int, key: tuple[Any, ...]) -> Beginning | None:
         """Renders the first messages of a conversation alone. key: the key of the whole conversation's plan."""
         self._making = (chat, masked)
         return self._beginning(key[0][:count], key[1:])
 
-    def _make_beginning(self, keys: tuple[Any, ...], _other_keys: tuple[Any, ...]) -> "Beginning | None":
+    def _make_beginning(self, keys: tuple[Any, ...], _other_keys: tuple[Any, ...]) -> Beginning | None:
         assert self._making is not None
         (chat, masked), count = self._making, len(keys)
         try:
@@ -311,14 +289,14 @@ class ChatTemplate:
         except RowError:
             prompted = text
         skeleton = skeleton_of(text, masked.marks)
-        anchors = [n for n, message in enumerate(_messages_of(masked.leaves, skeleton)) if message is not None]
+        anchors = [n for n, message in enumerate(messages_of(masked.leaves, skeleton)) if message is not None]
         last = skeleton.occurrences[anchors[-1]].leaf if anchors else -1
-        tail = _text_between(skeleton, masked.marks, anchors[-1] if anchors else -1, None)
+        tail = text_between(skeleton, masked.marks, anchors[-1] if anchors else -1, None)
         prompt = prompted[len(text) :] if prompted.startswith(text) else None
         return Beginning(text, last, tail, prompt)
 
     @functools.cached_property
-    def plain_turn(self) -> "PlainTurn":
+    def plain_turn(self) -> PlainTurn:
         """The text that the template writes before an answer in the simplest conversation."""
         chat = Chat((Message("user", (Part("Who?"),), True), Message("assistant", (Part("I."),), True)))
         masked = self._written(chat, _LOOKS[0], masked=True)
@@ -332,9 +310,9 @@ class ChatTemplate:
         places = [n for n, occurrence in enumerate(skeleton.occurrences) if occurrence.leaf == 1]
         if beginning is None or not places or beginning.prompt is None:
             return PlainTurn("", "")
-        gap = _text_between(skeleton, masked.marks, places[0] - 1, places[0])
+        gap = text_between(skeleton, masked.marks, places[0] - 1, places[0])
         opening = gap.removeprefix(beginning.tail) if places[0] else gap
-        return PlainTurn(opening, opening[: _prompt_length(beginning.prompt, opening, None)])
+        return PlainTurn(opening, opening[: prompt_length(beginning.prompt, opening, None)])
 
     @property
     def ends(self) -> re.Pattern[str]:
@@ -378,195 +356,6 @@ _LOOKS = (Look(True, False), Look(False, False), Look(True, True), Look(False, T
 """The ways of masking in the order in which they are tried; the first works for most conversations."""
 
 
-def _messages_of(leaves: Sequence[Leaf], skeleton: Skeleton) -> list[int | None]:
-    """Returns the message of each occurrence. Only the first occurrence of a call's name belongs to the message that
-    calls, because Gemma 4 also writes the name before the tool's answer."""
-    messages: list[int | None] = []
-    called: set[int] = set()
-    for occurrence in skeleton.occurrences:
-        leaf = leaves[occurrence.leaf]
-        messages.append(None if occurrence.leaf in called else leaf.message)
-        if leaf.kind == "call name":
-            called.add(occurrence.leaf)
-    return messages
-
-
-class Beginning(NamedTuple):
-    """The first messages of a conversation as the template writes them alone, with marks for their leaves.
-
-    last: the leaf that stands last.
-    tail: the text behind it.
-    prompt: the text that `add_generation_prompt` adds; None where it changes the text before.
-    """
-
-    text: str
-    last: int
-    tail: str
-    prompt: str | None
-
-
-class PlainTurn(NamedTuple):
-    """The text before an answer in the simplest conversation.
-
-    opening: the text between the user's turn and the answer.
-    header: the beginning of it that is never part of an answer.
-    """
-
-    opening: str
-    header: str
-
-
-class _Turns:
-    """Finds the turns of one form of conversation in its skeleton."""
-
-    def __init__(
-        self, template: ChatTemplate, chat: Chat, masked: Written, skeleton: Skeleton, text: str, key: tuple[Any, ...]
-    ) -> None:
-        self.template, self.chat, self.masked, self.skeleton = template, chat, masked, skeleton
-        self.text, self.key = text, key
-        self._message = _messages_of(masked.leaves, skeleton)
-        self._anchors = [number for number, message in enumerate(self._message) if message is not None]
-
-    def find(self) -> tuple[tuple[Run, ...], tuple[int, ...]]:
-        """Returns the runs in order, and the messages of the assistant whose turn was not found."""
-        runs: list[Run] = []
-        begun: set[int] = set()
-        groups = [(message, list(group)) for message, group in groupby(self._anchors, lambda n: self._message[n])]
-        for message, group in groups:
-            assert message is not None
-            runs.append(self._run(message, group[0], group[-1], is_first=message not in begun))
-            begun.add(message)
-        lost = []
-        for number, message in enumerate(self.chat.messages):
-            if message.role == SAMPLED_ROLE and number not in begun:
-                run = self._silent(number)
-                if run is None:
-                    lost.append(number)
-                else:
-                    runs.append(run)
-        return tuple(sorted(runs, key=lambda run: run.start)), tuple(lost)
-
-    def _run(self, message: int, first: int, last: int, *, is_first: bool) -> Run:
-        start: Place = (first, len(self.skeleton.pieces[first]))
-        stop: Place = (last + 1, 0)
-        before = max((n for n in self._anchors if n < first), default=-1)
-        after = min((n for n in self._anchors if n > last), default=None)
-        behind = _Gap(self.skeleton, self.masked.marks, last, after)
-        if self.chat.messages[message].role != SAMPLED_ROLE:
-            shown = self.template.units.search(_Gap(self.skeleton, self.masked.marks, before, first).text)
-            if shown:
-                start = _Gap(self.skeleton, self.masked.marks, before, first).place(shown.start())
-            match = self.template.ends_of(self.chat.messages[message].role).search(behind.text)
-            end = (behind.place(match.start()), behind.place(match.end())) if match else (stop, stop)
-            return Run(message, start, stop, end, first, last)
-        if is_first:
-            gap = _Gap(self.skeleton, self.masked.marks, before, first)
-            start = gap.place(self._written_before(message, gap.text, before))
-        own_length = self._own_end(message, behind.text, after)
-        match = self.template.ends.search(behind.text)
-        if match is None:
-            specials = list(self.template.special_texts.finditer(behind.text, 0, own_length))
-            match = specials[-1] if specials else None
-        stop, behind_end = map(behind.place, match.span() if match else (own_length, own_length))
-        return Run(message, start, stop, (stop, behind_end), first, last)
-
-    def _written_before(self, message: int, gap: str, before: int) -> int:
-        """Counts the letters before a turn of the assistant that stand there before the model begins to write."""
-        plain = self.template.plain_turn
-        beginning = self.template.beginning(self.chat, self.masked, message, self.key) if message else None
-        last = self.skeleton.occurrences[before].leaf if before >= 0 else -1
-        if beginning and beginning.prompt is not None and beginning.last == last and gap.startswith(beginning.tail):
-            opening = gap[len(beginning.tail) :]
-            return len(beginning.tail) + _prompt_length(beginning.prompt, opening, plain.header)
-        if gap.endswith(plain.opening):
-            return len(gap) - len(plain.opening) + len(plain.header)
-        if plain.header and plain.header in gap:
-            return gap.rindex(plain.header) + len(plain.header)
-        return len(gap)
-
-    def _own_end(self, message: int, behind: str, after: int | None) -> int:
-        """Counts the letters behind a turn of the assistant that belong to the turn."""
-        if after is None and message == len(self.chat.messages) - 1:
-            return len(behind)
-        through = self.template.beginning(self.chat, self.masked, message + 1, self.key)
-        return len(through.tail) if through and behind.startswith(through.tail) else 0
-
-    def _silent(self, message: int) -> Run | None:
-        """Finds the turn of a message without text by comparing beginnings of the conversation; None where they do not
-        show it."""
-        before = self.template.beginning(self.chat, self.masked, message, self.key)
-        through = self.template.beginning(self.chat, self.masked, message + 1, self.key)
-        if before is None or through is None or before.last != through.last:
-            return None
-        anchor = max((n for n in self._anchors if self.skeleton.occurrences[n].leaf == through.last), default=-1)
-        gap = _Gap(
-            self.skeleton, self.masked.marks, anchor, min((n for n in self._anchors if n > anchor), default=None)
-        )
-        if not gap.text.startswith(through.tail) or not through.tail.startswith(before.tail):
-            return None
-        turn_text = through.tail[len(before.tail) :]
-        begin = len(before.tail) + _prompt_length(before.prompt or "", turn_text, self.template.plain_turn.header)
-        match = self.template.ends.search(gap.text, begin)
-        stop, ended = match.span() if match else (len(through.tail), len(through.tail))
-        return Run(message, gap.place(begin), gap.place(stop), (gap.place(stop), gap.place(ended)), -1, -1)
-
-
-def _prompt_length(prompt: str, opening: str, header: str | None) -> int:
-    """Counts the letters before an answer that `add_generation_prompt` writes.
-
-    header: `PlainTurn.header`; None while the header is being determined.
-
-    A template that writes headers but no prompt cannot ask for an answer; its header is not part of one. Where the text
-    has only a part of the prompt (the prompt fills in thoughts that this turn has in words, or has not), the model
-    begins behind the header that every turn has.
-    """
-    if header is None:
-        return _common(prompt, opening) if prompt else len(opening) * bool(opening.strip())
-    common = _common(prompt, opening)
-    return common if prompt and common == len(prompt) else _common(header, opening) or common
-
-
-def _common(first: str, second: str) -> int:
-    """Counts the letters that two texts have in common at their beginning."""
-    number = 0
-    for a, b in zip(first, second):
-        if a != b:
-            break
-        number += 1
-    return number
-
-
-class _Gap:
-    """The text of a skeleton between two of its occurrences, including the ids there, with its places."""
-
-    def __init__(self, skeleton: Skeleton, marks: Sequence[str], first: int, last: int | None) -> None:
-        """The gap goes from behind the occurrence `first` (-1: the beginning) up to `last` (None: the end)."""
-        self._parts: list[tuple[int, str]] = []
-        stop = len(skeleton.pieces) - 1 if last is None else last
-        for number in range(first + 1, stop + 1):
-            self._parts.append((number, skeleton.pieces[number]))
-            if number < stop:
-                self._parts.append((-1, marks[skeleton.occurrences[number].leaf]))
-        self.text = "".join(text for _, text in self._parts)
-
-    def place(self, letters: int) -> Place:
-        """Returns the place behind a number of letters; inside a mark, the place before the mark."""
-        before: Place = (self._parts[0][0], 0)
-        for number, text in self._parts:
-            if number >= 0:
-                if letters <= len(text):
-                    return number, max(letters, 0)
-                before = (number, len(text))
-            elif letters < len(text):
-                return before
-            letters -= len(text)
-        return before
-
-
-def _text_between(skeleton: Skeleton, marks: Sequence[str], first: int, last: int | None) -> str:
-    return _Gap(skeleton, marks, first, last).text
-
-
 def _split_at(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({_alternatives(sorted(words, key=len, reverse=True)).pattern})")
 
@@ -584,37 +373,3 @@ def _probe(role: str) -> Message:
 
 def _openai_call(call: Call, arguments: Any) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-
-class _GenerationBlocks(jinja2.ext.Extension):
-    """Makes jinja2 parse `{% generation %}` blocks."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> nodes.Node:
-        number = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=number)
-
-
-_TEXT_METHODS = ("split", "rsplit", "startswith", "endswith", "replace", "find", "index", "count", "partition")
-
-
-def _looked_for(syntax: nodes.Template) -> Iterator[str]:
-    """Yields the constant texts with which a template compares texts."""
-
-    for call in syntax.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr in _TEXT_METHODS:
-            for argument in call.args:
-                yield from (constant.value for constant in _constants(argument))
-    for compare in syntax.find_all(nodes.Compare):
-        if any(operand.op in ("in", "notin") for operand in compare.ops):
-            yield from (constant.value for constant in _constants(compare.expr))
-
-
-def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
-    if isinstance(node, nodes.Const):
-        yield from (node,) if isinstance(node.value, str) else ()
-    for inner in node.find_all(nodes.Const):
-        if isinstance(inner.value, str):
-            yield inner

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from mmray.loss.settings import SAMPLED_ROLE, Loss, RoleLoss, TrainOnEos
-from mmray.rows.templates import RenderedChat, Run
+from mmray.rows.templates import RenderedChat
+from mmray.rows.turns import Run
 
 Span = tuple[int, int]
 

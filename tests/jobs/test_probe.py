@@ -135,14 +135,15 @@ def test_little_shared_memory_is_a_warning(caplog: pytest.LogCaptureFixture) -> 
 
 def test_packages_are_those_the_job_needs() -> None:
     content = yaml.safe_load(LEAST) | {"tracking": {"mlflow": "pages"}}
-    assert packages_of(Job.model_validate(content), trains=True) == ["deepspeed", "mlflow"]
-    assert packages_of(Job.model_validate(content), trains=False) == []
+    assert packages_of(Job.model_validate(content), "training") == ["deepspeed", "mlflow"]
+    assert packages_of(Job.model_validate(content), "preparing") == []
     content["training"]["adapter"], content["model"]["quantize"] = {"rank": 4}, "nf4"
-    adapting = packages_of(Job.model_validate(content), trains=True)
-    assert adapting == ["deepspeed", "peft", "bitsandbytes", "mlflow"]
+    adapting = Job.model_validate(content)
+    assert packages_of(adapting, "training") == ["deepspeed", "peft", "bitsandbytes", "mlflow"]
+    assert packages_of(adapting, "evaluating") == ["bitsandbytes"]
     del content["training"]["adapter"], content["model"]["quantize"]
     content["training"] |= {"optimizer": "adamw_8bit", "fused_loss": "liger"}
-    packages = packages_of(Job.model_validate(content), trains=True)
+    packages = packages_of(Job.model_validate(content), "training")
     assert packages == ["deepspeed", "bitsandbytes", "liger_kernel", "mlflow"]
 
 
@@ -153,7 +154,7 @@ def test_a_node_without_s3fs_is_told_where_the_job_has_an_address_of_s3(place: s
         content["output"][place] = "s3://bucket/folder"
     else:
         content["data"][place] = [{"files": "s3a://bucket/rows.jsonl", "kind": "pretrain"}]
-    needed = packages_of(Job.model_validate(content), trains=False)
+    needed = packages_of(Job.model_validate(content), "preparing")
     assert needed == ["s3fs"]
     found = problem(NODE, replace(OWN, missing=needed), OWN, OUTPUTS)
     assert found == "node 10.0.0.7 has no s3fs; install there what is installed here: pip install s3fs"
@@ -225,10 +226,14 @@ def joined_node(head: RayHead, log: Path, *options: str, inside: tuple[str, ...]
 ASKING = """
 import json, sys
 import ray
+import yaml
+from jobs import evaluating
 from jobs.common import connect
+from mmray.config.job import Job
 from jobs.probe import _ask, check_nodes
 from pipelines.nodes import alive_nodes
 from mmray.errors import UserError
+from tests.mmray.config.test_docs_jobs import LEAST
 
 address, shared = sys.argv[1:]
 
@@ -244,6 +249,12 @@ found = {"missing": sorted((node.address, answer.missing) for node, answer in _a
 found["package"] = told(modules=["only_here"])
 found["folder"] = told(writes=True)
 found["others"] = told(modules=["only_here"], writes=True, labels={"disk": "shared"})
+ray.shutdown()
+job = Job.model_validate(yaml.safe_load(LEAST) | {"output": {"prepared": "out/prepared", "run": shared + "/run"}})
+try:
+    evaluating._on_cluster(job, address, False)
+except UserError as error:
+    found["evaluating"] = str(error)
 ray.shutdown()
 ray.init(address, runtime_env={"working_dir": shared}, log_to_driver=False)
 found["submitted"] = told()
@@ -272,6 +283,7 @@ def test_each_node_of_a_cluster_is_asked(tmp_path: Path) -> None:
     assert [missing for _, missing in found["missing"]] == [["only_here"], [], []]
     assert found["package"].startswith("node 127.0.0.3 has no only_here; install")
     assert found["folder"].startswith(f"output.run {shared}/run: node 127.0.0.3 does not see what this process writes")
+    assert found["evaluating"] == found["folder"]
     assert found["others"] is None
     assert "2 nodes on " in found["submitted"]
     assert "start each with a folder of its own" in found["submitted"]

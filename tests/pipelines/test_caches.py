@@ -11,7 +11,8 @@ import pytest
 
 from mmray.batches.micro_batch import Masked
 from mmray.batches.plan import BatchMaker, BatchPlan
-from mmray.config.job import Job, ResourceSettings, TileCacheSettings
+from mmray.config.job import Job
+from mmray.config.resources import ResourceSettings, TileCacheSettings
 from mmray.errors import RowError, UserError
 from mmray.images import image_size
 from mmray.images.size_cache import read_sizes

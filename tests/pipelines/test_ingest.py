@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from mmray.batches.micro_batch import Layout, Masked, MicroBatch, Place, to_table
 from mmray.batches.plan import BatchMaker, BatchPlan
-from mmray.config.job import Job, ResourceSettings
+from mmray.config.job import Job
+from mmray.config.resources import ResourceSettings
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.schedule.schedule import Schedule

@@ -20,7 +20,7 @@ import numpy as np
 from mmray.base.settings import RowKind
 from mmray.batches.micro_batch import MicroBatch, Place, Rendered, render
 from mmray.batches.plan import BatchMaker, BatchPlan
-from mmray.config.job import TileCacheSettings
+from mmray.config.resources import TileCacheSettings
 from mmray.prepared import PreparedDataset
 from mmray.run.evaluation.rows import sample_bin, small_picture
 from mmray.run.plan import RunPlan

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from mmray.batches import micro_batch as batch_module
 from mmray.batches.micro_batch import Masked, MicroBatch, Place, Rendered, from_table, mask, render, to_table
 from mmray.batches.plan import BatchMaker, BatchPlan
-from mmray.config.job import TileCacheSettings
+from mmray.config.resources import TileCacheSettings
 from mmray.errors import UserError
 from mmray.images import tile_cache
 from mmray.images.header import MAX_PIXELS, opened_image

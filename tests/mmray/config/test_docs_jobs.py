@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from mmray.config.job import Job, TileCacheSettings
+from mmray.config.job import Job
+from mmray.config.resources import TileCacheSettings
 from mmray.run.warnings import WARNINGS_FILE
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def test_every_bin_comes_back_as_it_was_written(prepared, preparation):
             assert getattr(each, name).tolist() == row[name], name
         for name in ("bucket", "visual_tokens", "trained_tokens", "sample_ids", "sample_sources", "images"):
             assert getattr(each, name) == row[name], name
+
+
+def test_a_dataset_that_is_read_already_travels_to_other_processes(prepared):
+    first = prepared.bin(0)
+    there = pickle.loads(pickle.dumps(prepared))
+    assert len(there) == len(prepared)
+    assert there.bin(0).sample_ids == first.sample_ids
 
 
 def test_columns_are_the_counts_of_all_bins_in_order(prepared):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from mmray.config.job import ResourceSettings, load_job
+from mmray.config.job import load_job
+from mmray.config.resources import ResourceSettings
 from mmray.errors import UserError
 from mmray.prepared import PreparedDataset
 from mmray.report import Run, prepared_page, run_page, run_table
