@@ -70,7 +70,10 @@ class History(Callback):
             )  # fmt: skip
             run.note_stage()
             return
-        run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint, attention=attention)
+        changed = {"changed": run.changed} if run.changed else {}
+        run.note(
+            "resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint, attention=attention, **changed
+        )
         if loop.step == run.start.first_step > 0:
             skipped = run.start.skipped_bins()
             values = {"skipped_bins": skipped} if skipped else {}
