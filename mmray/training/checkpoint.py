@@ -313,7 +313,7 @@ def load_state(engine: Engine, source: ResumeSource) -> None:
 
     RNG states belong to a rank: with another number of ranks they are seeded anew from seed, step and rank.
     """
-    with tempfile.TemporaryDirectory(prefix="mmray-load-") as plain:
+    with tempfile.TemporaryDirectory(prefix="mmray-load-") as plain, _other_model_told(source.folder, engine):
         # DeepSpeed takes the path for a glob pattern: hand it one without special characters.
         (Path(plain) / SHARDS).symlink_to((source.shards_parent / SHARDS).resolve())
         by_number = engine.zero_stage > 0 or not source.is_regrouped
@@ -334,6 +334,25 @@ def load_state(engine: Engine, source: ResumeSource) -> None:
         _set_rng_state(torch.load(rng_file, weights_only=True))
     else:
         seed_rng(engine.training_settings.seed, engine.rank, source.state.step)
+
+
+@contextmanager
+def _other_model_told(folder: Path, engine: Engine) -> Iterator[None]:
+    """Raises an error of loading as a UserError where the checkpoint was trained with another model than the job's."""
+    try:
+        yield
+    except Exception as error:  # DeepSpeed's loaders fail in many ways
+        saved = read_settings(folder)
+        if saved is None:
+            raise
+        now = engine.model_settings
+        changed = [name for name in ("path", "config") if getattr(saved[0], name) != getattr(now, name)]
+        if not changed:
+            raise
+        raise UserError(
+            f"{folder} was trained with another model.{' and model.'.join(changed)}, and its weights do not fit this "
+            f"one: {one_line(error):.300}; set it back, or begin a new run (output.run)"
+        ) from error
 
 
 def _restore_own_settings(engine: Engine) -> None:

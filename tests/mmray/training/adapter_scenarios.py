@@ -133,12 +133,21 @@ def one_rank(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
         results[case] = train(engine, LAST_STEP)
         engine.close()
     case, plain = EQUAL[0], folder / "plain"
+    narrower = tiny.TINY_QWEN2_VL | {"text_config": tiny.TINY_QWEN2_VL["text_config"] | {"intermediate_size": 48}}
     saved = {"resume_from": folder / "of-three" / case.name}
     results["refusals"] = {
         "rank": refusal(case, folder, adapter=case.adapter(rank=8), **saved),
         "parts": refusal(case, folder, adapter=case.adapter(parts=["language"]), **saved),
         "no adapter": refusal(case, folder, adapter=None, **saved),
         "no adapter before": refusal(case, folder, resume_from=plain, scratch=folder / "scratch"),
+        "other model": refusal(
+            case,
+            folder,
+            adapter=None,
+            model={"path": None, "config": narrower},
+            resume_from=plain,
+            scratch=folder / "scratch",
+        ),
         "other base": refusal(case, folder, model={"path": str(folder / "other")}, **saved),
         "random base": refusal(case, folder, model={"path": None, "config": tiny.TINY_QWEN2_VL}, **saved),
     }

@@ -116,6 +116,7 @@ def test_another_adapter_or_base_is_refused_with_what_differs(results) -> None:
         "parts": "training.adapter.parts was ('language', 'vision'), is ('language',)",
         "no adapter": "holds an adapter (training.adapter: lora of rank 4); set it back",
         "no adapter before": "is of a training without an adapter; remove training.adapter",
+        "other model": "was trained with another model.path and model.config, and its weights do not fit this one: ",
         "other base": "belongs to another base model: model.safetensors differ",
         "random base": "the base was files (model.path)",
     }.items():
