@@ -6,7 +6,7 @@ placed on the nodes as Ray would place them, the largest first, each on the firs
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmray.base.words import counted
@@ -110,7 +110,7 @@ def needs(pools: Sequence[Pool]) -> dict[str, float]:
 def lack(pools: Sequence[Pool], nodes: Sequence[Node], labels: Mapping[str, str]) -> str:
     """The resources that pools need and the nodes with these labels lack, in words; "" where all pools fit."""
     labelled_nodes = labelled(nodes, labels)
-    on = " on nodes labelled " + ", ".join(f"{key}: {value}" for key, value in labels.items()) if labels else ""
+    on = f" on nodes labelled {_label_words(labels.items())}" if labels else ""
     short = [
         f"{needed:g} {name} (it has {amount(labelled_nodes, name):g})"
         for name, needed in needs(pools).items()
@@ -126,6 +126,10 @@ def lack(pools: Sequence[Pool], nodes: Sequence[Node], labels: Mapping[str, str]
             nodes_shown = _shown(labelled_nodes)
             return f"nodes that hold {pool.count} {pool.name} of {of} each; its own ({nodes_shown}) hold {placed}{on}"
     return ""
+
+
+def _label_words(labels: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in labels)
 
 
 class _Free:
@@ -174,6 +178,14 @@ def check_capacity(
         return None
     if job.resources.autoscaling:
         return f"{what} needs {lacks}; waiting for the cluster to grow"
+    if not labelled(nodes, labels):
+        values = sorted({(key, node.labels[key]) for node in nodes for key in labels if key in node.labels})
+        others = f"; others have {_label_words(values)}" if values else ""
+        options = ",".join(f"{key}={value}" for key, value in labels.items())
+        raise UserError(
+            f"{what} needs nodes labelled {_label_words(labels.items())}, and none of {counted(len(nodes), 'node')} "
+            f"is{others}. Correct the labels under `resources`, or start nodes with these: ray start --labels {options}"
+        )
     raise UserError(
         f"{what} needs {lacks}. Lower the pools under `resources`, add nodes, or set resources.autoscaling where "
         "the cluster grows by itself; on one machine a Ray can have more logical CPUs than cores: "

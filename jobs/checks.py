@@ -7,6 +7,7 @@
 A run raises the first mistake (`require`); a dry run lists all of them.
 """
 
+import glob
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,9 +96,11 @@ def cluster_checks(
     if joined:
         outputs = {"output.prepared": job.output.prepared} | ({"output.run": job.output.run} if trains else {})
         modules = packages_of(job, what)
+        inputs = {} if trains else _inputs(job)  # training reads the prepared dataset, and pictures
         check = partial(
-            check_nodes, nodes, labels, outputs, modules=modules, programs=programs, gpus=gpus, machines=machines
-        )
+            check_nodes, nodes, labels, outputs, inputs=inputs, modules=modules, programs=programs, gpus=gpus,
+            machines=machines,
+        )  # fmt: skip
         yield Check("nodes", check)
     elif joined is not None:
         yield Check("nodes", partial(check_own_machine, nodes, gpus))
@@ -109,6 +112,19 @@ def cluster_checks(
             yield Check("offloading", partial(check_own_programs, programs))
     for name, check_room in (("memory", check_memory), ("disk", check_disk)):
         yield Check(name, partial(_where_known, partial(check_room, job, gpus, machines, saved_stage)))
+
+
+def _inputs(job: Job) -> dict[str, str]:
+    """A row file of each set, and the folder of its images where the job names one, as far as they are on disks."""
+    inputs = {}
+    for split, datasets in job.data.splits.items():
+        for number, dataset in enumerate(datasets):
+            patterns = (pattern for pattern in dataset.files if "://" not in pattern)
+            first_file = next((path for pattern in patterns for path in glob.iglob(pattern, recursive=True)), None)
+            for name, path in (("files", first_file), ("image_root", dataset.image_root)):
+                if path and Path(path).exists():
+                    inputs[f"data.{split}[{number}].{name}"] = path
+    return inputs
 
 
 def _where_known(check: Callable[[], str | None]) -> None:

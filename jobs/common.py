@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import ray
 import ray._private.services as ray_services
 import ray.data  # sets the level of its own loggers when imported
+from ray.exceptions import AuthenticationError
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -89,13 +90,19 @@ def local_cpus(least: int) -> int:
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
+    _reach(address)
     try:
-        _reach(address)
         ray.init(address=address, **options)
-    except ConnectionError as error:
+    except AuthenticationError as error:  # told before anything is asked
         raise UserError(
-            f"no Ray answers at {address}; start one there (ray start --head), or leave --address and RAY_ADDRESS out "
-            "to run on this machine alone"
+            "RAY_AUTH_MODE is token, and there is no token here; copy ~/.ray/auth_token of the cluster's head to this "
+            "machine"
+        ) from error
+    except ConnectionError as error:  # a token that is missing or another, which Ray tells on stderr alone, too
+        raise UserError(
+            f"no Ray at {address} lets this process in; if one runs there that was started with RAY_AUTH_MODE=token, "
+            "set this here too, with the ~/.ray/auth_token of its head; else start one (ray start --head), or leave "
+            "--address and RAY_ADDRESS out to run on this machine alone"
         ) from error
     except RuntimeError as error:
         versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
@@ -110,13 +117,16 @@ def _join(address: str, options: dict[str, Any]) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise ConnectionError where nothing listens at a `host:port`: Ray would try for 13 minutes."""
+    """Raise UserError where nothing listens at a `host:port`: Ray would try for 13 minutes."""
     host, _, port = address.rpartition(":")
     if port.isdecimal() and "://" not in address:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
         except OSError as error:
-            raise ConnectionError(str(error)) from error
+            raise UserError(
+                f"no Ray answers at {address}; start one there (ray start --head), or leave --address and RAY_ADDRESS "
+                "out to run on this machine alone"
+            ) from error
 
 
 def _start_here(cpus: int, options: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class Answer:
 
     versions: those of `python` and PACKAGES, None for a package that is not installed.
     missing: modules that are not installed.
-    unseen, closed: settings whose folder lacks the mark, or cannot be written.
+    unseen: settings whose folder lacks the mark, or whose input is not there; closed: whose folder cannot be written.
     shared_memory: size of /dev/shm in bytes, None where a system has none.
     absent: programs that are not found.
     memory: bytes of the machine, or of the container that it is; gpu_memory: bytes of each GPU; free_disk: bytes that
@@ -86,13 +86,14 @@ class Machine:
 
 def check_nodes(
     nodes: Sequence[Node], labels: Mapping[str, str], outputs: Mapping[str, str], *,
-    modules: Sequence[str] = (), programs: Sequence[str] = (), gpus: bool = False,
-    machines: list[Machine] | None = None,
+    inputs: Mapping[str, str] | None = None, modules: Sequence[str] = (), programs: Sequence[str] = (),
+    gpus: bool = False, machines: list[Machine] | None = None,
 ) -> None:  # fmt: skip
     """Raises UserError where a node cannot do its part of a job.
 
     labels: those of the nodes that the job uses.
     outputs: folders by the name of their setting.
+    inputs: local files and folders that this process sees and nodes must see too, by the name of their setting.
     modules: modules, beside mmray's own, that nodes must be able to import.
     programs: programs that nodes must have, to compile DeepSpeed's optimizer for the host.
     machines: gets the room of each node that answers.
@@ -103,10 +104,10 @@ def check_nodes(
         raise UserError(reason)
     used = [node for node in labelled(nodes, labels) if node.resources.get("CPU", 0) > 0]
     with _marks(outputs) as marks:
-        answers = _ask(used, marks, [*ROOMS, *modules], programs)
+        answers = _ask(used, marks, [*ROOMS, *modules], programs, inputs or {})
     driver_answer = look({}, [])
     for node, answer in answers:
-        if reason := problem(node, answer, driver_answer, outputs, gpus=gpus):
+        if reason := problem(node, answer, driver_answer, {**outputs, **(inputs or {})}, gpus=gpus):
             raise UserError(reason)
         check_shared_memory(node, answer.shared_memory)
         if machines is not None:
@@ -157,10 +158,10 @@ def packages_of(job: Job, work: Work) -> list[str]:
 
 
 def problem(
-    node: Node, answer: Answer, driver_answer: Answer, outputs: Mapping[str, str], *, gpus: bool = False
+    node: Node, answer: Answer, driver_answer: Answer, paths: Mapping[str, str], *, gpus: bool = False
 ) -> str | None:
     """The problem with a node, with its remedy, in one line; None for none. driver_answer: the answer of this
-    process."""
+    process; paths: the outputs and inputs."""
     where = f"node {node.address}"
     python, mine = str(answer.versions["python"]), str(driver_answer.versions["python"])
     if python.split(".")[:2] != mine.split(".")[:2]:
@@ -182,12 +183,13 @@ def problem(
             f"{where} has no {answer.missing[0]}; install there what is installed here: pip install {answer.missing[0]}"
         )
     for name in answer.unseen:
+        what = "does not see what this process writes there" if name.startswith("output.") else "does not see it"
         return (
-            f"{name} {outputs[name]}: {where} does not see what this process writes there; give a folder that all "
-            "nodes share, or a URI such as s3://bucket/folder"
+            f"{name} {paths[name]}: {where} {what}; give a folder that all nodes share, or a URI such as "
+            "s3://bucket/folder"
         )
     for name in answer.closed:
-        return f"{name} {outputs[name]}: {where} may not write there; let the user of its Ray write, or choose another"
+        return f"{name} {paths[name]}: {where} may not write there; let the user of its Ray write, or choose another"
     if answer.absent:
         return f"{where} {cannot_compile(answer.absent)}"
     return (
@@ -270,16 +272,19 @@ def check_own_programs(programs: Sequence[str]) -> None:
         raise UserError(f"this machine {cannot_compile(absent)}")
 
 
-def look(marks: Mapping[str, str], modules: Sequence[str], programs: Sequence[str] = ()) -> Answer:
+def look(
+    marks: Mapping[str, str], modules: Sequence[str], programs: Sequence[str] = (), inputs: Mapping[str, str] = {}
+) -> Answer:
     """The answer of the machine that this runs on."""
-    return Answer(**_looker()(dict(marks), list(modules), PACKAGES, SHARED_MEMORY, list(programs)))
+    return Answer(**_looker()(dict(marks), list(modules), PACKAGES, SHARED_MEMORY, list(programs), dict(inputs)))
 
 
 def _looker() -> Callable[..., dict[str, Any]]:
     """The task, as a function that is pickled whole: nodes may lack the module it is defined in."""
 
     def look(
-        marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str, programs: list[str]
+        marks: dict[str, str], modules: list[str], packages: Sequence[str], shared_memory: str, programs: list[str],
+        inputs: dict[str, str],
     ) -> dict[str, Any]:  # fmt: skip
         import ctypes
         import importlib.metadata
@@ -338,7 +343,7 @@ def _looker() -> Callable[..., dict[str, Any]]:
         return {
             "versions": versions,
             "missing": [name for name in modules if importlib.util.find_spec(name) is None],
-            "unseen": [name for name, mark in marks.items() if not os.path.exists(mark)],
+            "unseen": [name for name, path in (marks | inputs).items() if not os.path.exists(path)],
             "closed": [name for name, mark in marks.items() if not os.access(os.path.dirname(mark), os.W_OK)],
             "shared_memory": shutil.disk_usage(shared_memory).total if os.path.isdir(shared_memory) else None,
             "absent": [name for name in programs if shutil.which(name) is None],
@@ -353,13 +358,14 @@ def _looker() -> Callable[..., dict[str, Any]]:
 
 
 def _ask(
-    nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str], programs: Sequence[str] = ()
+    nodes: Sequence[Node], marks: Mapping[str, str], modules: Sequence[str], programs: Sequence[str],
+    inputs: Mapping[str, str],
 ) -> list[tuple[Node, Answer]]:  # fmt: skip
     """The answers of the nodes that answer in time."""
     task = ray.remote(num_cpus=0, max_retries=0)(_looker())
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
-            dict(marks), list(modules), PACKAGES, SHARED_MEMORY, list(programs)
+            dict(marks), list(modules), PACKAGES, SHARED_MEMORY, list(programs), dict(inputs)
         ): node
         for node in nodes
     }

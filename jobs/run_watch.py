@@ -71,7 +71,9 @@ class RunWatch:
     def _steps(self, num_bytes: int) -> list[dict[str, Any]]:
         """The lines of training steps with a loss in the last bytes of metrics.jsonl."""
         with self._path.open("rb") as file:
-            file.seek(max(0, self._path.stat().st_size - num_bytes))
+            if (begin := self._path.stat().st_size - num_bytes) > 0:
+                file.seek(begin)
+                file.readline()  # the rest of a line, which may begin like one, with a table of its own
             lines = [json.loads(line) for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
         return [line for line in lines if line.get("loss") is not None]
 

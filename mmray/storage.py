@@ -160,7 +160,10 @@ def _remedy(error: OSError) -> str:
     if isinstance(error, IsADirectoryError):
         return "a folder stands there; give the name of a file"
     if isinstance(error, FileNotFoundError):
-        return "something else removes files there while this runs; the same command continues"
+        return (
+            "something else removes files there while this runs, or a node of the cluster does not see them; when all "
+            "nodes do, the same command continues"
+        )
     return "once that is mended, the same command continues"
 
 

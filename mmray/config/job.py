@@ -223,6 +223,11 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"job file {path}: there is none in {Path(path).absolute().parent}; check the path (`ray job submit` takes "
+            "along what its --working-dir holds, without what .gitignore and the runtime environment exclude)"
+        ) from error
     except OSError as error:
         raise UserError(f"job file {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

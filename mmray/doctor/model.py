@@ -102,7 +102,7 @@ class _SmallCopy:
     @classmethod
     def of(cls, job: Job, family: Family, policy: TilingPolicy, config: PretrainedConfig) -> "_SmallCopy":
         small = shrunken(config)
-        attention = job.model.attention if job.model.attention != "flash_attention_2" else "sdpa"
+        attention = "sdpa" if job.model.attention == "flash_attention_2" else job.model.attention or "packed"
         model = build_model(
             job.model.model_copy(
                 update={

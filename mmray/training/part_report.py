@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from mmray.base.words import amount
+from mmray.base.words import amount, file_size
 from mmray.errors import UserError
 from mmray.families import model_parts
 from mmray.training.adapter import Adapter, check_adapter
@@ -51,7 +51,7 @@ class PartFacts:
             return f"{size}, frozen"
         share = "" if self.trained == self.weights else f"{amount(self.trained)} of them trained, "
         rates = " and ".join(f"{rate:g}" for rate in self.rates)
-        return f"{size}, {share}learning_rate {rates}, {amount(self.state_bytes)}B of states"
+        return f"{size}, {share}learning_rate {rates}, {file_size(self.state_bytes)} of states"
 
 
 def part_model(settings: ModelSettings, training: TrainingSettings) -> PreTrainedModel:

@@ -61,6 +61,21 @@ def test_only_nodes_with_the_labels_count() -> None:
     assert lack(pools, both, {"kind": "cpu"}) == "2 CPU (it has 1) on nodes labelled kind: cpu"
 
 
+def test_a_label_that_no_node_has_is_told_with_those_that_nodes_have() -> None:
+    pools = [Pool("actors", 2, {"CPU": 1})]
+    both = [*nodes({"CPU": 9}, mmray="prepare", zone="a"), *nodes({"CPU": 9})]
+    with pytest.raises(UserError) as error:
+        check_capacity(job(), pools, "preparing", {"mmray": "prepair"}, both)
+    assert str(error.value) == (
+        "preparing needs nodes labelled mmray: prepair, and none of 2 nodes is; others have mmray: prepare. Correct "
+        "the labels under `resources`, or start nodes with these: ray start --labels mmray=prepair"
+    )
+    with pytest.raises(UserError, match=r"none of 1 node is\. Correct the labels"):
+        check_capacity(job(), pools, "preparing", {"mmray": "prepare"}, nodes({"CPU": 9}))
+    line = check_capacity(job(autoscaling=True), pools, "preparing", {"mmray": "prepair"}, both)
+    assert line == "preparing needs 2 CPU (it has 0) on nodes labelled mmray: prepair; waiting for the cluster to grow"
+
+
 def test_a_cluster_that_grows_is_waited_for_with_a_line() -> None:
     pools, three = [Pool("actors", 2, {"CPU": 4})], nodes(*[{"CPU": 3}] * 3)
     line = check_capacity(job(autoscaling=True), pools, "training", {}, three)

@@ -63,6 +63,17 @@ def test_shares_of_a_mixture_are_those_of_the_last_100_steps(
     assert "last 100 steps" not in capsys.readouterr().err, "a run that went on on one dataset"
 
 
+def test_steps_are_read_wherever_the_last_bytes_begin(tmp_path: Path) -> None:
+    """Also in the middle of a line, where a table of its own begins as a line does."""
+    step = LINE | {"loss_by_set": {"0": 1.5}}
+    (tmp_path / METRICS_FILE).write_text((json.dumps(step | {"step": 1}) + "\n") + (json.dumps(step) + "\n"))
+    watch, length = RunWatch("job", RunFolder(tmp_path), 3), (tmp_path / METRICS_FILE).stat().st_size
+    read = [[line["step"] for line in watch._steps(num_bytes)] for num_bytes in range(length + 2)]
+    assert read == sorted(read, key=len)
+    assert read[0] == []
+    assert read[length - 1 : length + 2] == [[3], [1, 3], [1, 3]]
+
+
 def test_what_happens_to_a_run_is_a_line_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

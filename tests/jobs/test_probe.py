@@ -36,7 +36,7 @@ from tests.mmray.config.test_docs_jobs import LEAST
 
 OWN = Answer({"python": "3.11.9", "ray": "2.60.0", "torch": "2.8.0", "transformers": "5.23.0"}, [], [], [], 10**10)
 NODE = Node("10.0.0.7", {"CPU": 8, "GPU": 1, "object_store_memory": 2e9})
-OUTPUTS = {"output.run": "/shared/run"}
+OUTPUTS = {"output.run": "/shared/run", "data.train[0].files": "/shared/rows.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,7 @@ OUTPUTS = {"output.run": "/shared/run"}
         (replace(OWN, missing=["pipelines", "jobs"]), "cannot import pipelines; submit the job, `ray job submit"),
         (replace(OWN, missing=["deepspeed"]), "has no deepspeed; install there what is installed here: pip install"),
         (replace(OWN, unseen=["output.run"]), "does not see what this process writes there; give a folder that all"),
+        (replace(OWN, unseen=["data.train[0].files"]), "does not see it; give a folder that all"),
         (replace(OWN, closed=["output.run"]), "may not write there"),
         (
             replace(OWN, absent=["ninja", "nvcc"]),
@@ -99,7 +100,7 @@ def test_the_answer_has_the_cuda_of_torch_and_of_the_driver(tmp_path: Path) -> N
     (tmp_path / "torch" / "version.py").write_text("cuda: str | None = '13.0'\nhip = None\n")
     asking = (
         "import json, sys; from jobs.probe import _looker; "
-        "answer = _looker()({}, [], [], '/dev/shm', []); "
+        "answer = _looker()({}, [], [], '/dev/shm', [], {}); "
         "print(json.dumps([answer['torch_cuda'], answer['driver_cuda']]))"
     )
     # Modules of this process are imported before the path has another torch.
@@ -174,6 +175,12 @@ def test_the_nodes_of_a_cluster_are_asked(ray_head: RayHead, tmp_path: Path, mon
     def elsewhere(_: object) -> Iterator[dict[str, str]]:
         yield {"output.prepared": str(tmp_path / "other" / "mark")}
 
+    rows, gone = tmp_path / "rows.jsonl", tmp_path / "gone.jsonl"
+    rows.touch()
+    check_nodes(nodes, {}, outputs, inputs={"data.train[0].files": str(rows)})
+    inputs = {"data.train[0].files": str(rows), "data.train[1].files": str(gone)}
+    with pytest.raises(UserError, match=rf"^data\.train\[1\]\.files {gone}: node \S+ does not see it; give a folder"):
+        check_nodes(nodes, {}, outputs, inputs=inputs)
     monkeypatch.setattr(probe, "_marks", elsewhere)
     with pytest.raises(UserError, match=rf"^output\.prepared {tmp_path}/new/prepared: node \S+ does not see what"):
         check_nodes(nodes, {}, outputs)
@@ -245,9 +252,11 @@ def told(**options):
         return str(error)
 
 connect(address, cpus=1)
-found = {"missing": sorted((node.address, answer.missing) for node, answer in _ask(alive_nodes(), {}, ["only_here"]))}
+answers = _ask(alive_nodes(), {}, ["only_here"], [], {})
+found = {"missing": sorted((node.address, answer.missing) for node, answer in answers)}
 found["package"] = told(modules=["only_here"])
 found["folder"] = told(writes=True)
+found["rows"] = told(inputs={"data.train[0].files": shared + "/only_here.py"})
 found["others"] = told(modules=["only_here"], writes=True, labels={"disk": "shared"})
 ray.shutdown()
 job = Job.model_validate(yaml.safe_load(LEAST) | {"output": {"prepared": "out/prepared", "run": shared + "/run"}})
@@ -284,6 +293,7 @@ def test_each_node_of_a_cluster_is_asked(tmp_path: Path) -> None:
     assert found["package"].startswith("node 127.0.0.3 has no only_here; install")
     assert found["folder"].startswith(f"output.run {shared}/run: node 127.0.0.3 does not see what this process writes")
     assert found["evaluating"] == found["folder"]
+    assert found["rows"].startswith(f"data.train[0].files {shared}/only_here.py: node 127.0.0.3 does not see it; give")
     assert found["others"] is None
     assert "2 nodes on " in found["submitted"]
     assert "start each with a folder of its own" in found["submitted"]

@@ -114,7 +114,7 @@ def test_report_writes_a_page(run, prepared, tmp_path):
         assert out == f"{file}: {file.stat().st_size / 1000:.1f} kB\n"
         assert f"<title>{title} {path}</title>" in file.read_text(encoding="utf-8")
     check_error(run("report", prepared.path, "--html", tmp_path), str(tmp_path), "Is a directory", "the name of a file")
-    check_error(run("report", prepared.path, "--html", file, "--job", tmp_path / "no.yaml"), "no.yaml", "No such file")
+    check_error(run("report", prepared.path, "--html", file, "--job", tmp_path / "no.yaml"), "no.yaml", "there is none")
 
 
 def test_report_of_neither(run, tmp_path):

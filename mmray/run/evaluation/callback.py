@@ -53,13 +53,13 @@ class Evaluate(Callback):
         if self._plans is None or not self._plans.is_due(done.number):
             return
         started = time.monotonic()
-        with rng_kept():
-            evaluation = self._evaluation(done)
+        try:
+            with rng_kept():
+                evaluation = self._evaluation(done)
+        finally:
+            if self._progress:
+                self._progress.remove()
         loop.evaluated(replace(evaluation, seconds=time.monotonic() - started))
-
-    def close(self) -> None:
-        if self._progress:
-            self._progress.remove()
 
     def _evaluation(self, done: DoneStep) -> Evaluation:
         assert self._plans is not None

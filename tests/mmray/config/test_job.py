@@ -310,8 +310,9 @@ def test_anchors_and_merged_keys_work(load):
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"job file .*nowhere\.yaml: No such file"):
+    with pytest.raises(UserError, match=r"job file .*nowhere\.yaml: there is none in .*; check the path") as error:
         load_job(tmp_path / "nowhere.yaml")
+    assert f" in {tmp_path};" in str(error.value)
     with pytest.raises(UserError, match="Is a directory"):
         load_job(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")

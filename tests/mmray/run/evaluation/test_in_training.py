@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from mmray.cli import app
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
+from mmray.run.callback import Callback, Evaluation, Loop
+from mmray.run.evaluation.callback import PROGRESS_FILE
 from mmray.run.evaluation.in_training import chosen_rows, dealt_rows
 from mmray.run.evaluation.model import EvaluatedModel
 from mmray.run.evaluation.rows import EvaluationData
@@ -52,13 +54,23 @@ def train_numbers(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines if "loss" in line]
 
 
+class _ProgressIsGone(Callback):
+    """The file with the progress of an evaluation, which the driver shows, is gone when the evaluation is done."""
+
+    def __init__(self, run: Path) -> None:
+        self.file = run / PROGRESS_FILE
+
+    def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:
+        assert not self.file.exists()
+
+
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (3, 2)])
 def test_training_s_numbers_are_equal_to_the_bit(inputs: Inputs, folder: Path, stage: int, ranks: int) -> None:
     """Also where ranks read in step, under ZeRO-3."""
     name = f"stage-{stage}"
     without = train_here(job_in(inputs, folder, f"{name}-off", training__zero_stage=stage), ranks=ranks)
     job = job_in(inputs, folder, f"{name}-on", training__zero_stage=stage, evaluation=EVALUATION)
-    lines = train_here(job, ranks=ranks)
+    lines = train_here(job, _ProgressIsGone(folder / f"{name}-on"), ranks=ranks)
     assert train_numbers(lines) == train_numbers(without)
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [2, 4, 5], "every two steps, and at the end"
@@ -80,7 +92,6 @@ def test_training_s_numbers_are_equal_to_the_bit(inputs: Inputs, folder: Path, s
         assert all(row["reference"] for row in rows)
         assert any(row["picture"] for row in rows)
         assert "data:image/jpeg" in (results / "report.html").read_text()
-    assert not (run / ".evaluating.json").exists()
 
 
 def test_what_training_reads_is_what_the_checkpoint_reads(inputs: Inputs, folder: Path) -> None:
