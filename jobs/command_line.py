@@ -9,6 +9,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+from mmray.base.command_help import PlainCommand
 from mmray.errors import UserError
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -21,7 +22,7 @@ def run_main(main: Callable[..., None]) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, as_ctrl_c)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(cls=PlainCommand)(main)
     try:
         code = app(standalone_mode=False)
     except UserError as error:

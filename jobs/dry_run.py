@@ -361,6 +361,10 @@ def _evaluations(job: Job) -> str:
         return words[0] if words else "none"
     words.append("at the end")
     rows = f", {counted(settings.generate.rows, 'row')} read" if settings.generate.rows else ""
+    if rows and settings.sets is not None:
+        rows += (
+            f" of {counted(len(settings.sets), 'set')} ({', '.join(map(str, settings.sets))}) of {len(job.data.eval)}"
+        )
     return f"{' and '.join(words)}{rows}; it uses the actors and workers of training"
 
 

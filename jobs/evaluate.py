@@ -31,18 +31,29 @@ def main(
         typer.Option(metavar="STEP|best|last", help="A checkpoint of the job's run. Default: the last."),
     ] = None,
     data: Annotated[str, typer.Option(metavar="train|eval|FILE", help="The rows: of the job, or a file.")] = "eval",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows, each file's share.")] = None,
+    image_root: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="What images of --data FILE are relative to. Default: the file's folder."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="ROWS", help="Rows in all: each set's share, at least one; of its files the first rows."
+        ),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Evaluate anew what is evaluated already.")] = False,
-    verbose: Annotated[bool, typer.Option(help="Show what actors and libraries print, too.")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what actors and libraries print, too.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    ] = None,
 ) -> None:
     """Let a model read rows, and compare what it writes with their texts; continues after any interruption."""
     job = load_job(job_file, overrides)
     from jobs import evaluating
 
     evaluating.run(
-        job, model=model, checkpoint=checkpoint, data=data, limit=limit, replace=replace, verbose=verbose,
-        address=address,
+        job, model=model, checkpoint=checkpoint, data=data, image_root=image_root, limit=limit,
+        replace=replace, verbose=verbose, address=address,
     )  # fmt: skip
 
 

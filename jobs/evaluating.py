@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from mmray.config.job import Job
 from mmray.display.progress import ProgressBar
 from mmray.errors import UserError
 from mmray.run.evaluation.model import EvaluatedModel
-from mmray.run.evaluation.rows import EvaluationData, rows_left
+from mmray.run.evaluation.rows import EvaluationData
 from mmray.run.evaluation.standalone import EvaluationPlan, RunBatches, evaluate, run_here
 from mmray.run.scoring.page import NAMES
+from mmray.run.scoring.results import summary
 from mmray.run.scoring.settings import EvaluationSettings
 
 log = logging.getLogger("mmray")
@@ -27,20 +29,29 @@ ROWS_HERE = 100
 
 
 def run(
-    job: Job, *, model: str | None, checkpoint: str | None, data: str, limit: int | None, replace: bool, verbose: bool,
-    address: str | None,
+    job: Job, *, model: str | None, checkpoint: str | None, data: str, image_root: str | None, limit: int | None,
+    replace: bool, verbose: bool, address: str | None,
 ) -> None:  # fmt: skip
     """Do what the command line of `jobs/evaluate.py` asks for; its arguments."""
-    rows = EvaluationData.of(job, data)
+    rows = EvaluationData.of(job, data, image_root)
     evaluated = EvaluatedModel.find(job, folder=model, checkpoint=checkpoint)
     plan = EvaluationPlan(job, evaluated, rows, job.evaluation or EvaluationSettings(), limit)
-    count = rows_left(rows.chunks(limit), limit)
+    count = sum(chunk.num_rows for chunk in rows.chunks(limit))
+    if rows.left_out:
+        chosen = _listed(job, [row_set.number for row_set in rows.sets])
+        _say(f"of data.eval, evaluation.sets chooses {chosen} and leaves out {_listed(job, rows.left_out)}")
+    if plan.settings.prompt is not None and all(dataset.kind != "pretrain" for dataset in rows.datasets):
+        _say("evaluation.prompt is for pretrain rows, of which there are none here")
+    earlier = plan.earlier()
+    if earlier is not None and not plan.is_of(earlier):
+        _say(f"{plan.folder} holds an evaluation of other rows, settings or weights; this one takes its place")
     here = count <= ROWS_HERE and not (address or os.environ.get("RAY_ADDRESS"))
     run_batches: RunBatches = run_here if here else _on_cluster(job, address, verbose)
     with ProgressBar(f"{job.name}: reading with {evaluated.name}", "rows") as bar:
         values, is_new = evaluate(plan, run_batches=run_batches, replace=replace, on_progress=bar.update)
     if not is_new:
-        console.print(f"{plan.folder}: evaluated already; --replace does it anew", markup=False, soft_wrap=True)
+        mended = ", when its bad rows are mended too" if values["bad_rows"]["count"] else ""
+        _say(f"{plan.folder}: evaluated already; --replace does it anew{mended}")
     console.print(results_table(plan.folder, values))
     if not here:
         import ray
@@ -51,6 +62,15 @@ def run(
             f"none of the rows can be used: {values['bad_rows']['rows'][0]['message']}; mend them or the job, and give "
             "--replace"
         )
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _listed(job: Job, numbers: Sequence[int]) -> str:
+    """Sets of data.eval by their numbers and files: `set 0 (pages.jsonl)`."""
+    return ", ".join(f"set {number} ({', '.join(job.data.eval[number].files):.200})" for number in numbers)
 
 
 def _on_cluster(job: Job, address: str | None, verbose: bool) -> RunBatches:
@@ -82,7 +102,10 @@ def results_table(folder: str, values: dict[str, Any]) -> Table:
     table.add_column("")
     for name in ("rows", "loss", *NAMES.values()):
         table.add_column(name, justify="right")
-    groups = {"all": values["all"]} | (values["by_set"] if len(values["by_set"]) > 1 else {})
+    sets = [row_set["name"] for row_set in values["sets"]]
+    groups = {"all": values["all"]}
+    if len(sets) > 1:  # those without a good row, too
+        groups |= {name: values["by_set"].get(name) or summary([]) for name in sets}
     for name, facts in groups.items():
         numbers = ("–" if facts[key] is None else f"{facts[key]:.4f}" for key in ("loss", *NAMES))
         table.add_row(escape(name), f"{facts['rows']:,}", *numbers)

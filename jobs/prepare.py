@@ -21,10 +21,16 @@ from mmray.config.job import load_job
 def main(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006
-    replace: Annotated[bool, typer.Option(help="Delete what is prepared at the output and start anew.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only show the plan, and what mmray doctor finds in the job.")] = False,
-    verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete what is prepared at the output and start anew.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the plan, and what mmray doctor finds in the job.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what workers and libraries print, too.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    ] = None,
 ) -> None:
     """Turn rows into a prepared dataset: exact lengths, packed bins, rejected rows with their reasons."""
     job = load_job(job_file, overrides)

@@ -37,13 +37,17 @@ def main(
         typer.Option("--trace", metavar="STEP", help="Only list the samples of a step, or of several: 100:105."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --trace: a line of JSON for each sample.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only show the plan, and what mmray doctor finds in the job.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the plan, and what mmray doctor finds in the job.")
+    ] = False,
     step_seconds: Annotated[
         str | None,
         typer.Option(metavar="SECONDS|RUN", help="With --dry-run: the time of a step, or a run to read it from."),
     ] = None,
-    verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what workers and libraries print, too.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    ] = None,
 ) -> None:
     """Train on the job's prepared dataset; continues from the last checkpoint where there is one."""
     job = load_job(job_file, overrides)

@@ -21,8 +21,10 @@ from mmray.config.job import prepared_paths
 
 def main(
     path: Annotated[str, typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job's.")],
-    verbose: Annotated[bool, typer.Option(help="Show what workers and libraries print, too.")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what workers and libraries print, too.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster; default: RAY_ADDRESS, else this machine.")
+    ] = None,
 ) -> None:
     """List the pictures that are broken, blank or not as prepared. Exit code 1 when one is broken.
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +11,17 @@ import typer
 from rich.console import Console
 
 import mmray
+from mmray.base.command_help import PlainCommand, PlainGroup
 from mmray.base.words import counted, file_size
 from mmray.errors import UserError
 
 _MAX_EXAMPLES = 10
 """Most examples of each kind that a command prints."""
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, cls=PlainGroup
+)
+command = partial(app.command, cls=PlainCommand)
 
 ALL_TO_THE_JOB = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """Context settings of a command that passes all its arguments to a job's script, `--help` too."""
@@ -37,19 +42,19 @@ def _options(
     pass
 
 
-@app.command(context_settings=ALL_TO_THE_JOB)
+@command(context_settings=ALL_TO_THE_JOB)
 def prepare(context: typer.Context) -> None:
     """Prepare a job's rows: runs jobs/prepare.py of the checkout, with the same arguments."""
     _run_job("prepare", context.args)
 
 
-@app.command(context_settings=ALL_TO_THE_JOB)
+@command(context_settings=ALL_TO_THE_JOB)
 def train(context: typer.Context) -> None:
     """Train a job: runs jobs/train.py of the checkout, with the same arguments."""
     _run_job("train", context.args)
 
 
-@app.command(context_settings=ALL_TO_THE_JOB)
+@command(context_settings=ALL_TO_THE_JOB)
 def evaluate(context: typer.Context) -> None:
     """Let a model read rows and compare: runs jobs/evaluate.py of the checkout, with the same arguments."""
     _run_job("evaluate", context.args)
@@ -66,7 +71,7 @@ def _run_job(name: str, arguments: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, str(script), *arguments])
 
 
-@app.command()
+@command()
 def schema(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print a page with every setting, for people, instead.")
@@ -83,9 +88,9 @@ def schema(
     print(json.dumps(Job.model_json_schema(), indent=2))
 
 
-@app.command()
+@command()
 def report(
-    path: Annotated[str, typer.Argument(help="A prepared dataset or a run folder.")],
+    path: Annotated[str, typer.Argument(metavar="PREPARED|RUN", help="A prepared dataset, or a run's folder.")],
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a web page with charts instead of printing.")
     ] = None,
@@ -95,7 +100,9 @@ def report(
     ] = None,
     processor: Annotated[
         str | None,
-        typer.Option(help="Processor folder or hub name; default: the one the dataset was prepared with."),
+        typer.Option(
+            metavar="FOLDER|NAME", help="Processor, on disk or on the hub; default: the one of the prepared dataset."
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the processor.")
@@ -134,7 +141,7 @@ def report(
     console.print(f"{html}: {file_size(size)}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@command()
 def estimate(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     tries: Annotated[
@@ -165,15 +172,19 @@ def estimate(
     console.print(policies_table(wanted[0].job.name, estimates))
 
 
-@app.command("from-huggingface")
+@command("from-huggingface")
 def from_huggingface(
-    path: Annotated[str, typer.Argument(help="As for datasets.load_dataset: a hub name, imagefolder, json, …")],
+    path: Annotated[
+        str, typer.Argument(metavar="DATASET", help="As for datasets.load_dataset: a hub name, imagefolder, json, …")
+    ],
     target: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of the Parquet files: a path or URI.")],
-    name: Annotated[str | None, typer.Option(help="The configuration of the dataset.")] = None,
-    split: Annotated[str, typer.Option(help="The split.")] = "train",
-    revision: Annotated[str | None, typer.Option(help="The commit of a dataset on the hub.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="The folder of a local dataset.")] = None,
-    data_files: Annotated[str | None, typer.Option(help="The files of a local dataset, or a glob.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="The configuration of the dataset.")] = None,
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="The split.")] = "train",
+    revision: Annotated[str | None, typer.Option(metavar="COMMIT", help="The commit of a dataset on the hub.")] = None,
+    data_dir: Annotated[str | None, typer.Option(metavar="FOLDER", help="The folder of a local dataset.")] = None,
+    data_files: Annotated[
+        str | None, typer.Option(metavar="FILES", help="The files of a local dataset, or a glob.")
+    ] = None,
 ) -> None:
     """Write a Hugging Face dataset into Parquet row files, image bytes included. After a stop, the same command
     continues."""
@@ -185,9 +196,9 @@ def from_huggingface(
     Console().print(f"{target}: {counted(rows, 'row')}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command("from-pdf")
+@command("from-pdf")
 def from_pdf(
-    files: Annotated[list[str], typer.Argument(help="PDFs: paths, folders, globs, or URIs of them.")],
+    files: Annotated[list[str], typer.Argument(metavar="PDF", help="PDFs: paths, folders, globs, or URIs of them.")],
     out: Annotated[str, typer.Option(metavar="ROWS.jsonl", help="The local file for the rows.")],
     text: Annotated[
         bool, typer.Option("--text", help="Write each page's text layer as its text, marked with text_from.")
@@ -211,14 +222,18 @@ def from_pdf(
         console.print(f"the job names where the PDFs lie: image_root: {written.image_root}")
 
 
-@app.command()
+@command()
 def verify(
     path: Annotated[str, typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job's.")],
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes of this machine that decode; default: one for each CPU.")
+        int | None,
+        typer.Option(min=1, metavar="COUNT", help="Processes of this machine that decode; default: one for each CPU."),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster whose CPUs decode; default: RAY_ADDRESS, else this machine's.")
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Ray cluster whose CPUs decode; default: RAY_ADDRESS, else this machine's."
+        ),
     ] = None,
 ) -> None:
     """Decode every picture of a prepared dataset once, and list those that are broken, blank or not as prepared.
@@ -242,12 +257,18 @@ def verify(
     sys.exit(1 if verify_datasets(paths, in_processes(count)) else 0)
 
 
-@app.command()
+@command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A prepared dataset, or a job file (JOB.yaml) with --rows or --id.")],
-    bin_number: Annotated[int | None, typer.Option("--bin", help="Which bin, from 0; default: the first.")] = None,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PREPARED|JOB.yaml", help="A prepared dataset, or a job file with --rows or --id."),
+    ],
+    bin_number: Annotated[
+        int | None, typer.Option("--bin", metavar="NUMBER", help="Which bin, from 0; default: the first.")
+    ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="For a job file: the number of first rows of each set.")
+        int | None,
+        typer.Option(min=1, metavar="COUNT", help="For a job file: the number of first rows of each set."),
     ] = None,
     row_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="For a job file: the row with this id.")
@@ -257,7 +278,10 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For a job file: print a line of JSON for each row.")] = False,
     processor: Annotated[
-        str | None, typer.Option(help="Processor folder or hub name; default: the one the dataset was prepared with.")
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME", help="Processor, on disk or on the hub; default: the one of the prepared dataset."
+        ),
     ] = None,
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a web page with the pictures instead of printing.")
@@ -317,13 +341,17 @@ def _inspect_rows(
         Console(stderr=True).print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@command()
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or a checkpoint in it.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write: a path or URI.")],
-    step: Annotated[int | None, typer.Option(help="The step of the checkpoint; default: the newest whole one.")] = None,
+    step: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Of which step; default: the newest whole one.")
+    ] = None,
     best: Annotated[bool, typer.Option("--best", help="The checkpoint of the best evaluation (keep_best).")] = False,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: the dtype of the training.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="bf16|fp32", help="Of the weights; default: that of training.")
+    ] = None,
     job_file: Annotated[
         Path | None,
         typer.Option("--job", metavar="JOB.yaml", help="The run's job, for checkpoints that do not name their model."),
@@ -344,6 +372,8 @@ def export(
     settings = None if job_file is None else load_job(job_file).model
     if best and step is not None:
         raise UserError("give --step or --best, not both")
+    if not out.strip():
+        raise UserError("OUT is empty: name the folder to write")
     from mmray.run.export import export_model
     from mmray.run.export.source import SourceCheckpoint
 
@@ -357,7 +387,7 @@ def export(
     Console().print(str(exported), markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@command()
 def doctor(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = [],  # noqa: B006

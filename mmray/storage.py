@@ -48,6 +48,8 @@ def file_system(uri: str) -> tuple[Any, str]:
     A remote file system raises OSError (ConnectionError when the store cannot be reached) and, for missing or refused
     credentials, UserError; never an error of its client's package. Raises UserError when no package opens the URI.
     """
+    if "://" not in uri:  # fsspec would read a name with two colons as a chain of file systems
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(uri)
     try:
         system, path = _plainly(fsspec.core.url_to_fs)(uri, use_listings_cache=False)
     except (ImportError, ValueError) as error:

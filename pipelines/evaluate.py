@@ -28,8 +28,8 @@ from pipelines.dataset import ERROR, one_row_blocks, out_of_room
 class EncodeRows:
     """Actor that encodes chunks of rows into batches."""
 
-    def __init__(self, plan: EvaluationPlan, done: Collection[str]) -> None:
-        """Stores the arguments. done: names of batches that are left out."""
+    def __init__(self, plan: EvaluationPlan, done: Collection[int]) -> None:
+        """Stores the arguments. done: numbers of rows that are left out."""
         self._plan, self._done = plan, frozenset(done)
 
     @cached_property
@@ -39,9 +39,8 @@ class EncodeRows:
     def __call__(self, block: dict[str, Any]) -> Iterator[pa.Table]:
         try:
             for chunk in block["chunk"]:
-                for batch in self._encoder.batches(chunk):
-                    if batch.name not in self._done:
-                        yield _cell(batch)
+                for batch in self._encoder.batches(chunk, self._done):
+                    yield _cell(batch)
         except UserError as mistake:
             yield _mistake(mistake)
 
@@ -90,7 +89,7 @@ class EvaluateRows:
 
 
 def run_batches(
-    plan: EvaluationPlan, chunks: Sequence[Chunk], done: Collection[str], *, gpus: bool
+    plan: EvaluationPlan, chunks: Sequence[Chunk], done: Collection[int], *, gpus: bool
 ) -> Iterator[BatchResult]:
     """Does the batches of some chunks on the cluster that this process is connected to: a `RunBatches`.
 

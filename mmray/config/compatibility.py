@@ -20,6 +20,8 @@ def job_family(job: Job) -> Family:
     config, family = fitting_family(job)
     check_attention(job.model)
     check_packing(config, family, job.packing, job.training.micro_batch_bins)
+    if job.evaluation is not None and job.evaluation.prompt is not None:
+        check_evaluation_prompt(family, job.evaluation.prompt)
     return family
 
 
@@ -88,6 +90,18 @@ def check_attention(settings: ModelSettings) -> None:
             f"transformers takes instead ({FLASH_ATTN_KERNEL_FALLBACK[settings.attention]}, by the package kernels of "
             f"{KERNELS_MIN_VERSION} or newer); install one of them, or set sdpa"
         )
+
+
+def check_evaluation_prompt(family: Family, prompt: str) -> None:
+    """Raise UserError for a prompt of evaluations that would have no effect, or would stand for pictures itself."""
+    if family.has_prompt:
+        raise UserError(
+            "evaluation.prompt: this model is asked with what stands in its rows before the answer, as it was trained; "
+            "leave it out"
+        )
+    media = [str(token) for token in family.tokenizer.convert_ids_to_tokens(list(family.media_token_ids))]
+    if written := [token for token in media if token in prompt.replace("<image>", "")]:
+        raise UserError(f"evaluation.prompt: {written[0]!r} stands for the pixels of an image; write <image> instead")
 
 
 def check_packing(config: PretrainedConfig, family: Family, packing: PackingSettings, micro_batch_bins: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from mmray.base.redact import holds_secret
 from mmray.base.settings import Settings
@@ -49,6 +49,13 @@ class OutputSettings(Settings):
 
     export: ExportSettings = ExportSettings()
     """Export of a model folder, loadable by transformers, at the end of the run."""
+
+    @field_validator("prepared", "run")
+    @classmethod
+    def _names_a_folder(cls, folder: str) -> str:
+        if not folder.strip():
+            raise ValueError("is empty: name a folder")
+        return folder
 
 
 class Job(Settings):
@@ -293,7 +300,7 @@ def _with_absolute_paths(job: Job) -> Job:
     model = {
         name: _absolute(value)
         for name in ("path", "config", "processor")
-        if isinstance(value := getattr(job.model, name), str) and Path(value).exists()  # else a hub's name
+        if isinstance(value := getattr(job.model, name), str) and Path(value).expanduser().exists()  # else a hub's name
     }
     output = {name: _absolute(getattr(job.output, name)) for name in ("prepared", "run")}
     mixture = [part.model_copy(update={"prepared": _absolute(part.prepared)}) for part in job.mixture]
@@ -320,7 +327,7 @@ def _with_absolute_paths(job: Job) -> Job:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path.cwd() / path)
+    return path if "://" in path else str(Path.cwd() / Path(path).expanduser())
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -20,9 +20,11 @@ MAX_PAGES = 10_000
 """The most pages that one `#pages=` may stand for."""
 
 _SUFFIXES = r"\.(?:pdf|tiff?|gif|webp|a?png|avif)(?:@\d+\+\d+)?"
-_PAGE = re.compile(rf"(?P<file>.+{_SUFFIXES})#page=(?P<page>\d+)(?:&dpi=(?P<dpi>\d+))?", re.DOTALL | re.IGNORECASE)
+_PAGE = re.compile(
+    rf"(?P<file>.+{_SUFFIXES})#page=(?P<page>\d+)(?:&dpi=(?P<dpi>0*[1-9]\d*))?", re.DOTALL | re.IGNORECASE
+)
 _PAGES = re.compile(rf"(?P<file>.+{_SUFFIXES})#pages=(?P<pages>[^#]*)", re.DOTALL | re.IGNORECASE)
-_RANGE = re.compile(r"(\d+)-(\d+)(&dpi=\d+)?")
+_RANGE = re.compile(r"(\d+)-(\d+)(&dpi=0*[1-9]\d*)?")
 _PDF = re.compile(r".+\.pdf(?:@\d+\+\d+)?", re.DOTALL | re.IGNORECASE)
 
 
@@ -46,7 +48,7 @@ class PageOfFile:
     def written(cls, text: str) -> "PageOfFile | None":
         """Parses a text that names a page; returns None for one that names a whole file."""
         match = _PAGE.fullmatch(text) if "#page=" in text else None
-        return cls(match["file"], int(match["page"]), int(match["dpi"] or 0) or None) if match else None
+        return cls(match["file"], int(match["page"]), int(match["dpi"]) if match["dpi"] else None) if match else None
 
     @property
     def is_pdf(self) -> bool:

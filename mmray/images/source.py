@@ -181,7 +181,8 @@ def _row_error(source: ImageSource, error: OSError | ValueError) -> RowError:
     name = describe_source(source)
     match error:
         case FileNotFoundError() | NotADirectoryError():
-            return RowError("image_missing", f"{name}: no such file; check the path and `image_root`")
+            page = "; a page is named as in scan.pdf#page=3 or scan.pdf#page=3&dpi=200" if "#" in name else ""
+            return RowError("image_missing", f"{name}: no such file; check the path and `image_root`{page}")
         case PermissionError():
             return RowError("image_unreadable", f"{name}: no permission to read it; grant it to this user")
         case IsADirectoryError():

@@ -9,12 +9,14 @@ blocks of neighbouring bins, and a random order gives each block its share of ev
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmray.errors import RowError
@@ -22,7 +24,7 @@ from mmray.loss.rules import IGNORE_INDEX, LossRule
 from mmray.packing.equal_cost import CostedSamples, pack_equal_cost, planned_bin_cost
 from mmray.packing.pack import lower_bound, pack_2d
 from mmray.packing.settings import PackingSettings
-from mmray.prepared.schema import BINS, REJECTED, SAMPLES
+from mmray.prepared.schema import BINS, IMAGES, REJECTED, SAMPLES
 from mmray.rows.duplicates import copy_id, id_hashes
 from mmray.rows.rejections import SetRows
 from mmray.rows.sample import RejectedRow, Sample
@@ -68,16 +70,17 @@ def samples_table(
     datasets: the set of each row; copies: how often each row was taken before, default: never.
     """
 
-    def record(row: Sample | RejectedRow) -> dict[str, Any]:
+    def record(row: Sample | RejectedRow, dataset: int, copy: int) -> dict[str, Any]:
         if isinstance(row, RejectedRow):
             return {
                 "id": row.id, "source": row.source, "reason": row.reason, "message": row.message, "row": row.row,
-                "images": [], "columns": row.columns,
+                "images": [], "columns": row.columns, "dataset": dataset, "copy": copy,
             }  # fmt: skip
         return {
             "id": row.id, "source": row.source, "rule": int(row.rule), "bucket": row.bucket,
             "visual_tokens": row.visual_tokens, "visual_pairs": row.visual_pairs, "input_ids": row.input_ids,
             "given": row.given_mask, "notes": row.notes, "columns": row.columns,
+            "dataset": dataset, "copy": copy,
             "images": [
                 {
                     "uri": image.uri or None, "data": image.data, "width": width, "height": height, "sample": 0,
@@ -89,10 +92,7 @@ def samples_table(
 
     sets = [row.dataset for row in rows] if datasets is None else datasets
     taken_before = [0] * len(rows) if copies is None else copies
-    records = [
-        record(row) | {"dataset": number, "copy": copy}
-        for row, number, copy in zip(rows, sets, taken_before, strict=True)
-    ]
+    records = [record(row, number, copy) for row, number, copy in zip(rows, sets, taken_before, strict=True)]
     return pa.Table.from_pylist(records, schema=SAMPLES)
 
 
@@ -128,19 +128,23 @@ def pack_window(
     if mixed:
         bins = [bins[number] for number in _drawn_order(len(bins), seed=int(columns.lengths.sum()))]
     table = pa.Table.from_pylist([columns.bin(members, trained) for members in bins], schema=BINS)
+    digest = _content_digest(table)
+    bins_file = _parquet(
+        _digested(columns.with_image_data(table, bins), digest), BINS, BINS_PER_ROW_GROUP,
+        Loads.of(table, [int(columns.visual_pairs[list(members)].sum()) for members in bins]).to_footer(),
+    )  # fmt: skip
     # A row that is taken again is rejected, or noted, with its first copy alone.
     is_first = columns.copies == 0
     unusable = sorted(set(range(samples.num_rows)) - set(usable))
     unusable = [index for index in unusable if is_first[index]]
     rejected = pa.Table.from_pylist([columns.rejected(index) for index in unusable], schema=REJECTED)
-    loads = Loads.of(table, [int(columns.visual_pairs[list(members)].sum()) for members in bins])
     statistics = {
         "rows_read": int(is_first.sum()),
         "rows_packed": int(is_first[used].sum()),
         "rows_rejected": rejected.num_rows,
         "rows_repeated": int((~is_first[used]).sum()),
         "rejected_by_reason": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
-        "content": content_hash(table),
+        "content": digest.hexdigest(),
         "bins": len(bins),
         "bins_at_least": lower_bound(
             columns.lengths[used], columns.visual[used],
@@ -154,11 +158,10 @@ def pack_window(
         "set_counts": columns.set_counts(bins, unusable, trained),
         "set_columns": columns.set_columns(),
         **({} if bin_cost is None else {"bin_cost": bin_cost}),
-        **_image_notes([(samples["source"][i].as_py(), columns.notes[i]) for i in usable if is_first[i]]),
+        **_image_notes([(columns.sources[i], columns.notes[i]) for i in usable if is_first[i]]),
     }  # fmt: skip
-    ids = id_hashes(columns.unique_id(index) for members in bins for index in members)
-    bins_file = _parquet(table, BINS_PER_ROW_GROUP, loads.to_footer())
-    return Window(bins_file, _parquet(rejected, 1024, {}), statistics, ids)
+    ids = id_hashes(columns.unique_ids(bins))
+    return Window(bins_file, _parquet([rejected], REJECTED, 1024, {}), statistics, ids)
 
 
 def _drawn_order(count: int, seed: int) -> list[int]:
@@ -190,26 +193,36 @@ def _image_notes(noted: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
     return {"image_notes": dict(sorted(counts.items())), "examples": examples}
 
 
-def content_hash(bins: pa.Table) -> str:
-    """Hash the contents of bins (`schema.BINS`): tokens, samples, rules and images, not the bytes of a file."""
+def _content_digest(bins: pa.Table) -> "hashlib.blake2b":
+    """Begin the hash of the contents of bins (`schema.BINS`), which is not that of a file's bytes: tokens, samples and
+    rules. `_digested` adds the images."""
     digest = hashlib.blake2b(digest_size=16)
     for name in ("input_ids", "sample_lengths", "sample_rules", "given"):
         column = bins[name].combine_chunks()
         for part in (column.value_lengths(), column.flatten()):
             digest.update(part.to_numpy(zero_copy_only=False).tobytes())
-    for ids, images in zip(bins["sample_ids"], bins["images"]):
-        digest.update(repr(ids.as_py()).encode())
-        for image in images.as_py():
-            digest.update(image.pop("data") or b"")
-            digest.update(repr(sorted(image.items())).encode())
-    return digest.hexdigest()
+    return digest
+
+
+def _digested(parts: Iterable[pa.Table], digest: "hashlib.blake2b") -> Iterator[pa.Table]:
+    """Yield parts of a table of bins, each once its samples' ids and its images are in the digest."""
+    for part in parts:
+        for ids, images in zip(part["sample_ids"], part["images"]):
+            digest.update(repr(ids.as_py()).encode())
+            for image in images.as_py():
+                digest.update(image.pop("data") or b"")
+                digest.update(repr(sorted(image.items())).encode())
+        yield part
 
 
 @dataclass(frozen=True)
 class _Columns:
     """The columns of a window's samples as flat arrays, from which bins are cut."""
 
-    table: pa.Table
+    row_ids: list[str]
+    sources: list[str]
+    messages: list[str | None]
+    rows: list[str | None]
     ids: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
@@ -219,8 +232,13 @@ class _Columns:
     rules: np.ndarray
     reasons: list[str | None]
     images: list[list[dict[str, Any]]]
+    """The images of each row, without their bytes."""
+    image_data: pa.ChunkedArray
+    """The bytes of all images, row after row; null for an image that lies elsewhere."""
     given_mask: np.ndarray
     notes: list[list[str]]
+    watched: list[list[str]]
+    """The columns of each row by which its data set is judged."""
     datasets: np.ndarray
     copies: np.ndarray
 
@@ -233,7 +251,10 @@ class _Columns:
         flags = table["given"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         given_mask[np.repeat(rules == LossRule.GIVEN, lengths)] = flags
         return cls(
-            table=table,
+            row_ids=table["id"].to_pylist(),
+            sources=table["source"].to_pylist(),
+            messages=table["message"].to_pylist(),
+            rows=table["row"].to_pylist(),
             ids=ids.flatten().to_numpy(),
             offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
             lengths=lengths,
@@ -242,18 +263,21 @@ class _Columns:
             buckets=table["bucket"].to_pylist(),
             rules=rules,
             reasons=table["reason"].to_pylist(),
-            images=table["images"].to_pylist(),
+            images=_without_data(table["images"]),
+            image_data=pc.struct_field(pc.list_flatten(table["images"]), "data"),
             given_mask=given_mask,
             notes=[notes or [] for notes in table["notes"].to_pylist()],
+            watched=[names or [] for names in table["columns"].to_pylist()],
             datasets=table["dataset"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False),
             copies=table["copy"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False),
         )
 
-    def unique_id(self, index: int) -> str:
-        """The id of a row, by which duplicates are found; a row that is taken again is no duplicate."""
-        if copy := int(self.copies[index]):
-            return copy_id(self.table["source"][index].as_py(), copy)
-        return str(self.table["id"][index].as_py())
+    def unique_ids(self, bins: Sequence[Sequence[int]]) -> Iterator[str]:
+        """Yields the ids of the bins' rows, by which duplicates are found; a copy of a row is no duplicate."""
+        copies = self.copies.tolist()
+        for index in chain.from_iterable(bins):
+            copy = copies[index]
+            yield copy_id(self.sources[index], copy) if copy else self.row_ids[index]
 
     def set_counts(
         self, bins: Sequence[Sequence[int]], rejected: Sequence[int], trained: np.ndarray
@@ -285,13 +309,12 @@ class _Columns:
     def set_columns(self) -> dict[str, dict[str, Any]]:
         """The number of images, and the columns by which it is checked, of each set of rows (`mmray.rows.columns`)."""
         facts_of_sets: dict[str, dict[str, Any]] = {}
-        named = self.table["columns"].to_pylist()
-        for number, images, names in zip(self.datasets.tolist(), self.images, named):
+        for number, images, names in zip(self.datasets.tolist(), self.images, self.watched):
             if number < 0:
                 continue
             facts = facts_of_sets.setdefault(str(number), {"images": 0, "columns": []})
             facts["images"] += len(images)
-            facts["columns"] += [name for name in names or () if name not in facts["columns"]]
+            facts["columns"] += [name for name in names if name not in facts["columns"]]
         return facts_of_sets
 
     def tokens(self, index: int) -> np.ndarray:
@@ -337,19 +360,46 @@ class _Columns:
             "trained_tokens": int(trained[list(members)].sum()),
             "input_ids": np.concatenate([self.tokens(index) for index in members]),
             "sample_lengths": self.lengths[list(members)],
-            "sample_ids": [self.table["id"][index].as_py() for index in members],
-            "sample_sources": [self.table["source"][index].as_py() for index in members],
+            "sample_ids": [self.row_ids[index] for index in members],
+            "sample_sources": [self.sources[index] for index in members],
             "sample_rules": self.rules[list(members)],
             "sample_sets": self.datasets[list(members)],
             "given": np.concatenate(given_masks) if any_given else [],
             "images": images,
         }
 
+    def with_image_data(self, table: pa.Table, bins: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
+        """Yield the bins with the bytes of their images, a row group at a time: they are most of a window, and lie
+        in memory once in the samples and once in the file that is written.
+
+        table: the records of the bins (`bin`); bins: the samples of each.
+        """
+        if self.image_data.null_count == len(self.image_data):
+            yield table
+            return
+        firsts = np.concatenate([[0], np.cumsum([len(images) for images in self.images])]).tolist()
+        for start in range(0, len(bins), BINS_PER_ROW_GROUP):
+            part = table.slice(start, BINS_PER_ROW_GROUP)
+            members = chain.from_iterable(bins[start : start + BINS_PER_ROW_GROUP])
+            places = [place for index in members for place in range(firsts[index], firsts[index + 1])]
+            images = part["images"].combine_chunks()
+            fields = dict(zip(IMAGES.value_type.names, images.flatten().flatten(), strict=True))
+            # Arrow's `take` would first copy all chunks into one.
+            fields["data"] = pa.array([self.image_data[place].as_py() for place in places], pa.large_binary())
+            lists = pa.ListArray.from_arrays(
+                np.concatenate([[0], images.value_lengths().to_numpy().cumsum()]).astype(np.int32),
+                pa.StructArray.from_arrays(list(fields.values()), fields=list(IMAGES.value_type)),
+            )
+            yield part.set_column(part.schema.get_field_index("images"), BINS.field("images"), lists)
+
     def rejected(self, index: int) -> dict[str, Any]:
-        record = {name: self.table[name][index].as_py() for name in ("id", "reason", "message", "source", "row")}
-        if record["reason"] is None:
-            record |= {"reason": NOTHING_TRAINED.reason, "message": NOTHING_TRAINED.message}
-        return record
+        reason, message = self.reasons[index], self.messages[index]
+        if reason is None:
+            reason, message = NOTHING_TRAINED.reason, NOTHING_TRAINED.message
+        return {
+            "id": self.row_ids[index], "reason": reason, "message": message, "source": self.sources[index],
+            "row": self.rows[index],
+        }  # fmt: skip
 
 
 def costed(
@@ -409,9 +459,20 @@ def pack_by_bucket(
     return kept + (pack(sorted(leftovers)) if leftovers else [])
 
 
-def _parquet(table: pa.Table, row_group_size: int, footer: dict[bytes, bytes]) -> bytes:
+def _without_data(images: pa.ChunkedArray) -> list[list[dict[str, Any]]]:
+    """The images of each row (`schema.IMAGES`) without their bytes."""
+    flat = pc.list_flatten(images)
+    names = [name for name in IMAGES.value_type.names if name != "data"]
+    records = pa.table({name: pc.struct_field(flat, name) for name in names}).to_pylist()
+    ends = np.cumsum(pc.list_value_length(images).to_numpy()).tolist()
+    return [records[start:stop] for start, stop in pairwise([0, *ends])]
+
+
+def _parquet(parts: Iterable[pa.Table], schema: pa.Schema, row_group_size: int, footer: dict[bytes, bytes]) -> bytes:
+    """Write a file of the parts of a table. Each part but the last has a multiple of `row_group_size` rows."""
     buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
-        writer.write_table(table, row_group_size=row_group_size)
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for part in parts:
+            writer.write_table(part, row_group_size=row_group_size)
         writer.add_key_value_metadata(footer)
     return buffer.getvalue()

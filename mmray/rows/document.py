@@ -96,6 +96,7 @@ class DocumentReader:
             raise UserError(f"data: chat_template_kwargs: {self._unread(min(unread))}")
         end = dataset.end_of_document or family.tokenizer.eos_token
         self._end = str(end) if dataset.kind == "pretrain" and end else ""
+        self._closings = tuple(mark for mark in (dataset.join_documents, self._end) if mark)
 
     def read(self, value: dict[str, Any], source: str) -> Document:
         """Reads a row as a document. Raises RowError with the field, the value and the remedy."""
@@ -115,13 +116,13 @@ class DocumentReader:
         document. That end is removed from the text and appended once later, whoever wrote it."""
         join, end = self.dataset.join_documents, self._end
         written = text.rstrip()
-        closing = next((mark for mark in (join, end) if mark and written.endswith(mark)), "")
-        if closing:
-            text = written.removesuffix(closing)
+        ends = written.endswith(self._closings)
+        if ends:
+            text = written.removesuffix(next(mark for mark in self._closings if written.endswith(mark)))
         pieces = [self._units(piece, "text") for piece in (text.split(join) if join else [text])]
         if len(pieces) > 1 and not end:
             raise RowError("special_token_in_text", "join_documents: the tokenizer has no end-of-document token")
-        return end.join(piece for piece, _ in pieces), sum(count for _, count in pieces), bool(closing)
+        return end.join(piece for piece, _ in pieces), sum(count for _, count in pieces), ends
 
     def _plain(self, text: str) -> str:
         """Replaces the model's image token in a text by plain words (`own_token_text`)."""

@@ -306,7 +306,7 @@ class Encoder:
         return rule, trained, messages
 
     def _sample(self, item: _Pending, ids: np.ndarray, given_mask: np.ndarray) -> Sample:
-        places = np.flatnonzero(ids == self.family.placeholder_id)
+        (places,) = (ids == self.family.placeholder_id).nonzero()
         tiles = self._tile_tokens(item.plans)
         if len(places) != sum(map(len, tiles)):
             raise RowError(
@@ -350,6 +350,8 @@ class Encoder:
         An image goes from its first label to the end of its last tile. ids: the tokens before splicing; places: the
         index of each tile's placeholder in ids; counts: as returned by `spliced_tiles`.
         """
+        if not plans:
+            return _NO_BLOCKS
         stops = counts.cumsum()
         blocks, tile = [], 0
         for plan in plans:
@@ -357,7 +359,7 @@ class Encoder:
             start = int(stops[first] - counts[first]) - self._label_tokens(plan, ids[:first])
             blocks.append((start, int(stops[last]) - start))
             tile += len(plan.tile_sizes)
-        return np.asarray(blocks, dtype=np.int32).reshape(-1, 2)
+        return np.asarray(blocks, dtype=np.int32)
 
     def _appended(self, item: _Pending) -> list[int]:
         """Returns the token ids to append to those of a row's text."""
@@ -537,3 +539,4 @@ def _typed_markers(loss: Loss, source: LossSource, family: Family) -> TypedMarke
 
 _BY_MESSAGES = (LossSource.MESSAGES, LossSource.ROLES)
 _NO_MESSAGES = np.zeros(0, dtype=np.int32)
+_NO_BLOCKS = np.zeros((0, 2), dtype=np.int32)

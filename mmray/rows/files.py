@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mmray.errors import UserError
 from mmray.rows.forms import NAMES, Form, detected_form, format_by_name
 from mmray.rows.huggingface import SavedRows, saved_version
-from mmray.rows.listing import listed_files
+from mmray.rows.listing import listed_files, warn_of_second_names
 from mmray.rows.records import READ_BYTES, RecordScan, row_starts
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.streams import BEGINNING, Entry, RowStream
@@ -193,11 +193,12 @@ def source_files(datasets: Sequence[DatasetSettings]) -> list[SourceFile]:
     files = []
     for number, dataset in enumerate(datasets):
         reading = _reading_of(dataset)
-        for pattern in dataset.files:
-            if dataset.format == "huggingface":
-                files.append(_saved_dataset(number, dataset, pattern))
-                continue
-            files += [_source_file(number, dataset, reading, *match) for match in listed_files(pattern)]
+        if dataset.format == "huggingface":
+            files += [_saved_dataset(number, dataset, folder) for folder in dataset.files]
+            continue
+        listed = [match for pattern in dataset.files for match in listed_files(pattern)]
+        warn_of_second_names(listed)
+        files += [_source_file(number, dataset, reading, *match) for match in listed]
     return files
 
 
@@ -280,7 +281,9 @@ def index_rows(file: SourceFile, max_rows: int | None = None) -> RowIndex:
     with opened_rows(file) as (opened, form):
         reading = _opened(file.reading, form)
         if form.format in ("parquet", "arrow"):
-            return RowIndex(file, form.format, reading, _numbers(num_table_rows(opened, form.format), max_rows))
+            return RowIndex(
+                file, form.format, reading, _numbers(num_table_rows(opened, form.format, reading.columns), max_rows)
+            )
         if form.format == "webdataset":
             shard = index_shard(opened, file.size, max_rows)
             return RowIndex(file, form.format, reading, shard.starts, (), shard.refused, shard.endings)

@@ -93,6 +93,8 @@ def detected_form(opened: BinaryIO, uri: str, expected: str, *, is_declared: boo
     Raises UserError for a file that holds no rows, and for one that is not of the format that the job declares.
     """
     head = _head(opened)
+    if not head and uri.lower().endswith(tuple(COMPRESSED_ENDINGS)):
+        raise UserError(f"{uri}: cannot be read as gzip or zstd: it has no bytes; copy it anew")
     compression: Compression = ""
     if head.startswith(b"\x1f\x8b"):
         compression = "gzip"

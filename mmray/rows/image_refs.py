@@ -40,8 +40,11 @@ def image_refs(value: dict[str, Any], source: str, dataset: DatasetSettings) -> 
 
     Raises RowError: `wrong_type`, `image_outside_root`, `image_credentials`.
     """
+    entries = _entries(value, dataset)
+    if not entries:
+        return ()
     root = image_folder(source, dataset)
-    return tuple(entry if isinstance(entry, ImageRef) else image_ref(entry, root) for entry in _entries(value, dataset))
+    return tuple(entry if isinstance(entry, ImageRef) else image_ref(entry, root) for entry in entries)
 
 
 def remote_images(value: dict[str, Any], source: str, dataset: DatasetSettings) -> list[str]:

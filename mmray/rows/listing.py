@@ -14,7 +14,7 @@ import posixpath
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -162,6 +162,27 @@ def _escaped(system: Any, path: str) -> str:
         named = "[" in part and not re.search("[*?]", part) and system.exists(literal)
         parts.append(part.replace("[", "[[]") if named else part)
     return "/".join(parts)
+
+
+# ---------------------------------------------------------------- several names
+
+
+def warn_of_second_names(files: Sequence[Listed]) -> None:
+    """Warns, once in a process, of files of a data set that are listed twice, by two patterns or by a link beside its
+    target: their rows are used twice."""
+    first_paths: dict[tuple[Any, ...], str] = {}
+    for system, path, info in files:
+        is_local = isinstance(system, LocalFileSystem)
+        first = first_paths.setdefault((info["ino"], info["size"], info["mtime"]) if is_local else (path,), path)
+        if first is not path and (first == path or (is_local and os.path.samefile(first, path))):
+            _warn_of_second_name(first, path)
+            return
+
+
+@functools.lru_cache
+def _warn_of_second_name(first: str, second: str) -> None:
+    names = f"{first} is listed twice" if first == second else f"{first} and {second} are one file"
+    log.warning("%s: each of its rows is used twice; name it once, or write repeat: 2", names)
 
 
 # ---------------------------------------------------------------- folders

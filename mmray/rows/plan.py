@@ -18,7 +18,7 @@ from mmray.base.ahead import in_order
 from mmray.errors import UserError
 from mmray.rows.dealing import DEALING, first_rows, lanes_of
 from mmray.rows.files import Chunk, DrawnPart, Piece, RowIndex, SourceFile, index_rows
-from mmray.rows.taking import Drawn, Taking
+from mmray.rows.taking import Drawn, Taking, shares_of
 from mmray.rows.webdataset import is_member
 
 STARTS_IN_MEMORY = 64 << 20
@@ -93,6 +93,26 @@ def rows_of_sets(indexed: Sequence[RowIndex], num_sets: int) -> list[int]:
     return [counts[number] for number in range(num_sets)]
 
 
+def limited_rows(indexed: Sequence[RowIndex], takings: Sequence[Taking], limit: int) -> list[int]:
+    """Deals a number of rows out to files: each set gets its share, at least one row, and in it each file its share.
+
+    takings: how the rows of each set are taken. Returns the rows of each file; their sum is `limit`, or all rows where
+    there are fewer. Raises UserError where sets with rows are more than `limit`.
+    """
+    before, parts = _rows_before(indexed), list[int]()
+    for index, first in zip(indexed, before.tolist(), strict=True):
+        (drawn,) = takings[index.file.dataset].passes or (Drawn(0, 0),)
+        parts.append(drawn.before(first + index.num_filled) - drawn.before(first))
+    if (filled := sum(taking.taken > 0 for taking in takings)) > limit:
+        raise UserError(f"--limit {limit}: there are {filled} sets, and each gets a row; give at least {filled}")
+    rows = [0] * len(parts)
+    for dataset, share in enumerate(shares_of(limit, [taking.taken for taking in takings], least=1)):
+        files = [number for number, index in enumerate(indexed) if index.file.dataset == dataset]
+        for file, count in zip(files, shares_of(share, [parts[file] for file in files]), strict=True):
+            rows[file] = count
+    return rows
+
+
 def first_taken(indexed: Sequence[RowIndex], takings: Sequence[Taking], num_sets: int) -> list[int]:
     """Counts the rows of each data set that are taken at least once; where all are, blank lines count.
 
@@ -128,7 +148,7 @@ class Plan:
 
     def __init__(
         self, indexed: Sequence[RowIndex], takings: Sequence[Taking] = (), *, window_rows: int, chunk_rows: int,
-        dealing: int = DEALING,
+        dealing: int = DEALING, most: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         """Deals the rows.
 
@@ -138,12 +158,13 @@ class Plan:
         chunk_rows: the rows of a chunk. Only the last chunk of all may be shorter.
         dealing: the version of dealing. 2: every window holds every file's share (`dealing.py`); 1: the files come one
             after another.
+        most: the most rows that a pass takes of each file, the first ones; None: all that `takings` says.
         """
         if window_rows % chunk_rows:
             raise ValueError(f"window_rows {window_rows} is no multiple of chunk_rows {chunk_rows}")
         self._indexed, self.window_rows, self.chunk_rows = indexed, window_rows, chunk_rows
         sets = [index.file.dataset for index in indexed]
-        self._passes = [taking.passes for taking in takings]
+        self._passes, self._most = [taking.passes for taking in takings], most
         self._before = _rows_before(indexed)
         taken_rows = [self._taken_of(file) for file in range(len(indexed))]
         lanes = lanes_of(taken_rows, sets, dealing)
@@ -157,7 +178,10 @@ class Plan:
         """Lists what the passes take of a file: (number of the pass, first taken row of the pass, stop)."""
         before, rows = int(self._before[file]), self._indexed[file].num_filled
         passes = self._passes[self._indexed[file].file.dataset]
-        return [(number, drawn.before(before), drawn.before(before + rows)) for number, drawn in enumerate(passes)]
+        parts = [(number, drawn.before(before), drawn.before(before + rows)) for number, drawn in enumerate(passes)]
+        if self._most is None:
+            return parts
+        return [(number, start, min(stop, start + self._most[file])) for number, start, stop in parts]
 
     def _taken_of(self, file: int) -> int:
         if not self._passes:

@@ -6,6 +6,8 @@ piece ended: an actor that reads every second chunk of a file decodes the file o
 group.
 """
 
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, BinaryIO, Protocol
@@ -22,14 +24,33 @@ from mmray.storage import file_system
 BATCH_ROWS = 16
 """Rows decoded at a time; each of the tables that are read side by side (`dealing.py`) holds so many rows."""
 _BUFFER_BYTES = 1 << 20
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 _NO_CONTENT = {"id", "images", "image"}
 
 
-def num_table_rows(opened: BinaryIO, format_: str) -> int:
-    """Counts the rows of an opened Parquet or Arrow file."""
+def num_table_rows(opened: BinaryIO, format_: str, columns: Sequence[str] = ()) -> int:
+    """Counts the rows of an opened Parquet or Arrow file.
+
+    columns: the columns that are used; () for all.
+
+    Raises OSError for a file that may lack rows, and where two columns that are used have one name.
+    """
     if format_ == "parquet":
-        return int(pq.ParquetFile(opened).metadata.num_rows)
-    return sum(batch.num_rows for batch in _arrow_batches(opened))
+        file = pq.ParquetFile(opened)
+        _check_names(file.schema_arrow.names, columns)
+        return int(file.metadata.num_rows)
+    rows = 0
+    for batch in _arrow_batches(opened):
+        _check_names(batch.schema.names, columns)
+        rows += batch.num_rows
+    return rows
+
+
+def _check_names(names: Sequence[str], columns: Sequence[str]) -> None:
+    """Raises OSError where two of the columns that are used have one name: a row can hold only one of them."""
+    repeated = [name for name, count in Counter(names).items() if count > 1 and (name in columns or not columns)]
+    if repeated:
+        raise OSError(f"two columns have the name {repeated[0]!r}; rename or drop one")
 
 
 def row_values(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any] | RowError]:
@@ -102,7 +123,7 @@ class TableRows:
             ends = self._groups.ends
             begin, end = (int(ends[self._group - 1]) if self._group else 0), int(ends[self._group])
             self._group = -1
-            raise UserError(f"{self.uri}: rows {begin} to {end - 1} cannot be read: {error}") from error
+            raise UserError(f"{self.uri}: rows {begin} to {end - 1} cannot be read: {one_line(error)}") from error
 
 
 class _ParquetGroups:
@@ -144,14 +165,25 @@ def _opened(uri: str) -> Any:
 
 
 def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
-    """Yields the batches of Arrow's file format or of its stream format, which `datasets` writes."""
-    begins_file = file.read(6) == b"ARROW1"
+    """Yields the batches of Arrow's file format or of its stream format, which `datasets` writes.
+
+    Raises OSError for a stream that may lack batches: one without its end mark may have been cut between two batches,
+    and of several streams in one file Arrow reads the first.
+    """
+    head = file.read(6)
     file.seek(0)
-    if begins_file:
+    if head == b"ARROW1":
         reader = pa.ipc.open_file(file)
         yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-    else:
-        yield from pa.ipc.open_stream(file)
+        return
+    yield from pa.ipc.open_stream(file)
+    end = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - len(_STREAM_END)))
+    if head.startswith(_STREAM_END[:4]) and file.read(len(_STREAM_END)) != _STREAM_END:
+        raise OSError("the mark of the stream's end is missing, so something may be cut off; write it anew")
+    if end < size:
+        raise OSError(f"the stream ends at byte {end} of {size}, as where streams were joined; write it as one stream")
 
 
 def used_columns(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:

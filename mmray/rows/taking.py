@@ -156,6 +156,31 @@ def taken_once(dataset: DatasetSettings, number: int, rows: int, seed: int) -> T
     return Taking(rows, taking.distinct, taking.seed)
 
 
+def shares_of(count: int, sizes: Sequence[int], *, least: int = 0) -> list[int]:
+    """Deals a number out in proportion to sizes: no share exceeds its size, and the largest remainders get one more.
+
+    least: 1: every size above 0 gets at least one, from the largest shares or, where there are more of them than
+    `count`, beyond it.
+
+    >>> shares_of(5, [12, 100])
+    [1, 4]
+    """
+    total = sum(sizes)
+    if count >= total:
+        return list(sizes)
+    exact = [Fraction(count * size, total) for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda number: (shares[number] - exact[number], number))
+    for number in by_remainder[: count - sum(shares)]:
+        shares[number] += 1
+    for number, size in enumerate(sizes):
+        if shares[number] < min(least, size):
+            largest = max(range(len(shares)), key=lambda number: shares[number])
+            shares[largest] -= shares[largest] > 1
+            shares[number] += 1
+    return shares
+
+
 def _taking(dataset: DatasetSettings, number: int, rows: int, seed: int, share: int) -> Taking:
     """Decides how often the rows of one data set are taken. share: the rows that it gives by its weight."""
     taken = rows

@@ -95,6 +95,8 @@ class _Row:
         """Adds a member by its ending. size: the bytes of the shard."""
         if not member.isreg():
             self.problem = RowError("bad_tar", f"member {member.name!r} is a link, no file; store the file itself")
+        if member.issparse():  # the bytes in the shard are not those of the file
+            self.problem = RowError("bad_tar", f"member {member.name!r} is stored sparse; run tar without --sparse")
         if member.offset_data + member.size > size:
             self.problem = RowError("bad_tar", f"the shard ends inside member {member.name!r}; write the shard anew")
         if ending in self.members:

@@ -1,12 +1,18 @@
 """A mistake in a job file is told at once: before torch and Ray, whose import takes seconds."""
 
 import os
+import runpy
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from mmray import cli
+from mmray.base.command_help import PlainCommand
 from tests.conftest import ROOT
 
 RUN = """
@@ -49,3 +55,26 @@ def test_a_typo_is_told_before_torch_and_ray_are_imported(words: list[str], tmp_
     assert done.returncode == 2, done.stderr
     assert "modle: unknown key; did you mean 'model'?" in done.stderr
     assert done.stdout.splitlines()[-1] == "imported:"
+
+
+SCRIPTS = ["jobs/prepare.py", "jobs/train.py", "jobs/evaluate.py", "jobs/verify.py", "jobs/demo.py"]
+COMMANDS = ["report", "estimate", "from-huggingface", "from-pdf", "verify", "inspect", "export", "doctor", "schema"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *SCRIPTS])
+def test_help_names_each_value_and_shows_no_types(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if command in COMMANDS:
+        app, words = cli.app, [command]
+    else:
+        main = runpy.run_path(str(ROOT / command), run_name=command)["main"]
+        app, words = typer.Typer(), []
+        app.command(cls=PlainCommand)(main)
+    monkeypatch.setenv("COLUMNS", "100")
+    done = CliRunner().invoke(app, [*words, "--help"])
+    assert done.exit_code == 0, done.output
+    assert "--help" in done.output
+    for sign in ("<", "--no-", "None"):
+        assert sign not in done.output, done.output
+    lines = [line.strip() for line in done.output.splitlines()]
+    broken = [line for line, after in pairwise(lines) if after and line.endswith((" the", " a", " in", " of"))]
+    assert all(len(line) > 80 or line.startswith("│") for line in broken), "paragraphs are broken by the terminal alone"

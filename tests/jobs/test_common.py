@@ -154,7 +154,40 @@ def test_an_evaluation_without_a_good_row_ends_with_a_refusal(
     """The table is printed before."""
     (tmp_path / "bad.jsonl").write_text('{"text": "<image>\\n12", "images": ["nowhere.png"]}\n')
     job = Job.model_validate(inputs.job(tmp_path))
-    what = {"model": "base", "checkpoint": None, "data": str(tmp_path / "bad.jsonl"), "limit": None, "replace": False}
+    what = {
+        "model": "base", "checkpoint": None, "data": str(tmp_path / "bad.jsonl"), "image_root": None, "limit": None,
+        "replace": False,
+    }  # fmt: skip
     with pytest.raises(UserError, match=r"none of the rows can be used: .*nowhere.png: no such file.*--replace"):
         evaluating.run(job, **what, verbose=False, address=None)  # type: ignore[arg-type]
     assert "1 bad row (1 image_missing)" in capsys.readouterr().out
+
+
+def test_an_evaluation_says_which_sets_it_leaves_out_and_what_is_to_be_done_with_bad_rows(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": "good", "text": "hello"}, {"id": "lost", "text": "<image>\n12", "images": ["nowhere.png"]}]
+    names = ("a", "b", "c")
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sets = [{"files": str(tmp_path / f"{name}.jsonl"), "kind": "pretrain"} for name in names]
+    job = Job.model_validate(inputs.job(tmp_path, data__eval=sets, evaluation={"sets": [2, 0]}))
+    what = {"model": "base", "checkpoint": None, "data": "eval", "image_root": None, "replace": False}
+    for limit, said in (
+        (None, ""),
+        (None, ": evaluated already; --replace does it anew, when its bad rows are mended too"),
+    ):
+        evaluating.run(job, **what, limit=limit, verbose=False, address=None)  # type: ignore[arg-type]
+        printed = capsys.readouterr().out
+        folder = f"{tmp_path}"
+        assert (
+            f"of data.eval, evaluation.sets chooses set 2 ({folder}/c.jsonl), set 0 ({folder}/a.jsonl) and leaves out "
+            f"set 1 ({folder}/b.jsonl)"
+        ) in printed
+        assert said in printed
+        assert "takes its place" not in printed
+    job = job.model_copy(update={"images": job.images.model_copy(update={"grid": (2, 2)})})
+    evaluating.run(job, **what, limit=None, verbose=False, address=None)  # type: ignore[arg-type]
+    assert "base holds an evaluation of other rows, settings or weights; this one takes its place" in (
+        capsys.readouterr().out
+    )

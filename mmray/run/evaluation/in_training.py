@@ -22,6 +22,7 @@ from mmray.batches.micro_batch import MicroBatch, Place, Rendered, render
 from mmray.batches.plan import BatchMaker, BatchPlan
 from mmray.config.resources import TileCacheSettings
 from mmray.prepared import PreparedDataset
+from mmray.rows.taking import shares_of
 from mmray.run.evaluation.rows import sample_bin, small_picture
 from mmray.run.plan import RunPlan
 from mmray.schedule.schedule import Schedule
@@ -136,7 +137,8 @@ def kinds_of(prepared: PreparedDataset) -> list[RowKind]:
 
 
 def chosen_rows(prepared: PreparedDataset, count: int, sets: Sequence[int] | None) -> list[ChosenRow]:
-    """The rows that evaluations read: of each set its share, evenly spaced in the dataset. sets: None for all.
+    """The rows that evaluations read: of each set its share, at least one, evenly spaced in the dataset. sets: None for
+    all.
 
     Pages without an image are left out, because nothing stands before their text.
     """
@@ -153,12 +155,12 @@ def chosen_rows(prepared: PreparedDataset, count: int, sets: Sequence[int] | Non
                 if sample in with_images or kinds[set_number] != "pretrain":
                     by_set[set_number].append(ChosenRow(number, sample, set_number, sample in with_images, tokens))
     wanted = {number: rows for number, rows in by_set.items() if rows and (sets is None or number in sets)}
-    total = sum(map(len, wanted.values()))
-    chosen = []
-    for rows in wanted.values():
-        share = min(len(rows), max(1, round(count * len(rows) / total))) if count else 0
-        chosen += [rows[int(place)] for place in np.linspace(0, len(rows) - 1, share).round()] if share else []
-    return chosen
+    shares = shares_of(count, [len(rows) for rows in wanted.values()], least=1) if count else []
+    return [
+        rows[int(place)]
+        for rows, share in zip(wanted.values(), shares)
+        for place in np.linspace(0, len(rows) - 1, share).round()
+    ]
 
 
 def dealt_rows(

@@ -47,6 +47,8 @@ class EvaluatedModel:
             raise UserError("give --model or --checkpoint, not both")
         if folder == BASE or (folder is not None and job.model.path is not None and _same(folder, job.model.path)):
             return cls(BASE, "base")
+        if folder is not None and "://" in folder:
+            raise UserError(f"--model {folder}: only a local folder can be loaded; copy it here")
         if folder is not None:
             if Path(folder, "adapter_config.json").exists():
                 raise UserError(
@@ -86,6 +88,14 @@ class EvaluatedModel:
                 }
             )  # fmt: skip
             return _on(device, build_model(loaded))
+
+    def files(self, job: Job) -> list[str]:
+        """The files of a local folder of weights with their sizes and times, by which others are noticed. A checkpoint
+        is named by its folder, which never changes."""
+        folder = {"base": job.model.path or "", "folder": self.path, "checkpoint": ""}[self.kind]
+        if not folder or not Path(folder).is_dir():
+            return []
+        return [f"{name} {state.size} {state.version}" for name, state in Folder(folder).files().items()]
 
     def _exported(self, job: Job) -> str | None:
         """The local folder into which the run has exported this checkpoint; None where it has not."""

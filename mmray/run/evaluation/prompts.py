@@ -80,7 +80,7 @@ class PromptCutter:
         return [
             ReadingTask(
                 number,
-                self._asked(ids, batch.masked.blocks) if by_document and self._prompt else ids[:start],
+                self._asked(ids, batch.masked.blocks) if by_document and self._prompt is not None else ids[:start],
                 *pictures.before(start, self.family),
                 self.text(ids[start:stop]),
                 int(sum(token not in self._ends for token in ids[start:stop].tolist())),

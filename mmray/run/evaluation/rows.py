@@ -5,12 +5,13 @@
 Without Ray one process does all three; `pipelines/evaluate.py` runs them on actors.
 """
 
+import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,12 +26,12 @@ from mmray.images import TilingPolicy, load_image
 from mmray.loss.rules import LossRule
 from mmray.prepared import Bin
 from mmray.rows.encode import Encoder
-from mmray.rows.files import Chunk, SourceFile, first_piece, source_files
-from mmray.rows.plan import Plan, indexed_files, rows_of_sets
+from mmray.rows.files import Chunk, first_piece, source_files
+from mmray.rows.plan import Plan, indexed_files, limited_rows, rows_of_sets
 from mmray.rows.read import RowReader, chunk_rows, read_piece
 from mmray.rows.sample import RejectedRow, Sample
 from mmray.rows.settings import DatasetSettings
-from mmray.rows.taking import Taking, chooses_rows, taken_once
+from mmray.rows.taking import taken_once
 from mmray.run.scoring.results import BadRow
 from mmray.storage import explained
 
@@ -40,7 +41,13 @@ CHUNK_ROWS = 128
 PICTURE_SIDE = 640
 """Longest side, in pixels, of the picture of a page in a report."""
 
-Splits = Literal["train", "eval"]
+_TELLING_FIELDS: dict[RowKind, tuple[str, ...]] = {
+    "chat": ("messages", "conversations"), "tokenized": ("input_ids",), "pretrain": ("text",),
+}  # fmt: skip
+"""Fields by which the kind of a row is known."""
+
+_FIRST_LINES = 100
+"""Lines of a file among which one is not blank, and tells its kind."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +71,30 @@ class EvaluationData:
     sets: tuple[RowSet, ...]
     seed: int = 0
     """Seed by which rows of the sets are drawn (`data.seed`)."""
+    left_out: tuple[int, ...] = ()
+    """Numbers of the split's sets that `evaluation.sets` leaves out."""
 
     @classmethod
-    def of(cls, job: Job, data: str) -> "EvaluationData":
+    def of(cls, job: Job, data: str, image_root: str | None = None) -> "EvaluationData":
         """The rows of a split, or of a file that is read like the job's set of the same kind.
+
+        image_root: the folder that the images of a file are relative to; None for the file's own.
 
         Raises UserError for a split without rows.
         """
         if data in ("train", "eval"):
+            if image_root is not None:
+                raise UserError(f"--image-root is for --data FILE; data.{data} has its own in the job file")
             split = getattr(job.data, data)
             if not split:
                 raise UserError("data.eval has no rows; give --data train, or a file of rows")
             chosen = job.evaluation.sets if job.evaluation and data == "eval" else None
             numbers = range(len(split)) if chosen is None else chosen
             sets = tuple(RowSet(str(number), split[number], number) for number in numbers)
-            return cls(data, sets, job.data.seed)
-        like = [*job.data.eval, *job.data.train]
-        file = data if "://" in data else str(data)
-        (source, *_) = source_files([DatasetSettings(files=(file,), kind="pretrain")])
-        kind = _kind_of(source)
-        first = next((dataset for dataset in like if dataset.kind == kind), None)
-        dataset = DatasetSettings(files=(file,), kind=kind)
-        if first is not None:
-            all_rows = {"repeat": None, "max_rows": None, "take": "sampled", "weight": None}
-            dataset = first.model_copy(update={"files": (file,), "format": "auto", "members": (), **all_rows})
-        return cls(data, (RowSet(PurePosixPath(file).name, dataset),))
+            left_out = tuple(number for number in range(len(split)) if number not in numbers)
+            return cls(data, sets, job.data.seed, left_out)
+        dataset = _dataset_of(job, data)
+        return cls(data, (RowSet(PurePosixPath(data).name, dataset.model_copy(update={"image_root": image_root})),))
 
     @property
     def datasets(self) -> tuple[DatasetSettings, ...]:
@@ -96,29 +102,40 @@ class EvaluationData:
         return tuple(row_set.dataset for row_set in self.sets)
 
     def chunks(self, limit: int | None) -> list[Chunk]:
-        """The chunks of all rows, or of the first `limit` rows as they are dealt: each file's share.
+        """The chunks of all rows, or of `limit` rows in all: each set's share, at least one row, and of a set the first
+        rows of each file, each file's share.
 
-        Rows that preparing leaves out (`max_rows`, `repeat` below 1) are left out; no row is taken twice.
+        Blank lines are no rows. Rows that preparing leaves out (`max_rows`, `repeat` below 1) are left out; no row is
+        taken twice. Raises UserError where there is no row, and for a limit below the number of sets.
         """
-        indexed, takings = indexed_files(source_files(self.datasets)), list[Taking]()
-        if any(map(chooses_rows, self.datasets)):
-            counts = rows_of_sets(indexed, len(self.sets))
-            takings = [
-                taken_once(row_set.dataset, row_set.number, count, self.seed)
-                for row_set, count in zip(self.sets, counts, strict=True)
-            ]
-        plan = Plan(indexed, takings, window_rows=CHUNK_ROWS, chunk_rows=CHUNK_ROWS)
-        windows = plan.num_windows if limit is None else min(plan.num_windows, -(-limit // CHUNK_ROWS))
-        return list(plan.chunks(range(windows)))
+        indexed = indexed_files(source_files(self.datasets))
+        takings = [
+            taken_once(row_set.dataset, row_set.number, count, self.seed)
+            for row_set, count in zip(self.sets, rows_of_sets(indexed, len(self.sets)), strict=True)
+        ]
+        if not any(taking.taken for taking in takings):
+            files = ", ".join(file for dataset in self.datasets for file in dataset.files)
+            raise UserError(f"there is no row to evaluate in {files:.500}")
+        most = None if limit is None else limited_rows(indexed, takings, limit)
+        plan = Plan(indexed, takings, window_rows=CHUNK_ROWS, chunk_rows=CHUNK_ROWS, most=most)
+        return list(plan.chunks())
 
 
-def _kind_of(file: SourceFile) -> RowKind:
-    """The kind of the rows of a file, by its first row."""
-    row = next(read_piece(first_piece(file, 1)), None)
+def _dataset_of(job: Job, file: str) -> DatasetSettings:
+    """How the rows of a file are read: like the job's first set of the same kind, by the columns of the first row."""
+    (source, *_) = source_files([DatasetSettings(files=(file,), kind="pretrain")])
+    whole_rows = replace(source, reading=replace(source.reading, columns=()))
+    row = next(read_piece(first_piece(whole_rows, _FIRST_LINES)), None)
     names = set(row.value) if row is not None and isinstance(row.value, dict) else set()
-    if names & {"messages", "conversations"}:
-        return "chat"
-    return "tokenized" if "input_ids" in names else "pretrain"
+    sets = (*job.data.eval, *job.data.train)
+    for kind, fields in _TELLING_FIELDS.items():
+        of_kind = [dataset for dataset in sets if dataset.kind == kind]
+        like = next((dataset for dataset in of_kind if names & set(map(dataset.column, fields))), None)
+        if like is not None or names & set(fields) or kind == "pretrain":
+            like = like or next(iter(of_kind), DatasetSettings(files=(file,), kind=kind))
+            all_rows = {"repeat": None, "max_rows": None, "take": "sampled", "weight": None}
+            return like.model_copy(update={"files": (file,), "format": "auto", "members": (), **all_rows})
+    raise AssertionError("the last kind takes every row")
 
 
 @dataclass(frozen=True)
@@ -144,10 +161,10 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows of like length that are read together, and the bad rows of their chunk (with its first batch)."""
+    """Rows of like length that are read together, or the bad rows of a chunk."""
 
     name: str
-    """The chunk's number and the batch's within it."""
+    """A name that no batch of other rows has, also where an evaluation continues."""
     rows: tuple[EvaluationRow, ...]
     bad: tuple[BadRow, ...] = ()
 
@@ -165,9 +182,8 @@ class RenderedBatch:
 class RowEncoder:
     """Encodes chunks of rows into batches of like length. It holds the tokenizer: one in each process is enough."""
 
-    def __init__(self, job: Job, data: EvaluationData, *, batch_rows: int, limit: int | None = None) -> None:
-        """limit: number of rows after which all others are left out."""
-        self.job, self._data, self._batch_rows, self._limit = job, data, batch_rows, limit
+    def __init__(self, job: Job, data: EvaluationData, *, batch_rows: int) -> None:
+        self.job, self._data, self._batch_rows = job, data, batch_rows
         self._reader = RowReader()
 
     @cached_property
@@ -185,26 +201,33 @@ class RowEncoder:
         datasets = [dataset.model_copy(update={"loss": None}) for dataset in self._data.datasets]
         return Encoder(self.job.data.lenient, datasets, self.family, self.policy, self.job.packing, loss="sampled")
 
-    def batches(self, chunk: Chunk) -> Iterator[RowBatch]:
-        """Yields the batches of a chunk, the longest rows first. Raises UserError for a file that cannot be read."""
+    def batches(self, chunk: Chunk, done: Container[int] = ()) -> Iterator[RowBatch]:
+        """Yields the batches of a chunk, the longest rows first.
+
+        done: numbers of rows that are left out. Raises UserError for a file that cannot be read.
+        """
         with explained(f"{chunk.pieces[0].uri} or its images"):
-            raw = list(chunk_rows(chunk, self._reader))
-            if self._limit is not None:
-                raw = raw[: max(0, self._limit - chunk.first_row)]
-            results = self._encoder.encode(raw)
+            numbered = list(enumerate(chunk_rows(chunk, self._reader), start=chunk.first_row))
+            numbered = [(number, row) for number, row in numbered if number not in done]
+            results = self._encoder.encode([row for _, row in numbered]) if numbered else []
         bad, rows = [], []
-        for number, (row, result) in enumerate(zip(raw, results), start=chunk.first_row):
+        for (number, row), result in zip(numbered, results, strict=True):
             row_set = self._data.sets[row.dataset]
             if isinstance(result, RejectedRow):
                 bad.append(BadRow(result.id, result.source, row_set.name, result.reason, result.message))
             else:
                 rows.append(EvaluationRow(number, row_set.name, row_set.dataset.kind, bin_of(result, number)))
         rows.sort(key=lambda row: len(row.bin.input_ids), reverse=True)
-        groups = [rows[start : start + self._batch_rows] for start in range(0, len(rows), self._batch_rows)] or [[]]
-        for number, group in enumerate(groups):
-            yield RowBatch(
-                f"{chunk.window:06d}-{chunk.index:04d}-{number:04d}", tuple(group), tuple(bad if number == 0 else ())
-            )
+        if bad:
+            yield RowBatch(f"{chunk.first_row:09d}-bad", (), tuple(bad))
+        for start in range(0, len(rows), self._batch_rows):
+            group = rows[start : start + self._batch_rows]
+            yield RowBatch(_name_of(group), tuple(group))
+
+
+def _name_of(rows: Sequence[EvaluationRow]) -> str:
+    numbers = np.asarray([row.number for row in rows], dtype="<i8")
+    return f"{numbers[0]:09d}-{hashlib.blake2b(numbers.tobytes(), digest_size=4).hexdigest()}"
 
 
 def bin_of(sample: Sample, number: int) -> Bin:
@@ -283,9 +306,3 @@ def as_rows(data: EvaluationData) -> list[dict[str, Any]]:
         {"name": row_set.name, "kind": row_set.dataset.kind, "files": list(row_set.dataset.files)}
         for row_set in data.sets
     ]
-
-
-def rows_left(chunks: Sequence[Chunk], limit: int | None) -> int:
-    """Number of rows of chunks, blank lines included."""
-    total = sum(chunk.num_rows for chunk in chunks)
-    return total if limit is None else min(total, limit)

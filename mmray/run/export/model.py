@@ -106,7 +106,7 @@ def export_model(
     adapter_of = None
     if adapter is not None and form == "apart":
         adapter_of = f"./{BASE_FOLDER}" if adapter.base is None else settings.path
-    with explained(out), library_write_errors(), writing_folder(out, replaces=SIDECAR if replace else None) as folder:
+    with explained(out), library_write_errors(), writing_folder(out, replaces=replace) as folder:
         copy_processor(settings.processor_source, folder)
         if adapter is None:
             _fill(model, checkpoint, final)

@@ -1,8 +1,9 @@
 """The `evaluation`, `keep_best` and `early_stopping` parts of the job file."""
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mmray.base.settings import Settings
 from mmray.run.scoring.metrics import Normalisation
@@ -49,13 +50,21 @@ class EvaluationSettings(Settings):
 
     prompt: str | None = None
     """Text with which `pretrain` rows are asked for, instead of what stands in them before their text. `<image>` stands
-    for each image; without it the images come first. null: the row's images and what stands before its text."""
+    for each image; without it the images come first. Special tokens in it are read as such. null: the row's images and
+    what stands before its text."""
 
     metrics: Annotated[tuple[ReadingMetric, ...], Field(min_length=1)] = READING_METRICS
     """Metrics of generated texts that are written to metrics.jsonl and to trackers."""
 
     normalisation: Normalisation = Normalisation()
     """Differences between texts that do not count as errors."""
+
+    @field_validator("sets")
+    @classmethod
+    def _names_each_set_once(cls, sets: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if sets is not None and len(set(sets)) < len(sets):
+            raise ValueError(f"{list(sets)} names a set twice, whose rows would count twice; name each once")
+        return sets
 
 
 BestMetric = Literal[
@@ -92,8 +101,11 @@ class EarlyStoppingSettings(Settings):
 
 
 def is_better(value: float, best: float | None, *, metric: str, mode: str | None, min_delta: float = 0.0) -> bool:
-    """True if a value of a metric improves on the best one so far by more than `min_delta`; None: there is none yet."""
-    if best is None:
+    """True if a value of a metric improves on the best one so far by more than `min_delta`; None: there is none yet.
+    What is not a number improves on nothing."""
+    if math.isnan(value):
+        return False
+    if best is None or math.isnan(best):
         return True
     largest = (mode or ("max" if metric == "eval_exact_match" else "min")) == "max"
     return value > best + min_delta if largest else value < best - min_delta

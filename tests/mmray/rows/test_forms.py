@@ -60,16 +60,16 @@ def as_csv(rows: list[dict], delimiter: str = ",") -> bytes:
     return text.getvalue().encode()
 
 
-def as_arrow(rows: list[dict], new: object) -> bytes:
-    sink, table = io.BytesIO(), pa.Table.from_pylist(rows)
+def as_arrow(rows: list[dict] | pa.Table, new: object) -> bytes:
+    sink, table = io.BytesIO(), rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
     with new(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=9)
     return sink.getvalue()
 
 
-def as_parquet(rows: list[dict]) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=9)
+def as_parquet(rows: list[dict] | pa.Table) -> bytes:
+    sink, table = io.BytesIO(), rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+    pq.write_table(table, sink, row_group_size=9)
     return sink.getvalue()
 
 
@@ -176,6 +176,7 @@ def test_a_file_of_several_members_is_entered_at_the_last_one_before_its_rows(
     assert [row.value for row in read_piece(last)] == ROWS[-5:]
 
 
+TWO_TEXTS = pa.table([["a"], ["b"]], names=["text", "text"])
 DAMAGED = {
     "cut.jsonl.gz": FORMS["rows.jsonl.gz"][:-9],
     "half.jsonl.gz": FORMS["rows.jsonl.gz"][: len(FORMS["rows.jsonl.gz"]) // 2],
@@ -193,6 +194,12 @@ DAMAGED = {
     "empty.csv": b"",
     "macintosh.csv": b"id,text\r1,a\r2,b\r",
     "odd.jsonl": FORMS["le.jsonl"][:-1],
+    "nothing.jsonl.gz": b"",
+    "nothing.zst": b"",
+    "between-batches.arrow": FORMS["stream.arrow"][:-8],
+    "joined.arrow": 2 * FORMS["stream.arrow"],
+    "two.parquet": as_parquet(TWO_TEXTS),
+    "two.arrow": as_arrow(TWO_TEXTS, pa.ipc.new_file),
 }
 
 

@@ -150,3 +150,24 @@ def test_brackets_in_the_names_of_folders_and_files_are_taken_as_written(tmp_pat
 def test_a_file_called_like_a_glob_does_not_hide_the_others(shards: Path) -> None:
     (shards / "data/*.jsonl").write_text('{"id": "star", "text": "x"}\n')
     assert sorted(ids(f"{shards}/data/*.jsonl")) == ["0", "1", "2", "star"]
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [("data/part-0.jsonl", "is listed twice"), ("data/linked.jsonl", "are one file"), ("data/hard.jsonl", "one file")],
+)
+def test_a_file_that_has_two_names_in_a_set_is_told(
+    shards: Path, second: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (shards / "data/linked.jsonl").symlink_to("part-0.jsonl")
+    (shards / "data/hard.jsonl").hardlink_to(shards / "data/part-0.jsonl")
+    assert ids(f"{shards}/data/part-0.jsonl", f"{shards}/{second}") == ["0", "0"]
+    (message,) = [record.message for record in caplog.records]
+    assert said in message
+    assert str(shards / "data/part-0.jsonl") in message
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "file::c.jsonl", "per%20cent.jsonl", "a#b?.jsonl", "two\nlines.jsonl"])
+def test_a_local_name_is_taken_as_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"id": "x", "text": "x"}\n')
+    assert ids(f"{tmp_path}/{name}") == ids(f"{tmp_path}/*.jsonl") == ["x"]

@@ -95,7 +95,8 @@ def test_a_default_resolution_stays_out_of_the_record(processors: dict[str, Any]
     ("name", "reason"),
     [
         ("scan.pdf#page=9", "pdf_page"), ("scan.pdf#pages=3-9", "placeholder_count"),
-        ("scan.pdf#pages=x", "wrong_type"),
+        ("scan.pdf#pages=x", "wrong_type"), ("scan.pdf#pages=1-1&dpi=0", "wrong_type"),
+        ("scan.pdf#page=1&dpi=0", "image_missing"), ("scan.pdf#page=-1", "image_missing"),
         ("../other/scan.pdf#page=1", "image_outside_root"), ("no.pdf#page=1", "image_missing"),
         ("scan.pdf", "image_unreadable"), ("three.tif#page=7", "image_page"),
     ],

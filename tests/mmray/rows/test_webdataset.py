@@ -419,3 +419,17 @@ def test_the_shards_that_people_have(tmp_path: Path) -> None:
     (row,) = rows_of(str(ODD_ROWS / "tenth/s-0000.tar"))
     assert shown(row.value)["images"] == [f"0001.{number}.png" for number in range(12)]
     assert row.notes == ("image_order",)
+
+
+def test_a_member_whose_bytes_are_stored_with_holes_is_refused(place: str) -> None:
+    """`tar --sparse` stores a file's bytes without its zeros, so the range of the shard is not the file."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name, kind in (("a.txt", tarfile.GNUTYPE_SPARSE), ("b.txt", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.size = kind, 4
+            archive.addfile(member, io.BytesIO(b"text"))
+    write(place, content.getvalue())
+    bad, good = rows_of(place)
+    assert "is stored sparse; run tar without --sparse" in bad.value.message
+    assert good.value["text"] == "text"

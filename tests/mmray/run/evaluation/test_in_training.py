@@ -227,6 +227,7 @@ def test_evaluations_that_never_come_and_rows_that_are_trained_on_are_told(
             "evaluation.every_steps is 2 and training.eval_every_steps is 3",
         ),
         ({"evaluation": {"sets": [2]}}, "evaluation.sets: 2, but data.eval has 2 sets"),
+        ({"evaluation": {"sets": [1, 0, 1]}}, "names a set twice"),
         ({"evaluation": {"every_steps": 2}, "data__eval": []}, "data.eval has no rows"),
     ],
 )

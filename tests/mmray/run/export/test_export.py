@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,32 @@ def leaves(value, path=""):
         return {path: value}
     inner = value.items() if isinstance(value, dict) else enumerate(value)
     return {name: leaf for key, each in inner for name, leaf in leaves(each, f"{path}.{key}".lstrip(".")).items()}
+
+
+@dataclass(frozen=True)
+class WithParts(Case):
+    """A case with a frozen part, and parts with rates of their own: several groups of weights."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        parts = {"vision": "frozen", "projector": {"learning_rate": 1e-2}, "embeddings": {"learning_rate": 1e-4}}
+        return {"parts": parts}
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_frozen_weights_and_groups_of_weights_are_exported(make_case, tmp_path, stage, dtype):
+    """Also as fp32 from a bf16 training, which keeps masters only of what it trains."""
+    plain = make_case("qwen2_vl", stage, dtype)
+    case = WithParts(plain.member, stage, dtype, plain.processor, plain.prepared, plain.run)
+    engine = trained({2: [case]})[case]
+    before = dict(build_model(case.model).named_parameters())
+    export_model(str(case.run), str(tmp_path / "out"))
+    model = load(tmp_path / "out", case)
+    check_equal(model, engine)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert any(".language_model." in name for name in changed)
+    assert {name for name in changed if ".visual." in name} <= {name for name in before if ".merger." in name}
+    export_model(str(case.run), str(tmp_path / "fp32"), dtype="fp32")
+    for name, weight in load(tmp_path / "fp32", case).named_parameters():
+        expected = engine["masters"].get(name, engine["weights"][name])
+        assert torch.equal(weight, expected.float()), name

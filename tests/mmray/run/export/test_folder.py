@@ -63,6 +63,19 @@ def test_a_second_export_is_byte_equal(case, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(case, tmp_path, umask):
+    """Also weights, which safetensors writes for the user alone."""
+    before = os.umask(umask)
+    try:
+        export_model(str(case.run), str(tmp_path / "out"))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "mmray.json", "README.md"} <= modes.keys()
+    assert set(modes.values()) == {0o666 & ~umask}
+
+
 def test_tied_weights_stay_tied(case, tmp_path):
     export_model(str(case.run), str(tmp_path / "out"))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
@@ -85,7 +98,7 @@ def test_a_checkpoint_a_run_and_a_uri_give_the_same(case, tmp_path):
     expected = files(tmp_path / "0")
     assert all(files(tmp_path / str(number)) == expected for number in range(1, len(sources)))
     assert {name: remote.cat(f"/bucket/model/{name}") for name in expected} == expected
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="is an earlier export: give --replace"):
         export_model(sources[0], "memory://bucket/model")
     export_model(sources[0], "memory://bucket/model", replace=True)
     assert {name: remote.cat(f"/bucket/model/{name}") for name in expected} == expected
@@ -216,13 +229,56 @@ def test_a_folder_that_is_taken_is_kept(run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    assert "is there already: give another folder" in refusal(run, out)
-    assert "it is no earlier export" in refusal(run, out, replace=True)
+    for replace in (False, True):
+        assert "is there already and holds no mmray.json, so it is no earlier export" in refusal(
+            run, out, replace=replace
+        )
     assert contents(out) == {"thesis.tex": b"years of work"}
     export_model(str(run), str(tmp_path / "model"))
+    assert "is an earlier export: give --replace to replace it" in refusal(run, tmp_path / "model")
     (tmp_path / "model" / "mine.txt").write_text("a note")
     export_model(str(run), str(tmp_path / "model"), replace=True)
     assert not (tmp_path / "model" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("how", ["empty", "dot", "home", "uri", "link"])
+def test_a_folder_is_kept_however_it_is_named(run, tmp_path, monkeypatch, how):
+    """What is looked at is what would be replaced."""
+    out = tmp_path / "work"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(out)
+    name = {"empty": "", "dot": ".", "home": "~/work", "uri": f"file://{out}", "link": str(tmp_path / "link")}[how]
+    for replace in (False, True):
+        with pytest.raises(UserError, match=r"work is there already and holds no mmray\.json"):
+            export_model(str(run), name, replace=replace)
+    assert contents(out) == {"thesis.tex": b"years of work"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run", "work"]
+
+
+def test_what_came_while_an_export_ran_is_kept(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def comes_meanwhile(*arguments):
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+        return "read me"
+
+    monkeypatch.setattr("mmray.run.export.model.readme", comes_meanwhile)
+    assert "is there already and holds no mmray.json" in refusal(run, out)
+    assert contents(out) == {"thesis.tex": b"years of work"}
+    assert not list(tmp_path.glob(".out.*"))
+
+
+def test_an_export_replaces_the_folder_that_a_link_names(run, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for replace in (False, True):
+        export_model(str(run), str(tmp_path / "link"), replace=replace)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "config.json").exists()
 
 
 def test_a_processor_that_has_changed_is_told(case, run, tmp_path):

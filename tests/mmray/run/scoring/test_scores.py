@@ -2,7 +2,8 @@
 
 import pytest
 
-from mmray.run.evaluation import Normalisation, Scores, score_row
+from mmray.run.scoring import Normalisation, Scores, score_row
+from mmray.run.scoring.settings import is_better
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,15 @@ def test_what_is_no_error(settings, same, other):
     assert score_row(*same, normalisation).is_exact
     assert not score_row(*other, normalisation).is_exact
     assert score_row(*other, normalisation).character_errors > 0
+
+
+def test_what_is_not_a_number_is_never_the_best():
+    """A run whose first evaluation overflowed still finds its best one."""
+    for metric, better, worse in (("eval_loss", 1.0, 2.0), ("eval_exact_match", 0.5, 0.1)):
+        assert not is_better(float("nan"), None, metric=metric, mode=None)
+        assert not is_better(float("nan"), worse, metric=metric, mode=None)
+        assert is_better(better, None, metric=metric, mode=None)
+        assert is_better(worse, float("nan"), metric=metric, mode=None), "as a checkpoint of earlier versions may hold"
+        assert is_better(better, worse, metric=metric, mode=None)
+        assert not is_better(worse, better, metric=metric, mode=None)
+        assert is_better(worse, better, metric=metric, mode="max" if metric == "eval_loss" else "min")
