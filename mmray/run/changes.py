@@ -30,4 +30,4 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
     """The values inside of groups of settings, by their names with dots; a list is one value."""
     if not isinstance(value, dict) or not value:
         return {name: value}
-    return {inner: leaf for key, each in value.items() for inner, leaf in _leaves(each, f"{name}.{key}").items()}
+    return {inner: leaf for key, held in value.items() for inner, leaf in _leaves(held, f"{name}.{key}").items()}
