@@ -29,8 +29,8 @@ from mmray.prepared.writer import PreparedWriter
 from mmray.rows.dealing import dealing_of
 from mmray.rows.document import DROPPED_THOUGHTS
 from mmray.rows.duplicates import DuplicateRows, chunk_id_hashes
-from mmray.rows.files import Chunk, Piece, SourceFile, check_unchanged, set_files, source_files
-from mmray.rows.plan import Plan, Progress, by_window, first_taken, indexed_files, no_progress
+from mmray.rows.files import Chunk, Piece, RowIndex, SourceFile, check_unchanged, set_files, source_files
+from mmray.rows.plan import Plan, Progress, by_window, first_taken, indexed_files, no_progress, rows_of_sets
 from mmray.rows.preflight import FIRST_ROWS, check_first_rows, set_name
 from mmray.rows.rejections import SetRows
 from mmray.rows.settings import DatasetSettings
@@ -114,14 +114,13 @@ def prepare_files(
         writer.tidy()
         return PreparedDataset(context.path), False
     indexed = indexed_files(files, on_files)
+    _check_rows(context, indexed)
     set_tokens = None if replace else writer.tokens_per_row()
     set_tokens = tokens_per_row(context, indexed) if set_tokens is None else set_tokens
     takings = decided_takings(context, indexed, set_tokens)
     plan = Plan(
         indexed, takings, window_rows=packing.window_rows, chunk_rows=packing.chunk_rows, dealing=context.dealing
     )
-    if not plan.num_rows:
-        raise UserError(f"data.{context.split}: the files hold no rows: {', '.join(file.uri for file in files)}")
     for number, taking in enumerate(takings):
         log.info("%s: %s", set_name(context.split, number, context.datasets[number]), taking)
     rejections = _Rejections(context, first_taken(indexed, takings, len(context.datasets)))
@@ -172,6 +171,15 @@ def prepare_files(
     )
     _warn_of_oddities(prepared)
     return prepared, True
+
+
+def _check_rows(context: PrepareContext, indexed: Sequence[RowIndex]) -> None:
+    """Raise UserError for a set whose files hold no rows."""
+    for number, rows in enumerate(rows_of_sets(indexed, len(context.datasets))):
+        if not rows:
+            names = ", ".join(index.file.uri for index in indexed if index.file.dataset == number)
+            name = set_name(context.split, number, context.datasets[number])
+            raise UserError(f"{name}: its files hold no rows: {names:.500}; name others, or leave the set out")
 
 
 def _turns(missing: list[int], plans_first: bool) -> list[list[int]]:

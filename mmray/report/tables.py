@@ -17,6 +17,7 @@ from mmray.report.prepared import rejects, set_lines
 from mmray.report.rows import PERCENTILES, RowFacts
 from mmray.report.run import Run
 from mmray.run.metrics import SHARE_STEPS
+from mmray.run.scoring.page import NAMES
 
 
 def prepared_table(prepared: PreparedDataset) -> Table:
@@ -119,6 +120,10 @@ def run_table(run: Run) -> Table:
     if run.evaluations:
         _add_evaluations(table, run, "eval_loss", "eval loss")
         _add_evaluations(table, run, "eval_token_accuracy", "eval token accuracy")
+        for metric, words in NAMES.items():
+            values = run.eval_column(f"eval_{metric}")
+            if len(known := values[np.isfinite(values)]):
+                table.add_row(f"eval {words}", _from_to(known))
     for name, losses in run.columns_by_name("loss_by_set").items():
         known, shown = losses[np.isfinite(losses)], f"set {name}" if name.isdecimal() else name
         table.add_row(f"  loss of {escape(shown)}", _from_to(known) if len(known) else "no trained token")

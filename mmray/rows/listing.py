@@ -173,10 +173,12 @@ def warn_of_second_names(files: Sequence[Listed]) -> None:
     first_paths: dict[tuple[Any, ...], str] = {}
     for system, path, info in files:
         is_local = isinstance(system, LocalFileSystem)
-        first = first_paths.setdefault((info["ino"], info["size"], info["mtime"]) if is_local else (path,), path)
-        if first is not path and (first == path or (is_local and os.path.samefile(first, path))):
+        key = (info["ino"], info["size"], info["mtime"]) if is_local else (path,)
+        first = first_paths.get(key)
+        if first is not None and (first == path or (is_local and os.path.samefile(first, path))):
             _warn_of_second_name(first, path)
             return
+        first_paths.setdefault(key, path)
 
 
 @functools.lru_cache

@@ -359,6 +359,20 @@ def test_a_set_of_which_no_first_row_is_good_stops_before_anything_is_written(
         dataset.check_has_bins()
 
 
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_set_without_rows_stops_before_anything_is_written(
+    inputs: Inputs, rows: Path, tmp_path: Path, content: str
+) -> None:
+    """Beside another set, whose rows alone would be trained on."""
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(content)
+    good = {"files": str(rows), "kind": "pretrain", "image_root": str(inputs.folder / "data")}
+    job = job_of(inputs, tmp_path, data={"train": [good, {"files": str(empty), "kind": "pretrain"}]})
+    with pytest.raises(UserError, match=rf"data.train\[1\] \(pretrain\): its files hold no rows: {empty}; name others"):
+        prepare_here(job)
+    assert not Path(job.prepared_path("train")).exists()
+
+
 def write_twice(rows: Path) -> None:
     """Rows of which nine have the id of an earlier one, with blank lines."""
     first = [{"id": f"id-{number}", "text": f"words {number}"} for number in range(12)]

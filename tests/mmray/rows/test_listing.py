@@ -161,7 +161,8 @@ def test_a_file_that_has_two_names_in_a_set_is_told(
 ) -> None:
     (shards / "data/linked.jsonl").symlink_to("part-0.jsonl")
     (shards / "data/hard.jsonl").hardlink_to(shards / "data/part-0.jsonl")
-    assert ids(f"{shards}/data/part-0.jsonl", f"{shards}/{second}") == ["0", "0"]
+    first = f"{shards}/data/part-0.jsonl"
+    assert ids(first, first if second in first else f"{shards}/{second}") == ["0", "0"]
     (message,) = [record.message for record in caplog.records]
     assert said in message
     assert str(shards / "data/part-0.jsonl") in message

@@ -55,13 +55,13 @@ def train_numbers(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 class _ProgressIsGone(Callback):
-    """The file with the progress of an evaluation, which the driver shows, is gone when the evaluation is done."""
+    """The file with the progress of an evaluation, which the driver shows, is gone when rank 0 is done with it."""
 
     def __init__(self, run: Path) -> None:
         self.file = run / PROGRESS_FILE
 
     def on_evaluation(self, loop: Loop, evaluation: Evaluation) -> None:
-        assert not self.file.exists()
+        assert torch.distributed.get_rank() or not self.file.exists()
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (3, 2)])
