@@ -148,6 +148,10 @@ def test_packages_are_those_the_job_needs() -> None:
     adapting = Job.model_validate(content)
     assert packages_of(adapting, "training") == ["deepspeed", "peft", "bitsandbytes", "mlflow"]
     assert packages_of(adapting, "evaluating") == ["bitsandbytes"]
+    del content["training"]["adapter"], content["model"]["quantize"]
+    content["training"] |= {"optimizer": "adamw_8bit", "fused_loss": "liger"}
+    packages = packages_of(Job.model_validate(content), "training")
+    assert packages == ["deepspeed", "bitsandbytes", "liger_kernel", "mlflow"]
 
 
 @pytest.mark.parametrize("place", ["prepared", "run", "train", "eval"])

@@ -89,9 +89,9 @@ def text_alone(engine: TrainingEngine) -> tuple[float, float]:
         text = tiny.make_sample(generator, before=0, grid=None, after=30, trained=20)
         samples = (text, tiny.dummy_image(generator))
     batch = [tiny.TinyBin(samples)] * 2
-    evaluated, trained_tokens = engine.evaluate([batch, batch])
-    assert trained_tokens == 4 * (19 + 20)
-    return engine.step(batch).loss, evaluated
+    evaluated = engine.evaluate([batch, batch])
+    assert evaluated.trained_tokens == 4 * (19 + 20)
+    return engine.step(batch).loss, evaluated.mean_loss
 
 
 def uneven(stage: int, *, adapted: bool = False) -> list[list[tuple[float, float, float]]]:
@@ -109,7 +109,7 @@ def uneven(stage: int, *, adapted: bool = False) -> list[list[tuple[float, float
             head_loss.HEAD_BYTES, head_loss.LOSS_BYTES["cpu"] = chunks
             engine = build((stage, "fp32"), 2, deepspeed=NO_PERSISTENCE if stage == 3 else None)
             batch = [page, page] if engine.rank == 0 else [tiny.empty_bin(), short]
-            steps = [(engine.step(batch), engine.evaluate([batch])[0]) for _ in range(2)]
+            steps = [(engine.step(batch), engine.evaluate([batch]).mean_loss) for _ in range(2)]
             results.append([(metrics.loss, metrics.grad_norm, evaluated) for metrics, evaluated in steps])
             engine.close()
         return results
@@ -123,7 +123,8 @@ def smoothed(grad_accumulation: int) -> list[dict[str, float]]:
     engine = build((2, "fp32"), grad_accumulation, label_smoothing=0.1, z_loss=1e-3)
     history = train(engine, 2)
     mine = tiny.micro_batches(tiny.global_batch(0), engine.rank, engine.world_size, grad_accumulation)
-    history.append({"eval_loss": engine.evaluate([mine])[0], "loss": engine.step(mine).loss})
+    evaluated, done = engine.evaluate([mine]), engine.step(mine)
+    history.append({"evaluated": (evaluated.mean_loss, evaluated.accuracy), "step": (done.loss, done.token_accuracy)})
     engine.close()
     return history
 
