@@ -372,8 +372,9 @@ def export(
     settings = None if job_file is None else load_job(job_file).model
     if best and step is not None:
         raise UserError("give --step or --best, not both")
-    if not out.strip():
-        raise UserError("OUT is empty: name the folder to write")
+    for name, folder in (("RUN", source), ("OUT", out)):
+        if not folder.strip():
+            raise UserError(f"{name} is empty: name a folder")
     from mmray.run.export import export_model
     from mmray.run.export.source import SourceCheckpoint
 

@@ -63,6 +63,8 @@ def policies(job_file: str | Path, overrides: Sequence[str], tries: Sequence[str
     changed = [tuple(part.strip() for part in text.split(";") if part.strip()) for text in tries]
     loaded = [Policy((), load_job(job_file, overrides))]
     for settings in changed:
+        if not settings:
+            raise UserError("--try is empty: write key.path=value, such as packing.token_capacity=16384")
         try:
             loaded.append(Policy(settings, load_job(job_file, [*overrides, *settings])))
         except UserError as error:

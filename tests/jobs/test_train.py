@@ -24,7 +24,7 @@ from mmray.training.model import build_model
 from mmray.training.settings import ModelSettings
 from pipelines import measures
 from tests.conftest import Inputs, RayHead
-from tests.here import prepare_here
+from tests.here import prepare_here, train_here
 from tests.jobs.counting import Counting, KilledOnce, Mistaken
 from tests.scraping import wait_until_told
 
@@ -157,18 +157,6 @@ def test_a_killed_worker_a_damaged_checkpoint_and_another_number_of_workers_chan
     assert all(step == count for step, count in counted)
 
 
-def test_a_first_loss_as_of_random_weights_is_told(inputs: Inputs, folder: Path) -> None:
-    """And what transformers warns of in workers is kept."""
-    config = str(inputs.folder / "model")
-    build_model(ModelSettings(config=config, dtype="fp32")).save_pretrained(folder / "untrained")
-    model = {"path": str(folder / "untrained"), "processor": str(inputs.folder / "processor"), "dtype": "fp32"}
-    (line,) = run_job(inputs, folder, "untrained-run", model=model, training__steps=1)
-    events = {event["event"]: event for event in read_history(folder / "untrained-run")}
-    assert events["first_loss"]["loss"] == line["loss"]
-    assert "as random weights: ln(vocabulary) is 6.41" in events["first_loss"]["problem"]
-    assert events["first_loss"]["problem"] in (folder / "untrained-run/warnings.log").read_text()
-
-
 def test_a_finished_run_has_nothing_left_to_do(whole: list[dict[str, Any]], inputs: Inputs, folder: Path) -> None:
     """Not even workers start: its history stays as it is."""
     history = read_history(folder / "whole")
@@ -197,18 +185,30 @@ def test_a_run_can_end_with_its_model(
     assert json.loads((model / "mmray.json").read_text()) == sidecar
 
 
-def test_a_mistake_that_workers_find_reaches_the_user(
+def test_another_order_in_the_middle_of_a_run_is_refused(
     whole: list[dict[str, Any]], inputs: Inputs, folder: Path
 ) -> None:
     with pytest.raises(UserError, match=r"its seed is 0, this job's is 5; put seed back"):
         run_job(inputs, folder, "whole", training__seed=5, training__max_failures=0)
 
 
-def test_a_mistake_of_one_worker_ends_the_run_at_once(inputs: Inputs, folder: Path) -> None:
-    """Although failures may be tried again three times, and the other rank waits for it in a collective."""
+def test_a_mistake_of_one_worker_ends_the_run_at_once_and_a_first_loss_as_of_random_weights_is_told(
+    inputs: Inputs, folder: Path
+) -> None:
+    """Although failures may be tried again three times, and the other rank waits for it in a collective. What mmray
+    warns of in workers, at the first step, is kept."""
+    config = str(inputs.folder / "model")
+    build_model(ModelSettings(config=config, dtype="fp32")).save_pretrained(folder / "untrained")
+    model = {"path": str(folder / "untrained"), "processor": str(inputs.folder / "processor"), "dtype": "fp32"}
+    mistaken = Mistaken(step=3, rank=1)  # in which rank 0 has recorded the first
     with pytest.raises(UserError, match=r"^this row cannot be trained on; mend it$"):
-        run_job(inputs, folder, "mistaken", [Mistaken(step=2, rank=1)], training__max_failures=3)
-    assert [event["event"] for event in read_history(folder / "mistaken")] == ["start"]
+        run_job(inputs, folder, "mistaken", [mistaken], model=model, training__max_failures=3)
+    start, first_loss = read_history(folder / "mistaken")
+    assert (start["event"], first_loss["event"]) == ("start", "first_loss")
+    line = read_metrics(folder / "mistaken" / "metrics.jsonl")[0]
+    assert first_loss["loss"] == line["loss"]
+    assert "as random weights: ln(vocabulary) is 6.41" in first_loss["problem"]
+    assert first_loss["problem"] in (folder / "mistaken/warnings.log").read_text()
 
 
 def test_settings_that_differ_from_the_prepared_ones_are_refused(inputs: Inputs, folder: Path) -> None:
@@ -235,7 +235,8 @@ def test_a_cluster_that_is_too_small_is_told_before_anything_starts(inputs: Inpu
 def test_other_data_in_the_middle_of_a_run_is_asked_for(
     whole: list[dict[str, Any]], inputs: Inputs, folder: Path
 ) -> None:
-    """Without the flag it is refused, with it the new data's first epoch begins; any step can be traced after."""
+    """Without the flag it is refused, with it the new data's first epoch begins; any step can be traced after. That
+    Ray's workers go on with other data is shown in test_mixture.py."""
     other = {"output__prepared": str(folder / "other"), "packing__token_capacity": 480, "training__steps": 14}
     job = Job.model_validate(job_content(inputs, folder, "whole", **other))
     prepare_here(job)
@@ -243,7 +244,7 @@ def test_other_data_in_the_middle_of_a_run_is_asked_for(
     difference = "the difference:.*packing.token_capacity: 512 -> 480.*--continue-on"
     with pytest.raises(UserError, match=rf"(?s)that of {new.path} is {new.fingerprint}; {difference}"):
         train(job, open_prepared(job))
-    train(job, open_prepared(job), continue_on=True)
+    train_here(job, ranks=2, continue_on=True)
     assert read_metrics(folder / "whole" / "metrics.jsonl")[:12] == whole
     last = read_trained(folder / "whole")[12:]
     assert [(step.step, step.data) for step in last] == [(13, new.fingerprint), (14, new.fingerprint)]

@@ -81,7 +81,7 @@ def write_metrics(folder, *losses):
     log = MetricsLog(TrackedRun("test", folder), 0)
     for step, loss in enumerate(losses, start=1):
         log.write(step, epoch=0, loss=loss, tokens=1000, step_seconds=0.5, data_wait_seconds=0.1)
-        log.write(step, eval_loss=loss * 2)
+        log.write(step, eval_loss=loss * 2, **({} if step == 1 else {"eval_cer": loss / 10}))
     log.close()
     return folder
 
@@ -92,6 +92,8 @@ def test_report_of_a_run(run, tmp_path):
     assert "run [/]" in out
     table = cells(out)
     assert (table["steps"], table["loss"], table["eval loss"]) == ("3", "4.0000 -> 2.5000", "8.0000 -> 5.0000")
+    assert table["eval CER"] == "0.3000 -> 0.2500"
+    assert "eval WER" not in table
     assert (table["tokens"], table["tokens per second"]) == ("3,000", "2,000")
     assert table["waiting for data"] == "0.3 s beside 1.5 s of steps"
 

@@ -50,6 +50,8 @@ def test_a_name_that_is_no_setting_is_an_error_before_any_work(job_file, monkeyp
         policies(job_file, [], [TOKENS, "images.tile_sise=[448,448]"])
     with pytest.raises(UserError, match=r"--try 'packing.token_capacity': .*write key.path=value"):
         policies(job_file, [], ["packing.token_capacity"])
+    with pytest.raises(UserError, match="--try is empty"):
+        policies(job_file, [], [TOKENS, " "])
 
 
 def test_a_policy_that_the_model_cannot_train_with_is_named(job_file, inputs):

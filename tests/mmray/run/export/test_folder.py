@@ -328,6 +328,9 @@ def test_the_command(case, tmp_path):
     assert done.exit_code == 0, done.output
     assert f"{tmp_path / 'out'}: step 1, fp32, " in done.output
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float32
+    for words, name in (([str(case.run), ""], "OUT"), ((["", str(tmp_path / "other")]), "RUN")):
+        refused = CliRunner().invoke(app, ["export", *words])
+        assert str(refused.exception) == f"{name} is empty: name a folder"
 
 
 def test_it_needs_no_ray(case, tmp_path):

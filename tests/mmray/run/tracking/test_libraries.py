@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("wandb", reason="needs the extra `trackers`")
-pytest.importorskip("mlflow", reason="needs the extra `trackers`")
+pytestmark = pytest.mark.skipif(  # not imported here: each takes a second of every process that collects tests
+    not (find_spec("wandb") and find_spec("mlflow")), reason="needs the extra `trackers`"
+)
 
 RUN = """
 import io, json, os, sys, time
