@@ -79,6 +79,8 @@ def test_training_s_numbers_are_equal_to_the_bit(inputs: Inputs, folder: Path, s
         by_set = line["eval_loss_by_set"]
         assert set(by_set) == {"0", "1"}
         assert min(by_set.values()) < line["eval_loss"] < max(by_set.values())
+        shares = line["eval_token_accuracy_by_set"].values()
+        assert 0 <= min(shares) <= line["eval_token_accuracy"] <= max(shares) <= 1
         assert line["eval_seconds"] > 0
         results = run / "evaluations" / f"{line['step']:08d}"
         values = json.loads((results / "metrics.json").read_text())
