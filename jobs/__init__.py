@@ -16,6 +16,7 @@ if _missing := [name for name in ("typer", "torch", "ray") if importlib.util.fin
     )
     sys.exit(2)
 
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "killed by `ray.kill`")
-"""Pattern of lines that Ray leaves out of a driver's output: when a job is interrupted, Ray Data kills its actors, and
-would report each of their tasks as failed."""
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "killed by `ray.kill`|^Raylet is terminated")
+"""Pattern of messages that Ray leaves out of a driver's output. When a job is interrupted, Ray Data kills its actors,
+and Ray would report each of their tasks as failed. Of a node whose Ray is killed it would show 20 lines of its log,
+beside the line that the node is dead."""

@@ -28,6 +28,7 @@ import jobs  # noqa: F401  (says what is missing)
 # isort: split
 import ray._private.services as ray_services
 import typer
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 from ray.exceptions import RayError
@@ -157,12 +158,20 @@ def _seconds(text: str) -> float:
 class Machine:
     """The nodes of a cluster that run on one machine: one, and another where Ray is started again.
 
-    cluster: `host:port` of the head; address: the machine's own, as Ray names it.
+    cluster: `host:port` of the head; address: the machine's own, as Ray names it. Raises UserError where the head does
+    not answer, or asks for a token that is not here.
     """
 
     def __init__(self, cluster: str, address: str) -> None:
-        self._gcs = GcsClient(address=cluster)
-        self._address = address
+        try:
+            ensure_token_if_auth_enabled(create_token_if_missing=False)  # for want of one the client aborts the process
+            self._gcs = GcsClient(address=cluster)
+        except RayError as error:
+            raise UserError(
+                f"the head at {cluster} does not answer this process; check the address, and where Ray was started "
+                "with RAY_AUTH_MODE=token, set this here too, with the ~/.ray/auth_token of its head"
+            ) from error
+        self.address = address
         self._drained: set[tuple[str, Notice]] = set()
 
     def nodes(self) -> list[str]:
@@ -172,7 +181,7 @@ class Machine:
         """
         alive = self._gcs.get_all_node_info(timeout=ANSWER_SECONDS, state_filter=ALIVE)
         workers = [node for node in alive.values() if not node.is_head_node]
-        return [node.node_id.hex() for node in workers if node.node_manager_address == self._address]
+        return [node.node_id.hex() for node in workers if node.node_manager_address == self.address]
 
     def drain(self, notice: Notice) -> list[str]:
         """Drains the nodes that were not yet drained for this notice, and returns their ids. Raises as `nodes`, and
@@ -208,7 +217,13 @@ def watch(metadata: Metadata, machine: Machine) -> NoReturn:
 def leave(machine: Machine, seconds: float) -> None:
     """Drains the machine's nodes and waits until they have ended, or for so many seconds."""
     end = time.time() + seconds
-    machine.drain(Notice("the pod ends", end))
+    if nodes := machine.drain(Notice("the pod ends", end)):
+        log.warning("node %s is drained, and ends within %g s", ", ".join(nodes), seconds)
+    else:
+        log.warning(
+            "no node of the cluster is at %s, the head excepted; give the address with which `ray start` has begun: "
+            "--node-ip-address", machine.address,
+        )  # fmt: skip
     while machine.nodes() and time.time() < end:
         time.sleep(1)
 

@@ -138,7 +138,12 @@ def shared_folder(nodes: Sequence[Node]) -> str | None:
 def packages_of(job: Job, work: Work) -> list[str]:
     """Modules that nodes need beside mmray's own: those of the model, of training and trackers, of its addresses."""
     quantizing = ["bitsandbytes"] if job.model.quantize else []
-    adapting = ["peft"] if job.training.adapter else []
+    training = job.training
+    needed_by = {
+        "peft": training.adapter, "bitsandbytes": job.model.quantize or training.optimizer == "adamw_8bit",
+        "liger_kernel": training.fused_loss,
+    }  # fmt: skip
+    chosen = [name for name, is_needed in needed_by.items() if is_needed]
     trackers = [tracker.library for tracker in job.tracking.trackers().values()]
     rows = [uri for dataset in (*job.data.train, *job.data.eval) for uri in dataset.files]
     paths = job.output.prepared, job.output.run, *job.trained_paths("train")
@@ -149,7 +154,7 @@ def packages_of(job: Job, work: Work) -> list[str]:
         case "evaluating":
             return [*quantizing, *s3]
         case "training":
-            return ["deepspeed", *adapting, *quantizing, *trackers, *s3]
+            return ["deepspeed", *chosen, *trackers, *s3]
 
 
 def problem(

@@ -152,7 +152,7 @@ def _step_note(line: dict[str, Any]) -> str:
 def evaluation_in_words(line: dict[str, Any]) -> str:
     """One line about an evaluation for a person. line: of metrics.jsonl."""
     words = [f"loss {line['eval_loss']:.4f}" if line.get("eval_loss") is not None else "no loss"]
-    names = {"eval_cer": "CER", "eval_wer": "WER", "eval_exact_match": "exact"}
+    names = {"eval_token_accuracy": "token accuracy", "eval_cer": "CER", "eval_wer": "WER", "eval_exact_match": "exact"}
     words += [f"{name} {line[key]:.4f}" for key, name in names.items() if line.get(key) is not None]
     return f"evaluation after step {line['step']:,}: {', '.join(words)} ({line['eval_seconds']:.1f} s)"
 

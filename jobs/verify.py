@@ -40,7 +40,9 @@ def main(
     from pipelines.verify import run_parts
 
     if connect(address, cpus=os.cpu_count() or 1, verbose=verbose):
-        check_nodes(alive_nodes(), {}, {})
+        local = [os.path.abspath(path) for path in paths if "://" not in path]
+        inputs = {f"prepared dataset {number}": path for number, path in enumerate(local, 1)}
+        check_nodes(alive_nodes(), {}, {}, inputs=inputs)
     console.print(f"decoding on a Ray cluster of {cluster_amount('CPU', {}):,.0f} CPUs", highlight=False)
     raise typer.Exit(1 if verify_datasets(paths, run_parts) else 0)
 

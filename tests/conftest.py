@@ -93,16 +93,20 @@ def end_processes(root: int) -> None:
 
 
 @contextlib.contextmanager
-def running_head(folder: Path, *options: str, port: int | None = None, **environment: str) -> Iterator[RayHead]:
-    """`ray start --head` with its dashboard on this machine, for the time of the block. folder: for its log.
+def running_head(
+    folder: Path, *options: str, port: int | None = None, forked: bool = False, **environment: str
+) -> Iterator[RayHead]:
+    """`ray start --head` with its dashboard on this machine, for the time of the block. folder: for its log. forked:
+    its workers are (forked_workers.py).
 
     Several may run: each has a folder and ports of its own. The folder's path is short, because sockets are made there.
     """
     port, dashboard_port = port or free_port(), free_port()
     session = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     everything = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | environment
+    ray = [str(ROOT / "tests" / "forked_workers.py")] if forked else ["-m", "ray.scripts.scripts"]
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-gpus=0"),
+        *(sys.executable, *ray, "start", "--head", "--block", "--num-gpus=0"),
         *("--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"),
         *(f"--dashboard-port={dashboard_port}", "--disable-usage-stats"),
         *("--dashboard-agent-listen-port=0", "--ray-client-server-port", str(free_port())),
@@ -138,7 +142,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
         "RAY_worker_niceness": "0",  # else other tests keep them from the cores
         "RAY_JOB_STOP_WAIT_TIME_S": "60",  # `ray job stop` kills after 3 s, in which a busy machine ends no job
     }
-    with running_head(tmp_path_factory.mktemp("ray"), *options, **environment) as head:
+    with running_head(tmp_path_factory.mktemp("ray"), *options, forked=True, **environment) as head:
         connect(head.address, cpus=4)
         yield head
         ray.shutdown()

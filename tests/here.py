@@ -4,10 +4,11 @@ is prepared and do not ask how, and as what is compared with the same on Ray."""
 import os
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmray.batches.micro_batch import MicroBatch
 from mmray.batches.plan import BatchMaker
 from mmray.config.job import Job
 from mmray.prepared import PreparedDataset
@@ -81,4 +82,10 @@ def _train_rank(
     source = evaluation and BatchesHere(evaluation, ranks.rank, job.resources.tile_cache)
     callbacks = standard_callbacks(run, evaluating=[Evaluate(run, evaluation, source)], asking=own_callbacks)
     maker = BatchMaker(run.batches, tile_cache=job.resources.tile_cache)
-    TrainingLoop(run, callbacks, checkpoints).train(partial(maker.steps, ranks.rank))
+
+    def batches(start: int, stop: int) -> Iterator[list[MicroBatch]]:
+        stage = run.engine.stage
+        yield from maker.steps(ranks.rank, start, stop)
+        assert run.engine.stage is stage, "no thread may make batches ahead while a stage builds its model"
+
+    TrainingLoop(run, callbacks, checkpoints).train(batches)

@@ -311,7 +311,9 @@ def _with_absolute_paths(job: Job) -> Job:
     if cache := job.resources.tile_cache:
         resources["tile_cache"] = cache.model_copy(update={"folder": absolute(cache.folder)})
     # A DeepSpeed file is read here, where it is: its content travels with the job.
-    training = {"deepspeed": load_deepspeed_overrides(job.training.deepspeed) or None}
+    training: dict[str, Any] = {"deepspeed": load_deepspeed_overrides(job.training.deepspeed) or None}
+    if (adapter := job.training.adapter) is not None and adapter.start_from is not None:
+        training["adapter"] = adapter.model_copy(update={"start_from": _absolute(adapter.start_from)})
     return job.model_copy(
         update={
             "model": job.model.model_copy(update=model),

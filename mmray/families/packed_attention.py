@@ -18,6 +18,7 @@ another implementation (`mmray.training.attention_paths.plain_attention`).
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,6 +34,8 @@ PACKED_FLASH = "packed_flash"
 """Name under which transformers knows the function: one that holds "flash", and no version of flash attention."""
 MAX_HEAD_SIZE = 256
 """Largest head dimension that the kernels of `varlen_attn` take."""
+CALLS_PER_LENGTH = 4
+"""Most calls for each length that samples of a row have, before the tokens are moved to save calls."""
 LARGE_HEAD_SIZE = 192
 """Largest head dimension whose gradients all devices of `varlen_attn` compute."""
 LARGE_HEAD_DEVICES = ((8, 0), (9, 0))
@@ -155,12 +158,37 @@ def by_sample(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int],
     """Computes samples one after another, neighbours of equal length at once.
 
     query: [L, heads, size]. key, value: [L, key heads, size]. lengths: numbers of tokens of the samples, whose sum is
-    L. Returns [L, heads, size].
+    L. Returns [L, heads, size]. Many samples of few lengths, such as the windows of a vision tower, are first moved
+    beside those of equal length.
     """
     if sum(lengths) != len(query):
         raise RuntimeError(f"the samples of a row have {sum(lengths)} tokens, the row has {len(query)}")
+    runs = _runs(lengths)
+    if len(runs) <= CALLS_PER_LENGTH * len(set(lengths)):
+        return _by_runs(query, key, value, runs, rules)
+    order, back = _by_length(tuple(lengths), query.device)
+    query, key, value = (tensor.index_select(0, order) for tensor in (query, key, value))
+    return _by_runs(query, key, value, _runs(sorted(lengths)), rules).index_select(0, back)
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbours of equal length: how many they are, and their length."""
+    return [(len(list(samples)), length) for length, samples in groupby(length for length in lengths if length)]
+
+
+@functools.lru_cache(maxsize=4)
+def _by_length(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tokens of samples in the order of the samples' lengths, and the places of all tokens in that order; int64 [L]
+    each. All layers of a forward pass ask for the same."""
+    by_length = sorted(zip(lengths, itertools.accumulate(lengths, initial=0)), key=lambda sample: sample[0])
+    with torch.inference_mode(False):  # the backward pass of a later call may need them
+        order = torch.cat([torch.arange(start, start + length) for length, start in by_length])
+        return order.to(device), order.argsort().to(device)
+
+
+def _by_runs(query: Tensor, key: Tensor, value: Tensor, runs: Sequence[tuple[int, int]], rules: Rules) -> Tensor:
+    """Computes the samples of each run at once. Tensors as for `by_sample`."""
     attend = _step_by_step if rules.soft_cap is not None or rules.sinks is not None else _by_torch
-    runs = [(len(list(samples)), length) for length, samples in groupby(length for length in lengths if length)]
     # Cut all at once: the gradient of each slice alone would be a tensor as long as the row.
     cut = (tensor.split([count * length for count, length in runs]) for tensor in (query, key, value))
     parts = []

@@ -27,7 +27,7 @@ from mmray.loss.labels import LabelMaker
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import allows_empty
 from mmray.loss.sources import label_maker
-from mmray.prepared.window import NOTHING_TRAINED
+from mmray.prepared.sample_columns import NOTHING_TRAINED
 from mmray.rows.encode import Encoder
 from mmray.rows.files import Piece as RowsPiece
 from mmray.rows.files import first_piece, source_files

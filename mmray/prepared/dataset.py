@@ -20,8 +20,9 @@ from mmray.display.notebook import Fact, Segment, card
 from mmray.errors import UserError
 from mmray.images import TilingPolicy
 from mmray.images.header import IMAGE_READING
+from mmray.prepared.sample_columns import BINS_PER_ROW_GROUP
 from mmray.prepared.schema import FORMAT_VERSION, READ_VERSIONS
-from mmray.prepared.window import BINS_PER_ROW_GROUP, Window
+from mmray.prepared.window import Window
 from mmray.schedule.loads import Loads
 from mmray.storage import Folder
 

@@ -25,7 +25,8 @@ from mmray.loss.sources import label_maker
 from mmray.packing.equal_cost import pack_equal_cost, planned_bin_cost
 from mmray.packing.settings import PackingSettings
 from mmray.prepared.row_measures import RowMeasures, measured_samples
-from mmray.prepared.window import NOTHING_TRAINED, costed, pack_by_bucket
+from mmray.prepared.sample_columns import NOTHING_TRAINED
+from mmray.prepared.window import costed, pack_by_bucket
 from mmray.rows.count import RowCount, count_rows
 from mmray.rows.dealing import dealt, first_rows
 from mmray.rows.encode import Encoder

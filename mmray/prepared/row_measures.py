@@ -16,8 +16,8 @@ from mmray.loss.labels import LabelMaker
 from mmray.loss.rules import IGNORE_INDEX
 from mmray.loss.settings import loss_of_record
 from mmray.prepared.dataset import Bin, PreparedDataset
+from mmray.prepared.sample_columns import BINS_PER_ROW_GROUP
 from mmray.prepared.versions import run_labels
-from mmray.prepared.window import BINS_PER_ROW_GROUP
 from mmray.rows.sample import Sample
 
 Item = TypeVar("Item")

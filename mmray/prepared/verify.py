@@ -31,7 +31,7 @@ from mmray.images.paged import file_of
 from mmray.images.retries import with_retries
 from mmray.images.source import describe_source, image_file
 from mmray.prepared.dataset import PreparedDataset
-from mmray.prepared.window import BINS_PER_ROW_GROUP
+from mmray.prepared.sample_columns import BINS_PER_ROW_GROUP
 from mmray.storage import Folder
 
 BINS_PER_PART = 16 * BINS_PER_ROW_GROUP

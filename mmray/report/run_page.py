@@ -134,11 +134,10 @@ def _charts(run: Run) -> list[Plot]:
         when = np.asarray([event["step"] for event in saved], dtype=np.float64)
         note = f"The step loop held up at each; {values.sum():,.1f} s in all, {np.median(values):.2g} s at the median."
         plots.append(chart("Checkpoints", note, [Series("seconds", "tokens", when, values, dots=True)], True))
-    plots += [
-        chart(title, note(run.column(key)), [column(name, colour, key)], True)
-        for key, title, name, colour, note in MEASURED
-        if _has(run, key)
-    ]
+    for key, title, name, colour, said in MEASURED:
+        if _has(run, key):
+            series = [column(name, colour, key), *_of_evaluations(run, f"eval_{key}")]
+            plots.append(chart(title, said(run.column(key)), series, True))
     if run.shares:
         plots.append(chart(*_share_chart(run), True))
     if run.columns_by_name("loss_by_set"):
@@ -168,6 +167,13 @@ def _evaluation_charts(run: Run, chart: Callable[..., Plot]) -> list[Plot]:
         ]
         plots.append(chart("Evaluation loss by set", "Sets of data.eval, by their number.", series))
     return plots
+
+
+def _of_evaluations(run: Run, key: str) -> list[Series]:
+    """The values of the evaluations that have measured something; none where no evaluation has."""
+    lines = [line for line in run.evaluations if line.get(key) is not None]
+    places, values = (np.asarray([line[name] for line in lines], dtype=np.float64) for name in ("step", key))
+    return [Series("evaluation", "warn", places, values, dots=True)] if lines else []
 
 
 def _values(by_set: list[dict[str, Any]], name: str) -> np.ndarray:

@@ -118,12 +118,8 @@ def run_table(run: Run) -> Table:
         table.add_row("last checkpoint", f"step {newest.step:,}: {escape(newest.name)}")
     table.add_row("loss", _from_to(run.column("loss")))
     if run.evaluations:
-        table.add_row("eval loss", _from_to(run.eval_column("eval_loss")))
-        for name in dict.fromkeys(name for line in run.evaluations for name in line.get("eval_loss_by_set") or {}):
-            of_set = [line["eval_loss_by_set"].get(name) for line in run.evaluations if line.get("eval_loss_by_set")]
-            measured = [loss for loss in of_set if loss is not None]
-            shown = _from_to(np.asarray(measured)) if measured else "no trained token"
-            table.add_row(f"  eval loss of {escape(name)}", shown)
+        _add_evaluations(table, run, "eval_loss", "eval loss")
+        _add_evaluations(table, run, "eval_token_accuracy", "eval token accuracy")
         for metric, words in NAMES.items():
             values = run.eval_column(f"eval_{metric}")
             if len(known := values[np.isfinite(values)]):
@@ -142,6 +138,18 @@ def run_table(run: Run) -> Table:
             table.add_row(words, in_words(values))
     table.add_row("waiting for data", f"{run.column('data_wait_seconds').sum():.1f} s beside {seconds:.1f} s of steps")
     return table
+
+
+def _add_evaluations(table: Table, run: Run, key: str, words: str) -> None:
+    """Adds the first and last value of the evaluations that have one, and those of each set."""
+    values = [line.get(key) for line in run.evaluations if key in line]
+    if values:
+        table.add_row(words, _from_to(np.asarray(values, dtype=np.float64)))
+    by_set = [of_sets for line in run.evaluations if (of_sets := line.get(f"{key}_by_set"))]
+    for name in dict.fromkeys(name for of_sets in by_set for name in of_sets):
+        measured = [value for of_sets in by_set if (value := of_sets.get(name)) is not None]
+        shown = _from_to(np.asarray(measured)) if measured else "no trained token"
+        table.add_row(f"  {words} of {escape(name)}", shown)
 
 
 def _from_to(values: np.ndarray) -> str:

@@ -19,6 +19,7 @@ from mmray.families import Family
 from mmray.loss.settings import SAMPLED_ROLE
 from mmray.rows.ids import has_id, id_text
 from mmray.rows.image_refs import ImageRef, image_folder, image_ref, image_refs
+from mmray.rows.message_values import refuse_words_for_truth
 from mmray.rows.messages import Chat, MessageReader, missing_column, placed_images
 from mmray.rows.settings import DatasetSettings
 from mmray.rows.templates import ChatTemplate, RenderedChat
@@ -91,6 +92,10 @@ class DocumentReader:
         self._special = re.compile("|".join(map(re.escape, sorted(special))))
         self._template = template or ChatTemplate(family)
         self._messages = MessageReader(dataset, self._placeholders, self._refuse_special, self._plain, self._remedy)
+        try:
+            refuse_words_for_truth(dataset.chat_template_kwargs, "chat_template_kwargs")
+        except RowError as error:
+            raise UserError(f"data: {error.message}") from error
         option_names = set(dataset.chat_template_kwargs)
         if option_names and (unread := option_names - self._template.variables):
             raise UserError(f"data: chat_template_kwargs: {self._unread(min(unread))}")
@@ -122,7 +127,7 @@ class DocumentReader:
         pieces = [self._units(piece, "text") for piece in (text.split(join) if join else [text])]
         if len(pieces) > 1 and not end:
             raise RowError("special_token_in_text", "join_documents: the tokenizer has no end-of-document token")
-        return end.join(piece for piece, _ in pieces), sum(count for _, count in pieces), ends
+        return end.join([piece for piece, _ in pieces]), sum([count for _, count in pieces]), ends
 
     def _plain(self, text: str) -> str:
         """Replaces the model's image token in a text by plain words (`own_token_text`)."""
@@ -227,9 +232,10 @@ class DocumentReader:
                 f"message {leaf.message} ({role}): the chat template leaves out its {leaf.kind}, {leaf.text!r:.60}; "
                 f"{remedy}",
             )
-        if plan.drops_tools:
+        if plan.tools_without:
             raise RowError(
-                "not_written", "the chat template leaves out the row's tools; take a template that writes them"
+                "not_written",
+                f"the chat template leaves out {plan.tools_without}; mend them, or take a template that writes them",
             )
         for number in plan.lost_messages:
             raise RowError(

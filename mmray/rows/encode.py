@@ -186,6 +186,8 @@ class Encoder:
             return []
         dataset = self.datasets[row.dataset]
         uris = remote_images(row.value, row.source, dataset)
+        if not uris:
+            return []
         with contextlib.suppress(RowError):
             return [page for uri in uris for page in self._pages(uri, dataset)]
         return []
@@ -224,7 +226,7 @@ class Encoder:
         )
 
     def _expanded(self, text: str, plans: Sequence[TilePlan]) -> str:
-        return expanded_units(text, plans, self.family.placeholder_unit)
+        return expanded_units(text, plans, self.family.placeholder_unit) if plans else text
 
     def _mover(self, text: str, tokenizer_text: str, plans: Sequence[TilePlan]) -> Callable[[int], int]:
         """Returns a function that maps a place in a document's text to the same place in the text that the tokenizer

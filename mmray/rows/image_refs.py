@@ -64,8 +64,15 @@ def _entries(value: dict[str, Any], dataset: DatasetSettings) -> list[Any]:
     """Returns the images of a row as the row writes them."""
     column = dataset.column("images")
     images = value.get(column)
-    if images is None and column == "images":
-        column, images = ONE_IMAGE, value.get(ONE_IMAGE)
+    if "images" not in dataset.columns and (image := value.get(ONE_IMAGE)):
+        if not images:
+            column, images = ONE_IMAGE, image
+        elif image != images and not (isinstance(images, list) and image in images):
+            raise RowError(
+                "image_conflict",
+                f"the row has both images and {ONE_IMAGE}, which name different pictures; leave one of them out, or "
+                "name the one to read: columns: {images: images}",
+            )
     if images is None or images == "":
         return []
     if isinstance(images, list):

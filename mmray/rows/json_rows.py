@@ -6,11 +6,30 @@ from typing import Any
 from mmray.errors import RowError
 
 
+class RepeatedKey(ValueError):
+    """A key stands twice in one object of JSON, so that only one of its values could be read."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise RepeatedKey(f"the key {twice!r:.60} stands twice in one object; keep one of them")
+    return value
+
+
+read_json = json.JSONDecoder(object_pairs_hook=_object).decode
+"""Reads JSON. Raises RepeatedKey for an object with a key twice, and ValueError for a text that is not JSON."""
+
+
 def parse_row(line: bytes) -> dict[str, Any] | RowError:
     """Parses the JSON object of a line of JSONL, or of a file; returns the error for anything else."""
     try:
         text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-        value = json.loads(text)
+        value = read_json(text)
+    except RepeatedKey as error:
+        return RowError("bad_json", f"{error}; the line begins {text[:60]!r}")
     except UnicodeDecodeError as error:
         return RowError("not_utf8", f"byte {error.start} of the line is not UTF-8; save the file as UTF-8")
     except ValueError as error:

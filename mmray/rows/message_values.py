@@ -1,12 +1,11 @@
 """Reads single values of chat rows: JSON inside JSON, nulls, keys of one meaning, flags."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from mmray.errors import RowError
-from mmray.rows.json_rows import lone_surrogate
+from mmray.rows.json_rows import RepeatedKey, lone_surrogate, read_json
 
 FLAGS = ("train", "weight", "loss", "training")
 """Keys of a message, or of a part, that say whether it is trained on: of axolotl (two), OpenAI, ms-swift."""
@@ -15,9 +14,9 @@ JSON = dict[str, Any]
 
 
 def without_nulls(value: Any) -> Any:
-    """Removes keys that are null, at any depth: a Parquet struct fills in every key that some row has."""
+    """Removes keys that say nothing, at any depth: a Parquet struct fills in every key that some row has."""
     if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+        return {key: without_nulls(entry) for key, entry in value.items() if not says_nothing(entry)}
     if isinstance(value, list):
         return [without_nulls(entry) for entry in value]
     return value
@@ -26,7 +25,9 @@ def without_nulls(value: Any) -> Any:
 def parsed(text: str, where: str) -> Any:
     """Reads JSON that stands in a row as text. Raises RowError where it is none."""
     try:
-        value = json.loads(text)
+        value = read_json(text)
+    except RepeatedKey as error:
+        raise RowError("wrong_type", f"{where}: {text!r:.60}: {error}") from error
     except ValueError as error:
         raise RowError("wrong_type", f"{where}: {text!r:.60} is not JSON: {error}") from error
     if half := lone_surrogate(text, value):
@@ -76,6 +77,16 @@ def name_text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise RowError("wrong_type", f"{where} must be a string, not {value!r:.60}")
     return value
+
+
+def refuse_words_for_truth(options: JSON, where: str) -> None:
+    """Raises RowError for a template's variable that is the text `true` or `false`: templates take a text for true."""
+    for name, value in options.items():
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            raise RowError(
+                "wrong_type",
+                f"{where}: {name} is the text {value!r}, which a template takes for true; write it unquoted",
+            )
 
 
 def refuse_not_finite(value: Any, where: str) -> None:

@@ -7,7 +7,6 @@ row is refused, unless its data set lists the key under `ignore_message_keys`.
 """
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ from mmray.rows.message_values import (
     one_of,
     parsed,
     refuse_not_finite,
+    refuse_words_for_truth,
     says_nothing,
     without_nulls,
 )
-from mmray.rows.settings import DatasetSettings
+from mmray.rows.settings import FUNCTIONS, DatasetSettings
 
 ROLES = {
     "system": "system",
@@ -203,6 +203,13 @@ class MessageReader:
     def _tools(self, value: Mapping[str, Any]) -> list[JSON]:
         column = self.dataset.column("tools")
         raw_tools = value.get(column)
+        if column != FUNCTIONS and (functions := value.get(FUNCTIONS)):
+            if raw_tools:
+                raise RowError(
+                    "wrong_type",
+                    f"the row has both {column} and {FUNCTIONS}; leave one of them out: both say its tools",
+                )
+            column, raw_tools = FUNCTIONS, functions
         raw_tools = parsed(raw_tools, column) if isinstance(raw_tools, str) and raw_tools.strip() else raw_tools or []
         if not isinstance(raw_tools, list):
             raise RowError("wrong_type", f"{column} must be a list of tools or its JSON text, not {raw_tools!r:.60}")
@@ -210,9 +217,16 @@ class MessageReader:
         for tool in tools:
             if not isinstance(tool, dict):
                 raise RowError("wrong_type", f"{column}: a tool must be an object, not {tool!r:.60}")
-            self._refuse_special(json.dumps(tool, ensure_ascii=False), column)
+            self._refuse_structure(tool, column)
         refuse_not_finite(tools, column)
-        return [_wrapped(without_nulls(tool)) for tool in tools]
+        return [_wrapped(without_nulls(tool)) for tool in tools if not says_nothing(tool)]
+
+    def _refuse_structure(self, value: Any, where: str) -> None:
+        """Raises RowError for structure tokens in the texts of a value of JSON."""
+        if isinstance(value, str):
+            self._refuse_special(value, where)
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+            self._refuse_structure(entry, where)
 
     def _options(self, value: Mapping[str, Any]) -> JSON:
         column = self.dataset.column("chat_template_kwargs")
@@ -226,6 +240,7 @@ class MessageReader:
             if name in _RESERVED:
                 raise RowError("unknown_field", f"{column}: {name!r} is no variable for a row to set; leave it out")
         refuse_not_finite(raw_options, column)
+        refuse_words_for_truth(raw_options, column)
         raw_options = self._typed_values(raw_options, column)
         return dict(self.dataset.chat_template_kwargs) | without_nulls(raw_options)
 

@@ -18,6 +18,10 @@ ONE_IMAGE = "image"
 """Column in which LLaVA and its descendants name a row's image; read where a row has no `images`."""
 
 
+FUNCTIONS = "functions"
+"""Column in which OpenAI's older form names a chat's tools; read where a row has no `tools`."""
+
+
 LIKE_IMAGES = tuple(
     f"{stem}{ending}"
     for stem in ("image", "img", "picture", "pic", "photo", "page_image", "scan", "image_path", "image_file")
@@ -179,6 +183,7 @@ class DatasetSettings(Settings):
     def used_columns(self) -> tuple[str, ...]:
         """Column names in the file that rows are made of, and those that look like images, by which a set is judged."""
         names = [self.column(field) for field in FIELDS[self.kind]]
+        names += [FUNCTIONS] if self.kind == "chat" else []
         return tuple(dict.fromkeys((*names, *(LIKE_IMAGES if self.column("images") == "images" else ()))))
 
     def column(self, field: str) -> str:

@@ -10,7 +10,7 @@ Otherwise the template depends on what the texts say, and the row is rejected.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -36,14 +36,14 @@ class Leaf:
     """One text of a conversation.
 
     message: the number of its message; None for an id, which may stand in several messages.
-    part: the number of its content part.
+    part: the number of its content part; -1 for a text that is in none.
     is_required: whether a row is incomplete without this text.
     """
 
     message: int | None
     kind: Kind
     text: str
-    part: int = 0
+    part: int = -1
     is_required: bool = True
 
 
@@ -124,7 +124,7 @@ class Writer:
         written: dict[str, Any] = {"role": message.role, "content": self._content(number, message, key)}
         if message.thought:
             key.append("thought")
-            written["reasoning_content"] = self._text(message.thought, number, "thought", key)
+            written["reasoning_content"] = self._text(self._words.split(message.thought), number, "thought", key)
         for name, value in message.extra:
             key.append(name)
             written[name] = self._id(value, key) if name == "tool_call_id" else self._constant(value, key)
@@ -158,7 +158,7 @@ class Writer:
             key.append("]")
             return entries
         if isinstance(value, str):
-            return self._text(value, number, "arguments", key)
+            return self._text(self._words.split(value), number, "arguments", key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return self._number(value, number, key)
         return self._constant(value, key)
@@ -176,19 +176,19 @@ class Writer:
         is_blank = not (message.thought or message.calls or message.text.strip())
         if is_blank and self._blanks and not any(part.is_image for part in message.parts):
             key.append("blank")
-            text = self._leaf(Leaf(number, "content", message.text, is_required=False), key)
+            text = self._leaf(Leaf(number, "content", message.text, 0, is_required=False), key)
             return self._of_form(text, message, number)
         entries: list[dict[str, str]] = []
-        thinks = message.role == SAMPLED_ROLE
+        pieces = [self._words.split(part.text or "") for part in message.parts]
+        thoughts = _thoughts(pieces) if message.role == SAMPLED_ROLE else frozenset()
         for place, part in enumerate(message.parts):
             if part.text is None:
                 key.append("image")
                 entries.append({"type": "image"})
             else:
                 key.append("text")
-                entries.append(
-                    {"type": "text", "text": self._text(part.text, number, "content", key, place, thinks=thinks)}
-                )
+                text = self._text(pieces[place], number, "content", key, place, thoughts)
+                entries.append({"type": "text", "text": text})
         text_only = all(entry["type"] == "text" for entry in entries)
         is_joined = self._forms.of(message.role) == {str} or message.role in self._forms.single
         if message.is_text or (text_only and is_joined):
@@ -199,20 +199,22 @@ class Writer:
     def _of_form(self, text: str, message: Message, number: int) -> Any:
         return [{"type": "text", "text": text}] if self._forms.of(message.role) == {list} else text
 
-    def _text(self, text: str, number: int, kind: Kind, key: list[Any], part: int = 0, *, thinks: bool = False) -> str:
-        """Writes a text. thinks: whether what stands behind `<think>` in it is a thought."""
-        pieces = []
-        is_thought = False
-        for piece in self._words.split(text):
+    def _text(
+        self, pieces: Sequence[str], number: int, kind: Kind, key: list[Any], part: int = -1,
+        thoughts: Collection[tuple[int, int]] = (),
+    ) -> str:  # fmt: skip
+        """Writes a text that is split at the template's words. thoughts: as `_thoughts` returns them."""
+        written = []
+        for place, piece in enumerate(pieces):
             if not piece:
                 continue
             if not piece.strip() or self._words.fullmatch(piece):
                 key.append(piece)
-                pieces.append(piece)
-                is_thought = thinks and (piece in _OPENS_THOUGHT or (is_thought and not piece.strip()))
+                written.append(piece)
             else:
-                pieces.append(self._leaf(Leaf(number, "thought" if is_thought else kind, piece, part), key))
-        return "".join(pieces)
+                leaf_kind: Kind = "thought" if (part, place) in thoughts else kind
+                written.append(self._leaf(Leaf(number, leaf_kind, piece, part), key))
+        return "".join(written)
 
     def _leaf(self, leaf: Leaf, key: list[Any], *, bare: bool = False) -> str:
         """Writes a leaf or its mark. bare: whether the mark has no blanks and quotes around it, as names require."""
@@ -240,6 +242,58 @@ class Writer:
 
 
 _OPENS_THOUGHT = ("<think>", "<|channel>")
+_CLOSES_THOUGHT = ("</think>", "<channel|>")
+
+
+def _thoughts(parts: Sequence[Sequence[str]]) -> frozenset[tuple[int, int]]:
+    """Finds the thoughts that are typed in a message: what stands between `<think>` and `</think>`, or before the first
+    `</think>` without `<think>`, as models answer whose prompt ends with `<think>`.
+
+    parts: the texts of the parts, split at the template's words.
+
+    Returns the number of the part and of the piece in it, for each piece of a thought.
+    """
+    if len(parts) == 1 and len(parts[0]) == 1:
+        return frozenset()
+    pieces = [(part, place, piece) for part, texts in enumerate(parts) for place, piece in enumerate(texts)]
+    marks = (piece for _, _, piece in pieces if piece in _OPENS_THOUGHT or piece in _CLOSES_THOUGHT)
+    is_open = next(marks, None) in _CLOSES_THOUGHT
+    thoughts = set()
+    for part, place, piece in pieces:
+        if piece in _OPENS_THOUGHT or piece in _CLOSES_THOUGHT:
+            is_open = piece in _OPENS_THOUGHT
+        elif is_open:
+            thoughts.add((part, place))
+    return frozenset(thoughts)
+
+
+def masked_tools(tools: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Returns tools with a mark for each name and description of a function and each name of its parameters, and the
+    text for which each mark stands."""
+    texts: dict[str, str] = {}
+
+    def mark(text: Any) -> Any:
+        if not isinstance(text, str) or not text.strip():
+            return text
+        texts[name := f"{_BARE}{len(texts):05d}tool"] = text
+        return name
+
+    def function(value: dict[str, Any]) -> dict[str, Any]:
+        masked: dict[str, Any] = {}
+        for key, entry in value.items():
+            if key in ("name", "description"):
+                masked[key] = mark(entry)
+            elif isinstance(entry, dict) and isinstance(entry.get("properties"), dict):
+                renamed = {name: mark(name) for name in entry["properties"]}
+                masked[key] = entry | {"properties": {renamed[name]: of for name, of in entry["properties"].items()}}
+            else:
+                masked[key] = entry
+        return masked
+
+    return [
+        tool | {"function": function(tool["function"])} if isinstance(tool.get("function"), dict) else function(tool)
+        for tool in tools
+    ], texts
 
 
 @dataclass

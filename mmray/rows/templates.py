@@ -22,7 +22,7 @@ from mmray.errors import RowError
 from mmray.families import Family
 from mmray.loss.sources import chat_template, ending_texts, marks_generated
 from mmray.rows.messages import Call, Chat, Message, Part
-from mmray.rows.skeleton import FilledSkeleton, Forms, Leaf, Skeleton, Writer, Written, skeleton_of
+from mmray.rows.skeleton import FilledSkeleton, Forms, Leaf, Skeleton, Writer, Written, masked_tools, skeleton_of
 from mmray.rows.template_syntax import GenerationBlocks, texts_looked_for
 from mmray.rows.turns import Beginning, PlainTurn, Run, Turns, messages_of, prompt_length, text_between
 
@@ -35,7 +35,7 @@ class Plan:
     """The properties of all conversations of one form.
 
     missing: the leaves that the template does not write.
-    drops_tools: whether the template leaves out the tools.
+    tools_without: what the template leaves out of the tools, in words; empty where it leaves out nothing.
     """
 
     skeleton: Skeleton
@@ -43,7 +43,7 @@ class Plan:
     missing: tuple[int, ...]
     lost_messages: tuple[int, ...]
     """The messages of the assistant without text whose turn was not found."""
-    drops_tools: bool
+    tools_without: str
 
 
 @dataclass(frozen=True)
@@ -263,14 +263,19 @@ class ChatTemplate:
         written_leaves = {occurrence.leaf for occurrence in skeleton.occurrences}
         missing = tuple(n for n, leaf in enumerate(masked.leaves) if leaf.is_required and n not in written_leaves)
         runs, lost = Turns(self, chat, masked, skeleton, text, key).find()
-        drops_tools = bool(chat.tools) and not self._writes_tools(masked, chat, text)
-        return Plan(skeleton, runs, missing, lost, drops_tools)
+        return Plan(skeleton, runs, missing, lost, self._tools_without(masked, chat, text) if chat.tools else "")
 
-    def _writes_tools(self, masked: Written, chat: Chat, text: str) -> bool:
+    def _tools_without(self, masked: Written, chat: Chat, text: str) -> str:
+        """Describes what the template leaves out of the tools: all of them, or a name, a description or a parameter's
+        name."""
+        tools, names = masked_tools(chat.tools)
         try:
-            return self._rendered(masked.messages, [], dict(chat.options), prompt=False)[0] != text
+            if self._rendered(masked.messages, [], dict(chat.options), prompt=False)[0] == text:
+                return "the row's tools"
+            written, _ = self._rendered(masked.messages, tools, dict(chat.options), prompt=False)
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
-            return True
+            return ""  # the template needs tools, or certain ones
+        return next((f"{name!r:.60} of the row's tools" for mark, name in names.items() if mark not in written), "")
 
     def beginning(self, chat: Chat, masked: Written, count: int, key: tuple[Any, ...]) -> Beginning | None:
         """Renders the first messages of a conversation alone. key: the key of the whole conversation's plan."""

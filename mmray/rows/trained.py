@@ -7,9 +7,11 @@ prompt to the stop token. In another role's turn its texts are trained on.
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from mmray.loss.settings import SAMPLED_ROLE, Loss, RoleLoss, TrainOnEos
+from mmray.rows.skeleton import Leaf
 from mmray.rows.templates import RenderedChat
 from mmray.rows.turns import Run
 
@@ -104,28 +106,56 @@ def _taken_out(rendered: RenderedChat, run: Run, setting: RoleLoss, span: Span, 
     own_texts = [(leaf, rendered.span(place)) for leaf, place in zip(leaves, places) if leaf.message == run.message]
     message = rendered.chat.messages[run.message]
     yield from _of_parts(rendered, run, trains=False)
-    thinks = [letters for leaf, letters in own_texts if leaf.kind == "thought"]
+    thinks = any(leaf.kind == "thought" for leaf, _ in own_texts)
     if message.role != SAMPLED_ROLE:
         yield from _between(own_texts, span)
     elif thinks and (setting.reasoning == "none" or (setting.reasoning == "last" and not is_last)):
-        spoken = [letters for leaf, letters in own_texts if leaf.kind != "thought"]
-        behind = next((start for start, _ in spoken if start > thinks[-1][0]), None)
-        yield (span[0] if thinks[0] == own_texts[0][1] else thinks[0][0], thinks[-1][1] if behind is None else behind)
+        yield from _thoughts(own_texts, span)
     elif not thinks and not setting.train_empty_thoughts:
         match = _EMPTY_THOUGHT.match(rendered.text, span[0], own_texts[0][1][0])
         if match:
             yield match.span()
 
 
+def _thoughts(texts: Sequence[tuple[Leaf, Span]], span: Span) -> Iterator[Span]:
+    """Yields the thoughts of a turn, each from behind the text before it to the beginning of the text behind it."""
+    read, begin = span[0], None
+    for leaf, (start, stop) in texts:
+        if leaf.kind == "thought":
+            begin = read if begin is None else begin
+        elif begin is not None:
+            yield (begin, start)
+            begin = None
+        read = stop
+    if begin is not None:
+        yield (begin, read)
+
+
 def _of_parts(rendered: RenderedChat, run: Run, *, trains: bool) -> Iterator[Span]:
     """Yields the texts of those parts of a message whose own flag says so."""
-    message = rendered.chat.messages[run.message]
-    for place in range(run.first, run.last + 1) if run.first >= 0 else ():
+    parts = rendered.chat.messages[run.message].parts
+    flagged = [number for number, part in enumerate(parts) if part.trains is trains]
+    leaves = []
+    for place in range(run.first, run.last + 1) if flagged and run.first >= 0 else ():
         leaf = rendered.leaves[rendered.plan.skeleton.occurrences[place].leaf]
-        is_part = leaf.kind == "content" or (leaf.kind == "thought" and not message.thought)
-        is_part = is_part and leaf.message == run.message and leaf.part < len(message.parts)
-        if is_part and message.parts[leaf.part].trains is trains:
-            yield rendered.span(place)
+        if leaf.message == run.message and leaf.part in flagged:
+            leaves.append((place, leaf))
+    neighbours = groupby(enumerate(leaves), lambda entry: (entry[1][1].part, entry[1][0] - entry[0]))
+    for (number, _), group in neighbours:
+        of_part = [leaf for _, leaf in group]
+        yield _with_marks(rendered, parts[number].text or "", of_part[0], of_part[-1])
+
+
+def _with_marks(rendered: RenderedChat, text: str, first: tuple[int, Leaf], last: tuple[int, Leaf]) -> Span:
+    """Returns the span of a part's text, with what else the part says around it, such as `<think>`, where the template
+    writes that as it is. first, last: the part's first and last leaf with their places."""
+    (start, _), (_, stop) = rendered.span(first[0]), rendered.span(last[0])
+    before, behind = text.partition(first[1].text)[0], text.rpartition(last[1].text)[2]
+    if rendered.text.endswith(before, 0, start):
+        start -= len(before)
+    if rendered.text.startswith(behind, stop):
+        stop += len(behind)
+    return start, stop
 
 
 def _between(texts: Sequence[tuple[object, Span]], span: Span) -> Iterator[Span]:

@@ -5,7 +5,7 @@ text; the turn of another role with the text that ends it by the family's bounda
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
@@ -108,6 +108,8 @@ class Turns:
     ) -> None:
         self.template, self.chat, self.masked, self.skeleton = template, chat, masked, skeleton
         self.text, self.key = text, key
+        self._kinds = [_numbered_alike(repr(message_key)) for message_key in masked.keys]
+        self._lengths: dict[tuple[str, ...], int] = {}
         self._message = messages_of(masked.leaves, skeleton)
         self._anchors = [number for number, message in enumerate(self._message) if message is not None]
 
@@ -145,8 +147,8 @@ class Turns:
             return Run(message, start, stop, end, first, last)
         if is_first:
             gap = _Gap(self.skeleton, self.masked.marks, before, first)
-            start = gap.place(self._written_before(message, gap.text, before))
-        own_length = self._own_end(message, behind.text, after)
+            start = gap.place(self._once("before", message, gap.text, lambda: self._before(message, gap.text, before)))
+        own_length = self._once("behind", message, behind.text, lambda: self._own_end(message, behind.text, after))
         match = self.template.ends.search(behind.text)
         if match is None:
             specials = list(self.template.special_texts.finditer(behind.text, 0, own_length))
@@ -154,7 +156,20 @@ class Turns:
         stop, behind_end = map(behind.place, match.span() if match else (own_length, own_length))
         return Run(message, start, stop, (stop, behind_end), first, last)
 
-    def _written_before(self, message: int, gap: str, before: int) -> int:
+    def _once(self, which: str, message: int, text: str, count: Callable[[], int]) -> int:
+        """Returns the number of letters of a text that belong to a turn, or stand before it.
+
+        It takes two renderings of the beginning of the conversation, so it is done once for all messages that have
+        neighbours of the same kinds and the same text between them: otherwise the time for a conversation would grow
+        with the square of its length, or with the cube where the template itself looks back.
+        """
+        kinds = [self._kinds[n] if 0 <= n < len(self._kinds) else "" for n in (message - 1, message, message + 1)]
+        key = (which, *kinds, _numbered_alike(text))
+        if key not in self._lengths:
+            self._lengths[key] = count()
+        return self._lengths[key]
+
+    def _before(self, message: int, gap: str, before: int) -> int:
         """Counts the letters before a turn of the assistant that stand there before the model begins to write."""
         plain = self.template.plain_turn
         beginning = self.template.beginning(self.chat, self.masked, message, self.key) if message else None
@@ -193,6 +208,14 @@ class Turns:
         match = self.template.ends.search(gap.text, begin)
         stop, ended = match.span() if match else (len(through.tail), len(through.tail))
         return Run(message, gap.place(begin), gap.place(stop), (gap.place(stop), gap.place(ended)), -1, -1)
+
+
+_MARK_NUMBER = re.compile(r"(?<=zq[xn])\d{5}(?=xqz)|(?<=\bi)\d{5}(?=q*\b)")
+
+
+def _numbered_alike(text: str) -> str:
+    """Replaces the numbers of marks by zeros, so that texts are equal that differ in these alone."""
+    return _MARK_NUMBER.sub("00000", text)
 
 
 def prompt_length(prompt: str, opening: str, header: str | None) -> int:

@@ -75,9 +75,13 @@ class Evaluation:
     trained_tokens: int
     counts: BatchCounts
     """Sample counts over all ranks."""
+    token_accuracy: float = math.nan
+    """Share of the trained tokens that the model finds most likely; NaN where there are none."""
     loss_by_set: Mapping[str, float | None] = field(default_factory=dict)
     """Loss of each set of the eval data by its number, None without a trained token; empty where only the whole is
     measured."""
+    token_accuracy_by_set: Mapping[str, float | None] = field(default_factory=dict)
+    """Token accuracy of each set, as `loss_by_set`."""
     reading: Mapping[str, float | None] = field(default_factory=dict)
     """Metrics of generated texts, by name; empty where none were generated."""
     texts: tuple[RowResult, ...] = ()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from mmray.config.job import Job
 from mmray.errors import UserError
 from mmray.run.best import EARLY_STOP, best_callbacks
 from mmray.run.callback import Callback, DoneStep, Evaluation, Loop, Step
@@ -63,10 +64,16 @@ class History(Callback):
         run = loop.run
         attention = attention_names(transformers_model(run.engine.model))
         if run.checkpoint is None:
-            run.note("start", loop.step, total_steps=run.total_steps, attention=attention, **mixture_line(run.prepared))
+            run.note(
+                "start", loop.step, total_steps=run.total_steps, attention=attention, **mixture_line(run.prepared),
+                **_base(run.plan.job),
+            )  # fmt: skip
             run.note_stage()
             return
-        run.note("resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint, attention=attention)
+        changed = {"changed": run.changed} if run.changed else {}
+        run.note(
+            "resume", loop.step, total_steps=run.total_steps, checkpoint=run.checkpoint, attention=attention, **changed
+        )
         if loop.step == run.start.first_step > 0:
             skipped = run.start.skipped_bins()
             values = {"skipped_bins": skipped} if skipped else {}
@@ -85,6 +92,13 @@ class History(Callback):
             loop.run.note("stop", loop.step, reason=loop.stop_reason)
         else:
             loop.run.note("finish", loop.step)
+
+
+def _base(job: Job) -> dict[str, str]:
+    """The weights that a new run of the job begins with: the model's files, and a trained adapter; {} for neither."""
+    adapter = job.training.adapter
+    sources = {"model": job.model.path, "start_from": adapter and adapter.start_from}
+    return {name: source for name, source in sources.items() if source}
 
 
 class FirstLoss(Callback):
@@ -183,7 +197,8 @@ class Records(Callback):
         self._skipped.add(evaluation.step, "eval", counts)
         self._metrics.write(
             evaluation.step, epoch=evaluation.epoch, eval_loss=evaluation.loss,
-            eval_trained_tokens=evaluation.trained_tokens, eval_samples=counts.samples,
+            eval_token_accuracy=evaluation.token_accuracy, eval_trained_tokens=evaluation.trained_tokens,
+            eval_samples=counts.samples,
             eval_skipped_samples=len(counts.skipped), **_measured_apart(evaluation),
         )  # fmt: skip
         self._metrics.show(evaluation.step, evaluation.texts)
@@ -224,7 +239,10 @@ def _measured_apart(evaluation: Evaluation) -> dict[str, Any]:
     if not evaluation.loss_by_set:
         return {}
     reading = {f"eval_{name}": value for name, value in evaluation.reading.items()}
-    return {"eval_loss_by_set": evaluation.loss_by_set, **reading, "eval_seconds": round(evaluation.seconds, 3)}
+    by_set = {
+        "eval_loss_by_set": evaluation.loss_by_set, "eval_token_accuracy_by_set": evaluation.token_accuracy_by_set
+    }  # fmt: skip
+    return {**by_set, **reading, "eval_seconds": round(evaluation.seconds, 3)}
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

@@ -9,8 +9,8 @@ A run that trains on a mixture also tells its datasets and weights (`mixture`) w
 
 | event | besides `time`, `step`, `workers` |
 | --- | --- |
-| `start` | a new run begins; `total_steps`: of the whole run |
-| `resume` | `total_steps`; `checkpoint`: the name of the one it continues from |
+| `start` | a new run begins; `total_steps`: of the whole run; `model`, `start_from`: the files that it begins with |
+| `resume` | `total_steps`; `checkpoint`: that it continues from; `changed`: other settings than the checkpoint's |
 | `checkpoint` | `name`; `seconds`: how long the step loop was held up |
 | `damaged_checkpoint` | `checkpoint`, `problem`: it is passed over |
 | `preemption` | `nodes`: those that will be taken away; `deadline`: when, or null |
@@ -67,9 +67,10 @@ def in_words(event: dict[str, Any]) -> str:
     step, workers = event["step"], counted(event["workers"], "worker")
     match event["event"]:
         case "start":
-            return f"started with {workers}" + _mixed(event, ", training on")
+            adapter = f", from the adapter in {event['start_from']}" if "start_from" in event else ""
+            return f"started with {workers}{adapter}" + _mixed(event, ", training on")
         case "resume":
-            return f"resumed from {event['checkpoint']} at step {step} with {workers}"
+            return f"resumed from {event['checkpoint']} at step {step} with {workers}{_changed(event)}"
         case "damaged_checkpoint":
             return f"{event['checkpoint']} is damaged and passed over: {event['problem']}"
         case "preemption":
@@ -90,6 +91,17 @@ def in_words(event: dict[str, Any]) -> str:
             reason = f": {event['reason']}" if event.get("reason") else ""
             return f"finished {counted(step, 'step')}{reason}"
     return ""
+
+
+def _changed(event: dict[str, Any]) -> str:
+    """The settings that a resumed run has otherwise than before, in words after a semicolon; "" for none."""
+    pairs = event.get("changed", {}).items()
+    texts = [f"{name} was {_value(before)}, is {_value(now)}" for name, (before, now) in pairs]
+    return "".join(f"; {text}" for text in texts)
+
+
+def _value(value: Any) -> str:
+    return "not set" if value is None else str(value)
 
 
 def _skipped(bins: int) -> str:

@@ -116,8 +116,22 @@ class TrainingLoop:
             )  # fmt: skip
 
     def _steps(self, batches: BatchSource) -> None:
+        """Does the steps that are left, stage by stage.
+
+        Each stage asks for batches of its own, so that none are made ahead, on threads, while a model is built anew:
+        DeepSpeed then replaces functions of torch for the whole process.
+        """
+        self._stage(batches)
+        while self.run.engine.is_at_border and self.step < self.run.total_steps and self.stop_reason is None:
+            self._enter_stage()
+            self._stage(batches)
+        if self.stop_reason is not None and self._saved_step != self.step > 0:
+            self._save(wait=True)
+
+    def _stage(self, batches: BatchSource) -> None:
+        """Does the steps of the present stage that are left, or those until a callback asks the run to stop."""
         started = time.monotonic()
-        for micro_batches in batches(self.step, self.run.total_steps):
+        for micro_batches in batches(self.step, self.run.engine.stage.stop_step):
             waited, started = time.monotonic() - started, time.monotonic()
             step = self._exchange(micro_batches, waited)
             self._before(step)
@@ -127,8 +141,6 @@ class TrainingLoop:
             if self.stop_reason is not None:
                 break
             started = time.monotonic()
-        if self.stop_reason is not None and self._saved_step != self.step > 0:
-            self._save(wait=True)
 
     def _before(self, step: Step) -> None:
         for callback in self._callbacks:
@@ -146,8 +158,6 @@ class TrainingLoop:
             callback.after_step(self, done)
         if self._save_asked or self.step == self.run.total_steps:
             self._save(wait=self._wait_asked or self.step == self.run.total_steps)
-        if self.run.engine.is_at_border and self.step < self.run.total_steps and self.stop_reason is None:
-            self._enter_stage()
 
     def _enter_stage(self) -> None:
         """Begins the next stage of the training: as if the run were resumed from a checkpoint of this step."""

@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mmray.config.job import Job
+from mmray.errors import UserError
 from mmray.run.callback import Callback, DoneStep, Loop, Step
 
 PROFILE_FOLDER = "profile"
@@ -27,6 +28,13 @@ class Profile(Callback):
         self._first, self._last = first, last
         self._begin = first
         self._profile: profile | None = None
+
+    def at_start(self, loop: Loop) -> None:
+        if self._last > loop.run.total_steps:
+            raise UserError(
+                f"training.profile.steps [{self._first}, {self._last}] go beyond the {loop.run.total_steps} steps of "
+                "the training; trace earlier ones"
+            )
 
     def before_step(self, loop: Loop, step: Step) -> None:
         if loop.run.is_first and self._first <= step.number <= self._last and self._profile is None:

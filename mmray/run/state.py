@@ -12,6 +12,7 @@ from typing import Any
 from mmray.batches.plan import BatchPlan
 from mmray.errors import UserError
 from mmray.run.callback_states import read_callback_states
+from mmray.run.changes import changed_settings
 from mmray.run.checkpoints import Scratch, newest_whole, step_of
 from mmray.run.data import RunData, open_data, set_names
 from mmray.run.folder import RunFolder
@@ -53,6 +54,8 @@ class RunState:
     """Ranks with the same value see the same `scratch`."""
     flops: FlopsCounter
     """Counts the operations that the model needs."""
+    changed: Mapping[str, list[Any]]
+    """Settings that the checkpoint was not trained with: each one's values before and now."""
 
     @property
     def is_first(self) -> bool:
@@ -107,6 +110,7 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
         num_sets=len(set_names(prepared)),
     )
     states = read_callback_states(checkpoint) if checkpoint else {}
+    changed = changed_settings(checkpoint, engine.model_settings, engine.training_settings) if checkpoint else {}
     _forget(checkpoint, ranks, copies)
     return RunState(
         plan=plan,
@@ -122,6 +126,7 @@ def open_run(plan: RunPlan, folder: RunFolder, ranks: Ranks, *, scratch: Path, n
         scratch=scratch,
         node=node,
         flops=FlopsCounter(engine),
+        changed=changed,
     )
 
 

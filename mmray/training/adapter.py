@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,6 +35,10 @@ NAME = "default"
 """The adapter's name in peft, which is a part of the names of its weights."""
 PREFIX = "base_model.model."
 """Beginning of the names in an adapter's file, where peft's own wrapper is around the model."""
+START_WEIGHTS = "adapter_model.safetensors"
+"""File of an adapter's weights, as peft names it."""
+NEW_RUN = "with the folder that `mmray export` makes of this one as model.path"
+"""The way to go on with other weights than those of a checkpoint."""
 _CPU = torch.device("cpu")
 
 
@@ -144,13 +148,9 @@ class Adapter:
                 set_z3_leaf_module(module, True)
                 module.register_forward_pre_hook(_ask_for_gradient)
 
-    def check_resumes(self, saved: "Adapter | None", checkpoint: Path) -> None:
-        """Raises UserError, naming what differs, where a checkpoint with the adapter `saved` is not of this one."""
-        if saved is None:
-            raise UserError(
-                f"{checkpoint} is of a training without an adapter; remove training.adapter, or begin a new run with "
-                "an export of it as model.path"
-            )
+    def check_same(self, saved: "Adapter", checkpoint: Path) -> None:
+        """Raises UserError, naming what differs, where a checkpoint holds another adapter, `saved`. Bases are not
+        compared."""
         before, now = saved.settings.model_dump(), self.settings.model_dump()
         changed = [
             f"training.adapter.{name} was {before[name]}, is {now[name]}"
@@ -158,14 +158,10 @@ class Adapter:
         ]  # fmt: skip
         if saved.quantize != self.quantize:
             changed.append(f"model.quantize was {saved.quantize}, is {self.quantize}")
-        if (saved.base is None) != (self.base is None):
-            changed.append("the base was " + ("random weights" if saved.base is None else "files (model.path)"))
-        elif saved.drawn != self.drawn:
-            changed.append(f"its random base was drawn on {saved.drawn}, which here would be {self.drawn}")
         if changed:
             raise UserError(
-                f"{checkpoint} holds another adapter: {'; '.join(changed)}. Set it back, or begin a new run "
-                "(start_from an export of this adapter)"
+                f"{checkpoint} holds another adapter: {'; '.join(changed)}. Set it back; or begin a new run "
+                f"(output.run) {NEW_RUN}"
             )
         if saved.targets != self.targets:
             names = set(sum(asdict(saved.targets).values(), ())) ^ set(sum(asdict(self.targets).values(), ()))
@@ -173,8 +169,41 @@ class Adapter:
                 f"{checkpoint} holds another adapter: {listed(sorted(names))} are touched by one of the two alone. Use "
                 "the mmray and transformers that it was written with"
             )
+
+    def check_base(self, checkpoint: Path) -> None:
+        """Raises UserError, naming what differs, where the adapter in a checkpoint belongs to another base."""
+        saved = Adapter.read(checkpoint)
+        assert saved is not None
+        difference = ""
+        if (saved.base is None) != (self.base is None):
+            difference = "the base was " + ("random weights" if saved.base is None else "files (model.path)")
+        elif saved.drawn != self.drawn:
+            difference = f"its random base was drawn on {saved.drawn}, which here would be {self.drawn}"
+        if difference:
+            raise UserError(
+                f"{checkpoint} holds an adapter of another base: {difference}. Set it back; or begin a new run "
+                f"(output.run) {NEW_RUN}"
+            )
         if self.base is not None and saved.base is not None:
             saved.base.check_equal(self.base, f"the adapter in {checkpoint}")
+
+
+def check_adapter(checkpoint: Path, adapter: Adapter | None) -> None:
+    """Raises UserError, naming what differs, where a checkpoint holds another adapter than the one that is to be
+    trained, or one of both is None. Bases are not compared."""
+    saved = Adapter.read(checkpoint)
+    if adapter is not None and saved is not None:
+        adapter.check_same(saved, checkpoint)
+    elif saved is not None:
+        raise UserError(
+            f"{checkpoint} holds an adapter (training.adapter: {saved.settings.kind} of rank {saved.settings.rank}); "
+            f"set it back; or, to train the whole weights, begin a new run (output.run) {NEW_RUN}"
+        )
+    elif adapter is not None:
+        raise UserError(
+            f"{checkpoint} is of a training without an adapter; remove training.adapter, or begin a new run "
+            f"(output.run) {NEW_RUN}"
+        )
 
 
 def _ask_for_gradient(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -218,55 +247,63 @@ def to_file_names(names: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_start(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Puts the weights of `start_from` into a model that the adapter has been put into; under ZeRO-3 before DeepSpeed
-    partitions them.
+def check_start(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Checks that the folder `start_from` holds this adapter, by its configuration and the names and shapes of its
+    weights, none of which is read.
 
-    Raises UserError, naming what differs, where the folder holds another adapter.
+    model: one that the adapter has been put into, with or without memory. Raises UserError, naming what differs.
     """
     folder = Path(adapter.settings.start_from or "")
-    stored = _stored(folder, adapter)
-    wanted = to_file_names(trained_weights(model))
-    problems = []
-    for what, names in (("lacks", wanted.keys() - stored.keys()), ("has also", stored.keys() - wanted.keys())):
-        if names:
-            problems.append(f"it {what} {listed(sorted(name.removeprefix(PREFIX) for name in names))}")
-    shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in wanted.items()}
-    misfits = [name for name in shapes.keys() & stored.keys() if tuple(stored[name].shape) != shapes[name]]
-    if misfits:
-        problems.append(f"of another shape are {listed(sorted(name.removeprefix(PREFIX) for name in misfits))}")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("adapter_config.json is no JSON object")
+        with safe_open(folder / START_WEIGHTS, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"training.adapter.start_from: {folder} holds no adapter that can be read: {one_line(error)}; give a "
+            f"folder with adapter_config.json and {START_WEIGHTS}"
+        ) from error
+    wanted = adapter.config().to_dict()
+    problems = [
+        f"{name} is {config.get(name)} there and {wanted[name]} here"
+        for name in ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
+        if (config.get(name) or None) != (wanted[name] or None)
+    ]
+    if not problems:
+        problems = _differences(stored, to_file_names(trained_weights(model)))
     if problems:
         raise UserError(
             f"training.adapter.start_from: {folder} holds another adapter: {'; '.join(problems)}. Give rank, parts and "
             "save_whole of that adapter, or another folder"
         )
-    with torch.no_grad():
-        for name, weight in wanted.items():
-            with _whole(weight):
-                weight.copy_(stored[name].to(weight.dtype))
-
-
-def _stored(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
-    """The weights in an adapter's folder, by their names in its file, as far as its configuration is the job's."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        stored: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"training.adapter.start_from: {folder} holds no adapter that can be read: {one_line(error)}; give a "
-            "folder with adapter_config.json and adapter_model.safetensors"
-        ) from error
-    wanted = adapter.config().to_dict()
-    changed = [
-        f"{name} is {config.get(name)} there and {wanted[name]} here"
-        for name in ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
-        if (config.get(name) or None) != (wanted[name] or None)
-    ]
-    if changed:
-        raise UserError(f"training.adapter.start_from: {folder} holds another adapter: {'; '.join(changed)}")
     if (saved := Adapter.read(folder)) is not None and saved.base is not None and adapter.base is not None:
         saved.base.check_equal(adapter.base, f"training.adapter.start_from: the adapter in {folder}")
-    return stored
+
+
+def _differences(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor]) -> list[str]:
+    """How the weights in an adapter's file differ from those of an adapter, in words. stored: their shapes."""
+    problems = []
+    for what, names in (("lacks", wanted.keys() - stored.keys()), ("has also", stored.keys() - wanted.keys())):
+        if names:
+            problems.append(f"it {what} {listed(sorted(name.removeprefix(PREFIX) for name in names))}")
+    shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in wanted.items()}
+    misfits = [name for name in shapes.keys() & stored.keys() if stored[name] != shapes[name]]
+    if misfits:
+        problems.append(f"of another shape are {listed(sorted(name.removeprefix(PREFIX) for name in misfits))}")
+    return problems
+
+
+def load_start(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Puts the weights of `start_from` into a model that the adapter has been put into; under ZeRO-3 before DeepSpeed
+    partitions them. Raises UserError as `check_start`."""
+    check_start(model, adapter)
+    stored: dict[str, Tensor] = load_file(Path(adapter.settings.start_from or "") / START_WEIGHTS)
+    with torch.no_grad():
+        for name, weight in to_file_names(trained_weights(model)).items():
+            with _whole(weight):
+                weight.copy_(stored[name].to(weight.dtype))
 
 
 @contextmanager

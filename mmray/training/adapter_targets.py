@@ -127,10 +127,20 @@ def _whole(model: PreTrainedModel, parts: Parts, wanted: Sequence[str]) -> tuple
             names = by_part[pattern]
         else:
             names = _below(matching(pattern, [*modules, *weights]), weights)
+        if not names and (holders := matching(pattern, modules)):
+            raise UserError(f"training.adapter.save_whole: {pattern!r} {_weightless(model, holders[0])}")
         if not names:
             raise UserError(_nothing("training.adapter.save_whole", pattern, [*modules, *weights], {}))
         chosen.update(names)
     return tuple(name for name in weights if name in chosen)
+
+
+def _weightless(model: nn.Module, name: str) -> str:
+    """The reason why a module has no weights of its own to train, in words after its name."""
+    for inner, weight in model.get_submodule(name).named_parameters(prefix=name):
+        first = next(other for other, known in model.named_parameters() if known is weight)
+        return f"is one weight with {first} ({inner} is tied to it); name that one, or embeddings, which trains both"
+    return "has no weights to train; name modules or weights that have some"
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from mmray.base.version import __version__
 from mmray.base.words import counted, one_line
 from mmray.errors import UserError
-from mmray.training.adapter import Adapter
+from mmray.training.adapter import NEW_RUN, Adapter, check_adapter
 from mmray.training.conversion import SHARDS, converted
 from mmray.training.deepspeed_config import effective_zero_stage
 from mmray.training.optim import decays_from
@@ -199,13 +199,14 @@ def check_resume(
     if saved != wanted:
         raise UserError(
             f"{folder} was written with ZeRO stage {saved[0]} and {saved[1]}, this run has stage "
-            f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or start a new run"
+            f"{wanted[0]} and {wanted[1]}; set training.zero_stage and model.dtype back, or begin a new run "
+            f"(output.run) {NEW_RUN}"
         )
     optimizer = state.optimizer or "adamw"
     if optimizer != training.optimizer:
         raise UserError(
             f"{folder} was written by optimizer {optimizer}, and this run has {training.optimizer}, which cannot use "
-            "its states; set training.optimizer back, or start a new run"
+            f"its states; set training.optimizer back, or begin a new run (output.run) {NEW_RUN}"
         )
     done = stage_at(stages, state.step - 1)
     groups = weight_groups(model, training, stages, done)
@@ -271,7 +272,9 @@ def resume_source(folder: Path, state: SavedState, engine: Engine, model: PreTra
     if not (folder / SHARDS).is_dir():
         raise UserError(f"{folder} is an incomplete checkpoint: it holds no {SHARDS} folder")
     training = engine.training_settings
-    _check_adapter(folder, engine)
+    check_adapter(folder, engine.adapter)
+    if engine.adapter is not None:
+        engine.adapter.check_base(folder)
     check_resume(folder, state, model, (engine.model_settings, training), engine.stages)
     groups = _saved_groups(folder, model, training)
     is_regrouped = [group.names for group in groups] != [group.names for group in engine.groups]
@@ -305,24 +308,12 @@ def _base_is_in_files(engine: Engine) -> bool:
     return engine.adapter is not None and engine.adapter.base is not None
 
 
-def _check_adapter(folder: Path, engine: Engine) -> None:
-    """Raises UserError where the checkpoint holds another adapter than the engine trains."""
-    saved = Adapter.read(folder)
-    if engine.adapter is not None:
-        engine.adapter.check_resumes(saved, folder)
-    elif saved is not None:
-        raise UserError(
-            f"{folder} holds an adapter (training.adapter: {saved.settings.kind} of rank {saved.settings.rank}); set "
-            "it back, or begin a new run with a merged export of it as model.path"
-        )
-
-
 def load_state(engine: Engine, source: ResumeSource) -> None:
     """Restores weights, optimizer state, step and RNG into a new engine. Collective.
 
     RNG states belong to a rank: with another number of ranks they are seeded anew from seed, step and rank.
     """
-    with tempfile.TemporaryDirectory(prefix="mmray-load-") as plain:
+    with tempfile.TemporaryDirectory(prefix="mmray-load-") as plain, _other_model_told(source.folder, engine):
         # DeepSpeed takes the path for a glob pattern: hand it one without special characters.
         (Path(plain) / SHARDS).symlink_to((source.shards_parent / SHARDS).resolve())
         by_number = engine.zero_stage > 0 or not source.is_regrouped
@@ -343,6 +334,25 @@ def load_state(engine: Engine, source: ResumeSource) -> None:
         _set_rng_state(torch.load(rng_file, weights_only=True))
     else:
         seed_rng(engine.training_settings.seed, engine.rank, source.state.step)
+
+
+@contextmanager
+def _other_model_told(folder: Path, engine: Engine) -> Iterator[None]:
+    """Raises an error of loading as a UserError where the checkpoint was trained with another model than the job's."""
+    try:
+        yield
+    except Exception as error:  # DeepSpeed's loaders fail in many ways
+        saved = read_settings(folder)
+        if saved is None:
+            raise
+        now = engine.model_settings
+        changed = [name for name in ("path", "config") if getattr(saved[0], name) != getattr(now, name)]
+        if not changed:
+            raise
+        raise UserError(
+            f"{folder} was trained with another model.{' and model.'.join(changed)}, and its weights do not fit this "
+            f"one: {one_line(error):.300}; set it back, or begin a new run (output.run)"
+        ) from error
 
 
 def _restore_own_settings(engine: Engine) -> None:

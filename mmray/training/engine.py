@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -135,6 +135,26 @@ class StepMetrics:
     """Learning rate of each part or pattern that has its own."""
     stage: int | None = None
     """Number of the stage of the step, from 1; None in a training without stages."""
+
+
+class TokenSums(NamedTuple):
+    """Sums over trained tokens of an evaluation, of all batches of all ranks."""
+
+    loss: float
+    """Sum of the cross-entropies, in nats."""
+    trained_tokens: int
+    correct: int
+    """Number of those that the model finds most likely."""
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean cross-entropy; NaN where no token is trained on."""
+        return self.loss / self.trained_tokens if self.trained_tokens else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the trained tokens that the model finds most likely; NaN where no token is trained on."""
+        return self.correct / self.trained_tokens if self.trained_tokens else math.nan
 
 
 class TrainingEngine:
@@ -292,45 +312,46 @@ class TrainingEngine:
             set_losses=(None,) * self.num_sets, rates_by_part=rates_by_part, stage=self._stage_number,
         )  # fmt: skip
 
-    def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> tuple[float, int]:
-        """The mean cross-entropy over the trained tokens of all batches of all ranks, and the number of these tokens.
+    def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> TokenSums:
+        """The sums over the trained tokens of all batches of all ranks.
 
-        Every rank must pass the same number of micro-batches: under ZeRO-3 each forward is collective. The loss is NaN
-        where no token is trained on.
+        Every rank must pass the same number of micro-batches: under ZeRO-3 each forward is collective.
         """
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.deepspeed.eval()
         try:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
                         totals[1] += _count(micro_batch.labels[:, 1:], IGNORE_INDEX)
-                        totals[0] += self._loss(micro_batch).loss
+                        packed = self._loss(micro_batch)
+                        totals[0] += packed.loss
+                        totals[2] += packed.measures.correct
         finally:
             self.deepspeed.train()
         dist.all_reduce(totals)
-        loss_sum, trained = totals.tolist()
-        return (loss_sum / trained if trained else float("nan")), int(trained)
+        loss_sum, trained, correct = totals.tolist()
+        return TokenSums(loss_sum, int(trained), int(correct))
 
-    def evaluate_sets(self, batches: Iterable[Sequence[MicroBatch]], num_sets: int) -> list[tuple[float, int]]:
-        """The sum of the cross-entropies of each set's trained tokens over all batches of all ranks, in nats, and the
-        number of these tokens.
+    def evaluate_sets(self, batches: Iterable[Sequence[MicroBatch]], num_sets: int) -> list[TokenSums]:
+        """The sums over each set's trained tokens of all batches of all ranks.
 
         num_sets: number of sets of rows, which `MicroBatch.token_sets` numbers from 0. Every rank must pass the same
         number of micro-batches, as for `evaluate`.
         """
-        totals = torch.zeros((2, num_sets), dtype=torch.float64, device=self.device)
+        totals = torch.zeros((3, num_sets), dtype=torch.float64, device=self.device)
         self.deepspeed.eval()
         try:
             with torch.no_grad():
                 for batch in batches:
                     for micro_batch in batch:
                         measures = self._loss(micro_batch, num_sets=num_sets).measures
-                        totals += torch.stack([measures.set_sums.double(), measures.set_counts.double()])
+                        sums = measures.set_sums, measures.set_counts, measures.set_correct
+                        totals += torch.stack([of_sets.double() for of_sets in sums])
         finally:
             self.deepspeed.train()
         dist.all_reduce(totals)
-        return [(loss_sum, int(count)) for loss_sum, count in totals.T.tolist()]
+        return [TokenSums(loss_sum, int(count), int(correct)) for loss_sum, count, correct in totals.T.tolist()]
 
     def close(self) -> None:
         """Releases DeepSpeed's hooks and buffers, so that another engine can be built in this process."""

@@ -38,6 +38,7 @@ class LigerLoss(HeadLoss):
         if self.tokens.sets is not None:
             members = F.one_hot(self.tokens.sets, self.tokens.num_sets)
             self.measures.set_sums = (losses[:, None] * members).sum(0)
+            self.measures.set_correct = (correct[:, None] * members).sum(0)
         scaled = [None if gradient is None else gradient.mul_(self.scale) for gradient in gradients]
         of_rows, of_weight, of_bias = scaled
         return self.measures.cross_entropy, [of_rows, *head.in_order(of_weight, of_bias)]
@@ -64,10 +65,6 @@ def check_fused_loss(settings: TrainingSettings, device: torch.device) -> None:
     """Raises UserError where `training.fused_loss` cannot be honoured on a device."""
     if settings.fused_loss is None:
         return
-    if settings.label_smoothing or settings.z_loss:
-        raise UserError(
-            "training.fused_loss: liger leaves out label_smoothing and z_loss here; set one of them to null"
-        )
     if device.type != "cuda":
         raise UserError(
             f"training.fused_loss: liger runs on CUDA, and this worker trains on {device.type}; set it to null"

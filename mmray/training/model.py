@@ -130,7 +130,15 @@ def check_weights(settings: ModelSettings, *, download: bool = False) -> str:
     if getattr(config, "quantization_config", None):
         raise UnknownWeights(f"{settings.path} is quantised: transformers judges its weights while it loads them")
     stored = stored_weights(settings.path, download=download)
-    names = {*stored, *empty_model(settings).state_dict()}
+    try:
+        names = {*stored, *empty_model(settings).state_dict()}
+    except UserError:
+        raise
+    except Exception as error:  # values that do not go together fail in a model in many ways
+        raise UserError(
+            f"no model can be made by the configuration of {settings.path}: {one_line(error)}; give the config.json "
+            "that belongs to its weights"
+        ) from error
     weights_fit = fit(partial(empty_model, settings), stored)
     check_patterns(settings.allow_missing, {*names, *weights_fit.unexpected})
     return check_fit(settings.path, weights_fit, settings.allow_missing)
@@ -176,8 +184,8 @@ def _read_config(settings: ModelSettings) -> PretrainedConfig:
         warn_of_remote_code(source)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read a model configuration from {source}: {error}") from error
+    except Exception as error:  # each class checks its values with errors of its own
+        raise UserError(f"cannot read a model configuration from {source}: {one_line(error)}") from error
 
 
 def _load(path: str, settings: ModelSettings, device: torch.device) -> PreTrainedModel:

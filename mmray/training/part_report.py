@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mmray.base.words import amount, file_size
 from mmray.errors import UserError
 from mmray.families import model_parts
-from mmray.training.adapter import Adapter
+from mmray.training.adapter import Adapter, check_adapter
 from mmray.training.checkpoint import check_resume, read_state
 from mmray.training.model import empty_model, resize_embeddings
 from mmray.training.settings import ModelSettings, TrainingSettings
@@ -76,19 +76,21 @@ def stage_facts(
     for stage in stages:
         treated = treatments(model, stage, training)
         trained, states = Counter[str](), Counter[str]()
+        rates: dict[str, set[float]] = {}
         for group in weight_groups(model, training, stages, stage):
             per_number = (MUON_BYTES if group.by_muon else STATE_BYTES[training.optimizer]) + (
                 MASTER_BYTES if settings.dtype == "bf16" else 0
             )
             for name in group.names:
                 trained[part_of[name]] += sizes[name]
+                rates.setdefault(part_of[name], set()).add(treated[name].learning_rate)
                 states[part_of[name]] += int(per_number * sizes[name])
         facts = []
         for part in dict.fromkeys(part_of.values()):
             names = [name for name in sizes if part_of[name] == part]
-            rates = {treated[name].learning_rate for name in names if not treated[name].is_frozen}
             weights = sum(sizes[name] for name in names)
-            facts.append(PartFacts(part, weights, trained[part], tuple(sorted(rates, reverse=True)), states[part]))
+            of_part = tuple(sorted(rates.get(part, ()), reverse=True))
+            facts.append(PartFacts(part, weights, trained[part], of_part, states[part]))
         yield stage, facts
 
 
@@ -107,4 +109,5 @@ def check_resumed(folder: Path, settings: ModelSettings, training: TrainingSetti
     It reads the small files of the checkpoint alone, before any worker starts. total_steps: steps of the whole run.
     """
     stages = stages_of(training, total_steps)
+    check_adapter(folder, None if training.adapter is None else Adapter.of(settings, training.adapter, None))
     check_resume(folder, read_state(folder), part_model(settings, training), (settings, training), stages)

@@ -139,6 +139,13 @@ class ProfileSettings(Settings):
             raise ValueError(f"the first step to trace, {steps[0]}, comes after the last, {steps[1]}")
         return steps
 
+    def check_within(self, total_steps: int) -> None:
+        """Raises ValueError where a run of `total_steps` steps does not have all steps that are to be traced."""
+        if self.steps[1] > total_steps:
+            raise ValueError(
+                f"profile.steps {list(self.steps)} go beyond the {total_steps} steps of training; trace earlier ones"
+            )
+
 
 class TrainingSettings(Settings):
     """Length, batch, optimizer, ZeRO stage, and how often to evaluate and to save."""
@@ -299,8 +306,13 @@ class TrainingSettings(Settings):
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is longer than training (steps: {self.steps})")
         if self.schedule == "constant" and self.min_learning_rate_ratio > 0:
             raise ValueError("min_learning_rate_ratio has no meaning with schedule: constant; remove one of them")
+        for name in ("label_smoothing", "z_loss"):
+            if self.fused_loss and (value := getattr(self, name)):
+                raise ValueError(f"fused_loss: {self.fused_loss} leaves out {name} ({value:g}); remove one of them")
         self._check_adapter()
         self._check_decay()
+        if self.profile and self.steps is not None:
+            self.profile.check_within(self.steps)
         self._check_stages()
         self._check_muon()
         if self.global_batch_bins % self.micro_batch_bins:
@@ -313,9 +325,11 @@ class TrainingSettings(Settings):
     def _check_adapter(self) -> None:
         if self.adapter is None:
             return
-        for name in ("parts", "stages"):
-            if getattr(self, name):
-                raise ValueError(f"{name} and adapter do not go together: adapter.parts and save_whole say what trains")
+        if self.stages:
+            raise ValueError(
+                "stages and adapter do not go together: an adapter is trained whole from its first step on; train "
+                "each stage in a run of its own, with the export of the one before as model.path"
+            )
         if self.optimizer == "muon":
             raise ValueError("optimizer: muon is made for whole matrices; the thin ones of an adapter take adamw")
 

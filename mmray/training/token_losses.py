@@ -44,6 +44,8 @@ class Measures:
     """Sum of the cross-entropies of each set, fp32 [num_sets]."""
     set_counts: Tensor
     """Number of trained tokens of each set, int64 [num_sets]."""
+    set_correct: Tensor
+    """Number of those of each set that are the most likely ones, fp32 [num_sets]."""
 
     @classmethod
     def zeros(cls, tokens: TrainedTokens) -> "Measures":
@@ -52,7 +54,8 @@ class Measures:
         counts = tokens.targets.new_zeros(tokens.num_sets)
         if tokens.sets is not None:  # `bincount` would wait for a GPU
             counts = (tokens.sets[:, None] == torch.arange(tokens.num_sets, device=counts.device)).sum(0)
-        return cls(zero, zero, zero, zero, zero.new_zeros(tokens.num_sets), counts)
+        of_sets = zero.new_zeros(tokens.num_sets)
+        return cls(zero, zero, zero, zero, of_sets, counts, of_sets)
 
 
 def chunk_loss(logits: Tensor, tokens: TrainedTokens, rows: slice, objective: Objective, measures: Measures) -> Tensor:
@@ -66,11 +69,13 @@ def chunk_loss(logits: Tensor, tokens: TrainedTokens, rows: slice, objective: Ob
     measures.cross_entropy = measures.cross_entropy + cross_entropy.detach()
     with torch.no_grad():
         of_targets = likelihoods.gather(1, targets[:, None])
-        measures.correct = measures.correct + (of_targets >= likelihoods.amax(dim=-1, keepdim=True)).sum()
+        correct = of_targets >= likelihoods.amax(dim=-1, keepdim=True)
+        measures.correct = measures.correct + correct.sum()
         if tokens.sets is not None:
-            # Unlike index_add, this sum is the same on every GPU.
-            set_sums = (-of_targets * F.one_hot(tokens.sets[rows], tokens.num_sets)).sum(0)
-            measures.set_sums = measures.set_sums + set_sums
+            # Unlike index_add, these sums are the same on every GPU.
+            members = F.one_hot(tokens.sets[rows], tokens.num_sets)
+            measures.set_sums = measures.set_sums + (-of_targets * members).sum(0)
+            measures.set_correct = measures.set_correct + (correct * members).sum(0)
     if objective.label_smoothing:
         spread = -likelihoods.mean(dim=-1).sum()
         loss = (1 - objective.label_smoothing) * cross_entropy + objective.label_smoothing * spread

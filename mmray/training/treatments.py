@@ -235,10 +235,21 @@ def weight_groups(
     usable, named = {treatment.key for treatment in history[-1].values()}, set[str | None]()
     for name, weight in model.named_parameters():
         treatment = history[-1][name]
+        if treatment.is_frozen and weight.requires_grad and training.adapter is not None:
+            raise UserError(
+                f"{stage.place}: {treatment.key} is frozen, and training.adapter trains {plain_name(name)}; leave it "
+                "out of one of them (the adapter's parts and save_whole)"
+            )
         if treatment.is_frozen or not weight.requires_grad:
             continue
-        is_matrix = len(getattr(weight, "ds_shape", weight.shape)) >= 2
+        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        is_matrix = len(shape) >= 2
         by_muon = training.optimizer == "muon" and is_matrix and not any(word in name.lower() for word in NOT_BY_MUON)
+        if by_muon and len(shape) >= 4:
+            raise UserError(
+                f"optimizer: muon is made for matrices, and {name} of the shape {list(shape)} is a convolution; freeze "
+                f"it ({stage.place}), or set optimizer: adamw"
+            )
         decay = treatment.weight_decay if is_matrix else 0.0
         key = (not is_matrix, not by_muon, treatment.learning_rate, decay, _trained_since(history, name))
         members.setdefault(key, []).append(name)

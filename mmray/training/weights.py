@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 from transformers.utils import logging as transformers_logging
 
+from mmray.base.words import one_line
 from mmray.errors import UserError
 
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -94,11 +95,16 @@ def weight_files(path: str) -> list[str]:
 
 
 def _files(path: str, *, local_only: bool) -> list[str]:
-    """The files that transformers would load."""
-    files, _ = _get_resolved_checkpoint_files(
-        path, variant=None, gguf_file=None, use_safetensors=None, user_agent=None, is_remote_code=False,
-        download_kwargs={"local_files_only": local_only},
-    )  # fmt: skip
+    """The files that transformers would load. Raises UserError for a list of files that cannot be read."""
+    try:
+        files, _ = _get_resolved_checkpoint_files(
+            path, variant=None, gguf_file=None, use_safetensors=None, user_agent=None, is_remote_code=False,
+            download_kwargs={"local_files_only": local_only},
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of JSON, and of what is in it
+        raise UserError(
+            f"the list of the files of {path} (*.index.json) cannot be read: {one_line(error)}; copy it anew"
+        ) from error
     return files or []
 
 

@@ -1,5 +1,6 @@
 """Ctrl-C and `ray job stop`: one line, nothing left running; the same command continues, also after `kill -9`."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray._private.ray_logging import LogDeduplicator
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from mmray.config.job import Job
@@ -80,6 +82,14 @@ def test_tasks_of_a_killed_actor_are_not_told_as_failed(ray_head: RayHead) -> No
     assert done.returncode == 0, done.stderr
     assert "error: " in done.stdout
     assert "infinite retries" not in done.stdout + done.stderr
+
+
+def test_the_log_of_a_node_that_is_lost_is_left_out_and_its_death_is_told() -> None:
+    deduplicator = LogDeduplicator(5, None, os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"])
+    dead = "The node with node id: 5f1f and address: 10.0.0.7 has been marked dead because the detector has missed"
+    log = "Raylet is terminated. Termination is unexpected. Last 20 lines of the Raylet logs:\n    [state-dump] \n"
+    batch = {"lines": [log, dead], "pid": "raylet", "is_err": False}
+    assert [line for part in deduplicator.deduplicate(batch) for line in part["lines"]] == [dead]
 
 
 def test_preparing_is_interrupted_and_continued_by_ray_job_submit(

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from jobs import demo
 from tests.conftest import ROOT, RayHead
 
 NOTEBOOK = ROOT / "jobs/driver.ipynb"
@@ -27,6 +28,10 @@ def test_no_outputs_are_kept() -> None:
 def test_the_notebook_runs_to_its_end(
     ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
+    """On the demo's pages and a tenth of its numbers."""
+    monkeypatch.setattr(demo, "NUMBERS", demo.NUMBERS // 10)
+    monkeypatch.chdir(tmp_path)
+    demo.write_inputs()
     for name in ("mmray", "pipelines", "jobs"):
         (tmp_path / name).symlink_to(ROOT / name)  # its demo_out is made beside these, and not in the checkout
     for name, value in ray_head.environment.items():

@@ -189,6 +189,16 @@ def draining_nodes() -> dict[str, int]:
     return dict(ray._private.state.state.get_draining_nodes())
 
 
+def test_a_notice_without_the_token_of_the_cluster_is_one_line(tmp_path: Path) -> None:
+    """Ray's client would abort the process."""
+    environment = os.environ | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ""}
+    command = [sys.executable, "-m", "jobs.notices", "now", "--address", "127.0.0.1:1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the head at 127.0.0.1:1 does not answer this process; check the address, and")
+
+
 def test_a_notice_drains_the_node_of_its_machine_alone(ray_head: RayHead, service: Service, tmp_path: Path) -> None:
     """A risk drains without a deadline, an end with that end; a pod's end, too; the node then ends when it is idle."""
     log = tmp_path / "notices.log"
@@ -218,6 +228,7 @@ def test_a_notice_drains_the_node_of_its_machine_alone(ray_head: RayHead, servic
         assert hook.poll() is None, "it waits for the actor"
         ray.kill(busy)
         assert hook.wait(START_SECONDS) == 0, (tmp_path / "hook.log").read_text()
+        assert f"node {node} is drained, and ends within 2000 s" in (tmp_path / "hook.log").read_text()
         assert node not in [node.node_id for node in alive_nodes()]
     (head,) = alive_nodes()
     assert Machine(ray_head.address, head.address).nodes() == [], "a head is not drained"

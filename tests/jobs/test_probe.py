@@ -93,28 +93,34 @@ int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
 """
 
 
+ASKING_OF_CUDA = """
+import json, os, sys
+import jobs.probe  # with the modules of this process, before the path has another torch
+
+folder = sys.argv[1]
+sys.path.insert(0, folder)
+answers = []
+for library in ("", "libcuda.so.1"):
+    if library:
+        os.rename(f"{folder}/not-yet", f"{folder}/{library}")
+    answer = jobs.probe._looker()({}, [], [], "/dev/shm", [], {})
+    answers.append([answer["torch_cuda"], answer["driver_cuda"]])
+print(json.dumps(answers))
+"""
+
+
 def test_the_answer_has_the_cuda_of_torch_and_of_the_driver(tmp_path: Path) -> None:
-    """A torch of another build and a driver's library, both of them found as the real ones are."""
+    """A torch of another build and a driver's library, both of them found as the real ones are; first no library."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler makes the driver's library")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('torch is large and is not imported')")
     (tmp_path / "torch" / "version.py").write_text("cuda: str | None = '13.0'\nhip = None\n")
-    asking = (
-        "import json, sys; from jobs.probe import _looker; "
-        "answer = _looker()({}, [], [], '/dev/shm', [], {}); "
-        "print(json.dumps([answer['torch_cuda'], answer['driver_cuda']]))"
-    )
-    # Modules of this process are imported before the path has another torch.
-    asking = f"import jobs.probe; sys = __import__('sys'); sys.path.insert(0, {str(tmp_path)!r}); {asking}"
-    done = python(asking)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[13, 0], None]
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler makes the driver's library")
     (tmp_path / "driver.c").write_text(DRIVER)
-    library = tmp_path / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-o", library, tmp_path / "driver.c"], check=True)
-    done = python(asking, LD_LIBRARY_PATH=str(tmp_path))
-    assert json.loads(done.stdout) == [[13, 0], [12, 8]]
+    subprocess.run(["cc", "-shared", "-o", tmp_path / "not-yet", tmp_path / "driver.c"], check=True)
+    done = python(ASKING_OF_CUDA, str(tmp_path), LD_LIBRARY_PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[[13, 0], None], [[13, 0], [12, 8]]]
 
 
 def test_a_machine_of_ones_own_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +148,10 @@ def test_packages_are_those_the_job_needs() -> None:
     adapting = Job.model_validate(content)
     assert packages_of(adapting, "training") == ["deepspeed", "peft", "bitsandbytes", "mlflow"]
     assert packages_of(adapting, "evaluating") == ["bitsandbytes"]
+    del content["training"]["adapter"], content["model"]["quantize"]
+    content["training"] |= {"optimizer": "adamw_8bit", "fused_loss": "liger"}
+    packages = packages_of(Job.model_validate(content), "training")
+    assert packages == ["deepspeed", "bitsandbytes", "liger_kernel", "mlflow"]
 
 
 @pytest.mark.parametrize("place", ["prepared", "run", "train", "eval"])

@@ -106,7 +106,7 @@ def test_batches_from_the_tile_cache_are_the_same_and_warnings_reach_the_run(ray
     entries[0].write_bytes(sound[0][:-1])
     entries[1].unlink()
 
-    resources = ResourceSettings(render_actors=2, tile_cache=cache)
+    resources = ResourceSettings(tile_cache=cache)
     made = Ingest(BatchMaker(plan), resources, gpus=False, warnings=str(warnings))
     (shard,) = made.split(0, steps)
     for found, wanted in zip(made.receive(shard, 0, 0, steps), expected, strict=True):

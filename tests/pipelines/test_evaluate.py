@@ -39,6 +39,8 @@ def test_a_cluster_reads_what_one_process_reads(ray_head: RayHead, inputs: Input
     assert values["bad_rows"]["count"] > 0
     assert values["all"]["texts"] > 20
 
-    bad_job = job.model_copy(update={"model": job.model.model_copy(update={"config": str(tmp_path / "gone")})})
+    gone = job.model.model_copy(update={"config": str(tmp_path / "gone")})
+    one = job.resources.model_copy(update={"workers": 1})
+    bad_job = job.model_copy(update={"model": gone, "resources": one})
     with pytest.raises(UserError, match="gone"):
         on_cluster(dataclasses.replace(there, job=bad_job, model=EvaluatedModel("gone", "base")))

@@ -33,7 +33,7 @@ def prepared(
     ray_head: RayHead, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Job, PreparedDataset]:
     folder = tmp_path_factory.mktemp("prepared")
-    job = Job.model_validate(inputs.job(folder, name="prepared", resources__encode_actors=2))
+    job = Job.model_validate(inputs.job(folder, name="prepared", resources__encode_actors=1))
     calls: list[tuple[int, int]] = []
     dataset, made = prepare(job, "train", on_progress=lambda done, total: calls.append((done, total)))
     assert made
@@ -111,43 +111,26 @@ def _parsed(line: str) -> object:
     return None
 
 
-def test_every_form_gives_the_same_bytes_for_any_actors_and_after_a_kill(
+def test_every_form_gives_the_same_bytes_with_two_actors_that_continue_a_killed_run(
     ray_head: RayHead, inputs: Inputs, tmp_path: Path
 ) -> None:
-    """One actor continues what was killed after the first window, two make all of it, none makes it too."""
+    """The library makes the first window and is killed; what it then makes in one go is the same."""
     (tmp_path / "forms").mkdir()
     data = {"train": write_forms(inputs, tmp_path / "forms"), "max_rejected_share": 1}
     changes: dict[str, object] = {"data": data, "packing__mode": "equal_cost"}
-    made = {}
-    for actors in (1, 2):
-        folder = tmp_path / str(actors)
-        folder.mkdir()
-        job = Job.model_validate(inputs.job(folder, **changes, resources__encode_actors=actors))
-        if actors == 1:
-            assert prepare_without_ray(job, folder, kill=True).returncode == -9
-            assert len(list(Path(job.prepared_path("train")).glob("bins-*"))) == 1
-        made[actors] = prepare(job, "train")[0]
-    facts = made[1].statistics
-    assert facts["rows_packed"] > 150
-    assert facts["rows_read"] == facts["rows_packed"] + facts["rows_rejected"]
-    assert len(made[1].manifest["shards"]) > 2
-    here = prepare_here(Job.model_validate(inputs.job(tmp_path / "here", **changes)))
-    assert contents(made[1].path) == contents(made[2].path) == contents(here.path)
-
-
-def test_one_actor_continues_a_killed_run_of_the_library_to_the_same_bytes(
-    prepared: tuple[Job, PreparedDataset], inputs: Inputs, tmp_path: Path
-) -> None:
-    _, dataset = prepared
-    job = Job.model_validate(inputs.job(tmp_path, resources__encode_actors=1))
+    job = Job.model_validate(inputs.job(tmp_path, **changes, resources__encode_actors=2))
     assert prepare_without_ray(job, tmp_path, kill=True).returncode == -9
     (first,) = Path(job.prepared_path("train")).glob("bins-*")
     written = first.stat().st_mtime_ns
-
-    again, made = prepare(job, "train")
+    dataset, made = prepare(job, "train")
     assert made
     assert first.stat().st_mtime_ns == written
-    assert contents(again.path) == contents(dataset.path)
+    facts = dataset.statistics
+    assert facts["rows_packed"] > 150
+    assert facts["rows_read"] == facts["rows_packed"] + facts["rows_rejected"]
+    assert len(dataset.manifest["shards"]) > 2
+    here = prepare_here(Job.model_validate(inputs.job(tmp_path / "here", **changes)))
+    assert contents(dataset.path) == contents(here.path)
 
 
 def test_few_eval_rows_are_prepared_in_the_driver(

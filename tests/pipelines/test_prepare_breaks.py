@@ -13,7 +13,7 @@ from pipelines.dataset import out_of_room
 from pipelines.prepare import prepare
 from tests.conftest import Inputs, RayHead
 from tests.here import prepare_here
-from tests.mmray.prepared.test_driver import assert_later_ones_rejected, job_of, job_on, once, write_twice
+from tests.mmray.prepared.test_driver import job_of, job_on, once, write_twice
 from tests.mmray.preparing import contents
 
 
@@ -58,15 +58,7 @@ def test_a_folder_that_breaks_in_an_actor_is_one_line_and_the_next_run_has_the_s
     assert committed.stat().st_mtime_ns == written
 
 
-def test_ids_that_stand_twice_are_rejected_on_the_cluster_too(
-    ray_head: RayHead, inputs: Inputs, rows: Path, tmp_path: Path
-) -> None:
-    write_twice(rows)
-    dataset, _ = prepare(job_on(rows, inputs, tmp_path, duplicate_ids="reject"), "train")
-    assert_later_ones_rejected(dataset, rows)
-
-
-def test_rows_that_are_repeated_are_equal_on_the_cluster_in_graphs_of_few_chunks(
+def test_rows_that_are_repeated_or_stand_twice_are_equal_on_the_cluster_in_graphs_of_few_chunks(
     ray_head: RayHead, inputs: Inputs, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph is made of some chunks at a time; which, does not change the bins."""
@@ -76,6 +68,7 @@ def test_rows_that_are_repeated_are_equal_on_the_cluster_in_graphs_of_few_chunks
     options = {"data": {"train": sets, "duplicate_ids": "reject", "max_rejected_share": 1}}
     expected = prepare_here(job_of(inputs, tmp_path / "here", **options))
     assert expected.statistics["rows_repeated"] > 3
+    assert expected.statistics["rejected_by_reason"]["duplicate_id"] > 3
     monkeypatch.setattr(pipelines.prepare, "CHUNKS_AT_ONCE", 2)
     monkeypatch.setattr(pipelines.prepare, "CHUNKS_AN_ACTOR", 1)
     monkeypatch.setattr(pipelines.row_ids, "CHUNKS_AT_ONCE", 2)

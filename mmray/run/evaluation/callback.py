@@ -5,6 +5,7 @@ meanwhile, and the batches of training come in the same order.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from mmray.run.skipped import BatchCounts
 from mmray.run.state import RunState
 from mmray.storage import Folder, replacing
 from mmray.training.checkpoint import rng_kept
+from mmray.training.engine import TokenSums
 
 PROGRESS_FILE = ".evaluating.json"
 """File in the run's folder with the progress of an evaluation, while there is one. It is no record."""
@@ -65,15 +67,16 @@ class Evaluate(Callback):
         run, rank_counts, settings = self._run, BatchCounts(), self._run.plan.job.evaluation
         batches = rank_counts.through(self._source.losses())
         if settings is None:  # as before there were such settings: one number, and no time of its own
-            loss, tokens = run.engine.evaluate(batches)
-            return Evaluation(done.number, done.epoch, loss, tokens, self._counts(rank_counts))
+            whole = run.engine.evaluate(batches)
+            return _evaluation(done, whole, self._counts(rank_counts))
         self._tell(done.number, "loss", 0, 0)
         sums = run.engine.evaluate_sets(batches, len(self._kinds))
-        tokens = sum(count for _, count in sums)
-        loss = sum(total for total, _ in sums) / tokens if tokens else float("nan")
-        by_set = {str(number): total / count if count else None for number, (total, count) in enumerate(sums)}
-        counts = self._counts(rank_counts)
-        evaluation = Evaluation(done.number, done.epoch, loss, tokens, counts, loss_by_set=by_set)
+        whole = TokenSums(*(sum(values) for values in zip(*sums, strict=True)))
+        evaluation = replace(
+            _evaluation(done, whole, self._counts(rank_counts)),
+            loss_by_set=_by_set([of_set.mean_loss for of_set in sums]),
+            token_accuracy_by_set=_by_set([of_set.accuracy for of_set in sums]),
+        )
         return self._with_texts(evaluation, settings) if self._plans.texts is not None else evaluation
 
     def _counts(self, counts: BatchCounts) -> BatchCounts:
@@ -224,6 +227,15 @@ class Evaluate(Callback):
     def _document_ends(self) -> list[int]:
         ends = (dataset.get("end_of_document") for dataset in self._prepared.manifest["record"]["datasets"])
         return [self._family.token_id(end) for end in ends if end]
+
+
+def _evaluation(done: DoneStep, whole: TokenSums, counts: BatchCounts) -> Evaluation:
+    return Evaluation(done.number, done.epoch, whole.mean_loss, whole.trained_tokens, counts, whole.accuracy)
+
+
+def _by_set(values: Sequence[float]) -> dict[str, float | None]:
+    """The values of sets by their numbers; None for one that is not finite."""
+    return {str(number): value if math.isfinite(value) else None for number, value in enumerate(values)}
 
 
 class _Progress:

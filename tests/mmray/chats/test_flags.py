@@ -164,6 +164,43 @@ def test_thoughts_written_into_an_answer_are_thoughts(published):
     assert published("trl_qwen3_5_think", "qwen3_5", typed, RoleLoss(reasoning="none")) == f"One{END}"
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("HMM</think>One", "One"),
+        ("<think>HMM</think>One<think>AHA</think>Two", "OneTwo"),
+        ("One <think>HMM</think>Two", "One Two"),
+        ([{"type": "text", "text": "HMM"}, {"type": "text", "text": "</think>One"}], "One"),
+        ("<think>HMM <tool_call> AHA</think>One", "One"),
+        ("One </think> Two </think> Three", " Two </think> Three"),
+    ],
+)
+def test_thoughts_are_told_from_answers_by_their_marks(published, content, expected):
+    """A model whose prompt ends with `<think>` answers without it. Text between two thoughts is none."""
+    typed = row(USER, say("assistant", content))
+    assert published("trl_qwen3_vl", "qwen3_vl", typed, RoleLoss(reasoning="none")) == f"{expected}{END}"
+
+
+def test_a_thought_without_its_first_mark_may_be_dropped(published):
+    typed = row(USER, say("assistant", "HMM</think>One"), USER, say("assistant", "Two"))
+    arguments = ("trl_qwen3_5_think", "qwen3_5", typed)
+    assert "its thought, 'HMM'" in published(*arguments).message
+    assert published(*arguments, allow_dropped=["reasoning"]) == f"One{END}\n</think>\n\nTwo{END}"
+
+
+@pytest.mark.parametrize(("flag", "expected"), [(False, f"One{END}"), (True, "<think>HMM</think>")])
+def test_the_marks_of_a_thought_go_with_its_part(published, flag, expected):
+    parts = [{"type": "text", "text": "<think>HMM</think>", "train": flag}, {"type": "text", "text": "One"}]
+    typed = row(USER, say("assistant", parts, **({"train": False} if flag else {})))
+    assert published("trl_qwen3_vl", "qwen3_vl", typed) == expected
+
+
+def test_a_part_s_flag_counts_for_a_thought_beside_the_message_s(published):
+    parts = [{"type": "text", "text": "<think>HMM</think>", "train": False}, {"type": "text", "text": "One"}]
+    typed = row(USER, say("assistant", parts, reasoning_content="AHA"))
+    assert published("trl_qwen3_5_think", "qwen3_5", typed) == f"AHA\n</think>\n\nOne{END}"
+
+
 # ---- Ends ----
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mmray.errors import UserError
 from mmray.families import family_of
 from mmray.loss.settings import RoleLoss
 from mmray.rows.sample import RejectedRow
@@ -222,3 +223,100 @@ def test_what_a_picture_says_besides_its_place_is_not_left_out(qwen):
     part = {"type": "image_url", "image_url": {"url": "red.png", "detail": "high", "box": [1, 2, 3, 4]}}
     found = qwen({"messages": [{"role": "user", "content": [part]}, answer()["messages"][1]]})
     assert (found.reason, "'box'" in found.message) == ("unknown_field", True)
+
+
+# ---- Said twice, or in another column ----
+
+
+@pytest.mark.parametrize("key", ["arguments", "page"])
+def test_a_key_that_stands_twice_in_json_inside_json_is_refused(qwen, key):
+    call = '{"name": "look", "arguments": {"page": "RED", "page": "BLUE"}}'
+    if key == "arguments":
+        call = '{"name": "look", "arguments": {}, "arguments": {"page": "BLUE"}}'
+    found = qwen({"conversations": [{"from": "human", "value": "Who?"}, {"from": "function_call", "value": call}]})
+    assert (found.reason, f"the key {key!r} stands twice" in found.message) == ("wrong_type", True)
+
+
+@pytest.mark.skipif(not (SHARED / "templates").exists(), reason="the shared data is not here")
+def test_functions_are_tools(zoo_processor):
+    """As in OpenAI's older form, beside `function_call`."""
+    function = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {"page": {}}}}
+    preparation = preparation_of(family_with(zoo_processor("qwen3_vl"), "qwen3_vl", "trl_qwen3_vl"), "sampled")
+    tools = preparation.sample(answer() | {"tools": [{"type": "function", "function": function}]})
+    for row in ({"functions": [function]}, {"functions": json.dumps([function]), "tools": None}):
+        assert preparation.sample(answer() | row).input_ids.tolist() == tools.input_ids.tolist()
+    both = preparation.rejected(answer() | {"functions": [function], "tools": [function]})
+    assert (both.reason, "both tools and functions" in both.message) == ("wrong_type", True)
+    named = preparation_of(preparation.family, "sampled", columns={"tools": "functions"})
+    assert named.sample(answer() | {"functions": [function]}).input_ids.tolist() == tools.input_ids.tolist()
+
+
+@pytest.mark.parametrize("images", [None, [], ""])
+def test_a_column_of_one_image_is_read_where_images_hold_none(processors, images):
+    from PIL import Image
+
+    picture = png(Image.new("RGB", PICTURES["page.png"], "red"))
+    row = chat("<image>Who?", "Anna.", image=picture) | {"images": images}
+    sample = preparation_of(family_of(processors["qwen2_vl"]), "sampled").sample(row)
+    assert [image.data for image in sample.images] == [picture["bytes"]]
+
+
+def test_two_columns_of_images_that_differ_are_refused(processors):
+    from PIL import Image
+
+    red, blue = (png(Image.new("RGB", PICTURES["page.png"], colour)) for colour in ("red", "blue"))
+    preparation = preparation_of(family_of(processors["qwen2_vl"]), "sampled")
+    row = chat("<image>Who?", "Anna.") | {"images": [red]}
+    assert preparation.sample(row | {"image": red}).images == preparation.sample(row).images
+    assert preparation.rejected(row | {"image": blue}).reason == "image_conflict"
+    named = preparation_of(preparation.family, "sampled", columns={"images": "images"})
+    assert named.sample(row | {"image": blue}).images == preparation.sample(row).images
+
+
+def test_a_text_that_says_true_or_false_is_no_variable(qwen):
+    for value in ("false", "True"):
+        found = qwen(answer() | {"chat_template_kwargs": {"add_vision_id": value}})
+        assert (found.reason, f"{value!r}" in found.message) == ("wrong_type", True)
+        with pytest.raises(UserError, match="write it unquoted"):
+            qwen(answer(), chat_template_kwargs={"add_vision_id": value})
+
+
+# ---- What a template leaves out of tools ----
+
+PARAMETERS = {"type": "object", "properties": {"PARAMETER": {"type": "string", "description": "A page."}}}
+
+
+@pytest.mark.skipif(not (SHARED / "templates").exists(), reason="the shared data is not here")
+def test_parameters_that_the_template_leaves_out_are_told(zoo_processor):
+    """Gemma 4 writes `parameters`, and knows no `input_schema` (Anthropic's form), which other templates write."""
+    preparations = {
+        name: preparation_of(family_with(zoo_processor(member), member, name), "sampled")
+        for name, member in (("ax_gemma4", "gemma4"), ("trl_qwen3_vl", "qwen3_vl"))
+    }
+    for key in ("parameters", "input_schema"):
+        row = answer() | {"tools": [{"name": "LOOK", "description": "DESCRIBED", key: PARAMETERS}]}
+        for name, preparation in preparations.items():
+            (found,) = preparation.encode(row, verify=False)
+            if (name, key) == ("ax_gemma4", "input_schema"):
+                assert found.reason == "not_written"
+                assert "leaves out 'PARAMETER' of the row's tools" in found.message
+                continue
+            text = preparation.family.tokenizer.decode(found.input_ids)
+            assert {word for word in ("LOOK", "DESCRIBED", "PARAMETER") if word not in text} == set()
+
+
+@pytest.mark.skipif(not (SHARED / "templates").exists(), reason="the shared data is not here")
+def test_objects_of_nulls_in_tools_and_arguments_are_absent(zoo_processor):
+    """As some writers of Parquet fill the parameters of other rows' tools."""
+    preparation = preparation_of(family_with(zoo_processor("qwen3_vl"), "qwen3_vl", "trl_qwen3_vl"), "sampled")
+    nothing = {"type": None, "items": {"type": None}}
+
+    def row(arguments, properties):
+        function = {"name": "look", "parameters": {"type": "object", "properties": properties}}
+        return called(arguments) | {"tools": [{"type": "function", "function": function}]}
+
+    clean = preparation.sample(row({"page": 3}, {"page": {"type": "integer"}}))
+    filled = preparation.sample(
+        row({"page": 3, "box": {"x": None, "y": None}}, {"page": {"type": "integer"}, "box": nothing})
+    )
+    assert filled.input_ids.tolist() == clean.input_ids.tolist()

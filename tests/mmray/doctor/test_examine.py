@@ -192,7 +192,10 @@ def test_what_an_adapter_touches_is_listed_and_what_is_not_there_refused(make_jo
     status, detail = finding({"parts": ["qproj"]})
     assert status is Status.FAIL
     assert "'qproj' is no part of the model and matches no name in it; did you mean 'q_proj' or" in detail
-    assert finding({"start_from": "/nowhere"})[0] is Status.FAIL
+    status, detail = finding({"start_from": "/nowhere"})
+    assert status is Status.FAIL
+    assert "training.adapter.start_from: /nowhere holds no adapter that can be read" in detail
+    assert "adapter_config.json" in detail
 
 
 def test_a_key_that_deepspeed_does_not_know(make_job):

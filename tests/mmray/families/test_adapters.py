@@ -24,7 +24,7 @@ from tests.mmray.families.test_packed_equals_unpacked import (
     logits_of,
     make_case,  # noqa: F401  a fixture
 )
-from tests.mmray.families.zoo import ZOO
+from tests.mmray.families.zoo import MODELS, ZOO
 
 PARTS = ("vision", "projector", "language", "embeddings")
 
@@ -78,7 +78,7 @@ def make_adapted(make_case, tmp_path_factory):  # noqa: F811
     return make
 
 
-@pytest.fixture(params=list(ZOO))
+@pytest.fixture(params=MODELS)
 def adapted(request, make_adapted):
     if missing := ZOO[request.param].missing:
         pytest.skip(f"{request.param} needs {', '.join(missing)}")

@@ -16,10 +16,10 @@ from mmray.training.settings import TrainingSettings
 from mmray.training.treatments import freeze, stages_of, weight_groups
 from tests.mmray.families.layouts import CPU, PICTURES, micro_batch
 from tests.mmray.families.small_models import small_model
-from tests.mmray.families.zoo import ZOO
+from tests.mmray.families.zoo import MODELS, ZOO
 
 PARTS = ("vision", "projector", "language", "embeddings")
-MEMBERS = [name for name, member in ZOO.items() if not member.missing and not member.missing_for_model]
+MEMBERS = [name for name in MODELS if not ZOO[name].missing and not ZOO[name].missing_for_model]
 
 
 def frozen_model(name: str, folder: Any, part: str) -> tuple[Any, list[Any]]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
@@ -79,8 +79,10 @@ def bounds(lengths: list[int], device: torch.device = CPU) -> dict[str, object]:
     causal=st.booleans(), window=st.none() | st.integers(1, 30), scale=st.none() | st.floats(0.05, 2.0),
     cap=st.none() | st.floats(0.5, 20.0), seed=st.integers(0, 1000),
 )  # fmt: skip
+@example([5, 2] * 6, 1, 2, 2, 8, False, None, None, None, 0)  # the windows of a tower's pictures
+@example([1, 7, 3] * 5, 1, 1, 3, 8, True, 4, 0.5, None, 1)
 def test_it_equals_all_pairs_with_a_mask(lengths, repeated, key_heads, groups, size, causal, window, scale, cap, seed):
-    """Values and gradients, of samples of any lengths, neighbours of equal length among them."""
+    """Values and gradients, of samples of any lengths, those of equal length together or in turn."""
     lengths = [length for length in lengths for _ in range(repeated)]
     ours = tensors(seed, key_heads * groups, key_heads, sum(lengths), size)
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]

@@ -46,6 +46,17 @@ def steps(saved_folders: dict[str, Path]) -> dict[str, str]:
     return RankGroup(1, sharded.stepped, saved_folders).results()[0]
 
 
+@pytest.fixture(scope="module")
+def frozen_steps(saved_folders: dict[str, Path]) -> dict[str, str]:
+    """By member: what `sharded.stepped_frozen` says of its folder."""
+    return RankGroup(1, sharded.stepped_frozen, saved_folders).results()[0]
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_frozen_parts_stay_and_the_others_train_under_every_zero_stage(name: str, frozen_steps: dict[str, str]) -> None:
+    assert frozen_steps[name] == ""
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_saved_weights_train_under_zero_2(name: str, steps: dict[str, str]) -> None:
     assert steps[name] == ""
@@ -63,7 +74,7 @@ def test_ranks_with_other_numbers_of_pictures_train_as_one(name: str, zoo_folder
     (alone,) = RankGroup(1, sharded.trained, name, zoo_folder(name), 0).results()
     ranks: list[Any] = three.results(timeout_seconds=120)
     assert ranks[0] == ranks[1] == ranks[2]
-    for found, expected in zip(ranks[0], alone, strict=True):
+    for found, expected in zip(ranks[0]["all"] + ranks[0]["frozen"], alone["all"] + alone["frozen"], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert found["trained_tokens"] == expected["trained_tokens"] > 0
@@ -72,4 +83,6 @@ def test_ranks_with_other_numbers_of_pictures_train_as_one(name: str, zoo_folder
             assert 1 < found["router_loss"] < 4
         else:
             assert found["router_loss"] is None
-    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1
+    assert alone["all"][-1]["loss"] < alone["all"][0]["loss"] - 0.1
+    assert alone["frozen"][0]["loss"] == pytest.approx(alone["all"][0]["loss"], rel=1e-6)
+    assert alone["frozen"][-1]["grad_norm"] < alone["all"][-1]["grad_norm"], "of what is trained alone"

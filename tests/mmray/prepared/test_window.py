@@ -13,8 +13,9 @@ from mmray.loss.labels import LabelMaker
 from mmray.loss.roles import RoleBoundary
 from mmray.loss.rules import LossRule
 from mmray.packing.settings import PackingSettings
+from mmray.prepared.sample_columns import BINS_PER_ROW_GROUP
 from mmray.prepared.schema import BINS, REJECTED, SAMPLES
-from mmray.prepared.window import BINS_PER_ROW_GROUP, Window, pack_window, samples_table
+from mmray.prepared.window import Window, pack_window, samples_table
 from mmray.rows.image_refs import ImageRef
 from mmray.rows.sample import RejectedRow, Sample
 

@@ -267,9 +267,14 @@ def test_what_steps_measure_is_drawn_where_it_is_known(tmp_path):
         "token_accuracy": lambda step: step / 16, "peak_memory": lambda step: 2e9 + step,
         "model_flops_per_second": lambda step: 3e12, "loss_by_set": lambda step: {"0": step / 2, "1": None},
     }  # fmt: skip
-    run = Run(write_run(tmp_path / "run", 8, **columns))
+    folder = write_run(tmp_path / "run", 8, **columns)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "eval_loss": 3.0, "eval_token_accuracy": 0.125, '
+                   '"eval_token_accuracy_by_set": {"0": 0.75, "1": null}}\n')  # fmt: skip
+    run = Run(folder)
     page = Page(run_page(run))
     assert hover(page, "Token accuracy")[3] == "step 4\nshare 0.25"
+    assert hover(page, "Token accuracy")[7] == "step 8\nshare 0.5\nevaluation 0.125"
     assert hover(page, "Loss by set")[3] == "step 4\nset 0 2\nset 1 1 not finite"
     text = words(page)
     for note in ("50.0% at the end", "2.00 GB at most", "median 3 TFLOPs a second", "Last: set 0 4, set 1 not finite"):
@@ -280,6 +285,10 @@ def test_what_steps_measure_is_drawn_where_it_is_known(tmp_path):
         cells[cells.index(name) + len(cells) // 2]
         for name in ("token accuracy", "peak memory of a worker", "model FLOPs per second")
     ] == ["0.0625 -> 0.5000", "2.00 GB", "3 T"]
+    values = dict(zip(cells, cells[len(cells) // 2 :], strict=False))
+    assert values["eval token accuracy"] == "0.1250 -> 0.1250"
+    assert values["  eval token accuracy of 0"] == "0.7500 -> 0.7500"
+    assert values["  eval token accuracy of 1"] == "no trained token"
     assert "  loss of set 0" in cells
 
 

@@ -147,6 +147,10 @@ BAD = {
                            ("packing.visual_capacity is 600",), {}),
     # files
     "not JSON": Bad("pretrain", b'{"text": "a', "bad_json", ("the line is not JSON", "it begins '{\"text\": \"a'")),
+    "a key twice": Bad(
+        "pretrain", b'{"text": "a", "text": "b"}', "bad_json",
+        ("the key 'text' stands twice in one object", "begins '{\"text\": \"a"),
+    ),
     "a list": Bad("pretrain", b"[1]", "bad_json", ("this line is a list",)),
     "not UTF-8": Bad("pretrain", b'{"text": "caf\xe9"}', "not_utf8", ("byte 13 of the line",)),
     "half a character": Bad("chat", b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "not_utf8",

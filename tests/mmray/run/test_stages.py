@@ -55,13 +55,16 @@ def test_a_run_goes_through_its_stages_and_resumes_at_a_border(inputs: Inputs, f
 
     job = job_in(inputs, folder, "stopped", **STAGED)
     train_here(job, StopsAt(3, "after"), ranks=2)
-    resumed = train_here(job, ranks=3)
+    resumed = train_here(job_in(inputs, folder, "stopped", **STAGED | {"training__max_failures": 5}), ranks=3)
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6)
     assert [line["eval_loss"] for line in resumed if "eval_loss" in line] == pytest.approx(
         [line["eval_loss"] for line in whole if "eval_loss" in line], rel=1e-6
     )
-    events = [(event["event"], event["step"]) for event in read_history(folder / "stopped")]
+    history = read_history(folder / "stopped")
+    events = [(event["event"], event["step"]) for event in history]
     assert events[-5:] == [("stop", 3), ("resume", 3), ("stage", 3), ("checkpoint", 5), ("finish", 5)]
+    assert history[-4]["changed"] == {"training.max_failures": [3, 5]}, "what a person changes is kept"
+    assert in_words(history[-4]).endswith("with 3 workers; training.max_failures was 3, is 5")
 
 
 def test_other_parts_are_refused_before_a_worker_starts(inputs: Inputs, folder: Path) -> None:

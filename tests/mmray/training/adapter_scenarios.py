@@ -24,6 +24,8 @@ class AdapterCase:
     quantize: str | None = None
     in_files: bool = True
     dropout: float = 0.0
+    rate: float | None = None
+    """Learning rate of the projector, by `training.parts`."""
 
     @property
     def name(self) -> str:
@@ -40,6 +42,8 @@ class AdapterCase:
         base = {"path": str(folder / "model"), "config": None} if self.in_files else {}
         switches = {"quantize": self.quantize, "gradient_checkpointing": self.stage == 3}
         options.setdefault("adapter", self.adapter())
+        if self.rate is not None:
+            options.setdefault("parts", {"projector": {"learning_rate": self.rate, "weight_decay": 0.0}})
         if self.stage == 3:
             options["deepspeed"] = NO_PERSISTENCE
         return scenarios.build((self.stage, self.dtype), accumulation, model=base | switches | (model or {}), **options)
@@ -48,10 +52,10 @@ class AdapterCase:
 EQUAL = [
     AdapterCase(1, "fp32", "lora"),
     AdapterCase(1, "bf16", "dora"),
-    AdapterCase(2, "fp32", "dora"),
+    AdapterCase(2, "fp32", "dora", rate=1e-3),
     AdapterCase(2, "bf16", "lora"),
     AdapterCase(3, "fp32", "lora"),
-    AdapterCase(3, "bf16", "dora"),
+    AdapterCase(3, "bf16", "dora", rate=1e-3),
     AdapterCase(2, "bf16", "lora", quantize="nf4"),
     AdapterCase(2, "fp32", "lora", in_files=False),
 ]
@@ -70,7 +74,7 @@ def weights_of(engine: TrainingEngine) -> dict[str, torch.Tensor]:
 def first_loss(engine: TrainingEngine) -> float:
     bins = tiny.global_batch(0)
     mine = tiny.micro_batches(bins, engine.rank, engine.world_size, engine.grad_accumulation)
-    return engine.evaluate([mine])[0]
+    return engine.evaluate([mine]).mean_loss
 
 
 def two_ranks(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
@@ -129,12 +133,21 @@ def one_rank(rank: int, world_size: int, folder: Path) -> dict[Any, Any]:
         results[case] = train(engine, LAST_STEP)
         engine.close()
     case, plain = EQUAL[0], folder / "plain"
+    narrower = tiny.TINY_QWEN2_VL | {"text_config": tiny.TINY_QWEN2_VL["text_config"] | {"intermediate_size": 48}}
     saved = {"resume_from": folder / "of-three" / case.name}
     results["refusals"] = {
         "rank": refusal(case, folder, adapter=case.adapter(rank=8), **saved),
         "parts": refusal(case, folder, adapter=case.adapter(parts=["language"]), **saved),
         "no adapter": refusal(case, folder, adapter=None, **saved),
         "no adapter before": refusal(case, folder, resume_from=plain, scratch=folder / "scratch"),
+        "other model": refusal(
+            case,
+            folder,
+            adapter=None,
+            model={"path": None, "config": narrower},
+            resume_from=plain,
+            scratch=folder / "scratch",
+        ),
         "other base": refusal(case, folder, model={"path": str(folder / "other")}, **saved),
         "random base": refusal(case, folder, model={"path": None, "config": tiny.TINY_QWEN2_VL}, **saved),
     }

@@ -1,6 +1,6 @@
 """DeepSpeed's converter, forked from a process that has imported it, for ranks that convert many small checkpoints.
 
-The first one of each rank is converted as ever, by a new Python, whose imports take 3 s.
+Where a test asks for it, the first one of each rank is converted as ever, by a new Python, whose imports take 3 s.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from mmray.training.conversion import CONVERTER
 
 
 @contextlib.contextmanager
-def converter_at_hand() -> Iterator[None]:
+def converter_at_hand(*, first_in_new_python: bool) -> Iterator[None]:
     """Conversions of this process, in the block, go through one that is forked now. Before threads are started."""
     context = get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(ours, theirs))
     process.start()
     theirs.close()
-    run, first = subprocess.run, [True]
+    run, first = subprocess.run, [first_in_new_python]
 
     def run_or_convert(command: list[str], **options: Any) -> Any:
         if CONVERTER not in command or (first and first.pop()):

@@ -23,11 +23,17 @@ _CONTEXT.set_forkserver_preload(["tests.mmray.training.imported"])
 class RankGroup:
     """A running function on `world_size` new processes; `results()` waits for them."""
 
-    def __init__(self, world_size: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> None:
-        """Starts the ranks. backend: with nccl each has the GPU of its number."""
+    def __init__(
+        self, world_size: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo",
+        new_python: bool = False,
+    ) -> None:  # fmt: skip
+        """Starts the ranks. backend: with nccl each has the GPU of its number. new_python: each rank's first checkpoint
+        of another number of ranks is converted by a new Python, as outside tests."""
         self._folder = tempfile.TemporaryDirectory()
         self._processes = [
-            _CONTEXT.Process(target=_run, args=(rank, world_size, self._folder.name, function, arguments, backend))
+            _CONTEXT.Process(
+                target=_run, args=(rank, world_size, self._folder.name, function, arguments, backend, new_python)
+            )
             for rank in range(world_size)
         ]
         for process in self._processes:
@@ -57,10 +63,11 @@ class RankGroup:
 
 
 def _run(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...], backend: str
-) -> None:
+    rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...], backend: str,
+    new_python: bool,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
-    with converter_at_hand():
+    with converter_at_hand(first_in_new_python=new_python):
         if backend == "nccl":
             torch.cuda.set_device(rank)
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)

@@ -48,6 +48,11 @@ def test_a_name_that_matches_nothing_is_told_with_the_nearest(model):
         ("parts", "embeddings"): "embed_tokens and lm_head share one weight",
         ("parts", "zzz"): "matches no name in it; parts are vision, projector, language, embeddings",
         ("save_whole", "projectr"): "save_whole: 'projectr' is no part of the model and matches no name in it; did you",
+        (
+            "save_whole",
+            "lm_head",
+        ): "'lm_head' is one weight with model.language_model.embed_tokens.weight (lm_head.weight",
+        ("save_whole", "rotary_emb"): "save_whole: 'rotary_emb' has no weights to train; name modules or weights",
         ("save_whole", "down_proj"): "down_proj.weight (2 times) would be adapted (parts) and trained whole",
     }.items():
         setting, name = changes

@@ -55,6 +55,13 @@ def test_two_ranks_then_three_then_one_give_equal_losses(results, case) -> None:
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4 if case.dtype == "fp32" else 5e-2)
 
 
+@pytest.mark.parametrize("case", EQUAL, ids=lambda case: case.name)
+def test_parts_give_rates_beside_an_adapter(results, case) -> None:
+    steps = results["two"][0][case] + results["three"][0][case] + results["one"][0][case]
+    ratios = [{part: rate / step["learning_rate"] for part, rate in step["rates_by_part"].items()} for step in steps]
+    assert ratios == [{} if case.rate is None else {"projector": pytest.approx(case.rate / 3e-3)}] * len(steps)
+
+
 def test_dropout_changes_the_losses(results) -> None:
     plain = next(case for case in EQUAL if vars(case) == vars(DROPPING) | {"dropout": 0.0, "in_files": False})
     assert results["two"][0][plain][0]["loss"] == pytest.approx(results["two"][0][DROPPING][0]["loss"], rel=1e-5)
@@ -109,6 +116,7 @@ def test_another_adapter_or_base_is_refused_with_what_differs(results) -> None:
         "parts": "training.adapter.parts was ('language', 'vision'), is ('language',)",
         "no adapter": "holds an adapter (training.adapter: lora of rank 4); set it back",
         "no adapter before": "is of a training without an adapter; remove training.adapter",
+        "other model": "was trained with another model.path and model.config, and its weights do not fit this one: ",
         "other base": "belongs to another base model: model.safetensors differ",
         "random base": "the base was files (model.path)",
     }.items():

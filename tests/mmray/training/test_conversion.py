@@ -78,7 +78,7 @@ def same(left: Any, right: Any) -> bool:
 
 def test_all_ranks_convert_what_one_converts(tmp_path: Path) -> None:
     RankGroup(2, saved, tmp_path).results()
-    found = RankGroup(2, converted_both_ways, tmp_path).results()
+    found = RankGroup(2, converted_both_ways, tmp_path, new_python=True).results()
     for case in CASES:
         alone, together = found[0][case]
         assert len(alone) > 20

@@ -292,4 +292,8 @@ def test_tokens_are_correct_where_the_model_would_write_them(model) -> None:
     labels[0, 1:][places] = likeliest[places]
     expected = int((labels[0, 1:] == likeliest).sum())
     assert expected >= len(places) > 3
-    assert packed_loss(model, inputs, labels).measures.correct == expected
+    sets = torch.arange(labels.shape[1]) % 2
+    right = (labels[0, 1:] == likeliest).nonzero().squeeze(1) + 1
+    measures = packed_loss(model, inputs, labels, sets=sets, num_sets=3).measures
+    assert measures.correct == expected
+    assert measures.set_correct.tolist() == [int((right % 2 == number).sum()) for number in range(2)] + [0]

@@ -1,6 +1,7 @@
 """Contradictions in the settings, the learning rate, and the DeepSpeed configuration made of them."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,33 @@ from mmray.training.treatments import stage_at, stages_of
         ({"steps": 3, "deepspeed": {"train_batch_size": 4}}, "decided by training.global_batch_bins"),
         ({"steps": 3, "deepspeed": {"zero_optimization": {"stage": 3}}}, "decided by training.zero_stage"),
         ({"steps": 3, "deepspeed": {"fp16": {"enabled": True}}}, "decided by model.dtype"),
+        ({"steps": 3, "fused_loss": "liger", "label_smoothing": 0.1}, r"leaves out label_smoothing \(0.1\)"),
+        ({"steps": 3, "fused_loss": "liger", "z_loss": 1e-4}, r"leaves out z_loss \(0.0001\); remove one"),
+        ({"steps": 3, "profile": {"steps": [3, 4]}}, r"profile.steps \[3, 4\] go beyond the 3 steps"),
+        ({"steps": 3, "profile": {"steps": [2, 1]}}, "the first step to trace, 2, comes after the last, 1"),
+        ({"steps": 3, "adapter": {}, "stages": [{"steps": 1, "parts": {}}]}, "stages and adapter do not go together"),
+        ({"steps": 3, "adapter": {}, "optimizer": "muon", "muon_learning_rate": 1}, "made for whole matrices"),
+        ({"steps": 3, "adapter": {"rank": 0}}, "greater than or equal to 1"),
+        ({"steps": 3, "parts": {"vision": {"learning_rate": 0}}}, "greater than 0"),
+        ({"steps": 3, "parts": {"vision": "thawed"}}, "should be 'frozen' or keys such as learning_rate"),
     ],
 )
 def test_contradictions_are_errors(settings: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TrainingSettings(**settings)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_numbers_are_finite(number: float) -> None:
+    """A rate that YAML reads as .inf would train to NaN."""
+    for settings in (
+        {"learning_rate": number}, {"weight_decay": number}, {"eps": number}, {"max_grad_norm": number},
+        {"parts": {"vision": {"learning_rate": number}}}, {"parts": {"vision": {"weight_decay": number}}},
+        {"adapter": {"alpha": number}}, {"steps": None, "epochs": number}, {"betas": (number, 0.9)},
+        {"optimizer": "muon", "muon_learning_rate": number}, {"router_loss": number}, {"stop_seconds": number},
+    ):  # fmt: skip
+        with pytest.raises(ValidationError, match=r"finite|router_loss is a number"):
+            TrainingSettings(**{"steps": 3} | settings)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ def test_weights_of_an_adapter_are_treated_as_those_that_they_adapt() -> None:
         for number, rate in ((0, 3e-3), (1, 1e-4))
         for matrix in "AB"
     }
+    with pytest.raises(UserError, match=r"vision is frozen, and training.adapter trains .*qkv\.weight; leave"):
+        groups_of(model, parts, adapter={})
 
 
 def test_names_of_tied_weights_are_told_together() -> None:
@@ -187,3 +189,10 @@ def test_muon_takes_the_matrices_of_layers(model: Any) -> None:
         name for name, weight in weights.items() if weight.dim() >= 2 and "embed" not in name and "lm_head" not in name
     }
     assert len(by_muon) < len(weights)
+    model.model.visual.convolution = nn.Conv2d(3, 4, 2, device="meta")
+    convolution = "model.visual.convolution"
+    with pytest.raises(
+        UserError, match=rf"{convolution}\.weight of the shape \[4, 3, 2, 2\] is a convolution; freeze it"
+    ):
+        groups_of(model, optimizer="muon", muon_learning_rate=0.02)
+    groups_of(model, {f"{convolution}.*": "frozen"}, optimizer="muon", muon_learning_rate=0.02)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -193,3 +194,37 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights_module, "get_safetensors_metadata", silent)
     with pytest.raises(UnknownWeights, match=r"owner/nowhere is not on this machine, .* no route"):
         weights_module.stored_weights("owner/nowhere", download=False)
+
+
+@pytest.mark.parametrize("text", ["{", "", "{}", '{"weight_map": null}'])
+def test_a_broken_index_is_told(whole: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    for use in (check_weights, build_model):
+        with pytest.raises(
+            UserError, match=r"^the list of the files of .* \(\*\.index\.json\) cannot be read: .*; copy it"
+        ):
+            use(settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text_config": {"num_attention_heads": 3}}, r"no model can be made by .*: hidden_size must be divisible by"),
+        ({"text_config": {"vocab_size": "many"}}, r"cannot read a model configuration .* expected int, got str"),
+        ({"text_config": {"num_hidden_layers": -1}}, r"cannot read a model configuration .* \(-1\) must be equal"),
+        ({"model_type": "llama"}, r"no model can be made by the configuration of .* give the config.json that belongs"),
+    ],
+)
+def test_a_configuration_that_fits_no_model_is_one_line(
+    whole: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    content = json.loads((whole / "config.json").read_text())
+    for key, value in changes.items():
+        content[key] = content[key] | value if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").symlink_to(whole / "model.safetensors")
+    for use in (check_weights, build_model):
+        with pytest.raises(UserError, match=said) as caught:
+            use(settings(tmp_path))
+        assert "\n" not in str(caught.value)

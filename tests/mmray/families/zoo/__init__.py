@@ -14,4 +14,9 @@ ZOO: dict[str, Member] = {
     for member in importlib.import_module(f"{__name__}.{module}").MEMBERS
 }
 
-__all__ = ["ZOO", "Member", "Turns"]
+SAME_MODELS = {"gemma4, images seen whole", "granite_docling (fine)", "paligemma2, long samples"}
+MODELS = [name for name in ZOO if name not in SAME_MODELS]
+"""One member of each kind of model, for tests of its modules: the others are of the same classes, and differ in what
+their tokens see and how pictures are cut."""
+
+__all__ = ["MODELS", "ZOO", "Member", "Turns"]

@@ -44,7 +44,8 @@ CHATS = [
 
 @dataclass(frozen=True)
 class Case:
-    """A training of one step: of which member of the zoo, how, on which data, into which run."""
+    """A training of one step, or of one in each of two stages: of which member of the zoo, how, on which data, into
+    which run."""
 
     member: str
     stage: int
@@ -114,13 +115,22 @@ def train_case(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     )
     engine = TrainingEngine(case.model, training, total_steps=4, grad_accumulation=1)
     engine.step([batch])
+    if engine.is_at_border:
+        border = case.run / "border"
+        save_state(engine, border)
+        engine.ranks.every(None)
+        engine.enter_stage(border, scratch=case.run / "scratch")
+        engine.step([batch])
     schedule = Schedule(
         len(prepared), global_batch_bins=world_size, seed=0, fingerprint=prepared.fingerprint, shuffle=False
     )
     part = case.run / f"of-rank-{rank}"
     save_state(engine, part)
     if rank == 0:
-        write_place(part, Cursor.at(schedule, prepared=prepared.path).advance(), prepared)
+        cursor = Cursor.at(schedule, prepared=prepared.path)
+        for _ in range(engine.step_count):
+            cursor = cursor.advance()
+        write_place(part, cursor, prepared)
     listed = list_files(part)
     (part / LISTS).mkdir()
     (part / list_name(rank)).write_text(listed)

@@ -1,0 +1,184 @@
+"""A Ray head whose workers are forked from one process that has imported PyTorch and transformers: a worker takes one
+second of CPU time to start, not five.
+
+    python forked_workers.py start --head …     `ray start`, with such workers
+
+The raylet starts this file where it would start Ray's own set-up of a worker. It hands its arguments, environment,
+folder and streams to a server, which forks a process that goes on as Ray's worker, and ends as that does. Where a
+worker's environment needs more than variables and a folder, it is started as ever.
+
+What is imported before is neither Ray, whose library reads the environment when it is loaded, nor mmray: a worker
+imports that as its job has it. Tests of clusters with several nodes start Ray's own workers.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+SOCKET = "MMRAY_TESTS_WORKER_SERVER"
+"""Environment variable with the path of the server's socket."""
+IMPORTS = (
+    "fsspec", "jinja2", "pandas", "pyarrow.dataset", "pyarrow.parquet", "pydantic", "torch",
+    "transformers.modeling_utils", "transformers.processing_utils",
+)  # fmt: skip
+POLL_SECONDS = 0.1
+
+
+# ---- In the place of a worker ----
+
+
+def stand_in() -> None:
+    """Has the server fork a worker and lives as long as it does."""
+    context: dict[str, Any] = {}
+    words = []
+    for word in sys.argv[1:]:
+        name, _, value = word.partition("=")
+        if name == "--serialized-runtime-env-context":
+            context = json.loads(value or "{}")
+        elif name != "--language":
+            words.append(word)
+    folder, prefix = os.getcwd(), context.get("command_prefix") or []
+    if len(prefix) == 3 and (prefix[0], prefix[2]) == ("cd", "&&"):
+        folder, prefix = prefix[1].strip("'"), []
+    other_python = context.get("py_executable") not in (None, sys.executable)
+    if prefix or other_python or context.get("override_worker_entrypoint") or not words[0].endswith("_worker.py"):
+        start_as_ever()
+    for name, value in (context.get("env_vars") or {}).items():
+        os.environ[name] = os.path.expandvars(value)  # as Ray does
+    request = json.dumps({"words": words, "environment": dict(os.environ), "folder": folder}).encode()
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(os.environ[SOCKET])
+    socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(request)
+    answers = server.makefile()
+    pid = int(answers.readline())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    os._exit(int(answers.readline() or "1") & 255)
+
+
+def start_as_ever() -> None:
+    """Becomes Ray's own set-up of a worker."""
+    import ray._private.workers
+
+    path = os.path.join(ray._private.workers.__path__[0], "setup_worker.py")
+    os.execv(sys.executable, [sys.executable, path, *sys.argv[1:]])
+
+
+# ---- The server ----
+
+
+def serve(listening: socket.socket) -> dict[str, Any]:
+    """Forks a process for each request, in which it returns the request; its parent is the end of the server."""
+    import selectors
+
+    parent, clients = os.getppid(), {}
+    waiting = selectors.DefaultSelector()
+    waiting.register(listening, selectors.EVENT_READ)
+    while os.getppid() == parent:
+        for key, _ in waiting.select(POLL_SECONDS):
+            if key.fileobj is listening:
+                client, _ = listening.accept()
+                header, streams, *_ = socket.recv_fds(client, 8, 3)
+                content, length = b"", int.from_bytes(header, "big")
+                while len(content) < length:
+                    content += client.recv(length - len(content))
+                pid = os.fork()
+                if pid == 0:
+                    for number, stream in enumerate(streams):
+                        os.dup2(stream, number)
+                        os.close(stream)
+                    for connection in (listening, client, *(each for each, _ in clients.values())):
+                        connection.close()
+                    waiting.close()
+                    return json.loads(content)
+                for stream in streams:
+                    os.close(stream)
+                client.sendall(f"{pid}\n".encode())
+                clients[pid] = client, waiting.register(client, selectors.EVENT_READ)
+            else:  # the stand-in was killed
+                pid = next(pid for pid, (client, _) in clients.items() if client is key.fileobj)
+                os.kill(pid, signal.SIGKILL)
+                waiting.unregister(key.fileobj)
+        while clients:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            client, key = clients.pop(pid)
+            if key.fileobj in waiting.get_map():
+                waiting.unregister(client)
+            with contextlib.suppress(OSError):
+                client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            client.close()
+    sys.exit()
+
+
+def become_worker(request: dict[str, Any]) -> None:
+    """Goes on as the worker that was asked for."""
+    import runpy
+    import warnings
+
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    if wanted := os.environ.get("PYTHONWARNINGS"):
+        warnings.simplefilter(wanted)  # type: ignore[arg-type]
+    script, *_ = sys.argv = request["words"]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [os.path.dirname(script), *paths, *(path for path in sys.path if path not in paths)]
+    runpy.run_path(script, run_name="__main__")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["serve"]:
+        import importlib
+
+        for name in IMPORTS:
+            importlib.import_module(name)
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(sys.argv[2])
+        listening.listen(64)
+        print("ready", flush=True)
+        become_worker(serve(listening))
+    elif sys.argv[1:2] == ["start"]:
+        start()
+    else:
+        stand_in()
+
+
+# ---- `ray start` ----
+
+
+def start() -> None:
+    """Starts the server, and `ray start` with this file as the set-up of workers."""
+    import functools
+    import inspect
+    import subprocess
+
+    import ray._private.services as services
+    from ray.scripts.scripts import main as ray_main
+
+    (folder,) = (word.partition("=")[2] for word in sys.argv if word.startswith("--temp-dir="))
+    os.environ[SOCKET] = f"{folder}/workers"
+    server = subprocess.Popen([sys.executable, __file__, "serve", os.environ[SOCKET]], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+    start_raylet: Callable[..., Any] = services.start_raylet
+
+    @functools.wraps(start_raylet)
+    def with_forked_workers(*arguments: Any, **options: Any) -> Any:
+        bound = inspect.signature(start_raylet).bind(*arguments, **options)
+        bound.arguments["setup_worker_path"] = __file__
+        return start_raylet(*bound.args, **bound.kwargs)
+
+    services.start_raylet = with_forked_workers
+    ray_main()
+
+
+if __name__ == "__main__":
+    main()
