@@ -313,7 +313,7 @@ def _with_absolute_paths(job: Job) -> Job:
     # A DeepSpeed file is read here, where it is: its content travels with the job.
     training: dict[str, Any] = {"deepspeed": load_deepspeed_overrides(job.training.deepspeed) or None}
     if (adapter := job.training.adapter) is not None and adapter.start_from is not None:
-        training["adapter"] = adapter.model_copy(update={"start_from": _absolute(adapter.start_from)})
+        training["adapter"] = adapter.model_copy(update={"start_from": absolute(adapter.start_from)})
     return job.model_copy(
         update={
             "model": job.model.model_copy(update=model),
