@@ -9,7 +9,7 @@ A run raises the first mistake (`require`); a dry run lists all of them.
 
 import glob
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from mmray.prepared import PreparedDataset
 from mmray.prepared.fingerprint import check_settings, settings_record
 from mmray.prepared.joined import PreparedMixture, check_common
 from mmray.prepared.versions import check_labels, run_labels
+from mmray.rows.settings import DatasetSettings
 from mmray.run.data import RunData, open_data
 from pipelines.nodes import Node
 
@@ -96,7 +97,10 @@ def cluster_checks(
     if joined:
         outputs = {"output.prepared": job.output.prepared} | ({"output.run": job.output.run} if trains else {})
         modules = packages_of(job, what)
-        inputs = {} if trains else _inputs(job)  # training reads the prepared dataset, and pictures
+        splits = {} if trains else job.data.splits  # training reads the prepared dataset, and pictures
+        inputs = row_inputs(
+            {f"data.{split}[{number}]": dataset for split in splits for number, dataset in enumerate(splits[split])}
+        )
         check = partial(
             check_nodes, nodes, labels, outputs, inputs=inputs, modules=modules, programs=programs, gpus=gpus,
             machines=machines,
@@ -114,16 +118,18 @@ def cluster_checks(
         yield Check(name, partial(_where_known, partial(check_room, job, gpus, machines, saved_stage)))
 
 
-def _inputs(job: Job) -> dict[str, str]:
-    """A row file of each set, and the folder of its images where the job names one, as far as they are on disks."""
+def row_inputs(datasets: Mapping[str, DatasetSettings]) -> dict[str, str]:
+    """A row file of each set, and the folder of its images where the job names one, as far as they are on disks.
+
+    datasets: sets by their names in the job. Returns paths by the names of their settings.
+    """
     inputs = {}
-    for split, datasets in job.data.splits.items():
-        for number, dataset in enumerate(datasets):
-            patterns = (pattern for pattern in dataset.files if "://" not in pattern)
-            first_file = next((path for pattern in patterns for path in glob.iglob(pattern, recursive=True)), None)
-            for name, path in (("files", first_file), ("image_root", dataset.image_root)):
-                if path and Path(path).exists():
-                    inputs[f"data.{split}[{number}].{name}"] = path
+    for set_name, dataset in datasets.items():
+        patterns = (pattern for pattern in dataset.files if "://" not in pattern)
+        first_file = next((path for pattern in patterns for path in glob.iglob(pattern, recursive=True)), None)
+        for name, path in (("files", first_file), ("image_root", dataset.image_root)):
+            if path and Path(path).exists():
+                inputs[f"{set_name}.{name}"] = path
     return inputs
 
 

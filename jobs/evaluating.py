@@ -46,7 +46,7 @@ def run(
     if earlier is not None and not plan.is_of(earlier):
         _say(f"{plan.folder} holds an evaluation of other rows, settings or weights; this one takes its place")
     here = count <= ROWS_HERE and not (address or os.environ.get("RAY_ADDRESS"))
-    run_batches: RunBatches = run_here if here else _on_cluster(job, address, verbose)
+    run_batches: RunBatches = run_here if here else _on_cluster(plan, address, verbose)
     with ProgressBar(f"{job.name}: reading with {evaluated.name}", "rows") as bar:
         values, is_new = evaluate(plan, run_batches=run_batches, replace=replace, on_progress=bar.update)
     if not is_new:
@@ -73,16 +73,18 @@ def _listed(job: Job, numbers: Sequence[int]) -> str:
     return ", ".join(f"set {number} ({', '.join(job.data.eval[number].files):.200})" for number in numbers)
 
 
-def _on_cluster(job: Job, address: str | None, verbose: bool) -> RunBatches:
-    """The way of running batches on the cluster at an address, or on a Ray that is started here.
+def _on_cluster(plan: EvaluationPlan, address: str | None, verbose: bool) -> RunBatches:
+    """The way of running a plan's batches on the cluster at an address, or on a Ray that is started here.
 
     Raises UserError where it has no room, or a node cannot do its part.
     """
     from jobs.capacity import evaluate_cpus
+    from jobs.checks import row_inputs
     from jobs.probe import check_nodes, check_own_machine, packages_of
     from pipelines.evaluate import run_batches
     from pipelines.nodes import alive_nodes
 
+    job = plan.job
     joined = connect(address, cpus=evaluate_cpus(job), verbose=verbose)
     nodes, labels = alive_nodes(), job.resources.train_labels
     gpus = uses_gpus(job, nodes)
@@ -90,7 +92,8 @@ def _on_cluster(job: Job, address: str | None, verbose: bool) -> RunBatches:
         log.warning("%s", note)
     if joined:
         modules = packages_of(job, "evaluating")
-        check_nodes(nodes, labels, {"output.run": job.output.run}, modules=modules, gpus=gpus)
+        inputs = row_inputs({f"set {row_set.name}": row_set.dataset for row_set in plan.data.sets})
+        check_nodes(nodes, labels, {"output.run": job.output.run}, inputs=inputs, modules=modules, gpus=gpus)
     else:
         check_own_machine(nodes, gpus)
     return partial(run_batches, gpus=gpus)

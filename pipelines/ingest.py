@@ -14,10 +14,10 @@ step ahead, sends what labels and positions are computed from (`Layout`) to a la
 the pictures. Each GPU that trains has a label actor on a small share of it (`gpu_share`), so that no rank is slower
 than the others; where none trains, or `gpu_share` is 0, label actors use CPUs and the compiled scan.
 
-Ray spends about 10 ms on each block, whatever is in it, so small micro-batches travel together (`per_share`). Shares
-are listed lazily, so that the first batch comes as soon at step 1,000,000, and of a long run, as at step 0 of a short
-one. A graph still ends after `SEGMENT_SHARES` and another is built, which takes as long as its actors' start: Ray 2.60
-keeps some notes of every block as long as a graph runs.
+Ray spends 8 to 16 ms on each block, the more the more ranks there are, whatever is in it, so small micro-batches travel
+together (`per_share`). Shares are listed lazily, so that the first batch comes as soon at step 1,000,000, and of a long
+run, as at step 0 of a short one. A graph still ends after `SEGMENT_SHARES` and another is built, which takes as long as
+its actors' start: Ray 2.60 keeps some notes of every block as long as a graph runs.
 """
 
 import bisect
@@ -74,7 +74,7 @@ LABEL_RESTARTS = 3
 """Number of times that a label actor whose process died is started again; then its rank fails, and training
 restarts."""
 
-RANKS_PER_MICRO_BATCH = 32
+RANKS_PER_MICRO_BATCH = 8
 """Number of ranks for each of which a share holds a micro-batch more, whatever its bytes: one process schedules the
 shares of all ranks, some milliseconds each, so that their number a second must not grow with the ranks."""
 

@@ -246,6 +246,10 @@ from mmray.config.job import Job
 from jobs.probe import _ask, check_nodes
 from pipelines.nodes import alive_nodes
 from mmray.errors import UserError
+from mmray.run.evaluation.model import EvaluatedModel
+from mmray.run.evaluation.rows import EvaluationData
+from mmray.run.evaluation.standalone import EvaluationPlan
+from mmray.run.scoring.settings import EvaluationSettings
 from tests.mmray.config.test_docs_jobs import LEAST
 
 address, shared = sys.argv[1:]
@@ -265,9 +269,12 @@ found["folder"] = told(writes=True)
 found["rows"] = told(inputs={"data.train[0].files": shared + "/only_here.py"})
 found["others"] = told(modules=["only_here"], writes=True, labels={"disk": "shared"})
 ray.shutdown()
-job = Job.model_validate(yaml.safe_load(LEAST) | {"output": {"prepared": "out/prepared", "run": shared + "/run"}})
+outputs = {"prepared": "out/prepared", "run": shared + "-not/run"}
+job = Job.model_validate(yaml.safe_load(LEAST) | {"output": outputs})
+rows = EvaluationData.of(job, shared + "/rows.jsonl")
 try:
-    evaluating._on_cluster(job, address, False)
+    plan = EvaluationPlan(job, EvaluatedModel("base", "base"), rows, EvaluationSettings())
+    evaluating._on_cluster(plan, address, False)
 except UserError as error:
     found["evaluating"] = str(error)
 ray.shutdown()
@@ -282,6 +289,7 @@ def test_each_node_of_a_cluster_is_asked(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     (shared / "only_here.py").touch()
+    (shared / "rows.jsonl").write_text('{"text": "A page."}\n')
     mount = f'mount -t tmpfs none {shared} && "$@"'
     another_disk = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh")
     if subprocess.run([*another_disk, "true"], check=False, capture_output=True).returncode:
@@ -298,7 +306,7 @@ def test_each_node_of_a_cluster_is_asked(tmp_path: Path) -> None:
     assert [missing for _, missing in found["missing"]] == [["only_here"], [], []]
     assert found["package"].startswith("node 127.0.0.3 has no only_here; install")
     assert found["folder"].startswith(f"output.run {shared}/run: node 127.0.0.3 does not see what this process writes")
-    assert found["evaluating"] == found["folder"]
+    assert found["evaluating"].startswith(f"set rows.jsonl.files {shared}/rows.jsonl: node 127.0.0.3 does not see it")
     assert found["rows"].startswith(f"data.train[0].files {shared}/only_here.py: node 127.0.0.3 does not see it; give")
     assert found["others"] is None
     assert "2 nodes on " in found["submitted"]
