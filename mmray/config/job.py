@@ -290,30 +290,30 @@ def _with_absolute_paths(job: Job) -> Job:
         return tuple(
             dataset.model_copy(
                 update={
-                    "files": tuple(_absolute(file) for file in dataset.files),
-                    "image_root": None if dataset.image_root is None else _absolute(dataset.image_root),
+                    "files": tuple(absolute(file) for file in dataset.files),
+                    "image_root": None if dataset.image_root is None else absolute(dataset.image_root),
                 }
             )
             for dataset in sets
         )
 
     model = {
-        name: _absolute(value)
+        name: absolute(value)
         for name in ("path", "config", "processor")
         if isinstance(value := getattr(job.model, name), str) and Path(value).expanduser().exists()  # else a hub's name
     }
-    output = {name: _absolute(getattr(job.output, name)) for name in ("prepared", "run")}
-    mixture = [part.model_copy(update={"prepared": _absolute(part.prepared)}) for part in job.mixture]
+    output = {name: absolute(getattr(job.output, name)) for name in ("prepared", "run")}
+    mixture = [part.model_copy(update={"prepared": absolute(part.prepared)}) for part in job.mixture]
     data: dict[str, Any] = {"train": datasets(job.data.train), "eval": datasets(job.data.eval)}
     if job.data.size_cache is not None:
-        data["size_cache"] = _absolute(job.data.size_cache)
+        data["size_cache"] = absolute(job.data.size_cache)
     resources = {}
     if cache := job.resources.tile_cache:
-        resources["tile_cache"] = cache.model_copy(update={"folder": _absolute(cache.folder)})
+        resources["tile_cache"] = cache.model_copy(update={"folder": absolute(cache.folder)})
     # A DeepSpeed file is read here, where it is: its content travels with the job.
     training: dict[str, Any] = {"deepspeed": load_deepspeed_overrides(job.training.deepspeed) or None}
     if (adapter := job.training.adapter) is not None and adapter.start_from is not None:
-        training["adapter"] = adapter.model_copy(update={"start_from": _absolute(adapter.start_from)})
+        training["adapter"] = adapter.model_copy(update={"start_from": absolute(adapter.start_from)})
     return job.model_copy(
         update={
             "model": job.model.model_copy(update=model),
@@ -326,7 +326,8 @@ def _with_absolute_paths(job: Job) -> Job:
     )
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
+    """A path as it is from the current folder, with `~` as the home folder; a URI as it is."""
     return path if "://" in path else str(Path.cwd() / Path(path).expanduser())
 
 

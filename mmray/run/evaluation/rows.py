@@ -19,7 +19,7 @@ from PIL import Image
 from mmray.base.settings import RowKind
 from mmray.batches.micro_batch import Place, Rendered, render
 from mmray.config.compatibility import job_family
-from mmray.config.job import Job
+from mmray.config.job import Job, absolute
 from mmray.errors import RowError, UserError
 from mmray.families import Family
 from mmray.images import TilingPolicy, load_image
@@ -94,7 +94,8 @@ class EvaluationData:
             left_out = tuple(number for number in range(len(split)) if number not in numbers)
             return cls(data, sets, job.data.seed, left_out)
         dataset = _dataset_of(job, data)
-        return cls(data, (RowSet(PurePosixPath(data).name, dataset.model_copy(update={"image_root": image_root})),))
+        root = None if image_root is None else absolute(image_root)
+        return cls(data, (RowSet(PurePosixPath(data).name, dataset.model_copy(update={"image_root": root})),))
 
     @property
     def datasets(self) -> tuple[DatasetSettings, ...]:

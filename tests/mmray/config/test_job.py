@@ -155,6 +155,20 @@ def test_the_places_of_caches_are_made_absolute(load):
     assert load(LEAST, "data.size_cache=s3://bucket/sizes").data.size_cache == "s3://bucket/sizes"
 
 
+def test_a_tilde_is_the_home_folder(load, monkeypatch):
+    """As everywhere: not a folder of that name below the current one."""
+    monkeypatch.setenv("HOME", "/home/me")
+    job = load(LEAST, "output.run=~/run", "output.prepared=~/prepared")
+    assert (job.output.run, job.output.prepared) == ("/home/me/run", "/home/me/prepared")
+
+
+@pytest.mark.parametrize("name", ["run", "prepared"])
+def test_outputs_are_named(load, name):
+    """An empty name would be the current folder, and all that lies there."""
+    with pytest.raises(UserError, match=f"output.{name}: is empty: name a folder"):
+        load(LEAST, f"output.{name}=''")
+
+
 # ---- Mistakes ----
 
 

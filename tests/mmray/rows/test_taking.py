@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mmray.errors import UserError
 from mmray.rows.settings import DatasetSettings, DataSettings
-from mmray.rows.taking import Drawn, Taking, takings
+from mmray.rows.taking import Drawn, Taking, shares_of, takings
 
 PAGES = {"files": "pages.jsonl", "kind": "pretrain"}
 
@@ -158,3 +158,18 @@ def test_unset_settings_leave_no_trace_in_the_record() -> None:
     assert data.how_many_record(data.train) == {}
     assert not {"repeat", "max_rows", "take", "weight"} & set(data.train[0].record())
     assert DatasetSettings.model_validate(PAGES | {"repeat": 2}).record()["repeat"] == 2
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=12), st.integers(0, 9000), st.integers(0, 1))
+def test_shares_are_exact_and_in_proportion(sizes: list[int], count: int, least: int) -> None:
+    shares = shares_of(count, sizes, least=least)
+    filled, total = sum(size > 0 for size in sizes), sum(sizes)
+    assert all(0 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    if least and count < filled:
+        assert [share > 0 for share in shares] == [size > 0 for size in sizes]
+        return
+    assert sum(shares) == min(count, total)
+    if least:
+        assert all(share >= 1 for share, size in zip(shares, sizes, strict=True) if size)
+    elif count < total:
+        assert all(abs(share * total - count * size) < total for share, size in zip(shares, sizes, strict=True))

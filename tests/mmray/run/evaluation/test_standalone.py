@@ -216,7 +216,9 @@ def test_the_rows_of_a_limit_are_each_files_first_ones(job: Job, tmp_path: Path)
     assert [row_id for row_id in limited if row_id[0] == "b"] == taken[:5]
 
 
-def test_the_pictures_of_a_file_lie_below_its_folder_or_the_one_that_is_given(job: Job, tmp_path: Path) -> None:
+def test_the_pictures_of_a_file_lie_below_its_folder_or_the_one_that_is_given(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     noise((60, 40), 7).save(elsewhere / "p.png")
@@ -234,6 +236,9 @@ def test_the_pictures_of_a_file_lie_below_its_folder_or_the_one_that_is_given(jo
 
     assert str(tmp_path / "p.png") in problem(None)[0]
     assert problem(str(elsewhere)) == []
+    monkeypatch.chdir(tmp_path)
+    assert EvaluationData.of(roots, file, "elsewhere").datasets[0].image_root == str(elsewhere), "actors are elsewhere"
+    assert problem("") != []
     with pytest.raises(UserError, match=r"--image-root is for --data FILE; data.train has its own"):
         EvaluationData.of(job, "train", str(elsewhere))
 
