@@ -1,10 +1,11 @@
 """Charts: values at their places, spikes that stay visible, and shapes of bounded size."""
 
 import re
+from decimal import Decimal
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from mmray.display import charts
@@ -120,6 +121,7 @@ def test_a_heat_map_counts_pairs():
 
 
 @given(low=st.floats(-1e6, 1e9), width=st.floats(1e-4, 1e9), whole=st.booleans())
+@example(low=999_800_000.0, width=799_999.0, whole=True)
 def test_labels_of_equal_distances_tell_equal_distances(low, width, whole):
     if whole:
         low, width = round(low), round(width) + 1
@@ -132,9 +134,9 @@ def test_labels_of_equal_distances_tell_equal_distances(low, width, whole):
 
 
 def number(text):
-    """The number that a label tells a reader."""
+    """The number that a label tells a reader: 1.0006G are a whole number, which 1.0006 * 1e9 is not."""
     text = text.replace("\N{MINUS SIGN}", "-")
-    return float(text.rstrip("kMGT")) * {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1], 1.0)
+    return float(Decimal(text.rstrip("kMGT")).scaleb({"k": 3, "M": 6, "G": 9, "T": 12}.get(text[-1], 0)))
 
 
 @pytest.mark.parametrize(
