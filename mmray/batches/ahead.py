@@ -11,7 +11,7 @@ waiting. What is made is the same to the bit.
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -89,9 +89,13 @@ class InputsAhead:
         batch.made_ahead = partial(self._take, future)
         self._added.put((batch, future))
 
-    def give_up(self, batches: Iterable[MicroBatch]) -> None:
-        """Forgets the inputs of those of some micro-batches that were not used."""
-        for batch in batches:
+    def give_up(self, batches: Sequence[MicroBatch]) -> None:
+        """Forgets the inputs of those of some micro-batches that were not used.
+
+        batches: in the order in which they were added. The last is forgotten first, so that the thread begins with none
+        of the others meanwhile.
+        """
+        for batch in reversed(batches):
             if batch.made_ahead is not None:
                 future: Future[Any] = batch.made_ahead.args[0]  # type: ignore[attr-defined]
                 batch.made_ahead = None
