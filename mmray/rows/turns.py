@@ -271,4 +271,5 @@ class _Gap:
 
 
 def text_between(skeleton: Skeleton, marks: Sequence[str], first: int, last: int | None) -> str:
+    """Returns the text between two occurrences of a skeleton. first: -1 for the beginning; last: None for the end."""
     return _Gap(skeleton, marks, first, last).text
