@@ -213,7 +213,7 @@ def from_pdf(
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{out}: {counted(written.rows, 'row')}")
     if written.without_text:
-        console.print(f"{written.without_text:,} pages have no text layer and are left out")
+        console.print(f"left out: {counted(written.without_text, 'page')} without a text layer")
     for reason in written.failed[:_MAX_EXAMPLES]:
         console.print(f"left out: {reason}")
     if len(written.failed) > _MAX_EXAMPLES:

@@ -5,6 +5,7 @@ Each checkpoint carries the record of both, so they go on across resumes and wit
 
 from typing import Any
 
+from mmray.base.words import counted
 from mmray.config.job import Job
 from mmray.run.callback import Callback, Evaluation, Loop
 from mmray.run.scoring.settings import EarlyStoppingSettings, KeepBestSettings, is_better
@@ -56,7 +57,7 @@ class EarlyStopping(Callback):
         self._worse += 1
         if self._worse >= settings.patience:
             loop.stop(
-                f"{EARLY_STOP}{self._worse} evaluations without an improvement of {settings.metric}, best "
+                f"{EARLY_STOP}{counted(self._worse, 'evaluation')} without an improvement of {settings.metric}, best "
                 f"{'none' if self._value is None else format(self._value, '.4g')}"
             )
 
