@@ -1,9 +1,9 @@
 """Reading by generation: tokens a second in batches, against a plain loop of transformers over the same rows.
 
-The plain loop is what people write, one row after another with `model.generate`. Both begin with the same decoded tiles,
-write as many tokens for a row as an evaluation allows it (by the length of its reference) and end no text early, so both
-do the same work; tokens are counted by row, and what a batch writes beyond a row's own number counts for nothing. Then
-the 64 rows of an evaluation against 200 steps of training, whose pages, tiles and model are the demo's.
+The plain loop is what people write, one row after another with `model.generate`. Both begin with the same decoded
+tiles, write as many tokens for a row as an evaluation allows it (by the length of its reference) and end no text early,
+so both do the same work; what a batch writes beyond a row's own number counts for nothing. Then the 64 rows of an
+evaluation against 200 steps of training, whose pages, tiles and model are the demo's.
 """
 
 import tempfile

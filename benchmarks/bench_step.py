@@ -12,11 +12,12 @@ inputs on the device. Loss and gradients are the same, or the benchmark fails.
 The model is a Qwen2-VL with random weights, small where there is no GPU, and wide for its depth: in a narrow one
 attention would outweigh all else. Its vocabulary has only the tokens that occur: of all 150,000 the logits would be
 most of a small model's time. Peak memory is what torch holds at most beside weights and inputs, in fp32: on the CPU by
-the allocations that its profiler lists, on a GPU by its own count. Time is CPU time of one thread, of that same step,
-beside which the profiler's own is nothing; on a GPU the clock's, of others in bf16.
+the allocations that its profiler lists, on a GPU by its own count. Time is the best of two steps of each way, which
+take turns: CPU time of one thread, on a GPU the clock's, in bf16.
 """
 
 import json
+import math
 import random
 import tempfile
 import time
@@ -65,6 +66,7 @@ from mmray.training.settings import ModelSettings
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 LONGEST = 4096
 """Samples with more tokens are left out."""
+REPEATS = 2
 SEVEN_SAMPLES = (312, 871, 540, 655, 448, 703, 567)
 """Lengths of the samples of a row of 4,096 tokens."""
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
@@ -275,28 +277,20 @@ def gradient(model: torch.nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """One step in fp32. peak_bytes: what torch held at most, beside what it held before; seconds: CPU time."""
+    """One step in fp32. peak_bytes: what torch held at most, beside what it held before."""
 
     loss: float
     gradient: Tensor
     peak_bytes: int
-    seconds: float
 
     @classmethod
     def of(cls, model: torch.nn.Module, batches: Sequence[Batch]) -> "Measured":
         losses: list[float] = []
-        seconds: list[float] = []
-
-        def work() -> None:
-            began = time.process_time()
-            losses.append(step(model, batches))
-            seconds.append(time.process_time() - began)
-
         model.zero_grad(set_to_none=True)
-        peak = peak_bytes(work)
+        peak = peak_bytes(lambda: losses.append(step(model, batches)))
         whole = gradient(model)
         model.zero_grad(set_to_none=True)
-        return cls(losses[0], whole, peak, seconds[0])
+        return cls(losses[0], whole, peak)
 
     def differences(self, other: "Measured") -> tuple[float, float]:
         """Of loss and gradients, relative to the other's."""
@@ -347,16 +341,23 @@ def on_this_machine() -> list[Result]:
     equal = f"losses differ by {loss:.0e}, gradients by {slope:.0e}"
     if not (loss < LOSS_TOLERANCE and slope < GRADIENT_TOLERANCE):
         raise AssertionError(f"packed and padded are not the same: {equal}")
-    seconds = {way: each.seconds for way, each in measured.items()}
     if device.type == "cuda":
         model.to(torch.bfloat16)
         ways = {way: [batch.to(device, torch.bfloat16) for batch in batches] for way, batches in ways.items()}
-        seconds["packed"] = best_seconds(partial(step, model, ways["packed"]))
-        with plain_attention(model):
-            seconds["sdpa"] = best_seconds(partial(step, model, ways["packed"]))
-            seconds["padded"] = best_seconds(partial(step, model, ways["padded"]))
+    seconds = seconds_by_turns(model, ways | {"sdpa": ways["packed"]})
     peaks = {way: each.peak_bytes / 1e6 for way, each in measured.items()}
     return [*results(samples, ways, seconds, peaks, equal), many_samples(model, device)]
+
+
+def seconds_by_turns(model: torch.nn.Module, ways: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+    """Time of a step by its way, the best of some that take turns: a machine's speed changes while they run."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    seconds = dict.fromkeys(ways, math.inf)
+    for _ in range(REPEATS):
+        for way, batches in ways.items():
+            with nullcontext() if way == "packed" else plain_attention(model):
+                seconds[way] = min(seconds[way], best_seconds(partial(step, model, batches), 1, clock=clock))
+    return seconds
 
 
 def many_samples(model: torch.nn.Module, device: torch.device) -> Result:
@@ -372,12 +373,10 @@ def many_samples(model: torch.nn.Module, device: torch.device) -> Result:
     labels = ids.where(torch.rand(ids.shape, generator=generator) < 0.1, IGNORE_INDEX)
     labels[0, starts[:-1]] = IGNORE_INDEX
     batch = Batch(inputs, labels).to(device, torch.float32)
-    seconds, losses = {}, {}
-    for way in ("packed", "sdpa"):
-        with nullcontext() if way == "packed" else plain_attention(model):
-            losses[way] = step(model, [batch])
-            clock = time.perf_counter if device.type == "cuda" else time.process_time
-            seconds[way] = best_seconds(partial(step, model, [batch]), 2, clock=clock)
+    losses = {"packed": step(model, [batch])}
+    with plain_attention(model):
+        losses["sdpa"] = step(model, [batch])
+    seconds = seconds_by_turns(model, {"packed": [batch], "sdpa": [batch]})
     if abs(losses["packed"] / losses["sdpa"] - 1) > LOSS_TOLERANCE:
         raise AssertionError(f"packed attention and sdpa are not the same: {losses}")
     return Result(
