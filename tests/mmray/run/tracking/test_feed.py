@@ -47,22 +47,18 @@ class Listed:
 
 
 def train(folder: Path, tracker: Listed, steps: range, *, kill: bool = False, scale: float = 1.0) -> None:
-    """Log these steps, the first of them after a checkpoint. kill: without an end."""
+    """Log these steps, the first of them after a checkpoint. kill: without an end, when the tracker has them all."""
+    starts = len(tracker.ids)
     log = MetricsLog(TrackedRun("test", folder), steps.start - 1, {"listed": tracker})
     for step in steps:
         log.write(step, loss=scale * step)
     if kill:
         deadline = time.monotonic() + 60
-        while recorded(folder) < steps.stop - 1 and time.monotonic() < deadline:
+        while len(tracker.ids) == starts or max((step for step, _ in losses(tracker)), default=0) < steps.stop - 1:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
     else:
         log.close()
-
-
-def recorded(folder: Path) -> int:
-    """The last step whose loss the run knows the tracker to have."""
-    file = folder / "tracking" / "listed.json"
-    return int(json.loads(file.read_text())["steps"].get("train/loss", 0)) if file.exists() else 0
 
 
 def losses(tracker: Listed) -> list[tuple[int, float]]:
