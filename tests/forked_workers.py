@@ -23,7 +23,8 @@ from typing import Any
 SOCKET = "MMRAY_TESTS_WORKER_SERVER"
 """Environment variable with the path of the server's socket."""
 IMPORTS = (
-    "fsspec", "jinja2", "pandas", "pyarrow.dataset", "pyarrow.parquet", "pydantic", "torch",
+    "fsspec", "jinja2", "pandas", "pyarrow.dataset", "pyarrow.parquet", "pydantic",
+    "torch", "torch._inductor.compile_fx",  # which DeepSpeed's optimizers import in their first step
     "transformers.modeling_utils", "transformers.processing_utils",
 )  # fmt: skip
 POLL_SECONDS = 0.1
