@@ -20,10 +20,12 @@ from tests.here import prepare_here, train_here
 def test_a_training_that_fits_exactly_evaluates_as_one_without_ray(
     ray_head: RayHead, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Losses, texts and files; training's own render actors decode what is read. It ends early, with its export."""
+    """Losses, texts and files; training's own render actors decode what is read. It goes through the border of two
+    stages, and ends early, with its export."""
     rows = [{"files": str(inputs.folder / "data" / "pages.jsonl"), "kind": "pretrain"}]
     changes: dict[str, object] = {
         "data__eval": rows, "training__steps": 5, "training__zero_stage": 3,
+        "training__stages": [{"steps": 3, "parts": {"vision": "frozen"}}],
         "evaluation": {"every_steps": 2, "generate": {"rows": 6, "max_new_tokens": 4, "batch_rows": 2}},
         "keep_best": {"metric": "eval_cer"},
         "early_stopping": {"metric": "eval_exact_match", "patience": 1},  # none is exact: no better after the first
@@ -44,6 +46,7 @@ def test_a_training_that_fits_exactly_evaluates_as_one_without_ray(
         return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in lines]
 
     assert numbers(lines) == numbers(expected)
+    assert [line["stage"] for line in lines if "loss" in line] == [1, 1, 1, 2]
     assert [line["step"] for line in lines if "eval_cer" in line] == [2, 4], "the second did not improve"
     for step in (2, 4):
         ours, theirs = (
