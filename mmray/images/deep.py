@@ -41,7 +41,7 @@ def mixed(image: ImageFile.ImageFile) -> Image.Image:
         high = _decoded(image, f"{kind.upper()};16{order}")
         again = _opened_again(image, file, frame)
         if again is None and kind == "RGBa":
-            kind = "RGBA"  # Pillow has divided by the transparency
+            high = _multiplied_again(high)
         if again is not None:
             low = _decoded(again, f"{kind.upper()};16{_LOW_BYTES[order]}")
     page = np.empty((image.height, image.width, 3), np.uint8)
@@ -55,6 +55,13 @@ def mixed(image: ImageFile.ImageFile) -> Image.Image:
         else:
             page[rows] = _shown(kind, values / np.float32(65535), is_opaque)
     return Image.fromarray(page)
+
+
+def _multiplied_again(pixels: np.ndarray) -> np.ndarray:
+    """Undoes Pillow's division of colours by their transparency, which drops the rest. pixels: uint8 [height, width,
+    4]."""
+    colours, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:]
+    return np.concatenate([((colours * alpha + 254) // 255).astype(np.uint8), alpha], axis=2)
 
 
 def _shown(kind: str, values: np.ndarray, is_opaque: bool) -> np.ndarray:

@@ -165,6 +165,17 @@ def test_every_kind_of_tiff_is_as_a_second_reader_sees_it(case: tuple[bytes, dic
     assert np.abs(shown(data) - np.rint(by_tifffile(data, kind))).max() <= 1
 
 
+def test_colours_that_pillow_divides_by_their_transparency_are_within_one_level() -> None:
+    """16 bits in separate planes: any colour under any transparency that lets it be so bright."""
+    alpha = np.arange(0, 65536, 257, dtype=np.uint16)[:, None]
+    colour = (alpha * np.linspace(0, 1, 256)).astype(np.uint16)
+    values = np.stack(np.broadcast_arrays(colour, colour // 2, colour // 3, alpha))
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="rgb", planarconfig="separate", extrasamples=["assocalpha"])
+    kind: dict[str, object] = {"photometric": "rgb", "alpha": "assocalpha", "planar": True, "channels": 4}
+    assert np.abs(shown(file.getvalue()) - np.rint(by_tifffile(file.getvalue(), kind))).max() <= 1
+
+
 def tiff_of_12_bits(values: np.ndarray, byte_order: str, compression: str | None, photometric: str) -> bytes:
     """uint16 [height, an even width], by a picture of bytes whose tags are changed: tifffile compresses none."""
     left, right = values[:, 0::2], values[:, 1::2]
