@@ -16,7 +16,11 @@ if _missing := [name for name in ("typer", "torch", "ray") if importlib.util.fin
     )
     sys.exit(2)
 
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "killed by `ray.kill`|^Raylet is terminated")
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    "killed by `ray.kill`|actor is temporarily unavailable: .*Socket closed|^Raylet is terminated",
+)
 """Pattern of messages that Ray leaves out of a driver's output. When a job is interrupted, Ray Data kills its actors,
-and Ray would report each of their tasks as failed. Of a node whose Ray is killed it would show 20 lines of its log,
-beside the line that the node is dead."""
+and Ray would report each of their tasks as failed; by its closed connection, where Ray does not know yet who killed the
+actor. A process or node that dies by itself has a line of its own. Of a node whose Ray is killed Ray would also show 20
+lines of its log."""
