@@ -49,10 +49,11 @@ def run() -> list[Result]:
         rendered = RowRenderer(encoder.family, encoder.policy)(RowBatch("rows", tuple(rows[:ROWS])))
         tasks = tasks_of(evaluator, rendered)
         evaluator._writer.stop_token_ids = (evaluator.family.num_token_ids + 1,)  # no text ends early
-        batched = seconds_of_batches(evaluator, tasks)
-        alone = seconds_of_plain_loop(evaluator, tasks)
+        limits = [task.most_tokens(settings.generate) for task in tasks]
+        batched = seconds_of_batches(evaluator, tasks, limits)
+        alone = seconds_of_plain_loop(evaluator, tasks, limits)
         training = seconds_of_training(job, evaluator)
-    tokens = sum(task.most_tokens(settings.generate) for task in tasks)
+    tokens = sum(limits)
     return [
         Result(
             name=f"generated tokens a second, {len(tasks)} rows in batches of 16 against one by one by transformers",
@@ -102,19 +103,17 @@ def tasks_of(evaluator: RowEvaluator, rendered: RenderedBatch) -> list[ReadingTa
     return tasks
 
 
-def seconds_of_batches(evaluator: RowEvaluator, tasks: list[ReadingTask]) -> float:
-    """Seconds in which mmray writes all texts."""
+def seconds_of_batches(evaluator: RowEvaluator, tasks: list[ReadingTask], limits: list[int]) -> float:
+    """Seconds in which mmray writes all texts. limits: numbers of their tokens."""
     started = time.perf_counter()
     written = evaluator._writer.write_all(tasks)
     seconds = time.perf_counter() - started
-    limits = [task.most_tokens(evaluator._settings.generate) for task in tasks]
     assert [len(text.token_ids) for text in written] == limits
     return seconds
 
 
-def seconds_of_plain_loop(evaluator: RowEvaluator, tasks: list[ReadingTask]) -> float:
+def seconds_of_plain_loop(evaluator: RowEvaluator, tasks: list[ReadingTask], limits: list[int]) -> float:
     """Seconds in which transformers writes as many tokens for the same prompts, one row after another."""
-    limits = [task.most_tokens(evaluator._settings.generate) for task in tasks]
     started = time.perf_counter()
     with plain_generation(evaluator.model):
         for task, limit in zip(tasks, limits):

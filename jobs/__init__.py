@@ -18,7 +18,7 @@ if _missing := [name for name in ("typer", "torch", "ray") if importlib.util.fin
 
 os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX",
-    "killed by `ray.kill`|actor is temporarily unavailable: .*Socket closed|^Raylet is terminated",
+    "killed by `ray.kill`|actor is temporarily unavailable: .*(Socket closed|Connection reset)|^Raylet is terminated",
 )
 """Pattern of messages that Ray leaves out of a driver's output. When a job is interrupted, Ray Data kills its actors,
 and Ray would report each of their tasks as failed; by its closed connection, where Ray does not know yet who killed the

@@ -92,13 +92,14 @@ def test_the_log_of_a_node_that_is_lost_is_left_out_and_its_death_is_told() -> N
     assert [line for part in deduplicator.deduplicate(batch) for line in part["lines"]] == [dead]
 
 
-def test_a_task_whose_actor_s_connection_closed_is_left_out_and_the_death_of_its_process_is_told() -> None:
+@pytest.mark.parametrize("problem", ["Socket closed", "recvmsg:Connection reset by peer"])
+def test_a_task_whose_actor_s_connection_closed_is_left_out_and_the_death_of_its_process_is_told(problem: str) -> None:
     """As Ray 2.60.0 writes them; both come for an actor that was killed and for one that crashed."""
     deduplicator = LogDeduplicator(5, None, os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"])
     dead = "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the "
     task = (
         "Task Actor.work failed. There are infinite retries remaining, so the task will be retried. Error: The actor "
-        "is temporarily unavailable: RpcError: RPC error: Socket closed rpc_code: 14"
+        f"is temporarily unavailable: RpcError: RPC error: {problem} rpc_code: 14"
     )
     batch = {"lines": [task, dead], "pid": "raylet", "is_err": False}
     assert [line for part in deduplicator.deduplicate(batch) for line in part["lines"]] == [dead]
