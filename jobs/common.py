@@ -73,7 +73,12 @@ def connect(address: str | None, *, cpus: int, verbose: bool = False) -> bool:
     }
     if not in_submitted_job():  # that has its environment from jobs/runtime_env.yaml, and the checkout on its path
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
-        options["runtime_env"] = {"env_vars": {**WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}}
+        environment = {**WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
+        if address and _is_host_and_port(address):
+            # Ray Train's actors ask about each other at this address; without it, at one that they look for on the
+            # machine, which may be of a cluster that knows nothing of them, or that has ended.
+            environment["RAY_ADDRESS"] = address
+        options["runtime_env"] = {"env_vars": environment}
     with _core_tells_its_end() if not verbose and RAY_CORE_LEVEL not in os.environ else nullcontext():
         if address:
             _join(address, options)
@@ -116,10 +121,15 @@ def _join(address: str, options: dict[str, Any]) -> None:
         ) from error
 
 
+def _is_host_and_port(address: str) -> bool:
+    """Tells whether an address is a cluster's own, unlike `auto` and a URL."""
+    return address.rpartition(":")[2].isdecimal() and "://" not in address
+
+
 def _reach(address: str) -> None:
     """Raise UserError where nothing listens at a `host:port`: Ray would try for 13 minutes."""
-    host, _, port = address.rpartition(":")
-    if port.isdecimal() and "://" not in address:
+    if _is_host_and_port(address):
+        host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
         except OSError as error:

@@ -137,7 +137,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
 
     options = ("--num-cpus=4", "--object-store-memory=1000000000")
     environment = {
-        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_metrics_report_interval_ms": "2500",
         "RAY_prestart_worker_first_driver": "0",  # workers without a job's environment would get no work
         "RAY_worker_niceness": "0",  # else other tests keep them from the cores
         "RAY_JOB_STOP_WAIT_TIME_S": "60",  # `ray job stop` kills after 3 s, in which a busy machine ends no job

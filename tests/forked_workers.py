@@ -1,19 +1,22 @@
-"""A Ray head whose workers are forked from one process that has imported PyTorch and transformers: a worker takes one
-second of CPU time to start, not five.
+"""A Ray head whose workers are forked from a process that has imported Ray, DeepSpeed and transformers: a worker takes
+half a second of CPU time to start, not five.
 
     python forked_workers.py start --head …     `ray start`, with such workers
 
 The raylet starts this file where it would start Ray's own set-up of a worker. It hands its arguments, environment,
-folder and streams to a server, which forks a process that goes on as Ray's worker, and ends as that does. Where a
-worker's environment needs more than variables and a folder, it is started as ever.
+folder and streams to a server. The server has a process for each set of environment variables that jobs give their
+workers, which imports under them (libraries read some when they are imported); that forks a process that goes on as
+Ray's worker, and ends as that does. Where a worker's environment needs more than variables and a folder, it is started
+as ever.
 
-What is imported before is neither Ray, whose library reads the environment when it is loaded, nor mmray: a worker
-imports that as its job has it. Tests of clusters with several nodes start Ray's own workers.
+What is imported before is not mmray: a worker imports that as its job has it. Tests of clusters with several nodes
+start Ray's own workers.
 """
 
 import contextlib
 import json
 import os
+import selectors
 import signal
 import socket
 import sys
@@ -23,11 +26,18 @@ from typing import Any
 SOCKET = "MMRAY_TESTS_WORKER_SERVER"
 """Environment variable with the path of the server's socket."""
 IMPORTS = (
-    "fsspec", "jinja2", "pandas", "pyarrow.dataset", "pyarrow.parquet", "pydantic",
+    "fsspec", "jinja2", "jsonschema", "matplotlib.ticker", "numba", "pandas", "PIL.Image", "pyarrow.dataset",
+    "pyarrow.parquet", "pydantic.v1", "pypdfium2", "rapidfuzz.distance",
     "torch", "torch._inductor.compile_fx",  # which DeepSpeed's optimizers import in their first step
-    "transformers.modeling_utils", "transformers.processing_utils",
+    "torch.utils.tensorboard", "transformers.modeling_utils", "transformers.processing_utils",
+    "transformers.models.auto.modeling_auto", "transformers.models.qwen2_vl.modeling_qwen2_vl",
+    "transformers.models.qwen2_vl.processing_qwen2_vl",
 )  # fmt: skip
+RAY_IMPORTS = ("ray.data", "ray.train.torch", "deepspeed")
+"""After `ray`; these read variables that jobs give their workers."""
 POLL_SECONDS = 0.1
+REQUEST_BYTES = 1 << 20
+"""Room for one request."""
 
 
 # ---- In the place of a worker ----
@@ -51,11 +61,12 @@ def stand_in() -> None:
         start_as_ever()
     for name, value in (context.get("env_vars") or {}).items():
         os.environ[name] = os.path.expandvars(value)  # as Ray does
-    request = json.dumps({"words": words, "environment": dict(os.environ), "folder": folder}).encode()
+    request = {"words": words, "given": context.get("env_vars"), "environment": dict(os.environ), "folder": folder}
+    content = json.dumps(request).encode()
     server = socket.socket(socket.AF_UNIX)
     server.connect(os.environ[SOCKET])
-    socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
-    server.sendall(request)
+    socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(content)
     answers = server.makefile()
     pid = int(answers.readline())
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -74,44 +85,71 @@ def start_as_ever() -> None:
 # ---- The server ----
 
 
-def serve(listening: socket.socket) -> dict[str, Any]:
-    """Forks a process for each request, in which it returns the request; its parent is the end of the server."""
-    import selectors
+def serve(listening: socket.socket) -> None:
+    """Hands each request to the process of its variables, which the first such request starts."""
+    parent, forking = os.getppid(), dict[str, socket.socket]()
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(listening, selectors.EVENT_READ)
+        while os.getppid() == parent:
+            if not waiting.select(POLL_SECONDS):
+                continue
+            client, _ = listening.accept()
+            header, streams, *_ = socket.recv_fds(client, 8, 3)
+            content, length = b"", int.from_bytes(header, "big")
+            while len(content) < length:
+                content += client.recv(length - len(content))
+            request = json.loads(content)
+            given = json.dumps(request["given"], sort_keys=True)
+            if given not in forking:
+                forking[given], requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                if os.fork() == 0:
+                    for connection in (listening, client, *forking.values()):
+                        connection.close()
+                    for number in streams:
+                        os.close(number)
+                    waiting.close()
+                    become_worker(fork_workers(requests, request["environment"]))
+                requests.close()
+            socket.send_fds(forking[given], [content], [client.fileno(), *streams])
+            for number in (client.detach(), *streams):
+                os.close(number)
 
-    parent, clients = os.getppid(), {}
+
+def fork_workers(requests: socket.socket, environment: dict[str, str]) -> dict[str, Any]:
+    """Forks a process for each request, in which it returns the request; its parent is the end of the server."""
+    set_environment(environment)
+    import_ray()
+    parent, clients = os.getppid(), dict[int, socket.socket]()
     waiting = selectors.DefaultSelector()
-    waiting.register(listening, selectors.EVENT_READ)
+    waiting.register(requests, selectors.EVENT_READ)
     while os.getppid() == parent:
         for key, _ in waiting.select(POLL_SECONDS):
-            if key.fileobj is listening:
-                client, _ = listening.accept()
-                header, streams, *_ = socket.recv_fds(client, 8, 3)
-                content, length = b"", int.from_bytes(header, "big")
-                while len(content) < length:
-                    content += client.recv(length - len(content))
+            if key.fileobj is requests:
+                content, (connection, *streams), *_ = socket.recv_fds(requests, REQUEST_BYTES, 4)
+                client = socket.socket(fileno=connection)
                 pid = os.fork()
                 if pid == 0:
                     for number, stream in enumerate(streams):
                         os.dup2(stream, number)
                         os.close(stream)
-                    for connection in (listening, client, *(each for each, _ in clients.values())):
-                        connection.close()
+                    for connected in (requests, client, *clients.values()):
+                        connected.close()
                     waiting.close()
                     return json.loads(content)
                 for stream in streams:
                     os.close(stream)
                 client.sendall(f"{pid}\n".encode())
-                clients[pid] = client, waiting.register(client, selectors.EVENT_READ)
+                clients[pid] = client
+                waiting.register(client, selectors.EVENT_READ, pid)
             else:  # the stand-in was killed
-                pid = next(pid for pid, (client, _) in clients.items() if client is key.fileobj)
-                os.kill(pid, signal.SIGKILL)
+                os.kill(key.data, signal.SIGKILL)
                 waiting.unregister(key.fileobj)
         while clients:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 break
-            client, key = clients.pop(pid)
-            if key.fileobj in waiting.get_map():
+            client = clients.pop(pid)
+            if client in waiting.get_map():
                 waiting.unregister(client)
             with contextlib.suppress(OSError):
                 client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
@@ -119,13 +157,60 @@ def serve(listening: socket.socket) -> dict[str, Any]:
     sys.exit()
 
 
+def import_ray() -> None:
+    """Imports Ray with its libraries, and DeepSpeed. Raises RuntimeError where the processes that are forked then would
+    make the same random identifiers, by which Ray takes two tasks for one."""
+    import types
+
+    import ray.actor
+
+    identifier = ray.actor.ActorClassID
+    # One for each class of an actor that is defined; Ray's own generator of random numbers must not have begun.
+    ray.actor.ActorClassID = types.SimpleNamespace(from_random=lambda: identifier(os.urandom(identifier.size())))
+    sys.modules["mlflow"] = None  # which mmray keeps DeepSpeed from importing
+    import_all(RAY_IMPORTS)
+    del sys.modules["mlflow"]
+    ray.actor.ActorClassID = identifier
+    if len({_identifier_of_a_fork() for _ in range(3)}) != 3:
+        raise RuntimeError("something that is imported begins Ray's generator of random numbers")
+
+
+def _identifier_of_a_fork() -> bytes:
+    from ray._raylet import WorkerID
+
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.write(writing, WorkerID.from_random().binary())
+        os._exit(0)
+    os.wait()
+    os.close(writing)
+    with open(reading, "rb") as file:
+        return file.read()
+
+
+def import_all(names: tuple[str, ...]) -> None:
+    """Imports modules, and has Python's garbage collection pass over what is in memory then: it would copy the pages
+    of every forked process."""
+    import gc
+    import importlib
+
+    for name in names:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
+def set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def become_worker(request: dict[str, Any]) -> None:
     """Goes on as the worker that was asked for."""
     import runpy
     import warnings
 
-    os.environ.clear()
-    os.environ.update(request["environment"])
+    set_environment(request["environment"])
     os.chdir(request["folder"])
     if wanted := os.environ.get("PYTHONWARNINGS"):
         warnings.simplefilter(wanted)  # type: ignore[arg-type]
@@ -137,15 +222,12 @@ def become_worker(request: dict[str, Any]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["serve"]:
-        import importlib
-
-        for name in IMPORTS:
-            importlib.import_module(name)
+        import_all(IMPORTS)
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(sys.argv[2])
         listening.listen(64)
         print("ready", flush=True)
-        become_worker(serve(listening))
+        serve(listening)
     elif sys.argv[1:2] == ["start"]:
         start()
     else:

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
+from ray.util.state import get_actor
 
 from jobs import common, evaluating, train, training
 from jobs.command_line import run_main
 from jobs.common import connect
 from mmray.config.job import Job
 from mmray.errors import UserError
-from tests.conftest import ROOT, Inputs, RayHead, free_port
+from tests.conftest import ROOT, START_SECONDS, Inputs, RayHead, free_port
 
 
 def interrupted() -> None:
@@ -194,3 +196,19 @@ def test_an_evaluation_says_which_sets_it_leaves_out_and_what_is_to_be_done_with
     assert "base holds an evaluation of other rows, settings or weights; this one takes its place" in (
         capsys.readouterr().out
     )
+
+
+def test_actors_ask_the_cluster_they_are_in(ray_head: RayHead, tmp_path: Path) -> None:
+    """Where the machine remembers a cluster that has ended: Ray Train asks so whether its controller lives."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
+
+    @ray.remote(num_cpus=0)
+    class Asking:
+        def state(self) -> str:
+            state = get_actor(ray.get_runtime_context().get_actor_id(), timeout=START_SECONDS)
+            assert state is not None
+            return state.state
+
+    asking = Asking.options(runtime_env={"env_vars": {"RAY_TMPDIR": str(tmp_path)}}).remote()  # type: ignore[attr-defined]
+    assert ray.get(asking.state.remote()) == "ALIVE"

@@ -39,7 +39,7 @@ PICTURES = {"page.png": (170, 220), "wide.png": (220, 170), "small.png": (40, 60
 def png(picture: Image.Image) -> dict[str, bytes]:
     """A picture as rows hold it."""
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    picture.save(buffer, "png", compress_level=1)
     return {"bytes": buffer.getvalue()}
 
 
