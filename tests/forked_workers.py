@@ -4,10 +4,10 @@ half a second of CPU time to start, not five.
     python forked_workers.py start --head …     `ray start`, with such workers
 
 The raylet starts this file where it would start Ray's own set-up of a worker. It hands its arguments, environment,
-folder and streams to a server. The server has a process for each set of environment variables that jobs give their
-workers, which imports under them (libraries read some when they are imported); that forks a process that goes on as
-Ray's worker, and ends as that does. Where a worker's environment needs more than variables and a folder, it is started
-as ever.
+folder and streams to a server. The server has a process for each environment that jobs give their workers, which
+imports under its variables (Ray reads some, a job's identifier among them, when it is imported); that forks a process
+that goes on as Ray's worker, and ends as that does. Where a worker needs more than variables and a folder, it is
+started as ever.
 
 What is imported before is not mmray: a worker imports that as its job has it. Tests of clusters with several nodes
 start Ray's own workers.
@@ -20,6 +20,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,10 +35,12 @@ IMPORTS = (
     "transformers.models.qwen2_vl.processing_qwen2_vl",
 )  # fmt: skip
 RAY_IMPORTS = ("ray.data", "ray.train.torch", "deepspeed")
-"""After `ray`; these read variables that jobs give their workers."""
+"""After `ray`, under the environment of a job's workers."""
 POLL_SECONDS = 0.1
 REQUEST_BYTES = 1 << 20
 """Room for one request."""
+IDLE_SECONDS = 20.0
+"""How long a process that has no worker waits for a request: it takes 100 MB, and a second of CPU time to start."""
 
 
 # ---- In the place of a worker ----
@@ -61,7 +64,7 @@ def stand_in() -> None:
         start_as_ever()
     for name, value in (context.get("env_vars") or {}).items():
         os.environ[name] = os.path.expandvars(value)  # as Ray does
-    request = {"words": words, "given": context.get("env_vars"), "environment": dict(os.environ), "folder": folder}
+    request = {"words": words, "environment": dict(os.environ), "folder": folder}
     content = json.dumps(request).encode()
     server = socket.socket(socket.AF_UNIX)
     server.connect(os.environ[SOCKET])
@@ -86,7 +89,7 @@ def start_as_ever() -> None:
 
 
 def serve(listening: socket.socket) -> None:
-    """Hands each request to the process of its variables, which the first such request starts."""
+    """Hands each request to the process of its environment, which the first such request starts."""
     parent, forking = os.getppid(), dict[str, socket.socket]()
     with selectors.DefaultSelector() as waiting:
         waiting.register(listening, selectors.EVENT_READ)
@@ -99,9 +102,12 @@ def serve(listening: socket.socket) -> None:
             while len(content) < length:
                 content += client.recv(length - len(content))
             request = json.loads(content)
-            given = json.dumps(request["given"], sort_keys=True)
-            if given not in forking:
-                forking[given], requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            environment = json.dumps(request["environment"], sort_keys=True)
+            message = [content], [client.fileno(), *streams]
+            try:
+                socket.send_fds(forking[environment], *message)
+            except (KeyError, ConnectionError):  # there is none yet, or it had nothing to do and ended
+                forking[environment], requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 if os.fork() == 0:
                     for connection in (listening, client, *forking.values()):
                         connection.close()
@@ -110,22 +116,33 @@ def serve(listening: socket.socket) -> None:
                     waiting.close()
                     become_worker(fork_workers(requests, request["environment"]))
                 requests.close()
-            socket.send_fds(forking[given], [content], [client.fileno(), *streams])
+                socket.send_fds(forking[environment], *message)
             for number in (client.detach(), *streams):
                 os.close(number)
 
 
 def fork_workers(requests: socket.socket, environment: dict[str, str]) -> dict[str, Any]:
-    """Forks a process for each request, in which it returns the request; its parent is the end of the server."""
+    """Forks a process for each request, in which it returns the request. Its parent ends with the server, or when it has
+    had no worker for IDLE_SECONDS."""
     set_environment(environment)
     import_ray()
-    parent, clients = os.getppid(), dict[int, socket.socket]()
+    parent, clients, taking, busy = os.getppid(), dict[int, socket.socket](), True, time.monotonic()
     waiting = selectors.DefaultSelector()
     waiting.register(requests, selectors.EVENT_READ)
-    while os.getppid() == parent:
-        for key, _ in waiting.select(POLL_SECONDS):
+    while os.getppid() == parent and (taking or clients):
+        ready = waiting.select(POLL_SECONDS)
+        if ready or clients:
+            busy = time.monotonic()
+        elif time.monotonic() > busy + IDLE_SECONDS:
+            requests.shutdown(socket.SHUT_RD)  # what is on its way is still read, and nothing more is sent
+        for key, _ in ready:
             if key.fileobj is requests:
-                content, (connection, *streams), *_ = socket.recv_fds(requests, REQUEST_BYTES, 4)
+                content, received, *_ = socket.recv_fds(requests, REQUEST_BYTES, 4)
+                if not content:
+                    taking = False
+                    waiting.unregister(requests)
+                    continue
+                connection, *streams = received
                 client = socket.socket(fileno=connection)
                 pid = os.fork()
                 if pid == 0:
