@@ -27,13 +27,14 @@ from typing import Any
 SOCKET = "MMRAY_TESTS_WORKER_SERVER"
 """Environment variable with the path of the server's socket."""
 IMPORTS = (
-    "fsspec", "jinja2", "jsonschema", "matplotlib.ticker", "numba", "pandas", "PIL.Image", "pyarrow.dataset",
-    "pyarrow.parquet", "pydantic.v1", "pypdfium2", "rapidfuzz.distance",
+    "fsspec", "jinja2", "jsonschema", "matplotlib.ticker", "pandas", "PIL.Image", "pyarrow.dataset", "pyarrow.parquet",
+    "pydantic.v1", "pypdfium2", "rapidfuzz.distance",
     "torch", "torch._inductor.compile_fx",  # which DeepSpeed's optimizers import in their first step
     "torch.utils.tensorboard", "transformers.modeling_utils", "transformers.processing_utils",
     "transformers.models.auto.modeling_auto", "transformers.models.qwen2_vl.modeling_qwen2_vl",
     "transformers.models.qwen2_vl.processing_qwen2_vl",
 )  # fmt: skip
+"""Not numba, by which test_ingest.py knows who has imported mmray's batches."""
 RAY_IMPORTS = ("ray.data", "ray.train.torch", "deepspeed")
 """After `ray`, under the environment of a job's workers."""
 POLL_SECONDS = 0.1
@@ -95,6 +96,8 @@ def serve(listening: socket.socket) -> None:
         waiting.register(listening, selectors.EVENT_READ)
         while os.getppid() == parent:
             if not waiting.select(POLL_SECONDS):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(-1, os.WNOHANG)  # one that has ended
                 continue
             client, _ = listening.accept()
             header, streams, *_ = socket.recv_fds(client, 8, 3)
@@ -122,8 +125,8 @@ def serve(listening: socket.socket) -> None:
 
 
 def fork_workers(requests: socket.socket, environment: dict[str, str]) -> dict[str, Any]:
-    """Forks a process for each request, in which it returns the request. Its parent ends with the server, or when it has
-    had no worker for IDLE_SECONDS."""
+    """Forks a process for each request, in which it returns the request. Its parent ends with the server, or after
+    IDLE_SECONDS without a worker."""
     set_environment(environment)
     import_ray()
     parent, clients, taking, busy = os.getppid(), dict[int, socket.socket](), True, time.monotonic()

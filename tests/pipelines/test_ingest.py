@@ -118,10 +118,10 @@ def test_a_run_begins_at_any_step(ray_head: RayHead, plan: BatchPlan) -> None:
     coordinators = [process for process in processes if "SplitCoordinator" in str(process.cmdline())]
     coordinator = max(coordinators, key=psutil.Process.create_time)
     mapped = [each.path for each in coordinator.memory_maps()]  # in forked workers torch lies from the beginning
-    assert any("/ray/" in path for path in mapped)
-    assert not any("llvmlite" in path for path in mapped)
     for stream in streams:
         stream.close()
+    assert any("/ray/" in path for path in mapped)
+    assert not any("llvmlite" in path for path in mapped)
 
 
 @given(
